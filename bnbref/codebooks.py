@@ -1,0 +1,309 @@
+"""The codebooks: which values a format has, where one ends and the next begins, and where both come from.
+
+A codebook is two tables. The code of x is found by counting the thresholds strictly below x, so every rounding
+convention is just another threshold table: a tie that goes to the even code moves a threshold by one ulp, and the
+constants of a hand-written kernel are seven other thresholds.
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import NormalDist
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from bnbref.fused import tracing
+
+@dataclass(frozen=True)
+class Codebook:
+    """The values of a format by code, and the thresholds between them: floats, each exactly a float32.
+
+        rank = number of thresholds strictly below x            code = order[rank]
+
+    With `sign_bit` the thresholds lie on the magnitude, and the upper half of the codes are the negative numbers:
+
+        rank = number of thresholds strictly below |x|          code = order[rank] + (len(values) / 2 if x < 0 else 0)
+
+    No threshold is below NaN, so its rank is 0. `order` is None where code and rank are the same.
+
+    >>> Codebook.nearest("ternary", [-1, 0, 1]).thresholds
+    (-0.5, 0.5)
+    """
+
+    name: str
+    values: tuple[float, ...]
+    thresholds: tuple[float, ...]
+    order: tuple[int, ...] | None = None
+    sign_bit: bool = False
+    source: str = ""
+    _hash: int = field(default=0, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        n = len(self.values)
+        ranks = n // 2 if self.sign_bit else n
+        if not 2 <= n <= 256:
+            raise ValueError(f"codebook {self.name!r} must have 2 to 256 values, got {n}")
+        if len(self.thresholds) != ranks - 1:
+            raise ValueError(f"codebook {self.name!r} needs {ranks - 1} thresholds, got {len(self.thresholds)}")
+        for label, table in (("values", self.values), ("thresholds", self.thresholds)):
+            if not all(math.isfinite(v) and v == float(_float32(v)) for v in table):
+                raise ValueError(f"{label} of codebook {self.name!r} must be finite float32 numbers, got {table}")
+        if any(a > b for a, b in itertools.pairwise(self.thresholds)):
+            raise ValueError(f"thresholds of codebook {self.name!r} must be sorted, got {self.thresholds}")
+        if self.order is not None and (n > 16 or sorted(self.order) != list(range(ranks))):
+            raise ValueError(
+                f"order of codebook {self.name!r} must be a permutation of {ranks} ranks of at most 16 values"
+            )
+        # Codebooks are keys of every kernel call; hashing 511 floats each time would cost more than the look-up.
+        object.__setattr__(self, "_hash", hash((self.name, self.values, self.thresholds, self.order, self.sign_bit)))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @property
+    def bits(self) -> int:
+        """4 if a code fits into a nibble, else 8."""
+        return 4 if len(self.values) <= 16 else 8
+
+    @functools.cached_property
+    def code_of_zero(self) -> int:
+        """The code of 0.0, which pads odd tails and fills all-zero blocks."""
+        rank = sum(t < 0.0 for t in self.thresholds)
+        return rank if self.order is None else self.order[rank]
+
+    @classmethod
+    def nearest(
+        cls, name: str, values: Sequence[float], ties: Literal["lower", "even"] = "lower", source: str = ""
+    ) -> "Codebook":
+        """Nearest value: thresholds at the float32 midpoints `fl(fl(a + b) / 2)` of sorted values.
+
+        A tie goes to the lower code, or to the even code: where that is the upper one the threshold moves one ulp down.
+
+        >>> Codebook.nearest("ternary", [-1, 0, 1], ties="even").thresholds
+        (-0.5, 0.5)
+        >>> Codebook.nearest("binary", [0, 1]).values
+        (0.0, 1.0)
+        """
+        table = _float32(list(values))
+        if table.numel() < 2 or not bool((table.diff() >= 0).all()):
+            raise ValueError(f"values of codebook {name!r} must be at least two, sorted, got {list(values)}")
+        middle = (table[:-1] + table[1:]) / 2
+        if ties == "even":
+            upper_is_even = torch.arange(middle.numel(), device="cpu") % 2 == 1
+            middle = torch.where(upper_is_even, middle.nextafter(_float32(-math.inf)), middle)
+        elif ties != "lower":
+            raise ValueError(f"ties must be 'lower' or 'even', got {ties!r}")
+        return cls(name, tuple(table.tolist()), tuple(middle.tolist()), source=source)
+
+
+def _float32(values: float | Sequence[float]) -> Tensor:
+    """On CPU and in float32, whatever the default device and dtype are: models are loaded under other ones."""
+    return torch.tensor(values, dtype=torch.float32, device="cpu")
+
+
+def _from_hex(words: str) -> tuple[float, ...]:
+    bits = torch.tensor([int(w, 16) - (int(w, 16) >> 31 << 32) for w in words.split()], dtype=torch.int32, device="cpu")
+    return tuple(bits.view(torch.float32).tolist())
+
+
+def value_table(codebook: Codebook, device: torch.device) -> Tensor:
+    """`codebook.values` as a float32 tensor, padded by zeros to one entry for each of the 16 or 256 codes.
+
+    >>> value_table(NF4, torch.device("cpu"))[7:9]
+    tensor([0.0000, 0.0796])
+    """
+    padding = (0.0,) * (2**codebook.bits - len(codebook.values))
+    return _table(codebook.values + padding, device)
+
+
+def threshold_table(codebook: Codebook, device: torch.device) -> Tensor:
+    """`codebook.thresholds` as a float32 tensor."""
+    return _table(codebook.thresholds, device)
+
+
+def _table(values: tuple[float, ...], device: torch.device) -> Tensor:
+    if tracing():
+        return torch.tensor(values, dtype=torch.float32, device=device)
+    return _cached_table(values, device)
+
+
+@functools.cache
+def _cached_table(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return _float32(values).to(device)
+
+
+# ---- four bits ------------------------------------------------------------------------------------------------------
+
+NF4 = Codebook.nearest(
+    "nf4",
+    _from_hex(
+        "bf800000 bf3239b1 bf066b30 beca32a0 be91a24d be3d353f bdba7871 00000000 "
+        "3da2faff 3e24cae3 3e7c04dd 3ead033a 3ee1a4b8 3f1007ab 3f3913b3 3f800000"
+    ),
+    source="Dettmers et al., QLoRA (2305.14314), appendix E: quantiles of N(0, 1), see `normal`",
+)
+"""NormalFloat 4: the float32 table that every implementation shares; ties go to the lower code."""
+
+_FP4_MAGNITUDES = (0.0, 1 / 192, 2 / 3, 1.0, 1 / 3, 1 / 2, 1 / 6, 1 / 4)  # by code
+
+FP4 = Codebook(
+    "fp4",
+    tuple(_float32([*_FP4_MAGNITUDES, 0.0, *(-v for v in _FP4_MAGNITUDES[1:])]).tolist()),
+    # The literals of bitsandbytes' CUDA kernel; five of the seven are not the float32 midpoints.
+    tuple(_float32([0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333, 0.8333333]).tolist()),
+    order=(0, 1, 6, 7, 4, 5, 2, 3),
+    sign_bit=True,
+    source="bitsandbytes csrc/kernels.cu dQuantizeFP4: sign, two exponent bits, one mantissa bit, scaled to 1",
+)
+"""bitsandbytes' 4-bit float: sign and magnitude; -0.0 and everything that rounds to 0 from above is code 0."""
+
+
+def _descending(name: str, ascending: Sequence[float], source: str) -> Codebook:
+    nearest = Codebook.nearest(name, ascending)
+    n = len(nearest.values)
+    return Codebook(
+        name, nearest.values[::-1], nearest.thresholds, order=tuple(reversed(range(n))), source=source
+    )
+
+
+AF4 = _descending(
+    "af4",
+    # fmt: off
+    [-1.0, -0.69441008, -0.51243739, -0.3736951, -0.25607552, -0.14982478, -0.04934812, 0.0,
+     0.04273164, 0.12934483, 0.21961274, 0.31675666, 0.42563882, 0.55496234, 0.72424863, 1.0],
+    # fmt: on
+    source="Yoshida, NF4 Isn't Information Theoretically Optimal (2306.06965), blocksize 64",
+)
+"""AbnormalFloat 4. bitsandbytes lists it from +1 down, so code 0 is +1."""
+
+INT4 = _descending(
+    "int4",
+    _float32([i / 7 for i in (-7, -6, -5, -4, -3, -2, -1, 0, 0, 1, 2, 3, 4, 5, 6, 7)]).tolist(),
+    source="bitsandbytes get_4bit_type('int4'): sixteen codes from +7/7 down to -7/7, zero twice",
+)
+"""Symmetric integers over 7, from +1 down. Zero has two codes, 7 and 8; quantization uses 8, or 7 for numbers above 0."""
+
+FOUR_BIT: dict[str, Codebook] = {book.name: book for book in (NF4, FP4, AF4, INT4)}
+"""4-bit codebooks by `quant_type`. A new format is an entry here."""
+
+
+def four_bit(quant_type: str | Codebook) -> Codebook:
+    """The 4-bit codebook of that name; a codebook is returned as it is.
+
+    >>> four_bit("nf4") is NF4
+    True
+    """
+    book = FOUR_BIT.get(quant_type) if isinstance(quant_type, str) else quant_type
+    if not isinstance(book, Codebook) or book.bits != 4:
+        raise ValueError(
+            f"quant_type must be one of {sorted(FOUR_BIT)} or a Codebook of at most 16 values, got {quant_type!r}"
+        )
+    return book
+
+
+# ---- families -------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def dynamic(signed: bool = True, max_exponent_bits: int = 7, total_bits: int = 8) -> Codebook:
+    """Dynamic tree quantization: the exponent's length varies, what it leaves is a linear fraction.
+
+        10^(i - e + 1) * midpoints of linspace(0.1, 1, 2^(i + total - 1 - e) + 1),    i = 0 .. e - 1,   and 0 and 1
+
+    (one fraction bit more where there is no sign). Source: Dettmers, 8-Bit Approximations for Parallelism in Deep
+    Learning (1511.04561), section 2.2; Dettmers et al. (2110.02861), section 1.3.
+
+    >>> dynamic().values[127], dynamic().values[255], dynamic(signed=False).values[0]
+    (0.0, 1.0, 0.0)
+    """
+    if not 2 <= total_bits <= 8 or not 1 <= max_exponent_bits <= total_bits:
+        raise ValueError(
+            f"dynamic codebook needs 2 <= total_bits <= 8 and 1 <= max_exponent_bits <= total_bits, "
+            f"got total_bits={total_bits}, max_exponent_bits={max_exponent_bits}"
+        )
+    fraction_bits = total_bits - 1 - max_exponent_bits
+    values = [0.0, 1.0]
+
+    def extend(exponent: int, points: int) -> None:
+        edges = torch.linspace(0.1, 1, points, dtype=torch.float32, device="cpu")
+        fractions = 10 ** (exponent - (max_exponent_bits - 1)) * ((edges[:-1] + edges[1:]) / 2)
+        values.extend(fractions.tolist())
+        if signed:
+            values.extend((-fractions).tolist())
+
+    for exponent in range(max_exponent_bits):
+        extend(exponent, int(2 ** (exponent + fraction_bits + (not signed)) + 1))
+    if fraction_bits > 0:  # the codes that spend no bit on an exponent
+        extend(max_exponent_bits - 1, 2**fraction_bits)
+    sign = "signed" if signed else "unsigned"
+    return Codebook.nearest(f"dynamic-{sign}-{max_exponent_bits}-{total_bits}", sorted(values), "even", "1511.04561")
+
+
+@functools.cache
+def linear(signed: bool = True, total_bits: int = 8, add_zero: bool = True) -> Codebook:
+    """Equal steps from -1 (or 0) to 1 in float32 `torch.linspace`; with a sign and `add_zero` one code is spent on 0.
+
+    bitsandbytes' signed map has beside its 0 a 3.7e-9, which is what float32 linspace gives for the middle.
+
+    >>> linear(signed=False, total_bits=2).thresholds
+    (0.1666666716337204, 0.5, 0.8333333730697632)
+    """
+    if not 2 <= total_bits <= 8:
+        raise ValueError(f"linear codebook needs 2 <= total_bits <= 8, got {total_bits}")
+    spend = signed and (add_zero or total_bits < 8)
+    values = torch.linspace(-1.0 if signed else 0.0, 1.0, 2**total_bits - spend, dtype=torch.float32, device="cpu")
+    listed = sorted(values.tolist() + [0.0] * spend)
+    sign = "signed" if signed else "unsigned"
+    return Codebook.nearest(f"linear-{sign}-{total_bits}", listed, "even", "torch.linspace")
+
+
+@functools.cache
+def fp8(signed: bool = True, exponent_bits: int = 5, precision_bits: int = 2) -> Codebook:
+    """A small float with that many exponent and mantissa bits, scaled so that its largest value is 1.
+
+        2^(bias + 1 - E) * (1 + M / 2^p)   for E > 0,        2^-bias * M / 2^p   for E = 0,      bias = 2^(e - 1)
+
+    (a larger exponent field is a smaller value: bitsandbytes' convention). Not an OCP FP8 format.
+
+    >>> len(fp8(True, 4, 3).values), fp8(True, 4, 3).values[-1]
+    (256, 1.0)
+    """
+    total_bits = exponent_bits + precision_bits + signed
+    if not (1 <= exponent_bits <= 7 and 0 <= precision_bits and 2 <= total_bits <= 8):
+        raise ValueError(
+            f"fp8 codebook needs 1 <= exponent_bits <= 7 and at most 8 bits with the sign, "
+            f"got exponent_bits={exponent_bits}, precision_bits={precision_bits}, signed={signed}"
+        )
+    bias = 2 ** (exponent_bits - 1)
+    values: list[float] = []
+    for exponent, mantissa in itertools.product(range(2**exponent_bits), range(2**precision_bits)):
+        fraction = mantissa / 2**precision_bits
+        value = fraction * 2.0**-bias if exponent == 0 else (1 + fraction) * 2.0 ** (bias + 1 - exponent)
+        values += [value, -value] if signed else [value]
+    scaled = _float32(sorted(values))
+    sign = "s" if signed else "u"
+    return Codebook.nearest(f"fp8-{sign}-e{exponent_bits}p{precision_bits}", (scaled / scaled.max()).tolist(), "even")
+
+
+@functools.cache
+def normal(offset: float = 0.9677083, use_extra_value: bool = True) -> Codebook:
+    """Quantiles of N(0, 1) scaled to 1, zero included: the derivation of NF4 (QLoRA, 2305.14314, equation 4).
+
+    Without the extra value the negative side has as many values as the positive one, 15 in all.
+
+    >>> normal().values == NF4.values
+    True
+    """
+    if not 0.5 < offset < 1:
+        raise ValueError(f"offset must lie between 0.5 and 1, got {offset}")
+    quantile = NormalDist().inv_cdf
+
+    def side(count: int) -> list[float]:
+        return [quantile(p) for p in torch.linspace(offset, 0.5, count, dtype=torch.float32, device="cpu").tolist()[:-1]]
+
+    values = _float32(sorted([-v for v in side(8)] + [0.0] + side(9 if use_extra_value else 8)))
+    return Codebook.nearest("normal", (values / values.max()).tolist(), source="2305.14314")

@@ -1,0 +1,207 @@
+"""The one door to torch.compile, and the registry of kernels.
+
+A kernel is a pure function of tensors. `@fused` registers it; calling it runs it compiled by Inductor, with options under
+which the compiled bits are the eager bits. Where the fast form is not the obvious one, the obvious one is the
+*definition* and runs eagerly, `@kernel.formulation` is what gets compiled, and the tests prove the two equal.
+
+    call                                      what runs
+    ----------------------------------------  -------------------------------------------------
+    normally                                  the formulation, compiled, one kernel per variant
+    inside somebody's torch.compile / export  the formulation, inlined into their graph
+    `bnbref.eager()` or BNBREF_COMPILE=0      the definition
+    meta and fake tensors, dispatch modes     the definition, so that the mode sees plain operations
+    no C++ compiler, no triton                the definition, after one warning
+"""
+
+import contextlib
+import functools
+import importlib.util
+import inspect
+import os
+import shutil
+import sys
+import sysconfig
+import types
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Generic, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+REGISTRY: dict[str, "Kernel[..., Any]"] = {}
+"""Every kernel of the package by name: what the proofs walk."""
+
+# Triton contracts a*b+c into one rounding, divides with 2 ulp and rounds through fused casts unless told not to. On CPU
+# contraction is off by default, and kernels here widen once and round once, so that nothing is left to choose.
+_GPU_OPTIONS = {
+    "emulate_precision_casts": True,
+    "eager_numerics.division_rounding": True,
+    "eager_numerics.disable_ftz": True,
+    "assert_indirect_indexing": False,
+}
+_CPU_OPTIONS = {"assert_indirect_indexing": False}
+
+_eager_depth = 0
+
+
+@contextlib.contextmanager
+def eager() -> Iterator[None]:
+    """Run every kernel uncompiled inside the block, in all threads of the process.
+
+    >>> import bnbref
+    >>> with bnbref.eager():
+    ...     packed, state = bnbref.functional.quantize_4bit(torch.ones(64))
+    """
+    global _eager_depth
+    _eager_depth += 1
+    try:
+        yield
+    finally:
+        _eager_depth -= 1
+
+
+def compile_enabled() -> bool:
+    """Whether kernels are to be compiled: not inside `eager()`, and BNBREF_COMPILE is not 0."""
+    return _eager_depth == 0 and os.environ.get("BNBREF_COMPILE", "1") != "0"
+
+
+def tracing() -> bool:
+    """Whether operations are being recorded by somebody: then no tensor made now may outlive the call (no caches)."""
+    return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
+
+
+@functools.cache
+def missing_compiler(device_type: str) -> str | None:
+    """What Inductor lacks on this machine to compile for a device type; None if nothing."""
+    if device_type == "cpu":
+        compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+        if shutil.which(compiler) is None:
+            return f"no C++ compiler ({compiler!r} is not on the PATH; set CXX or install g++)"
+        if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+            return "no Python.h (install Python's development headers)"
+        return None
+    if device_type in ("cuda", "xpu"):
+        return None if importlib.util.find_spec("triton") else "no triton (pip install triton)"
+    return f"no Inductor backend that was ever tried with bnbref on device type {device_type!r}"
+
+
+@functools.cache
+def _warn_once(device_type: str, reason: str) -> None:
+    warnings.warn(
+        f"bnbref runs uncompiled on {device_type}: {reason}. The bits are the same, the speed is not.", stacklevel=4
+    )
+
+
+def _can_compile(tensors: tuple[Any, ...]) -> bool:
+    if not compile_enabled() or _get_current_dispatch_mode() is not None:
+        return False
+    device_type = next(t.device.type for t in tensors if t is not None)
+    if device_type == "meta" or any(t is not None and type(t) is not Tensor for t in tensors):
+        return False
+    reason = missing_compiler(device_type)
+    if reason is not None:
+        _warn_once(device_type, reason)
+    return reason is None
+
+
+class Kernel(Generic[P, R]):
+    """A registered function: positional arguments are tensors (or None), keyword arguments are compile-time constants.
+
+    A variant is compiled for each (device type, dtypes, constants) and serves every size of the dimensions in `dynamic`.
+    """
+
+    def __init__(
+        self, definition: Callable[P, R], dynamic: Mapping[str, tuple[int, ...]], cpu: Mapping[str, Any]
+    ) -> None:
+        self.name = definition.__name__
+        self.definition = definition
+        self.body = definition
+        self.variants: dict[Any, Callable[..., R]] = {}
+        self._cpu = cpu
+        parameters = inspect.signature(definition).parameters
+        unknown = set(dynamic) - set(parameters)
+        if unknown:
+            raise ValueError(f"dynamic names no argument of kernel {self.name!r}: {sorted(unknown)}")
+        self._dynamic = tuple(dynamic.get(name, ()) for name in parameters)
+        functools.update_wrapper(self, definition)
+
+    def formulation(self, body: Callable[P, R]) -> Callable[P, R]:
+        """Decorator: what is compiled in place of the definition. Same arguments, same bits."""
+        self.body = body
+        return body
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.no_grad():
+            if torch.compiler.is_compiling():
+                return self.body(*args, **kwargs)
+            if not _can_compile(args):
+                return self.definition(*args, **kwargs)
+            # None, a dtype or a constant each makes its own variant; sizes do not.
+            key = (
+                next(t.device.type for t in args if t is not None),  # type: ignore[attr-defined]
+                tuple(None if t is None else t.dtype for t in args),  # type: ignore[attr-defined]
+                tuple(kwargs.items()),
+            )
+            variant = self.variants.get(key)
+            if variant is None:
+                variant = self.variants[key] = self._compile(key[0], kwargs)
+            for tensor, dims in zip(args, self._dynamic, strict=False):
+                for dim in dims if isinstance(tensor, Tensor) else ():
+                    # Dynamo always specialises sizes 0 and 1.
+                    if tensor.shape[dim] > 1:
+                        torch._dynamo.mark_dynamic(tensor, dim)
+            return variant(*args)
+
+    def _compile(self, device_type: str, constants: Mapping[str, Any]) -> Callable[..., R]:
+        options: dict[str, Any]
+        if device_type == "cpu":
+            from bnbref import lut16
+
+            lut16.enable()
+            options = {**_CPU_OPTIONS, **self._cpu}
+            # A vector width is chosen below AVX512; elsewhere Inductor would take an unknown width to mean scalar code.
+            if options.get("cpp.simdlen", 1) != 1 and torch.backends.cpu.get_cpu_capability() != "AVX512":
+                del options["cpp.simdlen"]
+        else:
+            options = dict(_GPU_OPTIONS)
+        body = self.body
+
+        def call(*tensors: Any) -> R:
+            return body(*tensors, **constants)  # type: ignore[call-arg]
+
+        # Dynamo counts recompilations per code object and gives up at eight: each variant gets a code object of its own.
+        code = call.__code__.replace(co_name=self.name)
+        own = types.FunctionType(code, call.__globals__, self.name, call.__defaults__, call.__closure__)
+        return torch.compile(own, fullgraph=True, dynamic=False, options=options)
+
+
+def fused(
+    *, dynamic: Mapping[str, tuple[int, ...]], cpu: Mapping[str, Any] = types.MappingProxyType({})
+) -> Callable[[Callable[P, R]], Kernel[P, R]]:
+    """Register a pure function as a kernel; calling it runs it compiled.
+
+    dynamic: for each tensor argument the dimensions that vary between calls. cpu: Inductor options on CPU, with the
+    measurement that chose them beside them.
+
+    >>> @fused(dynamic={"x": (0,)})
+    ... def twice(x: Tensor) -> Tensor:
+    ...     return x + x
+    >>> twice(torch.ones(3))
+    tensor([2., 2., 2.])
+    >>> del REGISTRY["twice"]
+    """
+
+    def register(definition: Callable[P, R]) -> Kernel[P, R]:
+        kernel = Kernel(definition, dynamic, cpu)
+        if kernel.name in REGISTRY:
+            raise ValueError(f"a kernel named {kernel.name!r} is registered already")
+        REGISTRY[kernel.name] = kernel
+        return kernel
+
+    return register

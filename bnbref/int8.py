@@ -1,0 +1,141 @@
+"""LLM.int8(): row-wise 8-bit quantization, an exact integer product, and outlier columns kept in sixteen bits.
+
+    q = rint(x * (127 / absmax))                      absmax: per row, over the elements below the threshold
+    y = fl(fl(q_a @ q_b^T * absmax_a) * absmax_b) * RN(1 / 127^2)        plus the columns of A with outliers, in floats
+
+Source: Dettmers et al., LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale (2208.07339), sections 2-3.
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from bnbref.blockwise import check_float, magnitude
+from bnbref.fused import fused
+
+# Below this 127 / absmax is no float32 any more; such a row is stored as a row of zeros.
+SMALLEST_ABSMAX = 2.0**-121
+RECIPROCAL_127 = 0.007874015718698502  # RN(1 / 127)
+RECIPROCAL_127_SQUARED = 6.200012285262346e-05  # RN(1 / 16129); bitsandbytes' default backend has a typo in its fifth digit
+# Any sum of 1024 products of int8 is at most 1024 * 128 * 128 = 2^24: exact in float32, in any order, fused or not.
+EXACT_IN_FLOAT32 = 1024
+
+
+@fused(dynamic={"rows": (0, 1)})
+def quantize_int8_rows(rows: Tensor, *, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+    """`[rows, columns]` -> int8 `[rows, columns]`, float32 absmax `[rows]`, bool outlier columns `[columns]`.  Exact."""
+    x = rows.float()
+    size = magnitude(x)
+    if threshold > 0:
+        outlier = size >= threshold
+        size = torch.where(outlier, 0.0, size)
+        columns = outlier.any(0)
+    else:
+        columns = torch.zeros_like(rows[0], dtype=torch.bool)
+    absmax = size.amax(-1)
+    absmax = torch.where(absmax >= SMALLEST_ABSMAX, absmax, 0.0)
+    scale = torch.where(absmax > 0, torch.full_like(absmax, 127.0) / absmax, 0.0)
+    scaled = x * rearrange(scale, "r -> r 1")
+    # NaN, and inf * 0 in a row whose absmax is infinite, are 0.
+    keep = (scaled == scaled) if threshold <= 0 else (scaled == scaled) & ~columns
+    return torch.where(keep, scaled.round(), 0.0).to(torch.int8), absmax, columns
+
+
+@fused(dynamic={"product": (0, 1), "row": (0,), "column": (0,), "bias": (0,), "outliers": (0, 1)})
+def dequantize_int8_product(
+    product: Tensor, row: Tensor, column: Tensor, bias: Tensor | None, outliers: Tensor | None, *, dtype: torch.dtype
+) -> Tensor:
+    """int32 `[m, n]`, float32 `[m]`, `[n]`, optional bias `[n]` and float addend `[m, n]` -> dtype `[m, n]`.  Exact.
+
+    fl(fl(fl(product * row) * column) * RN(1 / 16129)), then + bias, then + outliers, one rounding to the output dtype.
+    """
+    y = product.float() * rearrange(row, "m -> m 1") * rearrange(column, "n -> 1 n") * RECIPROCAL_127_SQUARED
+    if bias is not None:
+        y = y + bias.float()
+    if outliers is not None:
+        y = y + outliers.float()
+    return y.to(dtype)
+
+
+@fused(dynamic={"codes": (0, 1), "absmax": (0,)})
+def dequantize_int8_rows(codes: Tensor, absmax: Tensor, *, dtype: torch.dtype) -> Tensor:
+    """int8 `[rows, columns]`, float32 `[rows]` -> dtype: fl(fl(code * absmax) * RN(1 / 127)), one rounding.  Exact."""
+    return (codes.float() * rearrange(absmax, "r -> r 1") * RECIPROCAL_127).to(dtype)
+
+
+def quantize(x: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Row-wise int8 of a tensor `[..., columns]`, its rows' absmax, and which columns hold an outlier.  Exact.
+
+        q = rint(x * fl(127 / absmax)), half to even; absmax over the row's elements with |x| < threshold (NaN left out)
+
+    Returns int8 like `x`, float32 `[rows]` over the flattened leading dimensions, and bool `[columns]`, or None where
+    the threshold is 0. Columns with an outlier are zero in every row, NaN is 0, and so is a row with an infinity.
+
+    >>> quantize(torch.tensor([[1.0, -0.5, 7.0], [2.0, 0.0, 1.0]]), threshold=6.0)
+    (tensor([[127, -64,   0],
+            [127,   0,   0]], dtype=torch.int8), tensor([1., 2.]), tensor([False, False,  True]))
+    """
+    check_float("x", x)
+    if x.dim() == 0:
+        raise ValueError("x must have at least one dimension, got a scalar")
+    if not threshold >= 0:
+        raise ValueError(f"threshold must be 0 (off) or positive, got {threshold}")
+    if x.numel() == 0:
+        empty = torch.zeros(x.shape[-1], dtype=torch.bool, device=x.device)
+        rows = x.shape[:-1].numel()
+        return x.to(torch.int8), x.new_zeros(rows, dtype=torch.float32), empty if threshold > 0 else None
+    rows_2d = x.detach().reshape(-1, x.shape[-1])
+    codes, absmax, columns = quantize_int8_rows(rows_2d, threshold=float(threshold))
+    return codes.view(x.shape), absmax, columns if threshold > 0 else None
+
+
+def dequantize(codes: Tensor, absmax: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """`dtype(fl(fl(code * absmax) * RN(1 / 127)))` for int8 `[rows, columns]`.  Exact.
+
+    >>> dequantize(torch.tensor([[127, -64]], dtype=torch.int8), torch.tensor([1.0]))
+    tensor([[ 1.0000, -0.5039]])
+    """
+    if codes.dtype != torch.int8 or codes.dim() != 2 or absmax.shape != codes.shape[:1]:
+        raise ValueError(
+            f"codes must be int8 [rows, columns] and absmax [rows], got {codes.dtype} {tuple(codes.shape)} "
+            f"and {tuple(absmax.shape)}"
+        )
+    return dequantize_int8_rows(codes.detach(), absmax.detach().float(), dtype=dtype)
+
+
+def multiply(a: Tensor, b: Tensor) -> Tensor:
+    """The int32 product `a @ b^T` of int8 `[..., k]` and `[n, k]`.  Exact (modulo 2^32, which needs k > 131,072).
+
+    >>> multiply(torch.full((1, 3), 127, dtype=torch.int8), torch.full((2, 3), -128, dtype=torch.int8))
+    tensor([[-48768, -48768]], dtype=torch.int32)
+    """
+    if a.dtype != torch.int8 or b.dtype != torch.int8:
+        raise ValueError(f"a and b must be int8, got {a.dtype} and {b.dtype}")
+    if b.dim() != 2 or a.dim() < 1 or a.shape[-1] != b.shape[1]:
+        raise ValueError(f"a must be [..., k] and b [n, k], got {tuple(a.shape)} and {tuple(b.shape)}")
+    rows = a.reshape(-1, a.shape[-1])
+    if rows.numel() == 0 or b.numel() == 0:
+        product = torch.zeros(rows.shape[0], b.shape[0], dtype=torch.int32, device=a.device)
+    elif a.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512":
+        product = torch._int_mm(rows, b.t())
+    elif a.device.type == "cuda":
+        product = _multiply_on_cuda(rows, b)
+    else:
+        product = _multiply_in_float32(rows, b)
+    return product.view(*a.shape[:-1], b.shape[0])
+
+
+def _multiply_on_cuda(a: Tensor, b: Tensor) -> Tensor:
+    """cuBLASLt takes more than 16 rows, and multiples of 8 elsewhere: pad by zeros, which add nothing."""
+    m, n, k = a.shape[0], b.shape[0], a.shape[1]
+    a = F.pad(a, (0, -k % 8, 0, max(17 - m, 0)))
+    b = F.pad(b, (0, -k % 8, 0, -n % 8))
+    return torch._int_mm(a, b.t())[:m, :n]
+
+
+def _multiply_in_float32(a: Tensor, b: Tensor) -> Tensor:
+    """Anywhere: float32 products of 1024 columns at a time, each exact, added as integers."""
+    parts = zip(a.split(EXACT_IN_FLOAT32, 1), b.split(EXACT_IN_FLOAT32, 1), strict=True)
+    products = [(left.float() @ right.float().t()).to(torch.int32) for left, right in parts]
+    return torch.stack(products).sum(0, dtype=torch.int32)

@@ -1,0 +1,272 @@
+"""QuantState: what is needed to undo a quantization, under bitsandbytes' names, in memory and in a state dict."""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnbref import blockwise, nested
+from bnbref.blockwise import FLOATS, block_count
+from bnbref.codebooks import FOUR_BIT, Codebook, dynamic, four_bit, value_table
+
+BLOB = "quant_state.bitsandbytes__"
+"""Key of the JSON blob, followed by the quant_type."""
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_NESTED_KEYS = ("nested_absmax", "nested_quant_map", "nested_blocksize", "nested_dtype", "nested_offset")
+_PLAIN_KEYS = ("absmax", "quant_map", "quant_type", "blocksize", "dtype", "shape")
+
+
+class QuantState:
+    """The scales of a quantized tensor and what it was: bitsandbytes' attributes.
+
+    absmax: float32 scales `[blocks]`, or their uint8 codes where `nested`. code: the values `[16]` or `[256]`.
+    shape, dtype: of the original. blocksize, quant_type. offset `[]` and state2 (itself a QuantState): double quantization.
+    """
+
+    def __init__(
+        self,
+        absmax: Tensor,
+        shape: torch.Size | None = None,
+        code: Tensor | None = None,
+        blocksize: int | None = None,
+        quant_type: str | None = None,
+        dtype: torch.dtype | None = None,
+        offset: Tensor | None = None,
+        state2: "QuantState | None" = None,
+    ) -> None:
+        self.absmax = absmax
+        self.shape = shape
+        self.code = code
+        self.dtype = dtype
+        self.blocksize = blocksize
+        self.quant_type = quant_type
+        self.offset = offset
+        self.state2 = state2
+        self.nested = state2 is not None
+
+    def __getattr__(self, name: str) -> Any:
+        # FSDP resolves the state dict's key `weight.quant_state.bitsandbytes__nf4` by getattr.
+        if name.startswith("bitsandbytes__"):
+            packed = self.as_dict(packed=True)
+            if f"quant_state.{name}" in packed:
+                return packed[f"quant_state.{name}"]
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __getitem__(self, index: Any) -> Any:
+        """The list that bitsandbytes had before 0.40: absmax, shape, dtype, blocksize, [offset, state2], quant_type."""
+        second = [self.offset, self.state2] if self.nested else None
+        return [self.absmax, self.shape, self.dtype, self.blocksize, second, self.quant_type][index]
+
+    def __eq__(self, other: object) -> bool:
+        """Equal bit for bit, wherever the tensors are."""
+        if not isinstance(other, QuantState):
+            return NotImplemented
+        return all(
+            _equal(getattr(self, name), getattr(other, name))
+            for name in ("absmax", "shape", "code", "dtype", "blocksize", "quant_type", "offset", "state2")
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def codebook(self) -> Codebook:
+        """The 4-bit codebook that `quant_type` names."""
+        if self.quant_type is None:
+            raise ValueError("quant_type is None: this QuantState is not one of a 4-bit tensor")
+        return four_bit(self.quant_type)
+
+    def scales(self) -> Tensor:
+        """The scales as float32 `[blocks]`, reconstructed where they are nested.  Exact."""
+        if self.state2 is None:
+            return self.absmax.float()
+        state2 = self.state2
+        assert self.offset is not None and state2.code is not None and state2.blocksize is not None
+        return nested.dequantize(self.absmax, state2.absmax, state2.code, self.offset, state2.blocksize)
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor of the state."""
+        own = [t for t in (self.absmax, self.code, self.offset) if t is not None]
+        return own + (self.state2.tensors() if self.state2 is not None else [])
+
+    def map(self, function: Any) -> "QuantState":
+        """A new state with `function` applied to every tensor; nothing is shared but what `function` returns."""
+
+        def apply(tensor: Tensor | None) -> Any:
+            return None if tensor is None else function(tensor)
+
+        return QuantState(
+            absmax=apply(self.absmax),
+            shape=self.shape,
+            code=apply(self.code),
+            blocksize=self.blocksize,
+            quant_type=self.quant_type,
+            dtype=self.dtype,
+            offset=apply(self.offset),
+            state2=None if self.state2 is None else self.state2.map(function),
+        )
+
+    def to(self, device: Any) -> None:
+        """Move to a device, in place, as bitsandbytes does. `map(lambda t: t.to(device))` leaves this one alone."""
+        self.absmax = self.absmax.to(device)
+        self.code = None if self.code is None else self.code.to(device)
+        self.offset = None if self.offset is None else self.offset.to(device)
+        if self.state2 is not None:
+            self.state2.to(device)
+
+    def as_dict(self, packed: bool = False) -> dict[str, Any]:
+        """The state by bitsandbytes' keys; packed: tensors only, the rest as a JSON blob of uint8 bytes.
+
+        >>> from bnbref.functional import quantize_4bit
+        >>> state = quantize_4bit(torch.ones(64), quant_type="nf4")[1]
+        >>> bytes(state.as_dict(packed=True)["quant_state.bitsandbytes__nf4"].tolist()).decode()
+        '{"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": [64]}'
+        """
+        full: dict[str, Any] = {
+            "quant_type": self.quant_type,
+            "absmax": self.absmax,
+            "blocksize": self.blocksize,
+            "quant_map": self.code,
+            "dtype": _dtype_name(self.dtype),
+            "shape": None if self.shape is None else tuple(self.shape),
+        }
+        if self.state2 is not None:
+            assert self.offset is not None and self.state2.code is not None
+            full |= {
+                "nested_absmax": self.state2.absmax,
+                "nested_blocksize": self.state2.blocksize,
+                # The map is one tensor for every layer; safetensors would refuse the shared memory.
+                "nested_quant_map": self.state2.code.clone(),
+                "nested_dtype": _dtype_name(self.state2.dtype),
+                "nested_offset": self.offset.item(),
+            }
+        if not packed or self.quant_type is None:
+            return full
+        tensors = {key: value for key, value in full.items() if isinstance(value, Tensor)}
+        rest = {key: value for key, value in full.items() if not isinstance(value, Tensor)}
+        blob = torch.frombuffer(bytearray(json.dumps(rest).encode()), dtype=torch.uint8)
+        return {**tensors, BLOB + self.quant_type: blob}
+
+    @classmethod
+    def from_dict(cls, qs_dict: Mapping[str, Any], device: torch.device | str) -> "QuantState":
+        """A state from its dict, packed or not; prefixes of keys up to the last dot are dropped.
+
+        Everything is checked: keys, types, block counts, finite scales, the codebook. ValueError says what is wrong.
+        """
+        fields = _unpack(qs_dict)
+        nested_keys = [key for key in _NESTED_KEYS if key in fields]
+        expected = set(_PLAIN_KEYS) | (set(_NESTED_KEYS) if nested_keys else set())
+        _require(set(fields) == expected, "keys of a quant state", sorted(expected), sorted(fields))
+
+        quant_type, blocksize, shape = fields["quant_type"], fields["blocksize"], fields["shape"]
+        _require(quant_type in FOUR_BIT, "quant_type", sorted(FOUR_BIT), quant_type)
+        _require(_is_count(blocksize), "blocksize", "a positive integer", blocksize)
+        if shape is not None:
+            ok = isinstance(shape, (list, tuple, torch.Size)) and all(type(n) is int and n >= 0 for n in shape)
+            _require(ok, "shape", "a list of sizes", shape)
+            shape = torch.Size(shape)
+        _require(fields["dtype"] in _DTYPES, "dtype", sorted(_DTYPES), fields["dtype"])
+
+        code = _tensor(fields, "quant_map", torch.float32, 16)
+        known = value_table(four_bit(quant_type), torch.device("cpu"))
+        # By value, not by bits: writers differ in the sign of FP4's second zero.
+        if code.device.type != "meta" and not bool((code.cpu() == known).all()):
+            raise ValueError(f"quant_map is not the codebook {quant_type!r}: {code.tolist()}")
+
+        blocks = None if shape is None else block_count(math.prod(shape), blocksize)
+        absmax = _tensor(fields, "absmax", torch.uint8 if nested_keys else torch.float32, blocks)
+        offset, state2 = None, None
+        if nested_keys:
+            _require(_is_count(fields["nested_blocksize"]), "nested_blocksize", "positive", fields["nested_blocksize"])
+            _require(fields["nested_dtype"] == "float32", "nested_dtype", "float32", fields["nested_dtype"])
+            value = fields["nested_offset"]
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            _require(is_number and math.isfinite(value), "nested_offset", "a finite number", value)
+            inner_blocks = block_count(absmax.numel(), fields["nested_blocksize"])
+            offset = torch.tensor(float(value), dtype=torch.float32, device=device)
+            state2 = cls(
+                absmax=_tensor(fields, "nested_absmax", torch.float32, inner_blocks).to(device),
+                code=_tensor(fields, "nested_quant_map", torch.float32, 256).to(device),
+                blocksize=fields["nested_blocksize"],
+                dtype=torch.float32,
+            )
+        return cls(
+            absmax=absmax.to(device),
+            shape=shape,
+            code=code.to(device),
+            blocksize=blocksize,
+            quant_type=quant_type,
+            dtype=_DTYPES[fields["dtype"]],
+            offset=offset,
+            state2=state2,
+        )
+
+
+def nested_state(absmax: Tensor) -> tuple[Tensor, Tensor, QuantState]:
+    """Double quantization of scales: their codes, the offset, and the state that decodes the codes."""
+    codes, absmax2, offset = nested.quantize(absmax)
+    code = value_table(dynamic(), absmax.device)
+    state2 = QuantState(absmax=absmax2, code=code, blocksize=nested.BLOCKSIZE, dtype=torch.float32)
+    return codes, offset, state2
+
+
+def dequantize_blockwise(codes: Tensor, state: QuantState) -> Tensor:
+    """Undo an 8-bit blockwise quantization.  Exact."""
+    assert state.code is not None and state.blocksize is not None and state.dtype in FLOATS
+    return blockwise.dequantize(codes, state.scales(), state.code, state.blocksize, state.dtype)
+
+
+def _unpack(qs_dict: Mapping[str, Any]) -> dict[str, Any]:
+    blobs = [key for key, value in qs_dict.items() if BLOB in f".{key}" and isinstance(value, Tensor)]
+    fields = {key.rpartition(".")[2]: value for key, value in qs_dict.items() if key not in blobs}
+    if "quant_type" in fields and not blobs:
+        return fields
+    if len(blobs) != 1:
+        raise ValueError(
+            f"a quant state needs exactly one key '{BLOB}<quant_type>' or unpacked fields, got {sorted(qs_dict)}"
+        )
+    blob = qs_dict[blobs[0]]
+    if blob.dtype != torch.uint8 or blob.dim() != 1 or blob.numel() > 65536:
+        raise ValueError(f"{blobs[0]} must be one-dimensional uint8 of a few bytes, got {blob.dtype} {tuple(blob.shape)}")
+    try:
+        rest = json.loads(bytes(blob.cpu().tolist()).decode("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{blobs[0]} is not UTF-8 JSON: {error}") from error
+    if not isinstance(rest, dict) or rest.get("quant_type") != blobs[0].rpartition("__")[2]:
+        raise ValueError(f"{blobs[0]} must be a JSON object of that quant_type, got {rest!r}")
+    twice = sorted(set(rest) & set(fields))
+    if twice:
+        raise ValueError(f"{twice} are in the JSON of {blobs[0]} and beside it")
+    return {**fields, **rest}
+
+
+def _tensor(fields: Mapping[str, Any], name: str, dtype: torch.dtype, numel: int | None) -> Tensor:
+    value = fields[name]
+    if not isinstance(value, Tensor) or value.dtype != dtype or (numel is not None and value.numel() != numel):
+        found = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise ValueError(f"{name} must be {dtype} with {numel} elements, got {found}")
+    if dtype.is_floating_point and value.device.type != "meta" and not bool(value.isfinite().all()):
+        raise ValueError(f"{name} has NaN or infinite elements")
+    return value
+
+
+def _require(condition: bool, name: str, allowed: Any, value: Any) -> None:
+    if not condition:
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 1
+
+
+def _dtype_name(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.cpu(), b.cpu())
+    return bool(a == b)

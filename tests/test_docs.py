@@ -1,0 +1,115 @@
+"""Every ```python block of README.md and docs/ runs, as a reader would run it: in order, in a fresh interpreter.
+
+The blocks of one page are one program: the page with everything but its code blanked out, so that a traceback
+names the page and the line. `<!-- not executed: REASON -->` on the line before a block leaves it out.
+"""
+
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [page for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if page.exists()]
+
+FENCE = re.compile(r"^(?P<indent> *)(?P<fence>`{3,}|~{3,}) *(?P<language>[\w+-]*)")
+NOT_EXECUTED = re.compile(r"<!--\s*not executed\b:?\s*(?P<reason>.*?)\s*-->")
+UNCHECKED_SPELLINGS = {"py", "py3", "python3", "pycon", "ipython", "Python"}
+RUN = "import sys; exec(compile(sys.stdin.read(), sys.argv[1], 'exec'), {'__name__': '__main__'})"
+
+
+def program_of(text: str, name: str) -> str:
+    """The executed code of a page, every line at the line number that it has in the page."""
+    lines = text.splitlines()
+    program = [""] * len(lines)
+    before = ""  # the last line above the block that is not empty
+    number = 0
+    while number < len(lines):
+        opening = FENCE.match(lines[number])
+        if opening is None:
+            before = lines[number].strip() or before
+            number += 1
+            continue
+        where, start, language = f"{name}:{number + 1}", number + 1, opening["language"]
+        closing = re.compile(rf" *{opening['fence'][0]}{{{len(opening['fence'])},}} *$")
+        end = next((n for n in range(start, len(lines)) if closing.match(lines[n])), None)
+        if end is None:
+            raise ValueError(f"{where}: the code block is never closed")
+        if language in UNCHECKED_SPELLINGS:
+            raise ValueError(f"{where}: write ```python, not ```{language}, so that the block is executed")
+        if language == "python":
+            skip = NOT_EXECUTED.search(before)
+            if skip is None:
+                program[start:end] = textwrap.dedent("\n".join(lines[start:end])).split("\n") if end > start else []
+            elif not skip["reason"]:
+                raise ValueError(f"{where}: `<!-- not executed: REASON -->` needs a reason")
+        before = ""
+        number = end + 1
+    return "\n".join(program)
+
+
+def run_page(text: str, path: Path, directory: Path) -> None:
+    """Runs the page in `directory`; fails with the traceback, which names the page and the line."""
+    try:
+        program = program_of(text, path.name)
+    except ValueError as error:
+        pytest.fail(str(error), pytrace=False)
+    command = [sys.executable, "-c", RUN, str(path)]
+    done = subprocess.run(command, input=program, cwd=directory, capture_output=True, text=True, timeout=900)
+    if done.returncode != 0:
+        lines = re.findall(rf'File "{re.escape(str(path))}", line (\d+)', done.stderr)
+        place = f"{path}:{lines[-1]}" if lines else str(path)
+        pytest.fail(f"{place}: a code block fails\n\n{done.stderr}", pytrace=False)
+
+
+@pytest.mark.parametrize("page", [pytest.param(p, id=p.relative_to(ROOT).as_posix()) for p in PAGES])
+def test_code_blocks_run(page, tmp_path):
+    run_page(page.read_text(encoding="utf-8"), page, tmp_path)
+
+
+# The runner itself, on pages whose outcome is known.
+
+
+def outcome(text, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(text)
+    run_page(text, page, tmp_path)
+
+
+def test_blocks_of_a_page_share_names_and_may_be_indented(tmp_path):
+    outcome(
+        "```python\nx = 1\n```\n\n=== tab\n\n    ```python title='t'\n    if x:\n        y = x + 1\n    ```\n\n"
+        "```text\nnot code\n```\n\n~~~python\nassert y == 2\n~~~\n\n````md\n```python\nnested\n```\n````\n",
+        tmp_path,
+    )
+
+
+def test_a_failing_block_is_named_by_line(tmp_path):
+    with pytest.raises(pytest.fail.Exception, match=r"page\.md:8: a code block fails\n\n(.|\n)*ZeroDivisionError"):
+        outcome("# Title\n\n```python\nx = 0\n```\n\n```python\n1 / x\n```\n", tmp_path)
+
+
+def test_a_syntax_error_is_named_by_line(tmp_path):
+    with pytest.raises(pytest.fail.Exception, match=r"page\.md:5: a code block fails\n\n(.|\n)*SyntaxError"):
+        outcome("# Title\n\n```python\nx = 0\n>>> x\n```\n", tmp_path)
+
+
+def test_a_block_is_left_out_for_a_reason(tmp_path):
+    outcome("<!-- not executed: needs a GPU -->\n\n```python\n1 / 0\n```\n", tmp_path)
+    with pytest.raises(pytest.fail.Exception, match=r"page\.md:2: .* needs a reason"):
+        outcome("<!-- not executed: -->\n```python\n1 / 0\n```\n", tmp_path)
+
+
+def test_a_reason_holds_for_one_block(tmp_path):
+    with pytest.raises(pytest.fail.Exception, match=r"page\.md:6"):
+        outcome("<!-- not executed: slow -->\n```python\n```\n\n```python\n1 / 0\n```\n", tmp_path)
+
+
+def test_blocks_that_nobody_would_check_are_refused(tmp_path):
+    with pytest.raises(pytest.fail.Exception, match=r"page\.md:1: write ```python, not ```pycon"):
+        outcome("```pycon\n>>> 1\n```\n", tmp_path)
+    with pytest.raises(pytest.fail.Exception, match=r"page\.md:1: .* never closed"):
+        outcome("```python\n1\n", tmp_path)

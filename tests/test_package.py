@@ -1,0 +1,203 @@
+"""The rules of the house that can be read off the source: rooms, one door, no asserts, a light import."""
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "bnbref"
+
+# From the top of the house to the bottom. A name stands for the module and all below it (`bnbref` for __init__.py
+# alone). A module may import from its own row and from the rows below: nothing else, not even inside a function.
+ROOMS = (
+    ("bnbref", "bnbref.__main__", "bnbref.cli", "bnbref.demo"),
+    ("bnbref.integrations",),
+    ("bnbref.conformance",),
+    ("bnbref.nn",),
+    ("bnbref.optim",),
+    ("bnbref.functional",),
+    ("bnbref.checkpoint",),
+    ("bnbref.linear4bit", "bnbref.products"),
+    ("bnbref.fourbit", "bnbref.int8", "bnbref.nested"),
+    ("bnbref.blockwise",),
+    ("bnbref.codebooks",),
+    ("bnbref.fused", "bnbref.lut16"),
+)
+
+HEAVY = ("transformers", "peft", "accelerate", "torch._dynamo", "torch._inductor")
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+SOURCES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+each_module = pytest.mark.parametrize("module", SOURCES)
+
+
+def tree_of(module: str) -> ast.Module:
+    return ast.parse(SOURCES[module].read_text(encoding="utf-8"), str(SOURCES[module]))
+
+
+def room_of(module: str) -> int | None:
+    """The row of the longest name in ROOMS that is the module or a package around it."""
+    best: tuple[int, int] | None = None
+    for row, names in enumerate(ROOMS):
+        for name in names:
+            if module == name or (name != "bnbref" and module.startswith(name + ".")):
+                best = max(best or (0, 0), (len(name), row))
+    return best[1] if best else None
+
+
+def imports_of(module: str, tree: ast.Module, is_package: bool, known: frozenset[str]) -> Iterator[tuple[int, str]]:
+    """(line, module of bnbref) of every import; `from bnbref import x` imports bnbref.x if that is a module."""
+    package = module if is_package else module.rpartition(".")[0]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            targets = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*above, node.module] if node.module else above)
+            targets = [f"{base}.{a.name}" if f"{base}.{a.name}" in known else base for a in node.names]
+        else:
+            continue
+        for target in dict.fromkeys(targets):
+            if target == "bnbref" or target.startswith("bnbref."):
+                yield node.lineno, target
+
+
+def upward_imports(module: str, tree: ast.Module, is_package: bool, known: frozenset[str]) -> list[str]:
+    here = room_of(module)
+    if here is None:
+        return [f"{module} has no room: give it one in ROOMS"]
+    problems = []
+    for line, target in imports_of(module, tree, is_package, known):
+        there = room_of(target)
+        if there is None or there < here:
+            problems.append(f"line {line}: {module} imports {target}, which is not below it")
+    return problems
+
+
+def compile_calls(tree: ast.Module) -> list[int]:
+    """Lines that reach for a compiler: torch.compile, model.compile, `from torch import compile`; not re.compile."""
+    return sorted(
+        node.lineno
+        for node in ast.walk(tree)
+        if (
+            isinstance(node, ast.Attribute)
+            and node.attr == "compile"
+            and not (isinstance(node.value, ast.Name) and node.value.id == "re")
+        )
+        or (
+            isinstance(node, ast.ImportFrom)
+            and (node.module or "").split(".")[0] == "torch"
+            and any(alias.name == "compile" for alias in node.names)
+        )
+    )
+
+
+def test_there_is_a_package():
+    assert "bnbref" in SOURCES
+    assert (PACKAGE / "py.typed").exists()
+
+
+@each_module
+def test_imports_point_downwards(module):
+    is_package = SOURCES[module].name == "__init__.py"
+    assert upward_imports(module, tree_of(module), is_package, frozenset(SOURCES)) == []
+
+
+@each_module
+def test_only_fused_compiles(module):
+    if module != "bnbref.fused":
+        lines = compile_calls(tree_of(module))
+        assert not lines, f"{module}, lines {lines}: go through bnbref.fused, the one door to torch.compile"
+
+
+@each_module
+def test_no_bare_except(module):
+    lines = [n.lineno for n in ast.walk(tree_of(module)) if isinstance(n, ast.ExceptHandler) and n.type is None]
+    assert not lines, f"{module}, lines {lines}: name the exception"
+
+
+@each_module
+def test_no_assert(module):
+    lines = [node.lineno for node in ast.walk(tree_of(module)) if isinstance(node, ast.Assert)]
+    assert not lines, f"{module}, lines {lines}: `python -O` removes asserts; raise ValueError, TypeError, RuntimeError"
+
+
+def test_version_is_the_one_in_pyproject():
+    import bnbref
+
+    written = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert written is not None
+    assert bnbref.__version__ == written[1]
+
+
+def test_public_names_exist():
+    bnbref = importlib.import_module("bnbref")
+    assert len(bnbref.__all__) == len(set(bnbref.__all__))
+    assert [name for name in bnbref.__all__ if not hasattr(bnbref, name)] == []
+
+
+def test_import_is_light():
+    code = f"""
+import sys, bnbref
+print([m for m in sys.modules for heavy in {HEAVY} if m == heavy or m.startswith(heavy + ".")])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]", "importing bnbref also imports these"
+
+
+# The readers of source above, on source whose outcome is known.
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "line"),
+    [
+        ("bnbref.blockwise", "from bnbref.codebooks import NF4", None),
+        ("bnbref.blockwise", "from bnbref.fourbit import pack", 1),
+        ("bnbref.blockwise", "def f():\n    import bnbref.nn.linear", 2),
+        ("bnbref.blockwise", "from . import codebooks, fused", None),
+        ("bnbref.blockwise", "from . import functional", 1),
+        ("bnbref.blockwise", "from bnbref import functional", 1),
+        ("bnbref.blockwise", "from bnbref import __version__", 1),
+        ("bnbref.nn.linear", "from ..fourbit import pack", None),
+        ("bnbref.nn.linear", "from .embedding import Embedding", None),
+        ("bnbref.nn.linear", "from ..conformance import cases", 1),
+        ("bnbref.fourbit", "from bnbref.nested import join", None),
+        ("bnbref.cli", "from bnbref import __version__", None),
+        ("bnbref.fused", "import torch, einops", None),
+    ],
+)
+def test_upward_imports_are_found(module, source, line):
+    known = frozenset(name for row in ROOMS for name in row)
+    found = upward_imports(module, ast.parse(source), False, known)
+    assert [f.split(":")[0] for f in found] == ([] if line is None else [f"line {line}"])
+
+
+def test_a_module_without_a_room_is_found():
+    assert upward_imports("bnbref.attic", ast.parse(""), False, frozenset()) == [
+        "bnbref.attic has no room: give it one in ROOMS"
+    ]
+
+
+def test_compile_calls_are_found():
+    source = [
+        "re.compile('x')",
+        "torch.compile(f)",
+        "model.compile()",
+        "from torch import compile",
+        "compile('1', '', 'eval')",
+    ]
+    assert compile_calls(ast.parse("\n".join(source))) == [2, 3, 4]
+    assert compile_calls(ast.parse("@torch.compile\ndef f(): ...\ntorch.compiler.is_compiling()")) == [1]
