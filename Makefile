@@ -37,7 +37,7 @@ lint: $(VENV)/.with-test $(VENV)/.with-lint  ## ruff check, ruff format --check,
 
 clean:  ## remove everything that make made
 	rm -rf $(VENV) build dist docs/site .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
-	find bnbref tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch first and alone, so that the pin decides which build of it is taken; then bnbref, editable, with one extra.
 %/bin/pip:

@@ -221,4 +221,3 @@ def dequantize(codes: Tensor, absmax: Tensor, values: Tensor, blocksize: int, dt
     scales = in_rows(absmax.float(), 1).view(-1)
     out = dequantize_blocks(blocks, scales, values, dtype=dtype)
     return out.view(-1)[: codes.numel()].view(codes.shape)
-

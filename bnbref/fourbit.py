@@ -104,13 +104,13 @@ def _select(bit: Tensor, upper: Tensor | float, lower: Tensor | float) -> Tensor
     return torch.where(bit, upper, lower)
 
 
-def _choose(bits: Sequence[Tensor], leaves: Sequence[float]) -> Tensor | float:
+def _choose(bits: Sequence[Tensor], leaves: Sequence[float], like: Tensor) -> Tensor:
     """The leaf that the bits, most significant first, number."""
     row: list[Tensor | float] = list(leaves)
     for bit in bits:
         half = len(row) // 2
         row = [_select(bit, row[half + i], row[i]) for i in range(half)]
-    return row[0]
+    return row[0] if isinstance(row[0], Tensor) else torch.full((), row[0], dtype=torch.float32, device=like.device)
 
 
 def _code_by_tree(scaled: Tensor, codebook: Codebook) -> Tensor:
@@ -123,15 +123,11 @@ def _code_by_tree(scaled: Tensor, codebook: Codebook) -> Tensor:
     bits: list[Tensor] = []
     for level in range(depth):
         stride = size >> level
-        bits.append(x > _choose(bits, thresholds[stride // 2 - 1 :: stride]))
-    ranks = range(size) if codebook.order is None else [*codebook.order, *(0,) * (size - len(codebook.order))]
-    if codebook.order is None:
-        code = sum((_select(bit, float(size >> i + 1), 0.0) for i, bit in enumerate(bits)), start=torch.zeros_like(x))
-    else:
-        code = _choose(bits, [float(r) for r in ranks])
+        bits.append(x > _choose(bits, thresholds[stride // 2 - 1 :: stride], x))
+    order = range(size) if codebook.order is None else codebook.order
+    code = _choose(bits, [float(code) for code in order], x)
     if codebook.sign_bit:
         code = code + _select(scaled < 0, float(len(codebook.values) // 2), 0.0)
-    assert isinstance(code, Tensor)
     return code
 
 
@@ -235,7 +231,5 @@ def dequantize(
         )
     blocks = row_blocks(blocksize)
     rows = in_rows(codes, blocks * blocksize // 2)
-    out = dequantize_rows(
-        rows, in_rows(absmax.float(), blocks), blocksize=blocksize, codebook=codebook, dtype=dtype
-    )
+    out = dequantize_rows(rows, in_rows(absmax.float(), blocks), blocksize=blocksize, codebook=codebook, dtype=dtype)
     return out.view(-1)[:n].view(torch.Size(shape))

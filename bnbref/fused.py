@@ -98,7 +98,7 @@ def _warn_once(device_type: str, reason: str) -> None:
     )
 
 
-def _can_compile(tensors: tuple[Any, ...]) -> bool:
+def _can_compile(tensors: list[Tensor | None]) -> bool:
     if not compile_enabled() or _get_current_dispatch_mode() is not None:
         return False
     device_type = next(t.device.type for t in tensors if t is not None)
@@ -140,23 +140,21 @@ class Kernel(Generic[P, R]):
         with torch.no_grad():
             if torch.compiler.is_compiling():
                 return self.body(*args, **kwargs)
-            if not _can_compile(args):
+            # Fresh aliases: Dynamo's mark of a dynamic size stays on the tensor that bears it, which is the caller's.
+            tensors = [t.detach() if isinstance(t, Tensor) else None for t in args]
+            if not _can_compile(tensors):
                 return self.definition(*args, **kwargs)
-            # None, a dtype or a constant each makes its own variant; sizes do not.
-            key = (
-                next(t.device.type for t in args if t is not None),  # type: ignore[attr-defined]
-                tuple(None if t is None else t.dtype for t in args),  # type: ignore[attr-defined]
-                tuple(kwargs.items()),
-            )
+            device_type = next(t.device.type for t in tensors if t is not None)
+            key = (device_type, *(None if t is None else t.dtype for t in tensors), *kwargs.items())
             variant = self.variants.get(key)
             if variant is None:
-                variant = self.variants[key] = self._compile(key[0], kwargs)
-            for tensor, dims in zip(args, self._dynamic, strict=False):
-                for dim in dims if isinstance(tensor, Tensor) else ():
+                variant = self.variants[key] = self._compile(device_type, kwargs)
+            for tensor, dims in zip(tensors, self._dynamic, strict=False):
+                for dim in dims if tensor is not None else ():
                     # Dynamo always specialises sizes 0 and 1.
                     if tensor.shape[dim] > 1:
                         torch._dynamo.mark_dynamic(tensor, dim)
-            return variant(*args)
+            return variant(*tensors)
 
     def _compile(self, device_type: str, constants: Mapping[str, Any]) -> Callable[..., R]:
         options: dict[str, Any]
@@ -173,7 +171,7 @@ class Kernel(Generic[P, R]):
         body = self.body
 
         def call(*tensors: Any) -> R:
-            return body(*tensors, **constants)  # type: ignore[call-arg]
+            return body(*tensors, **constants)
 
         # Dynamo counts recompilations per code object and gives up at eight: each variant gets a code object of its own.
         code = call.__code__.replace(co_name=self.name)

@@ -17,9 +17,13 @@ from bnbref.fused import fused
 # Below this 127 / absmax is no float32 any more; such a row is stored as a row of zeros.
 SMALLEST_ABSMAX = 2.0**-121
 RECIPROCAL_127 = 0.007874015718698502  # RN(1 / 127)
-RECIPROCAL_127_SQUARED = 6.200012285262346e-05  # RN(1 / 16129); bitsandbytes' default backend has a typo in its fifth digit
+RECIPROCAL_127_SQUARED = (
+    6.200012285262346e-05  # RN(1 / 16129); bitsandbytes' default backend has a typo in its fifth digit
+)
 # Any sum of 1024 products of int8 is at most 1024 * 128 * 128 = 2^24: exact in float32, in any order, fused or not.
 EXACT_IN_FLOAT32 = 1024
+# Without VNNI, oneDNN adds pairs of products in 16 bits and saturates.
+_CPU_PRODUCT_IS_EXACT = torch.cpu._is_vnni_supported()
 
 
 @fused(dynamic={"rows": (0, 1)})
@@ -117,7 +121,7 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
     rows = a.reshape(-1, a.shape[-1])
     if rows.numel() == 0 or b.numel() == 0:
         product = torch.zeros(rows.shape[0], b.shape[0], dtype=torch.int32, device=a.device)
-    elif a.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512":
+    elif a.device.type == "cpu" and _CPU_PRODUCT_IS_EXACT:
         product = torch._int_mm(rows, b.t())
     elif a.device.type == "cuda":
         product = _multiply_on_cuda(rows, b)

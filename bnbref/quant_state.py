@@ -3,14 +3,16 @@
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from bnbref import blockwise, nested
-from bnbref.blockwise import FLOATS, block_count
+from bnbref import nested
+from bnbref.blockwise import block_count
 from bnbref.codebooks import FOUR_BIT, Codebook, dynamic, four_bit, value_table
+
+T = TypeVar("T")
 
 BLOB = "quant_state.bitsandbytes__"
 """Key of the JSON blob, followed by the quant_type."""
@@ -83,9 +85,8 @@ class QuantState:
         """The scales as float32 `[blocks]`, reconstructed where they are nested.  Exact."""
         if self.state2 is None:
             return self.absmax.float()
-        state2 = self.state2
-        assert self.offset is not None and state2.code is not None and state2.blocksize is not None
-        return nested.dequantize(self.absmax, state2.absmax, state2.code, self.offset, state2.blocksize)
+        code, blocksize = present(self.state2.code, "state2.code"), present(self.state2.blocksize, "state2.blocksize")
+        return nested.dequantize(self.absmax, self.state2.absmax, code, present(self.offset, "offset"), blocksize)
 
     def tensors(self) -> list[Tensor]:
         """Every tensor of the state."""
@@ -134,14 +135,13 @@ class QuantState:
             "shape": None if self.shape is None else tuple(self.shape),
         }
         if self.state2 is not None:
-            assert self.offset is not None and self.state2.code is not None
             full |= {
                 "nested_absmax": self.state2.absmax,
                 "nested_blocksize": self.state2.blocksize,
                 # The map is one tensor for every layer; safetensors would refuse the shared memory.
-                "nested_quant_map": self.state2.code.clone(),
+                "nested_quant_map": present(self.state2.code, "state2.code").clone(),
                 "nested_dtype": _dtype_name(self.state2.dtype),
-                "nested_offset": self.offset.item(),
+                "nested_offset": present(self.offset, "offset").item(),
             }
         if not packed or self.quant_type is None:
             return full
@@ -213,10 +213,11 @@ def nested_state(absmax: Tensor) -> tuple[Tensor, Tensor, QuantState]:
     return codes, offset, state2
 
 
-def dequantize_blockwise(codes: Tensor, state: QuantState) -> Tensor:
-    """Undo an 8-bit blockwise quantization.  Exact."""
-    assert state.code is not None and state.blocksize is not None and state.dtype in FLOATS
-    return blockwise.dequantize(codes, state.scales(), state.code, state.blocksize, state.dtype)
+def present(value: T | None, name: str) -> T:
+    """The value of a field of a QuantState that this operation cannot do without."""
+    if value is None:
+        raise ValueError(f"this operation needs the quant state's {name}, which is None")
+    return value
 
 
 def _unpack(qs_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -230,7 +231,9 @@ def _unpack(qs_dict: Mapping[str, Any]) -> dict[str, Any]:
         )
     blob = qs_dict[blobs[0]]
     if blob.dtype != torch.uint8 or blob.dim() != 1 or blob.numel() > 65536:
-        raise ValueError(f"{blobs[0]} must be one-dimensional uint8 of a few bytes, got {blob.dtype} {tuple(blob.shape)}")
+        raise ValueError(
+            f"{blobs[0]} must be one-dimensional uint8 of a few bytes, got {blob.dtype} {tuple(blob.shape)}"
+        )
     try:
         rest = json.loads(bytes(blob.cpu().tolist()).decode("utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:

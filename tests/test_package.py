@@ -24,7 +24,7 @@ ROOMS = (
     ("bnbref.functional",),
     ("bnbref.checkpoint",),
     ("bnbref.linear4bit", "bnbref.products"),
-    ("bnbref.fourbit", "bnbref.int8", "bnbref.nested"),
+    ("bnbref.fourbit", "bnbref.int8", "bnbref.nested", "bnbref.quant_state"),
     ("bnbref.blockwise",),
     ("bnbref.codebooks",),
     ("bnbref.fused", "bnbref.lut16"),

@@ -362,7 +362,7 @@ def sample(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: 
     """The prompt and a continuation."""
     torch.manual_seed(seed)
     ids = encode(tokenizer, prompt)[None].to(model.device)
-    output = model.generate(ids, max_new_tokens=120, do_sample=True, temperature=0.7, top_k=40)
+    output = model.generate(ids, max_new_tokens=90, do_sample=True, temperature=0.7, top_k=40, repetition_penalty=1.15)
     return str(tokenizer.decode(output[0], skip_special_tokens=True))
 
 
@@ -387,7 +387,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     training.add_argument("--batch", type=int, default=32, help=f"windows of {CONTEXT} tokens in a step")
     training.add_argument("--lr", type=float, default=2e-3)
     training.add_argument("--weight-decay", type=float, default=0.1)
-    training.add_argument("--dropout", type=float, default=0.1)
+    training.add_argument("--dropout", type=float, default=0.2)
     training.add_argument("--average", type=float, default=0.995, help="decay of the average of the weights")
     training.add_argument("--evaluate-every", type=int, default=200)
     training.add_argument(

@@ -1,0 +1,390 @@
+"""bitsandbytes' functional names and signatures, thin, over the rooms below.
+
+Blocksizes are any positive integer and shapes any shape; where bitsandbytes takes `out=` or a tensor for the scales, so do
+these. Numerics are the reference dialect's: see each room.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bnbref import blockwise, codebooks, fourbit, int8
+from bnbref.codebooks import Codebook, dynamic, four_bit, value_table
+from bnbref.linear4bit import dequantize as _dequantize_weight
+from bnbref.quant_state import QuantState, nested_state, present
+
+__all__ = [
+    "QuantState",
+    "create_dynamic_map",
+    "create_fp8_map",
+    "create_linear_map",
+    "create_normal_map",
+    "dequantize_4bit",
+    "dequantize_blockwise",
+    "dequantize_fp4",
+    "dequantize_nf4",
+    "gemv_4bit",
+    "get_4bit_type",
+    "int8_double_quant",
+    "int8_linear_matmul",
+    "int8_mm_dequant",
+    "int8_vectorwise_dequant",
+    "int8_vectorwise_quant",
+    "quantize_4bit",
+    "quantize_blockwise",
+    "quantize_fp4",
+    "quantize_nf4",
+]
+
+# ---- maps -----------------------------------------------------------------------------------------------------------
+
+
+def _map_of_256(values: Sequence[float]) -> Tensor:
+    return torch.tensor(sorted([*values, *(0.0,) * (256 - len(values))]), dtype=torch.float32, device="cpu")
+
+
+def create_dynamic_map(signed: bool = True, max_exponent_bits: int = 7, total_bits: int = 8) -> Tensor:
+    """The values of `codebooks.dynamic`, float32 `[256]`, padded by zeros and sorted.  Exact.
+
+    >>> create_dynamic_map()[126:129]
+    tensor([-5.5000e-07,  0.0000e+00,  5.5000e-07])
+    """
+    return _map_of_256(dynamic(signed, max_exponent_bits, total_bits).values)
+
+
+def create_linear_map(signed: bool = True, total_bits: int = 8, add_zero: bool = True) -> Tensor:
+    """`torch.linspace` from -1 or 0 to 1, float32 `[256]`, the missing codes zero in the middle.  Exact.
+
+    >>> create_linear_map(signed=False)[:2]
+    tensor([0.0000, 0.0039])
+    """
+    spend = signed and (add_zero or total_bits < 8)
+    values = torch.linspace(-float(signed), 1.0, 2**total_bits - spend, dtype=torch.float32, device="cpu")
+    half = values.numel() // 2
+    return torch.cat([values[:half], values.new_zeros(256 - values.numel()), values[half:]])
+
+
+def create_fp8_map(signed: bool = True, exponent_bits: int = 5, precision_bits: int = 2, total_bits: int = 8) -> Tensor:
+    """The values of `codebooks.fp8`, float32 `[256]`, padded by zeros and sorted.  Exact.
+
+    >>> create_fp8_map(True, 4, 3)[-1]
+    tensor(1.)
+    """
+    if exponent_bits + precision_bits + signed != total_bits:
+        raise ValueError(
+            f"total_bits must be exponent_bits + precision_bits + sign = {exponent_bits + precision_bits + signed}, "
+            f"got {total_bits}"
+        )
+    return _map_of_256(codebooks.fp8(signed, exponent_bits, precision_bits).values)
+
+
+def create_normal_map(offset: float = 0.9677083, use_extra_value: bool = True) -> Tensor:
+    """The values of `codebooks.normal`, float32 `[256]`, padded by zeros and sorted.  Exact.
+
+    >>> create_normal_map()[[0, -1]]
+    tensor([-1.,  1.])
+    """
+    return _map_of_256(codebooks.normal(offset, use_extra_value).values)
+
+
+def get_4bit_type(typename: str, device: torch.device | str | None = None, blocksize: int = 64) -> Tensor:
+    """The sixteen values of a 4-bit type by code, float32, on `device` (CPU by default).  Exact.
+
+    >>> get_4bit_type("fp4")[3]
+    tensor(1.)
+    """
+    if typename == "af4" and blocksize != 64:
+        raise ValueError(f"af4 is defined for blocksize 64, got {blocksize}")
+    return value_table(four_bit(typename), torch.device(device or "cpu")).clone()
+
+
+@functools.cache
+def _codebook_of(values: tuple[float, ...]) -> Codebook:
+    return Codebook.nearest("code", values, ties="even")
+
+
+def _eight_bit(code: Tensor | None) -> Codebook:
+    return dynamic() if code is None else _codebook_of(tuple(code.detach().float().tolist()))
+
+
+def _pad_to_256(code: Tensor) -> Tensor:
+    code = code.detach().float().reshape(-1)
+    if not 2 <= code.numel() <= 256:
+        raise ValueError(f"code must have 2 to 256 values, got {code.numel()}")
+    return F.pad(code, (0, 256 - code.numel()))
+
+
+# ---- eight bits, blockwise ------------------------------------------------------------------------------------------
+
+
+def quantize_blockwise(
+    A: Tensor,
+    code: Tensor | None = None,
+    absmax: Tensor | None = None,
+    out: Tensor | None = None,
+    blocksize: int = 4096,
+    nested: bool = False,
+) -> tuple[Tensor, QuantState]:
+    """Blockwise 8-bit quantization of a tensor: `blockwise.quantize`.  Exact.
+
+    A: float32, float16 or bfloat16 of any shape. code: sorted values, 2 to 256, dynamic signed by default; nearest value by
+    the float32 midpoint, a tie to the even code. nested: quantize the scales too, less their mean, with the same blocksize.
+    Returns uint8 codes shaped like A and their QuantState. out and absmax receive the results if given.
+
+    >>> codes, state = quantize_blockwise(torch.tensor([0.0, -2.0, 1.0]))
+    >>> codes, state.absmax
+    (tensor([127,   0, 219], dtype=torch.uint8), tensor([2.]))
+    """
+    codes, scales = blockwise.quantize(A, _eight_bit(code), blocksize)
+    values = value_table(dynamic(), A.device) if code is None else _pad_to_256(code).to(A.device)
+    offset = state2 = None
+    if nested:
+        offset = scales.mean() if scales.numel() else scales.new_zeros(())
+        inner, inner_scales = blockwise.quantize(scales - offset, dynamic(), blocksize)
+        state2 = QuantState(
+            inner_scales, code=value_table(dynamic(), A.device), blocksize=blocksize, dtype=torch.float32
+        )
+        scales = inner
+    if absmax is not None:
+        scales = absmax.copy_(scales)
+    state = QuantState(scales, code=values, blocksize=blocksize, dtype=A.dtype, offset=offset, state2=state2)
+    return codes if out is None else out.copy_(codes), state
+
+
+def dequantize_blockwise(
+    A: Tensor,
+    quant_state: QuantState | None = None,
+    absmax: Tensor | None = None,
+    code: Tensor | None = None,
+    out: Tensor | None = None,
+    blocksize: int = 4096,
+    nested: bool = False,
+) -> Tensor:
+    """Undo `quantize_blockwise`: `dtype(fl(values[code] * absmax))`.  Exact.
+
+    Either quant_state, or absmax with code and blocksize; the dtype is the state's, float32 without one.
+
+    >>> dequantize_blockwise(*quantize_blockwise(torch.tensor([0.0, -2.0, 2.0])))
+    tensor([ 0.0000, -1.9859,  2.0000])
+    """
+    if quant_state is None:
+        if absmax is None:
+            raise ValueError("dequantize_blockwise needs quant_state or absmax, got neither")
+        values = value_table(dynamic(), A.device) if code is None else code
+        quant_state = QuantState(absmax, code=values, blocksize=blocksize, dtype=torch.float32)
+    values = _pad_to_256(present(quant_state.code, "code")).to(A.device)
+    dtype, blocksize = present(quant_state.dtype, "dtype"), present(quant_state.blocksize, "blocksize")
+    result = blockwise.dequantize(A, quant_state.scales(), values, blocksize, dtype)
+    return result if out is None else out.copy_(result)
+
+
+# ---- four bits ------------------------------------------------------------------------------------------------------
+
+
+def quantize_4bit(
+    A: Tensor,
+    absmax: Tensor | None = None,
+    out: Tensor | None = None,
+    blocksize: int | None = None,
+    compress_statistics: bool = False,
+    quant_type: str | Codebook = "fp4",
+    quant_storage: torch.dtype = torch.uint8,
+) -> tuple[Tensor, QuantState]:
+    """Blockwise 4-bit quantization of a tensor: `fourbit.quantize`, with double quantization: `nested.quantize`.  Exact.
+
+    A: float32, float16 or bfloat16 of any shape. blocksize: 64 by default. quant_type: "nf4", "fp4", "af4", "int4" or a
+    Codebook of at most 16 values. Returns the packed codes `[bytes / itemsize, 1]` of quant_storage and their QuantState.
+
+    >>> packed, state = quantize_4bit(torch.tensor([1.0, -1.0, 0.0, 0.5]), quant_type="nf4")
+    >>> [f"{byte:02x}" for byte in packed.flatten().tolist()], state.absmax
+    (['f0', '7c'], tensor([1.]))
+    """
+    blocksize = 64 if blocksize is None else blocksize
+    book = four_bit(quant_type)
+    packed, scales = fourbit.quantize(A, book, blocksize, quant_storage)
+    offset = state2 = None
+    if compress_statistics:
+        scales, offset, state2 = nested_state(scales)
+    if absmax is not None:
+        scales = absmax.copy_(scales)
+    state = QuantState(
+        scales,
+        shape=A.shape,
+        code=value_table(book, A.device),
+        blocksize=blocksize,
+        quant_type=book.name,
+        dtype=A.dtype,
+        offset=offset,
+        state2=state2,
+    )
+    return packed if out is None else out.copy_(packed), state
+
+
+def dequantize_4bit(
+    A: Tensor,
+    quant_state: QuantState | None = None,
+    absmax: Tensor | None = None,
+    out: Tensor | None = None,
+    blocksize: int | None = None,
+    quant_type: str = "fp4",
+) -> Tensor:
+    """Undo `quantize_4bit`: `dtype(fl(values[code] * absmax))` in the original shape and dtype.  Exact.
+
+    Either quant_state, or absmax and out, whose shape and dtype are then the result's. A packed weight that is given as a
+    row `[1, bytes]` returns the transpose, as in bitsandbytes.
+
+    >>> dequantize_4bit(*quantize_4bit(torch.tensor([1.0, -1.0, 0.0, 0.5]), quant_type="nf4"))
+    tensor([ 1.0000, -1.0000,  0.0000,  0.4407])
+    """
+    if quant_state is None:
+        if absmax is None or out is None:
+            raise ValueError("dequantize_4bit needs quant_state, or absmax and out, got neither")
+        blocksize = 64 if blocksize is None else blocksize
+        quant_state = QuantState(absmax, shape=out.shape, blocksize=blocksize, quant_type=quant_type, dtype=out.dtype)
+    result = _dequantize_weight(A, quant_state, present(quant_state.dtype, "dtype"))
+    if out is not None:
+        result = out.copy_(result)
+    return result.t() if A.dim() == 2 and A.shape[0] == 1 and A.shape[1] > 1 else result
+
+
+def quantize_fp4(
+    A: Tensor,
+    absmax: Tensor | None = None,
+    out: Tensor | None = None,
+    blocksize: int | None = None,
+    compress_statistics: bool = False,
+    quant_storage: torch.dtype = torch.uint8,
+) -> tuple[Tensor, QuantState]:
+    """`quantize_4bit` with quant_type "fp4"."""
+    return quantize_4bit(A, absmax, out, blocksize, compress_statistics, "fp4", quant_storage)
+
+
+def quantize_nf4(
+    A: Tensor,
+    absmax: Tensor | None = None,
+    out: Tensor | None = None,
+    blocksize: int | None = None,
+    compress_statistics: bool = False,
+    quant_storage: torch.dtype = torch.uint8,
+) -> tuple[Tensor, QuantState]:
+    """`quantize_4bit` with quant_type "nf4"."""
+    return quantize_4bit(A, absmax, out, blocksize, compress_statistics, "nf4", quant_storage)
+
+
+def dequantize_fp4(
+    A: Tensor,
+    quant_state: QuantState | None = None,
+    absmax: Tensor | None = None,
+    out: Tensor | None = None,
+    blocksize: int | None = None,
+) -> Tensor:
+    """`dequantize_4bit` with quant_type "fp4"."""
+    return dequantize_4bit(A, quant_state, absmax, out, blocksize, "fp4")
+
+
+def dequantize_nf4(
+    A: Tensor,
+    quant_state: QuantState | None = None,
+    absmax: Tensor | None = None,
+    out: Tensor | None = None,
+    blocksize: int | None = None,
+) -> Tensor:
+    """`dequantize_4bit` with quant_type "nf4"."""
+    return dequantize_4bit(A, quant_state, absmax, out, blocksize, "nf4")
+
+
+def gemv_4bit(
+    A: Tensor,
+    B: Tensor,
+    out: Tensor | None = None,
+    transposed_A: bool = False,
+    transposed_B: bool = False,
+    state: QuantState | None = None,
+) -> Tensor:
+    """`A @ W^T` for a packed 4-bit weight, any number of rows. Bounded: see `bnbref.matmul_4bit`.
+
+    >>> packed, state = quantize_4bit(torch.eye(2), quant_type="nf4")
+    >>> gemv_4bit(torch.tensor([[2.0, 3.0]]), packed.t(), state=state)
+    tensor([[2., 3.]])
+    """
+    if state is None:
+        raise ValueError("state is required: it holds the scales and the shape of B")
+    if transposed_A or transposed_B:
+        raise ValueError(
+            "transposed_A and transposed_B must be False: B is a weight [n, k] and multiplies from the right"
+        )
+    result = F.linear(A, _dequantize_weight(B, state, A.dtype))
+    return result if out is None else out.copy_(result)
+
+
+# ---- int8 -----------------------------------------------------------------------------------------------------------
+
+
+def int8_vectorwise_quant(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Row-wise int8: `int8.quantize`, with the outlier columns as int64 indices, None where threshold is 0.  Exact.
+
+    >>> int8_vectorwise_quant(torch.tensor([[1.0, -0.5, 7.0]]), threshold=6.0)
+    (tensor([[127, -64,   0]], dtype=torch.int8), tensor([1.]), tensor([2]))
+    """
+    codes, absmax, columns = int8.quantize(A, threshold)
+    return codes, absmax, None if columns is None else columns.nonzero().view(-1)
+
+
+def int8_vectorwise_dequant(A: Tensor, stats: Tensor) -> Tensor:
+    """`fl(fl(A * stats) * RN(1 / 127))`, float32: `int8.dequantize`. stats: `[rows]` or `[rows, 1]`.  Exact."""
+    return int8.dequantize(A, stats.reshape(-1))
+
+
+def int8_double_quant(
+    A: Tensor,
+    col_stats: Tensor | None = None,
+    row_stats: Tensor | None = None,
+    out_col: Tensor | None = None,
+    out_row: Tensor | None = None,
+    threshold: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Int8 by rows and by columns of `[rows, columns]`: codes and codes, row absmax and column absmax, outlier columns.  Exact.
+
+    Elements of a magnitude >= threshold are left out of both. The codes by columns have A's layout.
+
+    >>> [t.tolist() for t in int8_double_quant(torch.tensor([[1.0, -4.0], [0.5, 2.0]]))[:4]]
+    [[[32, -127], [32, 127]], [[127, -127], [64, 64]], [4.0, 2.0], [1.0, 4.0]]
+    """
+    for name, value in (("col_stats", col_stats), ("row_stats", row_stats), ("out_col", out_col), ("out_row", out_row)):
+        if value is not None:
+            raise ValueError(f"{name} must be None: results are returned, not written into tensors of the caller")
+    rows = int8_vectorwise_quant(A, threshold)
+    kept = torch.where(A.abs() >= threshold, 0, A) if threshold > 0 else A
+    by_column, column_absmax, _ = int8.quantize(kept.t())
+    return rows[0], by_column.t().contiguous(), rows[1], column_absmax, rows[2]
+
+
+def int8_linear_matmul(A: Tensor, B: Tensor, out: Tensor | None = None, dtype: torch.dtype = torch.int32) -> Tensor:
+    """The int32 product `A @ B^T` of int8 tensors: `int8.multiply`.  Exact."""
+    if dtype != torch.int32:
+        raise ValueError(f"dtype must be torch.int32, got {dtype}")
+    product = int8.multiply(A, B)
+    return product if out is None else out.copy_(product)
+
+
+def int8_mm_dequant(
+    A: Tensor, row_stats: Tensor, col_stats: Tensor, out: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """float16 of an int32 product: `int8.dequantize_int8_product`, in A's shape.  Exact.
+
+    >>> int8_mm_dequant(torch.tensor([[16129]], dtype=torch.int32), torch.tensor([2.0]), torch.tensor([3.0]))
+    tensor([[6.]], dtype=torch.float16)
+    """
+    if A.dtype != torch.int32:
+        raise ValueError(f"A must be int32, got {A.dtype}")
+    for name, stats in (("row_stats", row_stats), ("col_stats", col_stats)):
+        if stats.dtype != torch.float32:
+            raise ValueError(f"{name} must be float32, got {stats.dtype}")
+    flat = A.reshape(-1, A.shape[-1])
+    result = int8.dequantize_int8_product(
+        flat, row_stats.reshape(-1), col_stats.reshape(-1), bias, None, dtype=torch.float16
+    ).view(A.shape)
+    return result if out is None else out.copy_(result)
