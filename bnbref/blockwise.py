@@ -34,11 +34,13 @@ def in_rows(x: Tensor, width: int) -> Tensor:
     tensor([[1., 1.],
             [1., 0.]])
     """
-    flat = x.detach().reshape(-1)
+    flat = x.detach().reshape(-1).contiguous()
     n = flat.numel()
     rows = max(-(-n // width), 2)
     if rows * width != n:
         flat = F.pad(flat, (0, rows * width - n))
+    elif not torch.compiler.is_compiling() and flat.storage_offset() * flat.itemsize % 8 != 0:
+        flat = flat.clone()  # kernels read 64-bit words, and a slice may begin inside one (Dynamo knows no offsets)
     return flat.view(rows, width)
 
 

@@ -94,6 +94,7 @@ class Codebook:
         if ties == "even":
             upper_is_even = torch.arange(middle.numel(), device="cpu") % 2 == 1
             middle = torch.where(upper_is_even, middle.nextafter(_float32(-math.inf)), middle)
+            middle = middle.cummax(0).values  # equal values (the zeros that pad a map of few bits) leave no room below
         elif ties != "lower":
             raise ValueError(f"ties must be 'lower' or 'even', got {ties!r}")
         return cls(name, tuple(table.tolist()), tuple(middle.tolist()), source=source)
@@ -254,6 +255,14 @@ def dynamic(signed: bool = True, max_exponent_bits: int = 7, total_bits: int = 8
         extend(max_exponent_bits - 1, 2**fraction_bits)
     sign = "signed" if signed else "unsigned"
     return Codebook.nearest(f"dynamic-{sign}-{max_exponent_bits}-{total_bits}", sorted(values), "even", "1511.04561")
+
+
+DYNAMIC = dynamic()
+"""The 8-bit codebook of signed states, of nested scales and of `quantize_blockwise` by default."""
+
+DYNAMIC_UNSIGNED = dynamic(signed=False)
+"""The 8-bit codebook of states that are never negative."""
+# Constants, because code that Dynamo or a fake mode traces can read a table but not make one.
 
 
 @functools.cache

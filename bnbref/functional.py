@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bnbref import blockwise, codebooks, fourbit, int8
-from bnbref.codebooks import Codebook, dynamic, four_bit, value_table
+from bnbref.codebooks import DYNAMIC, FOUR_BIT, Codebook, dynamic, four_bit, value_table
 from bnbref.linear4bit import dequantize as _dequantize_weight
 from bnbref.quant_state import QuantState, nested_state, present
 
@@ -107,7 +107,7 @@ def _codebook_of(values: tuple[float, ...]) -> Codebook:
 
 
 def _eight_bit(code: Tensor | None) -> Codebook:
-    return dynamic() if code is None else _codebook_of(tuple(code.detach().float().tolist()))
+    return DYNAMIC if code is None else _codebook_of(tuple(code.detach().float().tolist()))
 
 
 def _pad_to_256(code: Tensor) -> Tensor:
@@ -139,14 +139,12 @@ def quantize_blockwise(
     (tensor([127,   0, 219], dtype=torch.uint8), tensor([2.]))
     """
     codes, scales = blockwise.quantize(A, _eight_bit(code), blocksize)
-    values = value_table(dynamic(), A.device) if code is None else _pad_to_256(code).to(A.device)
+    values = value_table(DYNAMIC, A.device) if code is None else _pad_to_256(code).to(A.device)
     offset = state2 = None
     if nested:
         offset = scales.mean() if scales.numel() else scales.new_zeros(())
-        inner, inner_scales = blockwise.quantize(scales - offset, dynamic(), blocksize)
-        state2 = QuantState(
-            inner_scales, code=value_table(dynamic(), A.device), blocksize=blocksize, dtype=torch.float32
-        )
+        inner, inner_scales = blockwise.quantize(scales - offset, DYNAMIC, blocksize)
+        state2 = QuantState(inner_scales, code=value_table(DYNAMIC, A.device), blocksize=blocksize, dtype=torch.float32)
         scales = inner
     if absmax is not None:
         scales = absmax.copy_(scales)
@@ -173,7 +171,7 @@ def dequantize_blockwise(
     if quant_state is None:
         if absmax is None:
             raise ValueError("dequantize_blockwise needs quant_state or absmax, got neither")
-        values = value_table(dynamic(), A.device) if code is None else code
+        values = value_table(DYNAMIC, A.device) if code is None else code
         quant_state = QuantState(absmax, code=values, blocksize=blocksize, dtype=torch.float32)
     values = _pad_to_256(present(quant_state.code, "code")).to(A.device)
     dtype, blocksize = present(quant_state.dtype, "dtype"), present(quant_state.blocksize, "blocksize")
@@ -215,7 +213,7 @@ def quantize_4bit(
         shape=A.shape,
         code=value_table(book, A.device),
         blocksize=blocksize,
-        quant_type=book.name,
+        quant_type=book.name if FOUR_BIT.get(book.name) == book else book,
         dtype=A.dtype,
         offset=offset,
         state2=state2,
@@ -383,8 +381,7 @@ def int8_mm_dequant(
     for name, stats in (("row_stats", row_stats), ("col_stats", col_stats)):
         if stats.dtype != torch.float32:
             raise ValueError(f"{name} must be float32, got {stats.dtype}")
-    flat = A.reshape(-1, A.shape[-1])
     result = int8.dequantize_int8_product(
-        flat, row_stats.reshape(-1), col_stats.reshape(-1), bias, None, dtype=torch.float16
+        int8.in_rows(A), row_stats.reshape(-1), col_stats.reshape(-1), bias, None, dtype=torch.float16
     ).view(A.shape)
     return result if out is None else out.copy_(result)

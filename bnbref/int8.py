@@ -68,6 +68,11 @@ def dequantize_int8_rows(codes: Tensor, absmax: Tensor, *, dtype: torch.dtype) -
     return (codes.float() * rearrange(absmax, "r -> r 1") * RECIPROCAL_127).to(dtype)
 
 
+def in_rows(x: Tensor) -> Tensor:
+    """`[..., columns]` -> `[rows, columns]`, also where one of the two is 0."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
 def quantize(x: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
     """Row-wise int8 of a tensor `[..., columns]`, its rows' absmax, and which columns hold an outlier.  Exact.
 
@@ -89,8 +94,7 @@ def quantize(x: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor 
         empty = torch.zeros(x.shape[-1], dtype=torch.bool, device=x.device)
         rows = x.shape[:-1].numel()
         return x.to(torch.int8), x.new_zeros(rows, dtype=torch.float32), empty if threshold > 0 else None
-    rows_2d = x.detach().reshape(-1, x.shape[-1])
-    codes, absmax, columns = quantize_int8_rows(rows_2d, threshold=float(threshold))
+    codes, absmax, columns = quantize_int8_rows(in_rows(x.detach()), threshold=float(threshold))
     return codes.view(x.shape), absmax, columns if threshold > 0 else None
 
 
@@ -118,7 +122,7 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
         raise ValueError(f"a and b must be int8, got {a.dtype} and {b.dtype}")
     if b.dim() != 2 or a.dim() < 1 or a.shape[-1] != b.shape[1]:
         raise ValueError(f"a must be [..., k] and b [n, k], got {tuple(a.shape)} and {tuple(b.shape)}")
-    rows = a.reshape(-1, a.shape[-1])
+    rows = in_rows(a)
     if rows.numel() == 0 or b.numel() == 0:
         product = torch.zeros(rows.shape[0], b.shape[0], dtype=torch.int32, device=a.device)
     elif a.device.type == "cpu" and _CPU_PRODUCT_IS_EXACT:

@@ -48,7 +48,7 @@ def _outlier_product(a: Tensor, columns: Tensor, codes: Tensor, absmax: Tensor) 
 
 def product(a: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
     """`A @ W^T + bias` for `A [..., k]` and an int8 weight `[n, k]` with absmax `[n]`: see the head of this file."""
-    rows = a.reshape(-1, a.shape[-1])
+    rows = int8.in_rows(a)
     q, row_absmax, columns = int8.quantize(rows, threshold)
     outliers = None if columns is None else _outlier_product(rows, columns, codes, absmax)
     y = int8.dequantize_int8_product(int8.multiply(q, codes), row_absmax, absmax, bias, outliers, dtype=a.dtype)
@@ -71,11 +71,11 @@ class _MatMul8bit(torch.autograd.Function):
         (grad,) = grads
         codes, absmax, a = ctx.saved_tensors
         grad_a = grad_weight = grad_bias = None
-        rows = grad.reshape(-1, grad.shape[-1])
+        rows = int8.in_rows(grad)
         if ctx.needs_input_grad[0]:
             grad_a = grad @ int8.dequantize(codes, absmax, grad.dtype)
         if ctx.needs_input_grad[1]:
-            grad_weight = rows.t() @ a.reshape(-1, a.shape[-1])
+            grad_weight = rows.t() @ int8.in_rows(a)
         if ctx.needs_input_grad[4]:
             grad_bias = rows.sum(0)
         return grad_a, grad_weight, None, None, grad_bias, None

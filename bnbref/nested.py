@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bnbref import blockwise
 from bnbref.blockwise import block_count, in_rows
-from bnbref.codebooks import dynamic
+from bnbref.codebooks import DYNAMIC
 from bnbref.fused import fused
 
 BLOCKSIZE = 256
@@ -27,7 +27,7 @@ def quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     (tensor([  0, 255], dtype=torch.uint8), tensor([1.]), tensor(2.))
     """
     offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
-    codes, absmax2 = blockwise.quantize(absmax - offset, dynamic(), BLOCKSIZE)
+    codes, absmax2 = blockwise.quantize(absmax - offset, DYNAMIC, BLOCKSIZE)
     return codes, absmax2, offset
 
 
@@ -42,7 +42,7 @@ def dequantize(codes: Tensor, absmax2: Tensor, values: Tensor, offset: Tensor, b
     """The scales again: float32, shaped like `codes`. Two roundings, never a fused multiply-add.  Exact.
 
     >>> from bnbref.codebooks import value_table
-    >>> dequantize(*quantize(torch.tensor([1.0, 3.0]))[:2], value_table(dynamic(), torch.device("cpu")), torch.tensor(2.0))
+    >>> dequantize(*quantize(torch.tensor([1.0, 3.0]))[:2], value_table(DYNAMIC, torch.device("cpu")), torch.tensor(2.0))
     tensor([1.0070, 3.0000])
     """
     if absmax2.numel() != block_count(codes.numel(), blocksize):

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bnbref import nested
 from bnbref.blockwise import block_count
-from bnbref.codebooks import FOUR_BIT, Codebook, dynamic, four_bit, value_table
+from bnbref.codebooks import DYNAMIC, FOUR_BIT, Codebook, four_bit, value_table
 
 T = TypeVar("T")
 
@@ -18,6 +18,7 @@ BLOB = "quant_state.bitsandbytes__"
 """Key of the JSON blob, followed by the quant_type."""
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_LARGEST = torch.finfo(torch.float32).max
 _NESTED_KEYS = ("nested_absmax", "nested_quant_map", "nested_blocksize", "nested_dtype", "nested_offset")
 _PLAIN_KEYS = ("absmax", "quant_map", "quant_type", "blocksize", "dtype", "shape")
 
@@ -26,7 +27,8 @@ class QuantState:
     """The scales of a quantized tensor and what it was: bitsandbytes' attributes.
 
     absmax: float32 scales `[blocks]`, or their uint8 codes where `nested`. code: the values `[16]` or `[256]`.
-    shape, dtype: of the original. blocksize, quant_type. offset `[]` and state2 (itself a QuantState): double quantization.
+    shape, dtype: of the original. blocksize. quant_type: a name, or a Codebook that is not in `FOUR_BIT`, which a dict
+    cannot hold. offset `[]` and state2 (itself a QuantState): double quantization.
     """
 
     def __init__(
@@ -35,7 +37,7 @@ class QuantState:
         shape: torch.Size | None = None,
         code: Tensor | None = None,
         blocksize: int | None = None,
-        quant_type: str | None = None,
+        quant_type: str | Codebook | None = None,
         dtype: torch.dtype | None = None,
         offset: Tensor | None = None,
         state2: "QuantState | None" = None,
@@ -45,7 +47,7 @@ class QuantState:
         self.code = code
         self.dtype = dtype
         self.blocksize = blocksize
-        self.quant_type = quant_type
+        self.quant_type: Any = quant_type
         self.offset = offset
         self.state2 = state2
         self.nested = state2 is not None
@@ -145,6 +147,10 @@ class QuantState:
             }
         if not packed or self.quant_type is None:
             return full
+        if not isinstance(self.quant_type, str):
+            raise ValueError(
+                f"codebook {self.quant_type.name!r} must be entered in FOUR_BIT to be saved under its name"
+            )
         tensors = {key: value for key, value in full.items() if isinstance(value, Tensor)}
         rest = {key: value for key, value in full.items() if not isinstance(value, Tensor)}
         blob = torch.frombuffer(bytearray(json.dumps(rest).encode()), dtype=torch.uint8)
@@ -162,13 +168,15 @@ class QuantState:
         _require(set(fields) == expected, "keys of a quant state", sorted(expected), sorted(fields))
 
         quant_type, blocksize, shape = fields["quant_type"], fields["blocksize"], fields["shape"]
-        _require(quant_type in FOUR_BIT, "quant_type", sorted(FOUR_BIT), quant_type)
+        known_type = isinstance(quant_type, str) and quant_type in FOUR_BIT
+        _require(known_type, "quant_type", sorted(FOUR_BIT), quant_type)
         _require(_is_count(blocksize), "blocksize", "a positive integer", blocksize)
         if shape is not None:
             ok = isinstance(shape, (list, tuple, torch.Size)) and all(type(n) is int and n >= 0 for n in shape)
-            _require(ok, "shape", "a list of sizes", shape)
+            _require(ok and math.prod(shape) < 2**63, "shape", "a list of sizes", shape)
             shape = torch.Size(shape)
-        _require(fields["dtype"] in _DTYPES, "dtype", sorted(_DTYPES), fields["dtype"])
+        known_dtype = isinstance(fields["dtype"], str) and fields["dtype"] in _DTYPES
+        _require(known_dtype, "dtype", sorted(_DTYPES), fields["dtype"])
 
         code = _tensor(fields, "quant_map", torch.float32, 16)
         known = value_table(four_bit(quant_type), torch.device("cpu"))
@@ -184,7 +192,7 @@ class QuantState:
             _require(fields["nested_dtype"] == "float32", "nested_dtype", "float32", fields["nested_dtype"])
             value = fields["nested_offset"]
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            _require(is_number and math.isfinite(value), "nested_offset", "a finite number", value)
+            _require(is_number and abs(value) <= _LARGEST, "nested_offset", "a finite float32 number", value)
             inner_blocks = block_count(absmax.numel(), fields["nested_blocksize"])
             offset = torch.tensor(float(value), dtype=torch.float32, device=device)
             state2 = cls(
@@ -208,7 +216,7 @@ class QuantState:
 def nested_state(absmax: Tensor) -> tuple[Tensor, Tensor, QuantState]:
     """Double quantization of scales: their codes, the offset, and the state that decodes the codes."""
     codes, absmax2, offset = nested.quantize(absmax)
-    code = value_table(dynamic(), absmax.device)
+    code = value_table(DYNAMIC, absmax.device)
     state2 = QuantState(absmax=absmax2, code=code, blocksize=nested.BLOCKSIZE, dtype=torch.float32)
     return codes, offset, state2
 
@@ -221,8 +229,10 @@ def present(value: T | None, name: str) -> T:
 
 
 def _unpack(qs_dict: Mapping[str, Any]) -> dict[str, Any]:
+    for key in qs_dict:
+        _require(isinstance(key, str), "keys of a quant state", "strings", key)
     blobs = [key for key, value in qs_dict.items() if BLOB in f".{key}" and isinstance(value, Tensor)]
-    fields = {key.rpartition(".")[2]: value for key, value in qs_dict.items() if key not in blobs}
+    fields = _without_repetition((key.rpartition(".")[2], qs_dict[key]) for key in qs_dict if key not in blobs)
     if "quant_type" in fields and not blobs:
         return fields
     if len(blobs) != 1:
@@ -235,8 +245,9 @@ def _unpack(qs_dict: Mapping[str, Any]) -> dict[str, Any]:
             f"{blobs[0]} must be one-dimensional uint8 of a few bytes, got {blob.dtype} {tuple(blob.shape)}"
         )
     try:
-        rest = json.loads(bytes(blob.cpu().tolist()).decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        text = bytes(blob.cpu().tolist()).decode("utf-8")
+        rest = json.loads(text, object_pairs_hook=_without_repetition)
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         raise ValueError(f"{blobs[0]} is not UTF-8 JSON: {error}") from error
     if not isinstance(rest, dict) or rest.get("quant_type") != blobs[0].rpartition("__")[2]:
         raise ValueError(f"{blobs[0]} must be a JSON object of that quant_type, got {rest!r}")
@@ -244,6 +255,15 @@ def _unpack(qs_dict: Mapping[str, Any]) -> dict[str, Any]:
     if twice:
         raise ValueError(f"{twice} are in the JSON of {blobs[0]} and beside it")
     return {**fields, **rest}
+
+
+def _without_repetition(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in fields:
+            raise ValueError(f"{key!r} is given twice")
+        fields[key] = value
+    return fields
 
 
 def _tensor(fields: Mapping[str, Any], name: str, dtype: torch.dtype, numel: int | None) -> Tensor:
