@@ -1,0 +1,236 @@
+"""What a layer with a quantized weight does when it is moved, saved and loaded, whatever it computes.
+
+A weight may lose its attributes, because FSDP replaces it by a view or a DTensor; so the layer remembers the scales
+that its weight came with, and uses them where the weight has none.
+
+Loading is whole or refused. `load_state_dict` takes, whether strict or not,
+
+    checkpoint      layer is float          layer is quantized          layer is on meta, assign=True
+    float           copied                  quantized, as by `.to`      float
+    quantized       quantized, as in it     quantized, as in it         quantized, as in it
+
+and raises for a quantized weight without its scales, for scales without the weight, for scales that do not fit. What
+the file says (quant_type, blocksize, nesting, storage) holds, not what the layer was constructed with.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnbref.checkpoint import Checkpoint
+from bnbref.nn.params import Int8Params, Params4bit, QuantizedParameter, in_bytes
+from bnbref.quant_state import QuantState
+
+
+class QuantizedLayer(nn.Module):
+    """A layer whose parameter `weight` is a `QuantizedParameter`."""
+
+    weight: Tensor
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Assigning a weight comes here too."""
+        super().register_parameter(name, param)
+        if name == "weight":
+            self._remember(param)
+
+    def _remember(self, weight: Tensor | None) -> None:
+        """Keep the scales of a weight that has some."""
+        raise NotImplementedError
+
+    def _move_remembered(self, function: Callable[[Tensor], Tensor]) -> None:
+        raise NotImplementedError
+
+    def _shape(self) -> tuple[int, int]:
+        """The shape of the float weight."""
+        raise NotImplementedError
+
+    def _is_of_weight(self, name: str) -> bool:
+        """Whether a key of a state dict, less the prefix, is the weight's or of its scales."""
+        raise NotImplementedError
+
+    def _read(self, entries: Mapping[str, Tensor]) -> QuantizedParameter | None:
+        """The weight of a state dict if it is quantized there, None if it is float; ValueError if it is not whole."""
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLayer":
+        weight = self._parameters.get("weight")
+        if not isinstance(weight, QuantizedParameter):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            self._move_remembered(fn)
+            return self
+        self._parameters["weight"] = None
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            with torch.no_grad():
+                new = weight.applied(fn)
+                grad = None if weight.grad is None or new.holds_codes() else fn(weight.grad)
+        finally:
+            self._parameters["weight"] = weight
+        self._replace(new)
+        self.weight.grad = grad
+        return self
+
+    def _replace(self, new: QuantizedParameter) -> None:
+        """Make `new` the weight; the parameter stays the same object if it can, for those who share it."""
+        weight = self.weight
+        if torch._has_compatible_shallow_copy_type(weight, new):
+            weight.grad = None
+            weight.data = new
+            self._remember(weight)
+        else:
+            self.weight = new
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        weight = self._parameters["weight"]
+        self._parameters["weight"] = None
+        try:
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
+        finally:
+            self._parameters["weight"] = weight
+        entries = {
+            key.removeprefix(prefix): value
+            for key, value in state_dict.items()
+            if key.startswith(prefix) and self._is_of_weight(key.removeprefix(prefix))
+        }
+        unexpected_keys[:] = [key for key in unexpected_keys if key.removeprefix(prefix) not in entries]
+        if not entries:
+            if strict:
+                missing_keys.append(f"{prefix}weight")
+            return
+        try:
+            self._load_weight(entries, assign=local_metadata.get("assign_to_params_buffers", False))
+        except (TypeError, ValueError) as error:
+            error_msgs.append(f"{prefix.removesuffix('.') or type(self).__name__}: {error}")
+
+    def _load_weight(self, entries: Mapping[str, Tensor], assign: bool) -> None:
+        old = self.weight
+        if not isinstance(old, QuantizedParameter):
+            raise TypeError(f"weight is a {type(old).__name__}, not a quantized parameter: load before it is wrapped")
+        if old.device.type == "meta" and not assign:
+            raise ValueError("weight is on the meta device: load_state_dict needs assign=True")
+        new = self._read(entries)
+        if new is None:
+            data = entries["weight"].detach()
+            if data.shape != self._shape() or not data.is_floating_point():
+                raise ValueError(
+                    f"weight must be float {list(self._shape())} or quantized with its scales beside it, "
+                    f"got {data.dtype} {list(data.shape)}"
+                )
+            if not assign and not old.holds_codes():
+                with torch.no_grad():
+                    old.copy_(data)
+                return
+            new = old.unquantized(data)
+            new = new if assign else new.to(old.device)
+        elif not assign:
+            # A copy, as load_state_dict makes of every tensor that is not assigned.
+            new = new.applied(lambda t: t.to(old.device, copy=True))
+        if assign:
+            self.weight = new
+        else:
+            self._replace(new)
+
+
+class FourBitLayer(QuantizedLayer):
+    """A layer with a `Params4bit`."""
+
+    _remembered: QuantState | None = None
+
+    @property
+    def quant_state(self) -> QuantState | None:
+        """The scales of the weight; None while it is not quantized."""
+        weight = self.weight
+        state: QuantState | None = getattr(weight, "quant_state", None)
+        if state is not None:
+            return state
+        # A float weight has no scales, even where another one had some; what lost its attributes is packed, one wide.
+        lost = not isinstance(weight, Params4bit) and weight.shape[-1:] == (1,)
+        return self._remembered if lost else None
+
+    @quant_state.setter
+    def quant_state(self, state: QuantState | None) -> None:
+        self._remembered = state
+
+    def _remember(self, weight: Tensor | None) -> None:
+        if isinstance(weight, Params4bit) and weight.quant_state is not None:
+            self._remembered = weight.quant_state
+
+    def _move_remembered(self, function: Callable[[Tensor], Tensor]) -> None:
+        if self._remembered is not None:
+            self._remembered = self._remembered.map(lambda t: in_bytes(function, t))
+
+    def _is_of_weight(self, name: str) -> bool:
+        return name == "weight" or name.startswith("weight.")
+
+    def _read(self, entries: Mapping[str, Tensor]) -> Params4bit | None:
+        if entries.keys() == {"weight"} and entries["weight"].shape == self._shape():
+            return None
+        found = Checkpoint(entries).entries["weight"]
+        if found.shape != self._shape():
+            raise ValueError(f"weight must have the shape {list(self._shape())}, got {list(found.shape)}")
+        stats = {name: value for name, value in entries.items() if name != "weight"}
+        return Params4bit.from_prequantized(entries["weight"], stats) if stats else None
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        state = self.quant_state
+        if state is not None:
+            destination |= {f"{prefix}weight.{key}": value for key, value in state.as_dict(packed=True).items()}
+
+
+class EightBitLayer(QuantizedLayer):
+    """A layer with an `Int8Params`."""
+
+    _remembered: Tensor | None = None
+
+    @property
+    def _absmax(self) -> Tensor | None:
+        """The absmax of the rows of an int8 weight."""
+        own: Tensor | None = getattr(self.weight, "SCB", None)
+        return self._remembered if own is None and self.weight.dtype == torch.int8 else own
+
+    def _remember(self, weight: Tensor | None) -> None:
+        if isinstance(weight, Int8Params) and weight.SCB is not None:
+            self._remembered = weight.SCB
+
+    def _move_remembered(self, function: Callable[[Tensor], Tensor]) -> None:
+        if self._remembered is not None:
+            self._remembered = in_bytes(function, self._remembered)
+
+    def _is_of_weight(self, name: str) -> bool:
+        return name in ("weight", "SCB", "weight_format")
+
+    def _read(self, entries: Mapping[str, Tensor]) -> Int8Params | None:
+        entries = dict(entries)
+        layout: Any = entries.pop("weight_format", 0)
+        layout = layout.item() if isinstance(layout, Tensor) and layout.numel() == 1 else layout
+        if layout not in (0, "row"):
+            raise ValueError(f"weight_format must be 0 or 'row', the only layout left, got {layout!r}")
+        if entries.keys() == {"weight"} and entries["weight"].is_floating_point():
+            return None
+        found = Checkpoint(entries).entries["weight"]
+        if found.shape != self._shape():
+            raise ValueError(f"weight must have the shape {list(self._shape())}, got {list(found.shape)}")
+        if isinstance(self.weight, Int8Params) and self.weight.has_fp16_weights:
+            raise ValueError("weight is int8, but this layer keeps a float weight (has_fp16_weights=True)")
+        return Int8Params(entries["weight"], requires_grad=False, SCB=entries["SCB"])
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        absmax = self._absmax
+        if self.weight.dtype == torch.int8 and absmax is not None:
+            destination[f"{prefix}SCB"] = absmax if keep_vars else absmax.detach()
+            destination[f"{prefix}weight_format"] = torch.zeros((), dtype=torch.uint8, device="cpu")

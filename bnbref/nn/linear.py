@@ -1,0 +1,177 @@
+"""Linear layers with a weight in four or eight bits.
+
+    Linear4bit      y = x @ W~^T + b,    W~ dequantized for each product                     QLoRA (2305.14314)
+    Linear8bitLt    y = x @ W~^T + b,    int8 product, outlier columns of x in its own dtype   LLM.int8() (2208.07339)
+
+Both take activations of any rank and return their dtype, and neither changes anything: the bias is cast for the
+product, never in place. Float weights are quantized by `.to(device)`.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnbref.linear4bit import matmul_4bit
+from bnbref.linear8bit import MatmulLtState, matmul
+from bnbref.nn.layer import EightBitLayer, FourBitLayer
+from bnbref.nn.params import Int8Params, Params4bit
+
+
+class Linear4bit(FourBitLayer, nn.Linear):
+    """`nn.Linear` with a `Params4bit`. Bounded: see `bnbref.matmul_4bit`.
+
+    compute_dtype: of the product; the activation's if None. compress_statistics: quantize the scales too.
+
+    >>> import bnbref
+    >>> layer = Linear4bit(64, 2, bias=False, quant_type="nf4")
+    >>> layer.load_state_dict({"weight": torch.ones(2, 64)})
+    <All keys matched successfully>
+    >>> with bnbref.eager():
+    ...     layer = layer.to("cpu")  # quantizes
+    ...     layer(torch.ones(3, 64, dtype=torch.bfloat16))[0]
+    tensor([64., 64.], dtype=torch.bfloat16)
+    """
+
+    def __init__(
+        self,
+        input_features: int,
+        output_features: int,
+        bias: bool = True,
+        compute_dtype: torch.dtype | None = None,
+        compress_statistics: bool = True,
+        quant_type: str = "fp4",
+        quant_storage: torch.dtype = torch.uint8,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(input_features, output_features, bias, device)
+        self.weight = Params4bit(
+            self.weight,
+            compress_statistics=compress_statistics,
+            quant_type=quant_type,
+            quant_storage=quant_storage,
+        )
+        self.compute_dtype = compute_dtype
+        self.quant_storage = quant_storage
+
+    def _shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., in_features]` -> `[..., out_features]` in x's dtype."""
+        state = self.quant_state
+        if state is None:
+            raise RuntimeError(f"the weight of {self} is not quantized yet: move the layer to a device, .to(device)")
+        dtype = x.dtype if self.compute_dtype is None else self.compute_dtype
+        return matmul_4bit(x.to(dtype), self.weight, state, bias=self.bias).to(x.dtype)
+
+
+class LinearFP4(Linear4bit):
+    """`Linear4bit` in FP4."""
+
+    def __init__(
+        self,
+        input_features: int,
+        output_features: int,
+        bias: bool = True,
+        compute_dtype: torch.dtype | None = None,
+        compress_statistics: bool = True,
+        quant_storage: torch.dtype = torch.uint8,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(
+            input_features, output_features, bias, compute_dtype, compress_statistics, "fp4", quant_storage, device
+        )
+
+
+class LinearNF4(Linear4bit):
+    """`Linear4bit` in NF4."""
+
+    def __init__(
+        self,
+        input_features: int,
+        output_features: int,
+        bias: bool = True,
+        compute_dtype: torch.dtype | None = None,
+        compress_statistics: bool = True,
+        quant_storage: torch.dtype = torch.uint8,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(
+            input_features, output_features, bias, compute_dtype, compress_statistics, "nf4", quant_storage, device
+        )
+
+
+class _LayerState(MatmulLtState):
+    """The `MatmulLtState` of a layer. CB and SCB are its weight's; an SCB assigned here counts if that has none."""
+
+    def __init__(self, parameters: dict[str, Any], threshold: float, has_fp16_weights: bool) -> None:
+        self._parameters = parameters
+        self.remembered: Tensor | None = None
+        super().__init__(threshold=threshold, has_fp16_weights=has_fp16_weights)
+
+    @property
+    def CB(self) -> Tensor | None:
+        """The codes of the weight."""
+        weight = self._parameters["weight"]
+        return weight.data if weight.dtype == torch.int8 else None
+
+    @CB.setter
+    def CB(self, value: Tensor | None) -> None:
+        pass
+
+    @property
+    def SCB(self) -> Tensor | None:
+        """The absmax of the weight's rows."""
+        own: Tensor | None = getattr(self._parameters["weight"], "SCB", None)
+        return self.remembered if own is None else own
+
+    @SCB.setter
+    def SCB(self, value: Tensor | None) -> None:
+        self.remembered = value
+
+
+class Linear8bitLt(EightBitLayer, nn.Linear):
+    """`nn.Linear` with an `Int8Params`. Exact without outliers, else bounded: see `bnbref.matmul`.
+
+    has_fp16_weights: keep a float weight, train it, and quantize it anew in each product. Otherwise `.to(device)`
+    quantizes; a layer that was never moved multiplies by the codes that it would have.
+    threshold: magnitudes of x from which on a column is an outlier; 0 for none.
+    """
+
+    def __init__(
+        self,
+        input_features: int,
+        output_features: int,
+        bias: bool = True,
+        has_fp16_weights: bool = True,
+        threshold: float = 0.0,
+        index: Tensor | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(input_features, output_features, bias, device)
+        self.state = _LayerState(self._parameters, threshold, has_fp16_weights)
+        self.weight = Int8Params(self.weight, has_fp16_weights, has_fp16_weights)
+        self.index = index
+
+    @property
+    def _remembered(self) -> Tensor | None:
+        return self.state.remembered
+
+    @_remembered.setter
+    def _remembered(self, absmax: Tensor | None) -> None:
+        self.state.remembered = absmax
+
+    def _shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., in_features]` -> `[..., out_features]` in x's dtype."""
+        weight, threshold = self.weight, self.state.threshold
+        if weight.dtype != torch.int8:
+            return matmul(x, weight, threshold=threshold, bias=self.bias)
+        absmax = self._absmax
+        if absmax is None:
+            raise RuntimeError(f"the int8 weight of {self} has no scales: weight.SCB is None")
+        state = MatmulLtState(weight.detach(), absmax, threshold=threshold, has_fp16_weights=False)
+        return matmul(x, weight.detach(), state=state, bias=self.bias)

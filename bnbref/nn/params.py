@@ -1,0 +1,360 @@
+"""Quantized parameters: codes in the tensor, their scales beside it as plain attributes.
+
+    float weight  --.to(device)-->  quantized weight  --.to(device)-->  quantized weight elsewhere
+
+The move to a device quantizes a weight that is not quantized yet; a move to meta never does. `.to` leaves the parameter
+it is called on alone and returns a new one, with scales of its own. The Hugging Face libraries rebuild parameters as
+`cls(data, **old.__dict__)`, so every attribute is named like the constructor's keyword.
+
+A quantized weight has no dtype that could be cast: its elements are bytes in a container. Casts are refused.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from bnbref import int8
+from bnbref.codebooks import four_bit
+from bnbref.functional import quantize_4bit
+from bnbref.fused import tracing
+from bnbref.quant_state import QuantState
+
+Self = TypeVar("Self", bound="QuantizedParameter")
+
+_DATA: Any = torch.Tensor.data
+
+
+def in_bytes(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """`function` of a tensor seen as its bytes: it can move them or share them, and cannot cast them by value.
+
+    >>> in_bytes(lambda t: t.half() if t.is_floating_point() else t.clone(), torch.tensor([1.5]))
+    tensor([1.5000])
+    """
+    moved = function(tensor.detach().reshape(-1).view(torch.uint8))
+    if moved.dtype != torch.uint8:
+        raise TypeError(f"a quantized weight is bytes, which cannot become {moved.dtype}: dequantize it first")
+    return moved.view(tensor.dtype).view(tensor.shape)
+
+
+class QuantizedParameter(nn.Parameter):
+    """How a parameter with attributes moves, and is copied, pickled and shared."""
+
+    @property
+    def data(self) -> Tensor:
+        """The codes, or the float weight, as a plain tensor. Assigning such a parameter takes over its scales."""
+        return _DATA.__get__(self)  # type: ignore[no-any-return]
+
+    # nn.Module moves a parameter by `param.data = fn(param)`; without its attributes that would be half a move.
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        _DATA.__set__(self, value)
+        if isinstance(value, QuantizedParameter):
+            self.__dict__.update(value.__dict__)
+
+    def holds_codes(self) -> bool:
+        """Whether the data is quantized."""
+        raise NotImplementedError
+
+    def unquantized(self: Self, weight: Tensor) -> Self:
+        """A float weight, to be quantized as this one was."""
+        raise NotImplementedError
+
+    def _quantized(self: Self, weight: Tensor) -> Self:
+        raise NotImplementedError
+
+    def _scales(self, function: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        """The attributes that hold tensors, `function` applied to each."""
+        raise NotImplementedError
+
+    def _like_this(self: Self, data: Tensor, **changed: Any) -> Self:
+        requires_grad = self.requires_grad and data.is_floating_point()
+        return type(self)(data, requires_grad, **{**self.__dict__, **changed})
+
+    def to(self: Self, *args: Any, **kwargs: Any) -> Self:
+        """Move, and quantize a float weight that is moved to any device but meta.
+
+        ValueError if that weight has NaN or infinite elements, TypeError for a cast of a quantized weight.
+        """
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        if self.holds_codes():
+            if dtype not in (None, self.dtype):
+                raise TypeError(
+                    f"a quantized {type(self).__name__} cannot become {dtype}: its {self.dtype} elements are codes, "
+                    "not numbers. Dequantize it, or cast the activations"
+                )
+            moved = self.data.to(*args, **kwargs)
+            # Offloading frees the weight; the scales are small and needed to load it again.
+            meta = moved.device.type == "meta"
+            return self._like_this(moved, **({} if meta else self._scales(lambda t: t.to(moved.device))))
+        moved = self.data.to(*args, **kwargs)
+        if device is None or device.type == "meta":
+            return self._like_this(moved)
+        return self._quantized(moved)
+
+    def applied(self: Self, function: Callable[[Tensor], Tensor]) -> Self:
+        """What `nn.Module._apply(function)` is to make of this parameter, attributes included."""
+        if self.holds_codes():
+            moved = in_bytes(function, self.data)
+            meta = moved.device.type == "meta"
+            return self._like_this(moved, **({} if meta else self._scales(lambda t: in_bytes(function, t))))
+        moved = function(self)
+        return moved if isinstance(moved, type(self)) else self._like_this(moved)
+
+    def cpu(self: Self, *args: Any, **kwargs: Any) -> Self:
+        """`.to("cpu")`."""
+        return self.to("cpu", *args, **kwargs)
+
+    def cuda(self: Self, device: Any = None, non_blocking: bool = False) -> Self:  # type: ignore[override]
+        """`.to("cuda")`."""
+        return self.to("cuda" if device is None else torch.device("cuda", device), non_blocking=non_blocking)
+
+    def xpu(self: Self, device: Any = None, non_blocking: bool = False) -> Self:  # type: ignore[override]
+        """`.to("xpu")`."""
+        return self.to("xpu" if device is None else torch.device("xpu", device), non_blocking=non_blocking)
+
+    def half(self: Self, *args: Any, **kwargs: Any) -> Self:
+        """`.to(torch.float16)`."""
+        return self.to(torch.float16)
+
+    def bfloat16(self: Self, *args: Any, **kwargs: Any) -> Self:
+        """`.to(torch.bfloat16)`."""
+        return self.to(torch.bfloat16)
+
+    def float(self: Self, *args: Any, **kwargs: Any) -> Self:
+        """`.to(torch.float32)`."""
+        return self.to(torch.float32)
+
+    def double(self: Self, *args: Any, **kwargs: Any) -> Self:
+        """`.to(torch.float64)`."""
+        return self.to(torch.float64)
+
+    def share_memory_(self: Self) -> Self:
+        """Move codes and scales to shared memory, in place."""
+        super().share_memory_()  # type: ignore[no-untyped-call]
+        self._scales(lambda t: t.share_memory_())
+        return self
+
+    def __deepcopy__(self: Self, memo: dict[int, Any]) -> Self:
+        if id(self) in memo:
+            return memo[id(self)]  # type: ignore[no-any-return]
+        new = memo[id(self)] = type(self)(self.data.clone(), self.requires_grad)
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return new
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, (type(self), self.data, self.requires_grad), self.__dict__.copy()
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.__dict__.update(state)
+
+
+def _rebuild(cls: type[QuantizedParameter], data: Tensor, requires_grad: bool) -> QuantizedParameter:
+    return cls(data, requires_grad)
+
+
+def _check_finite(kind: str, weight: Tensor) -> None:
+    if weight.numel() == 0 or weight.device.type == "meta" or tracing():
+        return
+    low, high = weight.aminmax()  # both are NaN if any element is
+    if not bool(low.isfinite() & high.isfinite()):
+        count = int((~weight.isfinite()).sum())
+        raise ValueError(
+            f"a weight of shape {tuple(weight.shape)} cannot become {kind}: {count} of its elements are NaN or infinite"
+        )
+
+
+# ---- four bits ------------------------------------------------------------------------------------------------------
+
+
+def _of_state(name: str, nested: bool = False) -> Any:
+    """A read-only view of a field of the quant state: FSDP resolves the keys of a state dict by getattr."""
+
+    def get(self: "Params4bit") -> Any:
+        state = self.quant_state
+        if state is not None and nested:
+            state = state.state2
+        if state is None:
+            raise AttributeError(f"this {type(self).__name__} is not quantized{', or not twice' * nested}: no {name}")
+        return getattr(state, name)
+
+    return property(get, doc=f"{name} of the {'nested ' * nested}quant state.")
+
+
+class Params4bit(QuantizedParameter):
+    """A weight in four bits: packed codes `[bytes / itemsize, 1]` of quant_storage, and their `quant_state`.
+
+    bnb_quantized: whether data is packed; set it to False on a float weight to have the next `.to(device)` quantize.
+    blocksize: 64 by default. module: a layer whose attribute `quant_state` is to be set when this weight is quantized.
+
+    >>> weight = Params4bit(torch.eye(8), quant_type="nf4", compress_statistics=False).to("cpu")
+    >>> weight.shape, weight.dtype, weight.quant_state.shape, weight.absmax
+    (torch.Size([32, 1]), torch.uint8, torch.Size([8, 8]), tensor([1.]))
+    """
+
+    quant_state: QuantState | None = None
+    blocksize: int = 64
+    compress_statistics: bool = True
+    quant_type: str = "fp4"
+    quant_storage: torch.dtype = torch.uint8
+    module: nn.Module | None = None
+    bnb_quantized: bool = False
+
+    def __new__(
+        cls,
+        data: Tensor | None = None,
+        requires_grad: bool = False,
+        quant_state: QuantState | None = None,
+        blocksize: int | None = None,
+        compress_statistics: bool = True,
+        quant_type: str = "fp4",
+        quant_storage: torch.dtype = torch.uint8,
+        module: nn.Module | None = None,
+        bnb_quantized: bool = False,
+        **kwargs: Any,
+    ) -> "Params4bit":
+        """Keywords that are unknown are ignored: rebuilding from `__dict__` passes what others left there."""
+        four_bit(quant_type)
+        data = torch.empty(0) if data is None else data
+        self = torch.Tensor._make_subclass(cls, data.detach(), requires_grad)
+        self.blocksize = 64 if blocksize is None else blocksize
+        self.compress_statistics = compress_statistics
+        self.quant_type = quant_type
+        self.quant_state = quant_state
+        self.quant_storage = quant_storage
+        self.bnb_quantized = bnb_quantized
+        self.module = module
+        return self
+
+    @classmethod
+    def from_prequantized(
+        cls,
+        data: Tensor,
+        quantized_stats: Mapping[str, Any],
+        requires_grad: bool = False,
+        device: torch.device | str | None = None,
+        module: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> "Params4bit":
+        """A weight from its packed codes and what is beside them in a state dict, on `device` (data's by default).
+
+        Everything but the bytes follows the stats. ValueError says what does not fit together.
+        """
+        data = data.detach().to(data.device if device is None else device)
+        state = QuantState.from_dict(quantized_stats, device=data.device)
+        n_bytes = None if state.shape is None else -(-state.shape.numel() // 2)
+        if n_bytes is not None and data.nbytes != n_bytes:
+            raise ValueError(
+                f"data must hold {n_bytes} bytes for a weight of shape {tuple(state.shape or ())}, got {data.nbytes}"
+            )
+        if module is not None:
+            module.quant_state = state  # type: ignore[assignment]
+        return cls(
+            data,
+            requires_grad,
+            quant_state=state,
+            blocksize=state.blocksize,
+            compress_statistics=state.nested,
+            quant_type=str(state.quant_type),
+            quant_storage=data.dtype,
+            module=module,
+            bnb_quantized=True,
+        )
+
+    def holds_codes(self) -> bool:
+        """Whether the data is packed."""
+        return self.bnb_quantized
+
+    def unquantized(self, weight: Tensor) -> "Params4bit":
+        """A float weight with the same type, blocksize, nesting and storage."""
+        return self._like_this(weight, quant_state=None, bnb_quantized=False)
+
+    def _quantized(self, weight: Tensor) -> "Params4bit":
+        _check_finite(self.quant_type, weight)
+        packed, state = quantize_4bit(
+            weight,
+            blocksize=self.blocksize,
+            compress_statistics=bool(self.compress_statistics),
+            quant_type=self.quant_type,
+            quant_storage=self.quant_storage,
+        )
+        if self.module is not None:
+            self.module.quant_state = state  # type: ignore[assignment]
+        return self._like_this(packed, quant_state=state, bnb_quantized=True)
+
+    def _scales(self, function: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        return {"quant_state": None if self.quant_state is None else self.quant_state.map(function)}
+
+    absmax = _of_state("absmax")
+    code = _of_state("code")
+    quant_map = _of_state("code")
+    offset = _of_state("offset")
+    state2 = _of_state("state2")
+    nested_absmax = _of_state("absmax", nested=True)
+    nested_quant_map = _of_state("code", nested=True)
+    nested_blocksize = _of_state("blocksize", nested=True)
+    nested_dtype = _of_state("dtype", nested=True)
+    nested_offset = _of_state("offset")
+
+
+# ---- eight bits -----------------------------------------------------------------------------------------------------
+
+
+class Int8Params(QuantizedParameter):
+    """A weight in eight bits: int8 codes `[n, k]`, and `SCB`, the float32 absmax of each row `[n]`.
+
+    CB is the data, if that is int8. has_fp16_weights: the weight stays float, whatever it is moved to.
+
+    >>> weight = Int8Params(torch.tensor([[1.0, -0.5]]), requires_grad=False).to("cpu")
+    >>> weight.CB, weight.SCB
+    (tensor([[127, -64]], dtype=torch.int8), tensor([1.]))
+    """
+
+    SCB: Tensor | None = None
+    has_fp16_weights: bool = False
+
+    def __new__(
+        cls,
+        data: Tensor | None = None,
+        requires_grad: bool = True,
+        has_fp16_weights: bool = False,
+        CB: Tensor | None = None,
+        SCB: Tensor | None = None,
+        **kwargs: Any,
+    ) -> "Int8Params":
+        """CB, which is the data wherever it is int8, is taken to be just that. Unknown keywords are ignored."""
+        data = torch.empty(0) if data is None else data
+        self = torch.Tensor._make_subclass(cls, data.detach(), requires_grad and data.is_floating_point())
+        self.has_fp16_weights = has_fp16_weights
+        self.SCB = SCB
+        return self
+
+    @property
+    def CB(self) -> Tensor | None:
+        """The codes, None if the weight is float. Assigning them sets the data; assigning None does nothing."""
+        return self.data if self.dtype == torch.int8 else None
+
+    @CB.setter
+    def CB(self, value: Tensor | None) -> None:
+        if value is not None:
+            self.data = value
+
+    def holds_codes(self) -> bool:
+        """Whether the data is int8."""
+        return self.dtype == torch.int8
+
+    def unquantized(self, weight: Tensor) -> "Int8Params":
+        """A float weight."""
+        return self._like_this(weight, SCB=None)
+
+    def _quantized(self, weight: Tensor) -> "Int8Params":
+        if self.has_fp16_weights:
+            return self._like_this(weight)
+        _check_finite("int8", weight)
+        codes, absmax, _ = int8.quantize(weight)
+        return self._like_this(codes, SCB=absmax)
+
+    def _scales(self, function: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        return {"SCB": None if self.SCB is None else function(self.SCB)}
