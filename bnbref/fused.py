@@ -110,10 +110,18 @@ def _can_compile(tensors: list[Tensor | None]) -> bool:
     return reason is None
 
 
+def _signature(tensor: Tensor | None, dynamic: tuple[int, ...]) -> Any:
+    """What a variant is specialised on: Dynamo always does so on sizes 0 and 1."""
+    if tensor is None:
+        return None
+    return tensor.dtype, tuple(min(n, 2) if dim in dynamic else n for dim, n in enumerate(tensor.shape))
+
+
 class Kernel(Generic[P, R]):
     """A registered function: positional arguments are tensors (or None), keyword arguments are compile-time constants.
 
-    A variant is compiled for each (device type, dtypes, constants) and serves every size of the dimensions in `dynamic`.
+    A variant is compiled for each (device type, dtypes, static sizes, constants), and serves all sizes above 1 of the
+    dimensions in `dynamic`.
     """
 
     def __init__(
@@ -145,15 +153,16 @@ class Kernel(Generic[P, R]):
             if not _can_compile(tensors):
                 return self.definition(*args, **kwargs)
             device_type = next(t.device.type for t in tensors if t is not None)
-            key = (device_type, *(None if t is None else t.dtype for t in tensors), *kwargs.items())
+            dynamic = list(zip(tensors, self._dynamic, strict=False))
+            key = (device_type, *(_signature(t, dims) for t, dims in dynamic), *kwargs.items())
             variant = self.variants.get(key)
             if variant is None:
                 variant = self.variants[key] = self._compile(device_type, kwargs)
-            for tensor, dims in zip(tensors, self._dynamic, strict=False):
-                for dim in dims if tensor is not None else ():
-                    # Dynamo always specialises sizes 0 and 1.
-                    if tensor.shape[dim] > 1:
-                        torch._dynamo.mark_dynamic(tensor, dim)
+            for tensor, dims in dynamic:
+                if tensor is not None:
+                    for dim in dims:
+                        if tensor.shape[dim] > 1:  # Dynamo always specialises sizes 0 and 1
+                            torch._dynamo.mark_dynamic(tensor, dim)
             return variant(*tensors)
 
     def _compile(self, device_type: str, constants: Mapping[str, Any]) -> Callable[..., R]:
