@@ -8,6 +8,7 @@ The first element is in the high nibble. Kernels see rows of `row_blocks(blocksi
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -26,7 +27,7 @@ from bnbref.blockwise import (
 )
 from bnbref.codebooks import Codebook, threshold_table, value_table
 from bnbref.fused import fused
-from bnbref.lut16 import lookup16
+from bnbref.lut16 import lookup16, scaled16_bits
 
 WORD = 16  # codes in 64 bits
 
@@ -60,7 +61,13 @@ def encode(scaled: Tensor, codebook: Codebook) -> Tensor:
     return rank.to(torch.uint8)
 
 
-@fused(dynamic={"rows": (0,)}, cpu={"cpp.simdlen": 256})
+def _encode_options(rows: torch.dtype, **constants: Any) -> dict[str, Any]:
+    # 256-bit vectors: on a Xeon 7.6 and 10.9 ms instead of 19 and 15 for 16.7M bfloat16 and float32, two threads; on an
+    # EPYC no difference. Comparisons leave AVX512's mask registers and come back.
+    return {"cpp.simdlen": 256}
+
+
+@fused(dynamic={"rows": (0,)}, cpu=_encode_options)
 def quantize_rows(rows: Tensor, *, blocksize: int, codebook: Codebook) -> tuple[Tensor, Tensor]:
     """`[rows, blocks * blocksize]` -> packed uint8 `[rows, bytes]`, float32 absmax `[rows, blocks]`.  Exact."""
     blocks = rearrange(rows.float(), "n (b s) -> n b s", s=blocksize)
@@ -160,14 +167,20 @@ def dequantize_rows(
     return scaled.to(dtype).flatten(1)
 
 
-# Sixteen codes to a 64-bit word, shifted out in the order of the output: contiguous stores, one shuffle for the values.
+# Two ways, each the faster for its dtypes. A byte a lane: both its nibbles are scaled, rounded, and joined in one integer,
+# so that the store is contiguous. Or sixteen codes to a 64-bit word, shifted out in the order of the output.
 @dequantize_rows.formulation
 def _(packed: Tensor, absmax: Tensor, *, blocksize: int, codebook: Codebook, dtype: torch.dtype) -> Tensor:
+    values = codebook.values + (0.0,) * (16 - len(codebook.values))
+    if dtype != torch.float32 and blocksize % 2 == 0 and packed.device.type == "cpu":
+        codes = rearrange(packed.to(torch.int32), "n (b s) -> n b s", s=blocksize // 2)
+        scale = rearrange(absmax, "n b -> n b 1")
+        first = scaled16_bits(codes >> 4, scale, values, dtype)
+        second = scaled16_bits(codes, scale, values, dtype)
+        return (first | (second << 16)).view(dtype).flatten(1)
     lane = torch.arange(WORD, device=packed.device)
     shift = (lane >> 1) * 8 + (1 - (lane & 1)) * 4  # 4, 0, 12, 8, 20, ...
-    codes = (packed.view(torch.int64)[:, :, None] >> shift).to(torch.int32)
-    padding = (0.0,) * (16 - len(codebook.values))
-    value = lookup16(codes, codebook.values + padding)
+    value = lookup16((packed.view(torch.int64)[:, :, None] >> shift).to(torch.int32), values)
     if blocksize % WORD == 0:
         blocks = rearrange(value, "n (b w) s -> n b w s", w=blocksize // WORD)
         scaled = blocks * rearrange(absmax, "n b -> n b 1 1")

@@ -1,7 +1,7 @@
 """The one door to torch.compile, and the registry of kernels.
 
-A kernel is a pure function of tensors. `@fused` registers it; calling it runs it compiled by Inductor, with options under
-which the compiled bits are the eager bits. Where the fast form is not the obvious one, the obvious one is the
+A kernel is a pure function of tensors. `@fused` registers it; calling it runs it compiled by Inductor, with options
+under which the compiled bits are the eager bits. Where the fast form is not the obvious one, the obvious one is the
 *definition* and runs eagerly, `@kernel.formulation` is what gets compiled, and the tests prove the two equal.
 
     call                                      what runs
@@ -19,6 +19,7 @@ import importlib.util
 import inspect
 import os
 import shutil
+import subprocess
 import sys
 import sysconfig
 import types
@@ -45,7 +46,6 @@ _GPU_OPTIONS = {
     "eager_numerics.disable_ftz": True,
     "assert_indirect_indexing": False,
 }
-_CPU_OPTIONS = {"assert_indirect_indexing": False}
 
 _eager_depth = 0
 
@@ -76,19 +76,41 @@ def tracing() -> bool:
     return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
 
 
+def _cxx() -> str:
+    """The C++ compiler that Inductor will use."""
+    return os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+
+
 @functools.cache
 def missing_compiler(device_type: str) -> str | None:
     """What Inductor lacks on this machine to compile for a device type; None if nothing."""
     if device_type == "cpu":
-        compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-        if shutil.which(compiler) is None:
-            return f"no C++ compiler ({compiler!r} is not on the PATH; set CXX or install g++)"
+        if shutil.which(_cxx()) is None:
+            return f"no C++ compiler ({_cxx()!r} is not on the PATH; set CXX or install g++)"
         if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
             return "no Python.h (install Python's development headers)"
         return None
     if device_type in ("cuda", "xpu"):
         return None if importlib.util.find_spec("triton") else "no triton (pip install triton)"
     return f"no Inductor backend that was ever tried with bnbref on device type {device_type!r}"
+
+
+@functools.cache
+def _prepare_cpu() -> dict[str, Any]:
+    """Options common to all kernels on CPU, and what is done once per process before the first compilation."""
+    from torch._inductor import config
+
+    from bnbref import lut16
+
+    # To learn which vector instructions compiler and CPU share, Inductor builds and loads three libraries: 9 s of a
+    # first use, 1 s of every later one. torch asks the CPU itself, and compilers of this age know them all.
+    version = subprocess.run([_cxx(), "-dumpversion"], capture_output=True, text=True, check=True).stdout
+    major = version.strip().partition(".")[0]
+    known = config.cpp.vec_isa_ok is None and int(major) >= 11 and not torch.cpu._is_amx_fp16_supported()
+    options: dict[str, Any] = {"cpp.vec_isa_ok": True} if known else {}
+    with config.patch(options):
+        lut16.enable()
+    return {"assert_indirect_indexing": False, **options}
 
 
 @functools.cache
@@ -118,19 +140,24 @@ def _signature(tensor: Tensor | None, dynamic: tuple[int, ...]) -> Any:
 
 
 class Kernel(Generic[P, R]):
-    """A registered function: positional arguments are tensors (or None), keyword arguments are compile-time constants.
+    """A registered function: positional arguments are tensors (or None), keyword arguments compile-time constants.
 
     A variant is compiled for each (device type, dtypes, static sizes, constants), and serves all sizes above 1 of the
     dimensions in `dynamic`.
     """
 
     def __init__(
-        self, definition: Callable[P, R], dynamic: Mapping[str, tuple[int, ...]], cpu: Mapping[str, Any]
+        self,
+        definition: Callable[P, R],
+        dynamic: Mapping[str, tuple[int, ...]],
+        cpu: Callable[..., Mapping[str, Any]],
+        exact: bool,
     ) -> None:
         self.name = definition.__name__
         self.definition = definition
         self.body = definition
         self.variants: dict[Any, Callable[..., R]] = {}
+        self.exact = exact
         self._cpu = cpu
         parameters = inspect.signature(definition).parameters
         unknown = set(dynamic) - set(parameters)
@@ -157,7 +184,8 @@ class Kernel(Generic[P, R]):
             key = (device_type, *(_signature(t, dims) for t, dims in dynamic), *kwargs.items())
             variant = self.variants.get(key)
             if variant is None:
-                variant = self.variants[key] = self._compile(device_type, kwargs)
+                dtypes = [None if t is None else t.dtype for t in tensors]
+                variant = self.variants[key] = self._compile(device_type, dtypes, kwargs)
             for tensor, dims in dynamic:
                 if tensor is not None:
                     for dim in dims:
@@ -165,13 +193,12 @@ class Kernel(Generic[P, R]):
                             torch._dynamo.mark_dynamic(tensor, dim)
             return variant(*tensors)
 
-    def _compile(self, device_type: str, constants: Mapping[str, Any]) -> Callable[..., R]:
+    def _compile(
+        self, device_type: str, dtypes: list[torch.dtype | None], constants: Mapping[str, Any]
+    ) -> Callable[..., R]:
         options: dict[str, Any]
         if device_type == "cpu":
-            from bnbref import lut16
-
-            lut16.enable()
-            options = {**_CPU_OPTIONS, **self._cpu}
+            options = {**_prepare_cpu(), **self._cpu(*dtypes, **constants)}
             # A vector width is chosen below AVX512; elsewhere Inductor would take an unknown width to mean scalar code.
             if options.get("cpp.simdlen", 1) != 1 and torch.backends.cpu.get_cpu_capability() != "AVX512":
                 del options["cpp.simdlen"]
@@ -182,19 +209,27 @@ class Kernel(Generic[P, R]):
         def call(*tensors: Any) -> R:
             return body(*tensors, **constants)
 
-        # Dynamo counts recompilations per code object and gives up at eight: each variant gets a code object of its own.
+        # Dynamo counts recompilations per code object and gives up at eight: each variant gets a code object to itself.
         code = call.__code__.replace(co_name=self.name)
         own = types.FunctionType(code, call.__globals__, self.name, call.__defaults__, call.__closure__)
         return torch.compile(own, fullgraph=True, dynamic=False, options=options)
 
 
+def _no_options(*dtypes: torch.dtype | None, **constants: Any) -> Mapping[str, Any]:
+    return {}
+
+
 def fused(
-    *, dynamic: Mapping[str, tuple[int, ...]], cpu: Mapping[str, Any] = types.MappingProxyType({})
+    *,
+    dynamic: Mapping[str, tuple[int, ...]],
+    cpu: Callable[..., Mapping[str, Any]] = _no_options,
+    exact: bool = True,
 ) -> Callable[[Callable[P, R]], Kernel[P, R]]:
     """Register a pure function as a kernel; calling it runs it compiled.
 
-    dynamic: for each tensor argument the dimensions that vary between calls. cpu: Inductor options on CPU, with the
-    measurement that chose them beside them.
+    dynamic: for each tensor argument the dimensions that vary between calls. cpu: Inductor's options for a variant on
+    CPU, given the dtypes of the tensors and the constants, with the measurement that chose them beside it. exact: whether
+    compiled and eager give the same bits; only a kernel that adds up floats may say no, and it says by how much.
 
     >>> @fused(dynamic={"x": (0,)})
     ... def twice(x: Tensor) -> Tensor:
@@ -205,7 +240,7 @@ def fused(
     """
 
     def register(definition: Callable[P, R]) -> Kernel[P, R]:
-        kernel = Kernel(definition, dynamic, cpu)
+        kernel = Kernel(definition, dynamic, cpu, exact)
         if kernel.name in REGISTRY:
             raise ValueError(f"a kernel named {kernel.name!r} is registered already")
         REGISTRY[kernel.name] = kernel

@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor
 
 from bnbref import blockwise
-from bnbref.blockwise import block_count, in_rows
+from bnbref.blockwise import block_count, decode_options, in_rows
 from bnbref.codebooks import DYNAMIC
 from bnbref.fused import fused
 
@@ -31,7 +31,7 @@ def quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return codes, absmax2, offset
 
 
-@fused(dynamic={"codes": (0,), "absmax": (0,)}, cpu={"cpp.simdlen": 1})
+@fused(dynamic={"codes": (0,), "absmax": (0,)}, cpu=decode_options)
 def dequantize_nested(codes: Tensor, absmax: Tensor, values: Tensor, offset: Tensor) -> Tensor:
     """uint8 `[blocks, blocksize]`, float32 `[blocks]`, `[256]`, `[]` -> float32 `[blocks, blocksize]`.  Exact."""
     value = values.gather(0, codes.to(torch.int64).reshape(-1)).reshape(codes.shape)
