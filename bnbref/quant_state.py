@@ -132,7 +132,8 @@ class QuantState:
             "quant_type": self.quant_type,
             "absmax": self.absmax,
             "blocksize": self.blocksize,
-            "quant_map": self.code,
+            # The maps are one tensor for every layer; safetensors would refuse the shared memory.
+            "quant_map": None if self.code is None else self.code.clone(),
             "dtype": _dtype_name(self.dtype),
             "shape": None if self.shape is None else tuple(self.shape),
         }
@@ -140,7 +141,6 @@ class QuantState:
             full |= {
                 "nested_absmax": self.state2.absmax,
                 "nested_blocksize": self.state2.blocksize,
-                # The map is one tensor for every layer; safetensors would refuse the shared memory.
                 "nested_quant_map": present(self.state2.code, "state2.code").clone(),
                 "nested_dtype": _dtype_name(self.state2.dtype),
                 "nested_offset": present(self.offset, "offset").item(),
