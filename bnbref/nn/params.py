@@ -78,6 +78,9 @@ class QuantizedParameter(nn.Parameter):
 
         ValueError if that weight has NaN or infinite elements, TypeError for a cast of a quantized weight.
         """
+        # accelerate, offloading int8 weights, moves them to device 0 and back to the CPU, also where there is no device 0.
+        if args and type(args[0]) is int and not torch.accelerator.is_available():
+            args = ("cpu", *args[1:])
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
         if self.holds_codes():
             if dtype not in (None, self.dtype):
