@@ -6,6 +6,8 @@
 Source: Dettmers et al., LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale (2208.07339), sections 2-3.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -70,7 +72,8 @@ def dequantize_int8_rows(codes: Tensor, absmax: Tensor, *, dtype: torch.dtype) -
 
 def in_rows(x: Tensor) -> Tensor:
     """`[..., columns]` -> `[rows, columns]`, also where one of the two is 0."""
-    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    # Not Size.numel(), which turns a symbolic size into the number of the example.
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def quantize(x: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:

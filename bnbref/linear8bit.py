@@ -64,6 +64,7 @@ class _MatMul8bit(torch.autograd.Function):
     ) -> Tensor:
         needs_a = a if weight is not None and weight.requires_grad else None
         ctx.save_for_backward(codes, absmax, needs_a)
+        ctx.bias_dtype = None if bias is None else bias.dtype
         return product(a, codes, absmax, bias, threshold)
 
     @staticmethod
@@ -77,7 +78,7 @@ class _MatMul8bit(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_weight = rows.t() @ int8.in_rows(a)
         if ctx.needs_input_grad[4]:
-            grad_bias = rows.sum(0)
+            grad_bias = rows.sum(0, dtype=ctx.bias_dtype)
         return grad_a, grad_weight, None, None, grad_bias, None
 
 
@@ -101,8 +102,6 @@ def matmul(
     """
     state = state or MatmulLtState()
     threshold = threshold if threshold > 0 else state.threshold
-    if bias is not None:
-        bias = bias.to(A.dtype)
     weight: Tensor | None = None
     if B.dtype != torch.int8:
         weight = B
