@@ -36,22 +36,26 @@ def four_bit(size: int) -> list[Row]:
             if quant_type == "nf4":  # fp4 follows CUDA's thresholds here, bitsandbytes on CPU follows the midpoints
                 assert torch.equal(ours[0], theirs[0])
                 assert torch.equal(ours[1].absmax, theirs[1].absmax)
-            rows.append((
-                f"quantize_4bit {quant_type} from {NAMES[dtype]}",
-                bar if quant_type == "nf4" else None,
-                lambda x=x, q=quant_type: F.quantize_4bit(x, quant_type=q),
-                lambda x=x, q=quant_type: BF.quantize_4bit(x, quant_type=q),
-            ))
+            rows.append(
+                (
+                    f"quantize_4bit {quant_type} from {NAMES[dtype]}",
+                    bar if quant_type == "nf4" else None,
+                    lambda x=x, q=quant_type: F.quantize_4bit(x, quant_type=q),
+                    lambda x=x, q=quant_type: BF.quantize_4bit(x, quant_type=q),
+                )
+            )
     for dtype, bar in ((torch.float32, 0.9), (torch.bfloat16, 0.9), (torch.float16, None)):
         packed, state = F.quantize_4bit(weight.to(dtype), quant_type="nf4")
         packed2, state2 = BF.quantize_4bit(weight.to(dtype), quant_type="nf4")
         assert torch.equal(F.dequantize_4bit(packed, state), BF.dequantize_4bit(packed2, state2))
-        rows.append((
-            f"dequantize_4bit nf4 to {NAMES[dtype]}",
-            bar,
-            lambda p=packed, s=state: F.dequantize_4bit(p, s),
-            lambda p=packed2, s=state2: BF.dequantize_4bit(p, s),
-        ))
+        rows.append(
+            (
+                f"dequantize_4bit nf4 to {NAMES[dtype]}",
+                bar,
+                lambda p=packed, s=state: F.dequantize_4bit(p, s),
+                lambda p=packed2, s=state2: BF.dequantize_4bit(p, s),
+            )
+        )
     return rows
 
 
@@ -60,21 +64,25 @@ def eight_bit(size: int) -> list[Row]:
     rows: list[Row] = []
     for dtype in (torch.float32, torch.bfloat16):
         y = x.to(dtype)
-        rows.append((
-            f"quantize_blockwise dynamic from {NAMES[dtype]} (theirs inexact)",
-            4.0,
-            lambda y=y: F.quantize_blockwise(y, blocksize=256),
-            lambda y=y: BF.quantize_blockwise(y, blocksize=256),
-        ))
+        rows.append(
+            (
+                f"quantize_blockwise dynamic from {NAMES[dtype]} (theirs inexact)",
+                4.0,
+                lambda y=y: F.quantize_blockwise(y, blocksize=256),
+                lambda y=y: BF.quantize_blockwise(y, blocksize=256),
+            )
+        )
         codes, state = F.quantize_blockwise(y, blocksize=256)
         state2 = BF.QuantState(state.absmax, code=state.code, blocksize=256, dtype=dtype)
         assert torch.equal(F.dequantize_blockwise(codes, state), BF.dequantize_blockwise(codes, state2))
-        rows.append((
-            f"dequantize_blockwise dynamic to {NAMES[dtype]}",
-            None,
-            lambda c=codes, s=state: F.dequantize_blockwise(c, s),
-            lambda c=codes, s=state2: BF.dequantize_blockwise(c, s),
-        ))
+        rows.append(
+            (
+                f"dequantize_blockwise dynamic to {NAMES[dtype]}",
+                None,
+                lambda c=codes, s=state: F.dequantize_blockwise(c, s),
+                lambda c=codes, s=state2: BF.dequantize_blockwise(c, s),
+            )
+        )
     return rows
 
 
@@ -110,20 +118,25 @@ def linear_4bit(size: int) -> list[Row]:
         ours, theirs, packed = (layer(m) for m in (bnbref.nn.Linear4bit, bnb.nn.Linear4bit, bnb.nn.Linear4bit))
         theirs.support_avx512bf16_for_cpu = False  # it would repack its weight in place on the first forward
         x = torch.randn(512, size, dtype=dtype)
-        run = forward_backward(ours, x, torch.randn(512, size, dtype=dtype)), forward_backward(
-            theirs, x, torch.randn(512, size, dtype=dtype)
+        run = (
+            forward_backward(ours, x, torch.randn(512, size, dtype=dtype)),
+            forward_backward(theirs, x, torch.randn(512, size, dtype=dtype)),
         )
         rows.append((f"Linear4bit {NAMES[dtype]} forward + backward, 512 rows", 1.2, *run))
         packed.eval()
         for count in (1, 16, 512):
             x = torch.randn(count, size, dtype=dtype)
-            rows.append((f"Linear4bit {NAMES[dtype]} forward, {count} rows", None, forward(ours, x), forward(theirs, x)))
-            rows.append((
-                f"Linear4bit {NAMES[dtype]} forward, {count} rows, packed kernel",
-                None,
-                forward(ours, x),
-                forward(packed, x),
-            ))
+            rows.append(
+                (f"Linear4bit {NAMES[dtype]} forward, {count} rows", None, forward(ours, x), forward(theirs, x))
+            )
+            rows.append(
+                (
+                    f"Linear4bit {NAMES[dtype]} forward, {count} rows, packed kernel",
+                    None,
+                    forward(ours, x),
+                    forward(packed, x),
+                )
+            )
     return rows
 
 
@@ -142,7 +155,9 @@ def linear_8bit(size: int) -> list[Row]:
             x = torch.randn(count, size, dtype=torch.bfloat16)
             if threshold > 0:
                 x[:, 7] = 8.0
-            rows.append((f"Linear8bitLt bf16, threshold {threshold:g}, {count} rows", 1.0, forward(ours, x), forward(theirs, x)))
+            rows.append(
+                (f"Linear8bitLt bf16, threshold {threshold:g}, {count} rows", 1.0, forward(ours, x), forward(theirs, x))
+            )
     return rows
 
 
@@ -165,7 +180,9 @@ def main() -> None:
                 ms = timing.medians({"ours": ours, "theirs": theirs}, args.rounds)
                 results.append({"what": what, **ms, "ratio": ms["theirs"] / ms["ours"], "bar": bar})
                 print(timing.table(results[-1:]).splitlines()[-1], flush=True)
-    print("\nmilliseconds, medians of", args.rounds, "interleaved rounds; ratio = bnb / bnbref\n" + timing.table(results))
+    print(
+        "\nmilliseconds, medians of", args.rounds, "interleaved rounds; ratio = bnb / bnbref\n" + timing.table(results)
+    )
     if args.only is None:
         print("saved", timing.save("cpu", results))
 

@@ -50,7 +50,10 @@ def machine() -> dict[str, Any]:
         except PackageNotFoundError:
             return None
 
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "?")
+    cpu = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        "?",
+    )
     return {
         "packages": {name: installed(name) for name in ("bnbref", "torch", "bitsandbytes", "transformers", "torchao")},
         "python": platform.python_version(),
@@ -66,7 +69,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         bar = "" if row.get("bar") is None else f"{row['bar']:g}"
         verdict = "" if row.get("bar") is None else ("" if row["ratio"] >= row["bar"] else "  missed")
-        lines.append(f"{row['what']:58s} {row['ours']:9.3f} {row['theirs']:9.3f} {row['ratio']:7.2f}  {bar:>5s}{verdict}")
+        lines.append(
+            f"{row['what']:58s} {row['ours']:9.3f} {row['theirs']:9.3f} {row['ratio']:7.2f}  {bar:>5s}{verdict}"
+        )
     return "\n".join(lines)
 
 

@@ -170,7 +170,6 @@ def _descending(name: str, ascending: Sequence[float], source: str) -> Codebook:
 
 AF4 = _descending(
     "af4",
-    # fmt: off
     [
         -1.0,
         -0.69441008,
@@ -189,7 +188,6 @@ AF4 = _descending(
         0.72424863,
         1.0,
     ],
-    # fmt: on
     source="Yoshida, NF4 Isn't Information Theoretically Optimal (2306.06965), blocksize 64",
 )
 """AbnormalFloat 4. bitsandbytes lists it from +1 down, so code 0 is +1."""

@@ -2,17 +2,22 @@
 
     y = A @ W^T + bias,     W = T(fl(values[code] * absmax)),     T the dtype of A
 
-The product is ATen's: float32 accumulation, the bias added before the one rounding to T. The dequantized weight lives for
-the length of one product; the backward pass dequantizes anew.
+The product is ATen's: float32 accumulation, the bias added before the one rounding to T. The dequantized weight lives
+for the length of one product; the backward pass dequantizes anew. A single row on a CPU, what decoding a token needs,
+is multiplied straight from the codes.
 """
 
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from bnbref import fourbit
+from bnbref.codebooks import Codebook
+from bnbref.fused import compile_enabled, fused, tracing
+from bnbref.lut16 import scaled16
 from bnbref.quant_state import QuantState, present
 
 
@@ -20,6 +25,70 @@ def dequantize(packed: Tensor, state: QuantState, dtype: torch.dtype) -> Tensor:
     """The weight in a dtype: one rounding from the float32 product of value and scale.  Exact."""
     blocksize, shape = present(state.blocksize, "blocksize"), present(state.shape, "shape")
     return fourbit.dequantize(packed, state.scales(), state.codebook, blocksize, shape, dtype)
+
+
+# ---- one row --------------------------------------------------------------------------------------------------------
+
+
+def _fast_sum(*dtypes: torch.dtype | None, **constants: Any) -> dict[str, Any]:
+    # The order of the sum is the compiler's anyway, so it may fuse: 0.52 ms instead of 0.76 for bfloat16.
+    return {"cpp.enable_floating_point_contract_flag": "fast"}
+
+
+@fused(dynamic={"packed": (0,), "absmax": (0,)}, cpu=_fast_sum, exact=False)
+def multiply_row(
+    a: Tensor, packed: Tensor, absmax: Tensor, *, blocksize: int, codebook: Codebook, dtype: torch.dtype
+) -> Tensor:
+    """float32 `[2, k/2]`, even and odd columns; uint8 `[n, k/2]`; float32 `[n, blocks]` -> float32 `[n]`.
+
+    Bounded: the products with the weight in `dtype`, each exact or fused, summed in float32 in the compiler's order,
+    |y - exact| <= k u / (1 - k u) * sum |a w|, u = 2^-24.
+    """
+    weight = fourbit.dequantize_rows.definition(packed, absmax, blocksize=blocksize, codebook=codebook, dtype=dtype)
+    even, odd = weight.float().unflatten(1, (-1, 2)).unbind(-1)
+    return torch.mv(even, a[0]) + torch.mv(odd, a[1])
+
+
+# A byte a lane, as in decoding; the rows of the weight in two halves, so that two sums are under way at a time: 0.50 ms
+# for 4096 x 4096 in bfloat16 on an EPYC with two threads, where dequantizing and multiplying takes 3.
+@multiply_row.formulation
+def _(a: Tensor, packed: Tensor, absmax: Tensor, *, blocksize: int, codebook: Codebook, dtype: torch.dtype) -> Tensor:
+    values = codebook.values + (0.0,) * (16 - len(codebook.values))
+    even, odd = rearrange(a, "two (b s) -> two b s", s=blocksize // 2)
+    n = packed.shape[0] // 2
+    halves = []
+    for rows, scales in ((packed[:n], absmax[:n]), (packed[n:], absmax[n:])):
+        codes = rearrange(rows.to(torch.int32), "n (b s) -> n b s", s=blocksize // 2)
+        scale = rearrange(scales, "n b -> n b 1")
+        first, second = scaled16(codes >> 4, scale, values, dtype), scaled16(codes, scale, values, dtype)
+        halves.append((first * even).sum((1, 2)) + (second * odd).sum((1, 2)))
+    return torch.cat(halves)
+
+
+def _is_row_for_kernel(a: Tensor, state: QuantState) -> bool:
+    n, k = present(state.shape, "shape")
+    blocksize = present(state.blocksize, "blocksize")
+    return (
+        a.device.type == "cpu"
+        and a.numel() == k
+        and (k % blocksize, blocksize % 32, n % 2) == (0, 0, 0)
+        and min(n, k) >= 4
+        and compile_enabled()
+        and not tracing()
+    )
+
+
+def _product_of_row(a: Tensor, packed: Tensor, state: QuantState, bias: Tensor | None) -> Tensor:
+    n, k = present(state.shape, "shape")
+    blocksize = present(state.blocksize, "blocksize")
+    columns = rearrange(a.float().reshape(k), "(k two) -> two k", two=2).contiguous()
+    codes = packed.reshape(-1).view(torch.uint8).view(n, k // 2)
+    scales = state.scales().view(n, k // blocksize)
+    y = multiply_row(columns, codes, scales, blocksize=blocksize, codebook=state.codebook, dtype=a.dtype)
+    return (y if bias is None else y + bias.float()).to(a.dtype).view(*a.shape[:-1], n)
+
+
+# ---- any rows -------------------------------------------------------------------------------------------------------
 
 
 class _MatMul4Bit(torch.autograd.Function):
@@ -64,5 +133,10 @@ def matmul_4bit(
         )
     if bias is not None:
         bias = bias.to(A.dtype)
-    result: Tensor = _MatMul4Bit.apply(A, B.detach(), bias, quant_state)  # type: ignore[no-untyped-call]
+    needs_grad = torch.is_grad_enabled() and (A.requires_grad or (bias is not None and bias.requires_grad))
+    result: Tensor
+    if not needs_grad and _is_row_for_kernel(A, quant_state):
+        result = _product_of_row(A.detach(), B.detach(), quant_state, bias)
+    else:
+        result = _MatMul4Bit.apply(A, B.detach(), bias, quant_state)  # type: ignore[no-untyped-call]
     return result if out is None else out.copy_(result)

@@ -13,6 +13,7 @@ sixteen products and roundings for a block, whatever its size, and the same bits
 Everywhere else (another device, another instruction set, a torch whose internals look different, an exported program) plain
 tensor operations give the same bits, more slowly.  `lowering()` says which.
 """
+
 from typing import Any
 
 import torch
@@ -20,16 +21,20 @@ from torch import Tensor
 
 Table = tuple[float, ...]
 
+_AVX512 = "vpermps"
+_AVX2 = "2 x vpermps + blend"
 _PLAIN = "plain tensor operations"
-_chosen: str | None = None          # what `enable` found: None before it was called
+_chosen: str | None = None  # what `enable` found: None before it was called
 
 _library = torch.library.Library("bnbref", "FRAGMENT")
-_library.define("lut16(Tensor codes, float[] table) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-_library.define("scaled16(Tensor codes, Tensor scale, float[] table, ScalarType dtype, bool bits) -> Tensor",
-                tags=(torch.Tag.pt2_compliant_tag,))
+_library.define("lut16(Tensor codes, float[] table, int width) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_library.define(
+    "scaled16(Tensor codes, Tensor scale, float[] table, ScalarType dtype, bool bits, int width) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 
 
-# ---- definitions ----------------------------------------------------------------------------------------------------------------
+# ---- definitions ----------------------------------------------------------------------------------------------------
 
 
 def gather16(codes: Tensor, table: Table) -> Tensor:
@@ -52,7 +57,7 @@ def tree16(codes: Tensor, table: Table) -> Tensor:
     row = [torch.full((), value, dtype=torch.float32, device=codes.device) for value in table]
     for bit in (1, 2, 4, 8):
         high = (codes & bit) != 0
-        row = [torch.where(high, odd, even) for even, odd in zip(row[::2], row[1::2])]
+        row = [torch.where(high, odd, even) for even, odd in zip(row[::2], row[1::2], strict=True)]
     return row[0]
 
 
@@ -62,7 +67,7 @@ def _round(value: Tensor, dtype: torch.dtype, bits: bool) -> Tensor:
         return value.view(torch.int32) if bits else value
     if not torch.compiler.is_compiling() and not bits:
         return value.to(dtype).float()
-    pattern = value.to(dtype).view(torch.int16).to(torch.int32) & 0xFFFF       # a bit cast: Inductor elides .to(T).float()
+    pattern = value.to(dtype).view(torch.int16).to(torch.int32) & 0xFFFF  # a bit cast: Inductor elides .to(T).float()
     return pattern if bits else _widen(pattern, dtype)
 
 
@@ -70,12 +75,14 @@ def _widen(pattern: Tensor, dtype: torch.dtype) -> Tensor:
     """The float32 value of bfloat16 or float16 bits."""
     if dtype == torch.bfloat16:
         return (pattern << 16).view(torch.float32)
-    placed = ((pattern << 13) & 0x0FFFFFFF) | ((pattern << 16) & -2147483648)     # float16's fields where float32 has them ...
-    value = placed.view(torch.float32) * 2.0**112                                 # ... and its bias: an exact product
+    placed = ((pattern << 13) & 0x0FFFFFFF) | (
+        (pattern << 16) & -2147483648
+    )  # float16's fields where float32 has them ...
+    value = placed.view(torch.float32) * 2.0**112  # ... and its bias: an exact product
     return torch.where((pattern & 0x7C00) == 0x7C00, (placed | 0x7F800000).view(torch.float32), value)
 
 
-# ---- what the package calls -----------------------------------------------------------------------------------------------------
+# ---- what the package calls -----------------------------------------------------------------------------------------
 
 
 def lookup16(codes: Tensor, table: Table) -> Tensor:
@@ -87,7 +94,8 @@ def lookup16(codes: Tensor, table: Table) -> Tensor:
     """
     _check(table)
     if _native(codes):
-        return torch.ops.bnbref.lut16(codes.to(torch.int32), table)
+        native: Tensor = torch.ops.bnbref.lut16(codes.to(torch.int32), table, enable())
+        return native
     return tree16(codes, table) if torch.compiler.is_compiling() else gather16(codes, table)
 
 
@@ -116,7 +124,8 @@ def _scaled(codes: Tensor, scale: Tensor, table: Table, dtype: torch.dtype, bits
     if scale.dtype != torch.float32:
         raise TypeError(f"scale must be float32, got {scale.dtype}")
     if _native(codes):
-        return torch.ops.bnbref.scaled16(codes.to(torch.int32), scale, table, dtype, bits)
+        native: Tensor = torch.ops.bnbref.scaled16(codes.to(torch.int32), scale, table, dtype, bits, enable())
+        return native
     value = tree16(codes, table) if torch.compiler.is_compiling() else gather16(codes, table)
     return _round(value * scale, dtype, bits)
 
@@ -128,34 +137,39 @@ def _check(table: Table) -> None:
 
 def _native(codes: Tensor) -> bool:
     """Eager needs no operator, and an exported program must run where bnbref is not installed."""
-    return torch.compiler.is_compiling() and not torch.compiler.is_exporting() and codes.device.type == "cpu" and enable()
+    return (
+        torch.compiler.is_compiling()
+        and not torch.compiler.is_exporting()
+        and codes.device.type == "cpu"
+        and enable() > 0
+    )
 
 
-# ---- the operators: what a backend other than Inductor runs --------------------------------------------------------------------
+# ---- the operators: what a backend other than Inductor runs ---------------------------------------------------------
 
 
 @torch.library.impl(_library, "lut16", "CompositeExplicitAutograd")
-def _(codes: Tensor, table: list[float]) -> Tensor:
+def _(codes: Tensor, table: list[float], width: int) -> Tensor:
     return gather16(codes, tuple(table))
 
 
-@torch.library.register_fake("bnbref::lut16", lib=_library)
-def _(codes: Tensor, table: list[float]) -> Tensor:
+@torch.library.register_fake("bnbref::lut16", lib=_library)  # type: ignore[untyped-decorator]
+def _(codes: Tensor, table: list[float], width: int) -> Tensor:
     return torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
 
 
 @torch.library.impl(_library, "scaled16", "CompositeExplicitAutograd")
-def _(codes: Tensor, scale: Tensor, table: list[float], dtype: torch.dtype, bits: bool) -> Tensor:
+def _(codes: Tensor, scale: Tensor, table: list[float], dtype: torch.dtype, bits: bool, width: int) -> Tensor:
     return _round(gather16(codes, tuple(table)) * scale, dtype, bits).contiguous()
 
 
-@torch.library.register_fake("bnbref::scaled16", lib=_library)
-def _(codes: Tensor, scale: Tensor, table: list[float], dtype: torch.dtype, bits: bool) -> Tensor:
+@torch.library.register_fake("bnbref::scaled16", lib=_library)  # type: ignore[untyped-decorator]
+def _(codes: Tensor, scale: Tensor, table: list[float], dtype: torch.dtype, bits: bool, width: int) -> Tensor:
     shape = torch.broadcast_shapes(codes.shape, scale.shape)
     return torch.empty(shape, dtype=torch.int32 if bits else torch.float32, device=codes.device)
 
 
-# ---- teaching Inductor ----------------------------------------------------------------------------------------------------------
+# ---- teaching Inductor ----------------------------------------------------------------------------------------------
 
 
 def lowering() -> str:
@@ -164,21 +178,22 @@ def lowering() -> str:
     return str(_chosen)
 
 
-def enable() -> bool:
-    """Register the lowerings with Inductor, once per process; False where that cannot be (then plain operations are compiled).
+def enable() -> int:
+    """Register the lowerings with Inductor, once per process; the width of their vectors in bits.
 
-    This imports `torch._inductor`, so it is left to the first compilation.
+    0 where that cannot be: then plain operations are compiled. This imports `torch._inductor`, so it is left to the first
+    compilation. The width is an argument of the operators, because Inductor's cache on disk does not tell CPUs apart.
     """
     global _chosen
     if _chosen is None:
         try:
             _chosen = _register()
-        except (ImportError, AttributeError, TypeError) as error:          # a torch whose internals have moved
+        except (ImportError, AttributeError, TypeError) as error:  # a torch whose internals have moved
             _chosen = f"{_PLAIN}: Inductor's internals are not as expected ({error})"
-    return not _chosen.startswith(_PLAIN)
+    return {_AVX512: 512, _AVX2: 256}.get(_chosen, 0)
 
 
-setattr(enable, "_dynamo_marked_constant", True)       # torch.compiler.assume_constant_result, without importing torch._dynamo
+enable._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, without importing torch._dynamo
 
 
 def _width(isa: Any) -> int:
@@ -188,7 +203,8 @@ def _width(isa: Any) -> int:
 
 
 def _register() -> str:
-    from torch._inductor import cpu_vec_isa, lowering as lowerings
+    from torch._inductor import cpu_vec_isa
+    from torch._inductor import lowering as lowerings
     from torch._inductor.codegen.cpp import CppOverrides, CppVecKernel, CppVecOverrides
     from torch._inductor.dtype_propagation import DtypePropagationOpsHandler
     from torch._inductor.ops_handler import DefaultHandler
@@ -198,10 +214,19 @@ def _register() -> str:
     width = _width(cpu_vec_isa.pick_vec_isa())
     if not width:
         return f"{_PLAIN}: no AVX2 or AVX512"
-    for owner, name in ((lowerings, "make_pointwise"), (lowerings, "register_lowering"), (lowerings, "fallback_handler"),
-                        (lowerings, "broadcast_tensors"), (CppVecKernel, "_get_num_vectors"), (CppVecKernel, "broadcast"),
-                        (CppOverrides, "where"), (CppVecOverrides, "where"), (DefaultHandler, "_default"),
-                        (DtypePropagationOpsHandler, "constant"), (ShapePropagationOpsHandler, "constant")):
+    for owner, name in (
+        (lowerings, "make_pointwise"),
+        (lowerings, "register_lowering"),
+        (lowerings, "fallback_handler"),
+        (lowerings, "broadcast_tensors"),
+        (CppVecKernel, "_get_num_vectors"),
+        (CppVecKernel, "broadcast"),
+        (CppOverrides, "where"),
+        (CppVecOverrides, "where"),
+        (DefaultHandler, "_default"),
+        (DtypePropagationOpsHandler, "constant"),
+        (ShapePropagationOpsHandler, "constant"),
+    ):
         getattr(owner, name)
 
     def declare(table: Table, dtype: torch.dtype, bits: bool, scaled: bool) -> str:
@@ -219,11 +244,13 @@ def _register() -> str:
                 if scale is None or not scale.is_vec:
                     return scalar(q, scale)
                 q = V.kernel.broadcast(q)
-            return _vector_code(q, scale, table, dtype, bits, V.kernel.vec_isa.bit_width(), V.kernel._get_num_vectors(torch.int32))
+            return _vector_code(
+                q, scale, table, dtype, bits, V.kernel.vec_isa.bit_width(), V.kernel._get_num_vectors(torch.int32)
+            )
 
         setattr(DefaultHandler, name, lambda self, *args, **kwargs: self._default(name, args, kwargs))
         setattr(CppOverrides, name, staticmethod(scalar))
-        setattr(CppVecOverrides, name, classmethod(vector))         # a staticmethod would get its scalars broadcast
+        setattr(CppVecOverrides, name, classmethod(vector))  # a staticmethod would get its scalars broadcast
         setattr(DtypePropagationOpsHandler, name, staticmethod(lambda *args: result))
         setattr(ShapePropagationOpsHandler, name, staticmethod(lambda *args: args[0].shape))
         return name
@@ -231,29 +258,37 @@ def _register() -> str:
     def lower(op: Any, inputs: list[Any], rest: tuple[Any, ...], dtype: torch.dtype, bits: bool) -> Any:
         codes, isa = inputs[0], cpu_vec_isa.pick_vec_isa()
         if codes.get_device().type != "cpu" or codes.get_dtype() != torch.int32 or (isa and not _width(isa)):
-            return lowerings.fallback_handler(op, add_to_fallback_set=False)(*inputs, *rest)       # a call of the operator itself
+            return lowerings.fallback_handler(op, add_to_fallback_set=False)(
+                *inputs, *rest
+            )  # a call of the operator itself
         name = declare(tuple(map(float, rest[0])), dtype, bits, len(inputs) == 2)
         if len(inputs) == 2:
             inputs = lowerings.broadcast_tensors(*inputs)
-        inner = lambda *elements: getattr(ops, name)(*elements)
+
+        def inner(*elements: Any) -> Any:
+            return getattr(ops, name)(*elements)
+
         return lowerings.make_pointwise(inner, override_return_dtype=torch.int32 if bits else torch.float32)(*inputs)
 
     @lowerings.register_lowering(torch.ops.bnbref.lut16.default, type_promotion_kind=None)
-    def _(codes: Any, table: list[float]) -> Any:
-        return lower(torch.ops.bnbref.lut16.default, [codes], (table,), torch.float32, False)
+    def _(codes: Any, table: list[float], width: int) -> Any:
+        return lower(torch.ops.bnbref.lut16.default, [codes], (table, width), torch.float32, False)
 
     @lowerings.register_lowering(torch.ops.bnbref.scaled16.default, type_promotion_kind=None)
-    def _(codes: Any, scale: Any, table: list[float], dtype: torch.dtype, bits: bool) -> Any:
-        return lower(torch.ops.bnbref.scaled16.default, [codes, scale], (table, dtype, bits), dtype, bits)
+    def _(codes: Any, scale: Any, table: list[float], dtype: torch.dtype, bits: bool, width: int) -> Any:
+        return lower(torch.ops.bnbref.scaled16.default, [codes, scale], (table, dtype, bits, width), dtype, bits)
 
-    return {512: "vpermps", 256: "2 x vpermps + blend"}[width]
+    return {512: _AVX512, 256: _AVX2}[width]
 
 
-# ---- the C++ --------------------------------------------------------------------------------------------------------------------
+# ---- the C++ --------------------------------------------------------------------------------------------------------
 
 
 def _literals(table: Table) -> str:
-    return ", ".join("-INFINITY" if v == -torch.inf else "INFINITY" if v == torch.inf else "NAN" if v != v else f"{v.hex()}f" for v in table)
+    return ", ".join(
+        "-INFINITY" if v == -torch.inf else "INFINITY" if v == torch.inf else "NAN" if v != v else f"{v.hex()}f"
+        for v in table
+    )
 
 
 def _scalar_code(q: Any, scale: Any, table: Table, dtype: torch.dtype, bits: bool) -> str:
@@ -263,14 +298,16 @@ def _scalar_code(q: Any, scale: Any, table: Table, dtype: torch.dtype, bits: boo
     else:
         rounded = f"{'c10::BFloat16' if dtype == torch.bfloat16 else 'c10::Half'}({value})"
         value = f"static_cast<int32_t>({rounded}.x)" if bits else f"static_cast<float>({rounded})"
-    return (f"([](int32_t q, float s) {{ static const float table[16] = {{{_literals(table)}}}; return {value}; }})"
-            f"({q}, {1 if scale is None else scale})")
+    return (
+        f"([](int32_t q, float s) {{ static const float table[16] = {{{_literals(table)}}}; return {value}; }})"
+        f"({q}, {1 if scale is None else scale})"
+    )
 
 
 def _vector_code(q: Any, scale: Any, table: Table, dtype: torch.dtype, bits: bool, width: int, count: int) -> str:
     """A lambda applied to a vector, or to each of the `count` vectors that a tile of 16-bit elements needs."""
     m, lanes = f"_mm{width}", width // 32
-    tables = [f"{m}_setr_ps({_literals(table[i:i + lanes])})" for i in range(0, 16, lanes)]
+    tables = [f"{m}_setr_ps({_literals(table[i : i + lanes])})" for i in range(0, 16, lanes)]
 
     def look(tables: list[str]) -> str:
         if width == 512:
@@ -287,11 +324,17 @@ def _vector_code(q: Any, scale: Any, table: Table, dtype: torch.dtype, bits: boo
         value, kind = product(look(tables), "s"), "at::vec::Vectorized<float>"
     else:
         value, kind = look([product(part, f"{m}_set1_ps(s)") for part in tables]), "float"
-    out = f"at::vec::Vectorized<int32_t>({m}_castps_si{width}({value}))" if bits else f"at::vec::Vectorized<float>({value})"
+    out = (
+        f"at::vec::Vectorized<int32_t>({m}_castps_si{width}({value}))"
+        if bits
+        else f"at::vec::Vectorized<float>({value})"
+    )
     one = f"[](at::vec::Vectorized<int32_t> q, {kind} s) {{ return {out}; }}"
     if count == 1:
         return f"({one})({q}, {0 if scale is None else scale})"
-    each = [f"one({q}[{i}], {0 if scale is None else f'{scale}[{i}]' if scale.is_vec else scale})" for i in range(count)]
+    each = [
+        f"one({q}[{i}], {0 if scale is None else f'{scale}[{i}]' if scale.is_vec else scale})" for i in range(count)
+    ]
     # operator[] and a default constructor: what VectorizedN has for every count
     fill = " ".join(f"all[{i}] = {part};" for i, part in enumerate(each))
     return f"[&] {{ auto one = {one}; at::vec::VectorizedN<{'int32_t' if bits else 'float'},{count}> all; {fill} return all; }}()"

@@ -158,7 +158,7 @@ def test_fake_tensors():
     with FakeTensorMode():
         q, scale = torch.empty(3, 5, dtype=torch.int32), torch.empty(3, 1)
         assert lut16.lookup16(q, TABLE).shape == (3, 5) and lut16.scaled16(q, scale, TABLE, torch.bfloat16).dtype == torch.float32
-        assert torch.ops.bnbref.scaled16(q, scale, TABLE, torch.bfloat16, True).dtype == torch.int32
+        assert torch.ops.bnbref.scaled16(q, scale, TABLE, torch.bfloat16, True, 512).dtype == torch.int32
 
 
 def test_an_exported_program_does_not_need_bnbref():
@@ -175,9 +175,9 @@ def test_an_exported_program_does_not_need_bnbref():
 
 def test_operators_are_sound():
     q, scale = codes(4, 16), torch.rand(4, 1)
-    torch.library.opcheck(torch.ops.bnbref.lut16.default, (q, list(TABLE)))
+    torch.library.opcheck(torch.ops.bnbref.lut16.default, (q, list(TABLE), 512))
     for bits in (False, True):
-        torch.library.opcheck(torch.ops.bnbref.scaled16.default, (q, scale, list(TABLE), torch.bfloat16, bits))
+        torch.library.opcheck(torch.ops.bnbref.scaled16.default, (q, scale, list(TABLE), torch.bfloat16, bits, 512))
 
 
 def test_importing_is_light():
