@@ -50,9 +50,13 @@ class QuantizedParameter(nn.Parameter):
     # nn.Module moves a parameter by `param.data = fn(param)`; without its attributes that would be half a move.
     @data.setter
     def data(self, value: Tensor) -> None:
+        self._check_assigned(value)
         _DATA.__set__(self, value)
         if isinstance(value, QuantizedParameter):
             self.__dict__.update(value.__dict__)
+
+    def _check_assigned(self, value: Tensor) -> None:
+        """Refuse data that can only be a mistake."""
 
     def holds_codes(self) -> bool:
         """Whether the data is quantized."""
@@ -342,7 +346,15 @@ class Int8Params(QuantizedParameter):
     @CB.setter
     def CB(self, value: Tensor | None) -> None:
         if value is not None:
-            self.data = value
+            _DATA.__set__(self, value)
+
+    def _check_assigned(self, value: Tensor) -> None:
+        # peft merges `(codes + delta.to(int8))` into a layer that it takes for a float one: nothing changes, and all is well.
+        if self.holds_codes() and value.dtype == torch.int8 and not isinstance(value, Int8Params):
+            raise TypeError(
+                "int8 codes are assigned with their scales: assign an Int8Params. peft needs to know this layer to merge "
+                "an adapter into it: bnbref.integrations.peft.register_lora(config)"
+            )
 
     def holds_codes(self) -> bool:
         """Whether the data is int8."""
