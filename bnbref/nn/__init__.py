@@ -9,6 +9,7 @@ from bnbref.nn.embedding import (
     StableEmbedding,
 )
 from bnbref.nn.linear import Linear4bit, Linear8bitLt, LinearFP4, LinearNF4
+from bnbref.nn.parametrize import replace_parameter_4bit, replace_parameter_4bit_prequantized
 from bnbref.nn.params import Int8Params, Params4bit
 
 __all__ = [
@@ -24,4 +25,6 @@ __all__ = [
     "LinearNF4",
     "Params4bit",
     "StableEmbedding",
+    "replace_parameter_4bit",
+    "replace_parameter_4bit_prequantized",
 ]

@@ -162,14 +162,15 @@ def _rebuild(cls: type[QuantizedParameter], data: Tensor, requires_grad: bool) -
     return cls(data, requires_grad)
 
 
-def _check_finite(kind: str, weight: Tensor) -> None:
+def check_finite(name: str, weight: Tensor, quant_type: str) -> None:
+    """ValueError if a weight that is to be quantized has NaN or infinite elements."""
     if weight.numel() == 0 or weight.device.type == "meta" or tracing():
         return
     low, high = weight.aminmax()  # both are NaN if any element is
     if not bool(low.isfinite() & high.isfinite()):
         count = int((~weight.isfinite()).sum())
         raise ValueError(
-            f"a weight of shape {tuple(weight.shape)} cannot become {kind}: {count} of its elements are NaN or infinite"
+            f"{name} of shape {tuple(weight.shape)} cannot become {quant_type}: {count} of its elements are NaN or infinite"
         )
 
 
@@ -279,7 +280,7 @@ class Params4bit(QuantizedParameter):
         return self._like_this(weight, quant_state=None, bnb_quantized=False)
 
     def _quantized(self, weight: Tensor) -> "Params4bit":
-        _check_finite(self.quant_type, weight)
+        check_finite("a weight", weight, self.quant_type)
         packed, state = quantize_4bit(
             weight,
             blocksize=self.blocksize,
@@ -367,7 +368,7 @@ class Int8Params(QuantizedParameter):
     def _quantized(self, weight: Tensor) -> "Int8Params":
         if self.has_fp16_weights:
             return self._like_this(weight)
-        _check_finite("int8", weight)
+        check_finite("a weight", weight, "int8")
         codes, absmax, _ = int8.quantize(weight)
         return self._like_this(codes, SCB=absmax)
 

@@ -1,0 +1,210 @@
+"""Any parameter of any module in four bits: experts `[experts, n, k]`, say, that no Linear4bit could replace.
+
+    replace_parameter_4bit(experts, "gate_up_proj")        experts.gate_up_proj is now dequantized whenever it is read
+
+A `torch.nn.utils.parametrize` does it, so that the module's code needs no change. Its state dict has bitsandbytes' keys,
+`gate_up_proj`, `gate_up_proj.absmax` and so on, and is loaded from them, or from a float parameter, which is quantized.
+
+Code that reads the parameter again and again (once for each expert) dequantizes it once: from the beginning of the
+module's forward to its end, errors included, the values are kept, and not a moment longer.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from bnbref.checkpoint import Checkpoint
+from bnbref.functional import quantize_4bit
+from bnbref.fused import tracing
+from bnbref.linear4bit import dequantize
+from bnbref.nn.params import check_finite, in_bytes
+from bnbref.quant_state import QuantState, present
+
+
+class Bnb4bitParametrization(nn.Module):
+    """Packed codes -> values: `dtype(fl(values[code] * absmax))`, without gradient.  Exact.
+
+    dtype: of the parameter that was quantized; it follows the casts of the module as a float parameter would.
+    """
+
+    def __init__(self, quant_state: QuantState) -> None:
+        super().__init__()
+        self.quant_state = quant_state
+        self.dtype: torch.dtype = present(quant_state.dtype, "dtype")
+        self.kept: list[Tensor] | None = None
+        """The values, during the forward of the module that has the parameter; None outside of it."""
+
+    def forward(self, packed: Tensor) -> Tensor:
+        """The parameter."""
+        kept = None if tracing() else self.kept
+        if kept:
+            return kept[0]
+        values = dequantize(packed, self.quant_state, self.dtype)
+        if kept is not None:
+            kept.append(values)
+        return values
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Bnb4bitParametrization":
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.quant_state = self.quant_state.map(lambda t: in_bytes(fn, t))
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
+        return self
+
+
+def replace_parameter_4bit(
+    module: nn.Module,
+    param_name: str,
+    compress_statistics: bool = False,
+    quant_type: str = "nf4",
+    blocksize: int | None = None,
+) -> None:
+    """Quantize a parameter of a module to four bits, where it is. Reading it gives its values in its dtype.  Exact.
+
+    >>> import bnbref
+    >>> experts = nn.Module()
+    >>> experts.up = nn.Parameter(torch.ones(2, 4, 64))
+    >>> with bnbref.eager():
+    ...     replace_parameter_4bit(experts, "up")
+    ...     experts.up.shape
+    torch.Size([2, 4, 64])
+    >>> list(experts.state_dict())
+    ['up', 'up.absmax', 'up.quant_map', 'up.quant_state.bitsandbytes__nf4']
+    """
+    values = _parameter(module, param_name).detach()
+    check_finite(f"parameter {param_name!r}", values, quant_type)
+    packed, state = quantize_4bit(
+        values, blocksize=blocksize, compress_statistics=compress_statistics, quant_type=quant_type
+    )
+    _parametrize(module, param_name, packed, state)
+
+
+def replace_parameter_4bit_prequantized(
+    module: nn.Module, param_name: str, qs_dict: Mapping[str, Any], device: torch.device | str | None = None
+) -> None:
+    """The same for a parameter that holds packed codes already; qs_dict is what is beside it in a state dict.
+
+    device: where codes and scales are to be; by default where the codes are. ValueError says what does not fit.
+    """
+    packed = _parameter(module, param_name).detach()
+    packed = packed.to(packed.device if device is None else device)
+    state = QuantState.from_dict(qs_dict, device=packed.device)
+    n_bytes = -(-present(state.shape, "shape").numel() // 2)
+    if packed.nbytes != n_bytes:
+        raise ValueError(
+            f"parameter {param_name!r} must hold {n_bytes} bytes for the shape {tuple(state.shape or ())}, "
+            f"got {packed.nbytes}"
+        )
+    _parametrize(module, param_name, packed, state)
+
+
+def _parameter(module: nn.Module, name: str) -> nn.Parameter:
+    if not hasattr(module, name):
+        raise AttributeError(f"{type(module).__name__} has no parameter {name!r}")
+    parameter = getattr(module, name)
+    if not isinstance(parameter, nn.Parameter):
+        raise TypeError(f"{name!r} of {type(module).__name__} must be an nn.Parameter, got {type(parameter).__name__}")
+    return parameter
+
+
+def _parametrize(module: nn.Module, name: str, packed: Tensor, state: QuantState) -> None:
+    first = not any(_parametrized(module))
+    setattr(module, name, nn.Parameter(packed, requires_grad=False))
+    parametrize.register_parametrization(module, name, Bnb4bitParametrization(state), unsafe=True)
+    if first:
+        module.register_forward_pre_hook(_keep)
+        # Activation checkpointing ends a forward by an exception, which must not leave the values behind.
+        module.register_forward_hook(_forget, always_call=True)
+        module.register_state_dict_post_hook(_save)
+        module.register_load_state_dict_pre_hook(_load)
+        module.register_load_state_dict_post_hook(_name_missing)
+
+
+def _parametrized(module: nn.Module) -> Iterator[tuple[str, Any, Bnb4bitParametrization]]:
+    for name, steps in getattr(module, "parametrizations", {}).items():
+        for step in steps:
+            if isinstance(step, Bnb4bitParametrization):
+                yield name, steps, step
+
+
+def _keep(module: nn.Module, args: Any) -> None:
+    if not torch.compiler.is_compiling():
+        for _, _, step in _parametrized(module):
+            step.kept = []
+
+
+def _forget(module: nn.Module, args: Any, output: Any) -> None:
+    if not torch.compiler.is_compiling():
+        for _, _, step in _parametrized(module):
+            step.kept = None
+
+
+# ---- state dicts ----------------------------------------------------------------------------------------------------
+
+
+def _save(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    for name, _, step in _parametrized(module):
+        packed = state_dict.pop(f"{prefix}parametrizations.{name}.original", None)
+        if packed is not None:
+            state_dict[f"{prefix}{name}"] = packed
+            stats = step.quant_state.as_dict(packed=True)
+            state_dict |= {f"{prefix}{name}.{key}": value for key, value in stats.items()}
+
+
+def _load(
+    module: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: Mapping[str, Any],
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
+) -> None:
+    """Put the keys where the parametrization looks for them; refuse what is not whole."""
+    assign = local_metadata.get("assign_to_params_buffers", False)
+    for name, steps, step in _parametrized(module):
+        keys = [key for key in state_dict if key == f"{prefix}{name}" or key.startswith(f"{prefix}{name}.")]
+        entries = {key.removeprefix(prefix): state_dict.pop(key) for key in keys}
+        if not entries:
+            continue
+        try:
+            packed, state = _read(name, entries, step, steps.original, assign)
+        except ValueError as error:
+            error_msgs.append(f"{prefix}{error}")
+            continue
+        state_dict[f"{prefix}parametrizations.{name}.original"] = packed
+        step.quant_state, step.kept = state, None
+        step.dtype = present(state.dtype, "dtype") if assign else step.dtype
+
+
+def _name_missing(module: nn.Module, incompatible: Any) -> None:
+    for name, *_ in _parametrized(module):
+        missing = [key.replace(f"parametrizations.{name}.original", name) for key in incompatible.missing_keys]
+        incompatible.missing_keys[:] = missing
+
+
+def _read(
+    name: str, entries: Mapping[str, Tensor], step: Bnb4bitParametrization, original: Tensor, assign: bool
+) -> tuple[Tensor, QuantState]:
+    if original.device.type == "meta" and not assign:
+        raise ValueError(f"{name} is on the meta device: load_state_dict needs assign=True")
+    old = step.quant_state
+    if entries.keys() == {name} and entries[name].is_floating_point() and entries[name].shape == old.shape:
+        values = entries[name].detach().to(entries[name].device if assign else original.device)
+        check_finite(name, values, str(old.quant_type))
+        packed, state = quantize_4bit(
+            values, blocksize=old.blocksize, compress_statistics=old.nested, quant_type=old.quant_type
+        )
+    else:
+        found = Checkpoint(entries).entries[name]
+        if found.shape != old.shape or len(entries) == 1:
+            raise ValueError(
+                f"{name} must have the shape {list(old.shape or ())}, got {found.format} {list(found.shape)}"
+            )
+        packed = entries[name].detach()
+        stats = {key: value for key, value in entries.items() if key != name}
+        state = QuantState.from_dict(stats, device=packed.device if assign else original.device)
+    return packed.contiguous().view(-1).view(original.dtype).view(original.shape), state
