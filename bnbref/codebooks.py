@@ -211,9 +211,8 @@ def four_bit(quant_type: str | Codebook) -> Codebook:
     """
     book = FOUR_BIT.get(quant_type) if isinstance(quant_type, str) else quant_type
     if not isinstance(book, Codebook) or book.bits != 4:
-        raise ValueError(
-            f"quant_type must be one of {sorted(FOUR_BIT)} or a Codebook of at most 16 values, got {quant_type!r}"
-        )
+        got = f"codebook {book.name!r} of {len(book.values)} values" if isinstance(book, Codebook) else repr(quant_type)
+        raise ValueError(f"quant_type must be one of {sorted(FOUR_BIT)} or a Codebook of at most 16 values, got {got}")
     return book
 
 

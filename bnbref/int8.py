@@ -128,7 +128,7 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
     rows = in_rows(a)
     if rows.numel() == 0 or b.numel() == 0:
         product = torch.zeros(rows.shape[0], b.shape[0], dtype=torch.int32, device=a.device)
-    elif a.device.type == "cpu" and _CPU_PRODUCT_IS_EXACT:
+    elif a.device.type == "cpu" and _CPU_PRODUCT_IS_EXACT and b.shape[1] > 1:  # for k = 1 it returns what was in memory
         product = torch._int_mm(rows, b.t())
     elif a.device.type == "cuda":
         product = _multiply_on_cuda(rows, b)
