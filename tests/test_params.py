@@ -1,0 +1,350 @@
+"""Parameters that carry their scales: moved, copied, cast, rebuilt and taken apart."""
+
+import copy
+import inspect
+import math
+import pickle
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from layers import BF16, F16, F32, SURVIVORS, argument, fill, layers, linear4, linear8, raw, raw_state, raw_weight
+from torch import nn
+
+import bnbref
+from bnbref.functional import dequantize_4bit
+from bnbref.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
+from bnbref.nn.params import QuantizedParameter, in_bytes
+
+STORAGES = [torch.uint8, BF16, F16, F32]
+
+
+@pytest.fixture(autouse=True)
+def _eager():
+    with bnbref.eager():
+        yield
+
+
+def weights():
+    return [
+        linear4(quant_type="nf4", compress_statistics=False).weight,
+        linear4(compress_statistics=True, quant_storage=BF16).weight,
+        linear8().weight,
+    ]
+
+
+each_weight = pytest.mark.parametrize("weight", weights(), ids=["nf4", "fp4-nested-bf16", "int8"])
+
+
+class Foreign(nn.Module):
+    """A module that knows nothing of quantized parameters."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = weight
+
+
+# ---- one property for all -------------------------------------------------------------------------------------------
+
+
+@given(layer=layers(), how=st.sampled_from(sorted(SURVIVORS)))
+def test_codes_scales_and_outputs_survive(layer, how):
+    x = argument(layer)
+    want, output = raw_weight(layer), raw(layer(x))
+    other = SURVIVORS[how](layer)
+    assert raw_weight(other) == want
+    assert raw(other(x)) == output
+    assert raw_weight(layer) == want, "the original changed"
+
+
+# ---- the constructor's keywords are the attributes ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", [Params4bit, Int8Params])
+def test_every_attribute_is_a_keyword(cls):
+    assert set(vars(cls(torch.ones(2, 2)))) <= set(inspect.signature(cls.__new__).parameters)
+
+
+@each_weight
+def test_rebuilding_from_the_attributes(weight):
+    extra = {"_is_hf_initialized": True, "requires_grad": False}
+    again = type(weight)(weight.data, **{**weight.__dict__, **extra}).to("cpu")
+    assert raw_weight(Foreign(again)) == raw_weight(Foreign(weight))
+
+
+def test_transformers_takes_SCB_out_of_the_attributes():
+    kwargs = Int8Params(torch.ones(2, 4), requires_grad=False, SCB=torch.ones(2))
+    attributes = kwargs.__dict__
+    attributes.pop("SCB", None)
+    assert kwargs.SCB is None
+    assert Int8Params(torch.ones(2, 4), requires_grad=False, **attributes).to("cpu").SCB.tolist() == [1.0, 1.0]
+
+
+def test_peft_quantizes_merged_weights_again():
+    weight = linear4(quant_type="nf4", quant_storage=BF16).weight
+    merged = dequantize_4bit(weight.data, weight.quant_state) + 1
+    attributes = {**weight.__dict__, "bnb_quantized": False, "requires_grad": False}
+    again = Params4bit(merged.to("cpu"), **attributes).to(weight.device)
+    want, state = bnbref.functional.quantize_4bit(merged, None, None, 64, True, "nf4", BF16)
+    assert raw(again.data) == raw(want)
+    assert again.quant_state == state
+
+
+def test_olora_passes_some_attributes():
+    weight = linear4().weight
+    again = type(weight)(
+        torch.ones(8, 64),
+        quant_type=weight.quant_type,
+        quant_storage=weight.quant_storage,
+        compress_statistics=weight.compress_statistics,
+        module=weight.module,
+    )
+    assert again.to("cpu").quant_state.shape == (8, 64)
+
+
+# ---- to -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("move", [lambda p: p.to("cpu"), lambda p: p.cpu(), lambda p: p.to(torch.ones(1))])
+@pytest.mark.parametrize("cls", [Params4bit, Int8Params])
+def test_a_move_quantizes_and_leaves_the_parameter_alone(cls, move):
+    weight = cls(torch.ones(4, 64), requires_grad=False)
+    moved = move(weight)
+    assert moved.holds_codes()
+    assert not weight.holds_codes()
+    assert raw(weight.data) == raw(torch.ones(4, 64))
+
+
+@pytest.mark.parametrize("cls", [Params4bit, Int8Params])
+def test_neither_meta_nor_a_dtype_quantizes(cls):
+    weight = cls(torch.ones(4, 64), requires_grad=False)
+    assert weight.to("meta").shape == (4, 64)
+    assert weight.to(BF16).dtype == weight.half().bfloat16().dtype == BF16
+    assert not weight.to("meta").holds_codes()
+    assert not weight.to(BF16).holds_codes()
+
+
+def test_a_move_with_a_dtype_is_the_cast_and_then_the_move():
+    layer = fill(Linear4bit(64, 8))
+    at_once, in_turn = copy.deepcopy(layer).to("cpu", F16), copy.deepcopy(layer).to(F16).to("cpu")
+    assert raw_weight(at_once) == raw_weight(in_turn)
+    assert at_once.quant_state.dtype == F16
+
+
+@each_weight
+def test_moving_shares_no_scales_with_meta(weight):
+    before = raw_weight(Foreign(weight))
+    offloaded = weight.to("meta")
+    assert offloaded.device.type == "meta"
+    assert raw_weight(Foreign(weight)) == before
+    # accelerate loads it again from what it kept of the data.
+    again = type(weight)(weight.data.clone(), requires_grad=False, **offloaded.__dict__).to("cpu")
+    assert raw_weight(Foreign(again)) == before
+
+
+def test_a_moved_weight_has_scales_of_its_own():
+    weight = linear4().weight
+    moved = weight.to("cpu")
+    moved.quant_state.absmax = torch.zeros(1)
+    assert weight.quant_state.absmax.numel() == 32
+
+
+def test_bnb_quantized_set_to_false_forces_quantization():
+    weight = linear4().weight
+    weight.data, weight.bnb_quantized = torch.ones(2, 64), False
+    assert weight.to("cpu").quant_state.shape == (2, 64)
+    weight.bnb_quantized = False
+    assert weight.to("cpu").bnb_quantized
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("layer", [Linear4bit(64, 4), Linear8bitLt(64, 4, has_fp16_weights=False)])
+def test_what_is_not_finite_is_refused(layer, value):
+    layer = copy.deepcopy(layer)
+    with torch.no_grad():
+        layer.weight[1, 2] = value
+    with pytest.raises(ValueError, match=r"weight of shape \(4, 64\) .* 1 of its elements are NaN or infinite"):
+        layer.to("cpu")
+
+
+@pytest.mark.parametrize("kwargs", [{"quant_type": "nf5"}, {"quant_type": None}])
+def test_unknown_types_are_refused(kwargs):
+    with pytest.raises(ValueError, match="quant_type must be one of"):
+        Params4bit(torch.ones(2), **kwargs)
+
+
+# ---- bytes are not numbers ------------------------------------------------------------------------------------------
+
+CASTS = {
+    "half": lambda p: p.half(),
+    "float": lambda p: p.float(),
+    "bfloat16": lambda p: p.bfloat16(),
+    "double": lambda p: p.double(),
+    "to": lambda p: p.to(F16),
+    "to with device": lambda p: p.to("cpu", F16),
+}
+
+
+@each_weight
+@pytest.mark.parametrize("cast", CASTS)
+def test_a_quantized_parameter_is_not_cast(weight, cast):
+    if weight.dtype == BF16 and cast == "bfloat16":
+        assert raw(CASTS[cast](weight).data) == raw(weight.data)
+        return
+    with pytest.raises(
+        TypeError,
+        match=r"a quantized (Params4bit|Int8Params) cannot become torch\.float"
+        r"|cannot become torch\.bfloat16",
+    ):
+        CASTS[cast](weight)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("cast", [nn.Module.half, nn.Module.float, nn.Module.bfloat16, nn.Module.double])
+def test_casting_a_layer_leaves_its_codes_and_scales_alone(storage, cast):
+    layer = linear4(quant_storage=storage)
+    before = raw_weight(layer)
+    assert raw_weight(cast(layer)) == before
+    assert layer.bias.dtype != F32 or cast is nn.Module.float
+
+
+def test_casting_a_foreign_module_with_float_storage_is_refused():
+    with pytest.raises(TypeError, match=r"cannot become torch\.float16"):
+        Foreign(linear4(quant_storage=BF16).weight).half()
+
+
+def test_casting_integers_too_is_refused():
+    with pytest.raises(TypeError, match=r"is bytes, which cannot become torch\.float16"):
+        linear4().type(F16)
+
+
+@given(st.sampled_from([F32, F16, BF16, torch.uint8, torch.int8]), st.sampled_from([(), (0,), (3,), (2, 1)]))
+def test_in_bytes_gives_the_tensor_back(dtype, shape):
+    x = torch.ones(shape).to(dtype)
+    assert raw(in_bytes(lambda t: t.clone(), x)) == raw(x)
+
+
+# ---- in a module ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", [Params4bit, Int8Params])
+def test_a_foreign_module_moves_its_weight_whole(cls):
+    module = Foreign(cls(torch.ones(4, 64), requires_grad=False))
+    alone = module.weight.to("cpu")
+    kept = module.weight
+    module.to("cpu")
+    assert module.weight is kept
+    assert raw_weight(module) == raw_weight(Foreign(alone))
+
+
+@pytest.mark.parametrize("cls", [Params4bit, Int8Params])
+def test_data_takes_the_scales_along(cls):
+    weight = cls(torch.ones(4, 64), requires_grad=False)
+    weight.data = weight.to("cpu")
+    assert weight.holds_codes()
+    assert type(weight.data) is torch.Tensor
+
+
+def test_plain_int8_is_no_int8_weight():
+    weight = Int8Params(torch.ones(4, 64), requires_grad=False).to("cpu")
+    with pytest.raises(TypeError, match="int8 codes are assigned with their scales"):
+        weight.data = weight.data + 1
+
+
+@pytest.mark.parametrize("make", [lambda: Linear4bit(64, 8, False), lambda: Linear8bitLt(64, 8, False, False)])
+def test_tied_weights_stay_tied(make):
+    a, b = make(), make()
+    b.weight = a.weight
+    model = nn.Sequential(a, b).to("cpu")
+    assert model[0].weight is model[1].weight
+    assert raw(a(torch.ones(2, 64))) == raw(b(torch.ones(2, 64)))
+
+
+def test_a_module_that_is_named_gets_the_state():
+    module = nn.Module()
+    weight = Params4bit(torch.ones(1, 64), module=module)
+    assert weight.to("cpu").quant_state is module.quant_state
+
+
+@each_weight
+def test_all_tensors_are_shared(weight):
+    weight = copy.deepcopy(weight)
+    assert weight.share_memory_() is weight
+    scales = [weight.SCB] if isinstance(weight, Int8Params) else weight.quant_state.tensors()
+    assert all(t.is_shared() for t in [weight.data, *scales])
+
+
+@each_weight
+def test_a_bare_parameter_is_copied_and_pickled(weight):
+    for again in (copy.copy(weight), copy.deepcopy(weight), pickle.loads(pickle.dumps(weight))):
+        assert isinstance(again, nn.Parameter)
+        assert raw_weight(Foreign(again)) == raw_weight(Foreign(weight))
+
+
+def test_deepcopy_keeps_what_is_one_object_one():
+    layer = linear4()
+    one, two = copy.deepcopy([layer.weight, layer])
+    assert two.weight is one
+
+
+# ---- Int8Params -----------------------------------------------------------------------------------------------------
+
+
+def test_CB_is_the_data():
+    weight = Int8Params(torch.ones(2, 4), requires_grad=False)
+    assert weight.CB is None
+    weight = weight.to("cpu")
+    assert raw(weight.CB) == raw(weight.data)
+    assert weight.CB.data_ptr() == weight.data_ptr()
+    weight.CB = None
+    weight.CB = weight.CB.to("cpu")
+    weight.SCB.div_(2)
+    assert weight.data.tolist() == [[127] * 4] * 2
+
+
+def test_a_float_weight_that_is_to_stay_float_does():
+    weight = Int8Params(torch.ones(2, 4), has_fp16_weights=True)
+    moved = weight.to("cpu")
+    assert (type(moved), moved.dtype, moved.requires_grad, moved.SCB) == (Int8Params, F32, True, None)
+
+
+# ---- Params4bit -----------------------------------------------------------------------------------------------------
+
+
+def test_from_prequantized():
+    layer = linear4(quant_storage=BF16)
+    stats = {k.removeprefix("weight."): v for k, v in layer.state_dict().items() if k.startswith("weight.")}
+    module = nn.Module()
+    weight = Params4bit.from_prequantized(layer.weight.data, stats, module=module)
+    assert raw_weight(Foreign(weight)) == raw_weight(layer)
+    assert raw_state(module.quant_state) == raw_state(layer.quant_state)
+    with pytest.raises(ValueError, match=r"data must hold 1024 bytes for a weight of shape \(32, 64\), got 1022"):
+        Params4bit.from_prequantized(layer.weight.data[1:], stats)
+
+
+@given(layer=layers())
+def test_FSDP_finds_every_key_by_attribute(layer):
+    if not isinstance(layer.weight, Params4bit):
+        return
+    for key, value in layer.state_dict().items():
+        found = layer
+        for name in key.split("."):
+            found = getattr(found, name)
+        assert raw(found) == raw(value), key
+
+
+@pytest.mark.parametrize("name", ["absmax", "quant_map", "nested_absmax", "nested_offset", "state2"])
+def test_there_are_no_scales_before_there_are(name):
+    assert not hasattr(Params4bit(torch.ones(2)), name)
+    assert hasattr(linear4(compress_statistics=True).weight, name)
+    nested = name.startswith("nested") and name != "nested_offset"
+    assert hasattr(linear4(compress_statistics=False).weight, name) is not nested
+
+
+@pytest.mark.parametrize("split", [lambda p: torch.chunk(p, 4), lambda p: torch.split(p, 300), lambda p: p.chunk(4)])
+def test_a_piece_of_the_codes_is_no_weight(split):
+    weight = linear4().weight
+    pieces = split(weight)
+    assert not any(isinstance(piece, QuantizedParameter) for piece in pieces)
+    assert raw(torch.cat(pieces)) == raw(weight.data)
