@@ -460,6 +460,8 @@ DAMAGE = {
     "shape smaller": state(shape=[64, 63]),
     "blocksize 0": state(blocksize=0),
     "blocksize huge": state(blocksize=2**80),
+    "blocksize larger than all": both(state(blocksize=2**40), replaced("q.weight.absmax", lambda t: t[:1])),
+    "nested_blocksize larger than all": state(nested_blocksize=2**40),
     "blocksize not whole": state(blocksize=64.0),
     "nested_blocksize": state(nested_blocksize=16),
     "nested_dtype": state(nested_dtype="float16"),
@@ -575,6 +577,8 @@ shape null: q.weight: this operation needs the quant state's shape, which is Non
 shape smaller: q.weight: absmax must be torch.uint8 with 63 elements, got torch.uint8 (64,)
 blocksize 0: q.weight: blocksize must be a positive integer, got 0
 blocksize huge: q.weight: absmax must be torch.uint8 with 1 elements, got torch.uint8 (64,)
+blocksize larger than all: q.weight: blocksize must be at most 4096, got 1099511627776
+nested_blocksize larger than all: q.weight: nested_blocksize must be at most 4096, got 1099511627776
 blocksize not whole: q.weight: blocksize must be a positive integer, got 64.0
 nested_blocksize: q.weight: nested_absmax must be torch.float32 with 4 elements, got torch.float32 (1,)
 nested_dtype: q.weight: nested_dtype must be float32, got 'float16'
@@ -684,8 +688,12 @@ def test_random_damage_is_refused_or_read(files, suffix, data):
         except ValueError:
             weights = {}
     assert all(type(weight) is torch.Tensor for weight in weights.values())
-    # A byte is two codes, an index of a code has at most eight bytes; tables of 256 values are always there.
-    assert largest.nbytes <= 16 * len(content) + 256 * 8
+    assert largest.nbytes <= explained(content)
+
+
+def explained(content):
+    """A byte is two codes, each an index of eight bytes; and rows of 16 of the largest blocks are padded to two."""
+    return 16 * len(content) + 2 * 16 * checkpoint.LARGEST_BLOCK * 8
 
 
 def test_random_damage_of_the_state_is_refused_or_read(files):
@@ -707,7 +715,7 @@ def test_random_damage_of_the_state_is_refused_or_read(files):
                 checkpoint.read(path)
             except ValueError as error:
                 unnamed.extend([str(error)] if "q.weight" not in str(error) else [])
-        assert largest.nbytes <= 16 * path.stat().st_size
+        assert largest.nbytes <= explained(path.read_bytes())
 
     unnamed = []
     run()
