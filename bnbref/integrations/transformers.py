@@ -1,0 +1,120 @@
+"""Hugging Face transformers: quantize with bnbref, and load what bitsandbytes has written, without bitsandbytes.
+
+    import bnbref.integrations.transformers                       registers BnbRefConfig
+    from_pretrained(..., quantization_config=BnbRefConfig())      quantizes while it loads
+
+    take_over_bitsandbytes()                                      from here on, until restore():
+    from_pretrained(..., quantization_config=BitsAndBytesConfig(load_in_4bit=True))
+    from_pretrained("a checkpoint of bitsandbytes")
+
+Whatever transformers can do with a bitsandbytes model it can do with these: generate, save_pretrained and load again,
+dequantize(), device_map with several devices. Offloading to the CPU or the disk keeps the weights quantized.
+
+The first form uses transformers' public registry alone, and what it writes says "bitsandbytes" (see BnbRefConfig), so that
+loading it again is loading a checkpoint of bitsandbytes. Where bitsandbytes is not installed nobody else could, and
+importing this module takes over by itself.
+"""
+
+import functools
+import importlib.util
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.quantizers import auto, register_quantization_config, register_quantizer
+
+from bnbref.integrations.experts import quantized_parameters
+from bnbref.integrations.inventory import report
+from bnbref.integrations.transformers_config import COMPUTE_DTYPE, METHOD, BnbRefConfig
+from bnbref.integrations.transformers_quantizer import BnbRefHfQuantizer
+from bnbref.nn import Params4bit
+
+__all__ = ["BnbRefConfig", "BnbRefHfQuantizer", "register", "report", "restore", "take_over_bitsandbytes"]
+
+_METHODS = ("bitsandbytes_4bit", "bitsandbytes_8bit")
+_undo: list[Callable[[], None]] = []
+
+
+def register() -> None:
+    """Make BnbRefConfig known to transformers. Importing this module does it; again does nothing."""
+    if METHOD not in auto.AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(METHOD)(BnbRefConfig)
+        register_quantizer(METHOD)(BnbRefHfQuantizer)
+        PreTrainedModel.num_parameters = _counting(PreTrainedModel.num_parameters)
+
+
+def take_over_bitsandbytes() -> None:
+    """Let bnbref serve `BitsAndBytesConfig` and bitsandbytes' checkpoints in this process. Again does nothing.
+
+    A `BitsAndBytesConfig` is told apart by what it was given: `bnb_4bit_compute_dtype` left out is the activation's dtype
+    (bitsandbytes computes in float32 then), float32 said is float32.
+
+    bitsandbytes itself, if it is there, is untouched; models that it quantized stay its own.
+    """
+    if _undo:
+        return
+    mapping: dict[str, Any] = auto.AUTO_QUANTIZER_MAPPING
+    if not set(_METHODS) <= mapping.keys():
+        raise RuntimeError(f"transformers does not know {_METHODS}: this version of it is not supported by bnbref")
+    before = {method: mapping[method] for method in _METHODS}
+    init = BitsAndBytesConfig.__init__
+    mapping.update(dict.fromkeys(_METHODS, BnbRefHfQuantizer))
+    BitsAndBytesConfig.__init__ = _remembering(init)
+
+    def undo() -> None:
+        mapping.update(before)
+        BitsAndBytesConfig.__init__ = init
+
+    _undo.append(undo)
+
+
+def restore() -> None:
+    """Undo `take_over_bitsandbytes`. Models that are loaded stay as they are."""
+    while _undo:
+        _undo.pop()()
+
+
+def _remembering(init: Callable[..., None]) -> Callable[..., None]:
+    """BitsAndBytesConfig turns a compute dtype that is not given into float32: mark a float32 that is given."""
+    signature = inspect.signature(init)
+
+    @functools.wraps(init)
+    def remember(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        given = signature.bind(self, *args, **kwargs).arguments
+        rest = given.get("kwargs", {})
+        if "quant_method" in rest:  # from config.json
+            if COMPUTE_DTYPE in rest:
+                setattr(self, COMPUTE_DTYPE, rest[COMPUTE_DTYPE])
+        elif given.get("bnb_4bit_compute_dtype") is not None and self.bnb_4bit_compute_dtype == torch.float32:
+            setattr(self, COMPUTE_DTYPE, "float32")
+
+    return remember
+
+
+def _counting(original: Callable[..., int]) -> Callable[..., int]:
+    """`PreTrainedModel.num_parameters` imports bitsandbytes for every 4-bit model, to know its parameters."""
+
+    @functools.wraps(original)
+    def num_parameters(self: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        states = {id(p): p.quant_state for p in self.parameters() if isinstance(p, Params4bit)}
+        for _, module, name, step in quantized_parameters(self):
+            states[id(module.parametrizations[name].original)] = step.quant_state
+        if not states:
+            return original(self, only_trainable, exclude_embeddings)
+        modules = self.modules() if exclude_embeddings else ()
+        left_out = {id(module.weight) for module in modules if isinstance(module, nn.Embedding)}
+        counted = [p for p in self.parameters() if p.requires_grad or not only_trainable]
+        shapes = [getattr(states.get(id(p)), "shape", p.shape) for p in counted if id(p) not in left_out]
+        return sum(map(math.prod, shapes))
+
+    return num_parameters
+
+
+register()
+if importlib.util.find_spec("bitsandbytes") is None:
+    take_over_bitsandbytes()

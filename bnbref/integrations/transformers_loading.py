@@ -1,0 +1,236 @@
+"""A checkpoint's tensors into bnbref's layers: the conversions that transformers runs on each weight that it reads.
+
+    Quantize     a float weight                     -> a quantized one, where and when it is read
+    Read         a weight with its scales beside it -> the same, as it stands in the file
+
+What the file says about a layer holds. A layer that the config would quantize and the file does not becomes a plain layer
+again, and the other way round; a layer of which the file holds half is refused.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps
+from transformers.pytorch_utils import Conv1D
+
+from bnbref.checkpoint import Checkpoint
+from bnbref.codebooks import FOUR_BIT
+from bnbref.integrations.transformers_config import BnbRefConfig
+from bnbref.nn import Linear4bit, Linear8bitLt, Params4bit
+from bnbref.nn.layer import QuantizedLayer
+from bnbref.quant_state import BLOB
+
+STATS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", *(BLOB + name for name in FOUR_BIT))
+"""What a file holds beside a 4-bit weight, after its name and a dot."""
+
+
+# ---- layers ---------------------------------------------------------------------------------------------------------
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer that can be replaced. Subclasses may do something else with their weight."""
+    return type(module) is nn.Linear or isinstance(module, Conv1D)
+
+
+def features(module: nn.Module) -> tuple[int, int]:
+    """in_features and out_features of a linear layer."""
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    return module.in_features, module.out_features  # type: ignore[return-value]
+
+
+def quantized_layer(linear: Any, spec: BnbRefConfig, int8: bool) -> QuantizedLayer:
+    """The quantized layer in place of a linear one: no weight yet (meta), the same bias."""
+    shape = (*features(linear), linear.bias is not None)
+    layer: Any
+    if int8:
+        layer = Linear8bitLt(*shape, has_fp16_weights=False, threshold=float(spec.threshold), device="meta")
+    else:
+        layer = Linear4bit(
+            *shape,
+            spec.compute_dtype,
+            compress_statistics=spec.double_quant,
+            quant_type=next(iter(FOUR_BIT)) if spec.is_int8 else spec.quant_type,
+            quant_storage=spec.quant_storage,
+            device="meta",
+        )
+        layer.weight.blocksize = spec.blocksize
+    layer.bias = linear.bias
+    layer.source_cls = type(linear)
+    return layer.train(linear.training).requires_grad_(False)  # type: ignore[no-any-return]
+
+
+def plain_layer(layer: Any, weight: Tensor | None = None) -> nn.Module:
+    """The layer that a quantized one replaced: the same bias, and `weight` [out, in], or none yet (meta)."""
+    n, k = layer.out_features, layer.in_features
+    plain: Any
+    with torch.device("meta"):
+        plain = Conv1D(n, k) if was_conv1d(layer) else nn.Linear(k, n, bias=layer.bias is not None)
+    if weight is not None:
+        plain.weight = nn.Parameter(weight.t().contiguous() if isinstance(plain, Conv1D) else weight)
+    elif layer.weight.is_floating_point():
+        plain = plain.to(layer.weight.dtype)
+    plain.bias = layer.bias
+    return plain.train(layer.training)  # type: ignore[no-any-return]
+
+
+def was_conv1d(layer: nn.Module) -> bool:
+    """Whether a quantized layer replaced a Conv1D, whose float weight is stored transposed."""
+    return issubclass(getattr(layer, "source_cls", nn.Linear), Conv1D)
+
+
+# ---- conversions ----------------------------------------------------------------------------------------------------
+
+
+class Identity(ConversionOps):  # type: ignore[misc]
+    """Saving what is quantized: its tensors are as the file has them."""
+
+    supports_many_to_many = True
+
+    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """The same."""
+        return input_dict
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        """Itself."""
+        return self
+
+
+class _Conversion(ConversionOps):  # type: ignore[misc]
+    def __init__(self, hf_quantizer: Any) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    # transformers copies the conversions for every weight.
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Conversion":
+        return self
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return Identity()
+
+
+class Quantize(_Conversion):
+    """Float weights by full name -> quantized ones."""
+
+    def convert(self, input_dict: dict[str, Any], model: Any = None, **kwargs: Any) -> dict[str, Any]:
+        """Quantize those that the quantizer wants quantized."""
+        return {name: self._one(model, name, _first(value)) for name, value in input_dict.items()}
+
+    def _one(self, model: Any, name: str, value: Tensor) -> Any:
+        if name in self.hf_quantizer.fused:
+            return self._fused(name, value)
+        layer = model.get_submodule(name.rpartition(".")[0])
+        if not isinstance(layer, QuantizedLayer) or not name.endswith(".weight"):
+            return value
+        if was_conv1d(layer):
+            value = value.t()
+        return _fill(layer, name, {"weight": value.contiguous()})
+
+    def _fused(self, name: str, value: Tensor) -> Tensor:
+        spec: BnbRefConfig = self.hf_quantizer.spec
+        weight = Params4bit(
+            value,
+            blocksize=spec.blocksize,
+            compress_statistics=spec.double_quant,
+            quant_type=spec.quant_type,
+        )
+        with _naming(name):
+            weight = weight.to(value.device)
+        self.hf_quantizer.fused[name] = weight.quant_state
+        return weight
+
+
+class Read(_Conversion):
+    """The tensors of one weight, by their names in the file -> the weight.
+
+    target: "weight", or the end of the name of a parameter that is quantized by itself.
+
+    On the fly it sees float weights alone and lets them pass. It is there because transformers writes to disk anew, when it
+    offloads, only what went through such a conversion.
+    """
+
+    def __init__(self, hf_quantizer: Any, target: str = "weight") -> None:
+        super().__init__(hf_quantizer)
+        self.target = target
+
+    def convert(
+        self, input_dict: dict[str, Any], model: Any = None, full_layer_name: str = "", **kwargs: Any
+    ) -> dict[str, Any]:
+        """The weight by its target."""
+        if not self.hf_quantizer.pre_quantized:
+            return input_dict
+        entries = {_canonical(key, self.target): _first(value) for key, value in input_dict.items()}
+        read = self._layer if self.target == "weight" else self._fused
+        with _naming(full_layer_name):
+            return {self.target: read(model, full_layer_name, entries)}
+
+    def _layer(self, model: Any, name: str, entries: dict[str, Tensor]) -> Any:
+        path = name.removesuffix(".weight")
+        module = model.get_submodule(path)
+        if entries.keys() == {"weight"}:
+            value = entries["weight"]
+            if isinstance(module, QuantizedLayer):
+                module = plain_layer(module)
+                if not value.is_floating_point() or value.shape != module.weight.shape:
+                    raise ValueError(f"{value.dtype} {list(value.shape)} is half of a quantized weight: no scales")
+                model.set_submodule(path, module)
+                self.hf_quantizer.reasons[path] = "float in the checkpoint"
+            return self.hf_quantizer.cast(model, name, value)
+        int8 = "SCB" in entries
+        if not isinstance(module, Linear8bitLt if int8 else Linear4bit):
+            linear = plain_layer(module) if isinstance(module, QuantizedLayer) else module
+            if not is_linear(linear):
+                raise ValueError(
+                    f"quantized in the checkpoint, but of a {type(module).__name__}, not of a linear layer"
+                )
+            module = quantized_layer(linear, self.hf_quantizer.spec, int8)
+            model.set_submodule(path, module)
+        return _fill(module, name, entries)
+
+    def _fused(self, model: Any, name: str, entries: dict[str, Tensor]) -> Any:
+        expected = model.get_parameter(name).shape
+        if entries.keys() == {"weight"}:
+            self.hf_quantizer.fused.pop(name, None)
+            self.hf_quantizer.reasons[name] = "float in the checkpoint"
+            return self.hf_quantizer.cast(model, name, entries["weight"])
+        found = Checkpoint(entries).entries["weight"].shape
+        if found != expected:
+            raise ValueError(f"must have the shape {list(expected)}, got {list(found)}")
+        weight = Params4bit.from_prequantized(entries.pop("weight"), entries)
+        self.hf_quantizer.fused[name] = weight.quant_state
+        return weight
+
+
+def _first(value: Any) -> Tensor:
+    return value[0] if isinstance(value, list) else value  # type: ignore[no-any-return]
+
+
+def _canonical(key: str, target: str) -> str:
+    return "weight" + key.removeprefix(target) if key.startswith(target) else key
+
+
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError, KeyError) as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _fill(layer: Any, name: str, entries: Mapping[str, Tensor]) -> Any:
+    """The quantized weight of a layer from its entries in a state dict. The layer itself keeps the scales, on meta.
+
+    transformers then sets the weight, or writes it to disk and leaves the layer so.
+    """
+    if "weight" not in entries:
+        raise ValueError(f"{name} is missing, but its {sorted(entries)} are there")
+    with _naming(name):
+        layer.load_state_dict(dict(entries), strict=False, assign=True)
+        weight = layer.weight.to(entries["weight"].device)
+    layer.weight = weight.to("meta")
+    layer.weight._is_hf_initialized = True
+    return weight

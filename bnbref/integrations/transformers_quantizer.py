@@ -1,0 +1,250 @@
+"""The quantizer that transformers drives: which layers to replace before loading, how to load, what is left to do after.
+
+Linear layers (and GPT-2's Conv1D) are replaced by bnbref's layers. The experts of a mixture are three-dimensional parameters
+of one module; they are quantized as parameters, behind a parametrization. Everything else stays as it is, with a reason:
+`bnbref.integrations.report(model)`.
+"""
+
+import logging
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import WeightConverter
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
+
+from bnbref import int8
+from bnbref.integrations.experts import dequantize_experts, is_experts, load_offloaded, parametrize_experts
+from bnbref.integrations.inventory import REASONS, report
+from bnbref.integrations.transformers_config import METHOD, BnbRefConfig
+from bnbref.integrations.transformers_loading import (
+    STATS,
+    Identity,
+    Quantize,
+    Read,
+    is_linear,
+    plain_layer,
+    quantized_layer,
+)
+from bnbref.linear4bit import dequantize
+from bnbref.nn import Linear4bit, Linear8bitLt
+from bnbref.nn.layer import QuantizedLayer
+from bnbref.quant_state import QuantState, present
+
+logger = logging.getLogger(__name__)
+
+
+class BnbRefHfQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Quantization by bnbref, as a `BnbRefConfig` or a `BitsAndBytesConfig` asks for it."""
+
+    requires_calibration = False
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        own = isinstance(quantization_config, BnbRefConfig)
+        self.spec: BnbRefConfig = quantization_config if own else BnbRefConfig.of_bitsandbytes(quantization_config)
+        self.fused: dict[str, QuantState | None] = {}
+        """The parameters that are quantized by themselves; their scales once they are."""
+        self.reasons: dict[str, str] = {}
+        """Why a module or parameter was left as it is."""
+        self.conversions: list[Any] = []
+        """What transformers did to the tensors of the checkpoint."""
+
+    # ---- before loading ---------------------------------------------------------------------------------------------
+
+    @property
+    def quantized_element_size(self) -> float:
+        """Bytes of a quantized weight, scales included, for `device_map="auto"`."""
+        return self.spec.bits / 8
+
+    def adjust_max_memory(self, max_memory: dict[Any, Any]) -> dict[Any, Any]:
+        """Room for the one weight that is dequantized at a time."""
+        return {device: size * 0.9 for device, size in max_memory.items()}
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """Without a device map, the accelerator if there is one."""
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        if device_map is not None or accelerator is None:
+            return device_map
+        if accelerator.type == "mps":
+            return {"": "mps"}
+        return {"": torch.device(accelerator.type, torch.accelerator.current_device_index())}
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        self.spec.model_dtype = model.config.dtype
+        skip = self.spec.skip_modules
+        patterns = self.get_modules_to_not_convert(model, skip, model._keep_in_fp32_modules)
+        for name, module in list(model.named_modules()):
+            if not is_linear(module) and not is_experts(module):
+                continue
+            reason = _skipped(name, patterns, skip)
+            if reason is not None:
+                self.reasons[name] = reason
+            elif is_linear(module):
+                model.set_submodule(name, quantized_layer(module, self.spec, self.spec.is_int8))
+            elif self.spec.is_int8 and not self.pre_quantized:
+                self.reasons[name] = "experts: LLM.int8() is a product with a matrix; nf4 and fp4 are for any parameter"
+                logger.warning("%s stays as it is. %s", name, self.reasons[name])
+            else:
+                parameters = module.named_parameters(prefix=name, recurse=False)
+                self.fused.update({n: None for n, p in parameters if p.dim() == 3})
+        return model
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        """Whether it is the weight of a quantized layer, or quantized by itself."""
+        if param_name in self.fused:
+            return True
+        module, name = get_module_from_name(model, param_name)
+        return isinstance(module, QuantizedLayer) and name == "weight"
+
+    # ---- loading ----------------------------------------------------------------------------------------------------
+
+    def get_quantize_ops(self) -> Quantize:
+        """For a float weight."""
+        return Quantize(self)
+
+    def get_load_operations(self) -> dict[str, Any]:
+        """For a weight of a checkpoint that is quantized already."""
+        return {"deserialize": Read}
+
+    def get_weight_conversions(self) -> list[Any]:
+        """`Read` for the weights of layers, and for each kind of parameter that is quantized by itself."""
+        names = ["weight", *(f"weight.{stat}" for stat in STATS), "SCB", "weight_format"]
+        conversions = [WeightConverter(names, "weight", [Read(self)])]
+        for target in sorted({".".join(name.split(".")[-2:]) for name in self.fused}):
+            names = [target, *(f"{target}.{stat}" for stat in STATS)]
+            conversions.append(WeightConverter(names, target, [Read(self, target)]))
+        return conversions
+
+    def cast(self, model: Any, name: str, value: Tensor) -> Tensor:
+        """A float tensor of the checkpoint in the dtype that the model was asked for."""
+        kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+        if not value.is_floating_point() or any(re.search(pattern, name) for pattern in kept):
+            return value
+        return value.to(model.get_parameter_or_buffer(name).dtype)
+
+    # ---- after loading ----------------------------------------------------------------------------------------------
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, QuantizedLayer) and not module.weight.is_meta and not _is_quantized(module):
+                self.reasons[name] = "not in the checkpoint: newly initialized"
+                model.set_submodule(name, plain_layer(module, module.weight.data))
+        quantized = {name: state for name, state in self.fused.items() if state is not None}
+        for name, state in quantized.items():
+            parametrize_experts(model, name, state, model.config.dtype)
+        if quantized:
+            self.spec.checkpoint_format = METHOD
+            self.quantization_config = model.config.quantization_config = self.spec
+        self.conversions = getattr(model, "_weight_conversions", None) or []
+        names = [*quantized, *_quantized_weights(model)]
+        model._weight_conversions = [c for c in self.conversions if not _undoing(c, names)]
+        _set_flags(model)
+        setattr(model, REASONS, self.reasons)
+        logger.info("%s", report(model))
+        return model
+
+    # ---- the loaded model -------------------------------------------------------------------------------------------
+
+    @property
+    def is_trainable(self) -> bool:
+        """With adapters."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """One graph, without breaks."""
+        return True
+
+    def is_serializable(self) -> bool:
+        """save_pretrained writes bitsandbytes' bytes."""
+        return True
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        """What save_pretrained saves: the model's own state dict, unless it lacks what is offloaded."""
+        offloaded = load_offloaded(model)
+        return ({**model.state_dict(), **offloaded} if offloaded else None), {}
+
+    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        old, dtype = _dtype(model.config.dtype), _dtype(dtype)
+        for name, module in list(model.named_modules()):
+            if isinstance(module, QuantizedLayer) and not isinstance(module, nn.Embedding):
+                model.set_submodule(name, _dequantized(name, module, dtype))
+        dequantize_experts(model, dtype)
+        # What was not quantized was loaded in the model's dtype, or kept in float32 by the model.
+        for parameter in model.parameters():
+            if parameter.dtype == old:
+                parameter.data = parameter.data.to(dtype)
+        model.config.dtype = dtype
+        model._weight_conversions = self.conversions
+        for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit", REASONS):
+            model.__dict__.pop(flag, None)
+        return model
+
+
+def _dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """Saving a model makes the dtype in its config a string."""
+    return getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+
+
+def _skipped(name: str, patterns: list[str], skip: list[str] | None) -> str | None:
+    """Why a module is not to be quantized, None if it is."""
+    matching = [pattern for pattern in patterns if not should_convert_module(name, [pattern])]
+    if not matching:
+        return None
+    if skip and matching[0] in skip:
+        return f"skip_modules: {matching[0]!r}"
+    return "kept by default: output head, tied weights, last layer, or kept in float32 by the model"
+
+
+def _is_quantized(layer: QuantizedLayer) -> bool:
+    weight: Any = layer.weight
+    return hasattr(weight, "holds_codes") and weight.holds_codes()
+
+
+def _quantized_weights(model: nn.Module) -> list[str]:
+    return [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, QuantizedLayer)]
+
+
+def _undoing(conversion: Any, names: list[str]) -> bool:
+    """Whether saving would undo to some of these weights what loading did to them: split merged weights, for example.
+
+    Codes cannot be split so. They are saved under the model's own names, under which transformers loads them, too.
+    """
+    if not isinstance(conversion, WeightConverter) or isinstance(conversion.operations[0], Read):
+        return False
+    sources, targets = conversion._original_source_patterns, conversion._original_target_patterns
+    backwards = conversion.copy(targets, sources, operations=[Identity()])
+    return any(backwards.rename_source_key(name)[1] is not None for name in names)
+
+
+def _set_flags(model: Any) -> None:
+    """The flags by which Hugging Face's libraries know a quantized model.
+
+    An 8-bit model does not call its method "bitsandbytes", because then `model.to(device)` would ask for that package.
+    """
+    if any(isinstance(module, Linear8bitLt) for module in model.modules()):
+        model.is_loaded_in_8bit = True
+        model.quantization_method = METHOD
+    else:
+        model.is_loaded_in_4bit = True
+        model.quantization_method = "bitsandbytes"
+
+
+def _dequantized(name: str, layer: Any, dtype: torch.dtype) -> nn.Module:
+    weight: Tensor = layer.weight
+    if weight.is_meta:
+        raise ValueError(f"{name} is offloaded: load the model without offloading to dequantize it")
+    if isinstance(layer, Linear4bit):
+        new = plain_layer(layer, dequantize(weight, present(layer.quant_state, "quant_state"), dtype))
+    else:
+        new = plain_layer(layer, int8.dequantize(weight, layer.state.SCB, dtype))
+    hook = layer.__dict__.get("_hf_hook")
+    if hook is not None:
+        from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+
+        remove_hook_from_module(layer)
+        add_hook_to_module(new, hook)
+    return new
