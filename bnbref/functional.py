@@ -56,13 +56,13 @@ def create_dynamic_map(signed: bool = True, max_exponent_bits: int = 7, total_bi
 
 
 def create_linear_map(signed: bool = True, total_bits: int = 8, add_zero: bool = True) -> Tensor:
-    """`torch.linspace` from -1 or 0 to 1, float32 `[256]`, the missing codes zero in the middle.  Exact.
+    """`codebooks.linspace` from -1 or 0 to 1, float32 `[256]`, the missing codes zero in the middle.  Exact.
 
     >>> create_linear_map(signed=False)[:2]
     tensor([0.0000, 0.0039])
     """
     spend = signed and (add_zero or total_bits < 8)
-    values = torch.linspace(-float(signed), 1.0, 2**total_bits - spend, dtype=torch.float32, device="cpu")
+    values = codebooks.linspace(-float(signed), 1.0, 2**total_bits - spend)
     half = values.numel() // 2
     return torch.cat([values[:half], values.new_zeros(256 - values.numel()), values[half:]])
 

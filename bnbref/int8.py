@@ -24,8 +24,17 @@ RECIPROCAL_127_SQUARED = (
 )
 # Any sum of 1024 products of int8 is at most 1024 * 128 * 128 = 2^24: exact in float32, in any order, fused or not.
 EXACT_IN_FLOAT32 = 1024
-# Without VNNI, oneDNN adds pairs of products in 16 bits and saturates.
-_CPU_PRODUCT_IS_EXACT = torch.cpu._is_vnni_supported()
+
+
+def _cpu_product_is_exact() -> bool:
+    """Without VNNI, or when told to do without it, oneDNN adds pairs of products in 16 bits and saturates: ask it."""
+    if not torch.cpu._is_vnni_supported():
+        return False
+    largest = torch.full((32, 64), 127, dtype=torch.int8, device="cpu")
+    return bool((torch._int_mm(largest, largest.t()) == 64 * 127 * 127).all())
+
+
+_CPU_PRODUCT_IS_EXACT = _cpu_product_is_exact()
 
 
 @fused(dynamic={"rows": (0, 1)})

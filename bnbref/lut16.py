@@ -193,7 +193,8 @@ def enable() -> int:
     return {_AVX512: 512, _AVX2: 256}.get(_chosen, 0)
 
 
-enable._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, without importing torch._dynamo
+# As torch.compiler.assume_constant_result does, without importing torch._dynamo.
+enable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _width(isa: Any) -> int:

@@ -184,11 +184,14 @@ class QuantState:
         if code.device.type != "meta" and not bool((code.cpu() == known).all()):
             raise ValueError(f"quant_map is not the codebook {quant_type!r}: {code.tolist()}")
 
+        _require(shape is None or blocksize <= max(4096, math.prod(shape)), "blocksize", "at most the size", blocksize)
         blocks = None if shape is None else block_count(math.prod(shape), blocksize)
         absmax = _tensor(fields, "absmax", torch.uint8 if nested_keys else torch.float32, blocks)
         offset, state2 = None, None
         if nested_keys:
-            _require(_is_count(fields["nested_blocksize"]), "nested_blocksize", "positive", fields["nested_blocksize"])
+            inner = fields["nested_blocksize"]
+            # Kernels pad to whole blocks: a size beyond what there is to scale would only ask for memory.
+            _require(_is_count(inner) and inner <= max(4096, absmax.numel()), "nested_blocksize", "a blocksize", inner)
             _require(fields["nested_dtype"] == "float32", "nested_dtype", "float32", fields["nested_dtype"])
             value = fields["nested_offset"]
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
