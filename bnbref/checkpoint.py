@@ -38,9 +38,6 @@ from bnbref.codebooks import four_bit, value_table
 from bnbref.linear4bit import dequantize
 from bnbref.quant_state import BLOB, QuantState, nested_state, present
 
-LARGEST_BLOCK = 4096
-"""The largest blocksize of bitsandbytes."""
-
 _NESTED = {"nested_absmax", "nested_quant_map"}
 _OF_4BIT = re.compile(rf"(?s)(.+)\.(absmax|quant_map|nested_absmax|nested_quant_map|{re.escape(BLOB)}\w+)")
 _OF_INT8 = re.compile(r"(?s)(|.*\.)(SCB|weight_format)")
@@ -166,14 +163,6 @@ def _check_4bit(name: str, packed: Tensor, group: Mapping[str, Tensor]) -> Quant
             f"{name} must be {n_bytes} bytes [bytes / itemsize, 1] of uint8 or floats for the shape "
             f"{list(state.shape or ())}, got {packed.nbytes} bytes, {_describe(packed)}"
         )
-    # Kernels pad to whole blocks, so that a block must not be larger than what could be in it.
-    of_scales = None if state.state2 is None else state.state2.blocksize
-    for key, size, most in (
-        ("blocksize", state.blocksize, 2 * n_bytes),
-        ("nested_blocksize", of_scales, group["absmax"].numel()),
-    ):
-        if size is not None and size > max(most, LARGEST_BLOCK):
-            raise ValueError(f"{name}: {key} must be at most {max(most, LARGEST_BLOCK)}, got {size}")
     for key in sorted(group.keys() & {"absmax", "nested_absmax"}):
         _check_scales(f"{name}.{key}", group[key])
     if state.offset is not None and group["absmax"].numel():
@@ -343,7 +332,7 @@ def write(
     """
     if quantize not in ("nf4", "fp4", "int8"):
         raise ValueError(f"quantize must be 'nf4', 'fp4' or 'int8', got {quantize!r}")
-    if blocksize not in (32, 64, 128, 256, 512, 1024, 2048, LARGEST_BLOCK):
+    if blocksize not in (32, 64, 128, 256, 512, 1024, 2048, 4096):
         raise ValueError(
             f"blocksize must be a power of two from 32 to 4096 (bitsandbytes reads no other), got {blocksize}"
         )

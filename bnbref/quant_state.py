@@ -170,7 +170,6 @@ class QuantState:
         quant_type, blocksize, shape = fields["quant_type"], fields["blocksize"], fields["shape"]
         known_type = isinstance(quant_type, str) and quant_type in FOUR_BIT
         _require(known_type, "quant_type", sorted(FOUR_BIT), quant_type)
-        _require(_is_count(blocksize), "blocksize", "a positive integer", blocksize)
         if shape is not None:
             ok = isinstance(shape, (list, tuple, torch.Size)) and all(type(n) is int and n >= 0 for n in shape)
             _require(ok and math.prod(shape) < 2**63, "shape", "a list of sizes", shape)
@@ -184,14 +183,12 @@ class QuantState:
         if code.device.type != "meta" and not bool((code.cpu() == known).all()):
             raise ValueError(f"quant_map is not the codebook {quant_type!r}: {code.tolist()}")
 
-        _require(shape is None or blocksize <= max(4096, math.prod(shape)), "blocksize", "at most the size", blocksize)
+        _check_blocksize("blocksize", blocksize, 0 if shape is None else math.prod(shape))
         blocks = None if shape is None else block_count(math.prod(shape), blocksize)
         absmax = _tensor(fields, "absmax", torch.uint8 if nested_keys else torch.float32, blocks)
         offset, state2 = None, None
         if nested_keys:
-            inner = fields["nested_blocksize"]
-            # Kernels pad to whole blocks: a size beyond what there is to scale would only ask for memory.
-            _require(_is_count(inner) and inner <= max(4096, absmax.numel()), "nested_blocksize", "a blocksize", inner)
+            _check_blocksize("nested_blocksize", fields["nested_blocksize"], absmax.numel())
             _require(fields["nested_dtype"] == "float32", "nested_dtype", "float32", fields["nested_dtype"])
             value = fields["nested_offset"]
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -284,8 +281,10 @@ def _require(condition: bool, name: str, allowed: Any, value: Any) -> None:
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 1
+def _check_blocksize(name: str, blocksize: Any, numel: int) -> None:
+    # Kernels pad to whole blocks: a size beyond bitsandbytes' largest and all there is to scale only asks for memory.
+    most = max(4096, numel)
+    _require(type(blocksize) is int and 1 <= blocksize <= most, name, f"an integer from 1 to {most}", blocksize)
 
 
 def _dtype_name(dtype: torch.dtype | None) -> str:

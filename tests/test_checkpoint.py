@@ -575,11 +575,12 @@ shape negative: q.weight: shape must be a list of sizes, got [-64, -64]
 shape not of numbers: q.weight: shape must be a list of sizes, got ['64', 64]
 shape null: q.weight: this operation needs the quant state's shape, which is None
 shape smaller: q.weight: absmax must be torch.uint8 with 63 elements, got torch.uint8 (64,)
-blocksize 0: q.weight: blocksize must be a positive integer, got 0
-blocksize huge: q.weight: absmax must be torch.uint8 with 1 elements, got torch.uint8 (64,)
-blocksize larger than all: q.weight: blocksize must be at most 4096, got 1099511627776
-nested_blocksize larger than all: q.weight: nested_blocksize must be at most 4096, got 1099511627776
-blocksize not whole: q.weight: blocksize must be a positive integer, got 64.0
+blocksize 0: q.weight: blocksize must be an integer from 1 to 4096, got 0
+blocksize huge: q.weight: blocksize must be an integer from 1 to 4096, got 12089258196146291747...
+blocksize larger than all: q.weight: blocksize must be an integer from 1 to 4096, got 1099511627776
+nested_blocksize larger than all: q.weight: nested_blocksize must be an integer from 1 to 4096, got
+    1099511627776
+blocksize not whole: q.weight: blocksize must be an integer from 1 to 4096, got 64.0
 nested_blocksize: q.weight: nested_absmax must be torch.float32 with 4 elements, got torch.float32 (1,)
 nested_dtype: q.weight: nested_dtype must be float32, got 'float16'
 nested_offset NaN: q.weight: nested_offset must be a finite float32 number, got nan
