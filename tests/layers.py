@@ -36,7 +36,7 @@ def raw_state(state: QuantState | None) -> Any:
 def raw_weight(layer: nn.Module) -> Any:
     """Class, codes, scales and settings of a layer's weight."""
     weight: Any = layer.weight
-    settings = {k: v for k, v in weight.__dict__.items() if k not in ("quant_state", "SCB", "module")}
+    settings = {k: v for k, v in weight.__dict__.items() if k not in ("quant_state", "SCB", "module") and k[0] != "_"}
     scb = getattr(weight, "SCB", None)
     return (
         type(weight),

@@ -1,0 +1,263 @@
+"""Linear4bit: which product it is, in which dtype, and that nothing is left behind; compiled and exported."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import running
+from hypothesis import given
+from hypothesis import strategies as st
+from layers import BF16, F16, F32, fill, linear4, linear4_layers, raw, raw_state, raw_weight
+from torch import nn
+
+import bnbref
+from bnbref.functional import dequantize_4bit
+from bnbref.linear4bit import dequantize
+from bnbref.nn import Linear4bit, LinearFP4, LinearNF4, Params4bit
+
+
+@pytest.fixture(params=["eager"], autouse=True)
+def kernels(request):
+    """Kernels run uncompiled, unless a test asks for "compiled" by this parameter."""
+    with running(request.param):
+        yield
+
+
+def weight_of(layer, dtype):
+    """The dequantized weight in a dtype, as the definition has it: one rounding from the float32 product."""
+    return dequantize(layer.weight.data, layer.quant_state, dtype)
+
+
+def inputs(*shape, dtype=F32, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+# ---- the product ----------------------------------------------------------------------------------------------------
+
+
+@given(
+    layer=linear4_layers(), shape=st.sampled_from([(), (1,), (5,), (0,), (2, 3), (2, 0), (1, 2, 3)]),
+    dtype=st.sampled_from([F32, BF16, F16]), compute_dtype=st.sampled_from([None, F32, BF16]),
+)  # fmt: skip
+def test_it_is_the_float_product_with_the_dequantized_weight(layer, shape, dtype, compute_dtype):
+    layer.compute_dtype = compute_dtype
+    x = inputs(*shape, layer.in_features, dtype=dtype)
+    y = layer(x)
+    inner = compute_dtype or dtype
+    bias = None if layer.bias is None else layer.bias.to(inner)
+    assert raw(y) == raw(F.linear(x.to(inner), weight_of(layer, inner), bias).to(dtype))
+    assert y.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+def test_the_product_is_within_its_bound(dtype):
+    layer = linear4(64, 256, quant_type="nf4", bias=False)
+    x = inputs(16, 256, dtype=dtype)
+    weight = weight_of(layer, dtype).double()
+    exact, size = x.double() @ weight.t(), x.double().abs() @ weight.abs().t()
+    # 256 products, each a rounding and an addition in float32, u = 2^-24: gamma_512 = 512 u / (1 - 512 u) of sum |x w|.
+    # Then one rounding to the output dtype, half an ulp: eps / 2 of the result, or of the smallest normal below that.
+    gamma = 512 * 2.0**-24 / (1 - 512 * 2.0**-24)
+    half_ulp = torch.finfo(dtype).eps / 2
+    computed = exact.abs() + gamma * size
+    bound = gamma * size + half_ulp * computed.clamp(min=torch.finfo(dtype).tiny)
+    assert ((layer(x).double() - exact).abs() <= bound).all()
+
+
+def test_the_named_layers_have_their_codebooks():
+    assert LinearFP4(2, 2).weight.quant_type == "fp4" == Linear4bit(2, 2).weight.quant_type
+    assert LinearNF4(2, 2).weight.quant_type == "nf4"
+    assert LinearNF4(2, 2, False, BF16, False, BF16, "meta").weight.quant_storage == BF16
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_what_is_not_quantized_is_not_multiplied(device):
+    with pytest.raises(RuntimeError, match=r"Linear4bit\(in_features=64, .* is not quantized yet: .* \.to\(device\)"):
+        Linear4bit(64, 2, device=device)(torch.ones(64, device=device))
+
+
+# ---- nothing is left behind -----------------------------------------------------------------------------------------
+
+
+def test_the_compute_dtype_is_that_of_each_activation():
+    layer, fresh = linear4(), linear4()
+    layer(inputs(2, 64, dtype=BF16))
+    assert layer.compute_dtype is None
+    assert raw(layer(inputs(2, 64))) == raw(fresh(inputs(2, 64)))
+
+
+def test_the_bias_is_not_cast_in_place():
+    layer = linear4()
+    before, where = raw(layer.bias), layer.bias.data_ptr()
+    layer(inputs(2, 64, dtype=F16))
+    assert raw(layer.bias) == before
+    assert layer.bias.data_ptr() == where
+
+
+def test_a_forward_changes_nothing():
+    layer = linear4()
+    before, names, parameters = raw_weight(layer), set(vars(layer)), dict(layer.named_parameters())
+    for mode in (layer.eval(), layer.train()):
+        mode(inputs(2, 64))
+        mode(inputs(2, 64).requires_grad_()).sum().backward()
+    assert raw_weight(layer) == before
+    assert set(vars(layer)) == names
+    assert all(parameters[name] is parameter for name, parameter in layer.named_parameters())
+
+
+# ---- gradients ------------------------------------------------------------------------------------------------------
+
+
+@given(layer=linear4_layers(), dtype=st.sampled_from([F32, BF16, F16]), shape=st.sampled_from([(), (3,), (2, 3), (0,)]))
+def test_gradients_are_those_of_the_float_layer(layer, dtype, shape):
+    x = inputs(*shape, layer.in_features, dtype=dtype).requires_grad_()
+    grad = inputs(*shape, layer.out_features, dtype=dtype, seed=1)
+    layer(x).backward(grad)
+    assert raw(x.grad) == raw(grad @ weight_of(layer, dtype))
+    assert layer.weight.grad is None
+    if layer.bias is not None:
+        assert layer.bias.grad.dtype == layer.bias.dtype
+        # Sums of at most six terms of magnitude a: five roundings of the running sum (at most 6 max a) in grad's dtype,
+        # and one to the bias's.
+        exact = grad.double().reshape(-1, layer.out_features).sum(0)
+        eps = max(torch.finfo(dtype).eps, torch.finfo(layer.bias.dtype).eps)
+        bound = 6 * eps / 2 * 6 * (grad.double().abs().max() if grad.numel() else 0)
+        assert ((layer.bias.grad.double() - exact).abs() <= bound).all()
+
+
+def test_a_frozen_bias_gets_no_gradient():
+    layer = linear4().requires_grad_(False)
+    x = inputs(2, 64).requires_grad_()
+    layer(x).sum().backward()
+    assert layer.bias.grad is None
+    assert not layer(inputs(2, 64)).requires_grad
+
+
+# ---- quantization ---------------------------------------------------------------------------------------------------
+
+
+@given(dtype=st.sampled_from([F32, BF16, F16]), nested=st.booleans(), storage=st.sampled_from([torch.uint8, BF16]))
+def test_the_layer_quantizes_as_the_function_does(dtype, nested, storage):
+    layer = fill(Linear4bit(64, 32, quant_type="nf4", compress_statistics=nested, quant_storage=storage)).to(dtype)
+    packed, state = bnbref.functional.quantize_4bit(layer.weight.data, None, None, None, nested, "nf4", storage)
+    layer.to("cpu")
+    assert raw(layer.weight.data) == raw(packed)
+    assert raw_state(layer.quant_state) == raw_state(state)
+    assert raw(dequantize_4bit(layer.weight, layer.weight.quant_state)) == raw(dequantize_4bit(packed, state))
+
+
+def test_a_second_move_quantizes_nothing():
+    layer = linear4()
+    before = raw_weight(layer)
+    for move in (lambda: layer.to("cpu"), layer.cpu, layer.half, lambda: layer.to(BF16), lambda: layer.to("cpu", F32)):
+        move()
+        assert raw_weight(layer) == before
+
+
+# ---- the weight loses its attributes --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, BF16])
+@pytest.mark.parametrize("nested", [True, False])
+def test_scales_are_found_where_FSDP_leaves_a_plain_parameter(storage, nested):
+    layer = linear4(quant_storage=storage, compress_statistics=nested)
+    want, keys = raw(layer(inputs(2, 64))), {k: raw(v) for k, v in layer.state_dict().items()}
+    layer.weight = nn.Parameter(layer.weight.data, requires_grad=False)
+    assert not isinstance(layer.weight, Params4bit)
+    assert raw(layer(inputs(2, 64))) == want
+    assert {k: raw(v) for k, v in layer.state_dict().items()} == keys
+    layer.to("cpu")
+    assert raw(layer(inputs(2, 64))) == want
+    with pytest.raises(RuntimeError, match="load before it is wrapped"):
+        layer.load_state_dict(linear4().state_dict())
+
+
+def test_a_float_weight_has_no_scales_of_another():
+    layer = linear4()
+    layer.weight = nn.Parameter(torch.ones(32, 64))
+    assert layer.quant_state is None
+    assert set(layer.state_dict()) == {"weight", "bias"}
+    layer.weight = Params4bit(torch.ones(32, 64))
+    assert layer.quant_state is None
+    assert layer.to("cpu").quant_state.shape == (32, 64)
+
+
+# ---- accelerate -----------------------------------------------------------------------------------------------------
+
+
+def test_offloading_and_loading_again_keeps_all_bits():
+    layer = linear4(quant_type="nf4")
+    want, kept = raw(layer(inputs(2, 64))), layer.weight.data.clone()
+    before = raw_weight(layer)
+    # What accelerate's set_module_tensor_to_device does, behind the layer's back.
+    for _ in range(2):
+        weight = layer.weight
+        layer._parameters["weight"] = type(weight)(weight.data.to("meta"), requires_grad=False, **weight.__dict__).to(
+            "meta"
+        )
+        assert layer.weight.device.type == "meta"
+        weight = layer.weight
+        layer._parameters["weight"] = type(weight)(kept.to("cpu"), requires_grad=False, **weight.__dict__).to("cpu")
+        assert raw(layer(inputs(2, 64))) == want
+    assert raw_weight(layer) == before
+
+
+def test_meta_and_back_is_empty_and_waits_to_be_loaded():
+    layer, other = linear4(), linear4(seed=1)
+    layer.to("meta")
+    assert layer.weight.device.type == layer.bias.device.type == "meta"
+    layer.to_empty(device="cpu").load_state_dict(other.state_dict())
+    assert raw_weight(layer) == raw_weight(other)
+    empty = Linear4bit(64, 32, device="meta").to_empty(device="cpu")
+    empty.load_state_dict(other.state_dict())
+    assert raw_weight(empty) == raw_weight(other)
+
+
+# ---- compiled and exported ------------------------------------------------------------------------------------------
+
+VARIANTS = [
+    pytest.param({"quant_type": "nf4", "compress_statistics": True}, F32, id="nf4-nested-fp32"),
+    pytest.param({"quant_type": "fp4", "compress_statistics": False, "quant_storage": BF16}, BF16, id="fp4-bf16"),
+]
+
+
+@pytest.mark.parametrize(("options", "dtype"), VARIANTS)
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_it_is_one_graph_with_the_same_bits(options, dtype, backend):
+    layer = linear4(dtype=dtype, **options)
+    before = raw_weight(layer)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    for rows in (5, 7, 9):  # the second makes the batch dynamic, the third must not compile again
+        x, y = (inputs(rows, 64, dtype=dtype).requires_grad_() for _ in range(2))
+        grad = inputs(rows, 32, dtype=dtype, seed=1)
+        want, got = layer(x), compiled(y)
+        assert raw(got) == raw(want)
+        want.backward(grad)
+        got.backward(grad)
+        assert raw(y.grad) == raw(x.grad)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+    assert raw_weight(layer) == before
+
+
+@pytest.mark.parametrize(("options", "dtype"), VARIANTS)
+@pytest.mark.parametrize("strict", [True, False])
+def test_exported_it_has_the_same_bits(options, dtype, strict):
+    layer = linear4(dtype=dtype, **options)
+    before = raw_weight(layer)
+    batch = {"x": {0: torch.export.Dim("batch", min=2, max=64)}}
+    program = torch.export.export(layer, (inputs(5, 64, dtype=dtype),), strict=strict, dynamic_shapes=batch).module()
+    for rows in (5, 9):
+        x = inputs(rows, 64, dtype=dtype)
+        assert raw(program(x)) == raw(layer(x))
+    assert raw_weight(layer) == before
+
+
+@pytest.mark.parametrize("kernels", ["compiled"], indirect=True)
+def test_compiled_kernels_give_the_same_bits(kernels):
+    layer, x = fill(Linear4bit(64, 32, quant_type="nf4")).to("cpu"), inputs(3, 64)
+    with running("eager"):
+        eager = linear4(quant_type="nf4")
+        want = raw(eager(x))
+    assert raw_weight(layer) == raw_weight(eager)
+    assert raw(layer(x)) == want
