@@ -239,7 +239,7 @@ def dequantize_4bit(
     """
     if quant_state is None:
         if absmax is None or out is None:
-            raise ValueError("dequantize_4bit needs quant_state, or absmax and out, got neither")
+            raise ValueError("dequantize_4bit needs quant_state, or both absmax and out")
         blocksize = 64 if blocksize is None else blocksize
         quant_state = QuantState(absmax, shape=out.shape, blocksize=blocksize, quant_type=quant_type, dtype=out.dtype)
     result = _dequantize_weight(A, quant_state, present(quant_state.dtype, "dtype"))
