@@ -121,6 +121,9 @@ class QuantizedLayer(nn.Module):
             raise TypeError(f"weight is a {type(old).__name__}, not a quantized parameter: load before it is wrapped")
         if old.device.type == "meta" and not assign:
             raise ValueError("weight is on the meta device: load_state_dict needs assign=True")
+        for name, value in entries.items():
+            if not isinstance(value, Tensor) and name != "weight_format":  # which was a word once
+                raise ValueError(f"{name} must be a tensor, got {type(value).__name__}")
         new = self._read(entries)
         if new is None:
             data = entries["weight"].detach()
@@ -216,7 +219,8 @@ class EightBitLayer(QuantizedLayer):
     def _read(self, entries: Mapping[str, Tensor]) -> Int8Params | None:
         entries = dict(entries)
         layout: Any = entries.pop("weight_format", 0)
-        layout = layout.item() if isinstance(layout, Tensor) and layout.numel() == 1 else layout
+        if isinstance(layout, Tensor):
+            layout = layout.item() if layout.numel() == 1 else layout.tolist()
         if layout not in (0, "row"):
             raise ValueError(f"weight_format must be 0 or 'row', the only layout left, got {layout!r}")
         if entries.keys() == {"weight"} and entries["weight"].is_floating_point():
