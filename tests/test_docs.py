@@ -70,6 +70,15 @@ def test_code_blocks_run(page, tmp_path):
     run_page(page.read_text(encoding="utf-8"), page, tmp_path)
 
 
+@pytest.mark.parametrize("page", [pytest.param(p, id=p.relative_to(ROOT).as_posix()) for p in PAGES])
+def test_tests_that_a_page_names_exist(page):
+    """A claim stands beside the test that shows it: `test_one.py`, `tests/test_one.py` or `test_something`."""
+    tests = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("*.py")}
+    for name in re.findall(r"`(?:tests/)?(test_\w+(?:\.py)?)`", page.read_text(encoding="utf-8")):
+        known = name in tests if name.endswith(".py") else any(f"def {name}(" in text for text in tests.values())
+        assert known, f"{page.name} names {name}, which is not in tests/"
+
+
 # The runner itself, on pages whose outcome is known.
 
 
