@@ -1,5 +1,7 @@
 """Linear4bit: which product it is, in which dtype, and that nothing is left behind; compiled and exported."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from layers import BF16, F16, F32, fill, linear4, linear4_layers, raw, raw_state
 from torch import nn
 
 import bnbref
+from bnbref.codebooks import Codebook
 from bnbref.functional import dequantize_4bit
 from bnbref.linear4bit import dequantize
 from bnbref.nn import Linear4bit, LinearFP4, LinearNF4, Params4bit
@@ -153,6 +156,15 @@ def test_a_second_move_quantizes_nothing():
         assert raw_weight(layer) == before
 
 
+def test_a_codebook_is_a_type_too():
+    book = Codebook.nearest("thirds", [-1, -2 / 3, -1 / 3, 0, 1 / 3, 2 / 3, 1])
+    layer, x = linear4(quant_type=book, compress_statistics=True), inputs(2, 64)
+    assert raw(layer(x)) == raw(F.linear(x, weight_of(layer, F32), layer.bias))
+    assert raw_weight(copy.deepcopy(layer)) == raw_weight(layer)
+    with pytest.raises(ValueError, match="codebook 'thirds' must be entered in FOUR_BIT to be saved"):
+        layer.state_dict()
+
+
 # ---- the weight loses its attributes --------------------------------------------------------------------------------
 
 
@@ -179,6 +191,34 @@ def test_a_float_weight_has_no_scales_of_another():
     layer.weight = Params4bit(torch.ones(32, 64))
     assert layer.quant_state is None
     assert layer.to("cpu").quant_state.shape == (32, 64)
+
+
+def _sharded(rank, address, storage, results):
+    from torch import distributed as dist
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    with bnbref.eager():
+        layer = linear4(quant_storage=storage, quant_type="nf4")
+        sharded = fully_shard(copy.deepcopy(layer))
+        x = inputs(2, 64)
+        same = [raw(sharded(x)) == raw(layer(x)) for _ in range(2)]
+        sharded(x).sum().backward()
+        whole = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in sharded.state_dict().items()}
+        results[rank] = (
+            *same,
+            {k: raw(v) for k, v in whole.items()} == {k: raw(v) for k, v in layer.state_dict().items()},
+        )
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("storage", [torch.uint8, BF16])
+def test_sharded_by_FSDP2_it_has_the_same_bits_and_state_dict(storage, tmp_path):
+    results = torch.multiprocessing.Manager().dict()
+    torch.multiprocessing.spawn(_sharded, (f"file://{tmp_path}/rendezvous", storage, results), nprocs=2)
+    assert dict(results) == {0: (True,) * 3, 1: (True,) * 3}
 
 
 # ---- accelerate -----------------------------------------------------------------------------------------------------

@@ -9,7 +9,21 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from layers import BF16, F16, F32, SURVIVORS, argument, fill, layers, linear4, linear8, raw, raw_state, raw_weight
+from layers import (
+    BF16,
+    F16,
+    F32,
+    SURVIVORS,
+    argument,
+    fill,
+    layers,
+    linear4,
+    linear8,
+    raw,
+    raw_state,
+    raw_weight,
+    unquantized,
+)
 from torch import nn
 
 import bnbref
@@ -172,6 +186,29 @@ def test_what_is_not_finite_is_refused(layer, value):
 def test_unknown_types_are_refused(kwargs):
     with pytest.raises(ValueError, match="quant_type must be one of"):
         Params4bit(torch.ones(2), **kwargs)
+
+
+@pytest.mark.cuda
+@given(layer=layers())
+def test_quantized_weights_travel_to_a_gpu_and_back(layer):
+    want = raw_weight(layer)
+    there = copy.deepcopy(layer).to("cuda")
+    assert there.weight.device.type == "cuda"
+    tensors = [there.weight.SCB] if isinstance(there.weight, Int8Params) else there.weight.quant_state.tensors()
+    assert all(t.device.type == "cuda" for t in tensors)
+    there(argument(layer).to("cuda"))
+    assert raw_weight(there) == want
+    assert raw_weight(there.cpu()) == want
+    assert raw_weight(copy.deepcopy(layer).cuda(0).cpu()) == want
+
+
+@pytest.mark.cuda
+@given(layer=layers())
+def test_a_gpu_quantizes_as_the_cpu_does(layer):
+    if getattr(layer.weight, "compress_statistics", False):
+        return  # the mean of the scales is a float sum, in the device's order
+    source = fill(unquantized(layer), 5)
+    assert raw_weight(copy.deepcopy(source).to("cuda")) == raw_weight(source.to("cpu"))
 
 
 # ---- bytes are not numbers ------------------------------------------------------------------------------------------

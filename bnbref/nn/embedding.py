@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnbref import fourbit, int8, nested
+from bnbref.codebooks import Codebook
 from bnbref.linear4bit import dequantize
 from bnbref.nn.layer import EightBitLayer, FourBitLayer, QuantizedLayer
 from bnbref.nn.params import Int8Params, Params4bit, QuantizedParameter
@@ -77,7 +78,7 @@ class Embedding4bit(_QuantizedEmbedding, FourBitLayer, nn.Embedding):
         num_embeddings: int,
         embedding_dim: int,
         dtype: torch.dtype | None = None,
-        quant_type: str = "fp4",
+        quant_type: str | Codebook = "fp4",
         quant_storage: torch.dtype = torch.uint8,
         device: torch.device | str | None = None,
         *,

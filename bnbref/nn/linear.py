@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bnbref.codebooks import Codebook
 from bnbref.linear4bit import matmul_4bit
 from bnbref.linear8bit import MatmulLtState, matmul
 from bnbref.nn.layer import EightBitLayer, FourBitLayer
@@ -21,7 +22,8 @@ from bnbref.nn.params import Int8Params, Params4bit
 class Linear4bit(FourBitLayer, nn.Linear):
     """`nn.Linear` with a `Params4bit`. Bounded: see `bnbref.matmul_4bit`.
 
-    compute_dtype: of the product; the activation's if None. compress_statistics: quantize the scales too.
+    compute_dtype: of the product; the activation's if None. compress_statistics: quantize the scales too. quant_type: a
+    name, or a Codebook of at most 16 values; to be saved, it must be entered in `bnbref.codebooks.FOUR_BIT`.
 
     >>> import bnbref
     >>> layer = Linear4bit(64, 2, bias=False, quant_type="nf4")
@@ -40,7 +42,7 @@ class Linear4bit(FourBitLayer, nn.Linear):
         bias: bool = True,
         compute_dtype: torch.dtype | None = None,
         compress_statistics: bool = True,
-        quant_type: str = "fp4",
+        quant_type: str | Codebook = "fp4",
         quant_storage: torch.dtype = torch.uint8,
         device: torch.device | str | None = None,
     ) -> None:

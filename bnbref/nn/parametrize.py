@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from bnbref.checkpoint import Checkpoint
+from bnbref.codebooks import Codebook, four_bit
 from bnbref.functional import quantize_4bit
 from bnbref.fused import tracing
 from bnbref.linear4bit import dequantize
@@ -58,7 +59,7 @@ def replace_parameter_4bit(
     module: nn.Module,
     param_name: str,
     compress_statistics: bool = False,
-    quant_type: str = "nf4",
+    quant_type: str | Codebook = "nf4",
     blocksize: int | None = None,
 ) -> None:
     """Quantize a parameter of a module to four bits, where it is. Reading it gives its values in its dtype.  Exact.
@@ -74,7 +75,7 @@ def replace_parameter_4bit(
     ['up', 'up.absmax', 'up.quant_map', 'up.quant_state.bitsandbytes__nf4']
     """
     values = _parameter(module, param_name).detach()
-    check_finite(f"parameter {param_name!r}", values, quant_type)
+    check_finite(f"parameter {param_name!r}", values, four_bit(quant_type).name)
     packed, state = quantize_4bit(
         values, blocksize=blocksize, compress_statistics=compress_statistics, quant_type=quant_type
     )
@@ -194,7 +195,7 @@ def _read(
     old = step.quant_state
     if entries.keys() == {name} and entries[name].is_floating_point() and entries[name].shape == old.shape:
         values = entries[name].detach().to(entries[name].device if assign else original.device)
-        check_finite(name, values, str(old.quant_type))
+        check_finite(name, values, old.codebook.name)
         packed, state = quantize_4bit(
             values, blocksize=old.blocksize, compress_statistics=old.nested, quant_type=old.quant_type
         )

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from bnbref import int8
-from bnbref.codebooks import four_bit
+from bnbref.codebooks import Codebook, four_bit
 from bnbref.functional import quantize_4bit
 from bnbref.fused import tracing
 from bnbref.quant_state import QuantState
@@ -116,11 +116,11 @@ class QuantizedParameter(nn.Parameter):
 
     def cuda(self: Self, device: Any = None, non_blocking: bool = False) -> Self:  # type: ignore[override]
         """`.to("cuda")`."""
-        return self.to("cuda" if device is None else torch.device("cuda", device), non_blocking=non_blocking)
+        return self.to(_numbered("cuda", device), non_blocking=non_blocking)
 
     def xpu(self: Self, device: Any = None, non_blocking: bool = False) -> Self:  # type: ignore[override]
         """`.to("xpu")`."""
-        return self.to("xpu" if device is None else torch.device("xpu", device), non_blocking=non_blocking)
+        return self.to(_numbered("xpu", device), non_blocking=non_blocking)
 
     def half(self: Self, *args: Any, **kwargs: Any) -> Self:
         """`.to(torch.float16)`."""
@@ -156,6 +156,12 @@ class QuantizedParameter(nn.Parameter):
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         self.__dict__.update(state)
+
+
+def _numbered(device_type: str, device: Any) -> torch.device:
+    if device is None:
+        return torch.device(device_type)
+    return torch.device(device_type, device) if isinstance(device, int) else torch.device(device)
 
 
 def _rebuild(cls: type[QuantizedParameter], data: Tensor, requires_grad: bool) -> QuantizedParameter:
@@ -205,7 +211,7 @@ class Params4bit(QuantizedParameter):
     quant_state: QuantState | None = None
     blocksize: int = 64
     compress_statistics: bool = True
-    quant_type: str = "fp4"
+    quant_type: str | Codebook = "fp4"
     quant_storage: torch.dtype = torch.uint8
     module: nn.Module | None = None
     bnb_quantized: bool = False
@@ -217,7 +223,7 @@ class Params4bit(QuantizedParameter):
         quant_state: QuantState | None = None,
         blocksize: int | None = None,
         compress_statistics: bool = True,
-        quant_type: str = "fp4",
+        quant_type: str | Codebook = "fp4",
         quant_storage: torch.dtype = torch.uint8,
         module: nn.Module | None = None,
         bnb_quantized: bool = False,
@@ -280,7 +286,7 @@ class Params4bit(QuantizedParameter):
         return self._like_this(weight, quant_state=None, bnb_quantized=False)
 
     def _quantized(self, weight: Tensor) -> "Params4bit":
-        check_finite("a weight", weight, self.quant_type)
+        check_finite("a weight", weight, four_bit(self.quant_type).name)
         packed, state = quantize_4bit(
             weight,
             blocksize=self.blocksize,
