@@ -1,0 +1,7 @@
+"""`python -m bnbref`."""
+
+import sys
+
+from bnbref.cli import main
+
+sys.exit(main())

@@ -1,0 +1,76 @@
+"""The tour: one model in five formats, measured side by side, then QLoRA on the smallest (compare.py, finetune.py)."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoTokenizer
+
+import bnbref
+from bnbref.demo import MODEL
+from bnbref.demo.compare import compare
+from bnbref.demo.evaluate import encode, windows
+from bnbref.demo.finetune import qlora
+from bnbref.demo.report import write_json, write_plot
+from bnbref.demo.resources import cpu_seconds
+from bnbref.demo.settings import FULL, QUICK
+from bnbref.fused import compile_enabled, missing_compiler
+from bnbref.info import default_device, describe_device
+
+
+def run(
+    *,
+    quick: bool = False,
+    device: str | None = None,
+    out: Path | None = None,
+    json_file: Path | None = None,
+    plot_file: Path | None = None,
+) -> dict[str, Any]:
+    """Measure and print everything; what was measured. `Mismatch` where something is not what it must be."""
+    start, cpu = time.perf_counter(), cpu_seconds()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft asks for it
+    settings = QUICK if quick else FULL
+    where = torch.device(device) if device else default_device()
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    heldout = windows(encode(tokenizer, (MODEL / "heldout.txt").read_text("utf-8")))[: settings.windows].to(where)
+
+    facts: dict[str, Any] = {"machine": machine(where), "settings": settings._asdict()}
+    print(headline(facts["machine"]), flush=True)
+    facts["formats"] = compare(tokenizer, heldout, settings, where)
+    with tempfile.TemporaryDirectory() if out is None else contextlib.nullcontext(out) as folder:
+        facts["qlora"] = qlora(tokenizer, heldout, settings, where, Path(folder))
+    facts["seconds"], facts["cpu_seconds"] = time.perf_counter() - start, cpu_seconds() - cpu
+    kept = f"; the adapter is in {out}" if out else ""
+    print(f"\n{facts['seconds']:.0f} s, {facts['cpu_seconds']:.0f} s of processor time, compilers included{kept}")
+    if json_file is not None:
+        write_json(json_file, facts)
+    if plot_file is not None:
+        write_plot(plot_file, facts["qlora"]["losses"], "QLoRA on the demo model: NF4, nested scales")
+    return facts
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """What the numbers were measured on, and with."""
+    off = None if compile_enabled() else "BNBREF_COMPILE=0"
+    missing = off or missing_compiler(device.type)
+    return {
+        "bnbref": bnbref.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": describe_device(device),
+        "kernels": "compiled" if missing is None else f"eager: {missing}",
+    }
+
+
+def headline(facts: dict[str, str]) -> str:
+    """Two lines of it."""
+    versions = ", ".join(f"{name} {facts[name]}" for name in ("bnbref", "torch", "transformers"))
+    return f"{versions}\n{facts['device']}; kernels {facts['kernels']}"

@@ -1,0 +1,20 @@
+"""How much the demo measures."""
+
+from typing import NamedTuple
+
+
+class Settings(NamedTuple):
+    """Windows of held-out text, tokens to generate, steps of fine-tuning.
+
+    Perplexities are comparable between runs over the same number of windows.
+    """
+
+    windows: int
+    tokens: int
+    steps: int
+
+
+FULL = Settings(windows=60, tokens=64, steps=60)
+"""All of the held-out text: the protocol of the model card."""
+
+QUICK = Settings(windows=4, tokens=8, steps=12)

@@ -1,0 +1,142 @@
+"""`python -m bnbref info`: versions, devices, how kernels run here, and whether they give the right bits."""
+
+import importlib.metadata
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import bnbref
+from bnbref import lut16, selfcheck
+from bnbref.fused import compile_enabled, missing_compiler
+from bnbref.selfcheck import Result, kernels_compiled, self_check
+
+OPTIONAL = ("triton", "transformers", "peft", "accelerate", "bitsandbytes")
+
+
+def info(seconds: float = 10.0) -> bool:
+    """Print the report; whether the self-check passed. `seconds`: after which no more kernels are compiled for it."""
+    device = default_device()
+    section("versions", versions())
+    section("devices", devices())
+    section("kernels", kernels(device))
+    return report_self_check(device, seconds)
+
+
+def default_device() -> torch.device:
+    """The accelerator, or the CPU where there is none."""
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
+def section(title: str, rows: list[tuple[str, str]]) -> None:
+    """A title, and rows of a name and a value, aligned."""
+    print(title)
+    for name, value in rows:
+        print(f"  {name:<14}{value}")
+    sys.stdout.flush()
+
+
+def versions() -> list[tuple[str, str]]:
+    """Of what decides the bits and of what may be in the way, without importing it."""
+    rows = [
+        ("bnbref", bnbref.__version__),
+        ("torch", torch.__version__),
+        ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+    ]
+    for name in OPTIONAL:
+        try:
+            rows.append((name, importlib.metadata.version(name)))
+        except importlib.metadata.PackageNotFoundError:
+            rows.append((name, "not installed"))
+    return rows
+
+
+def processor() -> str:
+    """The name of the CPU, as its maker writes it where the system tells."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def describe_device(device: torch.device) -> str:
+    """What it is, in a few words."""
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(device)
+        return f"{gpu.name}, {gpu.total_memory / 2**30:.1f} GiB, capability {gpu.major}.{gpu.minor}"
+    if device.type == "cpu":
+        threads = torch.get_num_threads()
+        return f"{processor()}, {torch.backends.cpu.get_cpu_capability()}, {threads} thread{'s' * (threads > 1)}"
+    return str(device)
+
+
+def devices() -> list[tuple[str, str]]:
+    """The CPU, and the GPUs that torch sees."""
+    rows = [("cpu", describe_device(torch.device("cpu")))]
+    for i in range(torch.cuda.device_count()):
+        rows.append((f"cuda:{i}", describe_device(torch.device("cuda", i))))
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is not None and accelerator.type != "cuda":
+        rows.append((accelerator.type, f"{torch.accelerator.device_count()} available"))
+    return rows
+
+
+def kernels(device: torch.device) -> list[tuple[str, str]]:
+    """Whether kernels are compiled, and if not, why."""
+    rows = []
+    for kind in dict.fromkeys(("cpu", device.type)):
+        missing = missing_compiler(kind)
+        off = None if compile_enabled() else f"BNBREF_COMPILE={os.environ.get('BNBREF_COMPILE')}"
+        rows.append((kind, "compiled by Inductor" if (off or missing) is None else f"eager: {off or missing}"))
+    if compile_enabled() and missing_compiler("cpu") is None:
+        with tqdm(total=1, desc="torch tries the C++ compiler", bar_format="{desc} ...", leave=False, disable=None):
+            rows.append(("4-bit values", lut16.lowering()))
+    return rows
+
+
+def report_self_check(device: torch.device, seconds: float) -> bool:
+    """Print a line for each check as it is done, and the verdict; whether all passed."""
+    compiled = compile_enabled() and missing_compiler(device.type) is None
+    print(f"self-check on {device.type}: formats of a fixed input, against golden digests")
+    start = time.monotonic()
+    results = []
+    with tqdm(total=len(selfcheck.CHECKS), leave=False, disable=None, bar_format="  {n} of {total} done ...") as bar:
+        for result in self_check(device, compiled, seconds):
+            results.append(result)
+            bar.clear()
+            print(describe(result), flush=True)
+            bar.update()
+    passed = all(result.ok for result in results)
+    print(verdict(results, compiled, time.monotonic() - start))
+    return passed
+
+
+def describe(result: Result) -> str:
+    """One line: the check, and in each mode the right digest or the wrong one."""
+    golden = result.check.golden
+    modes = [
+        f"{mode} {'ok' if digest == golden else f'is {digest}, must be {golden}'}"
+        for mode, digest in (("eager", result.eager), ("compiled", result.compiled))
+        if digest is not None
+    ]
+    return f"  {result.check.name:<26}{', '.join(modes):<22}{result.seconds:5.1f} s"
+
+
+def verdict(results: list[Result], compiled: bool, seconds: float) -> str:
+    """The last line: what was checked, what was not and why."""
+    done, rest = kernels_compiled()
+    wrong = [result.check.name for result in results if not result.ok]
+    if wrong:
+        return f"FAILED: {', '.join(wrong)}. This installation does not compute the reference formats."
+    if not compiled:
+        return f"ok: {len(results)} formats, eager ({seconds:.1f} s)"
+    skipped = sum(result.compiled is None for result in results)
+    why = "; the time was up: run again, or with --seconds N" if skipped else ""
+    return (
+        f"ok: {len(results)} formats eager, {len(results) - skipped} compiled, "
+        f"in {len(done)} of {len(done + rest)} exact kernels ({seconds:.1f} s){why}"
+    )
