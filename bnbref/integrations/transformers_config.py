@@ -33,8 +33,8 @@ class BnbRefConfig(QuantizationConfigMixin):  # type: ignore[misc]
     compute_dtype: 4 bits: dtype of the products; None, the activation's.
     quant_storage: 4 bits: dtype of the packed tensor; uint8, or a float for FSDP1.
     blocksize: 4 bits: elements that share a scale.
-    skip_modules: names, ends of names or regular expressions of modules that stay as they are. None: the output head, tied
-        weights and the last layer, as in transformers. A list replaces that choice.
+    skip_modules: layers that stay as they are: the end of a name ("c_fc"), or a regular expression for its beginning
+        (".*self_attn"), as in transformers. None: the output head, tied weights, the last layer. A list replaces that.
     threshold: int8: activations at least this large take the path of full precision; 0 turns it off.
     checkpoint_format: "bitsandbytes" or "bnbref", what config.json says; see the head of this file.
 

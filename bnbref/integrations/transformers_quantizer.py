@@ -74,12 +74,12 @@ class BnbRefHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         self.spec.model_dtype = model.config.dtype
-        skip = self.spec.skip_modules
-        patterns = self.get_modules_to_not_convert(model, skip, model._keep_in_fp32_modules)
-        for name, module in list(model.named_modules()):
-            if not is_linear(module) and not is_experts(module):
-                continue
-            reason = _skipped(name, patterns, skip)
+        skip = self.spec.skip_modules or []
+        patterns = self.get_modules_to_not_convert(model, self.spec.skip_modules, model._keep_in_fp32_modules)
+        candidates = {name: m for name, m in model.named_modules() if is_linear(m) or is_experts(m)}
+        tied = {key.removesuffix(".weight"): other for key, other in model.all_tied_weights_keys.items()}
+        for name, module in candidates.items():
+            reason = f"tied to {tied[name]}" if name in tied else _skipped(name, patterns, skip)
             if reason is not None:
                 self.reasons[name] = reason
             elif is_linear(module):
@@ -90,6 +90,10 @@ class BnbRefHfQuantizer(HfQuantizer):  # type: ignore[misc]
             else:
                 parameters = module.named_parameters(prefix=name, recurse=False)
                 self.fused.update({n: None for n, p in parameters if p.dim() == 3})
+        for pattern in skip:
+            if all(should_convert_module(name, [pattern]) for name in candidates):
+                below = f".*{pattern}"
+                logger.warning("skip_modules: %r skips nothing; %r would skip all that is below", pattern, below)
         return model
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
@@ -131,7 +135,9 @@ class BnbRefHfQuantizer(HfQuantizer):  # type: ignore[misc]
         for name, module in list(model.named_modules()):
             if isinstance(module, QuantizedLayer) and not module.weight.is_meta and not _is_quantized(module):
                 self.reasons[name] = "not in the checkpoint: newly initialized"
-                model.set_submodule(name, plain_layer(module, module.weight.data))
+                plain = plain_layer(module)
+                plain.weight = module.weight
+                model.set_submodule(name, plain)
         quantized = {name: state for name, state in self.fused.items() if state is not None}
         for name, state in quantized.items():
             parametrize_experts(model, name, state, model.config.dtype)
@@ -189,13 +195,14 @@ def _dtype(dtype: torch.dtype | str) -> torch.dtype:
     return getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
 
 
-def _skipped(name: str, patterns: list[str], skip: list[str] | None) -> str | None:
+def _skipped(name: str, patterns: list[str], skip: list[str]) -> str | None:
     """Why a module is not to be quantized, None if it is."""
-    matching = [pattern for pattern in patterns if not should_convert_module(name, [pattern])]
+    matching = sorted(pattern for pattern in patterns if not should_convert_module(name, [pattern]))
     if not matching:
         return None
-    if skip and matching[0] in skip:
-        return f"skip_modules: {matching[0]!r}"
+    for pattern in matching:
+        if pattern in skip:
+            return f"skip_modules: {pattern!r}"
     return "kept by default: output head, tied weights, last layer, or kept in float32 by the model"
 
 

@@ -1,0 +1,655 @@
+"""transformers with bnbref, and without bitsandbytes, whether that is installed or not."""
+
+import importlib.util
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import bnbref
+from bnbref import functional, int8
+from bnbref.integrations import report
+from bnbref.linear4bit import dequantize
+from bnbref.nn import Linear4bit, Linear8bitLt
+
+transformers = pytest.importorskip("transformers")
+accelerate = pytest.importorskip("accelerate")
+hf = pytest.importorskip("bnbref.integrations.transformers")
+
+AutoModel, AutoModelForCausalLM = transformers.AutoModel, transformers.AutoModelForCausalLM
+BitsAndBytesConfig, BnbRefConfig = transformers.BitsAndBytesConfig, hf.BnbRefConfig
+Conv1D = transformers.pytorch_utils.Conv1D
+
+FIXTURES = Path(__file__).parent / "fixtures" / "checkpoints"
+NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+NESTED = BitsAndBytesConfig(
+    load_in_4bit=True,
+    bnb_4bit_quant_type="nf4",
+    bnb_4bit_compute_dtype=torch.bfloat16,
+    bnb_4bit_use_double_quant=True,
+)
+INT8 = BitsAndBytesConfig(load_in_8bit=True)
+# What the stored checkpoints were made with.
+CONFIGS = {"nf4_nested": NESTED, "nf4_plain": NF4, "int8": INT8}
+each_checkpoint = pytest.mark.parametrize("kind", CONFIGS)
+
+# bfloat16 products and attention have the bits of the reference logits on such a CPU: see test_models.py.
+AS_WRITTEN = torch.backends.cpu.get_cpu_capability() != "DEFAULT" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    """No bitsandbytes to import, bnbref in its place, kernels uncompiled."""
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    hf.take_over_bitsandbytes()
+    with bnbref.eager():
+        yield
+    hf.restore()
+
+
+@pytest.fixture(scope="module")
+def ids():
+    return load_file(FIXTURES / "int8" / "reference.safetensors")["ids"] % 128
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Small bfloat16 models on disk, by name."""
+    root = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    small = {"vocab_size": 128, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    layers = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    configs = {
+        "gpt2": transformers.GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=64, **small),
+        "mixtral": transformers.MixtralConfig(intermediate_size=96, num_local_experts=4, **small, **layers),
+        "qwen3": transformers.Qwen3MoeConfig(
+            moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2, head_dim=16, **small, **layers
+        ),
+    }
+    for name, config in configs.items():
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        for parameter in model.parameters():  # biases too
+            nn.init.normal_(parameter, std=0.05 if parameter.dim() < 2 else 0.2)
+        model.save_pretrained(root / name)
+    return {"llama": FIXTURES / "base"} | {name: root / name for name in configs}
+
+
+def load(path, quantization=None, dtype=torch.bfloat16, kind=AutoModelForCausalLM, **kwargs):
+    given = {} if quantization is None else {"quantization_config": quantization}
+    return kind.from_pretrained(path, dtype=dtype, **given, **kwargs)
+
+
+@torch.no_grad()
+def logits(model, ids):
+    return model(ids).logits
+
+
+def tensors(path):
+    return load_file(Path(path) / "model.safetensors")
+
+
+def config_of(path):
+    return json.loads((Path(path) / "config.json").read_text())
+
+
+def different(a, b):
+    """The names of the tensors whose bytes differ between two checkpoints."""
+    one, other = tensors(a), tensors(b)
+    assert one.keys() == other.keys()
+    return {
+        name
+        for name in one
+        if one[name].dtype != other[name].dtype
+        or one[name].shape != other[name].shape
+        or not torch.equal(one[name].reshape(-1).view(torch.uint8), other[name].reshape(-1).view(torch.uint8))
+    }
+
+
+def same_files(a, b):
+    return all(
+        (Path(a) / name).read_bytes() == (Path(b) / name).read_bytes() for name in ("model.safetensors", "config.json")
+    )
+
+
+# ---- checkpoints of bitsandbytes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not AS_WRITTEN, reason="bfloat16 products or attention have other bits on this CPU")
+@pytest.mark.parametrize("kind", ["nf4_nested", "nf4_plain"])
+def test_checkpoints_of_bitsandbytes_give_its_logits(kind):
+    reference = load_file(FIXTURES / kind / "reference.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(FIXTURES / kind)
+    assert torch.equal(logits(model, reference["ids"]).float(), reference["plain"])
+
+
+@each_checkpoint
+def test_saving_a_checkpoint_again_changes_nothing(kind, tmp_path):
+    """In bitsandbytes this raises NotImplementedError."""
+    model = AutoModelForCausalLM.from_pretrained(FIXTURES / kind)
+    model.save_pretrained(tmp_path)
+    assert different(tmp_path, FIXTURES / kind) == set()
+    assert config_of(tmp_path) == config_of(FIXTURES / kind)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+@each_checkpoint
+def test_quantizing_while_loading_gives_the_bytes_of_bitsandbytes(kind, tmp_path):
+    load(FIXTURES / "base", CONFIGS[kind]).save_pretrained(tmp_path)
+    names = different(tmp_path, FIXTURES / kind)
+    assert config_of(tmp_path) == config_of(FIXTURES / kind)
+    if kind == "nf4_plain":
+        assert names == set()
+    if kind == "nf4_nested":
+        # bitsandbytes on CPU looks codes of scales up in a table of 65,536 bins: some neighbours are exchanged.
+        assert {name.rpartition(".")[2] for name in names} <= {"absmax"}
+        for name in names:
+            codes = tensors(tmp_path)[name].int() - tensors(FIXTURES / kind)[name].int()
+            assert codes.abs().max() == 1
+    if kind == "int8":
+        # It multiplies by 127 and by 1 / absmax: a number halfway between two codes may go the other way.
+        weights = tensors(FIXTURES / "base")
+        for name in names:
+            ours, theirs = tensors(tmp_path)[name].float(), tensors(FIXTURES / kind)[name].float()
+            absmax = tensors(FIXTURES / kind)[name.replace("weight", "SCB")]
+            exact = weights[name].double() * 127 / absmax.double()[:, None]
+            halfway = ((ours + theirs) / 2 - exact).abs() < 127 * 2.0**-22  # three roundings of a number below 127
+            assert bool(((ours == theirs) | halfway).all())
+
+
+def test_a_checkpoint_is_cast_but_for_codes_and_scales(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(FIXTURES / "nf4_plain", dtype=torch.float32)
+    assert {p.dtype for p in model.parameters()} == {torch.float32, torch.uint8}
+    model.save_pretrained(tmp_path)
+    changed = different(tmp_path, FIXTURES / "nf4_plain")
+    assert changed == {name for name, t in tensors(FIXTURES / "nf4_plain").items() if t.dtype == torch.bfloat16}
+
+
+def edited(path, kind, change):
+    """A copy of a stored checkpoint, its tensors changed."""
+    found = tensors(FIXTURES / kind)
+    change(found)
+    path.mkdir(exist_ok=True)
+    save_file(found, path / "model.safetensors", metadata={"format": "pt"})
+    (path / "config.json").write_text((FIXTURES / kind / "config.json").read_text())
+    return path
+
+
+Q = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("nf4_plain", lambda t: t.pop(f"{Q}.weight.absmax")),
+        ("nf4_plain", lambda t: t.pop(f"{Q}.weight")),
+        ("nf4_plain", lambda t: [t.pop(name) for name in list(t) if name.startswith(f"{Q}.weight.")]),
+        ("nf4_plain", lambda t: t.update({f"{Q}.weight": t[f"{Q}.weight"][:100].clone()})),
+        ("nf4_plain", lambda t: t[f"{Q}.weight.absmax"].fill_(float("nan"))),
+        ("nf4_nested", lambda t: t.pop(f"{Q}.weight.nested_absmax")),
+        ("int8", lambda t: t.pop(f"{Q}.SCB")),
+        ("int8", lambda t: t.pop(f"{Q}.weight")),
+        ("int8", lambda t: t[f"{Q}.weight_format"].fill_(1)),
+    ],
+)
+def test_half_a_layer_is_refused(kind, change, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    with pytest.raises(RuntimeError), caplog.at_level(logging.WARNING):
+        AutoModelForCausalLM.from_pretrained(edited(tmp_path, kind, change))
+    assert Q in caplog.text
+
+
+def test_what_the_checkpoint_says_of_a_layer_holds(tmp_path, ids):
+    """The config and the tensors disagree about which layers are quantized: the tensors are right."""
+    model = load(FIXTURES / "base", BnbRefConfig(skip_modules=[".*self_attn", "lm_head"]))
+    want = logits(model, ids)
+    model.save_pretrained(tmp_path)
+    config = config_of(tmp_path)
+    for skip in (None, [".*mlp", "lm_head"]):
+        config["quantization_config"]["llm_int8_skip_modules"] = skip
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        again = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert type(again.model.layers[0].self_attn.q_proj) is nn.Linear
+        assert isinstance(again.model.layers[0].mlp.up_proj, Linear4bit)
+        assert torch.equal(logits(again, ids), want)
+        reasons = {p.name: p.reason for p in report(again).skipped}
+        assert reasons[f"{Q}.weight"] == "float in the checkpoint"
+
+
+# ---- quantize, save, load, save -------------------------------------------------------------------------------------
+
+CASES = {
+    "nf4": BnbRefConfig(),
+    "fp4": BnbRefConfig("fp4", double_quant=False, blocksize=128),
+    "af4": BnbRefConfig("af4", checkpoint_format="bnbref"),
+    "bfloat16 storage": BnbRefConfig(quant_storage="bfloat16"),
+    "int8": BnbRefConfig("int8"),
+}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("case", CASES)
+def test_save_load_save(name, case, models, ids, tmp_path):
+    config = CASES[case]
+    model = load(models[name], config)
+    want = logits(model, ids)
+    kinds = {type(m) for m in model.modules() if isinstance(m, (Linear4bit, Linear8bitLt))}
+    assert kinds == {Linear8bitLt if case == "int8" else Linear4bit}
+    model.save_pretrained(tmp_path / "a")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    assert torch.equal(logits(again, ids), want)
+    again.save_pretrained(tmp_path / "b")
+    assert same_files(tmp_path / "a", tmp_path / "b")
+    method = config_of(tmp_path / "a")["quantization_config"]["quant_method"]
+    assert method == ("bnbref" if case == "af4" else "bitsandbytes")
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.float32, None])
+@pytest.mark.parametrize("quant_type", ["nf4", "int8"])
+def test_dequantize(name, dtype, quant_type, models, ids, tmp_path):
+    model = load(models[name], BnbRefConfig(quant_type))
+    path = "transformer.h.0.mlp.c_fc" if name == "gpt2" else "model.layers.0.mlp.up_proj"
+    layer = model.get_submodule(path)
+    want = torch.bfloat16 if dtype != torch.float32 else torch.float32
+    if quant_type == "int8":
+        weight = int8.dequantize(layer.weight.data, layer.weight.SCB, want)
+    else:
+        weight = dequantize(layer.weight, layer.quant_state, want)  # straight to that dtype: one rounding
+    quantized = logits(model, ids)
+    plain = model.dequantize() if dtype is None else model.dequantize(dtype)
+    layer = plain.get_submodule(path)
+    assert type(layer) is (Conv1D if name == "gpt2" else nn.Linear)
+    assert torch.equal(layer.weight, weight.t() if name == "gpt2" else weight)
+    assert {p.dtype for p in plain.parameters()} == {want}
+    assert not hasattr(plain, "is_loaded_in_4bit")
+    assert not hasattr(plain, "hf_quantizer")
+    if quant_type == "nf4" and want == torch.bfloat16 and name == "llama":
+        assert torch.equal(logits(plain, ids), quantized)
+    plain.save_pretrained(tmp_path)
+    assert "quantization_config" not in config_of(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=want)
+    assert torch.equal(logits(again, ids), logits(plain, ids))
+
+
+def test_generate(models, ids):
+    model = load(models["gpt2"], BnbRefConfig())
+    options = {"max_new_tokens": 5, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    tokens = model.generate(ids, **options)
+    assert tokens.shape == (2, ids.shape[1] + 5)
+    assert torch.equal(model.dequantize().generate(ids, **options), tokens)
+
+
+def test_weights_that_are_not_finite_are_refused_by_name(models, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    model = AutoModelForCausalLM.from_pretrained(models["llama"])
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = float("nan")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError), caplog.at_level(logging.WARNING):
+        load(tmp_path, BnbRefConfig())
+    assert "model.layers.1.mlp.up_proj.weight" in caplog.text
+    assert "1 of its elements are NaN or infinite" in caplog.text
+
+
+def test_tied_weights_are_never_quantized(models, ids):
+    """bitsandbytes makes a 4-bit layer of a tied head, if the list of what to skip does not name it."""
+    model = load(models["gpt2"], BnbRefConfig(skip_modules=[]))
+    assert type(model.lm_head) is nn.Linear
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert logits(model, ids).isfinite().all()
+
+
+# ---- which layers, and the report -----------------------------------------------------------------------------------
+
+
+def test_report(models):
+    model = load(models["gpt2"], BnbRefConfig(skip_modules=[".*h.0.attn", "c_fc"]))
+    found = report(model)
+    by_name = {p.name: p for p in found.parameters}
+    assert by_name.keys() == {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    one = by_name["transformer.h.1.attn.c_attn.weight"]
+    # 4 bits a code, 8 a block of 64, 32 a block of 256 of those, and the offset
+    assert (one.shape, one.format, one.quantized) == ((192, 64), "nf4", True)
+    assert one.bytes == 192 * 64 // 2 + 192 + 4 + 4
+    assert by_name["transformer.h.0.attn.c_attn.weight"].reason == "skip_modules: '.*h.0.attn'"
+    assert by_name["transformer.h.1.mlp.c_fc.weight"].reason == "skip_modules: 'c_fc'"
+    assert by_name["lm_head.weight"].format == "tied"
+    assert by_name["lm_head.weight"].reason == "to transformer.wte.weight"
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert all(p.reason for p in found.parameters)
+    assert found.total_bytes == sum(p.bytes for p in found.parameters)
+    assert sum(p.elements for p in found.parameters) == model.num_parameters()
+    text = str(found)
+    assert "transformer.h.[0-1].mlp.c_proj.weight" in text
+    assert f"{found.total_bytes:,} bytes" in text
+
+
+def test_a_name_that_skips_nothing_is_said(caplog):
+    load(FIXTURES / "base", BnbRefConfig(skip_modules=["self_attn", ".*mlp", "lm_head"]))
+    assert [r.getMessage() for r in caplog.records if r.name.startswith("bnbref")] == [
+        "skip_modules: 'self_attn' skips nothing; '.*self_attn' would skip all that is below"
+    ]
+
+
+def test_the_output_head_is_kept_by_default_and_a_list_replaces_that(models):
+    kept = load(FIXTURES / "base", BnbRefConfig())
+    assert type(kept.lm_head) is nn.Linear
+    assert "kept by default" in next(p.reason for p in report(kept).skipped if p.name == "lm_head.weight")
+    assert isinstance(load(FIXTURES / "base", BnbRefConfig(skip_modules=[])).lm_head, Linear4bit)
+
+
+def test_a_new_head_is_a_plain_layer(models, ids):
+    kind = transformers.AutoModelForSequenceClassification
+    model = load(models["gpt2"], BnbRefConfig(skip_modules=["lm_head"]), kind=kind)
+    assert type(model.score) is nn.Linear
+    assert logits(model, ids).isfinite().all()
+    assert {p.name: p.reason for p in report(model).skipped}["score.weight"].startswith("not in the checkpoint")
+
+
+def test_a_base_model_of_a_checkpoint_with_a_head(models, ids, tmp_path):
+    model = load(models["gpt2"], BnbRefConfig())
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        want = model.transformer(ids).last_hidden_state
+        assert torch.equal(AutoModel.from_pretrained(tmp_path)(ids).last_hidden_state, want)
+
+
+def test_counting_parameters_needs_no_bitsandbytes(models):
+    plain = AutoModelForCausalLM.from_pretrained(models["gpt2"])
+    for config in (BnbRefConfig(), BnbRefConfig(quant_storage="float32"), BnbRefConfig("int8")):
+        model = load(models["gpt2"], config)
+        assert model.num_parameters() == plain.num_parameters()
+        assert model.num_parameters(exclude_embeddings=True) == plain.num_parameters(exclude_embeddings=True)
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        assert model.num_parameters(only_trainable=True) == sum(p.numel() for p in trainable)
+
+
+def test_flags():
+    model = load(FIXTURES / "base", NF4)
+    assert model.is_loaded_in_4bit
+    assert not hasattr(model, "is_loaded_in_8bit")
+    assert model.to("cpu") is model
+    with pytest.raises(ValueError, match="cast"):
+        model.to(torch.float16)
+    model = load(FIXTURES / "base", INT8)
+    assert model.is_loaded_in_8bit
+    assert not hasattr(model, "is_loaded_in_4bit")
+    assert model.to("cpu") is model
+
+
+# ---- mixtures of experts --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3"])
+@pytest.mark.parametrize(
+    "config",
+    [BnbRefConfig(), BnbRefConfig("fp4", double_quant=False), NF4],
+    ids=["nested nf4", "fp4", "BitsAndBytesConfig"],
+)
+def test_experts_are_quantized(name, config, models, ids, tmp_path):
+    model = load(models[name], config)
+    plain = AutoModelForCausalLM.from_pretrained(models[name])
+    rows = {p.name: p for p in report(model).parameters}
+    for part in ("gate_up_proj", "down_proj"):
+        path = f"model.layers.1.mlp.experts.{part}"
+        values = plain.get_parameter(path)
+        row = rows[path]
+        assert row.quantized
+        assert row.shape == values.shape
+        packed, state = functional.quantize_4bit(
+            values.data, quant_type=row.format, compress_statistics=config is not NF4 and config.double_quant
+        )
+        experts = model.model.layers[1].mlp.experts
+        assert torch.equal(getattr(experts, part), functional.dequantize_4bit(packed, state))
+    assert model.num_parameters() == plain.num_parameters()
+
+    want = logits(model, ids)
+    model.save_pretrained(tmp_path / "a")
+    assert config_of(tmp_path / "a")["quantization_config"]["quant_method"] == "bnbref"
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    assert torch.equal(logits(again, ids), want)
+    again.save_pretrained(tmp_path / "b")
+    assert same_files(tmp_path / "a", tmp_path / "b")
+
+    dequantized = model.dequantize()
+    assert torch.equal(logits(dequantized, ids), want)
+    dequantized.save_pretrained(tmp_path / "c")  # as the original: a matrix for each expert
+    assert tensors(tmp_path / "c").keys() == tensors(models[name]).keys()
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "c"), ids), want)
+
+
+def test_experts_in_another_dtype_and_in_half_a_checkpoint(models, ids, tmp_path, caplog, monkeypatch):
+    load(models["mixtral"], BnbRefConfig()).save_pretrained(tmp_path)
+    assert logits(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32), ids).dtype == torch.float32
+    found = tensors(tmp_path)
+    del found["model.layers.0.block_sparse_moe.experts.down_proj.absmax"]
+    save_file(found, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    with pytest.raises(RuntimeError), caplog.at_level(logging.WARNING):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert "experts.down_proj" in caplog.text
+
+
+def test_experts_can_be_skipped_and_are_with_int8(models, ids, tmp_path):
+    for config, reason in (
+        (BnbRefConfig(skip_modules=["experts"]), "skip_modules"),
+        (BnbRefConfig("int8"), "experts:"),
+    ):
+        model = load(models["mixtral"], config)
+        skipped = {p.name: p.reason for p in report(model).skipped}
+        assert skipped["model.layers.0.mlp.experts.down_proj"].startswith(reason)
+        model.save_pretrained(tmp_path)
+        assert config_of(tmp_path)["quantization_config"]["quant_method"] == "bitsandbytes"
+        assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path), ids), logits(model, ids))
+
+
+# ---- devices --------------------------------------------------------------------------------------------------------
+
+MAP = {
+    "model.embed_tokens": "cpu",
+    "model.layers.0": "disk",
+    "model.layers.1": "cpu",
+    "model.norm": "cpu",
+    "model.rotary_emb": "cpu",
+    "lm_head": "disk",
+}
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+@pytest.mark.parametrize("quant_type", ["nf4", "int8"])
+def test_some_on_disk(name, quant_type, models, ids, tmp_path):
+    config = BnbRefConfig(quant_type)
+    model = load(models[name], config)
+    want = logits(model, ids)
+    model.save_pretrained(tmp_path / "a")
+    options = {"device_map": MAP, "offload_folder": tmp_path / "folder"}
+    for source, given in ((models[name], config), (tmp_path / "a", None)):
+        parts = load(source, given, **options)
+        layer = parts.model.layers[0].self_attn.q_proj
+        for _ in range(2):
+            assert layer.weight.is_meta
+            assert torch.equal(logits(parts, ids), want)
+        file = tmp_path / "folder" / "model.layers.0.self_attn.q_proj.weight.safetensors"
+        assert load_file(file)[f"{Q}.weight"].dtype == (torch.int8 if quant_type == "int8" else torch.uint8)
+        parts.save_pretrained(tmp_path / "b")
+        assert same_files(tmp_path / "a", tmp_path / "b")
+        with pytest.raises(ValueError, match="offloaded"):
+            parts.dequantize()
+
+
+@pytest.mark.parametrize("kind", ["nf4_nested", "int8"])
+def test_offloading_by_accelerate(kind, ids, tmp_path):
+    want = logits(AutoModelForCausalLM.from_pretrained(FIXTURES / kind), ids)
+    for device in ("cpu", torch.device("cpu")):
+        model = AutoModelForCausalLM.from_pretrained(FIXTURES / kind)
+        accelerate.cpu_offload(model, device)
+        assert torch.equal(logits(model, ids), want)
+        assert torch.equal(logits(model, ids), want)
+        model = AutoModelForCausalLM.from_pretrained(FIXTURES / kind)
+        accelerate.disk_offload(model, tmp_path / str(type(device)), device)
+        assert torch.equal(logits(model, ids), want)
+
+
+def test_device_map_auto_and_max_memory(ids, tmp_path):
+    want = logits(load(FIXTURES / "base", NESTED), ids)
+    assert torch.equal(logits(load(FIXTURES / "base", NESTED, device_map="auto"), ids), want)
+    # 416 KB in all, quantized; 854 KB before.
+    fits = load(FIXTURES / "base", NESTED, device_map="auto", max_memory={"cpu": 700_000})
+    assert set(getattr(fits, "hf_device_map", {"": "cpu"}).values()) == {"cpu"}
+    parts = load(
+        FIXTURES / "base", NESTED, device_map="auto", max_memory={"cpu": 300_000}, offload_folder=tmp_path / "folder"
+    )
+    assert "disk" in parts.hf_device_map.values()
+    assert torch.equal(logits(parts, ids), want)
+
+
+# ---- configs --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"quant_type": "nf3"}, ValueError, "quant_type must be one of"),
+        ({"double_quant": 1}, TypeError, "double_quant must be a bool, got 1"),
+        ({"compute_dtype": "float8"}, ValueError, "compute_dtype must be one of float32, float16, bfloat16"),
+        ({"compute_dtype": torch.int8}, ValueError, "compute_dtype must be one of"),
+        ({"quant_storage": torch.int64}, ValueError, "quant_storage must be one of uint8, float32"),
+        ({"blocksize": 0}, ValueError, "blocksize must be"),
+        ({"blocksize": 48}, ValueError, "pass checkpoint_format='bnbref'"),
+        ({"quant_type": "af4"}, ValueError, "pass checkpoint_format='bnbref'"),
+        ({"skip_modules": "lm_head"}, TypeError, "skip_modules must be None or a list of strings, got 'lm_head'"),
+        ({"threshold": -1.0}, ValueError, "threshold must be 0"),
+        ({"threshold": float("nan")}, ValueError, "threshold must be 0"),
+        ({"checkpoint_format": "gguf"}, ValueError, "checkpoint_format must be"),
+        ({"load_in_4bit": True}, TypeError, "load_in_4bit"),
+    ],
+)
+def test_bad_configs_are_refused(options, error, words):
+    with pytest.raises(error, match=words):
+        BnbRefConfig(**options)
+
+
+@pytest.mark.parametrize("config", CASES.values(), ids=CASES)
+def test_configs_survive_json(config):
+    again = BnbRefConfig.from_dict(json.loads(config.to_json_string()))
+    assert again.to_dict() == config.to_dict()
+    own = {"quant_type", "double_quant", "compute_dtype", "quant_storage", "skip_modules", "threshold"}
+    if config.is_int8:
+        own -= {"double_quant"}
+    assert {name: getattr(again, name) for name in own} == {name: getattr(config, name) for name in own}
+
+
+def test_what_bitsandbytes_reads():
+    hf.restore()
+    config = BitsAndBytesConfig(**BnbRefConfig(skip_modules=["a"], compute_dtype="float16").to_dict())
+    assert (config.quantization_method(), config.bnb_4bit_use_double_quant) == ("nf4", True)
+    assert (config.bnb_4bit_compute_dtype, config.llm_int8_skip_modules) == (torch.float16, ["a"])
+
+
+@pytest.mark.parametrize(
+    ("given", "computed"),
+    [
+        ({}, None),
+        ({"bnb_4bit_compute_dtype": "float32"}, torch.float32),
+        ({"bnb_4bit_compute_dtype": torch.float16}, torch.float16),
+    ],
+)
+def test_a_compute_dtype_that_is_not_given_is_the_activations(given, computed, tmp_path):
+    model = load(FIXTURES / "base", BitsAndBytesConfig(load_in_4bit=True, **given))
+    assert model.model.layers[0].mlp.up_proj.compute_dtype == computed
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.model.layers[0].mlp.up_proj.compute_dtype == computed
+    own = load(FIXTURES / "base", BnbRefConfig(compute_dtype=computed))
+    own.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.model.layers[0].mlp.up_proj.compute_dtype == computed
+    written = config_of(tmp_path)["quantization_config"]["bnb_4bit_compute_dtype"]
+    assert written == str(computed or torch.bfloat16).removeprefix("torch.")
+
+
+def test_registering_twice_and_giving_back():
+    hf.register()
+    hf.take_over_bitsandbytes()
+    assert hf.auto.AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] is hf.BnbRefHfQuantizer
+    hf.restore()
+    assert hf.auto.AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"].__module__.startswith("transformers.")
+    assert BitsAndBytesConfig.__init__.__module__ == BitsAndBytesConfig.__module__
+    hf.restore()
+
+
+# ---- torch.compile --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "int8"])
+def test_a_whole_model_is_one_graph(quant_type, ids):
+    config = transformers.AutoConfig.from_pretrained(FIXTURES / "base", num_hidden_layers=1)
+    model = load(FIXTURES / "base", BnbRefConfig(quant_type, threshold=6.0), config=config)
+    want = logits(model, ids)
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend=count)
+        assert torch.equal(compiled(ids, use_cache=False).logits, want)
+    assert len(graphs) == 1
+
+
+# ---- beside the real one --------------------------------------------------------------------------------------------
+
+BESIDE = """
+import sys, torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+import bitsandbytes
+from bnbref.integrations.transformers import BnbRefConfig, report, restore, take_over_bitsandbytes
+from bnbref.nn import Linear4bit
+
+path = sys.argv[1]
+ids = load_file(f"{path}/nf4_plain/reference.safetensors")["ids"]
+layer = lambda model: model.model.layers[0].mlp.up_proj
+
+theirs = AutoModelForCausalLM.from_pretrained(f"{path}/nf4_plain")
+assert isinstance(layer(theirs), bitsandbytes.nn.Linear4bit), layer(theirs)
+ours = AutoModelForCausalLM.from_pretrained(f"{path}/base", dtype="bfloat16", quantization_config=BnbRefConfig())
+assert isinstance(layer(ours), Linear4bit), layer(ours)
+assert theirs.num_parameters() == ours.num_parameters()
+take_over_bitsandbytes()
+taken = AutoModelForCausalLM.from_pretrained(f"{path}/nf4_plain")
+assert isinstance(layer(taken), Linear4bit), layer(taken)
+assert torch.equal(layer(taken).weight.data, layer(theirs).weight.data)
+restore()
+again = AutoModelForCausalLM.from_pretrained(f"{path}/nf4_plain")
+assert isinstance(layer(again), bitsandbytes.nn.Linear4bit), layer(again)
+assert not any(p.quantized for p in report(theirs).parameters)
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_beside_bitsandbytes():
+    command = [sys.executable, "-c", BESIDE, str(FIXTURES)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_without_bitsandbytes_importing_is_enough():
+    code = """
+import sys
+sys.modules["bitsandbytes"] = None
+import bnbref.integrations.transformers
+from transformers.quantizers import auto
+print(auto.AUTO_QUANTIZER_MAPPING["bitsandbytes_8bit"].__name__)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "BnbRefHfQuantizer\n", done.stderr
