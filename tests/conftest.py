@@ -1,0 +1,114 @@
+"""What the tests share: hypothesis' profile, the two modes, and floats that are compared and printed bit for bit."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from torch import Tensor
+
+import bnbref
+
+# No deadline: the first example of a kernel compiles it. `mode` does not change from one example to the next.
+settings.register_profile(
+    "here",
+    deadline=None,
+    max_examples=50,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.register_profile("ci", parent=settings.get_profile("here"), derandomize=True, database=None)
+settings.load_profile("ci" if os.environ.get("CI") else "here")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("cuda") is not None and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
+@contextlib.contextmanager
+def running(mode: str) -> Iterator[None]:
+    """Inside, kernels run "compiled" or "eager"."""
+    with bnbref.eager() if mode == "eager" else contextlib.nullcontext():
+        yield
+
+
+@pytest.fixture(params=["eager", "compiled"])
+def mode(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The test runs twice: kernels uncompiled, and compiled."""
+    with running(request.param):
+        yield request.param
+
+
+# ---- bits -----------------------------------------------------------------------------------------------------------
+
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def words(x: Tensor) -> Tensor:
+    """The bits of each element as an integer of its width."""
+    return x.detach().cpu().contiguous().view(_WORDS[x.element_size()]) if x.dtype != torch.bool else x.cpu()
+
+
+def hexes(x: Tensor, most: int = 4096) -> str:
+    """The bits of a tensor as hexadecimal words; `bits` makes the tensor again."""
+    digits = 2 * x.element_size()
+    flat = words(x).flatten()[:most].tolist()
+    return " ".join(f"{int(word) & (16**digits - 1):0{digits}x}" for word in flat) + " ..." * (x.numel() > most)
+
+
+def bits(dtype: torch.dtype, shape: tuple[int, ...], text: str) -> Tensor:
+    """The tensor that `hexes` printed."""
+    size = dtype.itemsize
+    data = b"".join(int(word, 16).to_bytes(size, "little") for word in text.split())
+    if not data:
+        return torch.zeros(shape, dtype=dtype)
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8).view(dtype).reshape(shape)
+
+
+def pasted(value: Any) -> str:
+    """Python that makes a tensor again, bit for bit; `repr` of everything else."""
+    if not isinstance(value, Tensor):
+        return repr(value)
+    return f'bits({value.dtype}, {tuple(value.shape)}, "{hexes(value)}")'
+
+
+def _unequal(a: Tensor, b: Tensor) -> Tensor:
+    unequal = words(a) != words(b)
+    if a.dtype.is_floating_point:
+        unequal &= ~(a.isnan() & b.isnan()).cpu()
+    return unequal
+
+
+def same_bits(a: Any, b: Any) -> bool:
+    """Equal bit for bit, and signed zeros count; a NaN equals any NaN, whose payload and sign are promised by nobody."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.dtype == b.dtype and a.shape == b.shape and not bool(_unequal(a, b).any())
+    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
+        return len(a) == len(b) and all(map(same_bits, a, b))
+    return a is None and b is None
+
+
+def difference(got: Any, want: Any, *inputs: Any) -> str:
+    """For the message of an assert: the first elements that differ, in hexadecimal, and the inputs."""
+    lines = []
+    if isinstance(got, Tensor) and isinstance(want, Tensor):
+        got, want = (got,), (want,)
+    for k, (a, b) in enumerate(zip(got, want, strict=False)):
+        if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.dtype != b.dtype or a.shape != b.shape:
+            if not same_bits(a, b):
+                lines.append(
+                    f"result {k}: {getattr(a, 'dtype', a)} {getattr(a, 'shape', '')}, "
+                    f"expected {getattr(b, 'dtype', b)} {getattr(b, 'shape', '')}"
+                )
+            continue
+        where = _unequal(a, b).reshape(-1).nonzero().view(-1)
+        for i in where[:4].tolist():
+            one, other = a.reshape(-1)[i], b.reshape(-1)[i]
+            lines.append(f"result {k}, element {i}: {hexes(one)} ({one}), expected {hexes(other)} ({other})")
+        if where.numel() > 4:
+            lines.append(f"result {k}: {where.numel()} elements differ")
+    return "\n".join([*lines, *(f"input: {pasted(value)}" for value in inputs)])

@@ -1,0 +1,234 @@
+"""A second implementation, written from the formulas of the formats and not from bnbref: the judge of the tests.
+
+One element, one block, one byte at a time, in numpy's float32 (IEEE: every operation is rounded once, to nearest even;
+subnormals are kept) and Python's integers. Nothing here imports bnbref, and torch only carries the results.
+"""
+
+import json
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Floats = np.ndarray
+
+_HEX = json.loads((Path(__file__).parent / "data" / "codebooks_hex.json").read_text(encoding="utf-8"))
+
+# What IEEE arithmetic does with infinities and NaN is what is meant.
+np.seterr(all="ignore")
+
+
+def from_hex(hexes: Sequence[str]) -> Floats:
+    """Float32 numbers from the hexadecimal words of their bits."""
+    return np.array([int(word, 16) for word in hexes], dtype=np.uint32).view(np.float32)
+
+
+AF4 = (-1.0, -0.69441008, -0.51243739, -0.3736951, -0.25607552, -0.14982478, -0.04934812, 0.0,
+       0.04273164, 0.12934483, 0.21961274, 0.31675666, 0.42563882, 0.55496234, 0.72424863, 1.0)  # fmt: skip
+INT4 = (7, 6, 5, 4, 3, 2, 1, 0, 0, -1, -2, -3, -4, -5, -6, -7)
+
+VALUES: dict[str, Floats] = {name: from_hex(words) for name, words in _HEX.items() if not name.endswith("thresholds")}
+VALUES["af4"] = np.array(AF4[::-1], dtype=np.float32)
+VALUES["int4"] = np.array([np.float32(i) / np.float32(7) for i in INT4], dtype=np.float32)
+
+NF4_THRESHOLDS = from_hex(_HEX["nf4_thresholds"])
+FP4_THRESHOLDS = from_hex(_HEX["fp4_thresholds"])
+
+
+# ---- floats ---------------------------------------------------------------------------------------------------------
+
+
+def floats(x: Tensor) -> Floats:
+    """The elements of a tensor in row-major order, as float32: exact for every dtype that is quantized."""
+    flat = x.detach().cpu().contiguous().reshape(-1)
+    if x.dtype == torch.float32:
+        return flat.numpy().copy()
+    if x.dtype == torch.float16:
+        return flat.view(torch.int16).numpy().view(np.float16).astype(np.float32)
+    if x.dtype == torch.bfloat16:
+        return (flat.view(torch.int16).numpy().view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
+    raise TypeError(x.dtype)
+
+
+def rounded(x: Floats, dtype: torch.dtype) -> Tensor:
+    """Float32 numbers rounded to a dtype, to nearest even."""
+    x = np.asarray(x, dtype=np.float32)
+    if dtype == torch.float32:
+        return torch.from_numpy(x.copy())
+    if dtype == torch.float16:
+        return torch.from_numpy(x.astype(np.float16).view(np.int16)).view(torch.float16)
+    word = x.view(np.uint32)
+    half = word >> np.uint32(16)
+    rest = word & np.uint32(0xFFFF)
+    up = (rest > 0x8000) | ((rest == 0x8000) & ((half & np.uint32(1)) == 1))
+    half = np.where(np.isnan(x), np.uint32(0x7FC0), half + up.astype(np.uint32)).astype(np.uint16)
+    return torch.from_numpy(half.view(np.int16)).view(torch.bfloat16)
+
+
+def nearest_float32(x: Fraction) -> np.float32:
+    """The float32 nearest to a rational number, the even one of two: found among neighbours by exact comparison."""
+    guess = np.float32(float(x))
+    candidates = [guess, np.nextafter(guess, np.float32(np.inf)), np.nextafter(guess, np.float32(-np.inf))]
+    finite = [c for c in candidates if np.isfinite(c)]
+    return min(finite, key=lambda c: (abs(Fraction(float(c)) - x), int(c.view(np.uint32)) & 1))
+
+
+# ---- a block --------------------------------------------------------------------------------------------------------
+
+
+def absmax(block: Floats, smallest: float = 2.0**-126) -> np.float32:
+    """Largest magnitude, NaN left out, 0 if it is below the smallest one allowed."""
+    largest = np.float32(0.0)
+    for element in block:
+        size = np.abs(element)
+        if size > largest:
+            largest = size
+    return largest if largest >= np.float32(smallest) else np.float32(0.0)
+
+
+def scaled(block: Floats, scale: np.float32) -> Floats:
+    """x * (1 / absmax): two roundings; everything is scaled to 0 (NaN and infinity to NaN) where absmax is 0."""
+    reciprocal = np.float32(1.0) / scale if scale > 0 else np.float32(0.0)
+    return block * reciprocal
+
+
+def midpoints(values: Floats) -> Floats:
+    return (values[:-1] + values[1:]) * np.float32(0.5)
+
+
+def encode(name: str, v: Floats) -> np.ndarray:
+    """Codes of scaled elements, by the rule of each format."""
+    code = np.zeros(v.shape, dtype=np.int64)
+    if name == "nf4":  # QLoRA, appendix E: strictly above a threshold is above it; NaN is above none
+        for t in NF4_THRESHOLDS:
+            code += v > t
+    elif name == "fp4":  # bitsandbytes csrc/kernels.cu, dQuantizeFP4
+        tiny, sixth_low, quarter_low, third_low, half_low, two_thirds_low, one_low = FP4_THRESHOLDS
+        for i, x in enumerate(v):
+            sign = 8 if x < 0 else 0
+            a = abs(x)
+            if a > third_low:
+                magnitude = (3 if a > one_low else 2) if a > two_thirds_low else (5 if a > half_low else 4)
+            elif a > sixth_low:
+                magnitude = 7 if a > quarter_low else 6
+            else:
+                magnitude = 1 if a > tiny else 0
+            code[i] = magnitude + sign
+    elif name in ("af4", "int4"):  # listed downwards; a tie goes to the lower value
+        upwards = VALUES[name][::-1]
+        for m in midpoints(upwards):
+            code += v > m
+        code = 15 - code
+    else:  # eight bits: the nearest by float32 midpoints, an exact tie to the even code
+        for below, m in enumerate(midpoints(VALUES[name])):
+            code += (v > m) | ((v == m) & ((below + 1) % 2 == 0))
+    return code
+
+
+def quantize(name: str, x: Floats, blocksize: int) -> tuple[np.ndarray, Floats]:
+    """Codes and scales of a flat tensor."""
+    codes, scales = [np.zeros(0, dtype=np.int64)], []
+    for start in range(0, len(x), blocksize):
+        block = x[start : start + blocksize]
+        scales.append(absmax(block))
+        codes.append(encode(name, scaled(block, scales[-1])))
+    return np.concatenate(codes), np.array(scales, dtype=np.float32)
+
+
+def dequantize(values: Floats, codes: Sequence[int], scales: Floats, blocksize: int, dtype: torch.dtype) -> Tensor:
+    """T(fl(value * absmax)), element by element."""
+    out = [values[code] * scales[i // blocksize] for i, code in enumerate(codes)]
+    return rounded(np.array(out, dtype=np.float32), dtype)
+
+
+# ---- four bits ------------------------------------------------------------------------------------------------------
+
+
+def pack(codes: Sequence[int], code_of_zero: int) -> list[int]:
+    """Two codes a byte, the first in the high nibble, the code of 0.0 after an odd last one."""
+    codes = [int(code) for code in codes]
+    if len(codes) % 2:
+        codes.append(code_of_zero)
+    return [first * 16 + second for first, second in zip(codes[::2], codes[1::2], strict=True)]
+
+
+def unpack(data: Sequence[int], count: int) -> list[int]:
+    return [nibble for byte in data for nibble in divmod(int(byte), 16)][:count]
+
+
+CODE_OF_ZERO = {"nf4": 7, "fp4": 0, "af4": 8, "int4": 8}
+
+
+def quantize_4bit(name: str, x: Floats, blocksize: int) -> tuple[list[int], Floats]:
+    """Bytes and scales."""
+    codes, scales = quantize(name, x, blocksize)
+    return pack(list(codes), CODE_OF_ZERO[name]), scales
+
+
+# ---- double quantization --------------------------------------------------------------------------------------------
+
+
+def nested_quantize(scales: Floats, offset: np.float32) -> tuple[np.ndarray, Floats]:
+    """Codes of the scales less the offset, and the scales of the scales."""
+    return quantize("dynamic_signed", scales - offset, 256)
+
+
+def nested_dequantize(codes: Sequence[int], scales: Floats, offset: np.float32, blocksize: int = 256) -> Floats:
+    """fl(fl(value * absmax2) + offset)."""
+    out = [VALUES["dynamic_signed"][code] * scales[i // blocksize] + offset for i, code in enumerate(codes)]
+    return np.array(out, dtype=np.float32)
+
+
+# ---- int8 -----------------------------------------------------------------------------------------------------------
+
+
+def half_even(x: np.float32) -> int:
+    """A finite float32 rounded to an integer, in exact arithmetic."""
+    return round(Fraction(float(x)))
+
+
+def int8_quantize(rows: Floats, threshold: float) -> tuple[np.ndarray, Floats, list[bool]]:
+    """Codes, scales and outlier columns of `[rows, columns]`; the threshold takes part as a float32."""
+    limit = np.float32(threshold)
+    outlier = [threshold > 0 and any(abs(x) >= limit for x in column) for column in rows.T]
+    codes = np.zeros(rows.shape, dtype=np.int64)
+    scales = []
+    for i, row in enumerate(rows):
+        kept = np.array([x for x in row if not (threshold > 0 and abs(x) >= limit)], dtype=np.float32)
+        scales.append(absmax(kept, smallest=2.0**-121))
+        factor = np.float32(127.0) * (np.float32(1.0) / scales[-1]) if scales[-1] > 0 else np.float32(0.0)
+        for j, x in enumerate(row):
+            v = x * factor
+            codes[i, j] = 0 if outlier[j] or np.isnan(v) else half_even(v)
+    return codes, np.array(scales, dtype=np.float32), outlier
+
+
+def int8_product(a: Sequence[Sequence[int]], b: Sequence[Sequence[int]]) -> list[list[int]]:
+    """a @ b^T in Python's integers, wrapped to 32 bits."""
+    wrap = 2**31
+    return [
+        [(sum(int(x) * int(y) for x, y in zip(r, s, strict=True)) + wrap) % (2 * wrap) - wrap for s in b] for r in a
+    ]
+
+
+def int8_dequantize_product(
+    product: np.ndarray, row: Floats, column: Floats, bias: Floats | None, outliers: Floats | None, dtype: torch.dtype
+) -> Tensor:
+    """T(fl(fl(fl(float(product) * row) * column) * RN(1 / 16129)) + bias + outliers)."""
+    constant = nearest_float32(Fraction(1, 127 * 127))
+    out = np.zeros(product.shape, dtype=np.float32)
+    for i, j in np.ndindex(*product.shape):
+        y = nearest_float32(Fraction(int(product[i, j]))) * row[i] * column[j] * constant
+        y = y if bias is None else y + bias[j]
+        out[i, j] = y if outliers is None else y + outliers[i, j]
+    return rounded(out, dtype)
+
+
+def int8_dequantize(codes: np.ndarray, scales: Floats, dtype: torch.dtype) -> Tensor:
+    """T(fl(fl(code * absmax) * RN(1 / 127)))."""
+    constant = nearest_float32(Fraction(1, 127))
+    out = [[np.float32(int(code)) * scales[i] * constant for code in row] for i, row in enumerate(codes)]
+    return rounded(np.array(out, dtype=np.float32).reshape(codes.shape), dtype)

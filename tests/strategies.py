@@ -1,0 +1,336 @@
+"""Floats that find trouble, and for every registered kernel the inputs that do.
+
+A threshold is wrong by an ulp, if at all: so the points are each threshold and each value of a codebook with the two
+floats beside it, times a scale. A block's scale is where float32 ends (2^-126, 2^126, infinity) as often as not.
+
+A kernel's entry in `KERNELS` has a strategy for each variant that the proofs compile. Each costs a compilation of some
+seconds, so there is one for each path through a kernel, and no more; other combinations run uncompiled.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from conftest import pasted
+from hypothesis import strategies as st
+from torch import Tensor
+
+from bnbref import blockwise
+from bnbref.codebooks import AF4, DYNAMIC, DYNAMIC_UNSIGNED, FP4, NF4, Codebook, linear, threshold_table, value_table
+from bnbref.fourbit import row_blocks
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+CPU = torch.device("cpu")
+
+np.seterr(all="ignore")  # infinities and NaN are made on purpose
+
+
+# ---- floats ---------------------------------------------------------------------------------------------------------
+
+
+def neighbours(values: Sequence[float]) -> np.ndarray:
+    """Each float32 and the two beside it."""
+    table = np.asarray(values, dtype=np.float32)
+    inf = np.float32(np.inf)
+    return np.concatenate([table, np.nextafter(table, inf), np.nextafter(table, -inf)])
+
+
+_EDGES = neighbours([0.0, 2.0**-133, 2.0**-126, 2.0**-121, 2.0**-24, 1.0, 127.0, 65504.0, 65520.0, 2.0**126, 2.0**127])
+_LARGEST = float(np.finfo(np.float32).max)
+
+# Signed zeros, subnormals, where a reciprocal stops being a number, where float16 does, where float32 does.
+SPECIAL: tuple[float, ...] = (*_EDGES.tolist(), *(-_EDGES).tolist(), _LARGEST, -_LARGEST, np.inf, -np.inf, np.nan)
+
+# Scales: powers of two leave a threshold exactly where it is; the last but two is from a block whose division by absmax
+# and product with its reciprocal have different codes.
+_BELOW_NORMAL = float(np.nextafter(np.float32(2.0**-126), np.float32(0)))
+SCALES: tuple[float, ...] = (0.0, 2.0**-149, 2.0**-127, _BELOW_NORMAL, 2.0**-126, 2.0**-121, 1.0, 1.0, 1.0, 2.0, 0.25, 1 / 3,
+                             3.7727534770965576, 2.0**126, 2.0**127, _LARGEST)  # fmt: skip
+
+
+def scales() -> st.SearchStrategy[float]:
+    """The largest magnitude of a block."""
+    return st.sampled_from(SCALES) | st.floats(2.0**-126, _LARGEST, width=32)
+
+
+def any_float() -> st.SearchStrategy[float]:
+    """Any float32; often a special one."""
+    return st.sampled_from(SPECIAL) | st.floats(width=32)
+
+
+@functools.cache
+def points(codebook: Codebook) -> np.ndarray:
+    """Each threshold and each value of a codebook with the two floats beside it."""
+    table = neighbours(codebook.thresholds + codebook.values)
+    return np.concatenate([table, -table]) if codebook.sign_bit else table
+
+
+@st.composite
+def block(draw: st.DrawFn, codebook: Codebook, blocksize: int) -> np.ndarray:
+    """A block of points times a scale, the scale itself among them, and at times a few floats from anywhere."""
+    table = points(codebook)
+    scale = np.float32(draw(scales()))
+    out = np.resize(np.roll(table, -draw(st.integers(0, len(table) - 1))), blocksize) * scale
+    kind = draw(st.sampled_from(["points", "points", "points", "strangers", "zeros", "constant"]))
+    if kind == "strangers":
+        strangers = draw(st.lists(any_float(), min_size=1, max_size=6))[:blocksize]
+        out[: len(strangers)] = strangers
+    elif kind == "zeros":
+        out = np.where(out < 0, np.float32(-0.0), np.float32(0.0))
+    elif kind == "constant":
+        out[:] = draw(any_float())
+    if kind in ("points", "strangers"):
+        out[draw(st.integers(0, blocksize - 1))] = scale if draw(st.booleans()) else -scale
+    return out.astype(np.float32)
+
+
+@st.composite
+def flat(
+    draw: st.DrawFn, codebook: Codebook, blocksize: int, dtype: torch.dtype, blocks: st.SearchStrategy[int]
+) -> Tensor:
+    """Whole blocks in a row, rounded to a dtype."""
+    parts = [draw(block(codebook, blocksize)) for _ in range(draw(blocks))]
+    return torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *parts])).to(dtype)
+
+
+# ---- tensors as callers have them -----------------------------------------------------------------------------------
+
+LAYOUTS = ("plain", "offset", "strided", "transposed", "expanded", "parameter")
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """A tensor with the elements of a flat one in row-major order (of its first one, expanded), in some layout."""
+    n = x.numel()
+    if layout == "offset":  # begins inside a 64-bit word
+        return torch.cat([x.new_zeros(3), x])[3:]
+    if layout == "strided":
+        return torch.stack([x, torch.full_like(x, 1)], dim=1)[:, 0]
+    if layout == "transposed":
+        rows = next((r for r in (3, 2, 5, 7) if n % r == 0), 1)
+        return x.view(rows, n // rows).t().contiguous().t() if n else x.view(0, 3).t().contiguous().t()
+    if layout == "expanded":
+        return x[:1].expand(n) if n < 6 or n % 2 else x[:1].expand(2, n // 2)
+    if layout == "parameter":
+        return torch.nn.Parameter(x) if x.is_floating_point() else x
+    return x
+
+
+@st.composite
+def tensors(draw: st.DrawFn, codebook: Codebook, blocksize: int, dtype: torch.dtype) -> Tensor:
+    """0 to 3 blocks and a tail of any length, in any layout; a single element may be 0-dimensional."""
+    whole = draw(flat(codebook, blocksize, dtype, st.integers(0, 4)))
+    numel = draw(st.integers(0, whole.numel()) | st.sampled_from([0, 1, blocksize, blocksize + 1]))
+    x = whole[: min(numel, whole.numel())].clone()
+    if x.numel() == 1 and draw(st.booleans()):
+        return x.view(())
+    return laid_out(x, draw(st.sampled_from(LAYOUTS)))
+
+
+# ---- kernels --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Case:
+    """The arguments of one call of a kernel; printed so that they can be pasted back."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    bound: Callable[[], Any] | None = None
+    """For a kernel that adds up floats: the largest |compiled - definition| allowed, element by element."""
+
+    def __repr__(self) -> str:
+        constants = [f"{key}={getattr(value, 'name', value)!r}" for key, value in self.kwargs.items()]
+        return f"Case({', '.join([*map(pasted, self.args), *constants])})"
+
+
+Blocks = st.SearchStrategy[int]
+# Direct calls have at least two rows, as `in_rows` gives them; 0 and 1 are tested on the functions for any shape.
+MANY: Blocks = st.integers(2, 5)
+
+Variant = Callable[[Blocks], st.SearchStrategy[Case]]
+
+
+def _some_floats(dtype: torch.dtype, count: int) -> st.SearchStrategy[Tensor]:
+    few = st.lists(any_float() | scales(), min_size=1, max_size=12)
+    return few.map(lambda drawn: torch.from_numpy(np.resize(np.array(drawn, np.float32), count)).to(dtype))
+
+
+def _some_integers(dtype: torch.dtype, count: int) -> st.SearchStrategy[Tensor]:
+    info = torch.iinfo(dtype)
+    edges = (0, 1, -1, 127, -127, -128, 2**24, 2**24 + 1, -(2**24) - 1, info.min, info.max)
+    edges = [n for n in edges if info.min <= n <= info.max]
+    few = st.lists(st.sampled_from(edges) | st.integers(info.min, info.max), min_size=1, max_size=40)
+    return few.map(lambda drawn: torch.from_numpy(np.resize(np.array(drawn, np.int64), count)).to(dtype))
+
+
+def _quantize_rows(dtype: torch.dtype, codebook: Codebook, blocksize: int) -> Variant:
+    blocks = row_blocks(blocksize)
+
+    @st.composite
+    def cases(draw: st.DrawFn, rows: Blocks) -> Case:
+        n = draw(rows)
+        x = draw(flat(codebook, blocksize, dtype, st.just(n * blocks)))
+        return Case((x.view(n, blocks * blocksize),), {"blocksize": blocksize, "codebook": codebook})
+
+    return cases
+
+
+def _dequantize_rows(dtype: torch.dtype, codebook: Codebook, blocksize: int) -> Variant:
+    blocks = row_blocks(blocksize)
+
+    @st.composite
+    def cases(draw: st.DrawFn, rows: Blocks) -> Case:
+        n = draw(rows)
+        packed = draw(_some_integers(torch.uint8, n * blocks * blocksize // 2)).view(n, -1)
+        absmax = draw(_some_floats(F32, n * blocks)).view(n, blocks)
+        return Case((packed, absmax), {"blocksize": blocksize, "codebook": codebook, "dtype": dtype})
+
+    return cases
+
+
+def _quantize_blocks(dtype: torch.dtype, codebook: Codebook, blocksize: int) -> Variant:
+    @st.composite
+    def cases(draw: st.DrawFn, rows: Blocks) -> Case:
+        n = draw(rows)
+        x = draw(flat(codebook, blocksize, dtype, st.just(n))).view(n, blocksize)
+        carry = blockwise.carry_table(codebook, CPU)
+        return Case((x, threshold_table(codebook, CPU), carry.entries), {"first_cell": carry.first_cell})
+
+    return cases
+
+
+def _dequantize_blocks(dtype: torch.dtype, codebook: Codebook, blocksize: int) -> Variant:
+    @st.composite
+    def cases(draw: st.DrawFn, rows: Blocks) -> Case:
+        n = draw(rows)
+        codes = draw(_some_integers(torch.uint8, n * blocksize)).view(n, blocksize)
+        return Case((codes, draw(_some_floats(F32, n)), value_table(codebook, CPU)), {"dtype": dtype})
+
+    return cases
+
+
+@st.composite
+def _dequantize_nested(draw: st.DrawFn, rows: Blocks) -> Case:
+    n = draw(rows)
+    codes = draw(_some_integers(torch.uint8, n * 256)).view(n, 256)
+    offset = draw(_some_floats(F32, 1)).view(())
+    return Case((codes, draw(_some_floats(F32, n)), value_table(DYNAMIC, CPU), offset))
+
+
+def _half_steps(scale: float) -> np.ndarray:
+    """The ties of int8: (n + 1/2) / 127 of a scale, and the floats beside them."""
+    return neighbours([(n + 0.5) / 127 * scale for n in range(-127, 128)])
+
+
+@st.composite
+def int8_rows(draw: st.DrawFn, dtype: torch.dtype, threshold: float, rows: Blocks, columns: Blocks) -> Tensor:
+    """`[rows, columns]`: ties, the threshold and the floats beside it, rows of zeros, of outliers, NaN and infinities."""
+    n, k = draw(rows), draw(columns)
+    out = []
+    for _ in range(n):
+        scale = np.float32(draw(scales()))
+        table = _half_steps(float(scale))
+        row = np.resize(np.roll(table, -draw(st.integers(0, len(table) - 1))), k)
+        kind = draw(st.sampled_from(["ties", "ties", "strangers", "zeros", "outliers"]))
+        if kind == "strangers":
+            edges = [t for t in neighbours([threshold]).tolist() if threshold > 0]
+            drawn = draw(
+                st.lists(any_float() | st.sampled_from([*edges, *(-t for t in edges), 1.0]), min_size=1, max_size=8)
+            )
+            row[: len(drawn)] = drawn[:k]
+        elif kind == "zeros":
+            row[:] = -0.0
+        elif kind == "outliers":
+            row[:] = threshold * 3
+        elif k:
+            row[draw(st.integers(0, k - 1))] = scale
+        out.append(row)
+    return torch.from_numpy(np.array(out, dtype=np.float32).reshape(n, k)).to(dtype)
+
+
+def _quantize_int8_rows(dtype: torch.dtype, threshold: float) -> Variant:
+    def cases(rows: Blocks) -> st.SearchStrategy[Case]:
+        columns = rows.map(lambda n: 19 * n)
+        return int8_rows(dtype, threshold, rows, columns).map(lambda x: Case((x,), {"threshold": threshold}))
+
+    return cases
+
+
+def _dequantize_int8_product(dtype: torch.dtype, bias: torch.dtype | None, outliers: torch.dtype | None) -> Variant:
+    @st.composite
+    def cases(draw: st.DrawFn, rows: Blocks) -> Case:
+        m, n = draw(rows), draw(rows) * 9
+        product = draw(_some_integers(torch.int32, m * n)).view(m, n)
+        addend = None if bias is None else draw(_some_floats(bias, n))
+        outlier = None if outliers is None else draw(_some_floats(outliers, m * n)).view(m, n)
+        return Case(
+            (product, draw(_some_floats(F32, m)), draw(_some_floats(F32, n)), addend, outlier), {"dtype": dtype}
+        )
+
+    return cases
+
+
+def _dequantize_int8_rows(dtype: torch.dtype) -> Variant:
+    @st.composite
+    def cases(draw: st.DrawFn, rows: Blocks) -> Case:
+        m, n = draw(rows), draw(rows) * 9
+        return Case((draw(_some_integers(torch.int8, m * n)).view(m, n), draw(_some_floats(F32, m))), {"dtype": dtype})
+
+    return cases
+
+
+def _multiply_row(dtype: torch.dtype, codebook: Codebook, blocksize: int) -> Variant:
+    """Finite, and far from overflow: what is bounded is a sum, and its bound is relative to the sum of magnitudes."""
+    blocks = 3
+    k = blocks * blocksize
+
+    @st.composite
+    def cases(draw: st.DrawFn, rows: Blocks) -> Case:
+        n = 2 * draw(rows)
+        entry = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-3, 4097.0]) | st.floats(-1024, 1024, width=32)
+        few = st.lists(entry, min_size=1, max_size=40)
+        a = torch.from_numpy(np.resize(np.array(draw(few), np.float32), k)).to(dtype).float().view(2, k // 2)
+        packed = draw(_some_integers(torch.uint8, n * k // 2)).view(n, k // 2)
+        entry = st.sampled_from([0.0, 2.0**-126, 1.0]) | st.floats(2.0**-20, 2.0**20, width=32)
+        size = st.lists(entry, min_size=1, max_size=9)
+        absmax = torch.from_numpy(np.resize(np.array(draw(size), np.float32), n * blocks)).view(n, blocks)
+
+        def bound() -> Tensor:
+            # Two sums of k products, each with at most k roundings to u = 2^-24 in some order: each is within
+            # ((1 + u)^k - 1) sum |a w| <= 1.01 k u sum |a w| of the exact one; a product below 2^-126 may lose 2^-150.
+            values = value_table(codebook, CPU)
+            codes = torch.stack((packed >> 4, packed & 15), -1).view(n, blocks, blocksize).long()
+            weight = (values[codes] * absmax[:, :, None]).to(dtype).double().view(n, k)
+            columns = a.double().t().reshape(k)
+            return 2 * (1.01 * k * 2.0**-24 * (weight.abs() @ columns.abs()) + k * 2.0**-150)
+
+        constants = {"blocksize": blocksize, "codebook": codebook, "dtype": dtype}
+        return Case((a, packed, absmax), constants, bound)
+
+    return cases
+
+
+def _named(build: Callable[..., Variant], *variants: tuple[Any, ...]) -> dict[str, Variant]:
+    def label(value: Any) -> str:
+        return str(getattr(value, "name", value)).removeprefix("torch.")
+
+    return {"-".join(map(label, variant)): build(*variant) for variant in variants}
+
+
+KERNELS: dict[str, dict[str, Variant]] = {
+    "quantize_rows": _named(_quantize_rows, (BF16, NF4, 64), (F32, NF4, 64), (F16, FP4, 64), (F32, AF4, 7)),
+    "dequantize_rows": _named(_dequantize_rows, (BF16, NF4, 64), (F32, NF4, 64), (F16, FP4, 64), (F32, AF4, 7)),
+    "quantize_blocks": _named(
+        _quantize_blocks, (F32, DYNAMIC, 256), (BF16, DYNAMIC_UNSIGNED, 256), (F32, linear(), 256)
+    ),
+    "dequantize_blocks": _named(_dequantize_blocks, (F32, DYNAMIC, 256), (BF16, DYNAMIC, 256)),
+    "dequantize_nested": {"float32": _dequantize_nested},
+    "quantize_int8_rows": _named(_quantize_int8_rows, (F32, 2.5), (F32, 0.0), (F16, 6.0)),
+    "dequantize_int8_product": _named(_dequantize_int8_product, (F32, None, None), (BF16, F32, BF16), (F16, F16, None)),
+    "multiply_row": _named(_multiply_row, (BF16, NF4, 64), (F32, FP4, 32)),
+    "dequantize_int8_rows": _named(_dequantize_int8_rows, (F32,), (BF16,)),
+}
+"""For each registered kernel its variants; the first one is the one that runs in every context."""

@@ -1,0 +1,372 @@
+# ruff: noqa: E501, the tables of messages are as long as the messages
+"""The tables, bit by bit, and the rules that make thresholds out of values."""
+
+import hashlib
+import struct
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import second
+import torch
+from conftest import hexes
+from expecttest import assert_expected_inline
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bnbref import fourbit
+from bnbref import functional as F
+from bnbref.blockwise import carry_table, count_below, count_by_carry
+from bnbref.codebooks import (
+    AF4,
+    DYNAMIC,
+    DYNAMIC_UNSIGNED,
+    FOUR_BIT,
+    FP4,
+    INT4,
+    NF4,
+    Codebook,
+    dynamic,
+    four_bit,
+    fp8,
+    linear,
+    normal,
+    value_table,
+)
+
+CPU = torch.device("cpu")
+ALL = [NF4, FP4, AF4, INT4, DYNAMIC, DYNAMIC_UNSIGNED, linear(), linear(False), fp8(), fp8(True, 4, 3), normal()]
+each_codebook = pytest.mark.parametrize("book", ALL, ids=lambda book: book.name)
+
+
+def table(values) -> str:
+    """Eight hexadecimal words a line."""
+    listed = hexes(torch.tensor(values, dtype=torch.float32)).split()
+    return "\n".join(" ".join(listed[i : i + 8]) for i in range(0, len(listed), 8))
+
+
+def bits_of(values) -> list[str]:
+    return hexes(torch.as_tensor(values, dtype=torch.float32)).split()
+
+
+# ---- values ---------------------------------------------------------------------------------------------------------
+
+
+def test_nf4():
+    assert_expected_inline(
+        table(NF4.values),
+        """\
+bf800000 bf3239b1 bf066b30 beca32a0 be91a24d be3d353f bdba7871 00000000
+3da2faff 3e24cae3 3e7c04dd 3ead033a 3ee1a4b8 3f1007ab 3f3913b3 3f800000""",
+    )
+    assert_expected_inline(
+        table(NF4.thresholds),
+        """\
+bf591cd8 bf1c5270 beeb8480 beadea76 be703cec be0d38bc bd3a7871 3d22faff
+3df64862 3e5067e0 3e9582d4 3ec753f9 3f006d04 3f248daf 3f5c89da""",
+    )
+
+
+def test_fp4():
+    assert_expected_inline(
+        table(FP4.values),
+        """\
+00000000 3baaaaab 3f2aaaab 3f800000 3eaaaaab 3f000000 3e2aaaab 3e800000
+00000000 bbaaaaab bf2aaaab bf800000 beaaaaab bf000000 be2aaaab be800000""",
+    )
+    assert_expected_inline(
+        table(FP4.thresholds),
+        """\
+3b2aaab9 3db00000 3e555555 3e955555 3ed55556 3f155550 3f555555""",
+    )
+    assert (FP4.order, FP4.sign_bit) == ((0, 1, 6, 7, 4, 5, 2, 3), True)
+
+
+def test_af4_and_int4_run_downwards():
+    for book in (AF4, INT4):
+        assert bits_of(book.values) == bits_of(second.VALUES[book.name]), book.name
+        assert book.order == tuple(range(15, -1, -1))
+        assert bits_of(book.thresholds) == bits_of(second.midpoints(second.VALUES[book.name][::-1]))
+
+
+MAPS = {
+    "dynamic_signed": lambda: F.create_dynamic_map(),
+    "dynamic_unsigned": lambda: F.create_dynamic_map(signed=False),
+    "dynamic_signed_e4": lambda: F.create_dynamic_map(True, 4, 8),
+    "dynamic(True, 7, 7)": lambda: F.create_dynamic_map(True, 7, 7),
+    "dynamic(True, 3, 4)": lambda: F.create_dynamic_map(True, 3, 4),
+    "linear_signed": lambda: F.create_linear_map(),
+    "linear_unsigned": lambda: F.create_linear_map(signed=False),
+    "linear_signed_nozero": lambda: F.create_linear_map(add_zero=False),
+    "linear_signed_4bit": lambda: F.create_linear_map(total_bits=4),
+    "fp8_s_e4p3t8": lambda: F.create_fp8_map(True, 4, 3, 8),
+    "fp8_s_e5p2t8": lambda: F.create_fp8_map(True, 5, 2, 8),
+    "fp8_u_e4p4t8": lambda: F.create_fp8_map(False, 4, 4, 8),
+    "fp8_s_e2p1t4": lambda: F.create_fp8_map(True, 2, 1, 4),
+    "fp8_s_e3p2t6": lambda: F.create_fp8_map(True, 3, 2, 6),
+    "nf4": lambda: F.get_4bit_type("nf4"),
+    "fp4": lambda: F.get_4bit_type("fp4"),
+}
+
+
+def test_every_table_of_the_reference_is_tested():
+    assert set(MAPS) | {"nf4_thresholds", "fp4_thresholds"} == set(second._HEX)
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_map_is_bitsandbytes_bit_for_bit(name):
+    made = MAPS[name]()
+    assert made.dtype == torch.float32
+    assert bits_of(made) == second._HEX[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "book"),
+    [("dynamic_signed", DYNAMIC), ("dynamic_unsigned", DYNAMIC_UNSIGNED), ("linear_signed", linear()),
+     ("linear_unsigned", linear(False)), ("linear_signed_nozero", linear(add_zero=False)), ("fp8_s_e4p3t8", fp8(True, 4, 3)),
+     ("fp8_s_e5p2t8", fp8()), ("fp8_u_e4p4t8", fp8(False, 4, 4)), ("dynamic_signed_e4", dynamic(True, 4))],
+)  # fmt: skip
+def test_codebook_of_256_is_the_map(name, book):
+    assert bits_of(book.values) == second._HEX[name]
+
+
+def test_dynamic_has_the_published_digest():
+    """numerics.md 1.3: sha256 of the little-endian float32 bytes."""
+
+    def digest(book: Codebook) -> str:
+        return hashlib.sha256(struct.pack("<256f", *book.values)).hexdigest()
+
+    assert digest(DYNAMIC) == "e732639a65f497b4ad684bb166a4467708255edd5207757de8b8f0c7e1fda89c"
+    assert digest(DYNAMIC_UNSIGNED) == "305f002cc11278fb769d13b25b9fd0c7c83c8402c40a878fe086f4039fde6398"
+    assert DYNAMIC is dynamic()
+    assert DYNAMIC_UNSIGNED is dynamic(signed=False)
+
+
+def test_normal_is_nf4():
+    assert bits_of(normal().values) == second._HEX["nf4"]
+    without = normal(use_extra_value=False)
+    assert len(without.values) == 15
+    assert bits_of(without.values) == bits_of(sorted(0.0 - v for v in without.values))
+
+
+# ---- thresholds -----------------------------------------------------------------------------------------------------
+
+
+@each_codebook
+def test_thresholds_are_midpoints(book):
+    """All but FP4's: the float32 midpoint, found in rational arithmetic; one ulp lower where the tie goes up to an even code."""
+    if book is FP4:
+        return
+    ties_even = len(book.values) > 16
+    values = sorted(book.values)
+    for i, (a, b, t) in enumerate(zip(values[:-1], values[1:], book.thresholds, strict=True)):
+        middle = second.nearest_float32((Fraction(a) + Fraction(b)) / 2)
+        lowered = np.nextafter(middle, np.float32(-np.inf)) if ties_even and i % 2 == 1 else middle
+        assert np.float32(t) == lowered, (i, a, b)
+
+
+def test_six_of_nf4s_thresholds_are_exact_midpoints():
+    pairs = zip(NF4.values, NF4.values[1:], NF4.thresholds, strict=False)
+    exact = [i for i, (a, b, t) in enumerate(pairs) if (Fraction(a) + Fraction(b)) / 2 == Fraction(t)]
+    assert exact == [2, 6, 7, 9, 11, 13]
+
+
+def test_fp4s_distance_from_the_midpoints():
+    """numerics.md 1.2: CUDA's literals against the float32 midpoints of the magnitudes, in ulp."""
+    magnitudes = second.midpoints(np.sort(second.VALUES["fp4"][:8]))
+    literal = np.array(FP4.thresholds, dtype=np.float32)
+    assert (literal.view(np.int32) - magnitudes.view(np.int32)).tolist() == [14, 0, -1, -1, 0, -6, -1]
+
+
+def test_ties():
+    lower = Codebook.nearest("lower", [0.0, 1.0, 2.0])
+    even = Codebook.nearest("even", [0.0, 1.0, 2.0], ties="even")
+    x = torch.tensor([0.5, 1.5])
+    assert count_below(x, torch.tensor(lower.thresholds)).tolist() == [0, 1]
+    assert count_below(x, torch.tensor(even.thresholds)).tolist() == [0, 2]
+
+
+def test_equal_values_are_allowed():
+    """bitsandbytes pads a map of few bits with zeros to 256 entries."""
+    book = Codebook.nearest("padded", F.create_dynamic_map(True, 3, 4).tolist(), ties="even")
+    x = torch.tensor([-1.0, -1e-3, 0.0, 1e-3, 0.55, 1.0])
+    ranks = count_below(x, torch.tensor(book.thresholds)).tolist()
+    distances = (torch.tensor(book.values) - x[:, None]).abs()
+    assert [book.values[r] for r in ranks] == [book.values[d.argmin()] for d in distances]
+
+
+@each_codebook
+def test_every_value_has_its_own_code(book):
+    """Decoding and encoding a value gives a code of the same value; zeros excepted, all codes are reached."""
+    values = torch.tensor(book.values)
+    if book.bits == 4:
+        codes = fourbit.encode(values, book).tolist()
+    else:
+        codes = count_below(values, torch.tensor(book.thresholds)).tolist()
+    assert [book.values[c] for c in codes] == list(book.values)
+    twins = len(book.values) - len(set(book.values))
+    assert len(set(codes)) == len(book.values) - twins
+
+
+@each_codebook
+def test_code_of_zero_decodes_to_zero(book):
+    has_zero = 0.0 in book.values
+    assert (book.values[book.code_of_zero] == 0.0) == has_zero
+    zero = torch.tensor([0.0, -0.0])
+    if book.bits == 4:
+        assert fourbit.encode(zero, book).tolist() == [book.code_of_zero] * 2
+    else:
+        assert count_below(zero, torch.tensor(book.thresholds)).tolist() == [book.code_of_zero] * 2
+
+
+def test_codes_of_zero():
+    assert [(b.name, b.code_of_zero) for b in ALL[:6]] == [
+        ("nf4", 7), ("fp4", 0), ("af4", 8), ("int4", 8), ("dynamic-signed-7-8", 127), ("dynamic-unsigned-7-8", 0)
+    ]  # fmt: skip
+
+
+def test_value_table_is_padded_by_zeros():
+    assert value_table(Codebook.nearest("three", [-1, 0, 1]), CPU).tolist() == [-1.0, 0.0, 1.0] + [0.0] * 13
+    assert value_table(Codebook.nearest("seventeen", range(17)), CPU).tolist() == [*map(float, range(17))] + [0.0] * 239
+
+
+# ---- a user's codebook ----------------------------------------------------------------------------------------------
+
+
+@st.composite
+def codebooks(draw, most: int = 256):
+    """Any sorted float32 values, neighbours and equal ones too; now and then a descending order or a sign bit."""
+    tiny = st.sampled_from([0.0, -0.0, 2.0**-149, -(2.0**-149)])
+    finite = st.floats(-(2.0**100), 2.0**100, width=32) | st.floats(-1, 1, width=32) | tiny
+    values = sorted(draw(st.lists(finite, min_size=2, max_size=most)))
+    ties = draw(st.sampled_from(["lower", "even"]))
+    return Codebook.nearest("mine", values, ties)
+
+
+@given(codebooks(), st.lists(st.floats(width=32), max_size=20))
+def test_any_codebook_counts_its_thresholds(book, xs):
+    """The definition and, where its table exists, the look-up that stands in for it, against a plain loop."""
+    near = [np.nextafter(np.float32(t), np.float32(d)) for t in book.thresholds for d in (np.inf, -np.inf)]
+    x = torch.tensor([*xs, *book.thresholds, *map(float, near), 0.0, -0.0])
+    want = [sum(t < v for t in book.thresholds) for v in x.tolist()]
+    assert count_below(x, torch.tensor(book.thresholds)).tolist() == want
+    carry = carry_table(book, CPU)
+    if carry.first_cell is not None:
+        assert count_by_carry(x, carry.entries, carry.first_cell).tolist() == want
+
+
+@given(codebooks(16), st.booleans(), st.randoms(use_true_random=False))
+def test_any_order_and_sign(book, sign_bit, random):
+    """Four bits: codes are a permutation of ranks, and the sign is the upper half."""
+    thresholds = tuple(abs(t) for t in book.thresholds)
+    if sign_bit and len(book.values) % 2 == 0:
+        ranks = len(book.values) // 2
+        thresholds = tuple(sorted(thresholds))[: ranks - 1]
+    else:
+        sign_bit, ranks, thresholds = False, len(book.values), book.thresholds
+    order = list(range(ranks))
+    random.shuffle(order)
+    mine = Codebook("mine", book.values, thresholds, order=tuple(order), sign_bit=sign_bit)
+    x = torch.tensor(
+        [*thresholds, *(-t for t in thresholds), 0.0, -0.0, float("nan"), float("inf"), -float("inf"), 1.5]
+    )
+    want = []
+    for v in x.tolist():
+        rank = sum(t < (abs(v) if sign_bit else v) for t in thresholds)
+        want.append(order[rank] + (ranks if sign_bit and v < 0 else 0))
+    assert fourbit.encode(x, mine).tolist() == want
+
+
+@given(codebooks(16), st.integers(1, 70), st.booleans())
+def test_any_codebook_goes_through_the_kernels(book, n, even):
+    blocksize = 24 if even else 5
+    width = blocksize * fourbit.row_blocks(blocksize)
+    rows = torch.nn.functional.pad(torch.linspace(-2, 2, n), (0, -n % width)).view(-1, width)
+    kernel = fourbit.quantize_rows
+    packed, absmax = kernel.body(rows, blocksize=blocksize, codebook=book)
+    want, want_absmax = kernel.definition(rows, blocksize=blocksize, codebook=book)
+    assert torch.equal(packed, want)
+    assert torch.equal(absmax, want_absmax)
+
+
+def test_two_to_256_values():
+    for n in (2, 3, 15, 16, 17, 255, 256):
+        book = Codebook.nearest("n", [i / n for i in range(n)])
+        assert (len(book.thresholds), book.bits) == (n - 1, 4 if n <= 16 else 8)
+
+
+def test_codebooks_are_compared_by_value():
+    again = Codebook(NF4.name, NF4.values, NF4.thresholds, source="elsewhere")
+    assert hash(again) == hash(NF4)
+    assert {NF4: 1}.get(Codebook(NF4.name, NF4.values, NF4.thresholds, source=NF4.source)) == 1
+    other = Codebook(NF4.name, NF4.values, tuple(np.nextafter(np.float32(t), np.float32(1)) for t in NF4.thresholds))
+    assert other != NF4
+
+
+# ---- errors ---------------------------------------------------------------------------------------------------------
+
+
+def error(function, *args, **kwargs) -> str:
+    with pytest.raises(ValueError) as caught:
+        function(*args, **kwargs)
+    return str(caught.value)
+
+
+def test_errors():
+    messages = [
+        error(Codebook, "one", (0.0,), ()),
+        error(Codebook, "many", (0.0,) * 257, (0.0,) * 256),
+        error(Codebook, "few", (0.0, 1.0), ()),
+        error(Codebook, "signed", (0.0, 1.0), (0.5,), sign_bit=True),
+        error(Codebook, "double", (0.0, 0.1), (0.5,)),
+        error(Codebook, "nan", (0.0, 1.0), (float("nan"),)),
+        error(Codebook, "inf", (0.0, float("inf")), (0.5,)),
+        error(Codebook, "unsorted", (0.0, 1.0, 2.0), (1.0, 0.5)),
+        error(Codebook, "order", (0.0, 1.0), (0.5,), order=(0, 0)),
+        error(Codebook, "long", tuple(map(float, range(17))), tuple(map(float, range(16))), order=tuple(range(17))),
+        error(Codebook.nearest, "down", [1, 0]),
+        error(Codebook.nearest, "alone", [1]),
+        error(Codebook.nearest, "nan", [0.0, float("nan")]),
+        error(Codebook.nearest, "tie", [0, 1], ties="upper"),
+        error(four_bit, "nf5"),
+        error(four_bit, DYNAMIC),
+        error(four_bit, None),
+        error(dynamic, True, 8, 7),
+        error(dynamic, True, 7, 9),
+        error(linear, True, 1),
+        error(fp8, True, 5, 3),
+        error(fp8, True, 0, 2),
+        error(normal, 0.5),
+    ]
+    assert_expected_inline(
+        "\n".join(messages),
+        """\
+codebook 'one' must have 2 to 256 values, got 1
+codebook 'many' must have 2 to 256 values, got 257
+codebook 'few' needs 1 thresholds, got 0
+codebook 'signed' needs 0 thresholds, got 1
+values of codebook 'double' must be finite float32 numbers, got (0.0, 0.1)
+thresholds of codebook 'nan' must be finite float32 numbers, got (nan,)
+values of codebook 'inf' must be finite float32 numbers, got (0.0, inf)
+thresholds of codebook 'unsorted' must be sorted, got (1.0, 0.5)
+order of codebook 'order' must be a permutation of 2 ranks of at most 16 values
+order of codebook 'long' must be a permutation of 17 ranks of at most 16 values
+values of codebook 'down' must be at least two, sorted, got [1, 0]
+values of codebook 'alone' must be at least two, sorted, got [1]
+values of codebook 'nan' must be at least two, sorted, got [0.0, nan]
+ties must be 'lower' or 'even', got 'upper'
+quant_type must be one of ['af4', 'fp4', 'int4', 'nf4'] or a Codebook of at most 16 values, got 'nf5'
+quant_type must be one of ['af4', 'fp4', 'int4', 'nf4'] or a Codebook of at most 16 values, got codebook 'dynamic-signed-7-8' of 256 values
+quant_type must be one of ['af4', 'fp4', 'int4', 'nf4'] or a Codebook of at most 16 values, got None
+dynamic codebook needs 2 <= total_bits <= 8 and 1 <= max_exponent_bits <= total_bits, got total_bits=7, max_exponent_bits=8
+dynamic codebook needs 2 <= total_bits <= 8 and 1 <= max_exponent_bits <= total_bits, got total_bits=9, max_exponent_bits=7
+linear codebook needs 2 <= total_bits <= 8, got 1
+fp8 codebook needs 1 <= exponent_bits <= 7 and at most 8 bits with the sign, got exponent_bits=5, precision_bits=3, signed=True
+fp8 codebook needs 1 <= exponent_bits <= 7 and at most 8 bits with the sign, got exponent_bits=0, precision_bits=2, signed=True
+offset must lie between 0.5 and 1, got 0.5""",
+    )
+
+
+def test_four_bit_by_name():
+    assert FOUR_BIT == {"nf4": NF4, "fp4": FP4, "af4": AF4, "int4": INT4}
+    assert all(four_bit(name) is book and four_bit(book) is book for name, book in FOUR_BIT.items())

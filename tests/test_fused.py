@@ -1,0 +1,482 @@
+# ruff: noqa: E501, the tables of messages are as long as the messages
+"""The one door to torch.compile: how often it compiles, when it does not, and what it leaves behind."""
+
+import concurrent.futures
+import itertools
+import os
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import difference, same_bits
+from expecttest import assert_expected_inline
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+import bnbref
+from bnbref import blockwise, fourbit, fused, int8, nested
+from bnbref import functional as F
+from bnbref.codebooks import DYNAMIC, NF4, Codebook, value_table
+from bnbref.fused import REGISTRY
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+F32 = torch.float32
+
+
+def graphs() -> int:
+    """How many graphs Dynamo has compiled in this process."""
+    from torch._dynamo.utils import counters
+
+    return counters["stats"]["unique_graphs"]
+
+
+def ramp(n: int) -> torch.Tensor:
+    return torch.linspace(-3, 2, n) if n else torch.zeros(0)
+
+
+def fresh(name: str) -> Codebook:
+    """A codebook that no other test has compiled a kernel for."""
+    return Codebook(name, NF4.values, NF4.thresholds)
+
+
+# ---- one compilation for all shapes ---------------------------------------------------------------------------------
+
+# Nothing, one, odd, a tail, less and more than a block, whole blocks, several dimensions.
+SHAPES = [(0,), (1,), (), (3,), (7, 9), (63,), (64,), (65,), (127,), (128,), (129,), (191,), (192,), (2, 96), (5, 7, 11),
+          (1000,), (1024,), (4097,), (16, 0), (33, 33)]  # fmt: skip
+
+
+def test_twenty_shapes_cost_one_compilation():
+    assert len(set(SHAPES)) == 20
+    book, before = fresh("twenty"), graphs()
+    for shape in SHAPES:
+        n = torch.Size(shape).numel()
+        packed, absmax = fourbit.quantize(ramp(n).view(shape), book, 64)
+        fourbit.dequantize(packed, absmax, book, 64, shape, F32)
+    assert graphs() - before == 2, "one for quantize_rows, one for dequantize_rows"
+    again = graphs()
+    fourbit.quantize(ramp(100).bfloat16().float(), fresh("twenty"), 64)  # an equal codebook
+    assert graphs() == again
+    fourbit.dequantize(packed, absmax, book, 64, (33, 33), torch.bfloat16)
+    assert graphs() == again + 1, "another dtype is another kernel"
+
+
+def test_twenty_shapes_of_eight_bits():
+    blockwise.quantize(ramp(999), DYNAMIC, 256)  # compiled here if it was not yet
+    before = graphs()
+    for shape in SHAPES:
+        x = ramp(torch.Size(shape).numel()).view(shape)
+        codes, absmax = blockwise.quantize(x, DYNAMIC, 256)
+    assert graphs() == before
+    values = value_table(DYNAMIC, CPU)
+    blockwise.dequantize(codes, absmax, values, 256, F32)
+    nested.dequantize(codes, absmax, values, torch.tensor(1.0))
+    before = graphs()
+    for n in range(0, 1500, 75):
+        codes = torch.zeros(n, dtype=torch.uint8)
+        blockwise.dequantize(codes, torch.ones(-(-n // 256)), values, 256, F32)
+        nested.dequantize(codes, torch.ones(-(-n // 256)), values, torch.tensor(1.0))
+    assert graphs() == before
+
+
+def test_matrices_of_any_size_share_a_kernel():
+    """Sizes 0 and 1 are kernels of their own, as Dynamo has it: nothing else is."""
+    int8.quantize(torch.ones(2, 2), 2.5)
+    before = graphs()
+    for m, n in ((2, 3), (3, 2), (17, 5), (5, 64), (100, 3), (64, 64), (9, 33)):
+        int8.quantize(torch.ones(m, n), 2.5)
+    assert graphs() == before
+
+
+@torch._dynamo.config.patch(recompile_limit=1)
+def test_more_blocksizes_than_dynamo_would_recompile():
+    """Eight recompilations of one code object are Dynamo's limit. Each static size has a code object, so there is none."""
+    kernel = REGISTRY["dequantize_int8_rows"]
+    for m, n in ((1, 1), (1, 5), (5, 1), (5, 5), (6, 7)):
+        got = kernel(torch.ones(m, n, dtype=torch.int8), torch.full((m,), 127.0), dtype=F32)
+        assert same_bits(got, torch.full((m, n), 1.0)) or bool((got - 1).abs().max() < 1e-6)
+    for blocksize in (16, 32):
+        blockwise.dequantize(
+            torch.zeros(100, dtype=torch.uint8),
+            torch.ones(-(-100 // blocksize)),
+            value_table(DYNAMIC, CPU),
+            blocksize,
+            F32,
+        )
+
+
+# ---- off ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Calls of the definition of a kernel that has a formulation, which is what runs compiled."""
+    kernel, calls = REGISTRY["dequantize_rows"], []
+    definition = kernel.definition
+    monkeypatch.setattr(kernel, "definition", lambda *args, **kwargs: calls.append(1) or definition(*args, **kwargs))
+    return calls
+
+
+def decode(packed=None) -> torch.Tensor:
+    packed = torch.arange(256).to(torch.uint8) if packed is None else packed
+    return fourbit.dequantize(packed, torch.ones(8, device=packed.device), NF4, 64, (512,), F32)
+
+
+def test_eager_is_a_context_that_nests(counted):
+    decode()
+    assert len(counted) == 0
+    with bnbref.eager():
+        decode()
+        with bnbref.eager():
+            decode()
+        decode()
+    assert len(counted) == 3
+    decode()
+    assert len(counted) == 3
+    with pytest.raises(KeyError), bnbref.eager():
+        raise KeyError
+    decode()
+    assert len(counted) == 3
+
+
+def test_environment_variable(counted, monkeypatch):
+    want = decode()
+    for value, calls in (("0", 1), ("1", 1)):
+        monkeypatch.setenv("BNBREF_COMPILE", value)
+        assert same_bits(decode(), want)
+        assert len(counted) == calls
+
+
+PROBE = """
+import hashlib, warnings, torch, bnbref
+from bnbref import functional as F
+torch.manual_seed(0)
+x = torch.randn(300)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    results = []
+    for _ in range(3):
+        packed, state = F.quantize_4bit(x, quant_type="nf4", compress_statistics=True)
+        codes, state8 = F.quantize_blockwise(x, blocksize=256)
+        q, stats, _ = F.int8_vectorwise_quant(x.view(10, 30), threshold=2.5)
+        results += [packed, state.absmax, state.state2.absmax, F.dequantize_4bit(packed, state), codes, state8.absmax, q, stats]
+digest = hashlib.sha256(b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in results)).hexdigest()
+print(digest, *[str(w.message) for w in caught if "bnbref" in str(w.message)], sep="\\n")
+"""
+
+
+def probe(**environment: str) -> list[str]:
+    env = {key: value for key, value in os.environ.items() if key not in ("CXX", "BNBREF_COMPILE")} | environment
+    done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, cwd=ROOT, env=env)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.fixture(scope="module")
+def digest() -> str:
+    uncompiled, *said = probe(BNBREF_COMPILE="0")
+    assert said == []
+    return uncompiled
+
+
+def test_without_a_compiler_it_says_so_once_and_has_the_same_bits(digest):
+    missing, *said = probe(CXX="nonexistent-c++")
+    assert missing == digest
+    assert_expected_inline(
+        "\n".join(said),
+        """bnbref runs uncompiled on cpu: no C++ compiler ('nonexistent-c++' is not on the PATH; set CXX or install g++). The bits are the same, the speed is not.""",
+    )
+    missing, *said = probe(PATH="")
+    assert missing == digest
+    assert_expected_inline(
+        "\n".join(said).replace("clang++", "g++"),
+        """bnbref runs uncompiled on cpu: no C++ compiler ('g++' is not on the PATH; set CXX or install g++). The bits are the same, the speed is not.""",
+    )
+
+
+def test_compiled_it_has_the_same_bits(digest):
+    """In a process of its own, with kernels from Inductor's cache or new ones."""
+    assert probe() == [digest]
+
+
+# ---- other people's graphs and modes --------------------------------------------------------------------------------
+
+
+def round_trip_4bit(x):
+    packed, state = F.quantize_4bit(x, quant_type="nf4", compress_statistics=True)
+    return F.dequantize_4bit(packed, state)
+
+
+def round_trip_8bit(x):
+    return F.dequantize_blockwise(*F.quantize_blockwise(x, blocksize=64))
+
+
+def through_int8(x):
+    codes, absmax, outliers = int8.quantize(x, 1.5)
+    return int8.dequantize(codes, absmax), absmax, outliers
+
+
+def product_int8(x):
+    return bnbref.matmul(x, torch.linspace(-1, 1, 5 * x.shape[-1]).view(5, x.shape[-1]))
+
+
+FUNCTIONS = (round_trip_4bit, round_trip_8bit, through_int8, product_int8)
+each_function = pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
+
+
+@each_function
+def test_inlines_into_an_outer_compile(function):
+    """One graph without a break, with the public functions in it; no kernel is compiled on its own account."""
+    x = ramp(300).view(3, 100)
+    with bnbref.eager():
+        want = function(x)
+    seen = []
+
+    def backend(graph, _):
+        seen.append(graph)
+        return graph.forward
+
+    before = {name: len(kernel.variants) for name, kernel in REGISTRY.items()}
+    got = torch.compile(function, fullgraph=True, backend=backend)(x)
+    assert same_bits(got, want), difference(got, want)
+    assert len(seen) == 1
+    assert {name: len(kernel.variants) for name, kernel in REGISTRY.items()} == before
+
+
+@each_function
+@pytest.mark.parametrize("strict", [False, True])
+def test_exports(function, strict):
+    """An exported program has ATen's operators alone, so that it runs where bnbref is not installed."""
+
+    class Module(torch.nn.Module):
+        def forward(self, x):
+            return function(x)
+
+    x = ramp(300).view(3, 100)
+    program = torch.export.export(Module(), (x,), strict=strict)
+    targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert not [t for t in targets if "bnbref" in t]
+    with bnbref.eager():
+        want = function(x)
+    got = program.module()(x)
+    assert same_bits(got, want), difference(got, want)
+
+
+@each_function
+def test_fake_and_meta_tensors(function):
+    """Shapes and dtypes without data, and nothing of a fake mode outlives it."""
+    x = ramp(300).view(3, 100)
+    with bnbref.eager():
+        want = function(x)
+    want = want if isinstance(want, tuple) else (want,)
+    with FakeTensorMode():
+        fake = function(torch.empty(3, 100))
+    for got in (fake, function(x.to("meta")) if function is not product_int8 else fake):
+        got = got if isinstance(got, tuple) else (got,)
+        assert [(g.shape, g.dtype) for g in got] == [(w.shape, w.dtype) for w in want]
+    assert isinstance(fake[0] if isinstance(fake, tuple) else fake, FakeTensor)
+    assert not any(isinstance(value_table(book, CPU), FakeTensor) for book in (NF4, DYNAMIC))
+    with bnbref.eager():
+        assert same_bits(function(x), want if len(want) > 1 else want[0])
+
+
+def test_a_subclass_of_tensor_sees_plain_operations(counted):
+    class Logged(torch.Tensor):
+        pass
+
+    packed = torch.arange(256).to(torch.uint8)
+    assert same_bits(decode(packed.as_subclass(Logged)).as_subclass(torch.Tensor), decode(packed))
+    assert len(counted) >= 1
+    parameter = torch.nn.Parameter(packed, requires_grad=False)
+    before = len(counted)
+    decode(parameter)
+    assert len(counted) == before, "a parameter is compiled as a tensor is"
+
+
+def test_nothing_is_left_on_the_callers_tensors():
+    """Dynamo writes its mark of a dynamic size on the tensor itself."""
+    x, codes = torch.randn(4, 64), torch.zeros(4, 64, dtype=torch.uint8)
+    absmax = torch.ones(4)
+    packed, _ = F.quantize_4bit(x, quant_type="nf4")
+    REGISTRY["dequantize_blocks"](codes, absmax, value_table(DYNAMIC, CPU), dtype=F32)
+    REGISTRY["quantize_rows"](x, blocksize=64, codebook=NF4)
+    int8.quantize(x, 2.5)
+    for tensor in (x, codes, absmax, packed, value_table(DYNAMIC, CPU)):
+        marks = [name for name in dir(tensor) if "dynamo" in name.lower()]
+        assert marks == [], marks
+
+
+def test_no_gradient_and_no_version():
+    """Results do not require grad, and the inputs are not written to."""
+    x = torch.randn(4, 64, requires_grad=True)
+    version = x._version
+    packed, absmax = fourbit.quantize(x, NF4, 64)
+    codes, _ = blockwise.quantize(x, DYNAMIC, 256)
+    assert not packed.requires_grad
+    assert not absmax.requires_grad
+    assert not codes.requires_grad
+    assert x._version == version
+    assert x.grad is None
+    assert torch.is_grad_enabled()
+
+
+# ---- threads --------------------------------------------------------------------------------------------------------
+
+
+def test_threads():
+    """Several threads at once, the first use of a kernel among them: the bits of one thread."""
+    book = fresh("threads")
+    inputs = [ramp(n) for n in (50, 129, 640, 1)]
+    with bnbref.eager():
+        want = [fourbit.dequantize(*fourbit.quantize(x, book, 64), book, 64, x.shape, F32) for x in inputs]
+    barrier = threading.Barrier(len(inputs))
+
+    def work(x):
+        barrier.wait()
+        return [fourbit.dequantize(*fourbit.quantize(x, book, 64), book, 64, x.shape, F32) for _ in range(20)]
+
+    with concurrent.futures.ThreadPoolExecutor(len(inputs)) as pool:
+        for got, expected in zip(pool.map(work, inputs), want, strict=True):
+            assert all(same_bits(one, expected) for one in got)
+
+
+# ---- the registry ---------------------------------------------------------------------------------------------------
+
+
+def test_registering():
+    def double(x: torch.Tensor) -> torch.Tensor:
+        """Twice."""
+        return x + x
+
+    messages = []
+    try:
+        kernel = fused.fused(dynamic={"x": (0,)})(double)
+        assert REGISTRY["double"] is kernel
+        assert kernel.__doc__ == "Twice."
+        assert kernel.__name__ == "double"
+        assert kernel(torch.ones(5)).tolist() == [2.0] * 5
+        with pytest.raises(ValueError) as caught:
+            fused.fused(dynamic={})(double)
+        messages.append(str(caught.value))
+    finally:
+        del REGISTRY["double"]
+    with pytest.raises(ValueError) as caught:
+        fused.fused(dynamic={"y": (0,)})(double)
+    messages.append(str(caught.value))
+    assert "double" not in REGISTRY
+    assert_expected_inline(
+        "\n".join(messages),
+        """\
+a kernel named 'double' is registered already
+dynamic names no argument of kernel 'double': ['y']""",
+    )
+
+
+def test_none_among_the_tensors():
+    product, ones = torch.ones(2, 3, dtype=torch.int32), torch.ones(3)
+    a = int8.dequantize_int8_product(product, ones[:2], ones, None, None, dtype=F32)
+    b = int8.dequantize_int8_product(product, ones[:2], ones, ones * 0, None, dtype=F32)
+    assert same_bits(a, b)
+
+
+# ---- more than 2^31 elements ----------------------------------------------------------------------------------------
+
+
+def test_generated_code_indexes_with_64_bits():
+    """Every loop of the C++ that Inductor wrote for our kernels counts in int64_t, and every subscript is made of them.
+
+    (No tensor of 2^31 elements is small; tests/test_exhaustive.py runs real ones.)
+    """
+    from torch._inductor.codecache import PyCodeCache
+
+    x = ramp(300)
+    round_trip_4bit(x), round_trip_8bit(x), through_int8(x.view(3, 100))
+    sources = [Path(module.__file__).read_text(encoding="utf-8") for module in PyCodeCache.modules]
+    kernels = [source for source in sources if 'extern "C"' in source and "for(" in source]
+    assert kernels
+    for source in kernels:
+        loops = re.findall(r"for\((\w+) (x\d+\w*)=", source)
+        assert {kind for kind, _ in loops} == {"int64_t"}, set(loops)
+        # x0 + 64*x1, never a narrower copy of an index inside a subscript
+        subscripts = re.findall(r"\w+_ptr\d+(?:\s*\+\s*|\[)static_cast<(\w+)>\(", source)
+        assert set(subscripts) <= {"int64_t"}, set(subscripts)
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+
+def peak_of(function) -> int:
+    """The most bytes that lived at a time of those that torch's allocator gave to a function on its second call."""
+    function()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = function()
+    sizes = []
+
+    def walk(event):
+        if event.tag == torch._C._profiler._EventType.Allocation:
+            sizes.append((event.start_time_ns, event.extra_fields.alloc_size))
+        for child in event.children:
+            walk(child)
+
+    for event in profile.profiler.kineto_results.experimental_event_tree():
+        walk(event)
+    assert sizes, "the profiler saw no allocation"
+    del result
+    return max(itertools.accumulate(size for _, size in sorted(sizes)))
+
+
+N = 1 << 18
+
+
+def _memory_cases():
+    values = value_table(DYNAMIC, CPU)
+    for dtype in (F32, torch.bfloat16):
+        x = torch.randn(512, N // 512, generator=torch.Generator().manual_seed(0)).to(dtype)
+        packed, absmax = fourbit.quantize(x, NF4, 64)
+        codes, absmax8 = blockwise.quantize(x, DYNAMIC, 256)
+        rows, stats, _ = int8.quantize(x, 2.5)
+        size = dtype.itemsize
+        # Bytes an element in eager mode, temporaries and results. Encoding: the float32 copy of a 16-bit input, the
+        # scaled elements, two int32 counts (bucketize, where) and a mask: 4 + 4 + 4 + 4 + 1. int8 has the magnitudes, the
+        # scaled and the rounded elements, a few masks. Decoding: the unpacked codes, int32 and inside the operator int64
+        # indices, the values: 1 + 4 + 8 + 4. A comparison with every threshold at once would be 15 or 255 masks.
+        # Compiled: the results and nothing else.
+        yield "quantize 4 bits", dtype, lambda x=x: fourbit.quantize(x, NF4, 64), 18, 0.5 + 4 / 64
+        yield "quantize 8 bits", dtype, lambda x=x: blockwise.quantize(x, DYNAMIC, 256), 18, 1 + 4 / 256
+        yield "quantize int8", dtype, lambda x=x: int8.quantize(x, 2.5), 24, 1 + 4 / 512 + 1 / 512
+        yield (
+            "dequantize 4 bits",
+            dtype,
+            lambda p=packed, a=absmax, d=dtype: fourbit.dequantize(p, a, NF4, 64, (N,), d),
+            17,
+            size,
+        )
+        yield (
+            "dequantize 8 bits",
+            dtype,
+            lambda c=codes, a=absmax8, d=dtype: blockwise.dequantize(c, a, values, 256, d),
+            17,
+            size,
+        )
+        yield "dequantize int8", dtype, lambda c=rows, a=stats, d=dtype: int8.dequantize(c, a, d), 12, size
+
+
+def test_peak_memory():
+    for name, dtype, function, eager, compiled in _memory_cases():
+        with bnbref.eager():
+            peak = peak_of(function)
+        assert peak <= eager * N + 4096, f"{name} {dtype} eager: {peak / N:.2f} bytes an element"
+        peak = peak_of(function)
+        assert peak <= compiled * N + 4096, f"{name} {dtype} compiled: {peak / N:.2f} bytes an element"
+
+
+def test_peak_memory_is_measured():
+    """The instrument, on functions whose peak is known: one float at a time, and a comparison with a whole table."""
+    x, table = torch.ones(N), torch.ones(15)
+    assert 8 * N <= peak_of(lambda: (x + 1) * 2) <= 8 * N + 4096
+    assert peak_of(lambda: ((x + 1) * 2).sum() + 1) <= 8 * N + 4096
+    assert peak_of(lambda: (x[:, None] > table).any(-1)) >= 16 * N
