@@ -1,6 +1,6 @@
 """LLM.int8(): row-wise 8-bit quantization, an exact integer product, and outlier columns kept in sixteen bits.
 
-    q = rint(x * (127 / absmax))                      absmax: per row, over the elements below the threshold
+    q = rint(x * fl(127 * fl(1 / absmax)))            absmax: per row, over the elements below the threshold
     y = fl(fl(q_a @ q_b^T * absmax_a) * absmax_b) * RN(1 / 127^2)        plus the columns of A with outliers, in floats
 
 Source: Dettmers et al., LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale (2208.07339), sections 2-3.
@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from bnbref.blockwise import check_float, magnitude
+from bnbref.blockwise import check_float, magnitude, reciprocal
 from bnbref.fused import fused
 
-# Below this 127 / absmax is no float32 any more; such a row is stored as a row of zeros.
+# Below this 127 * (1 / absmax) is no float32 any more; such a row is stored as a row of zeros.
 SMALLEST_ABSMAX = 2.0**-121
 RECIPROCAL_127 = 0.007874015718698502  # RN(1 / 127)
 RECIPROCAL_127_SQUARED = (
@@ -50,8 +50,8 @@ def quantize_int8_rows(rows: Tensor, *, threshold: float) -> tuple[Tensor, Tenso
         columns = torch.zeros_like(rows[0], dtype=torch.bool)
     absmax = size.amax(-1)
     absmax = torch.where(absmax >= SMALLEST_ABSMAX, absmax, 0.0)
-    scale = torch.where(absmax > 0, torch.full_like(absmax, 127.0) / absmax, 0.0)
-    scaled = x * rearrange(scale, "r -> r 1")
+    # Two roundings, as on every backend of bitsandbytes: CUDA multiplies by the reciprocal, and so does torch for 127 / x.
+    scaled = x * rearrange(reciprocal(absmax) * 127.0, "r -> r 1")
     # NaN, and inf * 0 in a row whose absmax is infinite, are 0.
     keep = (scaled == scaled) if threshold <= 0 else (scaled == scaled) & ~columns
     return torch.where(keep, scaled.round(), 0.0).to(torch.int8), absmax, columns
@@ -88,7 +88,7 @@ def in_rows(x: Tensor) -> Tensor:
 def quantize(x: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
     """Row-wise int8 of a tensor `[..., columns]`, its rows' absmax, and which columns hold an outlier.  Exact.
 
-        q = rint(x * fl(127 / absmax)), half to even; absmax over the row's elements with |x| < threshold (NaN left out)
+        q = rint(x * fl(127 * fl(1 / absmax))), half to even; absmax over the row's elements with |x| < threshold (NaN left out)
 
     Returns int8 like `x`, float32 `[rows]` over the flattened leading dimensions, and bool `[columns]`, or None where
     the threshold is 0. Columns with an outlier are zero in every row, NaN is 0, and so is a row with an infinity.

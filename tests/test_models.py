@@ -143,7 +143,6 @@ class TheirLinear8bit(nn.Module):
         if bool((x.abs() >= THRESHOLD).any()):
             raise ValueError("an outlier: not modelled")
         absmax = x.abs().amax(1).float()
-        # `127.0 / absmax` in torch is reciprocal, then product: two roundings where bnbref has one.
         return (x * (absmax.reciprocal() * 127.0)[:, None]).round(), absmax
 
     def forward(self, x):
@@ -177,7 +176,7 @@ def test_int8_layers_are_within_a_bound_of_bitsandbytes(mode):
         assert torch.equal(absmax, their_absmax)
         apart = (codes.double() - their_codes.double()).abs()
         assert apart.max() <= 1
-        # Apart only where x * 127 / absmax is a tie up to the roundings, two in ours and three and a float16 in theirs.
+        # Apart only where x * 127 / absmax is a tie up to the roundings, three in each and a float16 in theirs.
         quotient = x.double() * 127 / absmax.double()[:, None]
         from_tie = ((quotient.abs() % 1) - 0.5).abs()
         roundings = 3 * U * quotient.abs() + 2.0**-25 * 127 / absmax.double()[:, None]

@@ -129,9 +129,6 @@ def test_float_weights_become_the_bytes_of_bitsandbytes(name):
             assert unequal.pop("weight.absmax", torch.zeros(1)).abs().max() <= 1
             loose = {key for key in unequal if key == "weight.nested_absmax" or "quant_state" in key}
             unequal = {key: value for key, value in unequal.items() if key not in loose}
-        if name == "int8":
-            # Its row scale is rounded twice, 127 * (1 / absmax), ours once: codes at ties are one apart.
-            assert unequal.pop("weight", torch.zeros(1)).abs().max() <= 1
         assert not unequal
 
 

@@ -154,14 +154,7 @@ def test_quantizing_while_loading_gives_the_bytes_of_bitsandbytes(kind, tmp_path
             codes = tensors(tmp_path)[name].int() - tensors(FIXTURES / kind)[name].int()
             assert codes.abs().max() == 1
     if kind == "int8":
-        # It multiplies by 127 and by 1 / absmax: a number halfway between two codes may go the other way.
-        weights = tensors(FIXTURES / "base")
-        for name in names:
-            ours, theirs = tensors(tmp_path)[name].float(), tensors(FIXTURES / kind)[name].float()
-            absmax = tensors(FIXTURES / kind)[name.replace("weight", "SCB")]
-            exact = weights[name].double() * 127 / absmax.double()[:, None]
-            halfway = ((ours + theirs) / 2 - exact).abs() < 127 * 2.0**-22  # three roundings of a number below 127
-            assert bool(((ours == theirs) | halfway).all())
+        assert not names
 
 
 def test_a_checkpoint_is_cast_but_for_codes_and_scales(tmp_path):
