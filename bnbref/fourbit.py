@@ -6,6 +6,7 @@ The first element is in the high nibble. Kernels see rows of `row_blocks(blocksi
 64-bit words, so that any blocksize, odd ones too, packs without a byte that two rows share.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -16,17 +17,24 @@ from torch import Tensor
 
 from bnbref.blockwise import (
     FLOATS,
+    absmax_of_lanes,
     block_count,
     check_blocksize,
     check_float,
     count_below,
+    float_cells,
+    float_of,
     flush,
+    in_lanes,
     in_rows,
+    join_words,
+    lane_elements,
     magnitude,
     reciprocal,
+    tuned,
 )
 from bnbref.codebooks import Codebook, threshold_table, value_table
-from bnbref.fused import fused
+from bnbref.fused import compile_enabled, fused, tracing
 from bnbref.lut16 import lookup16, scaled16_bits
 
 WORD = 16  # codes in 64 bits
@@ -67,9 +75,14 @@ def _encode_options(rows: torch.dtype, **constants: Any) -> dict[str, Any]:
     return {"cpp.simdlen": 256}
 
 
-@fused(dynamic={"rows": (0,)}, cpu=_encode_options)
-def quantize_rows(rows: Tensor, *, blocksize: int, codebook: Codebook) -> tuple[Tensor, Tensor]:
-    """`[rows, blocks * blocksize]` -> packed uint8 `[rows, bytes]`, float32 absmax `[rows, blocks]`.  Exact."""
+@fused(dynamic={"rows": (0,)}, cpu=_encode_options, gpu=tuned)
+def quantize_rows(
+    rows: Tensor, pairs: Tensor | None = None, switches: Tensor | None = None, *, blocksize: int, codebook: Codebook
+) -> tuple[Tensor, Tensor]:
+    """`[rows, blocks * blocksize]` -> packed uint8 `[rows, bytes]`, float32 absmax `[rows, blocks]`.  Exact.
+
+    pairs and switches: the codebook's `code_table`, for GPUs.
+    """
     blocks = rearrange(rows.float(), "n (b s) -> n b s", s=blocksize)
     absmax = flush(magnitude(blocks).amax(-1))
     code = encode(blocks * rearrange(reciprocal(absmax), "n b -> n b 1"), codebook)
@@ -138,12 +151,71 @@ def _code_by_tree(scaled: Tensor, codebook: Codebook) -> Tensor:
     return code
 
 
+# ---- encode: formulation for GPUs -----------------------------------------------------------------------------------
+# The tree costs a GPU fifty comparisons and selects an element, at half rate. Two look-ups into one cache line each cost a
+# fifth of that: 0.61 ms instead of 2.9 for 256 Mi float32 on an H100, and 0.53 instead of 2.8 for bfloat16.
+
+
+@functools.cache
+def code_table(codebook: Codebook, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    """`encode` by cell: the upper bits of a float32 are its cell, in which the code changes once at most.
+
+    `pairs[cell]` has in its low nibble the code of magnitudes up to `switches[cell]`, in its high nibble that of those
+    above. Both are found by asking `encode`. None for a codebook that changes twice in 2^13 cells.  Finite x or NaN.
+    """
+    thresholds = torch.tensor(codebook.thresholds, dtype=torch.float32, device="cpu")
+
+    def code(pattern: Tensor, special: Tensor) -> Tensor:
+        return encode(float_of(pattern).masked_fill(special, math.nan), codebook)
+
+    for bits in range(9, 14):
+        first, last, special = float_cells(bits)
+        ends = torch.stack((float_of(first), float_of(last)))
+        ends = ends.abs() if codebook.sign_bit else ends
+        below = torch.searchsorted(thresholds, ends.amin(0))
+        inside = torch.searchsorted(thresholds, ends.amax(0), right=True).masked_fill(special, 0) - below
+        low = code(first, special)
+        switch, beyond = first, last + 1  # the last magnitude with the code of the first, by bisection
+        for _ in range(32 - bits):
+            middle = (switch + beyond) >> 1
+            same = code(middle, special) == low
+            switch, beyond = torch.where(same, middle, switch), torch.where(same, beyond, middle)
+        high = code(last, special)
+        once = code(torch.minimum(beyond, last), special) == high  # below -0.0 there may be another code than at it
+        if int(inside.max()) <= 1 and bool(once.all()):
+            return (low | high << 4).to(device), float_of(switch).abs().masked_fill(special, 0).to(device)
+    return None
+
+
+def _encode_by_cell(scaled: Tensor, pairs: Tensor, switches: Tensor) -> Tensor:
+    bits = pairs.numel().bit_length() - 1
+    cell = scaled.view(torch.int32) >> (32 - bits) & (pairs.numel() - 1)
+    pair = pairs[cell].to(torch.int32)
+    return torch.where(scaled.abs() > switches[cell], pair >> 4, pair & 15)
+
+
+def _encode_lanes(rows: Tensor, pairs: Tensor, switches: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    lanes = in_lanes(rows, blocksize, lane_elements(rows.dtype))
+    absmax = absmax_of_lanes(lanes)
+    scale = rearrange(reciprocal(absmax), "n b -> n b 1")
+    codes = [_encode_by_cell(x * scale, pairs, switches) for x in lanes]
+    packed = [high << 4 | low for high, low in zip(codes[::2], codes[1::2], strict=True)]
+    word = packed[0]
+    for place, byte in enumerate(packed[1:], 1):
+        word = word | byte << 8 * place
+    return word.to(torch.int16 if len(packed) == 2 else torch.int32).flatten(1).view(torch.uint8), absmax
+
+
 @quantize_rows.formulation
-def _(rows: Tensor, *, blocksize: int, codebook: Codebook) -> tuple[Tensor, Tensor]:
+def _(
+    rows: Tensor, pairs: Tensor | None = None, switches: Tensor | None = None, *, blocksize: int, codebook: Codebook
+) -> tuple[Tensor, Tensor]:
+    if pairs is not None and switches is not None:
+        return _encode_lanes(rows, pairs, switches, blocksize)
     even, odd = split_pairs(rows)
     if blocksize % 2 == 0:
-        pairs = torch.maximum(magnitude(even), magnitude(odd))
-        absmax = flush(rearrange(pairs, "n (b s) -> n b s", s=blocksize // 2).amax(-1))
+        sizes = torch.maximum(magnitude(even), magnitude(odd))
+        absmax = flush(rearrange(sizes, "n (b s) -> n b s", s=blocksize // 2).amax(-1))
         scale_even = scale_odd = reciprocal(absmax)[:, :, None].expand(-1, -1, blocksize // 2).flatten(1)
     else:  # pairs straddle blocks
         absmax = flush(magnitude(rearrange(rows.float(), "n (b s) -> n b s", s=blocksize)).amax(-1))
@@ -156,22 +228,71 @@ def _(rows: Tensor, *, blocksize: int, codebook: Codebook) -> tuple[Tensor, Tens
 # ---- decode ---------------------------------------------------------------------------------------------------------
 
 
-@fused(dynamic={"packed": (0,), "absmax": (0,)})
+def _decode_options(*_: torch.dtype | None, dtype: torch.dtype, **constants: Any) -> dict[str, Any]:
+    # To float32 in one dimension: tiled, Triton carries the words through shared memory.
+    return {**tuned(), "triton.max_tiles": 1} if dtype == torch.float32 else tuned()
+
+
+@fused(dynamic={"packed": (0,), "absmax": (0,)}, gpu=_decode_options)
 def dequantize_rows(
-    packed: Tensor, absmax: Tensor, *, blocksize: int, codebook: Codebook, dtype: torch.dtype
+    packed: Tensor,
+    absmax: Tensor,
+    table: Tensor | None = None,
+    *,
+    blocksize: int,
+    codebook: Codebook,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """packed uint8 `[rows, bytes]`, float32 `[rows, blocks]` -> dtype `[rows, blocks * blocksize]`.  Exact."""
+    """packed uint8 `[rows, bytes]`, float32 `[rows, blocks]` -> dtype `[rows, blocks * blocksize]`.  Exact.
+
+    table: the codebook's values in memory, for GPUs.
+    """
     code = torch.stack((packed >> 4, packed & 15), dim=-1).flatten(1)
     value = value_table(codebook, packed.device)[code.to(torch.int32)]
     scaled = rearrange(value, "n (b s) -> n b s", s=blocksize) * rearrange(absmax, "n b -> n b 1")
     return scaled.to(dtype).flatten(1)
 
 
+def sixteen(codebook: Codebook) -> tuple[float, ...]:
+    """The values, zeros after them: four bits can say no more."""
+    return codebook.values + (0.0,) * (16 - len(codebook.values))
+
+
+def decode_nibble(codes: Tensor, table: Tensor | None, codebook: Codebook) -> Tensor:
+    """The value of the lower four bits, looked up in memory where there is a table (a GPU) and else in registers."""
+    return lookup16(codes, sixteen(codebook)) if table is None else table[codes & 15]
+
+
+def _decode_bytes(
+    packed: Tensor, absmax: Tensor, table: Tensor | None, blocksize: int, codebook: Codebook, dtype: torch.dtype
+) -> Tensor:
+    """A byte a lane, and both elements of it in one store. For 256 Mi elements on an H100 to bfloat16 with the table in
+    memory 0.32 ms, in registers 0.39; to float32 0.57 and 0.54 (bitsandbytes 0.34 and 0.48)."""
+    codes = packed.unflatten(1, (-1, blocksize // 2)).to(torch.int32)
+    scale = rearrange(absmax, "n b -> n b 1")
+    first = decode_nibble(codes >> 4, table, codebook) * scale
+    second = decode_nibble(codes, table, codebook) * scale
+    if dtype == torch.float32:
+        return join_words(first.view(torch.int32), second.view(torch.int32)).view(dtype).flatten(1)
+    low, high = (value.to(dtype).view(torch.int16).to(torch.int32) for value in (first, second))
+    return (low & 0xFFFF | high << 16).view(dtype).flatten(1)
+
+
 # Two ways, each the faster for its dtypes. A byte a lane: both its nibbles are scaled, rounded, and joined in one integer,
 # so that the store is contiguous. Or sixteen codes to a 64-bit word, shifted out in the order of the output.
 @dequantize_rows.formulation
-def _(packed: Tensor, absmax: Tensor, *, blocksize: int, codebook: Codebook, dtype: torch.dtype) -> Tensor:
-    values = codebook.values + (0.0,) * (16 - len(codebook.values))
+def _(
+    packed: Tensor,
+    absmax: Tensor,
+    table: Tensor | None = None,
+    *,
+    blocksize: int,
+    codebook: Codebook,
+    dtype: torch.dtype,
+) -> Tensor:
+    if packed.device.type != "cpu" and blocksize % 2 == 0:
+        return _decode_bytes(packed, absmax, table, blocksize, codebook, dtype)
+    values = sixteen(codebook)
     if dtype != torch.float32 and blocksize % 2 == 0 and packed.device.type == "cpu":
         codes = rearrange(packed.to(torch.int32), "n (b s) -> n b s", s=blocksize // 2)
         scale = rearrange(absmax, "n b -> n b 1")
@@ -191,6 +312,11 @@ def _(packed: Tensor, absmax: Tensor, *, blocksize: int, codebook: Codebook, dty
 
 
 # ---- any shape ------------------------------------------------------------------------------------------------------
+
+
+def reads_tables(device: torch.device) -> bool:
+    """Whether kernels are given tables in memory: on GPUs, and never as part of somebody else's graph."""
+    return device.type != "cpu" and compile_enabled() and not tracing()
 
 
 def quantize(
@@ -216,7 +342,10 @@ def quantize(
             f"the {n_bytes} bytes of {n} packed elements"
         )
     rows = in_rows(x, blocksize * row_blocks(blocksize))
-    packed, absmax = quantize_rows(rows, blocksize=blocksize, codebook=codebook)
+    table: tuple[Tensor, Tensor] | tuple[()] = ()
+    if reads_tables(x.device) and blocksize % lane_elements(x.dtype) == 0:
+        table = code_table(codebook, x.device) or ()
+    packed, absmax = quantize_rows(rows, *table, blocksize=blocksize, codebook=codebook)
     packed = packed.view(-1)[:n_bytes].view(quant_storage).view(-1, 1)
     return packed, absmax.view(-1)[: block_count(n, blocksize)]
 
@@ -244,5 +373,9 @@ def dequantize(
         )
     blocks = row_blocks(blocksize)
     rows = in_rows(codes, blocks * blocksize // 2)
-    out = dequantize_rows(rows, in_rows(absmax.float(), blocks), blocksize=blocksize, codebook=codebook, dtype=dtype)
+    scales = in_rows(absmax.float(), blocks)
+    values: tuple[Tensor] | tuple[()] = ()
+    if dtype != torch.float32 and reads_tables(codes.device):
+        values = (value_table(codebook, codes.device),)
+    out = dequantize_rows(rows, scales, *values, blocksize=blocksize, codebook=codebook, dtype=dtype)
     return out.view(-1)[:n].view(torch.Size(shape))

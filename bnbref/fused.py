@@ -47,6 +47,10 @@ _GPU_OPTIONS = {
     "assert_indirect_indexing": False,
 }
 
+# A GPU kernel's block sizes are chosen by timing its first call: a tensor of a few thousand elements must not choose them
+# for one of millions (on an H100 half of the bandwidth). So each variant exists twice there, for small and for large.
+_LARGE = 2**22
+
 _eager_depth = 0
 
 
@@ -152,13 +156,14 @@ class Kernel(Generic[P, R]):
         dynamic: Mapping[str, tuple[int, ...]],
         cpu: Callable[..., Mapping[str, Any]],
         exact: bool,
+        gpu: Callable[..., Mapping[str, Any]] = lambda *dtypes, **constants: {},
     ) -> None:
         self.name = definition.__name__
         self.definition = definition
         self.body = definition
         self.variants: dict[Any, Callable[..., R]] = {}
         self.exact = exact
-        self._cpu = cpu
+        self._cpu, self._gpu = cpu, gpu
         parameters = inspect.signature(definition).parameters
         unknown = set(dynamic) - set(parameters)
         if unknown:
@@ -182,10 +187,13 @@ class Kernel(Generic[P, R]):
             device_type = next(t.device.type for t in tensors if t is not None)
             dynamic = list(zip(tensors, self._dynamic, strict=False))
             key = (device_type, *(_signature(t, dims) for t, dims in dynamic), *kwargs.items())
+            large = device_type != "cpu" and max(t.numel() for t in tensors if t is not None) >= _LARGE
+            if large:
+                key = (*key, "large")
             variant = self.variants.get(key)
             if variant is None:
                 dtypes = [None if t is None else t.dtype for t in tensors]
-                variant = self.variants[key] = self._compile(device_type, dtypes, kwargs)
+                variant = self.variants[key] = self._compile(device_type, dtypes, kwargs, large)
             for tensor, dims in dynamic:
                 if tensor is not None:
                     for dim in dims:
@@ -194,7 +202,7 @@ class Kernel(Generic[P, R]):
             return variant(*tensors)
 
     def _compile(
-        self, device_type: str, dtypes: list[torch.dtype | None], constants: Mapping[str, Any]
+        self, device_type: str, dtypes: list[torch.dtype | None], constants: Mapping[str, Any], large: bool
     ) -> Callable[..., R]:
         options: dict[str, Any]
         if device_type == "cpu":
@@ -203,7 +211,9 @@ class Kernel(Generic[P, R]):
             if options.get("cpp.simdlen", 1) != 1 and torch.backends.cpu.get_cpu_capability() != "AVX512":
                 del options["cpp.simdlen"]
         else:
-            options = dict(_GPU_OPTIONS)
+            options = {**_GPU_OPTIONS, **self._gpu(*dtypes, **constants)}
+            if not large:  # seconds of a first call that a small tensor never earns back
+                options.pop("coordinate_descent_tuning", None)
         body = self.body
 
         def call(*tensors: Any) -> R:
@@ -223,13 +233,15 @@ def fused(
     *,
     dynamic: Mapping[str, tuple[int, ...]],
     cpu: Callable[..., Mapping[str, Any]] = _no_options,
+    gpu: Callable[..., Mapping[str, Any]] = _no_options,
     exact: bool = True,
 ) -> Callable[[Callable[P, R]], Kernel[P, R]]:
     """Register a pure function as a kernel; calling it runs it compiled.
 
     dynamic: for each tensor argument the dimensions that vary between calls. cpu: Inductor's options for a variant on
-    CPU, given the dtypes of the tensors and the constants, with the measurement that chose them beside it. exact: whether
-    compiled and eager give the same bits; only a kernel that adds up floats may say no, and it says by how much.
+    CPU, given the dtypes of the tensors and the constants, with the measurement that chose them beside it; gpu: likewise on
+    GPUs. exact: whether compiled and eager give the same bits; only a kernel that adds up floats may say no, and it says by
+    how much.
 
     >>> @fused(dynamic={"x": (0,)})
     ... def twice(x: Tensor) -> Tensor:
@@ -240,7 +252,7 @@ def fused(
     """
 
     def register(definition: Callable[P, R]) -> Kernel[P, R]:
-        kernel = Kernel(definition, dynamic, cpu, exact)
+        kernel = Kernel(definition, dynamic, cpu, exact, gpu)
         if kernel.name in REGISTRY:
             raise ValueError(f"a kernel named {kernel.name!r} is registered already")
         REGISTRY[kernel.name] = kernel
