@@ -25,7 +25,8 @@ proofs: $(VENV)/.with-test  ## the exhaustive proofs: every float32, every float
 	$(VENV)/bin/python -m pytest -m slow $(ARGS)
 
 bench: $(BENCH_VENV)/.with-bench  ## benchmarks beside bitsandbytes, torchao and quanto, in an environment of their own
-	$(BENCH_VENV)/bin/python -m bnbref bench $(ARGS)
+	$(BENCH_VENV)/bin/python benchmarks/cpu.py $(ARGS)
+	$(BENCH_VENV)/bin/python benchmarks/first_use.py
 
 docs: $(VENV)/.with-docs  ## the documentation, into docs/site
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict -f docs/mkdocs.yml

@@ -50,11 +50,16 @@ def block_count(numel: int, blocksize: int) -> int:
     return -(-numel // blocksize)
 
 
-def check_blocksize(blocksize: int) -> int:
-    """The blocksize, if it is an integer of at least 1."""
+def check_blocksize(blocksize: int, numel: int) -> int:
+    """A blocksize, an integer of at least 1, no larger than it needs to be for a tensor that is a part of one block.
+
+    >>> check_blocksize(64, 10), check_blocksize(2**40, 5000)
+    (64, 8192)
+    """
     if not isinstance(blocksize, int) or blocksize < 1:
         raise ValueError(f"blocksize must be a positive integer, got {blocksize!r}")
-    return blocksize
+    # A kernel pads to whole blocks; powers of two, so that few variants of it are compiled.
+    return blocksize if blocksize <= 4096 else min(blocksize, 1 << max(12, (numel - 1).bit_length()))
 
 
 def check_float(name: str, x: Tensor) -> Tensor:
@@ -320,7 +325,7 @@ def quantize(x: Tensor, codebook: Codebook, blocksize: int) -> tuple[Tensor, Ten
             [219, 255]], dtype=torch.uint8), tensor([2.]))
     """
     check_float("x", x)
-    check_blocksize(blocksize)
+    blocksize = check_blocksize(blocksize, x.numel())
     if codebook.order is not None or codebook.sign_bit:
         raise ValueError(f"codebook {codebook.name!r} is not in the order of its values; 8-bit codes are ranks")
     thresholds = threshold_table(codebook, x.device)
@@ -343,7 +348,7 @@ def dequantize(codes: Tensor, absmax: Tensor, values: Tensor, blocksize: int, dt
     >>> dequantize(torch.tensor([0, 2], dtype=torch.uint8), torch.tensor([3.0]), torch.tensor([-1.0, 0, 1]), 2, torch.float32)
     tensor([-3.,  3.])
     """
-    check_blocksize(blocksize)
+    blocksize = check_blocksize(blocksize, codes.numel())
     if codes.dtype != torch.uint8:
         raise ValueError(f"codes must be uint8, got {codes.dtype}")
     if dtype not in FLOATS:

@@ -39,7 +39,7 @@ from bnbref.linear4bit import dequantize
 from bnbref.quant_state import BLOB, QuantState, nested_state, present
 
 _NESTED = {"nested_absmax", "nested_quant_map"}
-_OF_4BIT = re.compile(rf"(?s)(.+)\.(absmax|quant_map|nested_absmax|nested_quant_map|{re.escape(BLOB)}\w+)")
+_OF_4BIT = re.compile(rf"(?s)(.+)\.(absmax|quant_map|nested_absmax|nested_quant_map|{re.escape(BLOB)}[^.]+)")
 _OF_INT8 = re.compile(r"(?s)(|.*\.)(SCB|weight_format)")
 
 

@@ -27,7 +27,6 @@ from bnbref.blockwise import (
     flush,
     in_lanes,
     in_rows,
-    join_words,
     lane_elements,
     magnitude,
     reciprocal,
@@ -152,8 +151,9 @@ def _code_by_tree(scaled: Tensor, codebook: Codebook) -> Tensor:
 
 
 # ---- encode: formulation for GPUs -----------------------------------------------------------------------------------
-# The tree costs a GPU fifty comparisons and selects an element, at half rate. Two look-ups into one cache line each cost a
-# fifth of that: 0.61 ms instead of 2.9 for 256 Mi float32 on an H100, and 0.53 instead of 2.8 for bfloat16.
+# The tree costs a GPU fifty comparisons and selects an element, at half rate; two look-ups that stay in one cache line
+# each cost a fifth of that. 256 Mi float32 took an H100 0.61 ms and bfloat16 0.53; bitsandbytes 2.8 and 2.7, and so did the
+# tree (block sizes chosen on a small tensor).
 
 
 @functools.cache
@@ -228,12 +228,7 @@ def _(
 # ---- decode ---------------------------------------------------------------------------------------------------------
 
 
-def _decode_options(*_: torch.dtype | None, dtype: torch.dtype, **constants: Any) -> dict[str, Any]:
-    # To float32 in one dimension: tiled, Triton carries the words through shared memory.
-    return {**tuned(), "triton.max_tiles": 1} if dtype == torch.float32 else tuned()
-
-
-@fused(dynamic={"packed": (0,), "absmax": (0,)}, gpu=_decode_options)
+@fused(dynamic={"packed": (0,), "absmax": (0,)}, gpu=tuned)
 def dequantize_rows(
     packed: Tensor,
     absmax: Tensor,
@@ -266,14 +261,15 @@ def decode_nibble(codes: Tensor, table: Tensor | None, codebook: Codebook) -> Te
 def _decode_bytes(
     packed: Tensor, absmax: Tensor, table: Tensor | None, blocksize: int, codebook: Codebook, dtype: torch.dtype
 ) -> Tensor:
-    """A byte a lane, and both elements of it in one store. For 256 Mi elements on an H100 to bfloat16 with the table in
-    memory 0.32 ms, in registers 0.39; to float32 0.57 and 0.54 (bitsandbytes 0.34 and 0.48)."""
+    """A byte a lane, and both elements of it in one store: for GPUs, to the 16-bit dtypes.
+
+    256 Mi elements to bfloat16 took an H100 0.32 ms with the table in memory, 0.39 in registers, 0.62 by 64-bit words as
+    below; to float32 0.57, 0.54 and 0.50.
+    """
     codes = packed.unflatten(1, (-1, blocksize // 2)).to(torch.int32)
     scale = rearrange(absmax, "n b -> n b 1")
     first = decode_nibble(codes >> 4, table, codebook) * scale
     second = decode_nibble(codes, table, codebook) * scale
-    if dtype == torch.float32:
-        return join_words(first.view(torch.int32), second.view(torch.int32)).view(dtype).flatten(1)
     low, high = (value.to(dtype).view(torch.int16).to(torch.int32) for value in (first, second))
     return (low & 0xFFFF | high << 16).view(dtype).flatten(1)
 
@@ -290,7 +286,7 @@ def _(
     codebook: Codebook,
     dtype: torch.dtype,
 ) -> Tensor:
-    if packed.device.type != "cpu" and blocksize % 2 == 0:
+    if packed.device.type != "cpu" and dtype != torch.float32 and blocksize % 2 == 0:
         return _decode_bytes(packed, absmax, table, blocksize, codebook, dtype)
     values = sixteen(codebook)
     if dtype != torch.float32 and blocksize % 2 == 0 and packed.device.type == "cpu":
@@ -333,8 +329,8 @@ def quantize(
     (['f0', '77'], tensor([2.]))
     """
     check_float("x", x)
-    check_blocksize(blocksize)
     n = x.numel()
+    blocksize = check_blocksize(blocksize, n)
     n_bytes = -(-n // 2)
     if n_bytes % quant_storage.itemsize != 0:
         raise ValueError(
@@ -359,10 +355,10 @@ def dequantize(
     >>> dequantize(*quantize(torch.tensor([2.0, -2.0, 0.0]), NF4), NF4, 64, (3,), torch.float32)
     tensor([ 2., -2.,  0.])
     """
-    check_blocksize(blocksize)
     if dtype not in FLOATS:
         raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
     n = math.prod(shape)
+    blocksize = check_blocksize(blocksize, n)
     codes = packed.detach().reshape(-1).view(torch.uint8)
     if codes.numel() != -(-n // 2):
         raise ValueError(f"packed must hold {-(-n // 2)} bytes for shape {tuple(shape)}, got {codes.numel()}")

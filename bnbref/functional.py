@@ -106,7 +106,9 @@ def _codebook_of(values: tuple[float, ...]) -> Codebook:
     return Codebook.nearest("code", values, ties="even")
 
 
-def _eight_bit(code: Tensor | None) -> Codebook:
+def _eight_bit(code: Tensor | Codebook | None) -> Codebook:
+    if isinstance(code, Codebook):
+        return code
     return DYNAMIC if code is None else _codebook_of(tuple(code.detach().float().tolist()))
 
 
@@ -122,7 +124,7 @@ def _pad_to_256(code: Tensor) -> Tensor:
 
 def quantize_blockwise(
     A: Tensor,
-    code: Tensor | None = None,
+    code: Tensor | Codebook | None = None,
     absmax: Tensor | None = None,
     out: Tensor | None = None,
     blocksize: int = 4096,
@@ -131,15 +133,17 @@ def quantize_blockwise(
     """Blockwise 8-bit quantization of a tensor: `blockwise.quantize`.  Exact.
 
     A: float32, float16 or bfloat16 of any shape. code: sorted values, 2 to 256, dynamic signed by default; nearest value by
-    the float32 midpoint, a tie to the even code. nested: quantize the scales too, less their mean, with the same blocksize.
+    the float32 midpoint, a tie to the even code; or a Codebook. nested: quantize the scales too, less their mean, with the
+    same blocksize.
     Returns uint8 codes shaped like A and their QuantState. out and absmax receive the results if given.
 
     >>> codes, state = quantize_blockwise(torch.tensor([0.0, -2.0, 1.0]))
     >>> codes, state.absmax
     (tensor([127,   0, 219], dtype=torch.uint8), tensor([2.]))
     """
-    codes, scales = blockwise.quantize(A, _eight_bit(code), blocksize)
-    values = value_table(DYNAMIC, A.device) if code is None else _pad_to_256(code).to(A.device)
+    book = _eight_bit(code)
+    codes, scales = blockwise.quantize(A, book, blocksize)
+    values = _pad_to_256(code if isinstance(code, Tensor) else value_table(book, A.device)).to(A.device)
     offset = state2 = None
     if nested:
         offset = scales.mean() if scales.numel() else scales.new_zeros(())

@@ -78,12 +78,12 @@ def _multiply_by_words(
     words = packed.view(torch.int32).unflatten(1, (-1, blocksize // 8))
     scale = rearrange(absmax, "n b -> n b 1")
     columns = a.unflatten(1, (-1, blocksize // 8))
-    total = None
+    total: Tensor | float = 0.0
     for place in range(8):
         codes = words >> (8 * (place // 2) + 4 * (1 - place % 2))
         weight = _round(fourbit.decode_nibble(codes, table, codebook) * scale, dtype, bits=False)
-        total = weight * columns[place] if total is None else total + weight * columns[place]
-    return present(total, "total").sum((1, 2))
+        total = total + weight * columns[place]
+    return torch.as_tensor(total).sum((1, 2))
 
 
 # A byte a lane, as in decoding; the rows of the weight in two halves, so that two sums are under way at a time: 0.50 ms
@@ -123,6 +123,7 @@ def _is_row_for_kernel(a: Tensor, state: QuantState) -> bool:
         and min(n, k) >= 4
         and compile_enabled()
         and not tracing()
+        and not torch.is_autocast_enabled(a.device.type)
     )
 
 
@@ -167,7 +168,8 @@ def matmul_4bit(
 ) -> Tensor:
     """`A @ W^T + bias` for a packed 4-bit weight, differentiable in A and bias.
 
-    A `[..., k]`, B the packed weight, quant_state of shape `[n, k]`, bias `[n]`; returns `[..., n]` in A's dtype.
+    A `[..., k]`, B the packed weight, quant_state of shape `[n, k]`, bias `[n]`; returns `[..., n]` in A's dtype,
+    under autocast in autocast's.
     Bounded: the weight is exact in A's dtype; the product is the device's, accumulated in float32, so that with u the unit
     roundoff of float32 and v that of the output dtype |y - exact| <= k u / (1 - k u) * sum |a w| + v |exact|.
 

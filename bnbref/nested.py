@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor
 
 from bnbref import blockwise
-from bnbref.blockwise import block_count, decode_options, in_rows
+from bnbref.blockwise import block_count, check_blocksize, decode_options, in_rows
 from bnbref.codebooks import DYNAMIC
 from bnbref.fused import fused
 
@@ -50,6 +50,7 @@ def dequantize(codes: Tensor, absmax2: Tensor, values: Tensor, offset: Tensor, b
             f"absmax2 must have one scale per block: {block_count(codes.numel(), blocksize)} for {codes.numel()} codes "
             f"in blocks of {blocksize}, got {absmax2.numel()}"
         )
+    blocksize = check_blocksize(blocksize, codes.numel())
     scales = in_rows(absmax2, 1).view(-1)
     out = dequantize_nested(in_rows(codes, blocksize), scales, values, offset)
     return out.view(-1)[: codes.numel()].view(codes.shape)

@@ -1,4 +1,5 @@
 """The lookup is `table[codes & 15]`, whatever compiles it: every code, length, vector width, dtype and way of being called."""
+
 import subprocess
 import sys
 
@@ -7,17 +8,52 @@ import torch
 
 from bnbref import lut16
 
-TABLE = tuple(torch.tensor([-1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.09105004, 0.0,
-                            0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0]).tolist())
+TABLE = tuple(
+    torch.tensor(
+        [
+            -1.0,
+            -0.6961928,
+            -0.52507305,
+            -0.3949175,
+            -0.28444138,
+            -0.18477343,
+            -0.09105004,
+            0.0,
+            0.0795803,
+            0.1609302,
+            0.2461123,
+            0.33791524,
+            0.44070983,
+            0.562617,
+            0.72295684,
+            1.0,
+        ]
+    ).tolist()
+)
 WIDTHS = (None, 512, 256, 1)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # subnormal, smallest normal, ties, overflow to inf in float16, inf and NaN
-SCALES = (0.0, 1e-45, 1e-40, 2.0**-126, 6e-8, 6.1e-5, 0.3333, 1.0, 3.0, 65504.0, 65520.0, 3.4e38, float("inf"), float("nan"))
+SCALES = (
+    0.0,
+    1e-45,
+    1e-40,
+    2.0**-126,
+    6e-8,
+    6.1e-5,
+    0.3333,
+    1.0,
+    3.0,
+    65504.0,
+    65520.0,
+    3.4e38,
+    float("inf"),
+    float("nan"),
+)
 
 
 def codes(*shape: int) -> torch.Tensor:
     """All 16 codes in turn, under random high bits, the sign among them."""
-    noise = torch.randint(-2**31, 2**31, shape, generator=torch.Generator().manual_seed(0), dtype=torch.int64)
+    noise = torch.randint(-(2**31), 2**31, shape, generator=torch.Generator().manual_seed(0), dtype=torch.int64)
     low = torch.arange(noise.numel()).reshape(shape) & 15
     return ((noise & ~15) | low).to(torch.int32)
 
@@ -39,14 +75,16 @@ def compiled(f, width=None, **options):
 def test_the_definition_is_the_definition():
     q = codes(1000)
     want = torch.tensor([TABLE[int(c) & 15] for c in q])
-    assert same(lut16.gather16(q, TABLE), want) and same(lut16.tree16(q, TABLE), want) and same(lut16.lookup16(q, TABLE), want)
+    assert same(lut16.gather16(q, TABLE), want)
+    assert same(lut16.tree16(q, TABLE), want)
+    assert same(lut16.lookup16(q, TABLE), want)
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("dtype", (torch.int32, torch.int64, torch.uint8, torch.int16))
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8, torch.int16])
 def test_lookup_compiled(width, dtype):
     f = compiled(lambda q: lut16.lookup16(q, TABLE), width)
-    for length in (0, 1, 16, 37) if dtype == torch.int32 else (37,):        # test_every_length_with_one_kernel has the others
+    for length in (0, 1, 16, 37) if dtype == torch.int32 else (37,):  # test_every_length_with_one_kernel has the others
         torch._dynamo.reset()
         q = codes(length).to(dtype)
         assert same(f(q), lut16.gather16(q, TABLE)), length
@@ -70,18 +108,26 @@ def test_scaled_compiled(width, dtype):
     def f(q, s):
         column, each = s[:, None], s[:, None] + torch.zeros_like(q, dtype=torch.float32)
         return [g(q, a, TABLE, dtype) for g in (lut16.scaled16, lut16.scaled16_bits) for a in (column, each)] + [
-            lut16.scaled16(q[:, :1].contiguous(), each, TABLE, dtype), lut16.scaled16(q, each, TABLE, dtype).to(torch.bfloat16),
-            lut16.scaled16_bits(q, column, TABLE, dtype).to(torch.int16)]
+            lut16.scaled16(q[:, :1].contiguous(), each, TABLE, dtype),
+            lut16.scaled16(q, each, TABLE, dtype).to(torch.bfloat16),
+            lut16.scaled16_bits(q, column, TABLE, dtype).to(torch.int16),
+        ]
 
     for lanes in (32, 37, 5):
         torch._dynamo.reset()
         q = codes(len(scale), lanes)
-        for i, (got, want) in enumerate(zip(compiled(f, width)(q, scale), f(q, scale))):
-            if want.dtype in (torch.int32, torch.int16):                # bits: a NaN is any NaN
+        for i, (got, want) in enumerate(zip(compiled(f, width)(q, scale), f(q, scale), strict=False)):
+            if want.dtype in (torch.int32, torch.int16):  # bits: a NaN is any NaN
                 keep = (lut16.gather16(q, TABLE) * scale[:, None]).isnan().logical_not()
                 assert torch.equal(got[keep], want[keep]), (i, lanes)
                 assert got.dtype == want.dtype
-                view = got.to(torch.int16).view(dtype) if dtype != torch.float32 else got.view(dtype) if got.dtype == torch.int32 else got
+                view = (
+                    got.to(torch.int16).view(dtype)
+                    if dtype != torch.float32
+                    else got.view(dtype)
+                    if got.dtype == torch.int32
+                    else got
+                )
                 assert dtype == torch.float32 or bool(view[~keep].isnan().all())
             else:
                 assert same(got, want), (i, lanes)
@@ -110,29 +156,39 @@ def test_plain_operations_give_the_same_bits(dtype, monkeypatch):
     """Where no lowering is to be had."""
     monkeypatch.setattr(lut16, "_chosen", f"{lut16._PLAIN}: by the test")
     q, scale = codes(len(SCALES) - 1, 33), torch.tensor(SCALES[:-1])[:, None]
-    f = lambda q, s: (lut16.lookup16(q, TABLE), lut16.scaled16(q, s, TABLE, dtype))
-    for got, want in zip(compiled(f)(q, scale), f(q, scale)):
+
+    def f(q, s):
+        return (lut16.lookup16(q, TABLE), lut16.scaled16(q, s, TABLE, dtype))
+
+    for got, want in zip(compiled(f)(q, scale), f(q, scale), strict=False):
         assert same(got, want)
     assert lut16.lowering() == "plain tensor operations: by the test"
 
 
 def test_unexpected_internals_are_said(monkeypatch):
     from torch._inductor import lowering as lowerings
+
     monkeypatch.setattr(lut16, "_chosen", None)
     monkeypatch.delattr(lowerings, "make_pointwise")
-    assert not lut16.enable() and lut16.lowering().startswith("plain tensor operations") and "make_pointwise" in lut16.lowering()
+    assert not lut16.enable()
+    assert lut16.lowering().startswith("plain tensor operations")
+    assert "make_pointwise" in lut16.lowering()
 
 
-@pytest.mark.parametrize("backend", ("aot_eager", "eager", "inductor"))
+@pytest.mark.parametrize("backend", ["aot_eager", "eager", "inductor"])
 def test_inside_the_users_compile(backend):
     torch._dynamo.reset()
     q, scale = codes(3, 32), torch.tensor([[0.5], [2.0], [3.0]])
-    f = lambda q, s: lut16.lookup16(q, TABLE) + lut16.scaled16(q >> 4, s, TABLE, torch.bfloat16)
+
+    def f(q, s):
+        return lut16.lookup16(q, TABLE) + lut16.scaled16(q >> 4, s, TABLE, torch.bfloat16)
+
     assert same(torch.compile(f, backend=backend, fullgraph=True)(q, scale), f(q, scale))
 
 
 def test_the_lowering_is_in_the_code():
     from torch._inductor.utils import run_and_get_code
+
     if lut16.lowering() != "vpermps":
         pytest.skip(lut16.lowering())
     _, (code, *_) = run_and_get_code(compiled(lambda q: lut16.lookup16(q, TABLE)), codes(64, 64))
@@ -143,7 +199,10 @@ def test_the_lowering_is_in_the_code():
 
 def test_the_default_dtype_does_not_matter():
     q, scale = codes(2, 64), torch.tensor([[0.3], [7.0]])
-    f = lambda q, s: (lut16.lookup16(q, TABLE), lut16.tree16(q, TABLE), lut16.scaled16(q, s, TABLE, torch.float16))
+
+    def f(q, s):
+        return (lut16.lookup16(q, TABLE), lut16.tree16(q, TABLE), lut16.scaled16(q, s, TABLE, torch.float16))
+
     want = f(q, scale)
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -155,9 +214,11 @@ def test_the_default_dtype_does_not_matter():
 
 def test_fake_tensors():
     from torch._subclasses import FakeTensorMode
+
     with FakeTensorMode():
         q, scale = torch.empty(3, 5, dtype=torch.int32), torch.empty(3, 1)
-        assert lut16.lookup16(q, TABLE).shape == (3, 5) and lut16.scaled16(q, scale, TABLE, torch.bfloat16).dtype == torch.float32
+        assert lut16.lookup16(q, TABLE).shape == (3, 5)
+        assert lut16.scaled16(q, scale, TABLE, torch.bfloat16).dtype == torch.float32
         assert torch.ops.bnbref.scaled16(q, scale, TABLE, torch.bfloat16, True, 512).dtype == torch.int32
 
 
@@ -182,7 +243,9 @@ def test_operators_are_sound():
 
 def test_importing_is_light():
     code = "import sys, bnbref.lut16; print([m for m in ('torch._dynamo', 'torch._inductor') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
 
 
 def test_bad_arguments_are_named():

@@ -60,7 +60,8 @@ class BnbRefConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.double_quant = double_quant
         self.compute_dtype = None if compute_dtype is None else _dtype("compute_dtype", compute_dtype, FLOATS)
         self.quant_storage = _dtype("quant_storage", quant_storage, (torch.uint8, *FLOATS))
-        self.blocksize = check_blocksize(blocksize)
+        check_blocksize(blocksize, 0)
+        self.blocksize = blocksize
         self.skip_modules = skip_modules
         self.threshold = threshold
         self.checkpoint_format = checkpoint_format

@@ -59,6 +59,14 @@ class Linear4bit(FourBitLayer, nn.Linear):
     def _shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features
 
+    def extra_repr(self) -> str:
+        """`nn.Linear`'s, and the format."""
+        weight = self.weight
+        own = (
+            f", quant_type={weight.quant_type}, blocksize={weight.blocksize}" if isinstance(weight, Params4bit) else ""
+        )
+        return f"{super().extra_repr()}{own}, compute_dtype={self.compute_dtype}"
+
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in_features]` -> `[..., out_features]` in x's dtype."""
         state = self.quant_state
