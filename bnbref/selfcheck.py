@@ -1,18 +1,20 @@
-"""Is this installation right? Every format on one fixed input, against hashes that hold on every machine.
+"""Is this installation right? Every format on one fixed input, against digests that hold on every machine.
 
-The input is integers times powers of two and all that is computed is exact, so that a digest is one number for every
-device, eager or compiled. tests/test_selfcheck.py derives each from the formulas in plain Python.
+The input is made of integers, powers of two and numbers beside the formats' thresholds, where a rule of rounding shows. All
+that is computed from it is exact, so that a digest is one number for every device, eager or compiled.
+tests/test_selfcheck.py derives each in plain Python, and shows that other rules of rounding give others.
 """
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from bnbref import functional, int8
+from bnbref.codebooks import DYNAMIC, FP4, NF4, Codebook
 from bnbref.fused import REGISTRY, eager
 
 Outputs = tuple[Tensor, ...]
@@ -32,6 +34,25 @@ def example(device: torch.device) -> Tensor:
     return (torch.where(block == 5, 0, x).float() * 2.0**-14).to(device)
 
 
+def beside_thresholds(x: Tensor, thresholds: Sequence[float], blocksize: int) -> Tensor:
+    """`x` with numbers at a threshold, or an ulp from it, in every odd place: fl(threshold * absmax) of the block.
+
+    The thresholds take turns, as do one ulp below, none, one above, and the signs; absmax is put first in each block.
+
+    >>> beside_thresholds(torch.tensor([[0.0, 0.0, 2.0, 0.0]]), [0.25], 4)
+    tensor([[2.0000, 0.5000, 2.0000, 0.5000]])
+    """
+    blocks = x.view(-1, blocksize).cpu()
+    absmax = blocks.abs().amax(1, keepdim=True)
+    i = torch.arange(blocks.numel()).view(blocks.shape)
+    near = torch.tensor(thresholds, dtype=torch.float32)[i // 2 % len(thresholds)] * absmax
+    direction = torch.tensor([-torch.inf, 0.0, torch.inf])[i // 2 % 3]
+    near = torch.where(direction == 0, near, near.nextafter(direction)) * torch.where(i // 2 % 4 < 2, 1.0, -1.0)
+    mixed = torch.where(i % 2 == 1, near, blocks)
+    mixed = torch.where(i % blocksize == 0, absmax, torch.where(absmax > 0, mixed, 0.0))
+    return mixed.view(x.shape).to(x.device)
+
+
 def digest(outputs: Iterable[Tensor]) -> str:
     """The first 16 hexadecimal digits of the SHA-256 of the tensors' bytes.
 
@@ -44,8 +65,9 @@ def digest(outputs: Iterable[Tensor]) -> str:
     return sha.hexdigest()[:16]
 
 
-def _four_bit(x: Tensor, quant_type: str) -> Outputs:
-    packed, state = functional.quantize_4bit(x, quant_type=quant_type)
+def _four_bit(x: Tensor, codebook: Codebook) -> Outputs:
+    x = beside_thresholds(x, codebook.thresholds, 64)
+    packed, state = functional.quantize_4bit(x, quant_type=codebook)
     return packed, state.absmax, functional.dequantize_4bit(packed, state).bfloat16()
 
 
@@ -58,18 +80,23 @@ def _nested(x: Tensor) -> Outputs:
 
 
 def _eight_bit(x: Tensor) -> Outputs:
+    x = beside_thresholds(x, DYNAMIC.thresholds, 256)
     codes, state = functional.quantize_blockwise(x, blocksize=256)
     return codes, state.absmax, functional.dequantize_blockwise(codes, state)
 
 
 def _int8(x: Tensor) -> Outputs:
     """64 rows of 256; in some columns an element reaches the threshold."""
+    x = beside_thresholds(x, INT8_THRESHOLDS, 256)
     codes, absmax, columns = int8.quantize(x.view(64, 256), threshold=3.99)
     if columns is None:
         raise RuntimeError("a threshold above 0 gave no outlier columns")
     product = int8.multiply(codes, codes)
     y = int8.dequantize_int8_product(product, absmax, absmax, None, None, dtype=torch.float32)
     return codes, absmax, columns, int8.dequantize(codes, absmax), product, y
+
+
+INT8_THRESHOLDS = [(code + 0.5) / 127 for code in range(127)]
 
 
 class Check(NamedTuple):
@@ -81,11 +108,11 @@ class Check(NamedTuple):
 
 
 CHECKS = (
-    Check("nf4", lambda x: _four_bit(x, "nf4"), "88a785ac6371d304"),
-    Check("fp4", lambda x: _four_bit(x, "fp4"), "2f7b7600fed1d1ca"),
+    Check("nf4", lambda x: _four_bit(x, NF4), "635e372d78067bf8"),
+    Check("fp4", lambda x: _four_bit(x, FP4), "a91e0e11005d5f6d"),
     Check("nf4, double quantization", _nested, "d3f6b855cc763952"),
-    Check("8-bit, dynamic codebook", _eight_bit, "4a15f1da0778ca9b"),
-    Check("LLM.int8()", _int8, "f93d018166520fe1"),
+    Check("8-bit, dynamic codebook", _eight_bit, "5b7a7614de1f3925"),
+    Check("LLM.int8()", _int8, "c6ffe95105d1f514"),
 )
 
 
