@@ -153,16 +153,6 @@ def count_by_carry(x: Tensor, entries: Tensor, first_cell: int) -> Tensor:
 # reduced mostly inside of threads, and reductions of up to 64 words stay in registers where a look-up is part of them.
 
 
-def lane_elements(dtype: torch.dtype) -> int:
-    """Elements of a dtype that a lane encodes: 16 bytes of them."""
-    return 16 // dtype.itemsize
-
-
-def join_words(low: Tensor, high: Tensor) -> Tensor:
-    """Two int32 as one int64."""
-    return low.to(torch.int64) & 0xFFFFFFFF | high.to(torch.int64) << 32
-
-
 def in_lanes(rows: Tensor, blocksize: int, elements: int) -> list[Tensor]:
     """`[rows, blocks * blocksize]` -> `elements` float32 tensors `[rows, blocks, blocksize / elements]`, in order.
 
@@ -232,12 +222,13 @@ def _count_in_cells(x: Tensor, cells: Tensor, bounds: Tensor) -> Tensor:
 
 
 def _encode_lanes(blocks: Tensor, cells: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
-    lanes = [x.squeeze(1) for x in in_lanes(blocks, blocks.shape[1], lane_elements(blocks.dtype))]
+    # Four: with eight a block is 32 lanes, and Inductor then tries 128 blocks at once, which takes minutes to compile.
+    # 256 Mi float32 took an H100 0.74 ms and bfloat16 0.55, the carry table 0.88 and 1.06, bitsandbytes 1.62 and 1.70.
+    lanes = [x.squeeze(1) for x in in_lanes(blocks, blocks.shape[1], 4)]
     absmax = absmax_of_lanes(lanes)
     scale = rearrange(reciprocal(absmax), "b -> b 1")
-    codes = [_count_in_cells(x * scale, cells, bounds) for x in lanes]
-    words = [a | b << 8 | c << 16 | d << 24 for a, b, c, d in zip(*(codes[i::4] for i in range(4)), strict=True)]
-    return (words[0] if len(words) == 1 else join_words(*words)).view(torch.uint8), absmax
+    first, second, third, fourth = (_count_in_cells(x * scale, cells, bounds) for x in lanes)
+    return (first | second << 8 | third << 16 | fourth << 24).view(torch.uint8), absmax
 
 
 # ---- kernels --------------------------------------------------------------------------------------------------------
@@ -334,7 +325,7 @@ def quantize(x: Tensor, codebook: Codebook, blocksize: int) -> tuple[Tensor, Ten
         carry = CarryTable(thresholds.to(torch.int32), None)
     else:
         carry = carry_table(codebook, x.device)
-        if x.device.type != "cpu" and blocksize % lane_elements(x.dtype) == 0:
+        if x.device.type != "cpu" and blocksize % 4 == 0:
             ranks = rank_table(codebook, x.device) or ()
     codes, absmax = quantize_blocks(
         in_rows(x, blocksize), thresholds, carry.entries, *ranks, first_cell=carry.first_cell

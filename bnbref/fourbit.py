@@ -27,7 +27,6 @@ from bnbref.blockwise import (
     flush,
     in_lanes,
     in_rows,
-    lane_elements,
     magnitude,
     reciprocal,
     tuned,
@@ -192,6 +191,11 @@ def _encode_by_cell(scaled: Tensor, pairs: Tensor, switches: Tensor) -> Tensor:
     cell = scaled.view(torch.int32) >> (32 - bits) & (pairs.numel() - 1)
     pair = pairs[cell].to(torch.int32)
     return torch.where(scaled.abs() > switches[cell], pair >> 4, pair & 15)
+
+
+def lane_elements(dtype: torch.dtype) -> int:
+    """Elements that a lane encodes: 16 bytes of them."""
+    return 16 // dtype.itemsize
 
 
 def _encode_lanes(rows: Tensor, pairs: Tensor, switches: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
