@@ -43,6 +43,13 @@ def mode(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
+@pytest.fixture
+def eager() -> Iterator[None]:
+    """Kernels run uncompiled: where compiling would show nothing that the proofs do not."""
+    with bnbref.eager():
+        yield
+
+
 # ---- bits -----------------------------------------------------------------------------------------------------------
 
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

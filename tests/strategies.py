@@ -44,11 +44,11 @@ _LARGEST = float(np.finfo(np.float32).max)
 # Signed zeros, subnormals, where a reciprocal stops being a number, where float16 does, where float32 does.
 SPECIAL: tuple[float, ...] = (*_EDGES.tolist(), *(-_EDGES).tolist(), _LARGEST, -_LARGEST, np.inf, -np.inf, np.nan)
 
-# Scales: powers of two leave a threshold exactly where it is; the last but two is from a block whose division by absmax
-# and product with its reciprocal have different codes.
+# Scales: powers of two leave a threshold exactly where it is; in a block of absmax 3.7727535 a division by absmax has
+# other codes than the product with its reciprocal; 127 / 1.4554425 and 127 * (1 / 1.4554425) are two floats.
 _BELOW_NORMAL = float(np.nextafter(np.float32(2.0**-126), np.float32(0)))
 SCALES: tuple[float, ...] = (0.0, 2.0**-149, 2.0**-127, _BELOW_NORMAL, 2.0**-126, 2.0**-121, 1.0, 1.0, 1.0, 2.0, 0.25, 1 / 3,
-                             3.7727534770965576, 2.0**126, 2.0**127, _LARGEST)  # fmt: skip
+                             1.4554425477981567, 3.7727534770965576, 2.0**126, 2.0**127, _LARGEST)  # fmt: skip
 
 
 def scales() -> st.SearchStrategy[float]:
@@ -220,9 +220,11 @@ def _dequantize_nested(draw: st.DrawFn, rows: Blocks) -> Case:
     return Case((codes, draw(_some_floats(F32, n)), value_table(DYNAMIC, CPU), offset))
 
 
-def _half_steps(scale: float) -> np.ndarray:
-    """The ties of int8: (n + 1/2) / 127 of a scale, and the floats beside them."""
-    return neighbours([(n + 0.5) / 127 * scale for n in range(-127, 128)])
+def half_steps(scale: np.float32) -> np.ndarray:
+    """The ties of int8 where they lie for a factor rounded once, 127 / absmax, or twice, and the floats beside them."""
+    halves = np.arange(-127, 128, dtype=np.float32) + np.float32(0.5)
+    once, twice = np.float32(127) / scale, np.float32(127) * (np.float32(1) / scale)
+    return neighbours([*(halves / once), *(halves / twice), *((halves / 127) * scale)])
 
 
 @st.composite
@@ -232,7 +234,7 @@ def int8_rows(draw: st.DrawFn, dtype: torch.dtype, threshold: float, rows: Block
     out = []
     for _ in range(n):
         scale = np.float32(draw(scales()))
-        table = _half_steps(float(scale))
+        table = half_steps(scale)
         row = np.resize(np.roll(table, -draw(st.integers(0, len(table) - 1))), k)
         kind = draw(st.sampled_from(["ties", "ties", "strangers", "zeros", "outliers"]))
         if kind == "strangers":

@@ -8,7 +8,7 @@ from conftest import difference, hexes, running, same_bits
 from expecttest import assert_expected_inline
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import BF16, F16, F32, LAYOUTS, any_float, int8_rows, laid_out, neighbours, scales
+from strategies import BF16, F16, F32, LAYOUTS, any_float, half_steps, int8_rows, laid_out, neighbours, scales
 
 from bnbref import functional as F
 from bnbref import int8
@@ -85,6 +85,18 @@ def test_the_scale_is_rounded_twice(mode):
     x[0, :2] = torch.tensor([float(absmax), float(element)])
     assert second.half_even(element * (np.float32(127) / absmax)) == 64
     assert int8.quantize(x)[0][0, 1].item() == 65
+
+
+def test_near_every_tie(mode):
+    """Of 200 scales the 255 ties, where they are by this rule and where they would be with 127 / absmax."""
+    size = torch.rand(200, generator=torch.Generator().manual_seed(0)).numpy() + np.float32(0.5)
+    rows = np.stack([np.append(np.clip(half_steps(s), -s, s), s) for s in size]).astype(np.float32)
+    codes, absmax, _ = int8.quantize(torch.from_numpy(rows))
+    assert same_bits(absmax, torch.from_numpy(size))
+    want = np.rint(rows * (np.float32(127) * (np.float32(1) / size))[:, None])  # numpy rounds half to even
+    assert same_bits(codes, torch.from_numpy(want).to(torch.int8))
+    once = np.rint(rows * (np.float32(127) / size)[:, None])
+    assert (once != want).sum() > 100, "these inputs would not notice a scale rounded once"
 
 
 @pytest.mark.parametrize("threshold", [6.0, 6.1, 6.3, 2.0**-130])

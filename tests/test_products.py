@@ -51,9 +51,9 @@ def check(got: torch.Tensor, a: torch.Tensor, w: torch.Tensor, bias: torch.Tenso
     assert bool((error <= bound).all()), f"error {error.max():.3g}, {(error / bound).max():.3g} of the bound"
 
 
-def spare(dtype: torch.dtype, mode: str) -> None:
-    """float16 and float32 or bfloat16 go the same ways; compiling every dtype here would show nothing that the proofs do not."""
-    if mode == "compiled" and dtype == F16:
+def only(compiled: torch.dtype, dtype: torch.dtype, mode: str) -> None:
+    """Every dtype uncompiled, one of them compiled: the others are the proofs' concern."""
+    if mode == "compiled" and dtype != compiled:
         pytest.skip("not compiled here")
 
 
@@ -73,7 +73,7 @@ RANKS = [(64,), (1, 64), (3, 64), (2, 3, 64), (2, 1, 3, 64), (0, 64), (2, 0, 64)
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 def test_matmul_4bit(dtype, mode):
     """Every rank, nothing at all, with and without a bias: the dtype of A, within the bound."""
-    spare(dtype, mode)
+    only(BF16, dtype, mode)
     packed, state = weight_4bit(6, 64)
     w = fourbit.dequantize(packed, state.absmax, NF4, 64, (6, 64), dtype)
     for shape in RANKS:
@@ -107,17 +107,17 @@ def test_a_bias_is_added_before_the_one_rounding(mode):
 
 
 def test_a_large_row_is_summed_in_float32(mode):
-    """4096 ones in bfloat16: a sum in bfloat16 would stop at 256."""
-    packed, state = F.quantize_4bit(torch.ones(4, 4096), quant_type="nf4")
-    for dtype in (BF16, F16):
+    """1024 ones: a sum in bfloat16 would stop at 256. In float16 4096: it would stop at 2048."""
+    for dtype, k in ((BF16, 1024), (F16, 4096)) if mode == "eager" else ((BF16, 1024),):
+        packed, state = F.quantize_4bit(torch.ones(4, k), quant_type="nf4")
         for rows in (1, 2):
-            a = torch.ones(rows, 4096, dtype=dtype)
-            assert bool((bnbref.matmul_4bit(a, packed, state) == 4096).all())
+            a = torch.ones(rows, k, dtype=dtype)
+            assert bool((bnbref.matmul_4bit(a, packed, state) == k).all())
 
 
 @pytest.mark.parametrize("shape", RANKS, ids=str)
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_gradients_of_matmul_4bit(shape, dtype, mode):
+def test_gradients_of_matmul_4bit(shape, dtype, eager):
     """grad_A = grad @ W, grad_bias = the sum over rows in the bias' dtype; the weight has none.
 
     W is rounded once, to grad's dtype; that of the quantized tensor, here float16, has no part in it.
@@ -147,7 +147,7 @@ def check_sum(got: torch.Tensor, rows: torch.Tensor) -> None:
     check(got[None].t().contiguous(), rows.t().contiguous(), torch.ones(1, rows.shape[0], dtype=rows.dtype))
 
 
-def test_only_what_needs_a_gradient_gets_one(mode):
+def test_only_what_needs_a_gradient_gets_one(eager):
     packed, state = weight_4bit(6, 64)
     a, bias = randn(3, 64), randn(6)
     assert not bnbref.matmul_4bit(a, packed, state, bias=bias).requires_grad
@@ -160,7 +160,7 @@ def test_only_what_needs_a_gradient_gets_one(mode):
         assert not bnbref.matmul_4bit(a.clone().requires_grad_(), packed, state).requires_grad
 
 
-def test_the_gradient_is_that_of_a_linear_layer(mode):
+def test_the_gradient_is_that_of_a_linear_layer(eager):
     """A network through two products: the gradient of the first input, against float64 with the dequantized weights."""
     (p1, s1), (p2, s2) = weight_4bit(64, 64, seed=1), weight_4bit(6, 64, seed=2)
     w1, w2 = F.dequantize_4bit(p1, s1), F.dequantize_4bit(p2, s2)
@@ -176,7 +176,7 @@ def test_the_gradient_is_that_of_a_linear_layer(mode):
 def test_out(mode):
     packed, state = weight_4bit(6, 64)
     for rows in (1, 3):
-        a, out = randn(rows, 64), torch.empty(rows, 6)
+        a, out = randn(rows, 64, dtype=BF16), torch.empty(rows, 6, dtype=BF16)
         assert bnbref.matmul_4bit(a, packed, state, out=out) is out
         assert same_bits(out, bnbref.matmul_4bit(a, packed, state))
 
@@ -194,7 +194,7 @@ def test_quant_storage_of_the_weight(mode):
         assert same_bits(bnbref.matmul_4bit(a, packed.t(), state), want)
 
 
-def test_double_quantization_in_products(mode):
+def test_double_quantization_in_products(eager):
     packed, state = weight_4bit(8, 128, double=True)
     scales = second.nested_dequantize(state.absmax.tolist(), state.state2.absmax.numpy(), state.offset.numpy()[()])
     for rows in (1, 3):
@@ -224,7 +224,7 @@ def int8_by_hand(a, w, bias, threshold: float = 0.0):
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 def test_matmul_int8_is_exact(dtype, mode):
     """Without outliers every bit is defined: quantization, the integer product, its scaling, the bias, one rounding."""
-    spare(dtype, mode)
+    only(F32, dtype, mode)
     w = randn(5, 64, seed=7)
     state = MatmulLtState()
     state.CB, state.SCB, _ = int8.quantize(w)
@@ -240,14 +240,15 @@ def test_matmul_int8_is_exact(dtype, mode):
 @pytest.mark.parametrize("mode", ["eager", "compiled"])
 def test_a_threshold_that_nothing_meets_changes_nothing(mode):
     a, w = randn(4, 64), randn(5, 64, seed=7)
+    assert a.abs().max() < 6
     with running(mode):
-        assert same_bits(bnbref.matmul(a, w, threshold=100.0), bnbref.matmul(a, w))
+        assert same_bits(bnbref.matmul(a, w, threshold=6.0), bnbref.matmul(a, w))
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 def test_outliers_are_multiplied_in_floats(dtype, mode):
     """y = T(int8 part + bias + outlier part), the outlier part a float product in T: the bounds of both, added."""
-    spare(dtype, mode)
+    only(F32, dtype, mode)
     a = randn(4, 64, seed=2, dtype=dtype)
     a[:, [3, 40]] *= 10
     w = randn(5, 64, seed=7)
@@ -290,7 +291,7 @@ def test_outliers_eager_and_compiled_and_traced():
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("shape", RANKS, ids=str)
-def test_gradients_of_matmul_int8(shape, dtype, mode):
+def test_gradients_of_matmul_int8(shape, dtype, eager):
     """grad_A = grad @ W with W rounded to grad's dtype; grad_B = grad^T @ A, as of the float product; grad_bias the sum."""
     a = randn(*shape, seed=2, dtype=dtype).requires_grad_()
     w = randn(5, 64, seed=7, dtype=dtype).requires_grad_()
@@ -313,7 +314,7 @@ def test_gradients_of_matmul_int8(shape, dtype, mode):
     check_sum(bias.grad, rows)
 
 
-def test_the_weight_gradient_is_that_of_a_float_layer(mode):
+def test_the_weight_gradient_is_that_of_a_float_layer(eager):
     """Bit for bit that of F.linear: the same operator on the same operands."""
     a, grad = randn(6, 64), randn(6, 5, seed=4)
     w = randn(5, 64, seed=7).requires_grad_()
@@ -339,7 +340,7 @@ def test_gradients_in_the_dtypes_of_the_inputs():
         assert (y.dtype, a.grad.dtype, bias.grad.dtype) == (BF16, BF16, F32)
 
 
-def test_an_int8_weight_gets_no_gradient(mode):
+def test_an_int8_weight_gets_no_gradient(eager):
     state = MatmulLtState()
     state.CB, state.SCB, _ = int8.quantize(randn(5, 64, seed=7))
     a = randn(4, 64).requires_grad_()
