@@ -96,7 +96,9 @@ def tensors(path):
 
 
 def config_of(path):
-    return json.loads((Path(path) / "config.json").read_text())
+    config = json.loads((Path(path) / "config.json").read_text())
+    del config["transformers_version"]
+    return config
 
 
 def different(a, b):
@@ -163,6 +165,20 @@ def test_a_checkpoint_is_cast_but_for_codes_and_scales(tmp_path):
     model.save_pretrained(tmp_path)
     changed = different(tmp_path, FIXTURES / "nf4_plain")
     assert changed == {name for name, t in tensors(FIXTURES / "nf4_plain").items() if t.dtype == torch.bfloat16}
+
+
+@pytest.mark.skipif(
+    not hasattr(transformers.quantizers.base.HfQuantizer, "get_new_dtype"),
+    reason="this version of transformers casts them, and loading raises",
+)
+def test_codes_in_float_storage_are_never_cast(tmp_path):
+    model = load(FIXTURES / "base", CASES["bfloat16 storage"])
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    one, other = (m.model.layers[0].mlp.up_proj for m in (model, again))
+    assert other.weight.dtype == torch.bfloat16
+    assert torch.equal(one.weight.view(torch.uint8), other.weight.view(torch.uint8))
+    assert again.model.norm.weight.dtype == torch.float32
 
 
 def edited(path, kind, change):
@@ -501,6 +517,30 @@ def test_device_map_auto_and_max_memory(ids, tmp_path):
     )
     assert "disk" in parts.hf_device_map.values()
     assert torch.equal(logits(parts, ids), want)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize("quant_type", ["nf4", "int8"])
+def test_on_cuda(name, quant_type, models, ids, tmp_path):
+    """Without a device map on the GPU, with the codes that the CPU computes; offloaded, the same logits."""
+    on_cpu = load(models[name], BnbRefConfig(quant_type, double_quant=False), device_map={"": "cpu"})
+    model = load(models[name], BnbRefConfig(quant_type, double_quant=False))
+    assert {p.device.type for p in model.parameters()} == {"cuda"}
+    for one, other in zip(on_cpu.state_dict().values(), model.state_dict().values(), strict=True):
+        assert torch.equal(one, other.cpu())
+    ids = ids.cuda()
+    want = logits(model, ids)
+    assert want.isfinite().all()
+    assert model.generate(ids, max_new_tokens=4, do_sample=False).shape == (2, ids.shape[1] + 4)
+    model.save_pretrained(tmp_path / "a")
+    if name != "gpt2":
+        mixed = MAP | {"model.embed_tokens": 0, "model.layers.1": "cpu", "model.norm": 0, "model.rotary_emb": 0}
+        parts = AutoModelForCausalLM.from_pretrained(tmp_path / "a", device_map=mixed, offload_folder=tmp_path / "b")
+        for _ in range(2):
+            assert torch.equal(logits(parts, ids), want)
+    if quant_type == "nf4":
+        assert torch.equal(logits(model.dequantize(), ids), want)
 
 
 # ---- configs --------------------------------------------------------------------------------------------------------

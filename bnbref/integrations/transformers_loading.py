@@ -23,7 +23,7 @@ from bnbref.nn import Linear4bit, Linear8bitLt, Params4bit
 from bnbref.nn.layer import QuantizedLayer
 from bnbref.quant_state import BLOB
 
-STATS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", *(BLOB + name for name in FOUR_BIT))
+STATS = ("nested_absmax", "nested_quant_map", "absmax", "quant_map", *(BLOB + name for name in FOUR_BIT))
 """What a file holds beside a 4-bit weight, after its name and a dot."""
 
 
@@ -86,18 +86,13 @@ def was_conv1d(layer: nn.Module) -> bool:
 
 
 class Identity(ConversionOps):  # type: ignore[misc]
-    """Saving what is quantized: its tensors are as the file has them."""
+    """Nothing: for conversions of which only the names matter."""
 
     supports_many_to_many = True
 
     def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """The same."""
         return input_dict
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        """Itself."""
-        return self
 
 
 class _Conversion(ConversionOps):  # type: ignore[misc]
@@ -107,10 +102,6 @@ class _Conversion(ConversionOps):  # type: ignore[misc]
     # transformers copies the conversions for every weight.
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Conversion":
         return self
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        return Identity()
 
 
 class Quantize(_Conversion):

@@ -54,10 +54,9 @@ class BnbRefHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     # ---- before loading ---------------------------------------------------------------------------------------------
 
-    @property
-    def quantized_element_size(self) -> float:
-        """Bytes of a quantized weight, scales included, for `device_map="auto"`."""
-        return self.spec.bits / 8
+    def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
+        """Bytes of an element, scales included, for `device_map="auto"`."""
+        return self.spec.bits / 8 if self.param_needs_quantization(model, param_name) else param.element_size()
 
     def adjust_max_memory(self, max_memory: dict[Any, Any]) -> dict[Any, Any]:
         """Room for the one weight that is dequantized at a time."""
@@ -115,10 +114,11 @@ class BnbRefHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def get_weight_conversions(self) -> list[Any]:
         """`Read` for the weights of layers, and for each kind of parameter that is quantized by itself."""
-        names = ["weight", *(f"weight.{stat}" for stat in STATS), "SCB", "weight_format"]
+        # Longest first: older versions of transformers take the first name that matches.
+        names = ["weight_format", *(f"weight.{stat}" for stat in STATS), "SCB", "weight"]
         conversions = [WeightConverter(names, "weight", [Read(self)])]
         for target in sorted({".".join(name.split(".")[-2:]) for name in self.fused}):
-            names = [target, *(f"{target}.{stat}" for stat in STATS)]
+            names = [*(f"{target}.{stat}" for stat in STATS), target]
             conversions.append(WeightConverter(names, target, [Read(self, target)]))
         return conversions
 
@@ -144,7 +144,9 @@ class BnbRefHfQuantizer(HfQuantizer):  # type: ignore[misc]
         if quantized:
             self.spec.checkpoint_format = METHOD
             self.quantization_config = model.config.quantization_config = self.spec
-        self.conversions = getattr(model, "_weight_conversions", None) or []
+        # Without `Read`: codes and scales are saved as they are in the state dict, there is nothing to undo.
+        conversions = getattr(model, "_weight_conversions", None) or []
+        self.conversions = [c for c in conversions if not isinstance(getattr(c, "operations", [None])[0], Read)]
         names = [*quantized, *_quantized_weights(model)]
         model._weight_conversions = [c for c in self.conversions if not _undoing(c, names)]
         _set_flags(model)
@@ -220,10 +222,12 @@ def _undoing(conversion: Any, names: list[str]) -> bool:
 
     Codes cannot be split so. They are saved under the model's own names, under which transformers loads them, too.
     """
-    if not isinstance(conversion, WeightConverter) or isinstance(conversion.operations[0], Read):
+    if not isinstance(conversion, WeightConverter):
         return False
     sources, targets = conversion._original_source_patterns, conversion._original_target_patterns
-    backwards = conversion.copy(targets, sources, operations=[Identity()])
+    backwards = WeightConverter(targets, sources, operations=[Identity()])
+    for scope in ("scope_prefix", "base_model_prefix"):
+        setattr(backwards, scope, getattr(conversion, scope))
     return any(backwards.rename_source_key(name)[1] is not None for name in names)
 
 
