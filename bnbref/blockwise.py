@@ -73,13 +73,13 @@ def check_float(name: str, x: Tensor) -> Tensor:
 
 
 def magnitude(x: Tensor) -> Tensor:
-    """`|x|`, and 0 for NaN: a NaN takes no part in the scale of its block."""
-    return torch.where(x == x, x.abs(), 0.0)
+    """`|x|`, and 0 for NaN, which takes no part in the scale of its block, and below 2^-126.
 
-
-def flush(absmax: Tensor) -> Tensor:
-    """0 in place of an absmax below 2^-126, whose reciprocal would not be a number."""
-    return torch.where(absmax >= SMALLEST_NORMAL, absmax, 0.0)
+    A block whose largest magnitude is below 2^-126 then has absmax 0: its reciprocal would not be a number. (Flushing the
+    elements flushes the maximum, without one more pass over the scales.)
+    """
+    size = x.abs()
+    return torch.where(size >= SMALLEST_NORMAL, size, 0.0)
 
 
 def reciprocal(absmax: Tensor) -> Tensor:
@@ -174,7 +174,7 @@ def _in_word(words: Tensor, dtype: torch.dtype) -> list[Tensor]:
 
 
 def absmax_of_lanes(lanes: list[Tensor]) -> Tensor:
-    """`flush(magnitude(x).amax(-1))` over all lanes, on the bits: floats without sign are in the order of integers."""
+    """`magnitude(x).amax(-1)` over all lanes, on the bits: floats without sign are in the order of integers."""
     # Adding 2^23 - 1 takes NaN, above infinity, over the top: the least of all integers.
     keys = [(x.view(torch.int32) & 0x7FFFFFFF) + 0x007FFFFF for x in lanes]
     while len(keys) > 1:
@@ -261,7 +261,7 @@ def quantize_blocks(
     Two tables for the same count: the carry table, or on GPUs the rank table.
     """
     x = blocks.float()
-    absmax = flush(magnitude(x).amax(-1))
+    absmax = magnitude(x).amax(-1)
     return count_below(x * rearrange(reciprocal(absmax), "b -> b 1"), thresholds).to(torch.uint8), absmax
 
 
@@ -278,7 +278,7 @@ def _(
     if cells is not None and bounds is not None:
         return _encode_lanes(blocks, cells, bounds)
     x = blocks.float()
-    absmax = flush(magnitude(x).amax(-1))
+    absmax = magnitude(x).amax(-1)
     scaled = x * rearrange(reciprocal(absmax), "b -> b 1")
     code = count_below(scaled, thresholds) if first_cell is None else count_by_carry(scaled, entries, first_cell)
     return code.to(torch.uint8), absmax

@@ -24,7 +24,6 @@ from bnbref.blockwise import (
     count_below,
     float_cells,
     float_of,
-    flush,
     in_lanes,
     in_rows,
     magnitude,
@@ -82,7 +81,7 @@ def quantize_rows(
     pairs and switches: the codebook's `code_table`, for GPUs.
     """
     blocks = rearrange(rows.float(), "n (b s) -> n b s", s=blocksize)
-    absmax = flush(magnitude(blocks).amax(-1))
+    absmax = magnitude(blocks).amax(-1)
     code = encode(blocks * rearrange(reciprocal(absmax), "n b -> n b 1"), codebook)
     high, low = rearrange(code, "n b s -> n (b s)").unflatten(-1, (-1, 2)).unbind(-1)
     return high << 4 | low, absmax
@@ -219,10 +218,10 @@ def _(
     even, odd = split_pairs(rows)
     if blocksize % 2 == 0:
         sizes = torch.maximum(magnitude(even), magnitude(odd))
-        absmax = flush(rearrange(sizes, "n (b s) -> n b s", s=blocksize // 2).amax(-1))
+        absmax = rearrange(sizes, "n (b s) -> n b s", s=blocksize // 2).amax(-1)
         scale_even = scale_odd = reciprocal(absmax)[:, :, None].expand(-1, -1, blocksize // 2).flatten(1)
     else:  # pairs straddle blocks
-        absmax = flush(magnitude(rearrange(rows.float(), "n (b s) -> n b s", s=blocksize)).amax(-1))
+        absmax = magnitude(rearrange(rows.float(), "n (b s) -> n b s", s=blocksize)).amax(-1)
         scale = reciprocal(absmax)[:, :, None].expand(-1, -1, blocksize).flatten(1)
         scale_even, scale_odd = scale[:, 0::2], scale[:, 1::2]
     code = _code_by_tree(even * scale_even, codebook) * 16 + _code_by_tree(odd * scale_odd, codebook)

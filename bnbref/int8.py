@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from bnbref.blockwise import check_float, magnitude, reciprocal
+from bnbref.blockwise import check_float, reciprocal
 from bnbref.fused import fused
 
 # Below this 127 * (1 / absmax) is no float32 any more; such a row is stored as a row of zeros.
@@ -41,7 +41,7 @@ _CPU_PRODUCT_IS_EXACT = _cpu_product_is_exact()
 def quantize_int8_rows(rows: Tensor, *, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
     """`[rows, columns]` -> int8 `[rows, columns]`, float32 absmax `[rows]`, bool outlier columns `[columns]`.  Exact."""
     x = rows.float()
-    size = magnitude(x)
+    size = torch.where(x == x, x.abs(), 0.0)
     if threshold > 0:
         outlier = size >= threshold
         size = torch.where(outlier, 0.0, size)

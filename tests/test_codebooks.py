@@ -11,7 +11,7 @@ import second
 import torch
 from conftest import hexes
 from expecttest import assert_expected_inline
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from bnbref import fourbit
@@ -243,6 +243,7 @@ def codebooks(draw, most: int = 256):
     return Codebook.nearest("mine", values, ties)
 
 
+@example(Codebook("minus zero", (-1.0, 0.0, 1.0), (-0.0, 0.5)), [])
 @given(codebooks(), st.lists(st.floats(width=32), max_size=20))
 def test_any_codebook_counts_its_thresholds(book, xs):
     """The definition and, where its table exists, the look-up that stands in for it, against a plain loop."""

@@ -16,7 +16,7 @@ from bnbref.demo.report import Table, doing, mebibytes, one_line
 from bnbref.demo.resources import phase
 from bnbref.demo.settings import Settings
 
-PROMPT = "Return a new"
+PROMPT = "class collections."
 
 
 def load(kind: Format, device: torch.device) -> Any:
@@ -35,7 +35,7 @@ COLUMNS = {
 def compare(tokenizer: Any, heldout: Tensor, settings: Settings, device: torch.device) -> list[dict[str, Any]]:
     """A row for each format, printed as soon as it is measured."""
     print(
-        f"\nHeld-out documentation, {len(heldout)} windows of {CONTEXT} tokens; {settings.tokens} tokens generated.\n"
+        f"\nHeld-out documentation, {len(heldout)} windows of {CONTEXT} tokens; {settings.tokens} tokens written, the likeliest each time.\n"
     )
     table = Table(COLUMNS)
     print(table.header())
@@ -75,12 +75,12 @@ def measure(kind: Format, tokenizer: Any, heldout: Tensor, settings: Settings, d
     """Everything about one format."""
     with phase("ready") as ready, doing(f"{kind.name}: loading"):
         model = load(kind, device)
-        sample(model, tokenizer, PROMPT, tokens=2)
+        sample(model, tokenizer, PROMPT, tokens=2, greedy=True)
     found = size(model, kind)
     with phase("evaluation") as evaluation:
         value = perplexity(model, heldout, batch=1, progress=f"{kind.name}: perplexity")
     with phase("generation") as generation, doing(f"{kind.name}: generating"):
-        text = sample(model, tokenizer, PROMPT, tokens=settings.tokens)
+        text = sample(model, tokenizer, PROMPT, tokens=settings.tokens, greedy=True)
     return {
         "name": kind.name,
         **found._asdict(),

@@ -61,14 +61,16 @@ class Sample(NamedTuple):
     seconds: float
 
 
-def sample(model: Any, tokenizer: Any, prompt: str, tokens: int = 90, seed: int = 0) -> Sample:
-    """The prompt continued by up to `tokens` tokens, as in the model card: temperature 0.7, top-k 40, penalty 1.15."""
+def sample(model: Any, tokenizer: Any, prompt: str, tokens: int = 90, seed: int = 0, greedy: bool = False) -> Sample:
+    """The prompt continued by up to `tokens` tokens, as in the model card: temperature 0.7, top-k 40, penalty 1.15.
+
+    greedy: the likeliest token each time, under the same penalty. Drawn tokens differ by luck, these by the logits alone.
+    """
     model.eval()
     torch.manual_seed(seed)
     ids = encode(tokenizer, prompt)[None].to(model.device)
+    how = {"do_sample": False} if greedy else {"do_sample": True, "temperature": 0.7, "top_k": 40}
     start = time.perf_counter()
-    output = model.generate(
-        ids, max_new_tokens=tokens, do_sample=True, temperature=0.7, top_k=40, repetition_penalty=1.15
-    )
+    output = model.generate(ids, max_new_tokens=tokens, repetition_penalty=1.15, **how)
     text = str(tokenizer.decode(output[0], skip_special_tokens=True))  # waits for the device
     return Sample(text, output.shape[1] - ids.shape[1], time.perf_counter() - start)

@@ -20,7 +20,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from tqdm import tqdm
 
-from bnbref.demo.compare import PROMPT, load
+from bnbref.demo.compare import load
 from bnbref.demo.evaluate import encode, next_token_loss, perplexity, sample, windows
 from bnbref.demo.formats import NF4_NESTED, Mismatch
 from bnbref.demo.report import doing, mebibytes, one_line
@@ -32,6 +32,7 @@ MODULES = ("argparse", "ast", "configparser", "dataclasses", "difflib", "enum", 
 UNSEEN = ("textwrap", "shlex")
 WINDOW = 128
 RANK = 8
+PROMPT = "class Parser:"
 
 
 def qlora(tokenizer: Any, heldout: Tensor, settings: Settings, device: torch.device, folder: Path) -> dict[str, Any]:
@@ -47,13 +48,14 @@ def qlora(tokenizer: Any, heldout: Tensor, settings: Settings, device: torch.dev
     unseen = torch.cat([source(tokenizer, name, WINDOW) for name in UNSEEN])[: 4 * settings.windows].to(device)
     texts = {"source": unseen, "documentation": heldout}
     before = {name: perplexity(model, text, 4, f"QLoRA: {name} before") for name, text in texts.items()}
+    text_before = sample(model, tokenizer, PROMPT, tokens=settings.tokens).text
     data = [source(tokenizer, name, WINDOW) for name in MODULES]
     with phase("training") as training:
         losses = train(model, batches(data, settings.steps), settings.steps)
     after = {name: perplexity(model, text, 4, f"QLoRA: {name} after") for name, text in texts.items()}
     count = min(10, settings.steps // 4)
     first, last = first_and_last(losses, count)
-    written = sample(model, tokenizer, PROMPT, tokens=settings.tokens)
+    text_after = sample(model, tokenizer, PROMPT, tokens=settings.tokens).text
     with doing("QLoRA: reloading"):
         model.save_pretrained(folder)
         again = reload_adapter(load(NF4_NESTED, device), folder)
@@ -66,7 +68,8 @@ def qlora(tokenizer: Any, heldout: Tensor, settings: Settings, device: torch.dev
         ("perplexity of documentation", f"{before['documentation']:.2f} before, {after['documentation']:.2f} after"),
         ("training", f"{training.seconds:.1f} s, {rate:,.0f} tokens/s, peak {mebibytes(training.peak)} MiB"),
         ("saved and reloaded", f"max|d| of the logits {difference:g}"),
-        ("writes", one_line(written.text)),
+        ("writes, before", one_line(text_before, 85)),
+        ("writes, after", one_line(text_after, 85)),
     ):
         print(f"  {name:<33}{value}")
     return {
@@ -79,7 +82,8 @@ def qlora(tokenizer: Any, heldout: Tensor, settings: Settings, device: torch.dev
         "training": asdict(training),
         "tokens_per_second": rate,
         "reload_difference": difference,
-        "text": written.text,
+        "text_before": text_before,
+        "text_after": text_after,
     }
 
 
