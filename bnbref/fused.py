@@ -53,6 +53,10 @@ _LARGE = 2**22
 
 _MOST_SHORTCUTS = 1024
 
+# Inductor fuses loops and splits work for the size that it expects of a dynamic dimension, and keeps the code on disk for
+# all sizes. It is told one, lest a small first tensor decide for a large one: 19 ms instead of 9 for 16.7M to NF4.
+_TYPICAL_SIZE = 2**16
+
 _eager_depth = 0
 
 
@@ -211,7 +215,7 @@ class Kernel(Generic[P, R]):
             if tensor is not None:
                 for dim in dims:
                     if tensor.shape[dim] > 1:  # Dynamo always specialises sizes 0 and 1
-                        torch._dynamo.mark_dynamic(tensor, dim)
+                        torch._dynamo.mark_dynamic(tensor, dim, hint_override=_TYPICAL_SIZE)
         self._ran = None
         result = variant(*tensors)
         shortcut = _shortcut(self._ran, tensors, result)
