@@ -35,8 +35,8 @@ COLUMNS = {
 def compare(tokenizer: Any, heldout: Tensor, settings: Settings, device: torch.device) -> list[dict[str, Any]]:
     """A row for each format, printed as soon as it is measured."""
     print(
-        f"\nHeld-out documentation, {len(heldout)} windows of {CONTEXT} tokens; {settings.tokens} tokens written, "
-        "the likeliest each time.\n"
+        f"\nHeld-out documentation, {len(heldout)} windows of {CONTEXT} tokens; "
+        f"{settings.tokens} tokens written, the likeliest each time.\n"
     )
     table = Table(COLUMNS)
     print(table.header())
