@@ -347,6 +347,42 @@ def test_a_name_that_skips_nothing_is_said(caplog):
     ]
 
 
+class Twice(nn.Linear):
+    """A linear layer of its own kind."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Odd(transformers.LlamaForCausalLM):
+    """A model whose linear layers are of their own kind."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        for layer in self.model.modules():
+            if type(layer) is nn.Linear:
+                layer.__class__ = Twice
+
+
+def test_what_cannot_be_quantized_is_said(models, caplog):
+    model = load(models["llama"], BnbRefConfig("int8", skip_modules=[]), kind=Odd)
+    assert isinstance(model.lm_head, Linear8bitLt)
+    assert type(model.model.layers[0].mlp.up_proj) is Twice
+    assert "69 % of this model is in parameters that cannot be quantized" in caplog.text
+    assert "Twice, not an nn.Linear itself" in caplog.text
+    caplog.clear()
+    load(models["llama"], BnbRefConfig("int8"), kind=Odd)
+    assert "nothing in this model was quantized" in caplog.text
+
+
+def test_a_config_is_not_changed_by_the_models_it_loads(models):
+    config = BnbRefConfig()
+    before = config.to_dict()
+    model = load(models["mixtral"], config)
+    assert config.to_dict() == before
+    assert model.config.quantization_config.checkpoint_format == "bnbref"
+
+
 def test_the_output_head_is_kept_by_default_and_a_list_replaces_that(models):
     kept = load(FIXTURES / "base", BnbRefConfig())
     assert type(kept.lm_head) is nn.Linear

@@ -5,6 +5,7 @@ of one module; they are quantized as parameters, behind a parametrization. Every
 `bnbref.integrations.report(model)`.
 """
 
+import copy
 import logging
 import re
 from typing import Any
@@ -17,7 +18,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name, shoul
 
 from bnbref import int8
 from bnbref.integrations.experts import dequantize_experts, is_experts, load_offloaded, parametrize_experts
-from bnbref.integrations.inventory import REASONS, report
+from bnbref.integrations.inventory import REASONS, Report, report
 from bnbref.integrations.transformers_config import METHOD, BnbRefConfig
 from bnbref.integrations.transformers_loading import (
     STATS,
@@ -27,10 +28,12 @@ from bnbref.integrations.transformers_loading import (
     is_linear,
     plain_layer,
     quantized_layer,
+    was_conv1d,
 )
 from bnbref.linear4bit import dequantize
 from bnbref.nn import Linear4bit, Linear8bitLt
 from bnbref.nn.layer import QuantizedLayer
+from bnbref.nn.params import QuantizedParameter
 from bnbref.quant_state import QuantState, present
 
 logger = logging.getLogger(__name__)
@@ -42,9 +45,12 @@ class BnbRefHfQuantizer(HfQuantizer):  # type: ignore[misc]
     requires_calibration = False
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        if isinstance(quantization_config, BnbRefConfig):
+            # A copy: it will say what became of this model, and its owner may load another model with it.
+            quantization_config = self.spec = copy.copy(quantization_config)
+        else:
+            self.spec = BnbRefConfig.of_bitsandbytes(quantization_config)
         super().__init__(quantization_config, **kwargs)
-        own = isinstance(quantization_config, BnbRefConfig)
-        self.spec: BnbRefConfig = quantization_config if own else BnbRefConfig.of_bitsandbytes(quantization_config)
         self.fused: dict[str, QuantState | None] = {}
         """The parameters that are quantized by themselves; their scales once they are."""
         self.reasons: dict[str, str] = {}
@@ -135,10 +141,12 @@ class BnbRefHfQuantizer(HfQuantizer):  # type: ignore[misc]
         for name, module in list(model.named_modules()):
             if isinstance(module, QuantizedLayer) and not module.weight.is_meta and not _is_quantized(module):
                 self.reasons[name] = "not in the checkpoint: newly initialized"
-                plain = plain_layer(module)
-                plain.weight = module.weight
+                plain = plain_layer(module, module.weight.data)
+                if not was_conv1d(module):
+                    plain.weight = module.weight
                 model.set_submodule(name, plain)
         quantized = {name: state for name, state in self.fused.items() if state is not None}
+        self.reasons |= dict.fromkeys(self.fused.keys() - quantized.keys(), "float in the checkpoint")
         for name, state in quantized.items():
             parametrize_experts(model, name, state, model.config.dtype)
         if quantized:
@@ -151,8 +159,21 @@ class BnbRefHfQuantizer(HfQuantizer):  # type: ignore[misc]
         model._weight_conversions = [c for c in self.conversions if not _undoing(c, names)]
         _set_flags(model)
         setattr(model, REASONS, self.reasons)
-        logger.info("%s", report(model))
+        self._log(report(model))
         return model
+
+    def _log(self, found: Report) -> None:
+        logger.info("%s", found)
+        if not found.quantized:
+            logger.warning("nothing in this model was quantized:\n%s", found)
+            return
+        kept = ("embedding", *self.reasons.values())
+        left = tuple(p for p in found.skipped if len(p.shape) > 1 and p.elements and p.reason not in kept)
+        share = sum(p.elements for p in left) / sum(p.elements for p in found.parameters)
+        if share > 0.05:
+            logger.warning(
+                "%.0f %% of this model is in parameters that cannot be quantized:\n%s", 100 * share, Report(left)
+            )
 
     # ---- the loaded model -------------------------------------------------------------------------------------------
 
@@ -183,7 +204,7 @@ class BnbRefHfQuantizer(HfQuantizer):  # type: ignore[misc]
         dequantize_experts(model, dtype)
         # What was not quantized was loaded in the model's dtype, or kept in float32 by the model.
         for parameter in model.parameters():
-            if parameter.dtype == old:
+            if parameter.dtype == old and not isinstance(parameter, QuantizedParameter):
                 parameter.data = parameter.data.to(dtype)
         model.config.dtype = dtype
         model._weight_conversions = self.conversions
