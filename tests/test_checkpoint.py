@@ -679,7 +679,7 @@ def test_random_damage_is_refused_or_read(files, suffix, data):
 
 def explained(content):
     """A byte is two codes, each an index of eight bytes; and rows of 16 of the largest blocks are padded to two."""
-    return 16 * len(content) + 2 * 16 * checkpoint.LARGEST_BLOCK * 8
+    return 16 * len(content) + 2 * 16 * 4096 * 8
 
 
 def test_random_damage_of_the_state_is_refused_or_read(files):
