@@ -43,6 +43,13 @@ def fresh(name: str) -> Codebook:
     return Codebook(name, NF4.values, NF4.thresholds)
 
 
+@pytest.fixture
+def through_dynamo():
+    """No shortcut of an earlier test, which may have compiled under another default dtype: Dynamo looks at every layout."""
+    for kernel in REGISTRY.values():
+        kernel._shortcuts.clear()
+
+
 # ---- one compilation for all shapes ---------------------------------------------------------------------------------
 
 # Nothing, one, odd, a tail, less and more than a block, whole blocks, several dimensions.
@@ -65,10 +72,7 @@ def test_twenty_shapes_cost_one_compilation():
     assert graphs() == again + 1, "another dtype is another kernel"
 
 
-def test_twenty_shapes_of_eight_bits():
-    # A test before this one may have compiled under another default dtype: Dynamo is to look again.
-    REGISTRY["quantize_blocks"]._shortcuts.clear()
-    REGISTRY["dequantize_blocks"]._shortcuts.clear()
+def test_twenty_shapes_of_eight_bits(through_dynamo):
     blockwise.quantize(ramp(999), DYNAMIC, 256)  # compiled here if it was not yet
     before = graphs()
     for shape in SHAPES:
@@ -86,7 +90,7 @@ def test_twenty_shapes_of_eight_bits():
     assert graphs() == before
 
 
-def test_matrices_of_any_size_share_a_kernel():
+def test_matrices_of_any_size_share_a_kernel(through_dynamo):
     """Sizes 0 and 1 are kernels of their own, as Dynamo has it: nothing else is."""
     int8.quantize(torch.ones(2, 2), 2.5)
     before = graphs()
