@@ -88,6 +88,14 @@ def reciprocal(absmax: Tensor) -> Tensor:
     return torch.where(absmax > 0, torch.ones_like(absmax) / absmax, 0.0)
 
 
+# ---- look up --------------------------------------------------------------------------------------------------------
+
+
+def look_up(table: Tensor, index: Tensor) -> Tensor:
+    """`table[index]`, for an index that is never negative: of a gather Inductor does not ask whether it is."""
+    return table.gather(0, index.to(torch.int64).reshape(-1)).reshape(index.shape)
+
+
 # ---- count thresholds -----------------------------------------------------------------------------------------------
 
 
@@ -144,8 +152,7 @@ def count_by_carry(x: Tensor, entries: Tensor, first_cell: int) -> Tensor:
     """`count_below` by one look-up in a carry table."""
     key = _ordered(x)
     cell = ((key >> 16) - first_cell).clamp(0, entries.numel() - 1)
-    entry = entries.gather(0, cell.to(torch.int64).reshape(-1)).reshape(x.shape)
-    return torch.where(x == x, (entry + (key & 0xFFFF)) >> 16, 0)
+    return torch.where(x == x, (look_up(entries, cell) + (key & 0xFFFF)) >> 16, 0)
 
 
 # ---- words, for GPUs ------------------------------------------------------------------------------------------------
@@ -217,8 +224,8 @@ def rank_table(codebook: Codebook, device: torch.device) -> tuple[Tensor, Tensor
 
 def _count_in_cells(x: Tensor, cells: Tensor, bounds: Tensor) -> Tensor:
     bits = cells.numel().bit_length() - 1
-    rank = cells[x.view(torch.int32) >> (32 - bits) & (cells.numel() - 1)].to(torch.int32)
-    return torch.where(x > bounds[rank], rank + 1, rank)
+    rank = look_up(cells, x.view(torch.int32) >> (32 - bits) & (cells.numel() - 1)).to(torch.int32)
+    return torch.where(x > look_up(bounds, rank), rank + 1, rank)
 
 
 def _encode_lanes(blocks: Tensor, cells: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
@@ -294,8 +301,7 @@ def decode_options(*_: torch.dtype, dtype: torch.dtype = torch.float32) -> dict[
 @fused(dynamic={"codes": (0,), "absmax": (0,)}, cpu=decode_options, gpu=tuned)
 def dequantize_blocks(codes: Tensor, absmax: Tensor, values: Tensor, *, dtype: torch.dtype) -> Tensor:
     """uint8 `[blocks, blocksize]`, float32 `[blocks]`, float32 `[values]` -> dtype `[blocks, blocksize]`.  Exact."""
-    value = values.gather(0, codes.to(torch.int64).reshape(-1)).reshape(codes.shape)
-    return (value * rearrange(absmax, "b -> b 1")).to(dtype)
+    return (look_up(values, codes) * rearrange(absmax, "b -> b 1")).to(dtype)
 
 
 # ---- any shape ------------------------------------------------------------------------------------------------------

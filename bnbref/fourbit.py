@@ -26,6 +26,7 @@ from bnbref.blockwise import (
     float_of,
     in_lanes,
     in_rows,
+    look_up,
     magnitude,
     reciprocal,
     tuned,
@@ -74,11 +75,11 @@ def _encode_options(rows: torch.dtype, **constants: Any) -> dict[str, Any]:
 
 @fused(dynamic={"rows": (0,)}, cpu=_encode_options, gpu=tuned)
 def quantize_rows(
-    rows: Tensor, pairs: Tensor | None = None, switches: Tensor | None = None, *, blocksize: int, codebook: Codebook
+    rows: Tensor, cells: Tensor | None = None, *, blocksize: int, codebook: Codebook
 ) -> tuple[Tensor, Tensor]:
     """`[rows, blocks * blocksize]` -> packed uint8 `[rows, bytes]`, float32 absmax `[rows, blocks]`.  Exact.
 
-    pairs and switches: the codebook's `code_table`, for GPUs.
+    cells: the codebook's `code_table`, for GPUs.
     """
     blocks = rearrange(rows.float(), "n (b s) -> n b s", s=blocksize)
     absmax = magnitude(blocks).amax(-1)
@@ -149,17 +150,17 @@ def _code_by_tree(scaled: Tensor, codebook: Codebook) -> Tensor:
 
 
 # ---- encode: formulation for GPUs -----------------------------------------------------------------------------------
-# The tree costs a GPU fifty comparisons and selects an element, at half rate; two look-ups that stay in one cache line
-# each cost a fifth of that. 256 Mi float32 took an H100 0.61 ms and bfloat16 0.53; bitsandbytes 2.8 and 2.7, and so did the
-# tree (block sizes chosen on a small tensor).
+# The tree costs a GPU fifty comparisons and selects an element, at half rate. A look-up that stays in a few cache lines
+# costs a fraction of that, but each keeps the load unit busy for several cycles: there is one for an element.
 
 
 @functools.cache
-def code_table(codebook: Codebook, device: torch.device) -> tuple[Tensor, Tensor] | None:
+def code_table(codebook: Codebook, device: torch.device) -> Tensor | None:
     """`encode` by cell: the upper bits of a float32 are its cell, in which the code changes once at most.
 
-    `pairs[cell]` has in its low nibble the code of magnitudes up to `switches[cell]`, in its high nibble that of those
-    above. Both are found by asking `encode`. None for a codebook that changes twice in 2^13 cells.  Finite x or NaN.
+    An entry is an int32: in its upper nibble the code of magnitudes up to a switch, in the next that of those above, and
+    below them the lower bits of the switch. All are found by asking `encode`. None for a codebook that changes twice in
+    2^13 cells.  Finite x or NaN.
     """
     thresholds = torch.tensor(codebook.thresholds, dtype=torch.float32, device="cpu")
 
@@ -181,15 +182,16 @@ def code_table(codebook: Codebook, device: torch.device) -> tuple[Tensor, Tensor
         high = code(last, special)
         once = code(torch.minimum(beyond, last), special) == high  # below -0.0 there may be another code than at it
         if int(inside.max()) <= 1 and bool(once.all()):
-            return (low | high << 4).to(device), float_of(switch).abs().masked_fill(special, 0).to(device)
+            entry = low.long() << 28 | high.long() << 24 | switch & (1 << (32 - bits)) - 1
+            return float_of(entry).view(torch.int32).to(device)
     return None
 
 
-def _encode_by_cell(scaled: Tensor, pairs: Tensor, switches: Tensor) -> Tensor:
-    bits = pairs.numel().bit_length() - 1
-    cell = scaled.view(torch.int32) >> (32 - bits) & (pairs.numel() - 1)
-    pair = pairs[cell].to(torch.int32)
-    return torch.where(scaled.abs() > switches[cell], pair >> 4, pair & 15)
+def _encode_by_cell(scaled: Tensor, cells: Tensor) -> Tensor:
+    size = 33 - cells.numel().bit_length()  # of a cell, in bits
+    pattern, below = scaled.view(torch.int32), (1 << size) - 1
+    entry = look_up(cells, pattern >> size & (cells.numel() - 1))
+    return torch.where((pattern & below) > (entry & below), entry >> 24, entry >> 28) & 15
 
 
 def lane_elements(dtype: torch.dtype) -> int:
@@ -197,11 +199,11 @@ def lane_elements(dtype: torch.dtype) -> int:
     return 16 // dtype.itemsize
 
 
-def _encode_lanes(rows: Tensor, pairs: Tensor, switches: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+def _encode_lanes(rows: Tensor, cells: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     lanes = in_lanes(rows, blocksize, lane_elements(rows.dtype))
     absmax = absmax_of_lanes(lanes)
     scale = rearrange(reciprocal(absmax), "n b -> n b 1")
-    codes = [_encode_by_cell(x * scale, pairs, switches) for x in lanes]
+    codes = [_encode_by_cell(x * scale, cells) for x in lanes]
     packed = [high << 4 | low for high, low in zip(codes[::2], codes[1::2], strict=True)]
     word = packed[0]
     for place, byte in enumerate(packed[1:], 1):
@@ -210,11 +212,9 @@ def _encode_lanes(rows: Tensor, pairs: Tensor, switches: Tensor, blocksize: int)
 
 
 @quantize_rows.formulation
-def _(
-    rows: Tensor, pairs: Tensor | None = None, switches: Tensor | None = None, *, blocksize: int, codebook: Codebook
-) -> tuple[Tensor, Tensor]:
-    if pairs is not None and switches is not None:
-        return _encode_lanes(rows, pairs, switches, blocksize)
+def _(rows: Tensor, cells: Tensor | None = None, *, blocksize: int, codebook: Codebook) -> tuple[Tensor, Tensor]:
+    if cells is not None:
+        return _encode_lanes(rows, cells, blocksize)
     even, odd = split_pairs(rows)
     if blocksize % 2 == 0:
         sizes = torch.maximum(magnitude(even), magnitude(odd))
@@ -258,7 +258,7 @@ def sixteen(codebook: Codebook) -> tuple[float, ...]:
 
 def decode_nibble(codes: Tensor, table: Tensor | None, codebook: Codebook) -> Tensor:
     """The value of the lower four bits, looked up in memory where there is a table (a GPU) and else in registers."""
-    return lookup16(codes, sixteen(codebook)) if table is None else table[codes & 15]
+    return lookup16(codes, sixteen(codebook)) if table is None else look_up(table, codes & 15)
 
 
 def _decode_bytes(
@@ -341,10 +341,9 @@ def quantize(
             f"the {n_bytes} bytes of {n} packed elements"
         )
     rows = in_rows(x, blocksize * row_blocks(blocksize))
-    table: tuple[Tensor, Tensor] | tuple[()] = ()
-    if reads_tables(x.device) and blocksize % lane_elements(x.dtype) == 0:
-        table = code_table(codebook, x.device) or ()
-    packed, absmax = quantize_rows(rows, *table, blocksize=blocksize, codebook=codebook)
+    by_cell = reads_tables(x.device) and blocksize % lane_elements(x.dtype) == 0
+    cells = (code_table(codebook, x.device),) if by_cell else ()
+    packed, absmax = quantize_rows(rows, *cells, blocksize=blocksize, codebook=codebook)
     packed = packed.view(-1)[:n_bytes].view(quant_storage).view(-1, 1)
     return packed, absmax.view(-1)[: block_count(n, blocksize)]
 

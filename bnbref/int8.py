@@ -39,7 +39,8 @@ _CPU_PRODUCT_IS_EXACT = _cpu_product_is_exact()
 
 @fused(dynamic={"rows": (0, 1)})
 def quantize_int8_rows(rows: Tensor, *, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-    """`[rows, columns]` -> int8 `[rows, columns]`, float32 absmax `[rows]`, bool outlier columns `[columns]`.  Exact."""
+    """`[rows, columns]` -> int8 `[rows, columns]`, float32 absmax `[rows]`, bool outlier columns `[columns]`, none
+    of them (`[0]`) where the threshold is 0.  Exact."""
     x = rows.float()
     size = torch.where(x == x, x.abs(), 0.0)
     if threshold > 0:
@@ -47,7 +48,7 @@ def quantize_int8_rows(rows: Tensor, *, threshold: float) -> tuple[Tensor, Tenso
         size = torch.where(outlier, 0.0, size)
         columns = outlier.any(0)
     else:
-        columns = torch.zeros_like(rows[0], dtype=torch.bool)
+        columns = torch.empty(0, dtype=torch.bool, device=rows.device)
     absmax = size.amax(-1)
     absmax = torch.where(absmax >= SMALLEST_ABSMAX, absmax, 0.0)
     # Two roundings, as on every backend of bitsandbytes: CUDA multiplies by the reciprocal, and so does torch for 127 / x.

@@ -17,7 +17,7 @@ from torch import Tensor
 from bnbref import fourbit
 from bnbref.codebooks import Codebook, value_table
 from bnbref.fused import compile_enabled, fused, tracing
-from bnbref.lut16 import _round, scaled16
+from bnbref.lut16 import rounded, scaled16
 from bnbref.quant_state import QuantState, present
 
 
@@ -36,33 +36,33 @@ def _fast_sum(*dtypes: torch.dtype | None, **constants: Any) -> dict[str, Any]:
 
 
 def _wide_search(*dtypes: torch.dtype | None, **constants: Any) -> dict[str, Any]:
-    # More block sizes than Inductor would try: on an H100 22 us for 4096 x 4096, dequantizing and multiplying 47,
-    # bitsandbytes 10.
-    return {"max_autotune_pointwise": True, "emulate_precision_casts": False}
+    return {"max_autotune_pointwise": True, "emulate_precision_casts": False}  # more block sizes than Inductor would try
 
 
-@fused(dynamic={"packed": (0,), "absmax": (0,)}, cpu=_fast_sum, gpu=_wide_search, exact=False)
+@fused(dynamic={"packed": (0,), "absmax": (0,), "bias": (0,)}, cpu=_fast_sum, gpu=_wide_search, exact=False)
 def multiply_row(
     a: Tensor,
     packed: Tensor,
     absmax: Tensor,
+    bias: Tensor | None = None,
     table: Tensor | None = None,
     *,
     blocksize: int,
     codebook: Codebook,
     dtype: torch.dtype,
 ) -> Tensor:
-    """float32 `[p, k/p]`; uint8 `[n, k/2]`; float32 `[n, blocks]` -> float32 `[n]`.  a[i, j] is column `p * j + i`.
+    """`[p, k/p]`; uint8 `[n, k/2]`; float32 `[n, blocks]`; `[n]` -> dtype `[n]`.  a[i, j] is column `p * j + i`.
 
-    Bounded: the products with the weight in `dtype`, each exact or fused, summed in float32 in the compiler's order,
-    |y - exact| <= k u / (1 - k u) * sum |a w|, u = 2^-24.
+    Bounded: the products with the weight in `dtype`, each exact or fused, summed in float32 in the compiler's order; with u
+    = 2^-24 and v the unit roundoff of dtype, |y - exact| <= k u / (1 - k u) * sum |a w| + v |exact|.
     """
     weight = fourbit.dequantize_rows.definition(packed, absmax, blocksize=blocksize, codebook=codebook, dtype=dtype)
     first, *rest = weight.float().unflatten(1, (-1, a.shape[0])).unbind(-1)
-    y = torch.mv(first, a[0])
-    for place, columns in enumerate(rest, 1):
-        y = y + torch.mv(columns, a[place])
-    return y
+    columns = a.float()
+    y = torch.mv(first, columns[0])
+    for place, part in enumerate(rest, 1):
+        y = y + torch.mv(part, columns[place])
+    return (y if bias is None else y + bias.float()).to(dtype)
 
 
 def _multiply_by_words(
@@ -77,13 +77,16 @@ def _multiply_by_words(
     """Eight codes a lane, for GPUs; p is 8."""
     words = packed.view(torch.int32).unflatten(1, (-1, blocksize // 8))
     scale = rearrange(absmax, "n b -> n b 1")
-    columns = a.unflatten(1, (-1, blocksize // 8))
-    total: Tensor | float = 0.0
-    for place in range(8):
+    columns = a.unflatten(1, (-1, blocksize // 8)).float()
+
+    def product(place: int) -> Tensor:
         codes = words >> (8 * (place // 2) + 4 * (1 - place % 2))
-        weight = _round(fourbit.decode_nibble(codes, table, codebook) * scale, dtype, bits=False)
-        total = total + weight * columns[place]
-    return torch.as_tensor(total).sum((1, 2))
+        return rounded(fourbit.decode_nibble(codes, table, codebook) * scale, dtype) * columns[place]
+
+    total = product(0)
+    for place in range(1, 8):
+        total = total + product(place)
+    return total.sum((1, 2))
 
 
 # A byte a lane, as in decoding; the rows of the weight in two halves, so that two sums are under way at a time: 0.50 ms
@@ -93,6 +96,7 @@ def _(
     a: Tensor,
     packed: Tensor,
     absmax: Tensor,
+    bias: Tensor | None = None,
     table: Tensor | None = None,
     *,
     blocksize: int,
@@ -100,25 +104,27 @@ def _(
     dtype: torch.dtype,
 ) -> Tensor:
     if a.shape[0] == 8:
-        return _multiply_by_words(a, packed, absmax, table, blocksize, codebook, dtype)
-    values = codebook.values + (0.0,) * (16 - len(codebook.values))
-    even, odd = rearrange(a, "two (b s) -> two b s", s=blocksize // 2)
-    n = packed.shape[0] // 2
-    halves = []
-    for rows, scales in ((packed[:n], absmax[:n]), (packed[n:], absmax[n:])):
-        codes = rearrange(rows.to(torch.int32), "n (b s) -> n b s", s=blocksize // 2)
-        scale = rearrange(scales, "n b -> n b 1")
-        first, second = scaled16(codes >> 4, scale, values, dtype), scaled16(codes, scale, values, dtype)
-        halves.append((first * even).sum((1, 2)) + (second * odd).sum((1, 2)))
-    return torch.cat(halves)
+        y = _multiply_by_words(a, packed, absmax, table, blocksize, codebook, dtype)
+    else:
+        even, odd = a.float().unflatten(1, (-1, blocksize // 2))
+        n = packed.shape[0] // 2
+        halves = []
+        for rows, scales in ((packed[:n], absmax[:n]), (packed[n:], absmax[n:])):
+            codes = rearrange(rows.to(torch.int32), "n (b s) -> n b s", s=blocksize // 2)
+            scale = rearrange(scales, "n b -> n b 1")
+            values = fourbit.sixteen(codebook)
+            first, second = scaled16(codes >> 4, scale, values, dtype), scaled16(codes, scale, values, dtype)
+            halves.append((first * even).sum((1, 2)) + (second * odd).sum((1, 2)))
+        y = torch.cat(halves)
+    return (y if bias is None else y + bias.float()).to(dtype)
 
 
 def _is_row_for_kernel(a: Tensor, state: QuantState) -> bool:
     n, k = present(state.shape, "shape")
     blocksize = present(state.blocksize, "blocksize")
     return (
-        a.device.type in ("cpu", "cuda")
-        and a.numel() == k
+        a.numel() == k
+        and a.device.type in ("cpu", "cuda")
         and (k % blocksize, blocksize % 32, n % 2) == (0, 0, 0)
         and min(n, k) >= 4
         and compile_enabled()
@@ -130,15 +136,20 @@ def _is_row_for_kernel(a: Tensor, state: QuantState) -> bool:
 def _product_of_row(a: Tensor, packed: Tensor, state: QuantState, bias: Tensor | None) -> Tensor:
     n, k = present(state.shape, "shape")
     blocksize = present(state.blocksize, "blocksize")
-    on_cpu = a.device.type == "cpu"
-    columns = rearrange(a.float().reshape(k), "(k p) -> p k", p=2 if on_cpu else 8).contiguous()
     codes = packed.reshape(-1).view(torch.uint8).view(n, k // 2)
-    if not on_cpu and codes.storage_offset() % 4 != 0:
-        codes = codes.clone()  # the kernel reads words
-    table: tuple[Tensor] | tuple[()] = () if on_cpu else (value_table(state.codebook, a.device),)
     scales = state.scales().view(n, k // blocksize)
-    y = multiply_row(columns, codes, scales, *table, blocksize=blocksize, codebook=state.codebook, dtype=a.dtype)
-    return (y if bias is None else y + bias.float()).to(a.dtype).view(*a.shape[:-1], n)
+    table: Tensor | None = None
+    if a.device.type == "cpu":
+        columns = a.float().view(k // 2, 2).t().contiguous()
+    else:
+        columns = a.reshape(k // 8, 8).t().contiguous()
+        table = value_table(state.codebook, a.device)
+        if codes.storage_offset() % 4 != 0:
+            codes = codes.clone()  # the kernel reads words
+    y = multiply_row(
+        columns, codes, scales, bias, table, blocksize=blocksize, codebook=state.codebook, dtype=a.dtype
+    )
+    return y.view(*a.shape[:-1], n)
 
 
 # ---- any rows -------------------------------------------------------------------------------------------------------

@@ -61,18 +61,28 @@ def tree16(codes: Tensor, table: Table) -> Tensor:
     return row[0]
 
 
-def _round(value: Tensor, dtype: torch.dtype, bits: bool) -> Tensor:
-    """float32 rounded to `dtype`: its bits in the low end of an int32, or the rounded value as float32 again."""
+def rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """float32 rounded to `dtype`, as float32 again; also where Inductor would elide `.to(dtype).float()`.  Exact.
+
+    >>> rounded(torch.tensor([1.01]), torch.bfloat16)
+    tensor([1.0078])
+    """
     if dtype == torch.float32:
-        return value.view(torch.int32) if bits else value
-    if not torch.compiler.is_compiling() and not bits:
+        return value
+    if not torch.compiler.is_compiling():
         return value.to(dtype).float()
-    pattern = value.to(dtype).view(torch.int16).to(torch.int32) & 0xFFFF  # a bit cast: Inductor elides .to(T).float()
-    return pattern if bits else _widen(pattern, dtype)
+    return _widen(value.to(dtype).view(torch.int16).to(torch.int32), dtype)  # a bit cast is never elided
+
+
+def _rounded_bits(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """float32 rounded to `dtype`: its bits in the low end of an int32."""
+    if dtype == torch.float32:
+        return value.view(torch.int32)
+    return value.to(dtype).view(torch.int16).to(torch.int32) & 0xFFFF
 
 
 def _widen(pattern: Tensor, dtype: torch.dtype) -> Tensor:
-    """The float32 value of bfloat16 or float16 bits."""
+    """The float32 value of the bfloat16 or float16 in the lower half of an int32."""
     if dtype == torch.bfloat16:
         return (pattern << 16).view(torch.float32)
     placed = ((pattern << 13) & 0x0FFFFFFF) | (
@@ -127,7 +137,7 @@ def _scaled(codes: Tensor, scale: Tensor, table: Table, dtype: torch.dtype, bits
         native: Tensor = torch.ops.bnbref.scaled16(codes.to(torch.int32), scale, table, dtype, bits, enable())
         return native
     value = tree16(codes, table) if torch.compiler.is_compiling() else gather16(codes, table)
-    return _round(value * scale, dtype, bits)
+    return _rounded_bits(value * scale, dtype) if bits else rounded(value * scale, dtype)
 
 
 def _check(table: Table) -> None:
@@ -160,7 +170,8 @@ def _(codes: Tensor, table: list[float], width: int) -> Tensor:
 
 @torch.library.impl(_library, "scaled16", "CompositeExplicitAutograd")
 def _(codes: Tensor, scale: Tensor, table: list[float], dtype: torch.dtype, bits: bool, width: int) -> Tensor:
-    return _round(gather16(codes, tuple(table)) * scale, dtype, bits).contiguous()
+    value = gather16(codes, tuple(table)) * scale
+    return (_rounded_bits(value, dtype) if bits else rounded(value, dtype)).contiguous()
 
 
 @torch.library.register_fake("bnbref::scaled16", lib=_library)  # type: ignore[untyped-decorator]

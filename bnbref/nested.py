@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor
 
 from bnbref import blockwise
-from bnbref.blockwise import block_count, check_blocksize, decode_options, in_rows
+from bnbref.blockwise import block_count, check_blocksize, decode_options, in_rows, look_up
 from bnbref.codebooks import DYNAMIC
 from bnbref.fused import fused
 
@@ -34,8 +34,7 @@ def quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 @fused(dynamic={"codes": (0,), "absmax": (0,)}, cpu=decode_options)
 def dequantize_nested(codes: Tensor, absmax: Tensor, values: Tensor, offset: Tensor) -> Tensor:
     """uint8 `[blocks, blocksize]`, float32 `[blocks]`, `[256]`, `[]` -> float32 `[blocks, blocksize]`.  Exact."""
-    value = values.gather(0, codes.to(torch.int64).reshape(-1)).reshape(codes.shape)
-    return value * rearrange(absmax, "b -> b 1") + offset
+    return look_up(values, codes) * rearrange(absmax, "b -> b 1") + offset
 
 
 def dequantize(codes: Tensor, absmax2: Tensor, values: Tensor, offset: Tensor, blocksize: int = BLOCKSIZE) -> Tensor:

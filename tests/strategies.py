@@ -300,17 +300,24 @@ def _multiply_row(dtype: torch.dtype, codebook: Codebook, blocksize: int) -> Var
         size = st.lists(entry, min_size=1, max_size=9)
         absmax = torch.from_numpy(np.resize(np.array(draw(size), np.float32), n * blocks)).view(n, blocks)
 
+        bias = torch.from_numpy(np.resize(np.array(draw(few), np.float32), n)).to(dtype) if draw(st.booleans()) else None
+
         def bound() -> Tensor:
-            # Two sums of k products, each with at most k roundings to u = 2^-24 in some order: each is within
-            # ((1 + u)^k - 1) sum |a w| <= 1.01 k u sum |a w| of the exact one; a product below 2^-126 may lose 2^-150.
+            # Two sums of k products and a bias, each with at most k + 1 roundings to u = 2^-24 in some order: each is within
+            # ((1 + u)^(k + 1) - 1) S <= 1.01 (k + 1) u S of the exact one, S the sum of the magnitudes; a product below
+            # 2^-126 may lose 2^-150. Then each is rounded to dtype, unit roundoff v: v times its magnitude, at most 1.01 S,
+            # or half of the least subnormal.
             values = value_table(codebook, CPU)
             codes = torch.stack((packed >> 4, packed & 15), -1).view(n, blocks, blocksize).long()
             weight = (values[codes] * absmax[:, :, None]).to(dtype).double().view(n, k)
             columns = a.double().t().reshape(k)
-            return 2 * (1.01 * k * 2.0**-24 * (weight.abs() @ columns.abs()) + k * 2.0**-150)
+            size = weight.abs() @ columns.abs() + (0 if bias is None else bias.double().abs())
+            finfo = torch.finfo(dtype)
+            v = 0.0 if dtype == F32 else 1.01 * finfo.eps / 2
+            return 2 * ((1.01 * (k + 1) * 2.0**-24 + v) * size + k * 2.0**-150 + finfo.smallest_normal * finfo.eps)
 
         constants = {"blocksize": blocksize, "codebook": codebook, "dtype": dtype}
-        return Case((a, packed, absmax), constants, bound)
+        return Case((a, packed, absmax, bias), constants, bound)
 
     return cases
 

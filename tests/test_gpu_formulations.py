@@ -35,15 +35,15 @@ def bits(x):
 
 @pytest.mark.parametrize("book", FOUR_BIT, ids=lambda book: book.name)
 def test_codes_of_cells(book):
-    pairs, switches = fourbit.code_table(book, CPU)
+    table = fourbit.code_table(book, CPU)
     t = torch.tensor([*book.thresholds, 0.0, 1.0, 1e-45, 2.0**-126])
     t = torch.cat([t, t.nextafter(torch.tensor(2.0)), t.nextafter(torch.tensor(-2.0))])
-    cells = torch.arange(pairs.numel()) << (32 - (pairs.numel().bit_length() - 1))
+    cells = torch.arange(table.numel()) << (32 - (table.numel().bit_length() - 1))
     edges = torch.cat([blockwise.float_of(cells), blockwise.float_of(cells - 1)])
     x = torch.cat(
         [t, -t, edges[edges.abs() < math.inf], torch.rand(10**5) * 2 - 1, torch.tensor([math.nan, -math.nan])]
     )
-    assert torch.equal(fourbit._encode_by_cell(x, pairs, switches), fourbit.encode(x, book).to(torch.int32))
+    assert torch.equal(fourbit._encode_by_cell(x, table), fourbit.encode(x, book).to(torch.int32))
 
 
 @pytest.mark.parametrize("book", EIGHT_BIT, ids=lambda book: book.name)
@@ -66,7 +66,7 @@ def test_four_bit(book, dtype, blocksize):
     x = nasty(40, width, dtype, book.thresholds)
     constants = {"blocksize": blocksize, "codebook": book}
     want = fourbit.quantize_rows.definition(x, **constants)
-    got = fourbit.quantize_rows.body(x, *fourbit.code_table(book, CPU), **constants)
+    got = fourbit.quantize_rows.body(x, fourbit.code_table(book, CPU), **constants)
     assert torch.equal(got[0], want[0])
     assert torch.equal(got[1], want[1])
     packed = torch.arange(256, dtype=torch.uint8).repeat(blocksize)[: 8 * width].view(-1, width // 2)
@@ -94,15 +94,22 @@ def test_eight_bit(book, dtype, blocksize):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_row_by_words(dtype):
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_a_row_by_words(dtype, with_bias):
     n, k = 6, 128
     packed = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8)
-    absmax, a = torch.rand(n, k // 64), torch.randn(k).to(dtype).float()
+    absmax, a = torch.rand(n, k // 64), torch.randn(k).to(dtype)
+    bias = torch.randn(n).to(dtype) if with_bias else None
     constants = {"blocksize": 64, "codebook": NF4, "dtype": dtype}
     weight = fourbit.dequantize_rows.definition(packed, absmax, **constants).double()
-    bound = 1.01 * k * 2.0**-24 * (weight.abs() @ a.double().abs())
+    exact, size = weight @ a.double(), weight.abs() @ a.double().abs()
+    if bias is not None:
+        exact, size = exact + bias.double(), size + bias.double().abs()
+    # k products and the bias, summed in float32 in some order, and one rounding to dtype of at most 1.01 times the size.
+    bound = 1.01 * ((k + 1) * 2.0**-24 + torch.finfo(dtype).eps / 2) * size
     columns = a.view(-1, 8).t().contiguous()
     for run in (linear4bit.multiply_row.definition, linear4bit.multiply_row.body):
         for table in (None, value_table(NF4, CPU)):
-            got = run(columns, packed, absmax, table, **constants)
-            assert ((got.double() - weight @ a.double()).abs() <= bound).all()
+            got = run(columns, packed, absmax, bias, table, **constants)
+            assert got.dtype == dtype
+            assert ((got.double() - exact).abs() <= bound).all()
