@@ -46,7 +46,10 @@ Run = Callable[[], Any]
 
 
 def medians(contenders: Mapping[str, Run | None], rounds: int = 15, calls: int = 1) -> dict[str, float | None]:
-    """Milliseconds a call by CUDA events: the median of interleaved rounds of `calls` calls each."""
+    """Milliseconds a call by CUDA events: the median of interleaved rounds of `calls` calls each.
+
+    Several calls, so that Python prepares one while the GPU runs another: what takes longer is what is measured.
+    """
     runs = {name: run for name, run in contenders.items() if run is not None}
     times: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
@@ -84,14 +87,14 @@ def copy_bandwidth(elements: int) -> float:
     """GB/s of a device-to-device copy of float32, read + written."""
     source = torch.randn(elements, device=GPU)
     target = torch.empty_like(source)
-    ms = medians({"copy": lambda: target.copy_(source)})["copy"]
+    ms = medians({"copy": lambda: target.copy_(source)}, calls=10)["copy"]
     return 8 * elements / ms / 1e6
 
 
 def matmul_peak() -> float:
     """TFLOP/s of a bfloat16 product of 8192^3, on random data."""
     a, b = (torch.randn(8192, 8192, device=GPU, dtype=torch.bfloat16) for _ in range(2))
-    ms = medians({"mm": lambda: a @ b})["mm"]
+    ms = medians({"mm": lambda: a @ b}, calls=10)["mm"]
     return 2 * 8192**3 / ms / 1e9
 
 
@@ -157,7 +160,7 @@ def check(what: str, x: Tensor, quantize: Any, dequantize: Any, codes: Tensor, s
 def measure(
     what: str, size: int, bandwidth: float, ours: Run, theirs: Run | None, differ: int | None = None
 ) -> dict[str, Any]:
-    ms = medians({"ours": ours, "theirs": theirs})
+    ms = medians({"ours": ours, "theirs": theirs}, rounds=9, calls=10)
     share = {f"{name}_share": value and size / value / 1e6 / bandwidth for name, value in ms.items()}
     return {"what": what, **ms, **share, "ratio": ratio(ms), "bar": 1.0, "share_bar": 0.85, "codes_that_differ": differ}
 
