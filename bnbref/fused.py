@@ -214,7 +214,7 @@ class Kernel(Generic[P, R]):
             compiled = _can_compile(tensors)
             if self._in_pieces(tensors):
                 for piece in self._pieces(tensors):
-                    results = self._run(piece, kwargs) if compiled else self.definition(*piece, **kwargs)
+                    results = self._run(piece, kwargs) if compiled else self.definition(*piece, **kwargs)  # type: ignore[arg-type]
                     self._written_into(piece, results)
                 return tuple(self.written(args))  # type: ignore[return-value]
             if not compiled:

@@ -31,6 +31,9 @@ class State:
 class Coefficients:
     """The numbers of a step by name: 0-dimensional float32 tensors as attributes."""
 
+    rate: Tensor
+    decay: Tensor
+
     def __init__(self, names: tuple[str, ...], values: Tensor) -> None:
         for name, value in zip(names, values.unbind(), strict=True):
             setattr(self, name, value)
@@ -44,7 +47,6 @@ class Rule:
     `rate *= min(1, max_unorm |p| / |direction|)`, as in LARS and LAMB.
     """
 
-    name: ClassVar[str]
     states: ClassVar[tuple[State, ...]]
     stacked: ClassVar[tuple[str, ...]] = ()
     clipped: ClassVar[bool] = False
@@ -61,7 +63,14 @@ class Rule:
         raise NotImplementedError
 
     def __repr__(self) -> str:
-        return self.name
+        return type(self).__name__
+
+    # A rule has no numbers of its own: two of a class are the same, and share their kernels.
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other)
+
+    def __hash__(self) -> int:
+        return hash(type(self))
 
 
 def sqrt(x: Tensor) -> Tensor:
@@ -94,7 +103,6 @@ class SGD(Rule):
     m = b1 m + (g + wd p)            p = p - lr m
     """
 
-    name = "sgd"
     states = (State("state1"),)
 
     def coefficients(self, t: int, group: Mapping[str, Any]) -> dict[str, float]:
@@ -111,7 +119,6 @@ class LARS(SGD):
     p = p - lr min(1, max_unorm |p| / |m|) m         for |p| > 0
     """
 
-    name = "lars"
     clipped = True
 
 
@@ -123,7 +130,6 @@ class Adam(Rule):
     p = (1 - lr wd) p - lr m^ / (sqrt(v^) + eps)
     """
 
-    name = "adam"
     states = (State("state1"), State("state2", signed=False))
 
     def coefficients(self, t: int, group: Mapping[str, Any]) -> dict[str, float]:
@@ -143,7 +149,6 @@ class LAMB(Adam):
     p = (1 - lr wd) p - lr min(1, max_unorm |p| / |u|) u,       u = m^ / (sqrt(v^) + eps),        for |p| > 0
     """
 
-    name = "lamb"
     clipped = True
 
     def coefficients(self, t: int, group: Mapping[str, Any]) -> dict[str, float]:
@@ -161,7 +166,6 @@ class Lion(Rule):
     p = (1 - lr wd) p - lr sign(b1 m + (1 - b1) g)           m = b2 m + (1 - b2) g
     """
 
-    name = "lion"
     states = (State("state1"),)
 
     def coefficients(self, t: int, group: Mapping[str, Any]) -> dict[str, float]:
@@ -178,7 +182,6 @@ class RMSprop(Rule):
     v = a v + (1 - a) g^2            p = p - lr g / (sqrt(v) + eps)
     """
 
-    name = "rmsprop"
     states = (State("state1", signed=False),)
 
     def coefficients(self, t: int, group: Mapping[str, Any]) -> dict[str, float]:
@@ -196,7 +199,6 @@ class Adagrad(Rule):
     v = v + g^2                      p = p - lr g / (sqrt(v) + eps)
     """
 
-    name = "adagrad"
     states = (State("state1", signed=False),)
 
     def coefficients(self, t: int, group: Mapping[str, Any]) -> dict[str, float]:
@@ -218,7 +220,6 @@ class AdEMAMix(Rule):
     b3(t)    = min(b3, exp(ln b1 ln b3 / ((1 - r) ln b3 + r ln b1))),     r = t / t_beta3
     """
 
-    name = "ademamix"
     states = (State("state1"), State("state3"), State("state2", signed=False))
     stacked = ("state1", "state3")
 
