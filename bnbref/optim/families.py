@@ -63,8 +63,8 @@ def _fix(cls: type[Family], fixed: dict[str, Any]) -> None:
     @functools.wraps(family.__init__)  # type: ignore[misc]
     def init(self: Family, *args: Any, **kwargs: Any) -> None:
         bound = signature.bind(self, *args, **kwargs).arguments
-        given = {**bound, **bound.pop("options", {})}
-        del given["self"]
+        del bound["self"]
+        given = {**bound.pop("options", {}), **bound}
         for name, value in fixed.items():
             # bitsandbytes' Adam8bit has optim_bits=32 in its signature, and refuses anything else.
             if given.get(name, value) not in (value, 32 if name == "optim_bits" else False):
