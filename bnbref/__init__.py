@@ -1,10 +1,10 @@
 """bitsandbytes as plain PyTorch tensor operations, compiled by Inductor into fused kernels."""
 
-from bnbref import functional, nn
+from bnbref import functional, nn, optim
 from bnbref.fused import eager
 from bnbref.linear4bit import matmul_4bit
 from bnbref.linear8bit import MatmulLtState, matmul
 
 __version__ = "0.1.0"
 
-__all__ = ["MatmulLtState", "eager", "functional", "matmul", "matmul_4bit", "nn"]
+__all__ = ["MatmulLtState", "eager", "functional", "matmul", "matmul_4bit", "nn", "optim"]

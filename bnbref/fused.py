@@ -11,12 +11,16 @@ under which the compiled bits are the eager bits. Where the fast form is not the
     `bnbref.eager()` or BNBREF_COMPILE=0      the definition
     meta and fake tensors, dispatch modes     the definition, so that the mode sees plain operations
     no C++ compiler, no triton                the definition, after one warning
+
+A kernel that updates tensors is a pure function all the same: what it returns is copied into the arguments that
+`writes` names, by the compiled code itself where Inductor can do that in one pass.
 """
 
 import contextlib
 import functools
 import importlib.util
 import inspect
+import itertools
 import os
 import shutil
 import subprocess
@@ -24,7 +28,7 @@ import sys
 import sysconfig
 import types
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, ParamSpec, TypeVar
 
@@ -166,6 +170,8 @@ class Kernel(Generic[P, R]):
         cpu: Callable[..., Mapping[str, Any]],
         exact: bool,
         gpu: Callable[..., Mapping[str, Any]] = lambda *dtypes, **constants: {},
+        writes: Sequence[str] = (),
+        piece: int | None = None,
     ) -> None:
         self.name = definition.__name__
         self.definition = definition
@@ -176,10 +182,15 @@ class Kernel(Generic[P, R]):
         self.exact = exact
         self._cpu, self._gpu = cpu, gpu
         parameters = inspect.signature(definition).parameters
-        unknown = set(dynamic) - set(parameters)
-        if unknown:
-            raise ValueError(f"dynamic names no argument of kernel {self.name!r}: {sorted(unknown)}")
-        self._dynamic = tuple(dynamic.get(name, ()) for name in parameters)
+        for label, names in (("dynamic", dynamic), ("writes", writes)):
+            unknown = set(names) - set(parameters)
+            if unknown:
+                raise ValueError(f"{label} names no argument of kernel {self.name!r}: {sorted(unknown)}")
+        positional = [p for p in parameters.values() if p.kind is not inspect.Parameter.KEYWORD_ONLY]
+        self._dynamic = tuple(dynamic.get(p.name, ()) for p in positional)
+        self._written = tuple(p.name in writes for p in positional)
+        self._variadic = bool(positional) and positional[-1].kind is inspect.Parameter.VAR_POSITIONAL
+        self._piece = piece
         functools.update_wrapper(self, definition)
 
     def formulation(self, body: Callable[P, R]) -> Callable[P, R]:
@@ -187,23 +198,67 @@ class Kernel(Generic[P, R]):
         self.body = body
         return body
 
+    def written(self, args: Sequence[Any]) -> list[Any]:
+        """The arguments that a call writes to, in their order."""
+        return list(itertools.compress(args, self._for_each(self._written, len(args))))
+
+    def _for_each(self, values: tuple[Any, ...], count: int) -> tuple[Any, ...]:
+        """One value for each of `count` arguments: that of `*rest` for all that it takes."""
+        return values[:-1] + values[-1:] * (count - len(values) + 1) if self._variadic else values[:count]
+
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         with torch.no_grad():
             if torch.compiler.is_compiling():
-                return self.body(*args, **kwargs)
+                return self._written_into(args, self.body(*args, **kwargs))
             # Fresh aliases: Dynamo's mark of a dynamic size stays on the tensor that bears it, which is the caller's.
             tensors = [t.detach() if isinstance(t, Tensor) else None for t in args]
-            if not _can_compile(tensors):
-                return self.definition(*args, **kwargs)
-            layout = tuple(None if t is None else (t.device, t.dtype, t.shape, t.stride()) for t in tensors)
-            call = (torch.get_num_threads(), layout, *kwargs.items())
-            shortcut = self._shortcuts.get(call)
-            return shortcut(tensors) if shortcut is not None else self._first_call(call, tensors, kwargs)
+            compiled = _can_compile(tensors)
+            if self._in_pieces(tensors):
+                for piece in self._pieces(tensors):
+                    results = self._run(piece, kwargs) if compiled else self.definition(*piece, **kwargs)  # type: ignore[arg-type]
+                    self._written_into(piece, results)
+                return tuple(self.written(args))  # type: ignore[return-value]
+            if not compiled:
+                return self._written_into(args, self.definition(*args, **kwargs))
+            result = self._run(tensors, kwargs)
+            return tuple(self.written(args)) if any(self._written) else result  # type: ignore[return-value]
+
+    def _written_into(self, args: Sequence[Any], results: R) -> R:
+        """What a call returns: the results, or the arguments that now hold them."""
+        if not any(self._written):
+            return results
+        targets = self.written(args)
+        torch._foreach_copy_(targets, list(results))  # type: ignore[call-overload]
+        return tuple(targets)  # type: ignore[return-value]
+
+    def _in_pieces(self, tensors: list[Tensor | None]) -> bool:
+        return self._piece is not None and next(t.device.type for t in tensors if t is not None) == "cpu"
+
+    def _pieces(self, tensors: list[Tensor | None]) -> Iterator[list[Tensor | None]]:
+        """Views of equal numbers of rows of all arguments whose first dimension is dynamic."""
+        by_rows = [t is not None and 0 in dims for t, dims in self._with_dynamic(tensors)]
+        rows = next(t.shape[0] for t, sliced in zip(tensors, by_rows, strict=True) if sliced and t is not None)
+        count = max(1, -(-rows // (self._piece or rows)))
+        if count == 1:
+            yield tensors
+            return
+        for i in range(count):
+            part = slice(rows * i // count, rows * (i + 1) // count)
+            yield [t[part] if sliced and t is not None else t for t, sliced in zip(tensors, by_rows, strict=True)]
+
+    def _with_dynamic(self, tensors: list[Tensor | None]) -> list[tuple[Tensor | None, tuple[int, ...]]]:
+        return list(zip(tensors, self._for_each(self._dynamic, len(tensors)), strict=True))
+
+    def _run(self, tensors: list[Tensor | None], constants: Mapping[str, Any]) -> R:
+        layout = tuple(None if t is None else (t.device, t.dtype, t.shape, t.stride()) for t in tensors)
+        call = (torch.get_num_threads(), layout, *constants.items())
+        shortcut = self._shortcuts.get(call)
+        return shortcut(tensors) if shortcut is not None else self._first_call(call, tensors, constants)
 
     def _first_call(self, call: Any, tensors: list[Tensor | None], constants: Mapping[str, Any]) -> R:
         """By way of Dynamo, which finds or compiles the code for these sizes; what it runs is the shortcut from now on."""
         device_type = next(t.device.type for t in tensors if t is not None)
-        dynamic = list(zip(tensors, self._dynamic, strict=False))
+        dynamic = self._with_dynamic(tensors)
         key = (device_type, *(_signature(t, dims) for t, dims in dynamic), *constants.items())
         large = device_type != "cpu" and max(t.numel() for t in tensors if t is not None) >= _LARGE
         if large:
@@ -211,7 +266,8 @@ class Kernel(Generic[P, R]):
         variant = self.variants.get(key)
         if variant is None:
             dtypes = [None if t is None else t.dtype for t in tensors]
-            variant = self.variants[key] = self._compile(device_type, dtypes, constants, large)
+            writes = any(self._written) and not self._in_pieces(tensors)
+            variant = self.variants[key] = self._compile(device_type, dtypes, constants, large, writes)
         hint = _TYPICAL_SIZE if device_type == "cpu" else None
         for tensor, dims in dynamic:
             if tensor is not None:
@@ -229,7 +285,12 @@ class Kernel(Generic[P, R]):
         return result
 
     def _compile(
-        self, device_type: str, dtypes: list[torch.dtype | None], constants: Mapping[str, Any], large: bool
+        self,
+        device_type: str,
+        dtypes: list[torch.dtype | None],
+        constants: Mapping[str, Any],
+        large: bool,
+        writes: bool,
     ) -> Callable[..., R]:
         options: dict[str, Any]
         if device_type == "cpu":
@@ -241,10 +302,15 @@ class Kernel(Generic[P, R]):
             options = {**_GPU_OPTIONS, **self._gpu(*dtypes, **constants)}
             if not large:  # seconds of a first call that a small tensor never earns back
                 options.pop("coordinate_descent_tuning", None)
-        body = self.body
+        body, into = self.body, self._for_each(self._written, len(dtypes)) if writes else ()
 
         def call(*tensors: Any) -> R:
-            return body(*tensors, **constants)
+            results = body(*tensors, **constants)
+            if not into:
+                return results
+            for target, value in zip(itertools.compress(tensors, into), results, strict=True):  # type: ignore[call-overload]
+                target.copy_(value)
+            return ()  # type: ignore[return-value]
 
         def inductor(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
             from torch._inductor.compile_fx import compile_fx
@@ -303,24 +369,33 @@ def fused(
     cpu: Callable[..., Mapping[str, Any]] = _no_options,
     gpu: Callable[..., Mapping[str, Any]] = _no_options,
     exact: bool = True,
+    writes: Sequence[str] = (),
+    piece: int | None = None,
 ) -> Callable[[Callable[P, R]], Kernel[P, R]]:
     """Register a pure function as a kernel; calling it runs it compiled.
 
     dynamic: for each tensor argument the dimensions that vary between calls. cpu: Inductor's options for a variant on
     CPU, given the dtypes of the tensors and the constants, with the measurement that chose them beside it; gpu: likewise on
     GPUs. exact: whether compiled and eager give the same bits; only a kernel that adds up floats may say no, and it says by
-    how much.
+    how much. writes: arguments that take the results, in order. piece: on CPU that many rows at a time are computed and
+    copied: Inductor fuses a reduction with what follows only if nothing is written in place, and the copy stays in the cache.
 
     >>> @fused(dynamic={"x": (0,)})
     ... def twice(x: Tensor) -> Tensor:
     ...     return x + x
     >>> twice(torch.ones(3))
     tensor([2., 2., 2.])
-    >>> del REGISTRY["twice"]
+    >>> @fused(dynamic={"x": (0,)}, writes=("x",))
+    ... def double(x: Tensor) -> tuple[Tensor]:
+    ...     return (x + x,)
+    >>> y = torch.ones(3)
+    >>> double(y)[0] is y, y
+    (True, tensor([2., 2., 2.]))
+    >>> del REGISTRY["twice"], REGISTRY["double"]
     """
 
     def register(definition: Callable[P, R]) -> Kernel[P, R]:
-        kernel = Kernel(definition, dynamic, cpu, exact, gpu)
+        kernel = Kernel(definition, dynamic, cpu, exact, gpu, writes, piece)
         if kernel.name in REGISTRY:
             raise ValueError(f"a kernel named {kernel.name!r} is registered already")
         REGISTRY[kernel.name] = kernel

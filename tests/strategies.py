@@ -21,6 +21,8 @@ from torch import Tensor
 from bnbref import blockwise
 from bnbref.codebooks import AF4, DYNAMIC, DYNAMIC_UNSIGNED, FP4, NF4, Codebook, linear, threshold_table, value_table
 from bnbref.fourbit import row_blocks
+from bnbref.optim import rules
+from bnbref.optim import state as optim_state
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 CPU = torch.device("cpu")
@@ -300,7 +302,9 @@ def _multiply_row(dtype: torch.dtype, codebook: Codebook, blocksize: int) -> Var
         size = st.lists(entry, min_size=1, max_size=9)
         absmax = torch.from_numpy(np.resize(np.array(draw(size), np.float32), n * blocks)).view(n, blocks)
 
-        bias = torch.from_numpy(np.resize(np.array(draw(few), np.float32), n)).to(dtype) if draw(st.booleans()) else None
+        bias = (
+            torch.from_numpy(np.resize(np.array(draw(few), np.float32), n)).to(dtype) if draw(st.booleans()) else None
+        )
 
         def bound() -> Tensor:
             # Two sums of k products and a bias, each with at most k + 1 roundings to u = 2^-24 in some order: each is within
@@ -318,6 +322,89 @@ def _multiply_row(dtype: torch.dtype, codebook: Codebook, blocksize: int) -> Var
 
         constants = {"blocksize": blocksize, "codebook": codebook, "dtype": dtype}
         return Case((a, packed, absmax, bias), constants, bound)
+
+    return cases
+
+
+GROUP = {
+    "lr": 1e-2,
+    "betas": (0.9, 0.95, 0.999),
+    "eps": 1e-7,
+    "weight_decay": 0.1,
+    "alpha": 3.0,
+    "t_alpha": 7,
+    "t_beta3": 9,
+}
+
+
+RULES: tuple[rules.Rule, ...] = tuple(
+    rule()
+    for rule in (
+        rules.SGD,
+        rules.LARS,
+        rules.Adam,
+        rules.LAMB,
+        rules.Lion,
+        rules.RMSprop,
+        rules.Adagrad,
+        rules.AdEMAMix,
+    )
+)
+
+
+@st.composite
+def _step_inputs(draw: st.DrawFn, rule: rules.Rule, dtype: torch.dtype, count: int) -> tuple[Any, ...]:
+    """Parameter, gradient and coefficients; gradients of every size, zeros, NaN and infinities among them."""
+    c = rule.coefficients(
+        draw(st.sampled_from([1, 2, 10, 1000])), {**GROUP, "lr": draw(st.sampled_from([0.0, 1e-3, 2.0]))}
+    )
+    p = draw(_some_floats(dtype, count))
+    p = torch.where(p.abs() < torch.inf, p, 1.0)  # a parameter that is none already is nobody's promise
+    return p, draw(_some_floats(dtype, count)), torch.tensor(list(c.values())), {"rule": rule, "names": tuple(c)}
+
+
+@st.composite
+def _noise(draw: st.DrawFn, wanted: bool, count: int) -> Tensor | None:
+    return draw(_some_integers(torch.int16, count)) if wanted else None
+
+
+def _float_state(signed: bool, count: int) -> st.SearchStrategy[Tensor]:
+    finite = _some_floats(F32, count).map(lambda x: torch.where(x.abs() < 2.0**60, x, 1.0))
+    return finite if signed else finite.map(torch.abs)
+
+
+def _step_elements(rule: rules.Rule, dtype: torch.dtype, noise: bool, direction: bool = False) -> Variant:
+    @st.composite
+    def cases(draw: st.DrawFn, rows: Blocks) -> Case:
+        count = 37 * draw(rows)
+        p, g, hyper, constants = draw(_step_inputs(rule, dtype, count))
+        states = [draw(_float_state(s.signed, count)) for s in rule.states]
+        extra = () if direction else (draw(_noise(noise, count)),)
+        return Case((p, g, hyper, *extra, *states), constants)
+
+    return cases
+
+
+def _step_blocks(
+    rule: rules.Rule, dtype: torch.dtype, noise: bool, blocksize: int = 256, direction: bool = False
+) -> Variant:
+    @st.composite
+    def cases(draw: st.DrawFn, rows: Blocks) -> Case:
+        n = draw(rows)
+        count = n * blocksize
+        p, g, hyper, constants = draw(_step_inputs(rule, dtype, count))
+        random = draw(_noise(noise, count))
+        states = []
+        for _ in rule.states:
+            states.append(draw(_some_integers(torch.uint8, count)).view(n, blocksize))
+            states.append(draw(_float_state(False, n)))
+        p, g = p.view(n, blocksize), g.view(n, blocksize)
+        tables = optim_state.tables(CPU)
+        if direction:
+            return Case((p, g, hyper, *tables.values, *states), constants)
+        random = None if random is None else random.view(n, blocksize)
+        pairs = [t for pair in zip(tables.values, tables.ranks, strict=True) for t in pair]
+        return Case((p, g, hyper, random, *pairs, *states), {**constants, "first_cells": tables.first_cells})
 
     return cases
 
@@ -341,5 +428,11 @@ KERNELS: dict[str, dict[str, Variant]] = {
     "dequantize_int8_product": _named(_dequantize_int8_product, (F32, None, None), (BF16, F32, BF16), (F16, F16, None)),
     "multiply_row": _named(_multiply_row, (BF16, NF4, 64), (F32, FP4, 32)),
     "dequantize_int8_rows": _named(_dequantize_int8_rows, (F32,), (BF16,)),
+    "step_elements": _named(_step_elements, (rules.Adam(), F32, False), (rules.AdEMAMix(), BF16, True)),
+    "step_blocks": _named(
+        _step_blocks, (rules.Adam(), F32, False), (rules.AdEMAMix(), BF16, True), (rules.Lion(), F16, False)
+    ),
+    "direction_elements": _named(_step_elements, (rules.LARS(), F32, False, True)),
+    "direction_blocks": _named(_step_blocks, (rules.LAMB(), F32, False, 256, True)),
 }
 """For each registered kernel its variants; the first one is the one that runs in every context."""

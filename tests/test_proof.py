@@ -53,6 +53,11 @@ def without_definition(kernel: Kernel[..., Any]) -> Iterator[None]:
         kernel.definition = definition
 
 
+def fresh(args: Any) -> list[Any]:
+    """Copies for a kernel that may write into its arguments."""
+    return [x.clone() if isinstance(x, torch.Tensor) else x for x in args]
+
+
 def strategy_of(name: str, variant: str | None = None) -> strategies.Variant:
     assert KERNELS.get(name), f"kernel {name!r} has no strategy: enter one in tests/strategies.py, KERNELS"
     return KERNELS[name][variant or next(iter(KERNELS[name]))]
@@ -81,7 +86,7 @@ def test_compiled_is_the_definition(name, variant):
     @given(strategy_of(name, variant)(MANY))
     def run(case):
         with without_definition(kernel):
-            got = kernel(*case.args, **case.kwargs)
+            got = kernel(*fresh(case.args), **case.kwargs)
         check(kernel, got, kernel.definition(*case.args, **case.kwargs), case)
 
     run()
@@ -98,9 +103,9 @@ def test_compiled_on_cuda_is_the_definition_on_cpu(name, variant):
     def run(case):
         on_device = [x.cuda() if isinstance(x, torch.Tensor) else x for x in case.args]
         with without_definition(kernel):
-            got = kernel(*on_device, **case.kwargs)
+            got = kernel(*fresh(on_device), **case.kwargs)
         with bnbref.eager():
-            eager = kernel(*on_device, **case.kwargs)
+            eager = kernel(*fresh(on_device), **case.kwargs)
         want = kernel.definition(*case.args, **case.kwargs)
         for result in (got, eager):
             back = tuple(t.cpu() for t in result) if isinstance(result, tuple) else result.cpu()
@@ -150,10 +155,10 @@ def test_in_the_context_of(name, context):
     def run(case):
         want = kernel.definition(*case.args, **case.kwargs)
         with CONTEXTS[context](), without_definition(kernel):
-            got = kernel(*case.args, **case.kwargs)
+            got = kernel(*fresh(case.args), **case.kwargs)
         check(kernel, got, want, case)
         with CONTEXTS[context](), bnbref.eager():
-            got = kernel(*case.args, **case.kwargs)
+            got = kernel(*fresh(case.args), **case.kwargs)
         check(kernel, got, want, case)
 
     run()
@@ -173,7 +178,7 @@ def test_inside_an_outer_compile(name):
         if key not in outer:
             outer[key] = torch.compile(lambda *args: kernel(*args, **case.kwargs), fullgraph=True)
         with without_definition(kernel):
-            got = outer[key](*case.args)
+            got = outer[key](*fresh(case.args))
         check(kernel, got, kernel.definition(*case.args, **case.kwargs), case)
 
     run()
@@ -195,6 +200,11 @@ WIDE: list[tuple[str, strategies.Variant]] = [
         ("quantize_blocks", strategies._quantize_blocks(dtype, book, blocksize))
         for dtype in (F32, BF16, F16)
         for book, blocksize in ((DYNAMIC, 100), (DYNAMIC_UNSIGNED, 256), (linear(), 24), (fp8(), 7), (linear(False), 1))
+    ),
+    *(
+        ("step_blocks", strategies._step_blocks(rule, dtype, dtype == BF16, blocksize))
+        for dtype in (F32, BF16, F16)
+        for rule, blocksize in zip(strategies.RULES, (256, 64, 100, 1, 7, 2048, 256, 16), strict=True)
     ),
 ]
 

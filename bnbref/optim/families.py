@@ -1,0 +1,611 @@
+"""The optimizers under bitsandbytes' names: nine families, each with 8-bit, 32-bit and paged variants.
+
+A family says what it takes and hands it to its rule. A variant fixes `optim_bits`, `is_paged` or both.
+Arguments that bitsandbytes accepts and ignores are refused here if they would change anything.
+"""
+
+import functools
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+from typing_extensions import Unpack
+
+from bnbref.optim import rules
+from bnbref.optim.optimizer import Optimizer
+
+
+class Options(TypedDict, total=False):
+    """What every optimizer takes beyond bitsandbytes' arguments: see `bnbref.optim.Optimizer`."""
+
+    blocksize: int
+    page_directory: str | Path | None
+    page_bytes: int
+    stochastic_rounding: bool
+    generator: torch.Generator | None
+
+
+class PagedOptions(Options, total=False):
+    """Of the families that bitsandbytes does not page."""
+
+    is_paged: bool
+
+
+class Family(Optimizer):
+    """Base of the named optimizers."""
+
+    def __init_subclass__(
+        cls, *, bits: int | None = None, paged: bool = False, keeps: tuple[str, ...] = (), **kwargs: Any
+    ) -> None:
+        """bits, paged: fixed in a variant, and gone from its signature unless the family `keeps` it for compatibility."""
+        super().__init_subclass__(**kwargs)
+        if bits is None and not paged:
+            cls._keeps = keeps
+        else:
+            _fix(cls, {**({"optim_bits": bits} if bits else {}), **({"is_paged": True} if paged else {})})
+
+    _keeps: tuple[str, ...] = ()
+
+
+def _fix(cls: type[Family], fixed: dict[str, Any]) -> None:
+    """Give a variant the signature and the docstring of its family, less what is fixed."""
+    family = cls.__mro__[1]
+    parameters = []
+    for p in inspect.signature(family.__init__).parameters.values():  # type: ignore[misc]
+        if p.name not in fixed:
+            parameters.append(p)
+        elif p.name in cls._keeps:
+            parameters.append(p.replace(default=fixed[p.name]))
+    signature = inspect.Signature(parameters)
+
+    @functools.wraps(family.__init__)  # type: ignore[misc]
+    def init(self: Family, *args: Any, **kwargs: Any) -> None:
+        bound = signature.bind(self, *args, **kwargs).arguments
+        del bound["self"]
+        given = {**bound.pop("options", {}), **bound}
+        for name, value in fixed.items():
+            # bitsandbytes' Adam8bit has optim_bits=32 in its signature, and refuses anything else.
+            if given.get(name, value) not in (value, 32 if name == "optim_bits" else False):
+                raise ValueError(f"{name} of {cls.__name__} is {value}, got {given[name]!r}")
+        family.__init__(self, **{**given, **fixed})  # type: ignore[misc]
+
+    init.__signature__ = signature  # type: ignore[attr-defined]
+    init.__qualname__ = f"{cls.__qualname__}.__init__"
+    cls.__init__ = init  # type: ignore[method-assign, assignment]
+    cls.__doc__ = f"{cls.__doc__}\n\n{family.__doc__}"
+
+
+def _refuse(optimizer: Family, reason: str, **arguments: Any) -> None:
+    """Raise if one of these arguments has a value that would have to mean something."""
+    for name, value in arguments.items():
+        if value:
+            raise ValueError(
+                f"{name} of {type(optimizer).__name__} must be left at its default, got {value!r}: {reason}"
+            )
+
+
+def _betas(betas: Sequence[float] | str) -> tuple[float, ...]:
+    """Betas as numbers; a string like "(0.9, 0.95)" comes from a command line."""
+    return tuple(float(b) for b in (betas.strip("() ").split(",") if isinstance(betas, str) else betas))
+
+
+_ARGS = "args was an object with settings; pass them by name"
+_MOMENTUM = "the rule is heavy-ball momentum alone"
+
+
+# ---- Adam -------------------------------------------------------------------------------------------------------------
+
+
+class Adam(Family, keeps=("optim_bits", "is_paged")):
+    """Adam with decoupled weight decay, as in bitsandbytes (in torch.optim.Adam it is coupled).  Exact.
+
+        m = b1 m + (1 - b1) g            m^ = m / (1 - b1^t)
+        v = b2 v + (1 - b2) g^2          v^ = v / (1 - b2^t)
+        p = (1 - lr wd) p - lr m^ / (sqrt(v^) + eps)
+
+    Kingma & Ba (1412.6980); Loshchilov & Hutter (1711.05101). `AdamW` differs in the default of weight_decay alone.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] | str = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        optim_bits: int = 32,
+        args: None = None,
+        min_8bit_size: int = 4096,
+        is_paged: bool = False,
+        **options: Unpack[Options],
+    ) -> None:
+        _refuse(self, "use torch.optim.Adam(amsgrad=True)", amsgrad=amsgrad)
+        _refuse(self, _ARGS, args=args)
+        super().__init__(
+            params,
+            rules.Adam(),
+            {"lr": lr, "betas": _betas(betas), "eps": eps, "weight_decay": weight_decay},
+            optim_bits=optim_bits,
+            min_8bit_size=min_8bit_size,
+            is_paged=is_paged,
+            **options,
+        )
+
+
+class Adam8bit(Adam, bits=8):
+    """`Adam`: states in 8 bits."""
+
+
+class Adam32bit(Adam, bits=32):
+    """`Adam`: states in 32 bits."""
+
+
+class PagedAdam(Adam, paged=True):
+    """`Adam`: states in pages."""
+
+
+class PagedAdam8bit(Adam, bits=8, paged=True):
+    """`Adam`: states in 8 bits, in pages."""
+
+
+class PagedAdam32bit(Adam, bits=32, paged=True):
+    """`Adam`: states in 32 bits, in pages."""
+
+
+class AdamW(Adam, keeps=("optim_bits",)):
+    """Adam with decoupled weight decay, by default of 0.01 (Loshchilov & Hutter, 1711.05101).  Exact.
+
+    m = b1 m + (1 - b1) g            m^ = m / (1 - b1^t)
+    v = b2 v + (1 - b2) g^2          v^ = v / (1 - b2^t)
+    p = (1 - lr wd) p - lr m^ / (sqrt(v^) + eps)
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] | str = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        optim_bits: int = 32,
+        args: None = None,
+        min_8bit_size: int = 4096,
+        is_paged: bool = False,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(
+            params, lr, betas, eps, weight_decay, amsgrad, optim_bits, args, min_8bit_size, is_paged, **options
+        )
+
+
+class AdamW8bit(AdamW, bits=8):
+    """`AdamW`: states in 8 bits."""
+
+
+class AdamW32bit(AdamW, bits=32):
+    """`AdamW`: states in 32 bits."""
+
+
+class PagedAdamW(AdamW, paged=True):
+    """`AdamW`: states in pages."""
+
+
+class PagedAdamW8bit(AdamW, bits=8, paged=True):
+    """`AdamW`: states in 8 bits, in pages."""
+
+
+class PagedAdamW32bit(AdamW, bits=32, paged=True):
+    """`AdamW`: states in 32 bits, in pages."""
+
+
+# ---- AdEMAMix ---------------------------------------------------------------------------------------------------------
+
+
+class AdEMAMix(Family):
+    """Adam with a second, slow momentum (Pagliardini et al., 2409.03137).  Decoupled weight decay.  Exact.
+
+        m1 = b1 m1 + (1 - b1) g          m2 = b3(t) m2 + (1 - b3(t)) g            v = b2 v + (1 - b2) g^2
+        p  = (1 - lr wd) p - lr (m1 / (1 - b1^t) + alpha(t) m2) / (sqrt(v^) + eps)
+
+    alpha grows linearly over t_alpha steps, b3 from b1 over t_beta3 steps; None leaves them constant.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float, float] = (0.9, 0.999, 0.9999),
+        alpha: float = 5.0,
+        t_alpha: int | None = None,
+        t_beta3: int | None = None,
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        optim_bits: int = 32,
+        min_8bit_size: int = 4096,
+        is_paged: bool = False,
+        **options: Unpack[Options],
+    ) -> None:
+        if t_beta3 and not betas[0] * betas[2] > 0:
+            raise ValueError(f"with t_beta3 the first and the last of betas must be above 0, got {betas}")
+        defaults = {"lr": lr, "betas": _betas(betas), "eps": eps, "weight_decay": weight_decay}
+        super().__init__(
+            params,
+            rules.AdEMAMix(),
+            {**defaults, "alpha": alpha, "t_alpha": t_alpha, "t_beta3": t_beta3},
+            optim_bits=optim_bits,
+            min_8bit_size=min_8bit_size,
+            is_paged=is_paged,
+            **options,
+        )
+
+
+class AdEMAMix8bit(AdEMAMix, bits=8):
+    """`AdEMAMix`: states in 8 bits."""
+
+
+class AdEMAMix32bit(AdEMAMix, bits=32):
+    """`AdEMAMix`: states in 32 bits."""
+
+
+class PagedAdEMAMix(AdEMAMix, paged=True):
+    """`AdEMAMix`: states in pages."""
+
+
+class PagedAdEMAMix8bit(AdEMAMix, bits=8, paged=True):
+    """`AdEMAMix`: states in 8 bits, in pages."""
+
+
+class PagedAdEMAMix32bit(AdEMAMix, bits=32, paged=True):
+    """`AdEMAMix`: states in 32 bits, in pages."""
+
+
+# ---- Lion -------------------------------------------------------------------------------------------------------------
+
+
+class Lion(Family):
+    """Sign of an interpolated momentum (Chen et al., 2302.06675).  Decoupled weight decay.  Exact.
+
+    p = (1 - lr wd) p - lr sign(b1 m + (1 - b1) g)           m = b2 m + (1 - b2) g
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0,
+        optim_bits: int = 32,
+        args: None = None,
+        min_8bit_size: int = 4096,
+        is_paged: bool = False,
+        **options: Unpack[Options],
+    ) -> None:
+        _refuse(self, _ARGS, args=args)
+        super().__init__(
+            params,
+            rules.Lion(),
+            {"lr": lr, "betas": _betas(betas), "eps": 0.0, "weight_decay": weight_decay},
+            optim_bits=optim_bits,
+            min_8bit_size=min_8bit_size,
+            is_paged=is_paged,
+            **options,
+        )
+
+
+class Lion8bit(Lion, bits=8):
+    """`Lion`: states in 8 bits."""
+
+
+class Lion32bit(Lion, bits=32):
+    """`Lion`: states in 32 bits."""
+
+
+class PagedLion(Lion, paged=True):
+    """`Lion`: states in pages."""
+
+
+class PagedLion8bit(Lion, bits=8, paged=True):
+    """`Lion`: states in 8 bits, in pages."""
+
+
+class PagedLion32bit(Lion, bits=32, paged=True):
+    """`Lion`: states in 32 bits, in pages."""
+
+
+# ---- SGD --------------------------------------------------------------------------------------------------------------
+
+
+class SGD(Family):
+    """SGD with momentum, as in torch.optim.SGD.  Coupled weight decay.  Exact.
+
+        m = momentum m + (g + wd p)            p = p - lr m
+
+    Without momentum there is no state to save: use torch.optim.SGD.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float = 0,
+        nesterov: bool = False,
+        optim_bits: int = 32,
+        args: None = None,
+        min_8bit_size: int = 4096,
+        **options: Unpack[PagedOptions],
+    ) -> None:
+        _refuse(self, _MOMENTUM, dampening=dampening, nesterov=nesterov)
+        _refuse(self, _ARGS, args=args)
+        if momentum == 0:
+            raise NotImplementedError("momentum must be above 0: without it use torch.optim.SGD, which keeps no state")
+        super().__init__(
+            params,
+            rules.SGD(),
+            {"lr": lr, "betas": (momentum, dampening), "eps": 0.0, "weight_decay": weight_decay},
+            optim_bits=optim_bits,
+            min_8bit_size=min_8bit_size,
+            **options,
+        )
+
+
+class SGD8bit(SGD, bits=8):
+    """`SGD`: states in 8 bits."""
+
+
+class SGD32bit(SGD, bits=32):
+    """`SGD`: states in 32 bits."""
+
+
+class PagedSGD(SGD, paged=True):
+    """`SGD`: states in pages."""
+
+
+class PagedSGD8bit(SGD, bits=8, paged=True):
+    """`SGD`: states in 8 bits, in pages."""
+
+
+class PagedSGD32bit(SGD, bits=32, paged=True):
+    """`SGD`: states in 32 bits, in pages."""
+
+
+# ---- LARS -------------------------------------------------------------------------------------------------------------
+
+
+class LARS(Family):
+    """`SGD` whose step is no longer than a part of the parameter (You et al., 1708.03888).  Coupled weight decay.
+
+        m = momentum m + (g + wd p)            p = p - lr min(1, max_unorm |p| / |m|) m            for |p| > 0
+
+    max_unorm 0 clips nothing. Exact but for the two norms, which are float sums.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float = 0,
+        nesterov: bool = False,
+        optim_bits: int = 32,
+        args: None = None,
+        min_8bit_size: int = 4096,
+        max_unorm: float = 0.02,
+        **options: Unpack[PagedOptions],
+    ) -> None:
+        _refuse(self, _MOMENTUM, dampening=dampening, nesterov=nesterov)
+        _refuse(self, _ARGS, args=args)
+        if momentum == 0:
+            raise NotImplementedError("momentum must be above 0: LARS is momentum with clipped steps")
+        super().__init__(
+            params,
+            rules.LARS(),
+            {"lr": lr, "betas": (momentum, dampening), "eps": 0.0, "weight_decay": weight_decay},
+            optim_bits=optim_bits,
+            min_8bit_size=min_8bit_size,
+            max_unorm=max_unorm,
+            **options,
+        )
+
+
+class LARS8bit(LARS, bits=8):
+    """`LARS`: states in 8 bits."""
+
+
+class LARS32bit(LARS, bits=32):
+    """`LARS`: states in 32 bits."""
+
+
+class PagedLARS(LARS, paged=True):
+    """`LARS`: states in pages."""
+
+
+class PagedLARS8bit(LARS, bits=8, paged=True):
+    """`LARS`: states in 8 bits, in pages."""
+
+
+class PagedLARS32bit(LARS, bits=32, paged=True):
+    """`LARS`: states in 32 bits, in pages."""
+
+
+# ---- LAMB -------------------------------------------------------------------------------------------------------------
+
+
+class LAMB(Family):
+    """`AdamW` whose step is no longer than the parameter (You et al., 1904.00962).  Decoupled weight decay.
+
+        u = m^ / (sqrt(v^) + eps)              p = (1 - lr wd) p - lr min(1, max_unorm |p| / |u|) u            for |p| > 0
+
+    max_unorm 0 clips nothing. Exact but for the two norms, which are float sums.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        bias_correction: bool = True,
+        betas: tuple[float, float] | str = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        adam_w_mode: bool = True,
+        optim_bits: int = 32,
+        args: None = None,
+        min_8bit_size: int = 4096,
+        max_unorm: float = 1.0,
+        **options: Unpack[PagedOptions],
+    ) -> None:
+        _refuse(self, "it is not part of the rule", amsgrad=amsgrad)
+        _refuse(self, _ARGS, args=args)
+        if not bias_correction or not adam_w_mode:
+            raise ValueError(
+                f"bias_correction and adam_w_mode must be True, got {bias_correction} and {adam_w_mode}: "
+                f"the rule has both"
+            )
+        super().__init__(
+            params,
+            rules.LAMB(),
+            {"lr": lr, "betas": _betas(betas), "eps": eps, "weight_decay": weight_decay},
+            optim_bits=optim_bits,
+            min_8bit_size=min_8bit_size,
+            max_unorm=max_unorm,
+            **options,
+        )
+
+
+class LAMB8bit(LAMB, bits=8):
+    """`LAMB`: states in 8 bits."""
+
+
+class LAMB32bit(LAMB, bits=32):
+    """`LAMB`: states in 32 bits."""
+
+
+class PagedLAMB(LAMB, paged=True):
+    """`LAMB`: states in pages."""
+
+
+class PagedLAMB8bit(LAMB, bits=8, paged=True):
+    """`LAMB`: states in 8 bits, in pages."""
+
+
+class PagedLAMB32bit(LAMB, bits=32, paged=True):
+    """`LAMB`: states in 32 bits, in pages."""
+
+
+# ---- RMSprop ----------------------------------------------------------------------------------------------------------
+
+
+class RMSprop(Family):
+    """Gradient over its root mean square (Tieleman & Hinton, 2012), as in torch.optim.RMSprop.  Coupled decay.  Exact.
+
+    v = alpha v + (1 - alpha) g^2          p = p - lr g / (sqrt(v) + eps)            with g + wd p for g
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        momentum: float = 0,
+        centered: bool = False,
+        optim_bits: int = 32,
+        args: None = None,
+        min_8bit_size: int = 4096,
+        **options: Unpack[PagedOptions],
+    ) -> None:
+        _refuse(self, "use torch.optim.RMSprop", momentum=momentum, centered=centered)
+        _refuse(self, _ARGS, args=args)
+        if alpha == 0:
+            raise NotImplementedError("alpha must be above 0: at 0 the rule is the sign of the gradient")
+        super().__init__(
+            params,
+            rules.RMSprop(),
+            {"lr": lr, "betas": (alpha, momentum), "eps": eps, "weight_decay": weight_decay},
+            optim_bits=optim_bits,
+            min_8bit_size=min_8bit_size,
+            **options,
+        )
+
+
+class RMSprop8bit(RMSprop, bits=8):
+    """`RMSprop`: states in 8 bits."""
+
+
+class RMSprop32bit(RMSprop, bits=32):
+    """`RMSprop`: states in 32 bits."""
+
+
+class PagedRMSprop(RMSprop, paged=True):
+    """`RMSprop`: states in pages."""
+
+
+class PagedRMSprop8bit(RMSprop, bits=8, paged=True):
+    """`RMSprop`: states in 8 bits, in pages."""
+
+
+class PagedRMSprop32bit(RMSprop, bits=32, paged=True):
+    """`RMSprop`: states in 32 bits, in pages."""
+
+
+# ---- Adagrad ----------------------------------------------------------------------------------------------------------
+
+
+class Adagrad(Family, keeps=("optim_bits",)):
+    """Gradient over the root of the sum of its squares (Duchi et al., 2011), as in torch.optim.Adagrad.  Coupled decay.  Exact.
+
+    v = v + g^2                            p = p - lr g / (sqrt(v) + eps)            with g + wd p for g
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-2,
+        lr_decay: float = 0,
+        weight_decay: float = 0,
+        initial_accumulator_value: float = 0,
+        eps: float = 1e-10,
+        optim_bits: int = 32,
+        args: None = None,
+        min_8bit_size: int = 4096,
+        **options: Unpack[PagedOptions],
+    ) -> None:
+        _refuse(self, "schedule lr instead", lr_decay=lr_decay)
+        _refuse(self, "states start at zero", initial_accumulator_value=initial_accumulator_value)
+        _refuse(self, _ARGS, args=args)
+        super().__init__(
+            params,
+            rules.Adagrad(),
+            {"lr": lr, "betas": (0.0, 0.0), "eps": eps, "weight_decay": weight_decay},
+            optim_bits=optim_bits,
+            min_8bit_size=min_8bit_size,
+            **options,
+        )
+
+
+class Adagrad8bit(Adagrad, bits=8):
+    """`Adagrad`: states in 8 bits."""
+
+
+class Adagrad32bit(Adagrad, bits=32):
+    """`Adagrad`: states in 32 bits."""
+
+
+class PagedAdagrad(Adagrad, paged=True):
+    """`Adagrad`: states in pages."""
+
+
+class PagedAdagrad8bit(Adagrad, bits=8, paged=True):
+    """`Adagrad`: states in 8 bits, in pages."""
+
+
+class PagedAdagrad32bit(Adagrad, bits=32, paged=True):
+    """`Adagrad`: states in 32 bits, in pages."""

@@ -1,0 +1,355 @@
+"""One `torch.optim.Optimizer` for every rule: parameter groups, overrides, checkpoints in bitsandbytes' layout.
+
+    state_dict()["state"][i] = {"step": 3, "__bnb_optimizer_quant_state__": {"state1": ..., "absmax1": ..., "qmap1": ...}}
+
+A state is in 8 bits if `optim_bits` is 8 and the parameter has at least `min_8bit_size` elements; a state that was loaded
+stays as it was saved. The wrapper keeps FSDP from gathering what does not have the parameter's shape.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from bnbref import blockwise
+from bnbref.blockwise import block_count, check_blocksize, check_float
+from bnbref.codebooks import value_table
+from bnbref.optim import paging
+from bnbref.optim.rules import Rule
+from bnbref.optim.state import absmax_key, codebook_of, new_state, step
+
+WRAPPED = "__bnb_optimizer_quant_state__"
+
+
+class GlobalOptimManager:
+    """Settings of single parameters, over those of whatever optimizer has them: `get_instance()` is the one there is.
+
+    >>> import bnbref
+    >>> layer = torch.nn.Linear(64, 64)
+    >>> manager = GlobalOptimManager.get_instance()
+    >>> manager.override_config(layer.weight, "optim_bits", 32)
+    >>> optimizer = bnbref.optim.Adam8bit(layer.parameters())
+    >>> optimizer.settings(layer.weight, optimizer.param_groups[0])["optim_bits"]
+    32
+    """
+
+    _instance: ClassVar["GlobalOptimManager | None"] = None
+
+    def __init__(self) -> None:
+        raise RuntimeError("GlobalOptimManager has one instance: call GlobalOptimManager.get_instance()")
+
+    @classmethod
+    def get_instance(cls) -> "GlobalOptimManager":
+        """The manager of this process."""
+        if cls._instance is None:
+            cls._instance = cls.__new__(cls)
+            cls._instance._of_parameter = WeakIdKeyDictionary()
+            cls._instance._of_module = weakref.WeakKeyDictionary()
+        return cls._instance
+
+    _of_parameter: WeakIdKeyDictionary
+    _of_module: "weakref.WeakKeyDictionary[nn.Module, dict[str, dict[str, Any]]]"
+
+    def register_parameters(self, params: Iterable[Any]) -> None:
+        """Nothing to do: an override belongs to its parameter, before and after the optimizer is made."""
+
+    def override_config(
+        self,
+        parameters: Tensor | Iterable[Tensor],
+        key: str | None = None,
+        value: Any = None,
+        key_value_dict: Mapping[str, Any] | None = None,
+    ) -> None:
+        """For these parameters set `key` to `value`, or several at once: lr, betas, optim_bits, min_8bit_size and so on."""
+        if (key is None) == (key_value_dict is None):
+            raise ValueError(
+                f"override_config takes key and value, or key_value_dict, got {key!r} and {key_value_dict!r}"
+            )
+        config = dict(key_value_dict) if key_value_dict is not None else {key: value}
+        for p in [parameters] if isinstance(parameters, Tensor) else parameters:
+            self._of_parameter.setdefault(p, {}).update(config)
+
+    def register_module_override(self, module: nn.Module, param_name: str, config: Mapping[str, Any]) -> None:
+        """The same for whatever parameter the module has under that name when it is updated."""
+        self._of_module.setdefault(module, {}).setdefault(param_name, {}).update(config)
+
+    def overrides(self) -> WeakIdKeyDictionary:
+        """All settings by parameter."""
+        found = WeakIdKeyDictionary()
+        for module, by_name in self._of_module.items():
+            for name, config in by_name.items():
+                p = getattr(module, name, None)
+                if isinstance(p, Tensor):
+                    found[p] = dict(config)
+        for p, config in self._of_parameter.items():
+            found[p] = {**found.get(p, {}), **config}
+        return found
+
+
+class Optimizer(torch.optim.Optimizer):
+    """Updates parameters by a `Rule`.  Exact: states and parameters have the same bits eager and compiled.
+
+        8 bits: 2 bytes + 8/256 for two states of a parameter, against 8 in float32
+
+    params: tensors or groups of float32, float16 or bfloat16, read as float32 and rounded once. defaults: of the groups.
+    optim_bits: 32 or 8. min_8bit_size: smaller parameters have their state in 32 bits. max_unorm: of clipped rules. is_paged:
+    the state of parameters of 100,000 elements or more is kept in pinned host memory and streamed, at most page_bytes of it
+    on the device at a time. page_directory: it is kept in memory-mapped files there. stochastic_rounding: of bfloat16, by
+    the default generator of the device or the one given: set its state to repeat a run.
+
+    >>> class SignDescent(Rule):
+    ...     states = ()
+    ...     def coefficients(self, t, group):
+    ...         return {"rate": group["lr"], "decay": 1.0}
+    ...     def direction(self, p, g, c):
+    ...         return (g.sign(),)
+    >>> p = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    >>> p.grad = torch.tensor([3.0, -4.0])
+    >>> optimizer = Optimizer([p], SignDescent(), {"lr": 0.5})
+    >>> optimizer.step()
+    >>> p.data
+    tensor([0.5000, 2.5000])
+    """
+
+    rule: Rule
+
+    def __init__(
+        self,
+        params: Any,
+        rule: Rule,
+        defaults: Mapping[str, Any],
+        *,
+        optim_bits: int = 32,
+        min_8bit_size: int = 4096,
+        blocksize: int = 256,
+        max_unorm: float = 0.0,
+        is_paged: bool = False,
+        page_directory: str | Path | None = None,
+        page_bytes: int = paging.PAGE_BYTES,
+        stochastic_rounding: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        if optim_bits not in (8, 32):
+            raise ValueError(f"optim_bits must be 8 or 32, got {optim_bits!r}")
+        check_blocksize(blocksize, 1)
+        self.rule = rule
+        self.is_paged = is_paged
+        self._own = {
+            "optim_bits": optim_bits,
+            "min_8bit_size": min_8bit_size,
+            "blocksize": blocksize,
+            "max_unorm": max_unorm if rule.clipped else 0.0,
+            "stochastic_rounding": stochastic_rounding,
+        }
+        self._generator = generator
+        self._placement = paging.Placement(is_paged, page_directory, page_bytes)
+        super().__init__(params, dict(defaults))
+
+    # ---- settings ---------------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """A group of parameters with its own settings; what it does not say comes from the defaults."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for name in ("lr", "eps", "weight_decay"):
+            if group.get(name, 0.0) < 0:
+                raise ValueError(f"{name} must not be negative, got {group[name]}")
+        for beta in group.get("betas", ()):
+            if not 0 <= beta < 1:
+                raise ValueError(f"betas must lie in [0, 1), got {group['betas']}")
+
+    def settings(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+        """What holds for a parameter: the optimizer's settings, over them its group's, over those its overrides."""
+        return {**self._own, **group, **GlobalOptimManager.get_instance().overrides().get(p, {})}
+
+    # ---- step -------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient. closure: computes the loss again, which is returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        overrides = GlobalOptimManager.get_instance().overrides()
+        jobs = []
+        for group in self.param_groups:
+            common = {**self._own, **group}
+            for p in group["params"]:
+                if p.grad is not None:
+                    own = overrides.get(p) if overrides else None
+                    jobs.append((p, common if own is None else {**common, **own}))
+        self._placement.begin()
+        for p, config in jobs:
+            if not self.state[p]:
+                self.state[p] = self._new_state(p, config)
+        numbers: dict[Any, tuple[dict[str, float], Tensor]] = {}
+        states = self._placement.stream([(p.device, self.state[p]) for p, _ in jobs])
+        for (p, config), state in zip(jobs, states, strict=True):
+            t = self.state[p]["step"] = self.state[p]["step"] + 1
+            key = (id(config), t, p.device)
+            if key not in numbers:
+                coefficients = {name: float(x) for name, x in self.rule.coefficients(t, config).items()}
+                hyper = torch.tensor(list(coefficients.values()), dtype=torch.float32)
+                numbers[key] = coefficients, hyper.to(p.device)
+            self._update(p, state, config, *numbers[key])
+        if self._placement.directory is not None:
+            everything = [p for group in self.param_groups for p in group["params"]]
+            self._placement.end({i: self.state[p]["step"] for i, p in enumerate(everything) if self.state.get(p)})
+        return loss
+
+    def _update(
+        self,
+        p: Tensor,
+        state: Mapping[str, Any],
+        config: Mapping[str, Any],
+        coefficients: dict[str, float],
+        hyper: Tensor,
+    ) -> None:
+        if p.grad is None or p.grad.layout != torch.strided:
+            layout = None if p.grad is None else p.grad.layout
+            raise ValueError(f"gradients must be dense: {self!r} has no rule for layout {layout}")
+        noise = None
+        if config["stochastic_rounding"] and p.dtype == torch.bfloat16:
+            noise = torch.randint(
+                -(2**15), 2**15, (p.numel(),), dtype=torch.int16, device=p.device, generator=self._generator
+            )
+        flat = p.detach().contiguous()
+        step(
+            self.rule,
+            flat,
+            p.grad,
+            state,
+            coefficients,
+            hyper,
+            blocksize=config["blocksize"],
+            noise=noise,
+            max_norm=config["max_unorm"],
+        )
+        if flat.data_ptr() != p.data_ptr():
+            p.copy_(flat)
+
+    def _new_state(self, p: Tensor, config: Mapping[str, Any]) -> dict[str, Any]:
+        check_float("a parameter", p)
+        if config["optim_bits"] not in (8, 32):
+            raise ValueError(f"optim_bits must be 8 or 32, got {config['optim_bits']!r}")
+        bits = 8 if config["optim_bits"] == 8 and p.numel() >= config["min_8bit_size"] else 32
+        blocksize = check_blocksize(config["blocksize"], p.numel())
+        return {"step": 0, **new_state(self.rule, p.shape, bits, blocksize, self._memory(p))}
+
+    def _memory(self, p: Tensor) -> Callable[[str, Any, torch.dtype], Tensor]:
+        """Gives memory to a state of p."""
+        everything = (q for group in self.param_groups for q in group["params"])
+        index = next(i for i, q in enumerate(everything) if q is p)
+
+        def empty(key: str, shape: Any, dtype: torch.dtype) -> Tensor:
+            return self._placement.empty(p.device, p.numel(), f"{index}.{key}", shape, dtype)
+
+        return empty
+
+    # ---- checkpoints ------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """In bitsandbytes' layout, which its optimizers load; loads with `weights_only=True`."""
+        packed = super().state_dict()
+        packed["state"] = {
+            i: self._packed(state) if isinstance(i, int) else state for i, state in packed["state"].items()
+        }
+        return packed
+
+    def _packed(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        wrapped: dict[str, Any] = {}
+        for s in self.rule.states:
+            if s.key not in state or s.key in self.rule.stacked[1:]:
+                continue
+            keys = self.rule.stacked if s.key in self.rule.stacked else (s.key,)
+            for name in (str, absmax_key):
+                parts = [state[name(key)] for key in keys if name(key) in state]
+                if parts:
+                    wrapped[name(s.key)] = parts[0] if len(parts) == 1 else torch.stack(parts)
+            if state[s.key].dtype == torch.uint8:
+                wrapped[_qmap_key(s.key)] = value_table(codebook_of(s.signed), torch.device("cpu"))
+        if self.rule.clipped and wrapped:
+            wrapped["unorm_vec"] = torch.zeros(1)  # room that bitsandbytes expects to find
+        return {"step": state["step"], WRAPPED: wrapped} if wrapped else {"step": state["step"]}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], move_to_device: bool = True) -> None:
+        """Load what `state_dict` of this class or of bitsandbytes' gave, wrapped or not.
+
+        States are copied to where this optimizer keeps its own. Codes of another codebook are decoded and encoded again.
+        """
+        if not move_to_device:
+            raise ValueError("move_to_device must be True: a state is where its parameter is, or paged")
+        held = {i: _Held(dict(state)) for i, state in state_dict["state"].items()}
+        super().load_state_dict({**state_dict, "state": held})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+        for p, value in list(self.state.items()):
+            if isinstance(value, _Held):
+                self.state[p] = self._unpacked(p, value.state)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("rule", "is_paged", "_own", "_generator", "_placement")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+
+    def _unpacked(self, p: Tensor, saved: dict[str, Any]) -> dict[str, Any]:
+        saved = {**saved, **saved.pop(WRAPPED, {})}
+        if not saved:
+            return {}
+        state: dict[str, Any] = {"step": int(saved["step"])}
+        empty = self._memory(p)
+        for s in self.rule.states:
+            stacked = s.key in self.rule.stacked and self.rule.stacked[-1] not in saved
+            first = self.rule.stacked[0] if stacked else s.key
+
+            def part(key: str, stacked: bool = stacked, own: str = s.key) -> Tensor:
+                if key not in saved:
+                    raise ValueError(f"the saved state has no {key!r}, only {sorted(saved)}")
+                tensor: Tensor = saved[key]
+                return tensor[self.rule.stacked.index(own)] if stacked else tensor
+
+            tensor = part(first)
+            if tensor.numel() != p.numel():
+                raise ValueError(f"saved {first} has {tensor.numel()} elements, its parameter has {p.numel()}")
+            if tensor.dtype != torch.uint8:
+                state[s.key] = empty(s.key, tuple(p.shape), torch.float32).copy_(tensor.view(p.shape))
+                continue
+            codes, scales = self._translated(tensor, part(absmax_key(first)), saved.get(_qmap_key(first)), s.signed)
+            state[s.key] = empty(s.key, tuple(p.shape), torch.uint8).copy_(codes.view(p.shape))
+            state[absmax_key(s.key)] = empty(absmax_key(s.key), tuple(scales.shape), torch.float32).copy_(scales)
+        return state
+
+    def _translated(self, codes: Tensor, absmax: Tensor, values: Tensor | None, signed: bool) -> tuple[Tensor, Tensor]:
+        """Codes and scales of this package's codebook, of codes whose values are `values`."""
+        blocksize = check_blocksize(self._own["blocksize"], codes.numel())  # type: ignore[arg-type]
+        absmax = absmax.reshape(-1)
+        if absmax.numel() != block_count(codes.numel(), blocksize):
+            raise ValueError(
+                f"saved absmax has {absmax.numel()} scales for {codes.numel()} codes: not blocks of {blocksize}; "
+                f"blocksize=... must be that of the optimizer that saved it"
+            )
+        book = codebook_of(signed)
+        own = value_table(book, codes.device)
+        if values is None or torch.equal(values.to(own), own):
+            return codes, absmax
+        decoded = blockwise.dequantize(codes, absmax, values.to(own), blocksize, torch.float32)
+        return blockwise.quantize(decoded, book, blocksize)
+
+
+class _Held:
+    """Keeps torch's `load_state_dict` from casting states to the parameters' dtype."""
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        self.state = state
+
+
+def _qmap_key(key: str) -> str:
+    return key.replace("state", "qmap")

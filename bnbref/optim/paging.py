@@ -1,0 +1,199 @@
+"""Where state lives: with its parameter, in pinned host memory, or in memory-mapped files.
+
+    resident        on the parameter's device
+    paged           CUDA: in pinned host memory; the states of the next parameters are fetched on a side stream while the
+                    current ones are updated, and written back behind them. Other devices: resident, said once
+    page_directory  in files, one for each tensor, so that state may be larger than memory; on a CPU kernels write to them
+
+The arithmetic is the same, and so are the bits. A directory is a checkpoint at any time but in the middle of a step.
+"""
+
+import json
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+PAGED_FROM = 100_000
+"""Elements from which the state of a parameter is paged, as in bitsandbytes. In a directory every state is."""
+
+PAGE_BYTES = 2**28
+"""Bytes of paged state that are on the device at a time, unless a single parameter's are more."""
+
+Tensors = Mapping[str, Any]
+
+
+class Copies(Protocol):
+    """Copies beside the computation. What `fetch` returns may be used after `wait`."""
+
+    def fetch(self, host: Sequence[Tensor]) -> tuple[list[Tensor], Any]:
+        """Start to copy to the device."""
+
+    def wait(self, event: Any) -> None:
+        """Let the computation that follows wait for a fetch."""
+
+    def write_back(self, host: Sequence[Tensor], device: Sequence[Tensor]) -> None:
+        """Start to copy to the host what the computation so far leaves on the device."""
+
+    def finish(self) -> None:
+        """Wait until the host has everything."""
+
+
+class SideStream:
+    """Copies of CUDA. Device memory belongs to the side stream, which fills, drains and reuses it in its own order."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+
+    def fetch(self, host: Sequence[Tensor]) -> tuple[list[Tensor], Any]:
+        with torch.cuda.stream(self._stream):
+            return [x.to(self._device, non_blocking=True) for x in host], self._stream.record_event()
+
+    def wait(self, event: Any) -> None:
+        torch.cuda.current_stream(self._device).wait_event(event)
+
+    def write_back(self, host: Sequence[Tensor], device: Sequence[Tensor]) -> None:
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            for target, x in zip(host, device, strict=True):
+                target.copy_(x, non_blocking=True)
+
+    def finish(self) -> None:
+        self._stream.synchronize()
+
+
+class Placement:
+    """Gives memory to new states, and brings states to their parameters' devices, one parameter after another."""
+
+    def __init__(
+        self,
+        is_paged: bool = False,
+        directory: str | Path | None = None,
+        page_bytes: int = PAGE_BYTES,
+        copies: Callable[[torch.device], Copies] = SideStream,
+    ) -> None:
+        if page_bytes < 1:
+            raise ValueError(f"page_bytes must be at least 1, got {page_bytes}")
+        self.is_paged = is_paged
+        self.directory = None if directory is None else Path(directory)
+        self._page_bytes = page_bytes
+        self._make = copies
+        self._made: dict[torch.device, Copies] = {}
+        self._warned = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_made": {}}
+
+    def empty(self, device: torch.device, numel: int, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Uninitialised memory for a state called `name` of a parameter with that device and number of elements."""
+        if self.directory is not None:
+            return _mapped(self.directory, name, shape, dtype)
+        if not self.is_paged or numel < PAGED_FROM:
+            return torch.empty(shape, dtype=dtype, device=device)
+        if device.type != "cuda":
+            if not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"paged state of parameters on {device.type} stays there: it is CUDA that pages to host memory. "
+                    f"page_directory=... keeps it in files.",
+                    stacklevel=2,
+                )
+            return torch.empty(shape, dtype=dtype, device=device)
+        return torch.empty(shape, dtype=dtype, pin_memory=True)
+
+    def stream(self, states: Sequence[tuple[torch.device, Tensors]]) -> Iterator[Tensors]:
+        """Each state in turn, its tensors on the device. What is done to them before the next one is asked for is kept."""
+        away = [[k for k, x in s.items() if isinstance(x, Tensor) and self._is_away(x, d)] for d, s in states]
+        sizes = [sum(s[k].nbytes for k in keys) for keys, (_, s) in zip(away, states, strict=True)]
+        fetched: deque[tuple[list[Tensor], Any]] = deque()
+        used, following = 0, 0
+        for i, (device, state) in enumerate(states):
+            while following < len(states) and (used == 0 or used + sizes[following] <= self._page_bytes):
+                place, tensors = states[following]
+                keys = away[following]
+                fetched.append(self._copies(place).fetch([tensors[k] for k in keys]) if keys else ([], None))
+                used += sizes[following]
+                following += 1
+            here, event = fetched.popleft()
+            if not away[i]:
+                yield state
+                continue
+            self._copies(device).wait(event)
+            yield {**state, **dict(zip(away[i], here, strict=True))}
+            self._copies(device).write_back([state[k] for k in away[i]], here)
+            used -= sizes[i]
+        for copies in self._made.values():
+            copies.finish()
+
+    def begin(self) -> None:
+        """A step begins: what is in the directory is no checkpoint until `end`."""
+        if self.directory is not None:
+            (self.directory / "steps.json").unlink(missing_ok=True)
+
+    def end(self, steps: Mapping[int, int]) -> None:
+        """A step has ended; the steps of each parameter by its index."""
+        if self.directory is not None:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            unfinished = self.directory / "steps.json.new"
+            unfinished.write_text(json.dumps(steps), encoding="utf-8")
+            unfinished.replace(self.directory / "steps.json")
+
+    def _is_away(self, x: Tensor, device: torch.device) -> bool:
+        return x.device != device
+
+    def _copies(self, device: torch.device) -> Copies:
+        if device not in self._made:
+            self._made[device] = self._make(device)
+        return self._made[device]
+
+
+# ---- a directory ----------------------------------------------------------------------------------------------------
+# A file for each tensor, whose name says what it is: 0.state1.uint8.64x128.bin. steps.json has the steps of all parameters,
+# and is there only between steps: it is removed before the first update of a step, and written whole after the last.
+
+
+def _mapped(directory: Path, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    numel = torch.Size(shape).numel()
+    if numel == 0:
+        return torch.empty(shape, dtype=dtype)
+    directory.mkdir(parents=True, exist_ok=True)
+    sizes = "x".join(map(str, shape))
+    path = directory / f"{name}.{str(dtype).removeprefix('torch.')}.{sizes}.bin"
+    if not path.exists():
+        for other in directory.glob(f"{name}.*.bin"):  # of another shape or dtype, from another run
+            other.unlink()
+        with path.open("wb") as file:
+            file.truncate(numel * dtype.itemsize)  # a hole: it takes no room before it is written to
+    return _open(path, shape, dtype)
+
+
+def _open(path: Path, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    numel = torch.Size(shape).numel()
+    return torch.from_file(str(path), shared=True, size=numel, dtype=dtype).view(tuple(shape))
+
+
+def read_pages(directory: str | Path) -> dict[int, dict[str, Any]]:
+    """The states in a page_directory, whether or not the process that wrote them is alive: `state` of a state dict.
+
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": read_pages(directory)})
+
+    They are those after the last step that ended; parameters are not in there. Raises RuntimeError if a step was interrupted.
+    """
+    directory = Path(directory)
+    if not (directory / "steps.json").exists():
+        raise RuntimeError(
+            f"{directory} has no steps.json: nothing was stepped there, or a step was interrupted half-way"
+        )
+    steps = json.loads((directory / "steps.json").read_text(encoding="utf-8"))
+    states: dict[int, dict[str, Any]] = {int(i): {"step": t} for i, t in steps.items()}
+    for path in sorted(directory.glob("*.bin")):
+        index, key, dtype, sizes = path.name.removesuffix(".bin").split(".")
+        shape = [int(n) for n in sizes.split("x") if n]
+        if int(index) in states:
+            states[int(index)][key] = _open(path, shape, getattr(torch, dtype))
+    return states

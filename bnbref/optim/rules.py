@@ -1,0 +1,241 @@
+"""Optimizers are equations: a rule is a direction, and every step is
+
+    p = decay * p - rate * direction
+
+in float32, one rounding for each operation in the order of the formula. A rule knows nothing of 8 bits, paging or compilation.
+
+`coefficients` computes on the host, in float64, whatever does not depend on an element: bias corrections, 1 - beta, schedules.
+They reach the kernel as float32 numbers in a tensor, so that no schedule compiles anything twice. Weight decay is *decoupled*
+(`decay = 1 - lr wd`, before the step: Loshchilov & Hutter, 1711.05101) or *coupled* (`g + wd p` takes the gradient's place);
+each rule says which.
+
+Symbols: g gradient, t the step from 1, b1, b2, b3 the betas, wd weight_decay.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class State:
+    """A state tensor: its name in `state_dict`, and whether it can be negative, which chooses its 8-bit codebook."""
+
+    key: str
+    signed: bool = True
+
+
+class Coefficients:
+    """The numbers of a step by name: 0-dimensional float32 tensors as attributes."""
+
+    rate: Tensor
+    decay: Tensor
+
+    def __init__(self, names: tuple[str, ...], values: Tensor) -> None:
+        for name, value in zip(names, values.unbind(), strict=True):
+            setattr(self, name, value)
+
+
+class Rule:
+    """What an optimizer is. A subclass names its states, its coefficients and its direction.
+
+    states: "state1", "state2" and so on, which start at zero. stacked: states that `state_dict` has as one tensor, under the
+    name of the first. clipped: whether the step's length is bounded by the parameter's,
+    `rate *= min(1, max_unorm |p| / |direction|)`, as in LARS and LAMB.
+    """
+
+    states: ClassVar[tuple[State, ...]]
+    stacked: ClassVar[tuple[str, ...]] = ()
+    clipped: ClassVar[bool] = False
+
+    def coefficients(self, t: int, group: Mapping[str, Any]) -> dict[str, float]:
+        """Numbers of step t for a parameter group, `rate` and `decay` among them; the rest is what `direction` takes."""
+        raise NotImplementedError
+
+    def direction(self, *args: Any) -> tuple[Tensor, ...]:
+        """float32 (p, g, *states, c) -> (direction, *new states), element by element: only `+ - * /`, `sqrt`, comparisons.
+
+        c: the `Coefficients` of this step.
+        """
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return type(self).__name__
+
+    # A rule has no numbers of its own: two of a class are the same, and share their kernels.
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other)
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
+
+def sqrt(x: Tensor) -> Tensor:
+    """Correctly rounded square root. On CPU `torch.sqrt` is MKL's when not compiled, 1 ulp off for one value in 150."""
+    return x.double().sqrt().float() if x.device.type == "cpu" else x.sqrt()
+
+
+def averages(**betas: float) -> dict[str, float]:
+    """Weights of running averages: b1=0.9 gives b1 and not_b1 = 1 - b1, exact but for the last rounding to float32.
+
+    >>> averages(b1=0.75)
+    {'b1': 0.75, 'not_b1': 0.25}
+    """
+    return {name: value for b, beta in betas.items() for name, value in ((b, beta), (f"not_{b}", 1 - beta))}
+
+
+def decoupled(group: Mapping[str, Any]) -> dict[str, float]:
+    """Rate lr, and weight decay of the parameter itself, before the step."""
+    return {"rate": group["lr"], "decay": 1 - group["lr"] * group["weight_decay"]}
+
+
+def coupled(group: Mapping[str, Any]) -> dict[str, float]:
+    """Rate lr, and weight decay by way of the gradient, which the direction adds to it."""
+    return {"rate": group["lr"], "decay": 1.0, "wd": group["weight_decay"]}
+
+
+class SGD(Rule):
+    """Heavy-ball momentum, as in torch.optim.SGD (Sutskever et al., On the importance of initialization, 2013).  Coupled decay.
+
+    m = b1 m + (g + wd p)            p = p - lr m
+    """
+
+    states = (State("state1"),)
+
+    def coefficients(self, t: int, group: Mapping[str, Any]) -> dict[str, float]:
+        return coupled(group) | {"b1": group["betas"][0]}
+
+    def direction(self, p: Tensor, g: Tensor, m: Tensor, c: Any) -> tuple[Tensor, ...]:
+        m = c.b1 * m + (g + c.wd * p)
+        return m, m
+
+
+class LARS(SGD):
+    """SGD with a step no longer than a part of the parameter (You et al., 1708.03888; the clipping is bitsandbytes').  Coupled.
+
+    p = p - lr min(1, max_unorm |p| / |m|) m         for |p| > 0
+    """
+
+    clipped = True
+
+
+class Adam(Rule):
+    """Kingma & Ba, 1412.6980, algorithm 1.  Decoupled decay (1711.05101, algorithm 2).
+
+    m = b1 m + (1 - b1) g            m^ = m / (1 - b1^t)
+    v = b2 v + (1 - b2) g^2          v^ = v / (1 - b2^t)
+    p = (1 - lr wd) p - lr m^ / (sqrt(v^) + eps)
+    """
+
+    states = (State("state1"), State("state2", signed=False))
+
+    def coefficients(self, t: int, group: Mapping[str, Any]) -> dict[str, float]:
+        b1, b2 = group["betas"][:2]
+        numbers = decoupled(group) | averages(b1=b1, b2=b2) | {"root": math.sqrt(1 - b2**t), "eps": group["eps"]}
+        return numbers | {"rate": group["lr"] / (1 - b1**t)}
+
+    def direction(self, p: Tensor, g: Tensor, m: Tensor, v: Tensor, c: Any) -> tuple[Tensor, ...]:
+        m = c.b1 * m + c.not_b1 * g
+        v = c.b2 * v + c.not_b2 * (g * g)
+        return m / (sqrt(v) / c.root + c.eps), m, v
+
+
+class LAMB(Adam):
+    """Adam with a step no longer than the parameter (You et al., 1904.00962; the clipping is bitsandbytes').  Decoupled.
+
+    p = (1 - lr wd) p - lr min(1, max_unorm |p| / |u|) u,       u = m^ / (sqrt(v^) + eps),        for |p| > 0
+    """
+
+    clipped = True
+
+    def coefficients(self, t: int, group: Mapping[str, Any]) -> dict[str, float]:
+        # The length of the direction counts, so 1 - b1^t belongs to it and not to the rate.
+        return super().coefficients(t, group) | {"rate": group["lr"], "unbias": 1 / (1 - group["betas"][0] ** t)}
+
+    def direction(self, p: Tensor, g: Tensor, m: Tensor, v: Tensor, c: Any) -> tuple[Tensor, ...]:
+        u, m, v = super().direction(p, g, m, v, c)
+        return c.unbias * u, m, v
+
+
+class Lion(Rule):
+    """Chen et al., 2302.06675, algorithm 2.  Decoupled decay.
+
+    p = (1 - lr wd) p - lr sign(b1 m + (1 - b1) g)           m = b2 m + (1 - b2) g
+    """
+
+    states = (State("state1"),)
+
+    def coefficients(self, t: int, group: Mapping[str, Any]) -> dict[str, float]:
+        b1, b2 = group["betas"][:2]
+        return decoupled(group) | averages(b1=b1, b2=b2)
+
+    def direction(self, p: Tensor, g: Tensor, m: Tensor, c: Any) -> tuple[Tensor, ...]:
+        return (c.b1 * m + c.not_b1 * g).sign(), c.b2 * m + c.not_b2 * g
+
+
+class RMSprop(Rule):
+    """Tieleman & Hinton, Coursera lecture 6.5 (2012), as in torch.optim.RMSprop.  Coupled decay: g = g + wd p.
+
+    v = a v + (1 - a) g^2            p = p - lr g / (sqrt(v) + eps)
+    """
+
+    states = (State("state1", signed=False),)
+
+    def coefficients(self, t: int, group: Mapping[str, Any]) -> dict[str, float]:
+        return coupled(group) | averages(a=group["betas"][0]) | {"eps": group["eps"]}
+
+    def direction(self, p: Tensor, g: Tensor, v: Tensor, c: Any) -> tuple[Tensor, ...]:
+        g = g + c.wd * p
+        v = c.a * v + c.not_a * (g * g)
+        return g / (sqrt(v) + c.eps), v
+
+
+class Adagrad(Rule):
+    """Duchi, Hazan & Singer, Adaptive Subgradient Methods (2011), as in torch.optim.Adagrad.  Coupled decay: g = g + wd p.
+
+    v = v + g^2                      p = p - lr g / (sqrt(v) + eps)
+    """
+
+    states = (State("state1", signed=False),)
+
+    def coefficients(self, t: int, group: Mapping[str, Any]) -> dict[str, float]:
+        return coupled(group) | {"eps": group["eps"]}
+
+    def direction(self, p: Tensor, g: Tensor, v: Tensor, c: Any) -> tuple[Tensor, ...]:
+        g = g + c.wd * p
+        v = v + g * g
+        return g / (sqrt(v) + c.eps), v
+
+
+class AdEMAMix(Rule):
+    """Pagliardini et al., 2409.03137, algorithm 1: Adam with a second, slow momentum.  Decoupled decay.
+
+    m1 = b1 m1 + (1 - b1) g          m2 = b3(t) m2 + (1 - b3(t)) g            v = b2 v + (1 - b2) g^2
+    p  = (1 - lr wd) p - lr (m1 / (1 - b1^t) + alpha(t) m2) / (sqrt(v^) + eps)
+
+    alpha(t) = alpha min(1, t / t_alpha)
+    b3(t)    = min(b3, exp(ln b1 ln b3 / ((1 - r) ln b3 + r ln b1))),     r = t / t_beta3
+    """
+
+    states = (State("state1"), State("state3"), State("state2", signed=False))
+    stacked = ("state1", "state3")
+
+    def coefficients(self, t: int, group: Mapping[str, Any]) -> dict[str, float]:
+        b1, b2, b3 = group["betas"]
+        alpha = group["alpha"]
+        if group["t_alpha"]:
+            alpha = min(t * alpha / group["t_alpha"], alpha)
+        if group["t_beta3"]:
+            fast, slow, r = math.log(b1), math.log(b3), t / group["t_beta3"]
+            b3 = min(math.exp(fast * slow / ((1 - r) * slow + r * fast)), b3)
+        corrections = {"unbias": 1 - b1**t, "root": math.sqrt(1 - b2**t)}
+        return decoupled(group) | averages(b1=b1, b2=b2, b3=b3) | corrections | {"alpha": alpha, "eps": group["eps"]}
+
+    def direction(self, p: Tensor, g: Tensor, m1: Tensor, m2: Tensor, v: Tensor, c: Any) -> tuple[Tensor, ...]:
+        m1 = c.b1 * m1 + c.not_b1 * g
+        m2 = c.b3 * m2 + c.not_b3 * g
+        v = c.b2 * v + c.not_b2 * (g * g)
+        return (m1 / c.unbias + c.alpha * m2) / (sqrt(v) / c.root + c.eps), m1, m2, v
