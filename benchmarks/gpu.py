@@ -460,8 +460,8 @@ def main() -> None:
     print(f"{'':48s} {'bnbref':>9s} {'bnb':>9s} {'ratio':>6s}  {'share of the limit':>13s}")
     parts: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
         "memory": lambda: memory(args.elements, bandwidth),
-        "products": lambda: products(bandwidth, peak),
         "facts": lambda: facts() if BF else iter(()),
+        "products": lambda: products(bandwidth, peak),
         "bits": bits,
     }
     result: dict[str, Any] = {

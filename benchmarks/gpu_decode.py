@@ -195,6 +195,14 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.cuda.get_device_name(0)
     rows: list[dict[str, Any]] = []
+    result = {
+        "command": "python benchmarks/gpu_decode.py",
+        "machine": {**timing.machine(), "gpu": device, "cuda": torch.version.cuda},
+        "layers": args.layers,
+        "rows": rows,
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"gpu-decode-{device.lower().replace(' ', '-')}.json"
     with torch.no_grad():
         models = {name: Model(make, args.layers, 1, args.length, "cuda") for name, make in factories().items()}
         print(f"{device}, {args.layers} layers\n{'batch':>5s} {'':26s} {'ms':>8s} {'tokens/s':>9s} {'GB/s':>6s}")
@@ -217,15 +225,7 @@ def main() -> None:
                 row = {"batch": batch, "what": what, "ms": ms, "tokens/s": batch * 1e3 / ms, "GB/s": size / ms / 1e6}
                 rows.append(row)
                 print(f"{batch:5d} {what:26s} {ms:8.2f} {row['tokens/s']:9.1f} {row['GB/s']:6.0f}", flush=True)
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"gpu-decode-{device.lower().replace(' ', '-')}.json"
-    result = {
-        "command": "python benchmarks/gpu_decode.py",
-        "machine": {**timing.machine(), "gpu": device, "cuda": torch.version.cuda},
-        "layers": args.layers,
-        "rows": rows,
-    }
-    path.write_text(json.dumps(result, indent=1) + "\n")
+            path.write_text(json.dumps(result, indent=1) + "\n")
     print("saved", path)
 
 
