@@ -202,7 +202,7 @@ class Embedding(nn.Embedding):
         self._override()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._override()  # a copy is another module
 
     def _override(self) -> None:
