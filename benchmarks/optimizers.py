@@ -3,8 +3,8 @@
     python benchmarks/optimizers.py [--size 4096] [--threads 2] [--rounds 9] [--processor-time]
 
 Against bitsandbytes, torch's fused AdamW and, where it is installed, torchao; the step of 200 tensors against that of one
-of the same total size; bytes of state per parameter. Rounds are interleaved, and the load of the machine is saved beside them. On a machine
-that others use too, compare the processor time of one thread: what they take from the second one decides everything else.
+of the same total size; bytes of state per parameter. Rounds are interleaved, and the load of the machine is saved beside
+them. On a machine that others use too, compare the processor time of one thread.
 """
 
 import argparse
