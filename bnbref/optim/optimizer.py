@@ -234,6 +234,11 @@ class Optimizer(torch.optim.Optimizer):
             p.copy_(flat)
 
     def _new_state(self, p: Tensor, config: Mapping[str, Any]) -> dict[str, Any]:
+        if hasattr(p, "full_tensor"):  # a DTensor
+            raise NotImplementedError(
+                f"a parameter of shape {tuple(p.shape)} is sharded: blocks, and which state is in 8 bits, would depend on "
+                f"the shards; bnbref's optimizers take whole parameters"
+            )
         check_float("a parameter", p)
         if config["optim_bits"] not in (8, 32):
             raise ValueError(f"optim_bits must be 8 or 32, got {config['optim_bits']!r}")
