@@ -302,14 +302,14 @@ class Kernel(Generic[P, R]):
             options = {**_GPU_OPTIONS, **self._gpu(*dtypes, **constants)}
             if not large:  # seconds of a first call that a small tensor never earns back
                 options.pop("coordinate_descent_tuning", None)
-        body, into = self.body, self._for_each(self._written, len(dtypes)) if writes else ()
+        body, into = self.body, self.written(range(len(dtypes))) if writes else []
 
         def call(*tensors: Any) -> R:
             results = body(*tensors, **constants)
             if not into:
                 return results
-            for target, value in zip(itertools.compress(tensors, into), results, strict=True):  # type: ignore[call-overload]
-                target.copy_(value)
+            for place, value in zip(into, results, strict=True):  # type: ignore[call-overload]
+                tensors[place].copy_(value)
             return ()  # type: ignore[return-value]
 
         def inductor(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:

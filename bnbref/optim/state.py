@@ -149,7 +149,7 @@ def _(
         return (
             count_below(scaled, table)
             if first_cells is None
-            else count_by_carry(scaled, table, first_cells[not signed])
+            else count_by_carry(scaled, table, first_cells[0 if signed else 1])
         )
 
     return _step_blocks(p, g, hyper, noise, states, (values, values_unsigned), count, rule, names)
@@ -177,7 +177,7 @@ def _step_blocks(
 
 def _decoded(states: tuple[Tensor, ...], values: tuple[Tensor, Tensor], rule: Rule) -> list[Tensor]:
     pairs = zip(states[::2], states[1::2], rule.states, strict=True)
-    return [_decode(codes, absmax, values[not state.signed]) for codes, absmax, state in pairs]
+    return [_decode(codes, absmax, values[0 if state.signed else 1]) for codes, absmax, state in pairs]
 
 
 @fused(dynamic={"p": (0,), "g": (0,), "states": (0,)}, cpu=_block_options)
