@@ -49,8 +49,13 @@ class Steps:
         """The function of the patterns from start to stop."""
         first = int(np.searchsorted(self.starts, start, side="right")) - 1
         last = int(np.searchsorted(self.starts, stop, side="left"))
-        edges = np.clip(np.append(self.starts[first:last], stop), start, stop)
-        return self.values[first:last].repeat_interleave(torch.from_numpy(np.diff(edges)))
+        edges = np.clip(np.append(self.starts[first:last], stop), start, stop) - start
+        out = self.values.new_empty(stop - start)
+        for value, begin, end in zip(
+            self.values[first:last].unbind(), edges[:-1].tolist(), edges[1:].tolist(), strict=True
+        ):
+            out[begin:end] = value  # repeat_interleave takes ten times as long
+        return out
 
 
 INFINITY, SIGN = 0x7F800000, 0x80000000
@@ -121,7 +126,7 @@ def prove(
     with theorems.progress(theorem, len(starts)) as bar:
         for start in starts:
             stop = min(start + CHUNK, (start & SIGN) + until)
-            x = torch.arange(start, stop).to(torch.int32).view(F32)
+            x = patterns(start, stop)
             expected = want(start, stop)
             for function in functions:
                 got = function(x)
@@ -163,7 +168,9 @@ def test_four_bit_codes(book: Codebook, theorems):
         return fourbit.encode(x, book)
 
     tree = kernel(definition, lambda x: fourbit._code_by_tree(x, book).to(torch.uint8), fourbit._encode_options)
-    prove(theorems, f"{book.name} codes: eager and compiled", [eagerly(definition), tree], codes_of(book.name).part)
+    modes = [eagerly(definition), tree] if book in (NF4, FP4) else [tree]
+    how = "eager and compiled" if len(modes) == 2 else "compiled"
+    prove(theorems, f"{book.name} codes: {how}", modes, codes_of(book.name).part)
 
 
 @pytest.mark.slow
@@ -275,10 +282,7 @@ def test_one_rounding_when_decoding_eight_bits(dtype: torch.dtype, theorems):
         codes = torch.full((x.numel(), 1), 255, dtype=torch.uint8)
         return blockwise.dequantize_blocks(codes, x, values, dtype=dtype).view(-1)
 
-    def itself(start: int, stop: int) -> Tensor:
-        return torch.arange(start, stop).to(torch.int32).view(F32)
-
-    want = itself if dtype == F32 else rounding_to(dtype).part
+    want = patterns if dtype == F32 else rounding_to(dtype).part
     prove(theorems, f"8 bits to {str(dtype)[6:]}: eager and compiled, one rounding", [eagerly(decode), decode], want)
 
 
