@@ -114,6 +114,14 @@ def reciprocals(exponent: int) -> np.ndarray:
 # ---- proving --------------------------------------------------------------------------------------------------------
 
 
+_COUNT = torch.arange(CHUNK, dtype=torch.int32)
+
+
+def patterns(start: int, stop: int) -> Tensor:
+    """The float32 with these bits, up to a chunk of them."""
+    return (_COUNT[: stop - start] + (start - 2 * (start & SIGN))).view(F32)
+
+
 def prove(
     theorems, theorem: str, functions: Sequence[Function], want: Callable[[int, int], Tensor], until: int = SIGN
 ) -> None:
