@@ -117,15 +117,14 @@ def _quantize_int8_rows(x: Tensor) -> Outputs:
 
 def _dequantize_int8_product(x: Tensor) -> Outputs:
     words = torch.arange(-(2**31), 2**31, 2**20 + 1, device=x.device)
-    product = torch.cat((words, words >> 8, words >> 16, words % 3 - 1)).to(torch.int32).view(-1, 64)
-    row, column = scales()[5 :: 2**16 // len(product)][: len(product)].to(x.device), x[:64].abs()
-    bias = x[64:128]
-    results = [int8.dequantize_int8_product(product, row, column, None, None, dtype=torch.float32)]
-    for dtype in (torch.bfloat16, torch.float16):
-        addend = x[: product.numel() % x.numel() or x.numel()]
-        outliers = addend.repeat(-(-product.numel() // addend.numel()))[: product.numel()].view(product.shape).to(dtype)
-        results.append(int8.dequantize_int8_product(product, row, column, bias, outliers, dtype=dtype))
-    return tuple(map(one_nan, results))
+    product = torch.cat((words, words >> 8, words >> 16, words % 3 - 1)).to(torch.int32).view(256, 64)
+    row, column, bias, outliers = scales()[5::256].to(x.device), x[:64].abs(), x[64:128], x.view(256, 64)
+    plain = int8.dequantize_int8_product(product, row, column, None, None, dtype=torch.float32)
+    sums = [
+        int8.dequantize_int8_product(product, row, column, bias, outliers.to(dtype), dtype=dtype)
+        for dtype in (torch.bfloat16, torch.float16)
+    ]
+    return tuple(map(one_nan, (plain, *sums)))
 
 
 def _dequantize_int8_rows(x: Tensor) -> Outputs:
@@ -140,13 +139,13 @@ def _add_products(x: Tensor) -> Outputs:
 
 # By the name of the kernel. Each is run by way of the function for any shape, so that a GPU reads its tables.
 KERNEL_CHECKS = (
-    Check("quantize_rows", _quantize_rows, "?"),
-    Check("dequantize_rows", _dequantize_rows, "?"),
-    Check("quantize_blocks", _quantize_blocks, "?"),
-    Check("dequantize_blocks", _dequantize_blocks, "?"),
-    Check("dequantize_nested", _dequantize_nested, "?"),
-    Check("quantize_int8_rows", _quantize_int8_rows, "?"),
-    Check("dequantize_int8_product", _dequantize_int8_product, "?"),
-    Check("dequantize_int8_rows", _dequantize_int8_rows, "?"),
-    Check("add_products", _add_products, "?"),
+    Check("quantize_rows", _quantize_rows, "1e207ce73f994262"),
+    Check("dequantize_rows", _dequantize_rows, "5f2ebe7802f5755e"),
+    Check("quantize_blocks", _quantize_blocks, "e7ae29887cac5005"),
+    Check("dequantize_blocks", _dequantize_blocks, "1bc2d2ac509aa30d"),
+    Check("dequantize_nested", _dequantize_nested, "6182f18ce78beddd"),
+    Check("quantize_int8_rows", _quantize_int8_rows, "33a526a119866a4c"),
+    Check("dequantize_int8_product", _dequantize_int8_product, "b15db76aebd980bb"),
+    Check("dequantize_int8_rows", _dequantize_int8_rows, "5afd93b9ca598dc7"),
+    Check("add_products", _add_products, "0b20a99df7f91450"),
 )
