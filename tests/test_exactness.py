@@ -1,4 +1,4 @@
-"""The digests of `python -m bnbref check --self`, derived in numpy and integers; and that a kernel with one wrong bit is found."""
+"""The digests of `python -m bnbref check --self`, derived in numpy and integers; and that one wrong bit is found."""
 
 import hashlib
 from fractions import Fraction
