@@ -53,7 +53,10 @@ def test_their_own_roundings_are_theirs():
     assert not same_bits(torch.compile(theirs, fullgraph=True)(X), theirs(X))
 
 
-CHECK = "import sys, torch, bnbref.cli; torch.set_num_threads({threads}); sys.exit(bnbref.cli.main(['check', '--self', '--device', 'cpu']))"
+CHECK = (
+    "import sys, torch, bnbref.cli; torch.set_num_threads({threads}); "
+    "sys.exit(bnbref.cli.main(['check', '--self', '--device', 'cpu']))"
+)
 
 
 @pytest.mark.slow
