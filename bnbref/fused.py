@@ -202,7 +202,8 @@ class Kernel(Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         with torch.no_grad():
             if torch.compiler.is_compiling():
-                return _sealed(self.body(*map(_sealed, args), **kwargs))  # type: ignore[arg-type]
+                inlined: R = _sealed(self.body(*map(_sealed, args), **kwargs))
+                return inlined
             # Fresh aliases: Dynamo's mark of a dynamic size stays on the tensor that bears it, which is the caller's.
             tensors = [t.detach() if isinstance(t, Tensor) else None for t in args]
             if not _can_compile(tensors):
