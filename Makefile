@@ -21,7 +21,7 @@ demo: $(VENV)/.with-hf  ## quantize a small model, and see what changes
 test: $(VENV)/.with-test  ## all tests, doctests and code blocks of the pages, without the exhaustive proofs (JOBS=2)
 	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
-proofs: $(VENV)/.with-test  ## the exhaustive proofs: every float32, every float16, every bfloat16
+proofs: $(VENV)/.with-test  ## the exhaustive proofs: every float32, every float16, every bfloat16; a table at the end
 	$(VENV)/bin/python -m pytest -m slow $(ARGS)
 
 bench: $(BENCH_VENV)/.with-bench  ## benchmarks beside bitsandbytes, torchao and quanto, in an environment of their own

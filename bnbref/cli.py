@@ -31,6 +31,13 @@ def parser() -> argparse.ArgumentParser:
     )
     info.set_defaults(run=run_info)
 
+    check = commands.add_parser(
+        "check", help="check bnbref itself: every exact kernel, eager and compiled, on a device"
+    )
+    check.add_argument("--self", action="store_true", required=True, help="the kernels of this installation")
+    check.add_argument("--device", help="where they run (default: the accelerator if there is one, else cpu)")
+    check.set_defaults(run=run_check)
+
     demo = commands.add_parser("demo", help="quantize a small language model, measure it, and fine-tune it")
     demo.add_argument("--quick", action="store_true", help="a tenth of the text and of the steps; other numbers")
     demo.add_argument("--device", help="where the model runs (default: the accelerator if there is one, else cpu)")
@@ -46,6 +53,18 @@ def run_info(args: argparse.Namespace) -> int:
     from bnbref.info import info
 
     return 0 if info(args.seconds) else 1
+
+
+def run_check(args: argparse.Namespace) -> int:
+    """0 if every kernel gave the right bits."""
+    problem = device_problem(args.device) if args.device else None
+    if problem:
+        return refuse(problem)
+    import torch
+
+    from bnbref.info import check_self, default_device
+
+    return 0 if check_self(torch.device(args.device) if args.device else default_device()) else 1
 
 
 def run_demo(args: argparse.Namespace) -> int:

@@ -156,6 +156,19 @@ def _signature(tensor: Tensor | None, dynamic: tuple[int, ...]) -> Any:
     return tensor.dtype, tuple(min(n, 2) if dim in dynamic else n for dim, n in enumerate(tensor.shape))
 
 
+def _sealed(value: Any) -> Any:
+    """The same 16-bit floats with a bit cast on the way: part of somebody's graph, that is no rounding to leave out.
+
+    By default Inductor drops the rounding of x.to(bfloat16).float(); so what their graph rounded before a kernel, or a
+    kernel rounded before their graph goes on in float32, would have other bits than eagerly.
+    """
+    if isinstance(value, tuple):
+        return tuple(map(_sealed, value))
+    if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16):
+        return (value.view(torch.int16) | 0).view(value.dtype)  # without the operation the two views cancel
+    return value
+
+
 class Kernel(Generic[P, R]):
     """A registered function: positional arguments are tensors (or None), keyword arguments compile-time constants.
 
@@ -209,7 +222,8 @@ class Kernel(Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         with torch.no_grad():
             if torch.compiler.is_compiling():
-                return self._written_into(args, self.body(*args, **kwargs))
+                inlined: R = _sealed(self.body(*map(_sealed, args), **kwargs))
+                return self._written_into(args, inlined)
             # Fresh aliases: Dynamo's mark of a dynamic size stays on the tensor that bears it, which is the caller's.
             tensors = [t.detach() if isinstance(t, Tensor) else None for t in args]
             compiled = _can_compile(tensors)

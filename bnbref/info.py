@@ -1,10 +1,12 @@
 """`python -m bnbref info`: versions, devices, how kernels run here, and whether they give the right bits."""
 
 import importlib.metadata
+import math
 import os
 import platform
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +15,7 @@ from tqdm import tqdm
 import bnbref
 from bnbref import lut16, selfcheck
 from bnbref.fused import compile_enabled, missing_compiler
-from bnbref.selfcheck import Result, kernels_compiled, self_check
+from bnbref.selfcheck import Check, Result, kernels_compiled, self_check
 
 OPTIONAL = ("triton", "transformers", "peft", "accelerate", "bitsandbytes")
 
@@ -101,17 +103,31 @@ def kernels(device: torch.device) -> list[tuple[str, str]]:
 def report_self_check(device: torch.device, seconds: float) -> bool:
     """Print a line for each check as it is done, and the verdict; whether all passed."""
     compiled = compile_enabled() and missing_compiler(device.type) is None
-    print(f"self-check on {device.type}: formats of a fixed input, against golden digests")
+    return _report(device, compiled, seconds, selfcheck.CHECKS, "formats")
+
+
+def check_self(device: torch.device) -> bool:
+    """`python -m bnbref check --self`: every exact kernel on the inputs that find trouble; whether all passed."""
+    from bnbref.exactness import KERNEL_CHECKS
+
+    section("versions", versions())
+    section("kernels", kernels(device))
+    compiled = compile_enabled() and missing_compiler(device.type) is None
+    return _report(device, compiled, math.inf, (*selfcheck.CHECKS, *KERNEL_CHECKS), "formats and kernels")
+
+
+def _report(device: torch.device, compiled: bool, seconds: float, checks: Sequence[Check], what: str) -> bool:
+    print(f"self-check on {device.type}: {what} on fixed inputs, against golden digests")
     start = time.monotonic()
     results = []
-    with tqdm(total=len(selfcheck.CHECKS), leave=False, disable=None, bar_format="  {n} of {total} done ...") as bar:
-        for result in self_check(device, compiled, seconds):
+    with tqdm(total=len(checks), leave=False, disable=None, bar_format="  {n} of {total} done ...") as bar:
+        for result in self_check(device, compiled, seconds, checks):
             results.append(result)
             bar.clear()
             print(describe(result), flush=True)
             bar.update()
     passed = all(result.ok for result in results)
-    print(verdict(results, compiled, time.monotonic() - start))
+    print(verdict(results, compiled, time.monotonic() - start, what))
     return passed
 
 
@@ -126,17 +142,17 @@ def describe(result: Result) -> str:
     return f"  {result.check.name:<26}{', '.join(modes):<22}{result.seconds:5.1f} s"
 
 
-def verdict(results: list[Result], compiled: bool, seconds: float) -> str:
+def verdict(results: list[Result], compiled: bool, seconds: float, what: str = "formats") -> str:
     """The last line: what was checked, what was not and why."""
     done, rest = kernels_compiled()
     wrong = [result.check.name for result in results if not result.ok]
     if wrong:
         return f"FAILED: {', '.join(wrong)}. This installation does not compute the reference formats."
     if not compiled:
-        return f"ok: {len(results)} formats, eager ({seconds:.1f} s)"
+        return f"ok: {len(results)} {what}, eager ({seconds:.1f} s)"
     skipped = sum(result.compiled is None for result in results)
     why = "; the time was up: run again, or with --seconds N" if skipped else ""
     return (
-        f"ok: {len(results)} formats eager, {len(results) - skipped} compiled, "
+        f"ok: {len(results)} {what} eager, {len(results) - skipped} compiled, "
         f"in {len(done)} of {len(done + rest)} exact kernels ({seconds:.1f} s){why}"
     )

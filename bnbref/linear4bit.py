@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from bnbref import fourbit
+from bnbref import fourbit, ordered
 from bnbref.codebooks import Codebook, value_table
 from bnbref.fused import compile_enabled, fused, tracing
+from bnbref.int8 import in_rows
 from bnbref.lut16 import rounded, scaled16
 from bnbref.quant_state import QuantState, present
 
@@ -159,21 +160,32 @@ def _product_of_row(a: Tensor, packed: Tensor, state: QuantState, bias: Tensor |
 
 class _MatMul4Bit(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, a: Tensor, packed: Tensor, bias: Tensor | None, state: QuantState) -> Tensor:
+    def forward(ctx: Any, a: Tensor, packed: Tensor, bias: Tensor | None, state: QuantState, in_order: bool) -> Tensor:
         ctx.save_for_backward(packed)
-        ctx.state = state
+        ctx.state, ctx.in_order = state, in_order
+        if in_order:
+            if torch.is_autocast_enabled(a.device.type):
+                a = a.to(torch.get_autocast_dtype(a.device.type))
+            return _in_order(a, dequantize(packed, state, a.dtype).t(), bias)
         return F.linear(a, dequantize(packed, state, a.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         (packed,) = ctx.saved_tensors
+        multiply = _in_order if ctx.in_order else torch.matmul
         grad_a = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_a = grad @ dequantize(packed, ctx.state, grad.dtype)
+            grad_a = multiply(grad, dequantize(packed, ctx.state, grad.dtype))
         if ctx.needs_input_grad[2]:
-            grad_bias = grad.flatten(0, -2).sum(0) if grad.dim() > 1 else grad
-        return grad_a, None, grad_bias, None
+            rows = in_rows(grad)
+            grad_bias = multiply(rows.new_ones(1, len(rows)), rows)[0] if ctx.in_order else rows.sum(0)
+        return grad_a, None, grad_bias, None, None
+
+
+def _in_order(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`[..., k] @ [k, n] + bias` in the fixed order, one rounding to the dtype of a."""
+    return ordered.product(in_rows(a), b, bias).view(*a.shape[:-1], b.shape[1])
 
 
 def matmul_4bit(
@@ -185,6 +197,7 @@ def matmul_4bit(
     under autocast in autocast's.
     Bounded: the weight is exact in A's dtype; the product is the device's, accumulated in float32, so that with u the unit
     roundoff of float32 and v that of the output dtype |y - exact| <= k u / (1 - k u) * sum |a w| + v |exact|.
+    Inside `bnbref.batch_invariant()` exact: the order of the sum is written down.
 
     >>> from bnbref.functional import quantize_4bit
     >>> packed, state = quantize_4bit(torch.eye(2), quant_type="nf4")
@@ -202,8 +215,9 @@ def matmul_4bit(
         bias = bias.to(A.dtype)
     needs_grad = torch.is_grad_enabled() and (A.requires_grad or (bias is not None and bias.requires_grad))
     result: Tensor
-    if not needs_grad and _is_row_for_kernel(A, quant_state):
+    in_order = ordered.batch_invariant_enabled()
+    if not in_order and not needs_grad and _is_row_for_kernel(A, quant_state):
         result = _product_of_row(A.detach(), B.detach(), quant_state, bias)
     else:
-        result = _MatMul4Bit.apply(A, B.detach(), bias, quant_state)  # type: ignore[no-untyped-call]
+        result = _MatMul4Bit.apply(A, B.detach(), bias, quant_state, in_order)  # type: ignore[no-untyped-call]
     return result if out is None else out.copy_(result)

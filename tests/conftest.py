@@ -3,12 +3,13 @@
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from torch import Tensor
+from tqdm import tqdm
 
 import bnbref
 
@@ -27,6 +28,66 @@ settings.load_profile("ci" if os.environ.get("CI") else "here")
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("cuda") is not None and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+
+
+# ---- theorems -------------------------------------------------------------------------------------------------------
+
+
+class Theorem(NamedTuple):
+    """What was proven, on how many inputs, in how many seconds."""
+
+    name: str
+    inputs: int
+    seconds: float
+
+
+class Theorems:
+    """What a run of the tests has proven by trying all inputs: the table at its end."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.proven: list[Theorem] = []
+        self._capture = config.pluginmanager.getplugin("capturemanager")
+
+    @contextlib.contextmanager
+    def progress(self, name: str, total: int) -> Iterator["tqdm[Any]"]:
+        """A progress bar that pytest does not swallow."""
+        with (
+            self._capture.global_and_fixture_disabled(),
+            tqdm(total=total, desc=name, leave=False, mininterval=1) as bar,
+        ):
+            yield bar
+
+    def record(self, name: str, inputs: int, seconds: float) -> None:
+        self.proven.append(Theorem(name, inputs, seconds))
+
+
+_THEOREMS = pytest.StashKey[Theorems]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_THEOREMS] = Theorems(config)
+
+
+@pytest.fixture
+def theorems(request: pytest.FixtureRequest) -> Theorems:
+    """Where a proof by exhaustion says what it has proven."""
+    return request.config.stash[_THEOREMS]
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    proven = config.stash[_THEOREMS].proven
+    if not proven:
+        return
+    terminalreporter.section("proven")
+    terminalreporter.write_line(f"{'theorem':<62} {'inputs':>15} {'seconds':>8}")
+    for name, inputs, seconds in proven:
+        terminalreporter.write_line(f"{name:<62} {inputs:>15,} {seconds:>8.1f}")
+    terminalreporter.write_line(
+        f"{'all':<62} {sum(t.inputs for t in proven):>15,} {sum(t.seconds for t in proven):>8.1f}"
+    )
+
+
+# ---- modes ----------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager

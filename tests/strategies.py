@@ -409,6 +409,20 @@ def _step_blocks(
     return cases
 
 
+@st.composite
+def _add_products(draw: st.DrawFn, rows: Blocks) -> Case:
+    """Sums of numbers of unequal size, where order shows, more often than of infinities, where it does not."""
+    m, n = draw(rows), 9 * draw(rows)
+    sizes = st.lists(st.floats(-(2.0**20), 2.0**20, width=32), min_size=20, max_size=60)
+
+    def some(count: int) -> Tensor:
+        if draw(st.integers(0, 3)) == 0:
+            return draw(_some_floats(F32, count))
+        return torch.from_numpy(np.resize(np.array(draw(sizes), np.float32), count))
+
+    return Case((some(m * n).view(m, n), some(m * 64).view(m, 64), some(64 * n).view(64, n)))
+
+
 def _named(build: Callable[..., Variant], *variants: tuple[Any, ...]) -> dict[str, Variant]:
     def label(value: Any) -> str:
         return str(getattr(value, "name", value)).removeprefix("torch.")
@@ -427,6 +441,7 @@ KERNELS: dict[str, dict[str, Variant]] = {
     "quantize_int8_rows": _named(_quantize_int8_rows, (F32, 2.5), (F32, 0.0), (F16, 6.0)),
     "dequantize_int8_product": _named(_dequantize_int8_product, (F32, None, None), (BF16, F32, BF16), (F16, F16, None)),
     "multiply_row": _named(_multiply_row, (BF16, NF4, 64), (F32, FP4, 32)),
+    "add_products": {"float32": _add_products},
     "dequantize_int8_rows": _named(_dequantize_int8_rows, (F32,), (BF16,)),
     "step_elements": _named(_step_elements, (rules.Adam(), F32, False), (rules.AdEMAMix(), BF16, True)),
     "step_blocks": _named(

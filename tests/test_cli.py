@@ -54,7 +54,7 @@ devices
   cpu           ...
 kernels
   cpu           eager: BNBREF_COMPILE=0
-self-check on cpu: formats of a fixed input, against golden digests
+self-check on cpu: formats on fixed inputs, against golden digests
   nf4                       eager ok T s
   fp4                       eager ok T s
   nf4, double quantization  eager ok T s
@@ -74,7 +74,7 @@ def test_info_fails_where_a_bit_is_wrong(capsys, monkeypatch):
     assert_expected_inline(
         report[report.index("self-check") :],
         """\
-self-check on cpu: formats of a fixed input, against golden digests
+self-check on cpu: formats on fixed inputs, against golden digests
   nf4                       eager is 635e372d78067bf8, must be 0123456789abcdef T s
   fp4                       eager ok T s
   nf4, double quantization  eager ok T s

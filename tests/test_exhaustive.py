@@ -1,49 +1,150 @@
-"""Proofs by exhaustion: functions of one float32 on all 2^32 of them, and tensors of more than 2^31 elements.
+"""Proofs by exhaustion: every input of a function of one float, eager and compiled, against a second implementation.
 
-Each prints one line when it is proven. `make proofs` runs them: minutes each, and the large tensors need 12 GiB.
+Encoding and rounding are steps: as a function of the float's bits they are constant between a few hundred (encoding) or
+65,536 (rounding) patterns. The expectation is made of these patterns and of the values at them, which `second.py` computes
+element by element, or integers alone; nothing under test takes part in it. So it costs no more than filling memory.
+
+`make proofs` runs all with a progress bar and prints a table at the end. The large tensors need 12 GiB.
 """
 
+import contextlib
+import functools
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
 
+import numpy as np
 import pytest
+import second
 import torch
 from conftest import difference, same_bits
 from torch import Tensor
-from tqdm import tqdm
 
+import bnbref
 from bnbref import blockwise, fourbit, int8
-from bnbref.blockwise import carry_table, count_below, count_by_carry
+from bnbref.blockwise import carry_table, count_below, count_by_carry, rank_table
 from bnbref.codebooks import AF4, DYNAMIC, DYNAMIC_UNSIGNED, FP4, INT4, NF4, Codebook, threshold_table, value_table
 from bnbref.fused import Kernel
 
-pytestmark = pytest.mark.slow
-
 CPU = torch.device("cpu")
-ALL = 2**32
-CHUNK = 2**24
-
-
-def every_float32(name: str) -> Iterator[Tensor]:
-    """All 2^32 of them, NaN with every payload too, in chunks."""
-    for start in tqdm(range(-(2**31), 2**31, CHUNK), desc=name, unit_scale=CHUNK, unit=" floats", mininterval=5):
-        yield torch.arange(start, start + CHUNK).to(torch.int32).view(torch.float32)
-
-
-def prove(capsys: pytest.CaptureFixture[str], theorem: str, check: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
-    """`check` gives two results that must have the same bits for every float32."""
-    started, seen = time.perf_counter(), 0
-    with capsys.disabled():
-        for x in every_float32(theorem):
-            got, want = check(x)
-            assert same_bits(got, want), difference(got, want)
-            seen += x.numel()
-        assert seen == ALL
-        print(f"\nproven for all {seen} float32 in {time.perf_counter() - started:.0f} s: {theorem}")
-
+CHUNK = 2**23  # all floats of one sign and exponent
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 Function = Callable[[Tensor], Tensor]
+
+
+# ---- expectations ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Steps:
+    """A function of 32 bits that is constant from each start to the next one: `starts[0]` is 0."""
+
+    starts: np.ndarray
+    values: Tensor
+
+    def part(self, start: int, stop: int) -> Tensor:
+        """The function of the patterns from start to stop."""
+        first = int(np.searchsorted(self.starts, start, side="right")) - 1
+        last = int(np.searchsorted(self.starts, stop, side="left"))
+        edges = np.clip(np.append(self.starts[first:last], stop), start, stop) - start
+        out = self.values.new_empty(stop - start)
+        for value, begin, end in zip(
+            self.values[first:last].unbind(), edges[:-1].tolist(), edges[1:].tolist(), strict=True
+        ):
+            out[begin:end] = value  # repeat_interleave takes ten times as long
+        return out
+
+
+INFINITY, SIGN = 0x7F800000, 0x80000000
+
+
+def steps_of(thresholds: np.ndarray, function: Callable[[np.ndarray], np.ndarray]) -> Steps:
+    """A function that does nothing but compare with thresholds, or with their negatives: it changes beside them, at zero,
+    and where NaN begins."""
+    bits = thresholds.astype(np.float32).view(np.uint32).astype(np.int64) & ~SIGN
+    beside = np.concatenate([bits - 1, bits, bits + 1, [0, 1, INFINITY, INFINITY + 1]])
+    beside = beside[beside >= 0]
+    starts = np.unique(np.concatenate([beside, beside | SIGN]))
+    return Steps(starts, torch.from_numpy(function(starts.astype(np.uint32).view(np.float32)).astype(np.uint8)))
+
+
+def codes_of(name: str) -> Steps:
+    """The code of each float32 by the rule of a format, as `second.encode` has it."""
+    thresholds = {"nf4": second.NF4_THRESHOLDS, "fp4": second.FP4_THRESHOLDS}.get(name)
+    if thresholds is None:
+        thresholds = second.midpoints(np.sort(second.VALUES[name]))
+    return steps_of(thresholds, lambda x: second.encode(name, x))
+
+
+def rounding_to(dtype: torch.dtype) -> Steps:
+    """Rounding to nearest even by its definition: the middle of two neighbours goes to the one whose last bit is 0.
+
+    Both, and so their middle, are exact in float32; the neighbour of the largest number is what would follow it.
+    """
+    infinity = {BF16: 0x7F80, F16: 0x7C00}[dtype]
+    word = np.arange(infinity + 1, dtype=np.int64)
+    if dtype == BF16:
+        middle = (word[:-1] << 16) + 0x8000
+    else:
+        exponent, mantissa = word >> 10, word & 0x3FF
+        value = np.where(exponent == 0, mantissa * 2.0**-24, (1024 + mantissa) * 2.0 ** (exponent - 25.0))
+        middle = ((value[:-1] + value[1:]) / 2).astype(np.float32).view(np.uint32).astype(np.int64)
+    starts = np.concatenate([[0], middle + (word[:-1] % 2 == 0), [INFINITY + 1]])
+    words = np.append(word, infinity | 0x40)  # NaN
+    both = np.concatenate([words, words | 0x8000]).astype(np.uint16).view(np.int16)
+    return Steps(np.concatenate([starts, starts | SIGN]), torch.from_numpy(both).view(dtype))
+
+
+@functools.lru_cache(2)
+def reciprocals(exponent: int) -> np.ndarray:
+    """The bits of 1 / x, correctly rounded, for all 2^23 float32 x = m 2^(exponent - 150), m = 2^23 .. 2^24 - 1.
+
+    1 / x = (2^47 / m) 2^(103 - exponent), and 2^47 / m is an integer of 24 bits when rounded; below 2^-126 units of 2^-149
+    are left, as many as 2^(299 - exponent) / m. Only a power of two is ever halfway, and then an integer.
+    """
+    m = np.arange(2**23, 2**24, dtype=np.int64)
+    if exponent > 252:
+        return (2 ** (299 - exponent) + m // 2) // m
+    return ((253 - exponent) << 23) + (2**47 + m // 2) // m - 2**23
+
+
+# ---- proving --------------------------------------------------------------------------------------------------------
+
+
+_COUNT = torch.arange(CHUNK, dtype=torch.int32)
+
+
+def patterns(start: int, stop: int) -> Tensor:
+    """The float32 with these bits, up to a chunk of them."""
+    return (_COUNT[: stop - start] + (start - 2 * (start & SIGN))).view(F32)
+
+
+def prove(
+    theorems, theorem: str, functions: Sequence[Function], want: Callable[[int, int], Tensor], until: int = SIGN
+) -> None:
+    """Each function gives the expected bits for every float32: its patterns up to `until`, and the same with a sign.
+
+    functions are given float32 and compared with `want(start, stop)` of their patterns.
+    """
+    begun, seen = time.perf_counter(), 0
+    starts = [sign + start for sign in (0, SIGN) for start in range(0, until, CHUNK)]
+    with theorems.progress(theorem, len(starts)) as bar:
+        for start in starts:
+            stop = min(start + CHUNK, (start & SIGN) + until)
+            x = patterns(start, stop)
+            expected = want(start, stop)
+            for function in functions:
+                got = function(x)
+                # NaN has many bits: equal numbers first, as that is fast
+                if not torch.equal(got, expected) and not same_bits(got, expected):
+                    raise AssertionError(difference(got, expected))
+            seen += stop - start
+            bar.update()
+    assert seen == 2 * until
+    theorems.record(theorem, seen, time.perf_counter() - begun)
 
 
 def kernel(definition: Function, formulation: Function, cpu=None) -> Function:
@@ -53,90 +154,343 @@ def kernel(definition: Function, formulation: Function, cpu=None) -> Function:
     return made
 
 
-def plain_count(thresholds: tuple[float, ...], x: Tensor) -> Tensor:
-    """One comparison a threshold."""
-    count = torch.zeros_like(x, dtype=torch.int32)
-    for threshold in thresholds:
-        count += x > threshold
-    return count
+def eagerly(function: Function) -> Function:
+    """Uncompiled, a cache's worth of elements at a time."""
+
+    def run(x: Tensor) -> Tensor:
+        with bnbref.eager():
+            return torch.cat([function(part) for part in x.split(2**17)])
+
+    return run
 
 
+# ---- every float32: encoding ----------------------------------------------------------------------------------------
+
+EIGHT_BIT = {"dynamic_signed": DYNAMIC, "dynamic_unsigned": DYNAMIC_UNSIGNED}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("book", [NF4, FP4, AF4, INT4], ids=lambda book: book.name)
-def test_four_bit_encoder(book: Codebook, capsys):
+def test_four_bit_codes(book: Codebook, theorems):
     def definition(x: Tensor) -> Tensor:
         return fourbit.encode(x, book)
 
-    def formulation(x: Tensor) -> Tensor:
-        return fourbit._code_by_tree(x, book).to(torch.uint8)
+    tree = kernel(definition, lambda x: fourbit._code_by_tree(x, book).to(torch.uint8), fourbit._encode_options)
+    modes = [eagerly(definition), tree] if book in (NF4, FP4) else [tree]
+    how = "eager and compiled" if len(modes) == 2 else "compiled"
+    prove(theorems, f"{book.name} codes: {how}", modes, codes_of(book.name).part)
 
-    encode = kernel(definition, formulation, fourbit._encode_options)
-    prove(capsys, f"the {book.name} decision tree, compiled, is its definition", lambda x: (encode(x), definition(x)))
 
-
-@pytest.mark.parametrize("book", [DYNAMIC, DYNAMIC_UNSIGNED], ids=lambda book: book.name)
-def test_eight_bit_encoder(book: Codebook, capsys):
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EIGHT_BIT)
+def test_eight_bit_codes(name: str, theorems):
+    book = EIGHT_BIT[name]
     thresholds, carry = threshold_table(book, CPU), carry_table(book, CPU)
     assert carry.first_cell is not None
 
     def definition(x: Tensor) -> Tensor:
-        return count_below(x, thresholds)
+        return count_below(x, thresholds).to(torch.uint8)
 
     def formulation(x: Tensor) -> Tensor:
-        return count_by_carry(x, carry.entries, carry.first_cell)
+        return count_by_carry(x, carry.entries, carry.first_cell).to(torch.uint8)
 
-    encode = kernel(definition, formulation, blockwise._encode_options)
-    prove(capsys, f"the {book.name} carry table, compiled, is its definition", lambda x: (encode(x), definition(x)))
-
-
-@pytest.mark.parametrize("book", [NF4, DYNAMIC, DYNAMIC_UNSIGNED], ids=lambda book: book.name)
-def test_definition_is_a_count(book: Codebook, capsys):
-    """torch.bucketize, which the definitions stand on, against one comparison a threshold, compiled as a loop."""
-    table = threshold_table(book, CPU)
-    count = kernel(lambda x: plain_count(book.thresholds, x), lambda x: plain_count(book.thresholds, x))
-    prove(
-        capsys,
-        f"{book.name} codes are counts of thresholds strictly below",
-        lambda x: (count_below(x, table), count(x)),
-    )
+    looked_up = kernel(definition, formulation, blockwise._encode_options)
+    prove(theorems, f"{book.name} codes: eager and compiled", [eagerly(definition), looked_up], codes_of(name).part)
 
 
-def test_reciprocal(capsys):
-    """1 / absmax, against the quotient in float64 rounded to float32 (innocuous: 53 >= 2 * 24 + 2 bits), 0 below 2^-126."""
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["nf4", "fp4", *EIGHT_BIT])
+def test_codes_by_cell(name: str, theorems):
+    """The tables that GPUs read, for what a scaled element can be: a number or NaN, as 1 / infinity is 0."""
+    if name in EIGHT_BIT:
+        tables = rank_table(EIGHT_BIT[name], CPU)
+        by_cell = blockwise._count_in_cells
+    else:
+        tables = fourbit.code_table({"nf4": NF4, "fp4": FP4}[name], CPU)
+        by_cell = fourbit._encode_by_cell
+    assert tables is not None
+    compiled = kernel(forbidden, lambda x: by_cell(x, *tables).to(torch.uint8))
+    steps = codes_of(name)
+
+    def without_infinity(codes: Tensor, start: int) -> Tensor:
+        return codes.index_fill_(0, torch.tensor([0]), 0) if start & ~SIGN == INFINITY else codes
+
+    def finite(x: Tensor) -> Tensor:
+        return without_infinity(compiled(x), int(x[0].view(torch.int32)) & 0xFFFFFFFF)
+
+    def want(start: int, stop: int) -> Tensor:
+        return without_infinity(steps.part(start, stop), start)
+
+    prove(theorems, f"{name} codes by the tables for GPUs", [finite], want)
+
+
+def forbidden(x: Tensor) -> Tensor:
+    raise AssertionError("ran uncompiled")
+
+
+@pytest.mark.slow
+def test_int8_codes(theorems):
+    """Every float32 up to 127 in rows of absmax 127, whose factor is 1: rounded half to even."""
+    halves = np.arange(127, dtype=np.float64) + 0.5  # exact
+    steps = steps_of(halves, lambda x: np.rint(np.clip(np.nan_to_num(x.astype(np.float64)), -127, 127)).astype(np.int8))
+
+    def in_rows(x: Tensor) -> Tensor:
+        rows = torch.nn.functional.pad(x, (0, -x.numel() % 1023)).view(-1, 1023)
+        rows = torch.nn.functional.pad(rows, (1, 0), value=127.0)
+        codes, absmax, _ = int8.quantize_int8_rows(rows, threshold=0.0)
+        assert bool((absmax == 127).all())
+        return codes[:, 1:].reshape(-1)[: x.numel()].view(torch.uint8)
+
+    last = int(np.float32(127).view(np.uint32))
+    prove(theorems, "int8 codes: eager and compiled", [eagerly(in_rows), in_rows], steps.part, until=last + 1)
+
+
+# ---- every float32: scales and rounding -----------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_reciprocal(theorems):
+    """1 / absmax of absmax = |x|: a chunk is an exponent. 0 where x is below 2^-126, infinite or NaN."""
 
     def definition(x: Tensor) -> Tensor:
         return blockwise.reciprocal(blockwise.magnitude(x))
 
-    def in_float64(x: Tensor) -> Tensor:
-        size = torch.where(x.isnan(), 0.0, x.abs())
-        return torch.where(size >= 2.0**-126, (1 / size.double()).float(), 0.0)
+    def want(start: int, stop: int) -> Tensor:
+        exponent = start >> 23 & 255
+        bits = reciprocals(exponent) if 0 < exponent < 255 else np.zeros(stop - start)
+        return torch.from_numpy(bits.astype(np.int32)).view(F32)
 
-    compiled = kernel(definition, definition)
-    prove(capsys, "the reciprocal of absmax, compiled, is correctly rounded", lambda x: (compiled(x), in_float64(x)))
-    prove(capsys, "the reciprocal of absmax, eager, is correctly rounded", lambda x: (definition(x), in_float64(x)))
+    compiled = kernel(forbidden, definition)
+    prove(theorems, "1 / absmax: eager and compiled, correctly rounded", [eagerly(definition), compiled], want)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_one_rounding_when_decoding(dtype: torch.dtype, capsys):
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+def test_one_rounding_when_decoding_four_bits(dtype: torch.dtype, theorems):
     """Codes of the values 1 and -1 times every float32 as the scale of a block: NF4, blocks of two."""
-    packed = torch.full((CHUNK // 8, 8), 0xF0, dtype=torch.uint8)
+    steps = rounding_to(dtype)
 
-    def check(x: Tensor) -> tuple[Tensor, Tensor]:
-        got = fourbit.dequantize_rows(packed, x.view(-1, 8), blocksize=2, codebook=NF4, dtype=dtype)
-        return got, torch.stack((x, -x), dim=1).view(-1, 16).to(dtype)
+    def decode(x: Tensor) -> Tensor:
+        packed = torch.full((x.numel() // 8, 8), 0xF0, dtype=torch.uint8)
+        return fourbit.dequantize_rows(packed, x.view(-1, 8), blocksize=2, codebook=NF4, dtype=dtype).view(-1)
 
-    prove(capsys, f"decoding to {str(dtype)[6:]}, compiled, rounds once to nearest even", check)
+    def want(start: int, stop: int) -> Tensor:
+        return torch.stack((steps.part(start, stop), steps.part(start ^ SIGN, ((stop - 1) ^ SIGN) + 1)), 1).view(-1)
+
+    prove(theorems, f"4 bits to {str(dtype)[6:]}: eager and compiled, one rounding", [eagerly(decode), decode], want)
 
 
-@pytest.mark.parametrize("x", [DYNAMIC], ids=lambda book: book.name)
-def test_eight_bit_decoder(x: Codebook, capsys):
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+def test_one_rounding_when_decoding_eight_bits(dtype: torch.dtype, theorems):
     """Every float32 as the scale of a block of one, for the code of 1: the scale itself."""
-    values = value_table(x, CPU)
-    codes = torch.full((CHUNK, 1), 255, dtype=torch.uint8)
+    values = value_table(DYNAMIC, CPU)
 
-    def check(scales: Tensor) -> tuple[Tensor, Tensor]:
-        return blockwise.dequantize_blocks(codes, scales, values, dtype=torch.bfloat16).view(-1), scales.bfloat16()
+    def decode(x: Tensor) -> Tensor:
+        codes = torch.full((x.numel(), 1), 255, dtype=torch.uint8)
+        return blockwise.dequantize_blocks(codes, x, values, dtype=dtype).view(-1)
 
-    prove(capsys, "decoding 8 bits to bfloat16, compiled, rounds once to nearest even", check)
+    want = patterns if dtype == F32 else rounding_to(dtype).part
+    prove(theorems, f"8 bits to {str(dtype)[6:]}: eager and compiled, one rounding", [eagerly(decode), decode], want)
+
+
+# ---- every number of sixteen bits: two inputs -----------------------------------------------------------------------
+
+
+def significand(bits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Positive finite float32 as integers: m and e with the value m 2^e."""
+    field = bits >> 23
+    return np.where(field == 0, bits, (bits & 0x7FFFFF) | 0x800000), np.maximum(field, 1) - 150
+
+
+def rounded_product(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """The bits of the float32 nearest to a product, the even one of two, of positive float32 given by their bits.
+
+    In integers: the product is m 2^e exactly, m below 2^48; what has to go are its lowest digits, down to 24, or to the
+    unit of the smallest exponent, 2^-149.
+    """
+    (mx, ex), (my, ey) = significand(x), significand(y)
+    m, e = mx * my, ex + ey
+    length = np.frexp(m.astype(np.float64))[1]  # digits: m is below 2^53
+    drop = np.clip(np.maximum(length - 24, -149 - e), 0, 60)
+    kept, rest, half = m >> drop, m & ((1 << drop) - 1), (1 << drop) >> 1
+    kept = kept + ((rest > half) | ((rest == half) & (kept & 1 == 1) & (drop > 0))).astype(np.int64) * (drop > 0)
+    e = e + drop
+    # An exact product of fewer than 24 digits is given all of them, as far as the smallest exponent allows.
+    up = np.clip(np.minimum(24 - np.frexp(kept.astype(np.float64))[1], e + 149), 0, 60)
+    kept, e = kept << up, e - up
+    bits = np.where(kept < 2**23, kept, ((e + 149) << 23) + kept)
+    return np.where(kept == 0, 0, np.minimum(bits, INFINITY))
+
+
+MANTISSAS = [0, 1, 2, 0x7FFFFF, 0x7FFFFE, 0x3504F3, 0x3504F4, 0x717594, 0x400000]
+"""Of absmax: powers of two and the floats beside them, where 1 / absmax lies between floats of half the distance and where
+its error is largest; sqrt 2, where x / absmax and x (1 / absmax) are both far from powers of two; 3.7727535."""
+
+
+def scaled_codes(names: Sequence[str], words: np.ndarray, dtype: torch.dtype) -> int:
+    """Every x of a 16-bit dtype no larger than absmax, beside each absmax: scaled in integers, then looked up by its bits."""
+    books = {"nf4": NF4, "fp4": FP4, **EIGHT_BIT}
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype).float()
+    every = every[every.isfinite()]
+    blocks, products, scales = [], [], []
+    for word in words.tolist():
+        absmax = torch.tensor([word], dtype=torch.int32).view(F32)
+        x = every[every.abs() <= absmax]
+        x = torch.nn.functional.pad(x, (0, -x.numel() % 63)).view(-1, 63)
+        blocks.append(torch.cat([absmax.expand(len(x), 1), x], 1))
+        scales.append(absmax.expand(len(x)))
+        bits = blocks[-1].view(torch.int32).numpy().astype(np.int64) & 0xFFFFFFFF
+        reciprocal = reciprocals(word >> 23)[word & 0x7FFFFF]
+        products.append(rounded_product(bits & ~SIGN, np.full(bits.shape, reciprocal)) | (bits & SIGN))
+    rows, product, want_scales = torch.cat(blocks), np.concatenate(products), torch.cat(scales)
+    for name in names:
+        steps = codes_of(name)
+        want = steps.values[torch.from_numpy(np.searchsorted(steps.starts, product, side="right") - 1)]
+        for context in (bnbref.eager, contextlib.nullcontext):
+            with context():
+                if name in EIGHT_BIT:
+                    codes, absmax = blockwise.quantize(rows, books[name], 64)
+                else:
+                    packed, absmax = fourbit.quantize(rows, books[name], 64)
+                    codes = torch.stack((packed >> 4, packed & 15), -1).view(rows.shape)
+            assert torch.equal(codes, want), (name, difference(codes, want))
+            assert torch.equal(absmax, want_scales)
+    return rows.numel() * len(names)
+
+
+NAMES = ("nf4", "fp4", *EIGHT_BIT)
+
+
+def test_scaled_codes(theorems):
+    """x * (1 / absmax) and its codes where scales begin, at 1, and where they end; the slow one has every exponent."""
+    begun = time.perf_counter()
+    exponents = np.array([1, 2, 126, 127, 253, 254], dtype=np.int64)
+    words = (exponents[:, None] << 23 | np.array(MANTISSAS)).reshape(-1)
+    tried = scaled_codes(("nf4", "dynamic_signed"), words, BF16)
+    theorems.record("x (1 / absmax), counted: bfloat16 x, 54 absmax", tried, time.perf_counter() - begun)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+def test_scaled_codes_of_every_exponent(dtype, theorems):
+    begun = time.perf_counter()
+    words = (np.arange(1, 255, dtype=np.int64)[:, None] << 23 | np.array(MANTISSAS)).reshape(-1)
+    tried = 0
+    title = f"x (1 / absmax), counted: {str(dtype)[6:]} x, {len(words)} absmax"
+    with theorems.progress(title, len(words)) as bar:
+        for part in np.array_split(words, 64):
+            tried += scaled_codes(NAMES, part, dtype)
+            bar.update(len(part))
+    theorems.record(title, tried, time.perf_counter() - begun)
+
+
+def signed_product(x: Tensor, y: Tensor) -> Tensor:
+    """fl(x * y) of finite float32, in integers."""
+    x, y = torch.broadcast_tensors(x, y)
+    one, other = (t.contiguous().view(torch.int32).numpy().astype(np.int64) & 0xFFFFFFFF for t in (x, y))
+    bits = rounded_product(one & ~SIGN, other & ~SIGN) | ((one ^ other) & SIGN)
+    return torch.from_numpy(bits.astype(np.uint32).view(np.float32))
+
+
+def rounded_to(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Float32 to a dtype, by its steps."""
+    if dtype == F32:
+        return x
+    steps = rounding_to(dtype)
+    bits = x.contiguous().view(torch.int32).numpy().astype(np.int64) & 0xFFFFFFFF
+    return steps.values[torch.from_numpy(np.searchsorted(steps.starts, bits, side="right") - 1)]
+
+
+def every_scale(dtype: torch.dtype) -> Tensor:
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype).float()
+    return every[every.isfinite()]
+
+
+def in_both_modes(call: Callable[[], Tensor], want: Tensor) -> None:
+    for context in (bnbref.eager, contextlib.nullcontext):
+        with context():
+            got = call()
+        assert same_bits(got, want), difference(got, want)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("nf4", BF16), ("nf4", F32), ("fp4", F16)], ids=str)
+def test_every_decoded_value_of_four_bits(name, dtype, theorems):
+    """All codes times all scales of sixteen bits."""
+    begun = time.perf_counter()
+    values, book = torch.from_numpy(second.VALUES[name]), {"nf4": NF4, "fp4": FP4}[name]
+    packed = torch.arange(0x01, 0x100, 0x22, dtype=torch.uint8).repeat(4)  # 01 23 .. ef
+    for kind in (BF16, F16):
+        scales = every_scale(kind)
+        want = rounded_to(signed_product(values, scales[:, None]), dtype).repeat(1, 4)
+        rows = packed.expand(len(scales), -1).contiguous()
+
+        def call(rows=rows, scales=scales):
+            return fourbit.dequantize_rows(rows, scales[:, None], blocksize=64, codebook=book, dtype=dtype)
+
+        in_both_modes(call, want)
+    theorems.record(
+        f"{name} to {str(dtype)[6:]}: all codes, 16-bit scales", 2 * 16 * 2**16, time.perf_counter() - begun
+    )
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+def test_every_decoded_value_of_eight_bits(dtype, theorems):
+    begun = time.perf_counter()
+    table = value_table(DYNAMIC, CPU)
+    scales = every_scale(BF16)[:: 1 if dtype == BF16 else 17]
+    codes = torch.arange(256, dtype=torch.uint8).expand(len(scales), -1).contiguous()
+    want = torch.cat([
+        rounded_to(signed_product(torch.from_numpy(second.VALUES["dynamic_signed"]), part[:, None]), dtype)
+        for part in scales.split(4096)
+    ])  # fmt: skip
+    in_both_modes(lambda: blockwise.dequantize_blocks(codes, scales, table, dtype=dtype), want)
+    theorems.record(
+        f"8 bits to {str(dtype)[6:]}: all codes, bfloat16 scales", want.numel(), time.perf_counter() - begun
+    )
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+def test_every_decoded_value_of_int8(dtype, theorems):
+    """fl(fl(code * absmax) * RN(1 / 127)) for all codes and scales of sixteen bits, as far as the first product is finite."""
+    begun = time.perf_counter()
+    scales = every_scale(BF16)[:: 1 if dtype == BF16 else 17]
+    scales = scales[scales.abs() < 2.0**120]
+    codes = torch.arange(-128, 128).to(torch.int8).expand(len(scales), -1).contiguous()
+    constant = torch.tensor(second.nearest_float32(Fraction(1, 127)))
+    want = torch.cat([
+        rounded_to(signed_product(signed_product(codes[:1].float(), part[:, None]), constant), dtype)
+        for part in scales.split(4096)
+    ])  # fmt: skip
+    in_both_modes(lambda: int8.dequantize_int8_rows(codes, scales, dtype=dtype), want)
+    theorems.record(f"int8 to {str(dtype)[6:]}: all codes, bfloat16 scales", want.numel(), time.perf_counter() - begun)
+
+
+# ---- the expectations themselves ------------------------------------------------------------------------------------
+
+
+def test_steps_are_the_functions_that_they_stand_for():
+    """At random patterns, against numpy and the functions of `second.py` called element by element."""
+    bits = np.random.default_rng(0).integers(0, 2**32, 4000, dtype=np.uint64)
+    x = bits.astype(np.uint32).view(np.float32)
+    for name in ("nf4", "fp4", "af4", "int4", *EIGHT_BIT):
+        steps = codes_of(name)
+        got = [int(steps.part(int(word), int(word) + 1)[0]) for word in bits[:400]]
+        assert got == second.encode(name, x[:400]).tolist(), name
+    for dtype in (BF16, F16):
+        assert same_bits(rounded_to(torch.from_numpy(x), dtype), second.rounded(x, dtype))
+    pairs = [(Fraction(float(a)), Fraction(float(b))) for a, b in zip(x[:2000], x[2000:], strict=True)
+             if np.isfinite(a) and np.isfinite(b)]  # fmt: skip
+    small = [(a, b) for a, b in pairs if abs(a * b) < Fraction(2) ** 127]
+    assert len(small) > 1000
+    for a, b in small:
+        got = signed_product(torch.tensor([float(a)]), torch.tensor([float(b)]))
+        assert Fraction(float(got)) == Fraction(float(second.nearest_float32(a * b))), (a, b)
+    for word in bits[:400] & np.uint64(0x7FFFFFFF):
+        exponent, mantissa = int(word) >> 23, int(word) & 0x7FFFFF
+        if 0 < exponent < 255 and exponent % 50 == 3:
+            exact = 1 / Fraction(float(np.uint32(word).view(np.float32)))
+            assert reciprocals(exponent)[mantissa] == int(second.nearest_float32(exact).view(np.uint32))
 
 
 # ---- more than 2^31 elements ----------------------------------------------------------------------------------------
@@ -162,7 +516,8 @@ def is_periodic(x: Tensor, period: Tensor) -> bool:
     return all(bool((part == period.view(1, -1)).all()) for part in rows.split(4096))
 
 
-def test_more_than_2_31_elements(capsys):
+@pytest.mark.slow
+def test_more_than_2_31_elements(theorems):
     """4 bits, 8 bits and int8, by the kernels that a small tensor compiled: no index type was chosen for the small one.
 
     A wrapped index of 32 bits would repeat or skip elements of a period that divides no power of 2.
@@ -194,5 +549,4 @@ def test_more_than_2_31_elements(capsys):
     rows, stats, _ = int8.quantize(x.view(-1, 257))
     assert is_periodic(rows, one.view(-1))
     assert is_periodic(stats, one_stats)
-    with capsys.disabled():
-        print(f"\n2^31 + {x.numel() - 2**31} elements in {time.perf_counter() - started:.0f} s")
+    theorems.record("tensors of more than 2^31 elements", x.numel(), time.perf_counter() - started)

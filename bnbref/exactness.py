@@ -1,0 +1,151 @@
+"""`python -m bnbref check --self`: every exact kernel on the inputs that find trouble, against digests that hold everywhere.
+
+Inputs: all numbers of sixteen bits, NaN and infinities among them; each threshold and the floats beside it, at scales from
+2^-127 to the largest float32; all codes times all scales of sixteen bits. tests/test_exactness.py derives the digests with
+numpy and integers. Devices agree about which results are NaN, not about the bits of one: they are made one NaN.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from bnbref import blockwise, fourbit, int8, nested, ordered
+from bnbref.codebooks import DYNAMIC, DYNAMIC_UNSIGNED, FP4, NF4, value_table
+from bnbref.selfcheck import INT8_THRESHOLDS, Check, Outputs
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+CPU = torch.device("cpu")
+
+# In a block of absmax 3.77 a division by it has other codes than the product with its reciprocal; 127 / 1.455 and
+# 127 * (1 / 1.455) are two floats; below 2^-126 and 2^-121 a scale is 0.
+SCALES = (
+    2.0**-127,
+    2.0**-126,
+    2.0**-121,
+    1 / 3,
+    1.0,
+    1.4554425477981567,
+    3.7727534770965576,
+    2.0**126,
+    3.4028234663852886e38,
+)
+
+
+def sixteen_bits(dtype: torch.dtype) -> Tensor:
+    """All 2^16 numbers of bfloat16 or float16, in the order of their bits."""
+    return torch.arange(2**16, dtype=torch.int32, device=CPU).to(torch.int16).view(dtype)
+
+
+def boundaries(thresholds: Sequence[float]) -> Tensor:
+    """float32 `[scales, n]`: the scale, then each threshold and the two floats beside it, with both signs, times the scale.
+
+    >>> boundaries([0.5])[4]
+    tensor([ 1.0000,  0.5000,  0.5000,  0.5000, -0.5000, -0.5000, -0.5000])
+    """
+    table = torch.tensor(thresholds, dtype=torch.float32, device=CPU)
+    up, down = (table.nextafter(torch.tensor(end, dtype=torch.float32, device=CPU)) for end in (math.inf, -math.inf))
+    points = torch.cat((table, up, down))
+    row = torch.cat((torch.ones(1, dtype=torch.float32, device=CPU), points, -points))
+    return row * torch.tensor(SCALES, dtype=torch.float32, device=CPU)[:, None]
+
+
+def scales() -> Tensor:
+    """float32 `[2^16]`: the numbers of bfloat16."""
+    return sixteen_bits(torch.bfloat16).float()
+
+
+def one_nan(x: Tensor) -> Tensor:
+    """Every NaN the same NaN."""
+    return x.masked_fill(x.isnan(), math.nan) if x.is_floating_point() else x
+
+
+def _rows(thresholds: Sequence[float], width: int) -> Iterator[Tensor]:
+    """What is quantized: 16-bit numbers as they are, and boundaries, each scale in rows of its own that begin with it."""
+    yield from (sixteen_bits(dtype) for dtype in (torch.bfloat16, torch.float16))
+    scaled = boundaries(thresholds)
+    points = torch.nn.functional.pad(scaled[:, 1:], (0, -(scaled.shape[1] - 1) % (width - 1)))
+    points = points.unflatten(1, (-1, width - 1))
+    yield torch.cat((scaled[:, :1, None].expand(-1, points.shape[1], 1), points), 2).reshape(-1)
+
+
+def _quantize_rows(x: Tensor) -> Outputs:
+    parts = [fourbit.quantize(row.to(x.device), book, 64) for book in (NF4, FP4) for row in _rows(book.thresholds, 64)]
+    return tuple(t for part in parts for t in part)
+
+
+def _dequantize_rows(x: Tensor) -> Outputs:
+    packed = torch.arange(0x01, 0x100, 0x22, dtype=torch.uint8, device=x.device).repeat(4 * 2**16)  # 01 23 .. ef
+    absmax = scales().to(x.device)
+    return tuple(
+        one_nan(fourbit.dequantize(packed, absmax, book, 64, (2**16, 64), dtype))
+        for book, dtype in ((NF4, torch.bfloat16), (NF4, torch.float32), (FP4, torch.float16))
+    )
+
+
+def _quantize_blocks(x: Tensor) -> Outputs:
+    books = (DYNAMIC, DYNAMIC_UNSIGNED)
+    parts = [blockwise.quantize(row.to(x.device), book, 256) for book in books for row in _rows(book.thresholds, 256)]
+    return tuple(t for part in parts for t in part)
+
+
+def _codes_and_scales(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """All 256 codes beside every seventh scale."""
+    absmax = scales()[::7].to(x.device)
+    codes = torch.arange(256, device=x.device).to(dtype)
+    return codes.expand(len(absmax), -1).contiguous(), absmax
+
+
+def _dequantize_blocks(x: Tensor) -> Outputs:
+    (codes, absmax), values = _codes_and_scales(x, torch.uint8), value_table(DYNAMIC, x.device)
+    return tuple(one_nan(blockwise.dequantize(codes, absmax, values, 256, dtype)) for dtype in FLOATS)
+
+
+def _dequantize_nested(x: Tensor) -> Outputs:
+    (codes, absmax), values = _codes_and_scales(x, torch.uint8), value_table(DYNAMIC, x.device)
+    offset = torch.tensor(1 / 3, dtype=torch.float32, device=x.device)
+    return (one_nan(nested.dequantize(codes, absmax, values, offset)),)
+
+
+def _quantize_int8_rows(x: Tensor) -> Outputs:
+    results = [
+        int8.quantize(row.view(-1, 64).to(x.device), 6.0 * i) for i, row in enumerate(_rows(INT8_THRESHOLDS, 64))
+    ]
+    return tuple(t for result in results for t in result if t is not None)
+
+
+def _dequantize_int8_product(x: Tensor) -> Outputs:
+    words = torch.arange(-(2**31), 2**31, 2**20 + 1, device=x.device)
+    product = torch.cat((words, words >> 8, words >> 16, words % 3 - 1)).to(torch.int32).view(256, 64)
+    row, column, bias, outliers = scales()[5::256].to(x.device), x[:64].abs(), x[64:128], x.view(256, 64)
+    plain = int8.dequantize_int8_product(product, row, column, None, None, dtype=torch.float32)
+    sums = [
+        int8.dequantize_int8_product(product, row, column, bias, outliers.to(dtype), dtype=dtype)
+        for dtype in (torch.bfloat16, torch.float16)
+    ]
+    return tuple(map(one_nan, (plain, *sums)))
+
+
+def _dequantize_int8_rows(x: Tensor) -> Outputs:
+    codes, absmax = _codes_and_scales(x, torch.int8)
+    return tuple(one_nan(int8.dequantize(codes, absmax, dtype)) for dtype in FLOATS)
+
+
+def _add_products(x: Tensor) -> Outputs:
+    a, b = x[: 8 * 130].view(8, 130), x[-130 * 24 :].view(130, 24)
+    return ordered.product(a, b, x[:24]), ordered.product(a[3:4], b)
+
+
+# By the name of the kernel. Each is run by way of the function for any shape, so that a GPU reads its tables.
+KERNEL_CHECKS = (
+    Check("quantize_rows", _quantize_rows, "1e207ce73f994262"),
+    Check("dequantize_rows", _dequantize_rows, "5f2ebe7802f5755e"),
+    Check("quantize_blocks", _quantize_blocks, "e7ae29887cac5005"),
+    Check("dequantize_blocks", _dequantize_blocks, "1bc2d2ac509aa30d"),
+    Check("dequantize_nested", _dequantize_nested, "6182f18ce78beddd"),
+    Check("quantize_int8_rows", _quantize_int8_rows, "33a526a119866a4c"),
+    Check("dequantize_int8_product", _dequantize_int8_product, "b15db76aebd980bb"),
+    Check("dequantize_int8_rows", _dequantize_int8_rows, "5afd93b9ca598dc7"),
+    Check("add_products", _add_products, "0b20a99df7f91450"),
+)

@@ -1,0 +1,110 @@
+"""A matrix product whose order of summation is written down: the same bits for any batch, number of threads and compiler.
+
+    y[i, j] = ((t_0 + t_1) + t_2) + ...      t_b = the 64 products a[i, l] b[l, j], l = 64 b .. 64 b + 63,
+                                             added in pairs, the pairs in pairs, ... as neighbours: a tree of six levels
+
+in float32, every product and every sum rounded. A library's product is faster because it chooses: the order by the shape of
+the operands, the split by the number of threads, a fused multiply-add where there is one. So a row of a batch may have other
+bits than the same row alone. Here nothing is left to choose, and each element sees only its own row and column.
+
+Source of the problem: He et al., Defeating Nondeterminism in LLM Inference (Thinking Machines Lab, 2025).
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from bnbref.fused import fused
+
+WIDTH = 64  # products that are added as a tree
+
+_depth = 0
+
+
+@contextlib.contextmanager
+def batch_invariant() -> Iterator[None]:
+    """Products with 4-bit weights in a fixed order inside the block, in all threads of the process.
+
+    Each row of the result then depends on its own row of activations alone: its bits are the same in any batch, with any
+    number of threads, eager and compiled, and inside a graph of your own. The gradients of a product that was made inside
+    the block are in a fixed order too. The price is in `docs/content/exactness.md`.
+
+    >>> import bnbref
+    >>> layer = bnbref.nn.Linear4bit(64, 64, bias=False).to("cpu")
+    >>> batch = torch.randn(8, 64)
+    >>> with bnbref.batch_invariant():
+    ...     torch.equal(layer(batch)[3:4], layer(batch[3:4]))
+    True
+    """
+    global _depth
+    _depth += 1
+    try:
+        yield
+    finally:
+        _depth -= 1
+
+
+def batch_invariant_enabled() -> bool:
+    """Whether this runs inside `batch_invariant()`."""
+    return _depth > 0
+
+
+@fused(dynamic={"total": (0, 1), "a": (0,), "b": (1,)})
+def add_products(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """float32 `[m, n]`, `[m, 64]`, `[64, n]` -> `[m, n]`: total + the tree of the 64 products.  Exact."""
+
+    def tree(first: int, count: int) -> Tensor:
+        if count == 1:
+            return rearrange(a[:, first], "m -> m 1") * b[first]
+        return tree(first, count // 2) + tree(first + count // 2, count // 2)
+
+    return total + tree(0, b.shape[0])
+
+
+# Beside n columns this many of zeros: 64 rows that begin a multiple of 4096 bytes apart would share one set of a CPU's
+# cache, and 4096 x 4096 take three times as long.
+_APART = 16
+
+_library = torch.library.Library("bnbref", "FRAGMENT")
+_library.define("ordered_product(Tensor a, Tensor b, Tensor? bias) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+
+
+@torch.library.impl(_library, "ordered_product", "CompositeExplicitAutograd")
+def _(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    (m, k), n = a.shape, b.shape[1]
+    # Zeros after the last column, and at least two rows: Dynamo would compile once more for one.
+    columns = F.pad(a.float(), (0, -k % WIDTH, 0, max(2 - m, 0)))
+    total = columns.new_zeros(columns.shape[0], n + _APART)
+    slab = columns.new_zeros(WIDTH, n + _APART)
+    b = b.contiguous()
+    for block, left in enumerate(rearrange(columns, "m (b s) -> b m s", s=WIDTH).contiguous().unbind()):
+        rows = b[block * WIDTH : (block + 1) * WIDTH]
+        if len(rows) < WIDTH:
+            slab = torch.zeros_like(slab)
+        slab[: len(rows), :n].copy_(rows)
+        total = add_products(total, left, slab)
+    y = total[:m, :n] if bias is None else total[:m, :n] + bias.float()
+    return y.to(a.dtype, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("bnbref::ordered_product", lib=_library)  # type: ignore[untyped-decorator]
+def _(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[1])
+
+
+def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`a @ b + bias` for floats `[m, k]`, `[k, n]`, `[n]`, summed in float32 in the order at the head of this file.  Exact.
+
+    Bias is added last, before the one rounding to the dtype of a. Without that rounding the result is within
+    (8 + ceil(k / 64)) u (sum |a b| + |bias|) of the real number, u = 2^-24, to first order; a library's may be k u off.
+    An operator of its own, so that no graph around it is fused with its sums or leaves out its roundings.
+
+    >>> product(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0], [4.0]]))
+    tensor([[11.]])
+    """
+    result: Tensor = torch.ops.bnbref.ordered_product(a, b, bias)
+    return result

@@ -1,0 +1,178 @@
+"""The digests of `python -m bnbref check --self`, derived in numpy and integers; and that one wrong bit is found."""
+
+import hashlib
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import second
+import torch
+from test_ordered import by_hand
+from test_selfcheck import input_values
+
+import bnbref
+from bnbref import cli, fourbit, info
+from bnbref.exactness import KERNEL_CHECKS, SCALES
+from bnbref.fused import REGISTRY
+from bnbref.selfcheck import self_check
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+CPU = torch.device("cpu")
+GOLDEN = {check.name: check.golden for check in KERNEL_CHECKS}
+X = np.array(input_values(), np.float32)
+
+
+def sixteen_bits(dtype):
+    words = np.arange(2**16, dtype=np.uint32)
+    return (
+        (words << np.uint32(16)).view(np.float32)
+        if dtype == BF16
+        else words.astype(np.uint16).view(np.float16).astype(np.float32)
+    )
+
+
+def quantized(thresholds, width):
+    """The three inputs of an encoder."""
+    table = np.asarray(thresholds, np.float32)
+    points = np.concatenate([table, np.nextafter(table, np.float32(np.inf)), np.nextafter(table, np.float32(-np.inf))])
+    points = np.concatenate([points, -points])
+    rows = []
+    for scale in np.array(SCALES, np.float32):
+        scaled = points * scale
+        scaled = np.concatenate([scaled, np.zeros(-len(scaled) % (width - 1), np.float32)]).reshape(-1, width - 1)
+        rows.extend(np.concatenate([[scale], part]) for part in scaled)
+    return sixteen_bits(BF16), sixteen_bits(F16), np.concatenate(rows).astype(np.float32)
+
+
+def data(x):
+    """The bytes of a result; all NaN are one."""
+    if isinstance(x, torch.Tensor):
+        nan = x.isnan()
+        words = x.view(torch.int16 if x.element_size() == 2 else torch.int32).clone()
+        words[nan] = {F32: 0x7FC00000, BF16: 0x7FC0, F16: 0x7E00}[x.dtype]
+        return words.numpy().tobytes()
+    return np.ascontiguousarray(x).tobytes()
+
+
+def quantize_rows():
+    for name, thresholds in (("nf4", second.NF4_THRESHOLDS), ("fp4", second.FP4_THRESHOLDS)):
+        for x in quantized(thresholds, 64):
+            packed, absmax = second.quantize_4bit(name, x, 64)
+            yield from (bytes(packed), absmax)
+
+
+def quantize_blocks():
+    for name in ("dynamic_signed", "dynamic_unsigned"):
+        # the thresholds of the library: a tie to the even code is one ulp lower than the midpoint
+        middle = second.midpoints(second.VALUES[name])
+        odd = np.arange(len(middle)) % 2 == 0
+        for x in quantized(np.where(odd, middle, np.nextafter(middle, np.float32(-np.inf))), 256):
+            codes, absmax = second.quantize(name, x, 256)
+            yield from (codes.astype(np.uint8), absmax)
+
+
+def products(values, step, offset=None):
+    scales = sixteen_bits(BF16)[::step]
+    y = values * scales[:, None]
+    return y if offset is None else y + offset
+
+
+def dequantize_rows():
+    for name, dtype in (("nf4", BF16), ("nf4", F32), ("fp4", F16)):
+        yield second.rounded(np.tile(products(second.VALUES[name], 1), 4), dtype)
+
+
+def dequantize_blocks():
+    for dtype in (F32, BF16, F16):
+        yield second.rounded(products(second.VALUES["dynamic_signed"], 7), dtype)
+
+
+def dequantize_nested():
+    yield second.rounded(products(second.VALUES["dynamic_signed"], 7, np.float32(1 / 3)), F32)
+
+
+def quantize_int8_rows():
+    halves = (np.arange(127) + 0.5) / 127
+    for i, x in enumerate(quantized(halves, 64)):
+        codes, absmax, outlier = second.int8_quantize(x.reshape(-1, 64), 6.0 * i)
+        yield from (codes.astype(np.int8), absmax)
+        if i:
+            yield np.array(outlier)
+
+
+def dequantize_int8_product():
+    words = range(-(2**31), 2**31, 2**20 + 1)
+    product = [*words, *(w >> 8 for w in words), *(w >> 16 for w in words), *(w % 3 - 1 for w in words)]
+    product = np.array(product).reshape(256, 64)
+    row, column, bias, outliers = sixteen_bits(BF16)[5::256], np.abs(X[:64]), X[64:128], X.reshape(256, 64)
+    yield second.int8_dequantize_product(product, row, column, None, None, F32)
+    for dtype in (BF16, F16):
+        added = second.floats(second.rounded(outliers, dtype)).reshape(256, 64)
+        yield second.int8_dequantize_product(product, row, column, bias, added, dtype)
+
+
+def dequantize_int8_rows():
+    codes = np.arange(256).astype(np.int8).astype(np.float32)
+    constant = second.nearest_float32(Fraction(1, 127))
+    for dtype in (F32, BF16, F16):
+        yield second.rounded(products(codes, 7) * constant, dtype)
+
+
+def add_products():
+    a, b = X[: 8 * 130].reshape(8, 130), X[-130 * 24 :].reshape(130, 24)
+    y = by_hand(a, b)
+    yield y + X[:24]
+    yield y[3]
+
+
+DERIVATIONS = (quantize_rows, dequantize_rows, quantize_blocks, dequantize_blocks, dequantize_nested, quantize_int8_rows,
+               dequantize_int8_product, dequantize_int8_rows, add_products)  # fmt: skip
+
+
+@pytest.mark.parametrize("derive", DERIVATIONS, ids=lambda derive: derive.__name__)
+def test_golden_digests_follow_from_the_formulas(derive):
+    assert hashlib.sha256(b"".join(map(data, derive()))).hexdigest()[:16] == GOLDEN[derive.__name__]
+
+
+def test_every_exact_kernel_is_checked():
+    assert {check.name for check in KERNEL_CHECKS} == {name for name, kernel in REGISTRY.items() if kernel.exact}
+    assert {derive.__name__ for derive in DERIVATIONS} == set(GOLDEN)
+
+
+def test_the_command(capsys):
+    assert cli.main(["check", "--self", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"  {name:<26}eager ok, compiled ok" in out for name in GOLDEN)
+    assert (
+        f"ok: {5 + len(GOLDEN)} formats and kernels eager, {5 + len(GOLDEN)} compiled, in 9 of 9 exact kernels" in out
+    )
+
+
+def test_the_command_needs_to_know_what(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["check"])
+    assert "--self" in capsys.readouterr().err
+    assert cli.main(["check", "--self", "--device", "moon"]) == 2
+
+
+def verdicts(*names):
+    checks = [check for check in KERNEL_CHECKS if check.name in names]
+    with bnbref.eager():
+        return {result.check.name: result.ok for result in self_check(CPU, compiled=False, checks=checks)}
+
+
+def test_a_wrong_bit_is_found(monkeypatch, capsys):
+    """One bit of the codes of one absmax: another digest, and exit status 1."""
+    assert verdicts("quantize_rows") == {"quantize_rows": True}
+    right = fourbit.quantize_rows.definition
+
+    def wrong(rows, *tables, **constants):
+        packed, absmax = right(rows, *tables, **constants)
+        return packed ^ (rows[:, :1] == 3.7727534770965576).to(torch.uint8), absmax
+
+    monkeypatch.setattr(fourbit.quantize_rows, "definition", wrong)
+    assert verdicts("quantize_rows") == {"quantize_rows": False}
+    monkeypatch.setattr("bnbref.exactness.KERNEL_CHECKS", KERNEL_CHECKS[:1])
+    with bnbref.eager():
+        assert not info.check_self(CPU)
+    assert "FAILED: quantize_rows" in capsys.readouterr().out
