@@ -2,9 +2,20 @@
 
 from bnbref import functional, nn, optim
 from bnbref.fused import eager
+from bnbref.integrations.bitsandbytes_alias import install_as_bitsandbytes, uninstall_as_bitsandbytes
 from bnbref.linear4bit import matmul_4bit
 from bnbref.linear8bit import MatmulLtState, matmul
 
 __version__ = "0.1.0"
 
-__all__ = ["MatmulLtState", "eager", "functional", "matmul", "matmul_4bit", "nn", "optim"]
+__all__ = [
+    "MatmulLtState",
+    "eager",
+    "functional",
+    "install_as_bitsandbytes",
+    "matmul",
+    "matmul_4bit",
+    "nn",
+    "optim",
+    "uninstall_as_bitsandbytes",
+]
