@@ -2,6 +2,7 @@
 
 bnbref.integrations.transformers    from_pretrained(..., quantization_config=...)
 bnbref.integrations.peft            LoRA on quantized layers
+bnbref.integrations.trainer         8-bit and paged optimizers in transformers' Trainer
 
 `bnbref.install_as_bitsandbytes()`: where code imports bitsandbytes and cannot be changed.
 """
