@@ -238,7 +238,7 @@ def test_outliers_are_traced():
     assert tracer.get_outliers(model[1].weight).tolist() == []  # one of 16 is no more than sqrt(15) deviations away
     assert extras.find_outlier_dims(model[1].weight, topk=1).tolist() == [5]
     assert not model[0]._forward_pre_hooks
-    with pytest.raises(TypeError, match="module must be an nn.Linear"):
+    with pytest.raises(TypeError, match=r"module must be an nn\.Linear"):
         extras.outlier_hook(torch.nn.ReLU(), (x,))
     with pytest.raises(RuntimeError, match="get_instance"):
         extras.OutlierTracer()

@@ -28,4 +28,4 @@ def register() -> None:
     from bnbref.integrations.bitsandbytes_ops import KERNELS
 
     for name, kernel in KERNELS.items():
-        torch.library.register_kernel(f"bitsandbytes::{name}", devices, kernel)  # type: ignore[arg-type]
+        torch.library.register_kernel(f"bitsandbytes::{name}", devices, kernel)
