@@ -27,7 +27,9 @@ def with_steady_malloc() -> None:
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **STEADY_MALLOC})
 
 
-def medians(contenders: Mapping[str, Callable[[], Any]], rounds: int = 21) -> dict[str, float]:
+def medians(
+    contenders: Mapping[str, Callable[[], Any]], rounds: int = 21, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
     """Milliseconds of each contender: the median over interleaved rounds, after two calls to warm up."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for run in contenders.values():
@@ -35,9 +37,9 @@ def medians(contenders: Mapping[str, Callable[[], Any]], rounds: int = 21) -> di
         run()
     for _ in range(rounds):
         for name, run in contenders.items():
-            start = time.perf_counter()
+            start = clock()
             run()
-            times[name].append((time.perf_counter() - start) * 1e3)
+            times[name].append((clock() - start) * 1e3)
     return {name: statistics.median(values) for name, values in times.items()}
 
 

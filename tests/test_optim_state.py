@@ -157,6 +157,21 @@ def test_schedules_compile_nothing():
     assert sum(len(kernel.variants) for kernel in REGISTRY.values()) == variants
 
 
+def test_a_step_inside_somebody_elses_compile():
+    """Their graph breaks where the host computes, and the bits are the same."""
+    results = []
+    for wrap in (lambda f: f, torch.compile):
+        torch.manual_seed(0)
+        p = nn.Parameter(torch.randn(8192))
+        optimizer = optim.Lion8bit([p], lr=1e-2)
+        run = wrap(lambda optimizer=optimizer: optimizer.step())
+        for _ in range(3):
+            p.grad = torch.randn(8192)
+            run()
+        results.append(p.detach())
+    assert same_bits(*results)
+
+
 def test_stochastic_rounding(eager):
     """A step of a thousandth of an ulp: to nearest it is lost, at random it is taken by one element in a thousand."""
 

@@ -22,6 +22,7 @@ from bnbref.codebooks import Codebook
 from bnbref.linear4bit import dequantize
 from bnbref.nn.layer import EightBitLayer, FourBitLayer, QuantizedLayer
 from bnbref.nn.params import Int8Params, Params4bit, QuantizedParameter
+from bnbref.optim import GlobalOptimManager
 from bnbref.quant_state import QuantState, present
 
 
@@ -168,7 +169,7 @@ class Embedding8bit(_QuantizedEmbedding, EightBitLayer, nn.Embedding):
 
 
 class Embedding(nn.Embedding):
-    """`nn.Embedding`, initialised by Xavier, whose optimizer state is to stay in 32 bits: see `optim_bits`."""
+    """`nn.Embedding`, initialised by Xavier, whose optimizer state stays in 32 bits: see `optim_bits`."""
 
     optim_bits = 32
     """Bits of the optimizer state of this module's weight, whatever the optimizer's default is."""
@@ -198,6 +199,15 @@ class Embedding(nn.Embedding):
             device=device,
             dtype=dtype,
         )
+        self._override()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._override()  # a copy is another module
+
+    def _override(self) -> None:
+        manager = GlobalOptimManager.get_instance()
+        manager.register_module_override(self, "weight", {"optim_bits": self.optim_bits})
 
     def reset_parameters(self) -> None:
         """Xavier-uniform, and zeros at padding_idx."""

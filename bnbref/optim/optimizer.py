@@ -183,6 +183,7 @@ class Optimizer(torch.optim.Optimizer):
                 if p.grad is not None:
                     own = overrides.get(p) if overrides else None
                     jobs.append((p, common if own is None else {**common, **own}))
+        self._placement.begin()
         for p, config in jobs:
             if not self.state[p]:
                 self.state[p] = self._new_state(p, config)
@@ -196,6 +197,9 @@ class Optimizer(torch.optim.Optimizer):
                 hyper = torch.tensor(list(coefficients.values()), dtype=torch.float32)
                 numbers[key] = coefficients, hyper.to(p.device)
             self._update(p, state, config, *numbers[key])
+        if self._placement.directory is not None:
+            everything = [p for group in self.param_groups for p in group["params"]]
+            self._placement.end({i: self.state[p]["step"] for i, p in enumerate(everything) if self.state.get(p)})
         return loss
 
     def _update(
@@ -230,6 +234,11 @@ class Optimizer(torch.optim.Optimizer):
             p.copy_(flat)
 
     def _new_state(self, p: Tensor, config: Mapping[str, Any]) -> dict[str, Any]:
+        if hasattr(p, "full_tensor"):  # a DTensor
+            raise NotImplementedError(
+                f"a parameter of shape {tuple(p.shape)} is sharded: blocks, and which state is in 8 bits, would depend on "
+                f"the shards; bnbref's optimizers take whole parameters"
+            )
         check_float("a parameter", p)
         if config["optim_bits"] not in (8, 32):
             raise ValueError(f"optim_bits must be 8 or 32, got {config['optim_bits']!r}")
@@ -303,7 +312,7 @@ class Optimizer(torch.optim.Optimizer):
         state: dict[str, Any] = {"step": int(saved["step"])}
         empty = self._memory(p)
         for s in self.rule.states:
-            stacked = s.key in self.rule.stacked
+            stacked = s.key in self.rule.stacked and self.rule.stacked[-1] not in saved
             first = self.rule.stacked[0] if stacked else s.key
 
             def part(key: str, stacked: bool = stacked, own: str = s.key) -> Tensor:

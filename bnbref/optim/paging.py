@@ -5,9 +5,10 @@
                     current ones are updated, and written back behind them. Other devices: resident, said once
     page_directory  in files, one for each tensor, so that state may be larger than memory; on a CPU kernels write to them
 
-The arithmetic is the same, and so are the bits. A directory is a checkpoint at any time but in the middle of a step: `read`.
+The arithmetic is the same, and so are the bits. A directory is a checkpoint at any time but in the middle of a step.
 """
 
+import json
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -91,7 +92,7 @@ class Placement:
     def empty(self, device: torch.device, numel: int, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Uninitialised memory for a state called `name` of a parameter with that device and number of elements."""
         if self.directory is not None:
-            return _mapped(self.directory / f"{name}.bin", shape, dtype)
+            return _mapped(self.directory, name, shape, dtype)
         if not self.is_paged or numel < PAGED_FROM:
             return torch.empty(shape, dtype=dtype, device=device)
         if device.type != "cuda":
@@ -129,6 +130,19 @@ class Placement:
         for copies in self._made.values():
             copies.finish()
 
+    def begin(self) -> None:
+        """A step begins: what is in the directory is no checkpoint until `end`."""
+        if self.directory is not None:
+            (self.directory / "steps.json").unlink(missing_ok=True)
+
+    def end(self, steps: Mapping[int, int]) -> None:
+        """A step has ended; the steps of each parameter by its index."""
+        if self.directory is not None:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            unfinished = self.directory / "steps.json.new"
+            unfinished.write_text(json.dumps(steps), encoding="utf-8")
+            unfinished.replace(self.directory / "steps.json")
+
     def _is_away(self, x: Tensor, device: torch.device) -> bool:
         return x.device != device
 
@@ -138,18 +152,48 @@ class Placement:
         return self._made[device]
 
 
-def _mapped(path: Path, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    path.parent.mkdir(parents=True, exist_ok=True)
+# ---- a directory ----------------------------------------------------------------------------------------------------
+# A file for each tensor, whose name says what it is: 0.state1.uint8.64x128.bin. steps.json has the steps of all parameters,
+# and is there only between steps: it is removed before the first update of a step, and written whole after the last.
+
+
+def _mapped(directory: Path, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     numel = torch.Size(shape).numel()
     if numel == 0:
         return torch.empty(shape, dtype=dtype)
-    size = numel * dtype.itemsize
-    if not path.exists() or path.stat().st_size != size:
-        path.unlink(missing_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
+    sizes = "x".join(map(str, shape))
+    path = directory / f"{name}.{str(dtype).removeprefix('torch.')}.{sizes}.bin"
+    if not path.exists():
+        for other in directory.glob(f"{name}.*.bin"):  # of another shape or dtype, from another run
+            other.unlink()
         with path.open("wb") as file:
-            file.truncate(size)  # a hole: no disk is used before it is written to
+            file.truncate(numel * dtype.itemsize)  # a hole: it takes no room before it is written to
+    return _open(path, shape, dtype)
+
+
+def _open(path: Path, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    numel = torch.Size(shape).numel()
     return torch.from_file(str(path), shared=True, size=numel, dtype=dtype).view(tuple(shape))
 
 
-def read_pages(directory: str | Path) -> dict[str, Any]:
-    raise NotImplementedError
+def read_pages(directory: str | Path) -> dict[int, dict[str, Any]]:
+    """The states in a page_directory, whether or not the process that wrote them is alive: `state` of a state dict.
+
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": read_pages(directory)})
+
+    They are those after the last step that ended; parameters are not in there. Raises RuntimeError if a step was interrupted.
+    """
+    directory = Path(directory)
+    if not (directory / "steps.json").exists():
+        raise RuntimeError(
+            f"{directory} has no steps.json: nothing was stepped there, or a step was interrupted half-way"
+        )
+    steps = json.loads((directory / "steps.json").read_text(encoding="utf-8"))
+    states: dict[int, dict[str, Any]] = {int(i): {"step": t} for i, t in steps.items()}
+    for path in sorted(directory.glob("*.bin")):
+        index, key, dtype, sizes = path.name.removesuffix(".bin").split(".")
+        shape = [int(n) for n in sizes.split("x") if n]
+        if int(index) in states:
+            states[int(index)][key] = _open(path, shape, getattr(torch, dtype))
+    return states

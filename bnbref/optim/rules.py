@@ -62,6 +62,11 @@ class Rule:
         """
         raise NotImplementedError
 
+    @staticmethod
+    def sqrt(x: Tensor) -> Tensor:
+        """Correctly rounded square root. On CPU `torch.sqrt` is MKL's when not compiled, 1 ulp off for one value in 150."""
+        return x.double().sqrt().float() if x.device.type == "cpu" else x.sqrt()
+
     def __repr__(self) -> str:
         return type(self).__name__
 
@@ -71,11 +76,6 @@ class Rule:
 
     def __hash__(self) -> int:
         return hash(type(self))
-
-
-def sqrt(x: Tensor) -> Tensor:
-    """Correctly rounded square root. On CPU `torch.sqrt` is MKL's when not compiled, 1 ulp off for one value in 150."""
-    return x.double().sqrt().float() if x.device.type == "cpu" else x.sqrt()
 
 
 def averages(**betas: float) -> dict[str, float]:
@@ -140,7 +140,7 @@ class Adam(Rule):
     def direction(self, p: Tensor, g: Tensor, m: Tensor, v: Tensor, c: Any) -> tuple[Tensor, ...]:
         m = c.b1 * m + c.not_b1 * g
         v = c.b2 * v + c.not_b2 * (g * g)
-        return m / (sqrt(v) / c.root + c.eps), m, v
+        return m / (self.sqrt(v) / c.root + c.eps), m, v
 
 
 class LAMB(Adam):
@@ -190,7 +190,7 @@ class RMSprop(Rule):
     def direction(self, p: Tensor, g: Tensor, v: Tensor, c: Any) -> tuple[Tensor, ...]:
         g = g + c.wd * p
         v = c.a * v + c.not_a * (g * g)
-        return g / (sqrt(v) + c.eps), v
+        return g / (self.sqrt(v) + c.eps), v
 
 
 class Adagrad(Rule):
@@ -207,7 +207,7 @@ class Adagrad(Rule):
     def direction(self, p: Tensor, g: Tensor, v: Tensor, c: Any) -> tuple[Tensor, ...]:
         g = g + c.wd * p
         v = v + g * g
-        return g / (sqrt(v) + c.eps), v
+        return g / (self.sqrt(v) + c.eps), v
 
 
 class AdEMAMix(Rule):
@@ -238,4 +238,4 @@ class AdEMAMix(Rule):
         m1 = c.b1 * m1 + c.not_b1 * g
         m2 = c.b3 * m2 + c.not_b3 * g
         v = c.b2 * v + c.not_b2 * (g * g)
-        return (m1 / c.unbias + c.alpha * m2) / (sqrt(v) / c.root + c.eps), m1, m2, v
+        return (m1 / c.unbias + c.alpha * m2) / (self.sqrt(v) / c.root + c.eps), m1, m2, v

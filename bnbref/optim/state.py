@@ -12,6 +12,7 @@ Each is one kernel per (rule, dtype), which writes into the parameter and its st
 NaN, infinite or beyond 2^63 stays as it was, parameter and state; so does its code, unless its block's absmax grows.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -207,10 +208,16 @@ class Tables(NamedTuple):
 
 def tables(device: torch.device) -> Tables:
     """The two dynamic codebooks; for a trace, which may not keep tensors, with thresholds instead of carry tables."""
+    if not tracing() and compile_enabled():
+        return _carry_tables(device)
     values = (value_table(DYNAMIC, device), value_table(DYNAMIC_UNSIGNED, device))
-    if tracing() or not compile_enabled():
-        return Tables(values, (threshold_table(DYNAMIC, device), threshold_table(DYNAMIC_UNSIGNED, device)), None)
+    return Tables(values, (threshold_table(DYNAMIC, device), threshold_table(DYNAMIC_UNSIGNED, device)), None)
+
+
+@functools.cache
+def _carry_tables(device: torch.device) -> Tables:
     signed, unsigned = carry_table(DYNAMIC, device), carry_table(DYNAMIC_UNSIGNED, device)
+    values = (value_table(DYNAMIC, device), value_table(DYNAMIC_UNSIGNED, device))
     return Tables(values, (signed.entries, unsigned.entries), _FIRST_CELLS)
 
 

@@ -1,0 +1,152 @@
+"""Interrupted and continued is uninterrupted, bit for bit; and files go to bitsandbytes and come back."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import same_bits
+from test_optim_classes import ALL, make
+from torch import nn
+
+from bnbref import functional as F
+from bnbref import optim
+from bnbref.optim.optimizer import WRAPPED
+
+CONTINUED = """
+import sys, torch, bnbref
+sys.path.insert(0, "tests")
+from test_optim_checkpoint import advanced, start
+results = {}
+with bnbref.eager():
+    for name, saved in torch.load(sys.argv[1], weights_only=True).items():
+        directory = sys.argv[2] + "/" + name if name.startswith("Paged") else None
+        params, optimizer = start(name, directory)
+        for p, data in zip(params, saved["params"]):
+            p.data.copy_(data)
+        if directory is None:
+            optimizer.load_state_dict(saved["optimizer"])
+        else:
+            states = bnbref.optim.read_pages(directory)
+            optimizer.load_state_dict({**saved["optimizer"], "state": states})
+        results[name] = advanced(params, optimizer, 3, 6)
+torch.save(results, sys.argv[1])
+"""
+
+
+def start(name, directory=None):
+    torch.manual_seed(0)
+    params = [nn.Parameter(torch.randn(size)) for size in ((70, 61), (100,), (4096,))]
+    params[2].data = params[2].data.bfloat16()
+    options = {"page_directory": directory} if directory else {}
+    return params, make(name, params, lr=1e-2, weight_decay=0.1, **options)
+
+
+def advanced(params, optimizer, first, last):
+    for t in range(first, last):
+        generator = torch.Generator().manual_seed(t)
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+        optimizer.step()
+    return [p.detach().clone() for p in params]
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.filterwarnings("ignore:paged state")
+def test_interrupted_is_uninterrupted_in_every_class(tmp_path):
+    """Plain classes by state_dict and torch.load(weights_only=True), paged ones from their directory, in a new process."""
+    saved, want = {}, {}
+    for name in ALL:
+        params, optimizer = start(name)
+        want[name] = advanced(params, optimizer, 0, 6)
+        directory = str(tmp_path / name) if name.startswith("Paged") else None
+        params, optimizer = start(name, directory)
+        halfway = advanced(params, optimizer, 0, 3)
+        state = optimizer.state_dict()
+        if directory:
+            state = {**state, "state": {}}
+        saved[name] = {"params": halfway, "optimizer": state}
+    torch.save(saved, tmp_path / "saved.pt")
+    command = [sys.executable, "-c", CONTINUED, str(tmp_path / "saved.pt"), str(tmp_path)]
+    subprocess.run(command, check=True, cwd=Path(__file__).parent.parent)
+    got = torch.load(tmp_path / "saved.pt", weights_only=True)
+    assert {name: same_bits(got[name], want[name]) for name in ALL} == dict.fromkeys(ALL, True)
+
+
+@pytest.mark.usefixtures("eager")
+def test_the_layout_is_bitsandbytes():
+    params, optimizer = start("AdEMAMix8bit")
+    advanced(params, optimizer, 0, 2)
+    state = optimizer.state_dict()["state"][0]
+    assert set(state) == {"step", WRAPPED}
+    assert state["step"] == 2
+    shapes = {key: (tuple(x.shape), x.dtype) for key, x in state[WRAPPED].items()}
+    u8, f32 = torch.uint8, torch.float32
+    assert shapes == {
+        "state1": ((2, 70, 61), u8),
+        "qmap1": ((256,), f32),
+        "absmax1": ((2, 17), f32),
+        "state2": ((70, 61), u8),
+        "qmap2": ((256,), f32),
+        "absmax2": ((17,), f32),
+    }
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("name", ["AdamW8bit", "AdamW", "Lion8bit", "AdEMAMix8bit", "RMSprop8bit", "Adagrad32bit"])
+def test_bitsandbytes_goes_on_from_here_and_we_from_there(name):
+    """Loaded by the other library the next step agrees, up to the differences of the two kernels."""
+    bnb = pytest.importorskip("bitsandbytes")
+    params, ours = start(name)
+    advanced(params, ours, 0, 3)
+    copied = [nn.Parameter(p.detach().clone()) for p in params]
+    theirs = getattr(bnb.optim, name)(copied, lr=1e-2, weight_decay=0.1)
+    theirs.load_state_dict(ours.state_dict())
+    a, b = advanced(params, ours, 3, 4), advanced(copied, theirs, 3, 4)
+    assert all(torch.allclose(x.float(), y.float(), rtol=1e-2, atol=2e-4) for x, y in zip(a, b, strict=True))
+    back = [nn.Parameter(p.detach().clone()) for p in copied]
+    again = make(name, back, lr=1e-2, weight_decay=0.1)
+    again.load_state_dict(theirs.state_dict())
+    for p, q in zip(copied, back, strict=True):
+        if theirs.state[p].get("qmap1") is None or torch.equal(
+            theirs.state[p]["qmap1"], ours.state_dict()["state"][0][WRAPPED].get("qmap1")
+        ):
+            assert torch.equal(theirs.state[p]["state1"].flatten()[: q.numel()], again.state[q]["state1"].flatten())
+    advanced(back, again, 4, 5)
+
+
+@pytest.mark.usefixtures("eager")
+def test_codes_of_another_codebook_are_translated():
+    """bitsandbytes keeps the squares of RMSprop with the signed map."""
+    params, optimizer = start("RMSprop8bit")
+    advanced(params, optimizer, 0, 2)
+    saved = optimizer.state_dict()
+    wrapped = saved["state"][0][WRAPPED]
+    squares = F.dequantize_blockwise(wrapped["state1"], absmax=wrapped["absmax1"], code=wrapped["qmap1"], blocksize=256)
+    codes, state = F.quantize_blockwise(squares, code=F.create_dynamic_map(), blocksize=256)
+    wrapped.update(state1=codes, absmax1=state.absmax, qmap1=F.create_dynamic_map())
+    _, other = start("RMSprop8bit")
+    other.load_state_dict(saved)
+    mine = other.state_dict()["state"][0][WRAPPED]
+    loaded = F.dequantize_blockwise(mine["state1"], absmax=mine["absmax1"], code=mine["qmap1"], blocksize=256)
+    signed = F.dequantize_blockwise(codes, state)
+    farthest = mine["qmap1"].diff().max() / 2  # from its nearest value, in a block of absmax 1
+    assert bool(((loaded - signed).abs() <= 1.001 * farthest * squares.max()).all())
+    assert same_bits(loaded == 0, signed == 0)
+
+
+@pytest.mark.usefixtures("eager")
+def test_half_a_checkpoint_is_refused():
+    params, optimizer = start("AdamW8bit")
+    advanced(params, optimizer, 0, 1)
+    for key, message in (("state2", "no 'state2'"), ("absmax1", "no 'absmax1'")):
+        saved = optimizer.state_dict()
+        del saved["state"][0][WRAPPED][key]
+        with pytest.raises(ValueError, match=message):
+            start("AdamW8bit")[1].load_state_dict(saved)
+    other = optim.AdamW8bit(start("AdamW8bit")[0], blocksize=64)
+    with pytest.raises(ValueError, match="blocksize"):
+        other.load_state_dict(optimizer.state_dict())
+    fresh = start("AdamW8bit")[1]
+    fresh.load_state_dict(fresh.state_dict())  # accelerate does this before the first step

@@ -1,0 +1,261 @@
+"""The surface: bitsandbytes' names and signatures, and everything that a torch.optim.Optimizer can do."""
+
+import copy
+import inspect
+import pickle
+
+import pytest
+import torch
+from conftest import same_bits
+from torch import nn
+
+import bnbref
+from bnbref import optim
+
+pytestmark = pytest.mark.usefixtures("eager")
+
+# bitsandbytes 0.50.2, inspect.signature of every class of bitsandbytes.optim, without self and params.
+_ADAM = "lr=0.001, betas=(0.9, 0.999), eps=1e-08, weight_decay={}, amsgrad=False, optim_bits=32, args=None, min_8bit_size=4096"
+_MIX = "lr=0.001, betas=(0.9, 0.999, 0.9999), alpha=5.0, t_alpha=None, t_beta3=None, eps=1e-08, weight_decay=0.01"
+_SGD = "lr, momentum=0, dampening=0, weight_decay=0, nesterov=False"
+_LAMB = "lr=0.001, bias_correction=True, betas=(0.9, 0.999), eps=1e-08, weight_decay=0, amsgrad=False, adam_w_mode=True"
+_RMS = "lr=0.01, alpha=0.99, eps=1e-08, weight_decay=0, momentum=0, centered=False"
+_GRAD = "lr=0.01, lr_decay=0, weight_decay=0, initial_accumulator_value=0, eps=1e-10, optim_bits={}"
+_LION = "lr=0.0001, betas=(0.9, 0.99), weight_decay=0"
+SIGNATURES = {
+    "AdEMAMix": _MIX + ", optim_bits=32, min_8bit_size=4096, is_paged=False",
+    "AdEMAMix32bit AdEMAMix8bit": _MIX + ", min_8bit_size=4096, is_paged=False",
+    "PagedAdEMAMix": _MIX + ", optim_bits=32, min_8bit_size=4096",
+    "PagedAdEMAMix32bit PagedAdEMAMix8bit": _MIX + ", min_8bit_size=4096",
+    "Adagrad Adagrad32bit": _GRAD.format(32) + ", args=None, min_8bit_size=4096",
+    "Adagrad8bit": _GRAD.format(8) + ", args=None, min_8bit_size=4096",
+    "Adam Adam32bit Adam8bit PagedAdam PagedAdam32bit PagedAdam8bit": _ADAM.format(0) + ", is_paged=False",
+    "AdamW AdamW32bit AdamW8bit": _ADAM.format(0.01) + ", is_paged=False",
+    "PagedAdamW PagedAdamW32bit PagedAdamW8bit": _ADAM.format(0.01),
+    "LAMB": _LAMB + ", optim_bits=32, args=None, min_8bit_size=4096, max_unorm=1.0",
+    "LAMB32bit LAMB8bit": _LAMB + ", args=None, min_8bit_size=4096, max_unorm=1.0",
+    "LARS": _SGD + ", optim_bits=32, args=None, min_8bit_size=4096, max_unorm=0.02",
+    "LARS32bit LARS8bit": _SGD + ", args=None, min_8bit_size=4096, max_unorm=0.02",
+    "Lion": _LION + ", optim_bits=32, args=None, min_8bit_size=4096, is_paged=False",
+    "Lion32bit Lion8bit": _LION + ", args=None, min_8bit_size=4096, is_paged=False",
+    "PagedLion": _LION + ", optim_bits=32, args=None, min_8bit_size=4096",
+    "PagedLion32bit PagedLion8bit": _LION + ", args=None, min_8bit_size=4096",
+    "RMSprop": _RMS + ", optim_bits=32, args=None, min_8bit_size=4096",
+    "RMSprop32bit RMSprop8bit": _RMS + ", args=None, min_8bit_size=4096",
+    "SGD": _SGD + ", optim_bits=32, args=None, min_8bit_size=4096",
+    "SGD32bit SGD8bit": _SGD + ", args=None, min_8bit_size=4096",
+}
+NAMES = [name for names in SIGNATURES for name in names.split()]
+ALL = [
+    prefix + family + suffix
+    for family in ("SGD", "Adam", "AdamW", "Lion", "LAMB", "LARS", "RMSprop", "Adagrad", "AdEMAMix")
+    for prefix in ("", "Paged")
+    for suffix in ("", "8bit", "32bit")
+]
+
+
+def make(name, params, **arguments):
+    needed = {"lr": 1e-2, "momentum": 0.9} if "SGD" in name or "LARS" in name else {}
+    return getattr(optim, name)(params, **{**needed, **arguments})
+
+
+def parameter(numel=5000, dtype=torch.float32):
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.randn(numel).to(dtype))
+    p.grad = torch.randn(numel).to(dtype)
+    return p
+
+
+def test_all_are_there():
+    assert set(NAMES) <= set(ALL)
+    assert set(ALL) | {"GlobalOptimManager", "Optimizer", "Rule", "State", "read_pages"} == set(optim.__all__)
+
+
+@pytest.mark.parametrize(("names", "want"), SIGNATURES.items())
+def test_signatures_are_bitsandbytes(names, want):
+    for name in names.split():
+        parameters = list(inspect.signature(getattr(optim, name)).parameters.values())[1:]
+        assert parameters.pop().kind is inspect.Parameter.VAR_KEYWORD  # ours, by name alone
+        # Adam8bit(optim_bits=32) and PagedAdam(is_paged=False) are what bitsandbytes says; here the default is the truth.
+        fixed = {"optim_bits": 8 if "8bit" in name else 32, "is_paged": name.startswith("Paged")}
+        got = [(p.name, p.default) for p in parameters]
+        for text, (argument, default) in zip(want.split(", ") if "(" not in want else split(want), got, strict=True):
+            assert text.partition("=")[0] == argument
+            if argument not in fixed and "=" in text:
+                assert eval(text.partition("=")[2]) == default
+            if argument in fixed:
+                assert default == fixed[argument]
+
+
+def split(text):
+    """At the commas outside of parentheses."""
+    parts = [""]
+    depth = 0
+    for c in text:
+        depth += (c == "(") - (c == ")")
+        if c == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += c
+    return [part.strip() for part in parts]
+
+
+def test_signatures_are_those_of_the_installed_bitsandbytes():
+    theirs = pytest.importorskip("bitsandbytes").optim
+    for names, want in SIGNATURES.items():
+        for name in names.split():
+            parameters = list(inspect.signature(getattr(theirs, name)).parameters.values())[1:]
+            assert [p.name for p in parameters] == [part.partition("=")[0] for part in split(want)], name
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.filterwarnings("ignore:paged state")
+def test_every_class_steps_copies_and_pickles(name):
+    p = parameter()
+    optimizer = make(name, [p])
+    optimizer.step()
+    assert optimizer.state[p]["state1"].dtype == (torch.uint8 if "8bit" in name else torch.float32)
+    assert optimizer.is_paged == name.startswith("Paged")
+    assert type(optimizer).__name__ in repr(optimizer)
+    assert "p" in inspect.getdoc(type(optimizer))
+    for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        [q] = other.param_groups[0]["params"]
+        q.grad = torch.ones_like(q)
+        expected = p.detach().clone()
+        assert same_bits(q.data, expected)
+        other.step()
+        again = nn.Parameter(expected)
+        again.grad = torch.ones_like(q)
+        fresh = make(name, [again])
+        fresh.load_state_dict(optimizer.state_dict())
+        fresh.step()
+        assert same_bits(q.data, again.data)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("Adam", {"amsgrad": True}, "amsgrad of Adam"),
+        ("AdamW8bit", {"optim_bits": 16}, "optim_bits of AdamW8bit is 8, got 16"),
+        ("AdamW", {"optim_bits": 4}, "optim_bits must be 8 or 32, got 4"),
+        ("AdamW", {"lr": -1.0}, "lr must not be negative"),
+        ("AdamW", {"betas": (0.9, 1.0)}, "betas must lie in"),
+        ("AdamW", {"args": object()}, "args of AdamW must be left"),
+        ("AdamW", {"blocksize": 0}, "blocksize must be a positive"),
+        ("SGD", {"nesterov": True}, "nesterov of SGD"),
+        ("SGD8bit", {"dampening": 0.5}, "dampening of SGD8bit"),
+        ("LAMB", {"adam_w_mode": False}, "adam_w_mode"),
+        ("RMSprop", {"centered": True}, "centered of RMSprop"),
+        ("RMSprop8bit", {"momentum": 0.9}, "momentum of RMSprop8bit"),
+        ("Adagrad", {"lr_decay": 0.1}, "lr_decay of Adagrad"),
+        ("AdEMAMix", {"t_beta3": 3, "betas": (0.0, 0.9, 0.9)}, "t_beta3"),
+    ],
+)
+def test_refusals(name, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make(name, [parameter()], **arguments)
+
+
+def test_what_bitsandbytes_removed_is_unknown():
+    with pytest.raises(TypeError, match="percentile_clipping"):
+        optim.Adam8bit([parameter()], percentile_clipping=5)
+    with pytest.raises(NotImplementedError, match=r"torch\.optim\.SGD"):
+        optim.SGD([parameter()], lr=0.1)
+
+
+def test_parameters_and_gradients_that_have_no_rule():
+    p = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    p.grad = torch.zeros_like(p)
+    with pytest.raises(ValueError, match="float64"):
+        optim.Adam([p]).step()
+    table = nn.Embedding(10, 4, sparse=True)
+    table(torch.tensor([1])).sum().backward()
+    with pytest.raises(ValueError, match="sparse"):
+        optim.Adam(table.parameters()).step()
+
+
+def test_sharded_parameters_are_refused():
+    class Sharded(nn.Parameter):
+        full_tensor = None
+
+    p = Sharded(torch.zeros(3))
+    p.grad = torch.zeros(3)
+    with pytest.raises(NotImplementedError, match="sharded"):
+        optim.Adam([p]).step()
+
+
+def test_betas_from_a_command_line():
+    assert optim.AdamW([parameter()], betas="(0.9, 0.95)").param_groups[0]["betas"] == (0.9, 0.95)
+
+
+def test_closure_groups_schedulers_and_hooks():
+    p, q = parameter(), parameter(100)
+    optimizer = optim.AdamW8bit([{"params": [p], "lr": 0.5}], lr=0.1)
+    optimizer.add_param_group({"params": [q], "weight_decay": 0.0})
+    assert [g["lr"] for g in optimizer.param_groups] == [0.5, 0.1]
+    calls = []
+    optimizer.register_step_post_hook(lambda *_: calls.append("post"))
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+
+    def closure():
+        assert torch.is_grad_enabled()
+        optimizer.zero_grad()
+        loss = (p * p).sum() + (q * q).sum()
+        loss.backward()
+        return loss
+
+    assert float(optimizer.step(closure).detach()) > 0
+    scheduler.step()
+    assert [g["lr"] for g in optimizer.param_groups] == [0.25, 0.05]
+    assert calls == ["post"]
+    assert optimizer.state[q]["state1"].dtype == torch.float32  # below min_8bit_size
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=10).step()  # it moves betas
+
+
+def test_grad_scaler_skips_steps_with_infinities():
+    p = parameter()
+    optimizer, scaler = optim.Adam8bit([p]), torch.amp.GradScaler("cpu")
+    before = p.detach().clone()
+    scaler.scale((p * float("inf")).sum()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert same_bits(p.detach(), before)
+    optimizer.zero_grad()
+    scaler.scale((p * p).sum()).backward()
+    scaler.step(optimizer)
+    assert not same_bits(p.detach(), before)
+
+
+def test_overrides():
+    layer, manager = nn.Linear(128, 64), optim.GlobalOptimManager.get_instance()
+    manager.register_parameters(layer.parameters())
+    manager.override_config(layer.weight, key_value_dict={"optim_bits": 32, "lr": 0.0})
+    optimizer = optim.AdamW8bit(layer.parameters(), weight_decay=0.0)
+    before = layer.weight.detach().clone()
+    layer(torch.ones(1, 128)).sum().backward()
+    optimizer.step()
+    assert optimizer.state[layer.weight]["state1"].dtype == torch.float32
+    assert same_bits(layer.weight.detach(), before)
+    with pytest.raises(ValueError, match="key and value"):
+        manager.override_config(layer.weight)
+    with pytest.raises(RuntimeError, match="get_instance"):
+        optim.GlobalOptimManager()
+
+
+@pytest.mark.parametrize("kind", [bnbref.nn.Embedding, bnbref.nn.StableEmbedding])
+def test_embeddings_keep_32_bits(kind):
+    for table in (kind(100, 64), copy.deepcopy(kind(100, 64))):
+        optimizer = optim.Adam8bit(table.parameters())
+        table(torch.tensor([1, 2])).sum().backward()
+        optimizer.step()
+        assert optimizer.state[table.weight]["state1"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision_is_read_as_float32_and_rounded_once(dtype):
+    p = parameter(dtype=dtype)
+    q = nn.Parameter(p.detach().float())
+    q.grad = p.grad.float()
+    optim.AdamW8bit([p]).step()
+    optim.AdamW8bit([q]).step()
+    assert same_bits(p.data, q.data.to(dtype))
