@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import bnbref
+from bnbref import cli
 from bnbref.integrations import bitsandbytes_alias as alias
 from bnbref.integrations import bitsandbytes_finder as finder
 from bnbref.integrations.bitsandbytes_surface import DIFFERS, MISSING, MISSING_MODULES, SURFACE
@@ -225,6 +226,22 @@ def test_the_hook_serves_only_where_it_is_asked_to(site):
     assert alias.disable_hook()
     assert not path.exists()
     assert not alias.disable_hook()
+
+
+def test_the_command(site, capsys, monkeypatch):
+    monkeypatch.delenv("BNBREF_AS_BITSANDBYTES", raising=False)
+    assert cli.main(["alias", "--status"]) == 0
+    assert "hook not installed" in capsys.readouterr().out
+    assert cli.main(["alias", "--enable"]) == 0
+    assert "bnbref_alias.pth" in capsys.readouterr().out
+    assert cli.main(["alias", "--status"]) == 0
+    assert "hook installed" in capsys.readouterr().out
+    assert cli.main(["alias", "--disable"]) == 0
+    assert cli.main(["alias", "--disable"]) == 0
+    assert "there is no" in capsys.readouterr().out
+    monkeypatch.setattr(alias.sysconfig, "get_path", lambda name: str(site / "nowhere"))
+    assert cli.main(["alias", "--enable"]) == 2
+    assert "nowhere" in capsys.readouterr().err
 
 
 def test_the_hook_does_not_hide_bitsandbytes(site, tmp_path):

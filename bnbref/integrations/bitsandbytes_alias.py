@@ -10,6 +10,7 @@ which does nothing but where BNBREF_AS_BITSANDBYTES=1 is in the environment.
 
 import contextlib
 import importlib
+import os
 import re
 import sys
 import sysconfig
@@ -209,3 +210,12 @@ def disable_hook() -> bool:
     was_there = path.exists()
     path.unlink(missing_ok=True)
     return was_there
+
+
+def status() -> str:
+    """Whether the hook is there, whether it is on, and what `import bitsandbytes` means in this process."""
+    path = hook_file()
+    here = "installed" if path.exists() else "not installed"
+    value = os.environ.get(SWITCH)
+    means = "bnbref" if finder.current() is not None else "bitsandbytes" if finder.is_installed() else "nothing"
+    return f"hook {here} ({path})\n{SWITCH} is {value or 'not set'}\nimport bitsandbytes means {means}"
