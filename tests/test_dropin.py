@@ -32,12 +32,14 @@ def served():
 
 @pytest.fixture
 def patched():
-    """bnbref's quantizer in transformers, as with `install_as_bitsandbytes(patch_hf=True)`."""
+    """bnbref's quantizer in transformers: what `install_as_bitsandbytes(patch_hf=True)` adds."""
+    hf = pytest.importorskip("bnbref.integrations.transformers")
+    before = dict(hf.auto.AUTO_QUANTIZER_MAPPING)
     bnbref.install_as_bitsandbytes(force=True, patch_hf=True)
     yield
-    from bnbref.integrations.transformers import restore
-
-    restore()
+    bnbref.uninstall_as_bitsandbytes()
+    assert before == hf.auto.AUTO_QUANTIZER_MAPPING
+    bnbref.install_as_bitsandbytes(force=True)
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +221,7 @@ TUNERS = {
 CANNOT_MERGE = ("adalora", "ia3", "randlora")  # in peft: not written for quantized layers, or for any non-square ones
 
 
-@each_kind
+@pytest.mark.parametrize("kind", ["nf4_nested", pytest.param("int8", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("tuner", TUNERS)
 def test_other_tuners(kind, tuner, ids):
     torch.manual_seed(0)
@@ -279,7 +281,7 @@ def weights(model):
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-@each_kind
+@pytest.mark.parametrize("kind", ["nf4_nested", pytest.param("int8", marks=pytest.mark.slow)])
 def test_trainer_runs_and_resumes(kind, tmp_path):
     """Four steps, and two steps, a checkpoint and two steps more: the same bits."""
     run = trainer(tmp_path, adapted(kind), optim="paged_adamw_8bit")

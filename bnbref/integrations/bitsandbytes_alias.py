@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -66,9 +66,10 @@ def install_as_bitsandbytes(*, version: str = VERSION, force: bool = False, patc
     _refresh_caches()
     _bind()
     if patch_hf:
-        from bnbref.integrations.transformers import take_over_bitsandbytes
+        from bnbref.integrations.transformers import restore, take_over_bitsandbytes
 
-        take_over_bitsandbytes()
+        if take_over_bitsandbytes():
+            _patches.append(restore)
 
 
 def uninstall_as_bitsandbytes() -> None:
@@ -83,9 +84,8 @@ def uninstall_as_bitsandbytes() -> None:
     for cls, module in _renamed.items():
         cls.__module__ = module
     _renamed.clear()
-    transformers = sys.modules.get("bnbref.integrations.transformers")
-    if transformers is not None:
-        transformers.restore()
+    while _patches:
+        _patches.pop()()
     _refresh_caches()
     while _bound:
         module, value = _bound.pop()
@@ -159,6 +159,9 @@ _CACHED = (
 )
 _BINDING = ("transformers.integrations.bitsandbytes", "peft.helpers")
 """Modules that import bitsandbytes as `bnb` if it is there when they are imported."""
+
+_patches: list[Callable[[], None]] = []
+"""What takes back `patch_hf`, if it was not in effect before."""
 
 _ABSENT = object()
 _bound: list[tuple[Any, Any]] = []
