@@ -45,7 +45,37 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured")
     demo.add_argument("--plot", type=Path, metavar="FILE", help="draw the losses of fine-tuning (needs matplotlib)")
     demo.set_defaults(run=run_demo)
+
+    plan = commands.add_parser("plan", help="memory that a model needs in each format, from its config.json alone")
+    plan.add_argument("model", metavar="MODEL", help="a directory, a config.json, or a name on the hub")
+    plan.add_argument(
+        "--memory", default="24GiB", metavar="SIZE", help="of the device, like 24GiB (default: %(default)s)"
+    )
+    plan.add_argument("--train", choices=("qlora", "full"), help="train adapters, or everything (default: inference)")
+    plan.add_argument(
+        "--optimizer", default="PagedAdamW8bit", metavar="NAME", help="of bnbref.optim (default: %(default)s)"
+    )
+    plan.add_argument("--seq", type=positive, default=2048, metavar="N", help="tokens (default: %(default)s)")
+    plan.add_argument("--batch", type=positive, default=1, metavar="N", help="sequences (default: %(default)s)")
+    plan.set_defaults(run=run_plan)
+
+    alias = commands.add_parser("alias", help="let every Python process that asks for it import bnbref as bitsandbytes")
+    what = alias.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--enable", action="store_true", help="install a start-up hook: BNBREF_AS_BITSANDBYTES=1 turns it on"
+    )
+    what.add_argument("--disable", action="store_true", help="remove it")
+    what.add_argument("--status", action="store_true", help="whether it is there, and what `import bitsandbytes` means")
+    alias.set_defaults(run=run_alias)
     return top
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise ValueError(text)
+    return value
 
 
 def run_info(args: argparse.Namespace) -> int:
@@ -88,6 +118,43 @@ def run_demo(args: argparse.Namespace) -> int:
     except Mismatch as error:
         print(f"bnbref: {error}", file=sys.stderr)
         return 1
+    return 0
+
+
+def run_plan(args: argparse.Namespace) -> int:
+    """0 if something fits, 1 if nothing does."""
+    missing = [name for name in ("transformers", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        return refuse(f"plan needs {', '.join(missing)}: pip install 'bnbref[hf]'")
+    from bnbref.integrations import plan
+
+    optimizers = sorted(family.__name__ for family in plan.optimizers())
+    if args.optimizer not in optimizers:
+        return refuse(f"--optimizer must be one of {', '.join(optimizers)}, got {args.optimizer!r}")
+    try:
+        memory = plan.parse_bytes(args.memory)
+        config = plan.read_config(args.model)
+        optimizer = getattr(bnbref.optim, args.optimizer)
+        found = plan.plans(config, args.train, optimizer, args.seq, args.batch)
+    except (OSError, ValueError) as error:
+        return refuse(str(error))
+    print(plan.report(args.model, found, memory, args.train, args.optimizer))
+    return 0 if any(p.total <= memory for p in found) else 1
+
+
+def run_alias(args: argparse.Namespace) -> int:
+    """0, and 2 if the hook cannot be written."""
+    from bnbref.integrations import bitsandbytes_alias as alias
+
+    try:
+        if args.enable:
+            print(f"wrote {alias.enable_hook()}: BNBREF_AS_BITSANDBYTES=1 now turns bnbref into bitsandbytes")
+        elif args.disable:
+            print(f"removed {alias.hook_file()}" if alias.disable_hook() else f"there is no {alias.hook_file()}")
+        else:
+            print(alias.status())
+    except OSError as error:
+        return refuse(str(error))
     return 0
 
 

@@ -119,6 +119,11 @@ def _pad_to_256(code: Tensor) -> Tensor:
     return F.pad(code, (0, 256 - code.numel()))
 
 
+def _no_view(result: Tensor) -> Tensor:
+    """The same memory as a tensor of its own: peft adds a delta with a gradient to it in place, which no view would allow."""
+    return torch.ops.aten._unsafe_view(result, result.shape)  # type: ignore[no-any-return]
+
+
 # ---- eight bits, blockwise ------------------------------------------------------------------------------------------
 
 
@@ -179,7 +184,7 @@ def dequantize_blockwise(
         quant_state = QuantState(absmax, code=values, blocksize=blocksize, dtype=torch.float32)
     values = _pad_to_256(present(quant_state.code, "code")).to(A.device)
     dtype, blocksize = present(quant_state.dtype, "dtype"), present(quant_state.blocksize, "blocksize")
-    result = blockwise.dequantize(A, quant_state.scales(), values, blocksize, dtype)
+    result = _no_view(blockwise.dequantize(A, quant_state.scales(), values, blocksize, dtype))
     return result if out is None else out.copy_(result)
 
 
@@ -246,7 +251,7 @@ def dequantize_4bit(
             raise ValueError("dequantize_4bit needs quant_state, or both absmax and out")
         blocksize = 64 if blocksize is None else blocksize
         quant_state = QuantState(absmax, shape=out.shape, blocksize=blocksize, quant_type=quant_type, dtype=out.dtype)
-    result = _dequantize_weight(A, quant_state, present(quant_state.dtype, "dtype"))
+    result = _no_view(_dequantize_weight(A, quant_state, present(quant_state.dtype, "dtype")))
     if out is not None:
         result = out.copy_(result)
     return result.t() if A.dim() == 2 and A.shape[0] == 1 and A.shape[1] > 1 else result

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import bnbref
+from bnbref.integrations.bitsandbytes_alias import as_bitsandbytes
 
 # No deadline: the first example of a kernel compiles it. `mode` does not change from one example to the next.
 settings.register_profile(
@@ -109,6 +111,17 @@ def eager() -> Iterator[None]:
     """Kernels run uncompiled: where compiling would show nothing that the proofs do not."""
     with bnbref.eager():
         yield
+
+
+@pytest.fixture
+def bitsandbytes() -> Iterator[Any]:
+    """The module of this name, which is bnbref."""
+    if "bitsandbytes" in sys.modules:
+        pytest.skip("bitsandbytes itself is imported")
+    with as_bitsandbytes(force=True):
+        import bitsandbytes
+
+        yield bitsandbytes
 
 
 # ---- bits -----------------------------------------------------------------------------------------------------------

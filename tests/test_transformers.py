@@ -15,6 +15,7 @@ from torch import nn
 
 import bnbref
 from bnbref import functional, int8
+from bnbref.codebooks import FOUR_BIT, Codebook
 from bnbref.integrations import report
 from bnbref.linear4bit import dequantize
 from bnbref.nn import Linear4bit, Linear8bitLt
@@ -722,3 +723,16 @@ print(auto.AUTO_QUANTIZER_MAPPING["bitsandbytes_8bit"].__name__)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout == "BnbRefHfQuantizer\n", done.stderr
+
+
+def test_a_codebook_that_is_entered_later_is_saved_and_loaded(ids, tmp_path, monkeypatch):
+    """After this module was imported, and so the integration."""
+    book = Codebook.nearest("late", [-1, -0.5, 0, 0.25, 0.5, 0.75, 0.875, 1])
+    monkeypatch.setitem(FOUR_BIT, "late", book)
+    spec = BnbRefConfig("late", checkpoint_format="bnbref")
+    model = AutoModelForCausalLM.from_pretrained(FIXTURES / "base", dtype=torch.float32, quantization_config=spec)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert again.model.layers[0].mlp.up_proj.weight.quant_type == "late"
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)

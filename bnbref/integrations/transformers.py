@@ -47,8 +47,8 @@ def register() -> None:
         PreTrainedModel.num_parameters = _counting(PreTrainedModel.num_parameters)
 
 
-def take_over_bitsandbytes() -> None:
-    """Let bnbref serve `BitsAndBytesConfig` and bitsandbytes' checkpoints in this process. Again does nothing.
+def take_over_bitsandbytes() -> bool:
+    """Let bnbref serve `BitsAndBytesConfig` and bitsandbytes' checkpoints in this process; False if it does already.
 
     A `BitsAndBytesConfig` is told apart by what it was given: `bnb_4bit_compute_dtype` left out is the activation's dtype
     (bitsandbytes computes in float32 then), float32 said is float32.
@@ -56,7 +56,7 @@ def take_over_bitsandbytes() -> None:
     bitsandbytes itself, if it is there, is untouched; models that it quantized stay its own.
     """
     if _undo:
-        return
+        return False
     mapping: dict[str, Any] = auto.AUTO_QUANTIZER_MAPPING
     if not set(_METHODS) <= mapping.keys():
         raise RuntimeError(f"transformers does not know {_METHODS}: this version of it is not supported by bnbref")
@@ -70,6 +70,7 @@ def take_over_bitsandbytes() -> None:
         BitsAndBytesConfig.__init__ = init
 
     _undo.append(undo)
+    return True
 
 
 def restore() -> None:

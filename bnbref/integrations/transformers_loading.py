@@ -23,8 +23,10 @@ from bnbref.nn import Linear4bit, Linear8bitLt, Params4bit
 from bnbref.nn.layer import QuantizedLayer
 from bnbref.quant_state import BLOB
 
-STATS = ("nested_absmax", "nested_quant_map", "absmax", "quant_map", *(BLOB + name for name in FOUR_BIT))
-"""What a file holds beside a 4-bit weight, after its name and a dot."""
+
+def stats() -> tuple[str, ...]:
+    """What a file holds beside a 4-bit weight, after its name and a dot: codebooks that were entered meanwhile, too."""
+    return ("nested_absmax", "nested_quant_map", "absmax", "quant_map", *(BLOB + name for name in FOUR_BIT))
 
 
 # ---- layers ---------------------------------------------------------------------------------------------------------

@@ -21,13 +21,13 @@ from bnbref.integrations.experts import dequantize_experts, is_experts, load_off
 from bnbref.integrations.inventory import REASONS, Report, report
 from bnbref.integrations.transformers_config import METHOD, BnbRefConfig
 from bnbref.integrations.transformers_loading import (
-    STATS,
     Identity,
     Quantize,
     Read,
     is_linear,
     plain_layer,
     quantized_layer,
+    stats,
     was_conv1d,
 )
 from bnbref.linear4bit import dequantize
@@ -121,10 +121,10 @@ class BnbRefHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def get_weight_conversions(self) -> list[Any]:
         """`Read` for the weights of layers, and for each kind of parameter that is quantized by itself."""
         # Longest first: older versions of transformers take the first name that matches.
-        names = ["weight_format", *(f"weight.{stat}" for stat in STATS), "SCB", "weight"]
+        names = ["weight_format", *(f"weight.{stat}" for stat in stats()), "SCB", "weight"]
         conversions = [WeightConverter(names, "weight", [Read(self)])]
         for target in sorted({".".join(name.split(".")[-2:]) for name in self.fused}):
-            names = [*(f"{target}.{stat}" for stat in STATS), target]
+            names = [*(f"{target}.{stat}" for stat in stats()), target]
             conversions.append(WeightConverter(names, target, [Read(self, target)]))
         return conversions
 

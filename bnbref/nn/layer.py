@@ -54,6 +54,17 @@ class QuantizedLayer(nn.Module):
         """The weight of a state dict if it is quantized there, None if it is float; ValueError if it is not whole."""
         raise NotImplementedError
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """From a pickle. In one of bitsandbytes the weight is a plain parameter, its attributes still on it."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        weight = self._parameters.get("weight")
+        if weight is not None and not isinstance(weight, QuantizedParameter):
+            self._restore(weight)
+
+    def _restore(self, weight: nn.Parameter) -> None:
+        """Make a quantized parameter of a plain one that has its attributes."""
+        raise NotImplementedError
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLayer":
         weight = self._parameters.get("weight")
         if not isinstance(weight, QuantizedParameter):
@@ -171,6 +182,10 @@ class FourBitLayer(QuantizedLayer):
         if isinstance(weight, Params4bit) and weight.quant_state is not None:
             self._remembered = weight.quant_state
 
+    def _restore(self, weight: nn.Parameter) -> None:
+        if hasattr(weight, "quant_state"):
+            self.weight = Params4bit(weight.data, weight.requires_grad, **weight.__dict__)
+
     def _move_remembered(self, function: Callable[[Tensor], Tensor]) -> None:
         if self._remembered is not None:
             self._remembered = self._remembered.map(lambda t: in_bytes(function, t))
@@ -208,6 +223,10 @@ class EightBitLayer(QuantizedLayer):
     def _remember(self, weight: Tensor | None) -> None:
         if isinstance(weight, Int8Params) and weight.SCB is not None:
             self._remembered = weight.SCB
+
+    def _restore(self, weight: nn.Parameter) -> None:
+        if hasattr(weight, "SCB"):
+            self.weight = Int8Params(weight.data, weight.requires_grad, **weight.__dict__)
 
     def _move_remembered(self, function: Callable[[Tensor], Tensor]) -> None:
         if self._remembered is not None:

@@ -164,6 +164,13 @@ class Linear8bitLt(EightBitLayer, nn.Linear):
         self.weight = Int8Params(self.weight, has_fp16_weights, has_fp16_weights)
         self.index = index
 
+    def _restore(self, weight: nn.Parameter) -> None:
+        # bitsandbytes moves the scales from the weight to the state when the layer is first used.
+        old: Any = self.__dict__["state"]
+        self.state = _LayerState(self._parameters, old.threshold, old.has_fp16_weights)
+        self.state.remembered = old.SCB
+        super()._restore(weight)
+
     @property
     def _remembered(self) -> Tensor | None:
         return self.state.remembered

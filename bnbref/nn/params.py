@@ -74,8 +74,9 @@ class QuantizedParameter(nn.Parameter):
         raise NotImplementedError
 
     def _like_this(self: Self, data: Tensor, **changed: Any) -> Self:
-        requires_grad = self.requires_grad and data.is_floating_point()
-        return type(self)(data, requires_grad, **{**self.__dict__, **changed})
+        # accelerate writes its keywords into the __dict__ that it has just read.
+        attributes = {**self.__dict__, **changed, "requires_grad": self.requires_grad and data.is_floating_point()}
+        return type(self)(data, **attributes)
 
     def to(self: Self, *args: Any, **kwargs: Any) -> Self:
         """Move, and quantize a float weight that is moved to any device but meta.

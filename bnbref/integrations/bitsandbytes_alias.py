@@ -1,0 +1,224 @@
+"""`import bitsandbytes` answered by bnbref: for code, checkpoints and libraries that cannot be changed.
+
+    bnbref.install_as_bitsandbytes()            before or after transformers, peft and accelerate are imported
+    import bitsandbytes as bnb                  bnb.nn.Linear4bit is bnbref.nn.Linear4bit
+
+The classes are bnbref's own; the modules around them are made in memory, with bitsandbytes' paths, so that its pickles load.
+A process that is spawned does not inherit the alias. `python -m bnbref alias --enable` installs a start-up hook for those,
+which does nothing but where BNBREF_AS_BITSANDBYTES=1 is in the environment.
+"""
+
+import contextlib
+import importlib
+import os
+import re
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from bnbref.integrations import bitsandbytes_finder as finder
+from bnbref.integrations import bitsandbytes_ops
+from bnbref.integrations.bitsandbytes_finder import NAME, SWITCH, VERSION
+from bnbref.integrations.bitsandbytes_surface import MISSING, SURFACE
+
+__all__ = ["as_bitsandbytes", "install_as_bitsandbytes", "uninstall_as_bitsandbytes"]
+
+# ---- install --------------------------------------------------------------------------------------------------------
+
+
+def install_as_bitsandbytes(*, version: str = VERSION, force: bool = False, patch_hf: bool = False) -> None:
+    """Let `import bitsandbytes` in this process mean bnbref. Again does nothing.
+
+    version: what `importlib.metadata` and `bitsandbytes.__version__` say. force: also where bitsandbytes is installed.
+    patch_hf: let bnbref's own quantizer serve `BitsAndBytesConfig` in transformers (`take_over_bitsandbytes`): models that
+    were loaded quantized can be saved again, offloaded and dequantized, which transformers' own cannot.
+
+    RuntimeError if bitsandbytes is installed (without force), or was imported already; ValueError if the alias reports
+    another version. Nothing has changed then.
+
+    >>> import bnbref
+    >>> with bnbref.integrations.as_bitsandbytes(force=True):
+    ...     import bitsandbytes
+    ...     bitsandbytes.__version__, bitsandbytes.nn.Linear4bit is bnbref.nn.Linear4bit
+    ('0.50.2', True)
+    """
+    if not isinstance(version, str) or not re.fullmatch(r"\d+(\.\d+)*((a|b|rc|\.dev|\.post)\d+)?", version):
+        raise ValueError(f"version must be like '0.50.2', got {version!r}")
+    found = finder.current()
+    if found is None:
+        if NAME in sys.modules:
+            raise RuntimeError(
+                f"bitsandbytes {getattr(sys.modules[NAME], '__version__', '')} is imported already: "
+                "call install_as_bitsandbytes() first"
+            )
+        if not force and finder.is_installed():
+            raise RuntimeError(
+                "bitsandbytes is installed: uninstall it, or leave it aside with install_as_bitsandbytes(force=True)"
+            )
+        sys.meta_path.insert(0, finder.Finder(version, guarded=False))
+    elif found.version != version:
+        raise ValueError(f"version is {found.version!r} already: uninstall_as_bitsandbytes() first, got {version!r}")
+    elif found.guarded and force:
+        found.guarded = False
+    _refresh_caches()
+    _bind()
+    if patch_hf:
+        from bnbref.integrations.transformers import restore, take_over_bitsandbytes
+
+        if take_over_bitsandbytes():
+            _patches.append(restore)
+
+
+def uninstall_as_bitsandbytes() -> None:
+    """Undo `install_as_bitsandbytes`. Who has imported a module keeps it; models that are loaded stay as they are."""
+    found = finder.current()
+    if found is None:
+        return
+    sys.meta_path.remove(found)
+    for name in [name for name in sys.modules if name == NAME or name.startswith(f"{NAME}.")]:
+        del sys.modules[name]
+    bitsandbytes_ops.undefine()
+    for cls, module in _renamed.items():
+        cls.__module__ = module
+    _renamed.clear()
+    while _patches:
+        _patches.pop()()
+    _refresh_caches()
+    while _bound:
+        module, value = _bound.pop()
+        if value is _ABSENT:
+            del module.bnb
+        else:
+            module.bnb = value
+
+
+@contextlib.contextmanager
+def as_bitsandbytes(*, version: str = VERSION, force: bool = False, patch_hf: bool = False) -> Iterator[None]:
+    """`install_as_bitsandbytes` for the length of a test. What was loaded inside may import bitsandbytes later, and fail."""
+    install_as_bitsandbytes(version=version, force=force, patch_hf=patch_hf)
+    try:
+        yield
+    finally:
+        uninstall_as_bitsandbytes()
+
+
+# ---- modules --------------------------------------------------------------------------------------------------------
+
+_renamed: dict[type, str] = {}
+"""Optimizers that say they are of bitsandbytes, and of which module they are."""
+
+
+def fill(module: ModuleType, version: str) -> None:
+    """Give a module of bitsandbytes its names, and the top one its submodules, as an import of bitsandbytes does."""
+    names = SURFACE[module.__name__.removeprefix(NAME).removeprefix(".")]
+    for name, source in names.items():
+        home, _, attribute = source.partition(":")
+        setattr(module, name, getattr(importlib.import_module(home), attribute))
+    setattr(module, "__getattr__", _missing_from(module.__name__))  # noqa: B010
+    if module.__name__.startswith(f"{NAME}.optim."):
+        for name in names:
+            _rename(getattr(module, name), module.__name__)
+    if module.__name__ == NAME:
+        setattr(module, "__version__", version)  # noqa: B010
+        bitsandbytes_ops.define()
+    if module.__name__ in (NAME, f"{NAME}.optim"):
+        depth = module.__name__.count(".") + 1
+        for child in SURFACE:
+            full = f"{NAME}.{child}"
+            if child and full.startswith(f"{module.__name__}.") and full.count(".") == depth:
+                importlib.import_module(full)
+
+
+def _missing_from(module: str) -> Any:
+    def __getattr__(name: str) -> Any:
+        reason = MISSING.get(f"{module}.{name}".removeprefix(f"{NAME}."))
+        explained = f": {reason}" if reason else f": bnbref serves the public names of bitsandbytes {VERSION}"
+        raise AttributeError(f"module {module!r} has no attribute {name!r}{explained}", name=name)
+
+    return __getattr__
+
+
+def _rename(cls: Any, module: str) -> None:
+    # transformers' Trainer looks for the word in str(optimizer_cls), to keep the state of embeddings in 32 bits.
+    from bnbref.optim import Optimizer
+
+    if cls is not Optimizer and issubclass(cls, Optimizer):
+        _renamed.setdefault(cls, cls.__module__)
+        cls.__module__ = module
+
+
+# ---- what the libraries remember ------------------------------------------------------------------------------------
+
+_CACHED = (
+    ("transformers.utils.import_utils", "is_bitsandbytes_available"),
+    ("peft.import_utils", "is_bnb_available"),
+    ("peft.import_utils", "is_bnb_4bit_available"),
+)
+_BINDING = ("transformers.integrations.bitsandbytes", "peft.helpers")
+"""Modules that import bitsandbytes as `bnb` if it is there when they are imported."""
+
+_patches: list[Callable[[], None]] = []
+"""What takes back `patch_hf`, if it was not in effect before."""
+
+_ABSENT = object()
+_bound: list[tuple[Any, Any]] = []
+
+
+def _refresh_caches() -> None:
+    """Forget whether bitsandbytes was there: modules and metadata."""
+    importlib.invalidate_caches()
+    for home, name in _CACHED:
+        module = sys.modules.get(home)
+        if module is not None:
+            getattr(module, name).cache_clear()
+
+
+def _bind() -> None:
+    """Catch up with `import bitsandbytes as bnb` where it was tried before."""
+    for home in _BINDING:
+        module: Any = sys.modules.get(home)
+        if module is not None and getattr(module, "bnb", None) is None:
+            _bound.append((module, getattr(module, "bnb", _ABSENT)))
+            module.bnb = importlib.import_module(NAME)
+
+
+# ---- start-up hook --------------------------------------------------------------------------------------------------
+
+
+def hook_file() -> Path:
+    """The file of the start-up hook, which Python reads when it starts."""
+    return Path(sysconfig.get_path("purelib")) / "bnbref_alias.pth"
+
+
+def enable_hook() -> Path:
+    """Write the start-up hook. OSError if that directory cannot be written."""
+    source = str(Path(finder.__file__).resolve())
+    # One line that begins with "import" is what site.py executes; the file is read only where the variable is set.
+    line = (
+        f"import os; os.environ.get({SWITCH!r}, '') in ('', '0') or (lambda g: "
+        f"(exec(compile(open({source!r}, encoding='utf-8').read(), {source!r}, 'exec'), g), g['at_startup']()))"
+        f"({{'__name__': 'bnbref_finder', '__file__': {source!r}}})\n"
+    )
+    path = hook_file()
+    path.write_text(line, encoding="utf-8")
+    return path
+
+
+def disable_hook() -> bool:
+    """Remove the start-up hook; whether there was one."""
+    path = hook_file()
+    was_there = path.exists()
+    path.unlink(missing_ok=True)
+    return was_there
+
+
+def status() -> str:
+    """Whether the hook is there, whether it is on, and what `import bitsandbytes` means in this process."""
+    path = hook_file()
+    here = "installed" if path.exists() else "not installed"
+    value = os.environ.get(SWITCH)
+    means = "bnbref" if finder.current() is not None else "bitsandbytes" if finder.is_installed() else "nothing"
+    return f"hook {here} ({path})\n{SWITCH} is {value or 'not set'}\nimport bitsandbytes means {means}"

@@ -1,0 +1,324 @@
+"""`torch.ops.bitsandbytes.*`: bitsandbytes' operators, for code that calls those and not its functions.
+
+`define` makes the operators with kernels for every device and with fake ones, under bitsandbytes' schemas: the alias does it.
+`KERNELS` alone are what `bitsandbytes_backend` registers with the real bitsandbytes.
+
+Exactness is that of the function of the same name. Results never share memory with arguments.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bnbref import functional, int8
+from bnbref.blockwise import FLOATS, block_count, check_float
+from bnbref.codebooks import FOUR_BIT, value_table
+from bnbref.fourbit import dequantize as dequantize_packed
+from bnbref.fourbit import quantize as quantize_packed
+from bnbref.integrations import bitsandbytes_extras as extras
+from bnbref.nested import dequantize as dequantize_scales
+
+SCHEMAS = {
+    "dequantize_4bit": "(Tensor A, Tensor absmax, int blocksize, str quant_type, int[] shape, ScalarType dtype) -> Tensor",
+    "dequantize_blockwise": "(Tensor A, Tensor absmax, Tensor code, int blocksize, ScalarType dtype) -> Tensor",
+    "gemm_4bit": "(Tensor A, Tensor B, int[] shapeB, Tensor absmax, int blocksize, str quant_type, Tensor? bias=None, "
+    "Tensor? absmax_8bit=None, Tensor? absmax_code=None, Tensor? absmax_offset=None) -> Tensor",
+    "gemv_4bit": "(Tensor A, Tensor B, int[] shapeB, Tensor absmax, Tensor code, int blocksize) -> Tensor",
+    "int8_double_quant": "(Tensor A, float threshold=0.0) -> (Tensor, Tensor, Tensor, Tensor, Tensor?)",
+    "int8_linear_matmul": "(Tensor A, Tensor B) -> Tensor",
+    "int8_mixed_scaled_mm": "(Tensor A, Tensor CA, Tensor CB, Tensor SCA, Tensor SCB, Tensor? outlier_cols=None, "
+    "Tensor? bias=None) -> (Tensor, Tensor?)",
+    "int8_mm_dequant": "(Tensor A, Tensor row_stats, Tensor col_stats, ScalarType? dtype=None, Tensor? bias=None) -> Tensor",
+    "int8_scaled_mm": "(Tensor A, Tensor B, Tensor row_stats, Tensor col_stats, Tensor? bias=None, "
+    "ScalarType? dtype=None) -> Tensor",
+    "int8_vectorwise_dequant": "(Tensor A, Tensor stats) -> Tensor",
+    "int8_vectorwise_quant": "(Tensor A, float threshold=0.0) -> (Tensor, Tensor, Tensor?)",
+    "optimizer_update_32bit": "(str optimizer_name, Tensor(a0!) g, Tensor(a1!) p, Tensor(a2!) state1, Tensor(a3!)? state2, "
+    "Tensor(a4!)? unorm_vec, float max_unorm, float param_norm, float beta1, float beta2, float beta3, float alpha, "
+    "float eps, float weight_decay, int step, float lr, float gnorm_scale, bool skip_zeros=False) -> ()",
+    "optimizer_update_8bit_blockwise": "(str optimizer_name, Tensor(a0!) g, Tensor(a1!) p, Tensor(a2!) state1, "
+    "Tensor(a3!)? state2, float beta1, float beta2, float beta3, float alpha, float eps, int step, float lr, "
+    "Tensor(a4!) qmap1, Tensor(a5!)? qmap2, Tensor(a6!) absmax1, Tensor(a7!)? absmax2, float weight_decay, "
+    "float gnorm_scale, bool skip_zeros=False) -> ()",
+    "quantize_4bit": "(Tensor A, int blocksize, str quant_type, ScalarType quant_storage) -> (Tensor, Tensor)",
+    "quantize_blockwise": "(Tensor A, Tensor code, int blocksize) -> (Tensor, Tensor)",
+}
+
+WITH_OUT = ("dequantize_4bit", "dequantize_blockwise", "gemv_4bit", "int8_linear_matmul")
+"""Operators that have an overload `.out`, which writes its result into the last argument and returns nothing."""
+
+# ---- kernels --------------------------------------------------------------------------------------------------------
+
+
+def _dequantize_4bit(
+    A: Tensor, absmax: Tensor, blocksize: int, quant_type: str, shape: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    _check_4bit(quant_type, dtype)
+    return dequantize_packed(A, absmax, FOUR_BIT[quant_type], blocksize, torch.Size(shape), dtype)
+
+
+def _dequantize_blockwise(A: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype) -> Tensor:
+    state = functional.QuantState(absmax, code=code, blocksize=blocksize, dtype=dtype)
+    return functional.dequantize_blockwise(A, state)
+
+
+def _gemm_4bit(
+    A: Tensor,
+    B: Tensor,
+    shapeB: Sequence[int],
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    bias: Tensor | None = None,
+    absmax_8bit: Tensor | None = None,
+    absmax_code: Tensor | None = None,
+    absmax_offset: Tensor | None = None,
+) -> Tensor:
+    if absmax_8bit is not None:
+        if absmax_code is None or absmax_offset is None:
+            raise ValueError("absmax_8bit needs absmax_code and absmax_offset, got None")
+        absmax = dequantize_scales(absmax_8bit, absmax, absmax_code, absmax_offset, 256)
+    if len(shapeB) != 2 or A.shape[-1:] != torch.Size(shapeB[1:]):
+        raise ValueError(f"shapeB must be [n, k] with k the last size of A, got {list(shapeB)} and {tuple(A.shape)}")
+    return F.linear(A, _dequantize_4bit(B, absmax, blocksize, quant_type, shapeB, A.dtype), bias)
+
+
+def _gemv_4bit(A: Tensor, B: Tensor, shapeB: Sequence[int], absmax: Tensor, code: Tensor, blocksize: int) -> Tensor:
+    for name, book in FOUR_BIT.items():
+        values = value_table(book, code.device)
+        # By value: writers differ in the sign of FP4's second zero.
+        if values.shape == code.shape and bool((values == code).all()):
+            return _gemm_4bit(A, B, shapeB, absmax, blocksize, name)
+    raise ValueError(f"code must be the values of one of {sorted(FOUR_BIT)}, got {code.tolist()}")
+
+
+def _int8_mm_dequant(
+    A: Tensor, row_stats: Tensor, col_stats: Tensor, dtype: torch.dtype | None = None, bias: Tensor | None = None
+) -> Tensor:
+    if A.dtype != torch.int32:
+        raise ValueError(f"A must be int32, got {A.dtype}")
+    y = int8.dequantize_int8_product(
+        int8.in_rows(A), row_stats.reshape(-1), col_stats.reshape(-1), bias, None, dtype=dtype or torch.float16
+    )
+    return y.view(A.shape)
+
+
+def _int8_scaled_mm(
+    A: Tensor,
+    B: Tensor,
+    row_stats: Tensor,
+    col_stats: Tensor,
+    bias: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    return _int8_mm_dequant(int8.multiply(A, B), row_stats, col_stats, dtype, bias)
+
+
+def _int8_mixed_scaled_mm(
+    A: Tensor,
+    CA: Tensor,
+    CB: Tensor,
+    SCA: Tensor,
+    SCB: Tensor,
+    outlier_cols: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    outliers, columns = None, A.new_empty(0)
+    rows = int8.in_rows(A)
+    if outlier_cols is not None and outlier_cols.numel() > 0:
+        columns = rows[:, outlier_cols].contiguous()
+        outliers = columns @ int8.dequantize(CB[:, outlier_cols].contiguous(), SCB.reshape(-1), A.dtype).t()
+    product = int8.multiply(int8.in_rows(CA), CB)
+    y = int8.dequantize_int8_product(product, SCA.reshape(-1), SCB.reshape(-1), bias, outliers, dtype=A.dtype)
+    return y.view(*A.shape[:-1], CB.shape[0]), columns
+
+
+def _int8_vectorwise_quant(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
+    return functional.int8_vectorwise_quant(A, threshold)
+
+
+def _int8_double_quant(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    return functional.int8_double_quant(A, threshold=threshold)
+
+
+def _optimizer_update_32bit(
+    optimizer_name: str,
+    g: Tensor,
+    p: Tensor,
+    state1: Tensor,
+    state2: Tensor | None,
+    unorm_vec: Tensor | None,
+    max_unorm: float,
+    param_norm: float,
+    beta1: float,
+    beta2: float,
+    beta3: float,
+    alpha: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    lr: float,
+    gnorm_scale: float,
+    skip_zeros: bool = False,
+) -> None:
+    extras.optimizer_update_32bit(
+        optimizer_name, g, p, state1, beta1, eps, step, lr, state2, beta2, beta3, alpha, weight_decay, gnorm_scale,
+        unorm_vec, max_unorm, skip_zeros,
+    )  # fmt: skip
+
+
+def _quantize_4bit(A: Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype) -> tuple[Tensor, Tensor]:
+    _check_4bit(quant_type, A.dtype)
+    return quantize_packed(A, FOUR_BIT[quant_type], blocksize, quant_storage)
+
+
+def _quantize_blockwise(A: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    codes, state = functional.quantize_blockwise(A, code, blocksize=blocksize)
+    return codes, state.absmax
+
+
+def _check_4bit(quant_type: str, dtype: torch.dtype) -> None:
+    if quant_type not in FOUR_BIT:
+        raise ValueError(f"quant_type must be one of {sorted(FOUR_BIT)}, got {quant_type!r}")
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype must be one of {FLOATS}, got {dtype}")
+
+
+KERNELS: dict[str, Callable[..., Any]] = {
+    "dequantize_4bit": _dequantize_4bit,
+    "dequantize_blockwise": _dequantize_blockwise,
+    "gemm_4bit": _gemm_4bit,
+    "gemv_4bit": _gemv_4bit,
+    "int8_double_quant": _int8_double_quant,
+    "int8_linear_matmul": int8.multiply,
+    "int8_mixed_scaled_mm": _int8_mixed_scaled_mm,
+    "int8_mm_dequant": _int8_mm_dequant,
+    "int8_scaled_mm": _int8_scaled_mm,
+    "int8_vectorwise_dequant": functional.int8_vectorwise_dequant,
+    "int8_vectorwise_quant": _int8_vectorwise_quant,
+    "optimizer_update_32bit": _optimizer_update_32bit,
+    "optimizer_update_8bit_blockwise": extras.optimizer_update_8bit_blockwise,
+    "quantize_4bit": _quantize_4bit,
+    "quantize_blockwise": _quantize_blockwise,
+}
+
+
+def _writing(function: Callable[..., Tensor]) -> Callable[..., None]:
+    """The overload `.out` of an operator."""
+
+    def write(*args: Any, out: Tensor | None = None) -> None:
+        *args, out = args if out is None else (*args, out)  # type: ignore[assignment]
+        result = function(*args)
+        if out is None or (out.shape, out.dtype, out.device) != (result.shape, result.dtype, result.device):
+            found = None if out is None else f"{out.dtype} {tuple(out.shape)} on {out.device}"
+            raise ValueError(f"out must be {result.dtype} {tuple(result.shape)} on {result.device}, got {found}")
+        out.copy_(result)
+
+    return write
+
+
+KERNELS |= {f"{name}.out": _writing(KERNELS[name]) for name in WITH_OUT}
+
+# ---- fake kernels ---------------------------------------------------------------------------------------------------
+
+
+def _fake_int8_quant(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
+    codes, rows = torch.empty_like(A, dtype=torch.int8), A.new_empty(A.shape[:-1].numel(), dtype=torch.float32)
+    if threshold == 0.0:
+        return codes, rows, None
+    return codes, rows, A.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
+
+
+def _fake_int8_double_quant(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    codes, rows, columns = _fake_int8_quant(A, threshold)
+    by_column = A.new_empty(A.shape, dtype=torch.int8)
+    return codes, by_column, rows, A.new_empty(A.shape[-1], dtype=torch.float32), columns
+
+
+def _fake_mixed(
+    A: Tensor,
+    CA: Tensor,
+    CB: Tensor,
+    SCA: Tensor,
+    SCB: Tensor,
+    outlier_cols: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    y = A.new_empty((*A.shape[:-1], CB.shape[0]))
+    if outlier_cols is None:
+        return y, A.new_empty(0)
+    return y, A.new_empty((A.shape[:-1].numel(), outlier_cols.shape[0]))
+
+
+def _fake_quantize_4bit(
+    A: Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    _check_4bit(quant_type, A.dtype)
+    packed = A.new_empty(((A.numel() + 1) // 2 // quant_storage.itemsize, 1), dtype=quant_storage)
+    return packed, A.new_empty(block_count(A.numel(), blocksize), dtype=torch.float32)
+
+
+def _fake_quantize_blockwise(A: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    check_float("A", A)
+    absmax = A.new_empty(block_count(A.numel(), blocksize), dtype=torch.float32)
+    return A.new_empty(A.shape, dtype=torch.uint8), absmax
+
+
+def _fake_dequantize_4bit(
+    A: Tensor, absmax: Tensor, blocksize: int, quant_type: str, shape: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    _check_4bit(quant_type, dtype)
+    return A.new_empty(tuple(shape), dtype=dtype)
+
+
+FAKES: dict[str, Callable[..., Any]] = {
+    "dequantize_4bit": _fake_dequantize_4bit,
+    "dequantize_blockwise": lambda A, absmax, code, blocksize, dtype: A.new_empty(A.shape, dtype=dtype),
+    "gemm_4bit": lambda A, B, shapeB, *rest, **options: A.new_empty((*A.shape[:-1], shapeB[0])),
+    "gemv_4bit": lambda A, B, shapeB, *rest: A.new_empty((*A.shape[:-1], shapeB[0])),
+    "int8_double_quant": _fake_int8_double_quant,
+    "int8_linear_matmul": lambda A, B: A.new_empty((*A.shape[:-1], B.shape[0]), dtype=torch.int32),
+    "int8_mixed_scaled_mm": _fake_mixed,
+    "int8_mm_dequant": lambda A, row, col, dtype=None, bias=None: A.new_empty(A.shape, dtype=dtype or torch.float16),
+    "int8_scaled_mm": lambda A, B, row, col, bias=None, dtype=None: A.new_empty(
+        (*A.shape[:-1], B.shape[0]), dtype=dtype or torch.float16
+    ),
+    "int8_vectorwise_dequant": lambda A, stats: A.new_empty(A.shape, dtype=torch.float32),
+    "int8_vectorwise_quant": _fake_int8_quant,
+    "optimizer_update_32bit": lambda *args, **options: None,
+    "optimizer_update_8bit_blockwise": lambda *args, **options: None,
+    "quantize_4bit": _fake_quantize_4bit,
+    "quantize_blockwise": _fake_quantize_blockwise,
+    **{f"{name}.out": lambda *args, **options: None for name in WITH_OUT},
+}
+
+# ---- registration ---------------------------------------------------------------------------------------------------
+
+_library: torch.library.Library | None = None
+
+
+def define() -> None:
+    """Make the operators. Again does nothing."""
+    global _library
+    if _library is not None:
+        return
+    library = torch.library.Library("bitsandbytes", "FRAGMENT")
+    for name, schema in SCHEMAS.items():
+        library.define(name + schema)
+        if name in WITH_OUT:
+            library.define(f"{name}.out{schema.replace(') -> Tensor', ', Tensor! out) -> ()')}")
+    for name, kernel in KERNELS.items():
+        library.impl(name, kernel, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"bitsandbytes::{name}", FAKES[name], lib=library)
+    _library = library
+
+
+def undefine() -> None:
+    """Take the operators away, for another bitsandbytes to define them."""
+    global _library
+    if _library is not None:
+        _library._destroy()
+        _library = None

@@ -1,0 +1,145 @@
+"""The public surface of bitsandbytes 0.50.2: where each name comes from, what differs, and what there is not, with the reason.
+
+    SURFACE[module][name] = "module.of.bnbref:attribute"
+    DIFFERS["module.name"], MISSING["module.name"] = a sentence
+
+`docs/surface.py` makes the table of the documentation from these and compares them with bitsandbytes, where it is installed.
+"""
+
+EXTRAS = "bnbref.integrations.bitsandbytes_extras"
+
+_OPTIMIZERS = {
+    "adagrad": "Adagrad Adagrad8bit Adagrad32bit",
+    "adam": "Adam Adam8bit Adam32bit PagedAdam PagedAdam8bit PagedAdam32bit",
+    "adamw": "AdamW AdamW8bit AdamW32bit PagedAdamW PagedAdamW8bit PagedAdamW32bit",
+    "ademamix": "AdEMAMix AdEMAMix8bit AdEMAMix32bit PagedAdEMAMix PagedAdEMAMix8bit PagedAdEMAMix32bit",
+    "lamb": "LAMB LAMB8bit LAMB32bit",
+    "lars": "LARS LARS8bit LARS32bit",
+    "lion": "Lion Lion8bit Lion32bit PagedLion PagedLion8bit PagedLion32bit",
+    "rmsprop": "RMSprop RMSprop8bit RMSprop32bit",
+    "sgd": "SGD SGD8bit SGD32bit",
+}
+
+_LAYERS = (
+    "Embedding Embedding4bit Embedding8bit EmbeddingFP4 EmbeddingNF4 Int8Params Linear4bit Linear8bitLt LinearFP4 "
+    "LinearNF4 Params4bit StableEmbedding"
+)
+
+_FUNCTIONS = (
+    "QuantState create_dynamic_map create_fp8_map create_linear_map create_normal_map dequantize_4bit "
+    "dequantize_blockwise dequantize_fp4 dequantize_nf4 gemv_4bit get_4bit_type int8_double_quant int8_linear_matmul "
+    "int8_mm_dequant int8_vectorwise_dequant int8_vectorwise_quant quantize_4bit quantize_blockwise quantize_fp4 "
+    "quantize_nf4"
+)
+
+
+def _from(source: str, names: str) -> dict[str, str]:
+    return {name: f"{source}:{name}" for name in names.split()}
+
+
+_PRODUCTS = _from("bnbref", "MatmulLtState matmul matmul_4bit")
+_FORMATS = "INVERSE_LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING"
+
+SURFACE: dict[str, dict[str, str]] = {
+    "": _PRODUCTS | _from(EXTRAS, "features supported_torch_devices"),
+    "_ops": _from("torch.library", "register_fake register_kernel"),
+    "autograd": {},
+    "autograd._functions": _PRODUCTS | _from(EXTRAS, "MatMul4Bit MatMul8bitFp MatMul8bitLt"),
+    "cextension": _from(EXTRAS, "BNB_BACKEND HIP_ENVIRONMENT"),
+    "functional": _from("bnbref.functional", _FUNCTIONS)
+    | _from(
+        EXTRAS,
+        "C batched_igemm check_matmul fill get_ptr has_avx512bf16 igemm is_on_gpu name2qmap optimizer_update_32bit "
+        "optimizer_update_8bit_blockwise",
+    ),
+    "nn": _from("bnbref.nn", _LAYERS),
+    "nn.modules": _from("bnbref.nn", _LAYERS)
+    | _from(EXTRAS, "INVERSE_LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING maybe_rearrange_weight"),
+    "nn.parametrize": _from(
+        "bnbref.nn.parametrize", "Bnb4bitParametrization replace_parameter_4bit replace_parameter_4bit_prequantized"
+    ),
+    "optim": _from("bnbref.optim", " ".join(["GlobalOptimManager", *_OPTIMIZERS.values()])),
+    **{f"optim.{family}": _from("bnbref.optim", names) for family, names in _OPTIMIZERS.items()},
+    "optim.optimizer": {
+        "GlobalOptimManager": "bnbref.optim:GlobalOptimManager",
+        **dict.fromkeys(("Optimizer8bit", "Optimizer1State", "Optimizer2State"), "bnbref.optim:Optimizer"),
+    },
+    "utils": _from(
+        EXTRAS,
+        f"OutlierTracer {_FORMATS} find_outlier_dims outlier_hook pack_dict_to_tensor replace_linear sync_gpu "
+        "unpack_tensor_to_dict",
+    ),
+}
+
+_CLASS_IS_APPLY = "Only `.apply`, which is `matmul` or `matmul_4bit`: no class of `torch.autograd.Function`."
+_SAME_NUMBERS = (
+    "The equations of `bnbref.optim`: weight decay before the step. Codes must be of the dynamic maps, 256 a block."
+)
+_BASE = "`bnbref.optim.Optimizer`: for `isinstance`. Its constructor takes a `Rule`, see Optimizers."
+
+DIFFERS: dict[str, str] = {
+    "MatmulLtState": "No fields of transposed copies and sparse pools; deprecated ones are plain attributes.",
+    "autograd._functions.MatMul4Bit": _CLASS_IS_APPLY,
+    "autograd._functions.MatMul8bitFp": _CLASS_IS_APPLY,
+    "autograd._functions.MatMul8bitLt": _CLASS_IS_APPLY,
+    "cextension.BNB_BACKEND": '"PyTorch".',
+    "functional.QuantState": "Equality is of bits; a malformed dict is refused.",
+    "functional.get_4bit_type": "On the CPU by default, not on a GPU that may not be there; int4 too.",
+    "functional.has_avx512bf16": "False: weights are never repacked.",
+    "functional.igemm": "Any device, exact.",
+    "functional.batched_igemm": "Any device, exact.",
+    "functional.is_on_gpu": "Whether all tensors are on one device: there is none without kernels.",
+    "functional.name2qmap": "Empty: maps are cached by codebook.",
+    "functional.optimizer_update_32bit": _SAME_NUMBERS,
+    "functional.optimizer_update_8bit_blockwise": _SAME_NUMBERS,
+    "matmul": "On a CPU, too, LLM.int8() and no float product in its place.",
+    "nn.Linear4bit": "compute_dtype stays what it was set to; without one it is the activation's at each call.",
+    "nn.Params4bit": "A cast of packed codes is refused; `.to` leaves the original as it was.",
+    "nn.Int8Params": "`CB` is the data; a cast of codes is refused.",
+    "nn.modules.maybe_rearrange_weight": "Does nothing: weights in the layouts of old GPUs are refused when they are loaded.",
+    "optim.optimizer.Optimizer8bit": _BASE,
+    "optim.optimizer.Optimizer1State": _BASE,
+    "optim.optimizer.Optimizer2State": _BASE,
+    "utils.outlier_hook": "Deviations of the first layer's input are by column; in bitsandbytes they are by row.",
+}
+
+_MANAGED = "CUDA's managed memory has no counterpart in torch: the paged optimizers page by themselves."
+_LIBRARY = "There is no compiled library: call the functions of `bitsandbytes.functional`."
+
+MISSING: dict[str, str] = {
+    "autograd._functions.GlobalOutlierPooler": "Outlier columns are found anew in every product: nothing is pooled.",
+    "cextension.lib": _LIBRARY,
+    "cextension.BNBNativeLibrary": _LIBRARY,
+    "cextension.CudaBNBNativeLibrary": _LIBRARY,
+    "cextension.DYNAMIC_LIBRARY_SUFFIX": _LIBRARY,
+    "cextension.ErrorHandlerMockBNBNativeLibrary": _LIBRARY,
+    "cextension.ROCM_GPU_ARCH": _LIBRARY,
+    "cextension.XpuBNBNativeLibrary": _LIBRARY,
+    "cextension.get_available_cuda_binary_versions": _LIBRARY,
+    "cextension.get_cuda_bnb_library_path": _LIBRARY,
+    "cextension.get_native_library": _LIBRARY,
+    "cextension.get_xpu_bnb_library_path": _LIBRARY,
+    "cextension.parse_cuda_version": _LIBRARY,
+    "functional.CUBLAS_Context": _LIBRARY,
+    "functional.FIRST_CUDA_DEVICE": _MANAGED,
+    "functional.GlobalPageManager": _MANAGED,
+    "functional.elementwise_func": _MANAGED,
+    "functional.get_paged": _MANAGED,
+    "functional.lib": _LIBRARY,
+    "functional.prefetch_tensor": _MANAGED,
+    "nn.OutlierAwareLinear": "Abstract in bitsandbytes: it has no product. Linear8bitLt keeps outliers by a threshold.",
+    "nn.modules.OutlierAwareLinear": "Abstract in bitsandbytes: it has no product.",
+    "nn.modules.T": "A type variable.",
+    "nn.modules.fix_4bit_weight_quant_state_from_module": "Not needed: a layer remembers the scales of its weight.",
+    "optim.PytorchLARS": "Use LARS32bit: the same rule.",
+    "optim.lars.PytorchLARS": "Use LARS32bit: the same rule.",
+    "optim.optimizer.MockArgs": "Settings are passed by name.",
+    "utils.execute_and_return": "Runs shell commands: use subprocess.",
+}
+
+MISSING_MODULES: dict[str, str] = {
+    "backends": "Kernels of bitsandbytes. Ours come behind `torch.ops.bitsandbytes`.",
+    "consts": "Names of binaries.",
+    "cuda_specs": "Finds CUDA for the binaries.",
+    "diagnostics": "Looks for binaries; `python -m bnbref info` says what bnbref runs on.",
+}

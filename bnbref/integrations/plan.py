@@ -1,0 +1,289 @@
+"""How much memory a model takes, from its config.json alone: `python -m bnbref plan MODEL --memory 24GiB`.
+
+The model is built on the meta device, without weights, and quantized as `from_pretrained` would. Weights, scales, adapters,
+gradients, optimizer states and the KV cache are counted to the byte; activations are an estimate, and called so.
+
+    inference    weights + KV cache + activations of one layer
+    qlora        quantized weights + adapters, their gradients and states + activations, by gradient checkpointing
+    full         weights, gradients and states of all parameters + activations, by gradient checkpointing
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from bnbref import optim
+from bnbref.blockwise import block_count, check_blocksize
+from bnbref.integrations.transformers_config import BnbRefConfig
+from bnbref.integrations.transformers_quantizer import BnbRefHfQuantizer
+from bnbref.nested import BLOCKSIZE as NESTED_BLOCKSIZE
+from bnbref.nn.layer import QuantizedLayer
+from bnbref.optim.paging import PAGE_BYTES, PAGED_FROM
+from bnbref.optim.state import new_state
+
+FORMATS: dict[str, BnbRefConfig | None] = {
+    "bfloat16": None,
+    "int8": BnbRefConfig("int8"),
+    "nf4": BnbRefConfig("nf4", double_quant=False),
+    "nf4, double": BnbRefConfig("nf4"),
+}
+"""From the most exact to the smallest."""
+
+DTYPE = torch.bfloat16
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "query_key_value", "c_attn", "out_proj", "dense")
+"""Names of the layers that `qlora` adapts."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes on the device by what they are for, and those of paged states, which are in host memory."""
+
+    format: str
+    parts: Mapping[str, int]
+    host: int = 0
+
+    @property
+    def total(self) -> int:
+        """Bytes on the device."""
+        return sum(self.parts.values())
+
+
+def optimizers() -> list[type[optim.Optimizer]]:
+    """The named optimizers of `bnbref.optim`."""
+    named = [getattr(optim, name) for name in optim.__all__]
+    return [
+        cls
+        for cls in named
+        if isinstance(cls, type) and issubclass(cls, optim.Optimizer) and cls is not optim.Optimizer
+    ]
+
+
+# ---- what is counted ------------------------------------------------------------------------------------------------
+
+
+def read_config(model: str) -> Any:
+    """A config from a directory, a config.json, or a name on the hub. OSError if there is none."""
+    path = Path(model)
+    return AutoConfig.from_pretrained(path.parent if path.name == "config.json" else model)
+
+
+def on_meta(config: Any, spec: BnbRefConfig | None) -> tuple[Any, set[str]]:
+    """The model without weights, quantized as `spec` says; and the parameters that are quantized by themselves."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=DTYPE)
+    model.tie_weights()
+    if spec is None:
+        return model, set()
+    quantizer = BnbRefHfQuantizer(spec)
+    quantizer.pre_quantized = False
+    model = quantizer._process_model_before_weight_loading(model)
+    return model, set(quantizer.fused)
+
+
+def quantized_bytes(spec: BnbRefConfig, numel: int, rows: int) -> tuple[int, int]:
+    """Bytes of the codes and of the scales of a weight.
+
+    >>> quantized_bytes(BnbRefConfig("nf4"), 4096 * 4096, 4096)
+    (8388608, 266244)
+    """
+    if spec.is_int8:
+        return numel, 4 * rows
+    blocks = block_count(numel, spec.blocksize)
+    scales = blocks + 4 * block_count(blocks, NESTED_BLOCKSIZE) + 4 if spec.double_quant else 4 * blocks
+    return -(-numel // 2), scales
+
+
+def weight_bytes(config: Any, spec: BnbRefConfig | None) -> dict[str, int]:
+    """Bytes of a model: what stays float, codes, scales."""
+    model, fused = on_meta(config, spec)
+    layers = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, QuantizedLayer)}
+    found = {"weights": 0, "scales": 0}
+    for name, p in model.named_parameters():
+        if spec is not None and (name in layers or name in fused):
+            rows = int(getattr(layers.get(name), "out_features", p.shape[0]))
+            codes, scales = quantized_bytes(spec, p.numel(), rows)
+            found["weights"] += codes
+            found["scales"] += scales
+        else:
+            found["weights"] += p.nbytes
+    return found
+
+
+def adapter_shapes(config: Any, rank: int) -> list[torch.Size]:
+    """Of LoRA on the attention's projections."""
+    model, _ = on_meta(config, None)
+    linears = [m for name, m in model.named_modules() if name.rpartition(".")[2] in ATTENTION]
+    if not linears:
+        raise ValueError(f"the model has no layer called one of {ATTENTION}: none to adapt")
+    pairs = (m.weight.shape for m in linears)
+    return [torch.Size(shape) for n, k in pairs for shape in ((rank, k), (n, rank))]
+
+
+def state_bytes(optimizer: type[optim.Optimizer], shapes: Iterable[torch.Size]) -> tuple[int, int]:
+    """Bytes of an optimizer's states on the device, and in host memory if it is paged.
+
+    >>> state_bytes(optim.AdamW8bit, [torch.Size([4096, 4096])]), state_bytes(optim.PagedAdamW, [torch.Size([4096, 4096])])
+    ((34078720, 0), (134217728, 134217728))
+    """
+    parameters = [torch.nn.Parameter(torch.empty(shape, device="meta")) for shape in shapes]
+    make: Any = optimizer
+    instance: optim.Optimizer = make(parameters, lr=1e-3)
+    resident = paged = largest = 0
+    for p in parameters:
+        settings = instance.settings(p, instance.param_groups[0])
+        bits = 8 if settings["optim_bits"] == 8 and p.numel() >= settings["min_8bit_size"] else 32
+        blocksize = check_blocksize(settings["blocksize"], p.numel())
+        tensors = new_state(
+            instance.rule,
+            p.shape,
+            bits,
+            blocksize,
+            lambda key, shape, dtype: torch.empty(shape, dtype=dtype, device="meta"),
+        )
+        size = sum(t.nbytes for t in tensors.values())
+        if instance.is_paged and p.numel() >= PAGED_FROM:
+            paged, largest = paged + size, max(largest, size)
+        else:
+            resident += size
+    return resident + min(paged, max(PAGE_BYTES, largest)), paged
+
+
+def cache_bytes(config: Any, batch: int, seq: int) -> int:
+    """Bytes of the keys and values of `seq` tokens, bfloat16."""
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return int(2 * text.num_hidden_layers * kv_heads * size * batch * seq * DTYPE.itemsize)
+
+
+def activation_bytes(config: Any, batch: int, seq: int, train: bool) -> int:
+    """An estimate: of one layer what it keeps for its gradient, the inputs of all layers if training, and the logits.
+
+    A layer keeps its input twice, four projections, the product with the values and three tensors of the feed-forward net; the
+    logits are there in bfloat16 and, for the loss, in float32 with their gradient. One weight is dequantized at a time.
+    """
+    text = config.get_text_config()
+    hidden, tokens = text.hidden_size, batch * seq
+    inner = getattr(text, "intermediate_size", None) or 4 * hidden
+    layer = tokens * (7 * hidden + 3 * inner) * DTYPE.itemsize
+    weight = hidden * max(hidden, inner) * DTYPE.itemsize
+    if not train:
+        return int(layer + weight + batch * text.vocab_size * (DTYPE.itemsize + 4))
+    checkpoints = text.num_hidden_layers * tokens * hidden * DTYPE.itemsize
+    logits = tokens * text.vocab_size * (DTYPE.itemsize + 4 + 4)
+    return int(checkpoints + 2 * layer + weight + logits)
+
+
+# ---- plans ----------------------------------------------------------------------------------------------------------
+
+
+def plans(
+    config: Any,
+    train: str | None = None,
+    optimizer: type[optim.Optimizer] = optim.PagedAdamW8bit,
+    seq: int = 2048,
+    batch: int = 1,
+    rank: int = 16,
+) -> list[Plan]:
+    """A plan for each format that can be used so. train: None, "qlora" or "full"."""
+    found = []
+    for name, spec in FORMATS.items():
+        if train == "full" and spec is not None:
+            continue
+        parts = weight_bytes(config, spec)
+        host = 0
+        if train is None:
+            parts["KV cache"] = cache_bytes(config, batch, seq)
+        else:
+            lora = train == "qlora"
+            shapes = adapter_shapes(config, rank) if lora else [p.shape for p in on_meta(config, None)[0].parameters()]
+            count = sum(shape.numel() for shape in shapes)
+            itemsize = 4 if lora else DTYPE.itemsize  # peft keeps adapters of a quantized model in float32
+            if lora:
+                parts["adapters"] = count * itemsize
+            parts["gradients"] = count * itemsize
+            parts["optimizer"], host = state_bytes(optimizer, shapes)
+        parts["activations"] = activation_bytes(config, batch, seq, train is not None)
+        found.append(Plan(name, parts, host))
+    return found
+
+
+def parse_bytes(text: str) -> int:
+    """A number of bytes with a unit.
+
+    >>> parse_bytes("24GiB"), parse_bytes("1.5 GB")
+    (25769803776, 1500000000)
+    """
+    units = {
+        "": 1,
+        "kb": 10**3,
+        "mb": 10**6,
+        "gb": 10**9,
+        "tb": 10**12,
+        "kib": 2**10,
+        "mib": 2**20,
+        "gib": 2**30,
+        "tib": 2**40,
+    }
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
+    if found is None or found[2] not in units:
+        raise ValueError(f"memory must be a number with a unit, like 24GiB or 16GB, got {text!r}")
+    return math.floor(float(found[1]) * units[found[2]])
+
+
+def report(model: str, found: list[Plan], memory: int, train: str | None, optimizer: str) -> str:
+    """A table of plans, what is recommended, and the code to paste."""
+    columns = list(dict.fromkeys(name for plan in found for name in plan.parts))
+    unit, power = ("GiB", 30) if max(plan.total for plan in found) >= 2**30 else ("MiB", 20)
+    rows = [[unit, *columns, "total", "host", "fits"]]
+    for plan in found:
+        sizes = [plan.parts.get(name, 0) for name in columns]
+        fits = "yes" if plan.total <= memory else "no"
+        rows.append([plan.format, *(f"{size / 2**power:.2f}" for size in (*sizes, plan.total, plan.host)), fits])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    best = next((plan for plan in found if plan.total <= memory), None)
+    lines += ["", f"activations are an estimate; {memory / 2**power:.2f} {unit} are there"]
+    if best is None:
+        least = min(found, key=lambda plan: plan.total)
+        return "\n".join(
+            [*lines, f"none fits: {least.format} needs {(least.total - memory) / 2**power:.2f} {unit} more"]
+        )
+    return "\n".join([*lines, f"recommended: {best.format}", "", code(model, best.format, train, optimizer)])
+
+
+def code(model: str, format_name: str, train: str | None, optimizer: str) -> str:
+    """Python that does what a plan says."""
+    spec = FORMATS[format_name]
+    quantization = ""
+    if spec is not None:
+        double = "" if spec.is_int8 else f", double_quant={spec.double_quant}"
+        quantization = f"    quantization_config=BnbRefConfig({spec.quant_type!r}{double}),\n"
+    lines = ["import torch", "from transformers import AutoModelForCausalLM"]
+    if spec is not None:
+        lines.append("from bnbref.integrations.transformers import BnbRefConfig")
+    lines += ["", "model = AutoModelForCausalLM.from_pretrained("]
+    lines += [f'    {model!r},\n{quantization}    dtype=torch.bfloat16,\n    device_map="auto",', ")"]
+    if train == "qlora":
+        lines += [
+            "",
+            "from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training",
+            "from bnbref.integrations.peft import register_lora",
+            "",
+            "model = prepare_model_for_kbit_training(model)",
+            'lora = LoraConfig(r=16, target_modules=r".*\\.(' + "|".join(ATTENTION) + ')", task_type="CAUSAL_LM")',
+            "model = get_peft_model(model, register_lora(lora))",
+        ]
+    if train is not None:
+        lines += ["", "from bnbref import optim", ""]
+        if train == "full":
+            lines.append("model.gradient_checkpointing_enable()")
+        lines.append(f"optimizer = optim.{optimizer}([p for p in model.parameters() if p.requires_grad], lr=1e-4)")
+    return "\n".join(lines)

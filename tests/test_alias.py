@@ -1,0 +1,293 @@
+"""`import bitsandbytes` answered by bnbref: the import system, the surface, the hook, the libraries' caches, old pickles."""
+
+import importlib.metadata
+import importlib.util
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import bnbref
+from bnbref import cli
+from bnbref.integrations import bitsandbytes_alias as alias
+from bnbref.integrations import bitsandbytes_finder as finder
+from bnbref.integrations.bitsandbytes_surface import DIFFERS, MISSING, MISSING_MODULES, SURFACE
+
+ROOT = Path(__file__).resolve().parent.parent
+NAMES = (ROOT / "tests" / "data" / "bitsandbytes_names.txt").read_text(encoding="utf-8").split()
+
+
+def run(code, *flags, **environment):
+    """The output of a fresh interpreter."""
+    import os
+
+    env = {**os.environ, "BNBREF_COMPILE": "0", "TRANSFORMERS_VERBOSITY": "error", **environment}
+    command = [sys.executable, *flags, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+# ---- the import system ----------------------------------------------------------------------------------------------
+
+
+def test_everybody_who_asks_finds_it(bitsandbytes):
+    assert importlib.util.find_spec("bitsandbytes") is not None
+    assert importlib.metadata.version("bitsandbytes") == "0.50.2" == bitsandbytes.__version__
+    assert importlib.metadata.metadata("bitsandbytes")["Name"] == "bitsandbytes"
+    assert "bitsandbytes" in importlib.metadata.packages_distributions()["bitsandbytes"]
+    assert importlib.util.find_spec("bitsandbytes.cuda_specs") is None
+    with pytest.raises(ModuleNotFoundError, match=r"bitsandbytes\.research"):
+        importlib.import_module("bitsandbytes.research")
+    assert "multi_backend" in bitsandbytes.features
+
+
+@pytest.mark.parametrize("module", finder.MODULES)
+def test_every_module_is_found_and_imported(bitsandbytes, module):
+    name = f"bitsandbytes.{module}".rstrip(".")
+    assert importlib.util.find_spec(name).origin == "bnbref"
+    assert importlib.import_module(name).__name__ == name
+
+
+def test_classes_are_the_same_objects(bitsandbytes):
+    import bitsandbytes.optim.adamw
+
+    assert bitsandbytes.nn.Linear4bit is bnbref.nn.Linear4bit
+    assert bitsandbytes.optim.AdamW8bit is bitsandbytes.optim.adamw.AdamW8bit is bnbref.optim.AdamW8bit
+    assert "bitsandbytes" in str(bitsandbytes.optim.AdamW8bit)  # transformers' Trainer looks for the word
+
+
+def test_uninstalling_leaves_nothing():
+    if "bitsandbytes" in sys.modules:
+        pytest.skip("bitsandbytes itself is imported")
+    before = list(sys.meta_path)
+    with alias.as_bitsandbytes(force=True):
+        import bitsandbytes  # noqa: F401
+
+        assert sys.meta_path != before
+    assert sys.meta_path == before
+    assert not [name for name in sys.modules if name.startswith("bitsandbytes")]
+    assert str(bnbref.optim.AdamW8bit) == "<class 'bnbref.optim.families.AdamW8bit'>"
+    assert not hasattr(torch.ops.bitsandbytes, "quantize_4bit")
+    bnbref.uninstall_as_bitsandbytes()  # again does nothing
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def real(tmp_path, monkeypatch):
+    """A package called bitsandbytes that can be imported."""
+    (tmp_path / "bitsandbytes").mkdir()
+    (tmp_path / "bitsandbytes" / "__init__.py").write_text("__version__ = '0.1'\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.split(".")[0] == "bitsandbytes"]:
+        monkeypatch.delitem(sys.modules, name)
+    yield
+    sys.modules.pop("bitsandbytes", None)
+
+
+def test_bitsandbytes_that_is_installed_is_not_hidden(real):
+    before = list(sys.meta_path)
+    with pytest.raises(RuntimeError, match=r"bitsandbytes is installed.*force=True"):
+        bnbref.install_as_bitsandbytes()
+    assert sys.meta_path == before
+
+
+def test_bitsandbytes_that_is_imported_is_never_replaced(real):
+    module = importlib.import_module("bitsandbytes")
+    before = list(sys.meta_path)
+    with pytest.raises(RuntimeError, match=r"bitsandbytes 0\.1 is imported already"):
+        bnbref.install_as_bitsandbytes(force=True)
+    assert sys.meta_path == before
+    assert sys.modules["bitsandbytes"] is module
+
+
+@pytest.mark.parametrize("version", ["", "new", None, 0.5])
+def test_versions_are_checked(version):
+    with pytest.raises(ValueError, match=r"version must be like '0\.50\.2', got "):
+        bnbref.install_as_bitsandbytes(version=version)
+
+
+def test_another_version_is_refused(bitsandbytes):
+    bnbref.install_as_bitsandbytes(force=True)  # again does nothing
+    with pytest.raises(ValueError, match=r"version is '0\.50\.2' already.*got '0\.45\.0'"):
+        bnbref.install_as_bitsandbytes(version="0.45.0", force=True)
+
+
+# ---- the surface ----------------------------------------------------------------------------------------------------
+
+
+def test_every_name_of_bitsandbytes_is_there_or_says_why_not(bitsandbytes):
+    assert set(finder.MODULES) == SURFACE.keys()
+    for name in NAMES:
+        module, _, attribute = name.rpartition(".")
+        home = importlib.import_module(f"bitsandbytes.{module}".rstrip("."))
+        if name in MISSING:
+            with pytest.raises(AttributeError, match=r"has no attribute .*: ."):
+                getattr(home, attribute)
+        else:
+            assert getattr(home, attribute) is not None, name
+    unknown = (DIFFERS.keys() | MISSING.keys()) - set(NAMES) - {"functional.lib", "cextension.lib"}
+    assert not unknown
+
+
+def test_the_names_are_those_of_bitsandbytes():
+    """Against the real one, where it is installed."""
+    if not finder.is_installed():
+        pytest.skip("bitsandbytes is not installed")
+    done = subprocess.run(
+        [sys.executable, "docs/surface.py", "--walk"], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert done.stdout.split() == NAMES
+
+
+def test_the_page_has_the_table():
+    spec = importlib.util.spec_from_file_location("surface", ROOT / "docs" / "surface.py")
+    surface = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(surface)
+    assert surface.table() in (ROOT / "docs" / "content" / "dropin.md").read_text(encoding="utf-8")
+    assert set(MISSING_MODULES).isdisjoint(finder.MODULES)
+
+
+def test_a_name_that_nobody_has(bitsandbytes):
+    assert not hasattr(bitsandbytes.functional, "nonsense")
+    with pytest.raises(AttributeError, match="bnbref serves the public names of bitsandbytes"):
+        _ = bitsandbytes.functional.nonsense
+
+
+# ---- pickles --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nf4_nested", "int8", "int8_used"])
+def test_layers_that_bitsandbytes_pickled(bitsandbytes, kind, eager):
+    """Written by bitsandbytes 0.50.2, with what the layer gave there."""
+    written = pickle.loads((ROOT / "tests" / "data" / "bitsandbytes_pickles.pkl").read_bytes())
+    blob, y = written[kind]
+    layer = pickle.loads(blob)
+    x = torch.linspace(-1, 1, 128).view(2, 64)
+    assert type(layer.weight) is (bnbref.nn.Int8Params if "int8" in kind else bnbref.nn.Params4bit)
+    # For int8 bitsandbytes rounds x and the bias to float16: 2^-11 of 64 products and a bias, each below 1/8.
+    torch.testing.assert_close(layer(x), torch.tensor(y), rtol=0, atol=2**-11 * 65 / 8 if "int8" in kind else 0)
+    again = type(layer)(64, 16, **({"has_fp16_weights": False} if "int8" in kind else {}))
+    again.load_state_dict(layer.state_dict())
+    assert torch.equal(again.to("cpu")(x), layer(x))
+    assert torch.equal(pickle.loads(pickle.dumps(layer))(x), layer(x))
+
+
+def test_states_that_bitsandbytes_pickled(bitsandbytes):
+    written = pickle.loads((ROOT / "tests" / "data" / "bitsandbytes_pickles.pkl").read_bytes())
+    state = pickle.loads(written["qs"][0])
+    expected = bnbref.functional.quantize_4bit(torch.linspace(-1, 1, 64), quant_type="nf4")[1]
+    assert type(state) is bnbref.functional.QuantState
+    assert state == expected
+    assert state[2] is torch.float32
+    assert pickle.loads(written["state"][0]).has_fp16_weights
+
+
+# ---- the start-up hook ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """A site-packages of our own."""
+    monkeypatch.setattr(alias.sysconfig, "get_path", lambda name: str(tmp_path))
+    return tmp_path
+
+
+HOOKED = """
+import site, sys
+site.addsitedir({directory!r})
+print("torch" in sys.modules, "bnbref" in sys.modules)
+"""
+
+
+def test_the_hook_serves_only_where_it_is_asked_to(site):
+    path = alias.enable_hook()
+    assert path.parent == site
+    assert path.read_text().count("\n") == 1
+    start = HOOKED.format(directory=str(site))
+    ask = "import importlib.util, importlib.metadata as m; print(importlib.util.find_spec('bitsandbytes').origin, "
+    ask += "m.version('bitsandbytes'), 'torch' in sys.modules)\n"
+    ask += "import bitsandbytes; print(bitsandbytes.nn.Linear4bit.__module__)"
+    found = run(start + ask, BNBREF_AS_BITSANDBYTES="force")
+    assert found == ["False", "False", "bnbref", "0.50.2", "False", "bnbref.nn.linear"]
+    off = start + "print(any(hasattr(f, 'serves_bnbref') for f in sys.meta_path))"
+    assert run(off, BNBREF_AS_BITSANDBYTES="0") == ["False", "False", "False"]
+    assert run(off) == ["False", "False", "False"]
+    # bnbref finds the finder that the hook put there, and can take it away
+    known = start + "import bnbref; bnbref.install_as_bitsandbytes(force=True); print(len(sys.meta_path))\n"
+    known += "bnbref.uninstall_as_bitsandbytes(); print(len(sys.meta_path))"
+    before, after = map(int, run(known, BNBREF_AS_BITSANDBYTES="1")[2:])
+    assert before == after + 1
+    assert alias.disable_hook()
+    assert not path.exists()
+    assert not alias.disable_hook()
+
+
+def test_the_command(site, capsys, monkeypatch):
+    monkeypatch.delenv("BNBREF_AS_BITSANDBYTES", raising=False)
+    assert cli.main(["alias", "--status"]) == 0
+    assert "hook not installed" in capsys.readouterr().out
+    assert cli.main(["alias", "--enable"]) == 0
+    assert "bnbref_alias.pth" in capsys.readouterr().out
+    assert cli.main(["alias", "--status"]) == 0
+    assert "hook installed" in capsys.readouterr().out
+    assert cli.main(["alias", "--disable"]) == 0
+    assert cli.main(["alias", "--disable"]) == 0
+    assert "there is no" in capsys.readouterr().out
+    monkeypatch.setattr(alias.sysconfig, "get_path", lambda name: str(site / "nowhere"))
+    assert cli.main(["alias", "--enable"]) == 2
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_the_hook_does_not_hide_bitsandbytes(site, tmp_path):
+    alias.enable_hook()
+    (tmp_path / "bitsandbytes").mkdir()
+    (tmp_path / "bitsandbytes" / "__init__.py").write_text("")
+    code = HOOKED.format(directory=str(site)) + (
+        f"sys.path.insert(0, {str(tmp_path)!r})\n"
+        "try:\n    import bitsandbytes\n"
+        "except ImportError as error:\n    print(str(error).replace(' ', '_'))"
+    )
+    (message,) = run(code, BNBREF_AS_BITSANDBYTES="1")[2:]
+    assert "bitsandbytes_is_installed" in message
+    assert "BNBREF_AS_BITSANDBYTES=force" in message
+
+
+# ---- libraries that looked before -----------------------------------------------------------------------------------
+
+
+def test_installed_after_the_libraries_were_imported():
+    pytest.importorskip("peft")
+    code = """
+import importlib.abc, sys
+
+class Hide(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "bitsandbytes":
+            raise ModuleNotFoundError(name)
+
+import importlib.util
+real = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name == "bitsandbytes" else real(name, package)
+sys.meta_path.insert(0, Hide())
+import transformers, peft, accelerate, peft.helpers, transformers.integrations.bitsandbytes
+from transformers.utils import is_bitsandbytes_available
+from peft.import_utils import is_bnb_4bit_available
+print(is_bitsandbytes_available(), is_bnb_4bit_available())
+sys.meta_path.pop(0)
+importlib.util.find_spec = real
+
+import bnbref
+bnbref.install_as_bitsandbytes(force=True)
+print(is_bitsandbytes_available(), is_bnb_4bit_available(), accelerate.utils.is_4bit_bnb_available())
+print(transformers.integrations.bitsandbytes.bnb.__name__, peft.helpers.bnb.__name__)
+from peft.tuners.lora.bnb import Linear4bit
+bnbref.uninstall_as_bitsandbytes()
+print(hasattr(transformers.integrations.bitsandbytes, "bnb"), peft.helpers.bnb)
+"""
+    assert run(code) == ["False", "False", "True", "True", "True", "bitsandbytes", "bitsandbytes", "False", "None"]

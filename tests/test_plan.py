@@ -1,0 +1,156 @@
+"""`python -m bnbref plan`: against the bytes of models that are loaded, trained and generate, and published sizes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import bnbref
+from bnbref import cli, optim
+
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+plan = pytest.importorskip("bnbref.integrations.plan")
+hf = pytest.importorskip("bnbref.integrations.transformers")
+
+DEMO = Path(bnbref.__file__).parent / "demo" / "model"
+LLAMA2 = {
+    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
+    "70b": {
+        "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+    },
+}  # fmt: skip
+PARAMETERS = {"7b": 6_738_415_616, "13b": 13_015_864_320, "70b": 68_976_648_192}  # of the models that were published
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return plan.read_config(str(DEMO))
+
+
+def load(spec):
+    options = {} if spec is None else {"quantization_config": spec}
+    with bnbref.eager():
+        return transformers.AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.bfloat16, **options)
+
+
+@pytest.mark.parametrize("name", plan.FORMATS)
+def test_weights_and_scales_to_the_byte(name, demo):
+    spec = plan.FORMATS[name]
+    found = plan.weight_bytes(demo, spec)
+    assert sum(found.values()) == hf.report(load(spec)).total_bytes
+
+
+def test_training_to_the_byte(demo):
+    """Adapters, gradients and states of a step of QLoRA on the demo model."""
+    (p,) = [p for p in plan.plans(demo, "qlora", optim.AdamW8bit, 32, 2) if p.format == "nf4, double"]
+    model = peft.prepare_model_for_kbit_training(load(plan.FORMATS[p.format]))
+    settings = peft.LoraConfig(r=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(model, settings)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = optim.AdamW8bit(trained, lr=1e-3)
+    ids = torch.arange(64).view(2, 32)
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    owned = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    with bnbref.eager(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.train()(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    assert p.parts["adapters"] == sum(parameter.nbytes for parameter in trained)
+    assert p.parts["gradients"] == sum(parameter.grad.nbytes for parameter in trained)
+    states = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+    assert p.parts["optimizer"] == sum(t.nbytes for t in states)
+    # The estimate of activations: within a factor of 4 of what the graph holds, all recomputed layers together.
+    held = sum(size for pointer, size in kept.items() if pointer not in owned)
+    assert held / 4 < p.parts["activations"] < held * 4
+
+
+def test_the_cache_to_the_byte(demo):
+    model = load(None)
+    cache = model(input_ids=torch.arange(48).view(2, 24), use_cache=True).past_key_values
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert plan.cache_bytes(demo, 2, 24) == held
+
+
+@pytest.mark.parametrize("size", LLAMA2)
+def test_published_sizes_of_llama_2(size):
+    """14, 7 and 3.5 GB for 7B are two, one and half a byte a parameter; scales and what stays bfloat16 come on top."""
+    config = transformers.LlamaConfig(vocab_size=32000, **LLAMA2[size])
+    count = PARAMETERS[size]
+    found = {name: sum(plan.weight_bytes(config, spec).values()) for name, spec in plan.FORMATS.items()}
+    assert found["bfloat16"] == 2 * count
+    kept = 2 * 32000 * config.hidden_size  # embedding and output head stay bfloat16
+    vectors = (2 * config.num_hidden_layers + 1) * config.hidden_size
+    inside = count - kept - vectors
+    assert found["nf4"] == 2 * (kept + vectors) + inside // 2 + inside // 64 * 4
+    assert 8 * (found["nf4, double"] - 2 * (kept + vectors)) / inside == pytest.approx(4.127, abs=1e-3)
+    assert found["int8"] == pytest.approx(count, rel=0.05)
+
+
+def test_full_training_of_7b(monkeypatch):
+    config = transformers.LlamaConfig(vocab_size=32000, **LLAMA2["7b"])
+    (p,) = plan.plans(config, "full", optim.PagedAdamW8bit, 512, 1)
+    assert p.parts["gradients"] == p.parts["weights"] == 2 * PARAMETERS["7b"]
+    assert p.host == pytest.approx(2 * PARAMETERS["7b"] * (1 + 4 / 256), rel=1e-3)
+    assert p.parts["optimizer"] < 2**29
+    (resident,) = plan.plans(config, "full", optim.AdamW8bit, 512, 1)
+    assert resident.total - p.total == pytest.approx(p.host, rel=0.03)
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_recommends_and_its_code_runs(capsys, tmp_path):
+    assert cli.main(["plan", str(DEMO), "--memory", "10MiB", "--seq", "64"]) == 0
+    text = capsys.readouterr().out
+    assert "recommended: int8" in text
+    namespace = {}
+    code = text[text.index("import torch") :]
+    with bnbref.eager():
+        exec(code.replace('device_map="auto"', 'device_map="cpu"'), namespace)
+    assert hf.report(namespace["model"]).quantized
+    assert cli.main(["plan", str(DEMO), "--memory", "100 MB", "--seq", "64", "--train", "qlora"]) == 0
+    code = capsys.readouterr().out.partition("import torch")
+    with bnbref.eager():
+        exec("import torch" + code[2].replace('device_map="auto"', 'device_map="cpu"'), namespace)
+    assert isinstance(namespace["optimizer"], optim.PagedAdamW8bit)
+
+
+def test_what_does_not_fit(capsys):
+    assert cli.main(["plan", str(DEMO / "config.json"), "--memory", "1MiB"]) == 1
+    assert "none fits: nf4, double needs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--memory", "much"], "memory must be a number with a unit, like 24GiB or 16GB, got 'much'"),
+        (["--memory", "3 km"], "memory must be"),
+        (["--optimizer", "Adafactor"], "--optimizer must be one of AdEMAMix, "),
+    ],
+)
+def test_what_the_command_refuses(capsys, arguments, message):
+    assert cli.main(["plan", str(DEMO), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_there(capsys, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "no such thing"}))
+    for model in (tmp_path, tmp_path / "nothing"):
+        assert cli.main(["plan", str(model)]) == 2
+        assert "error" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["plan", str(DEMO), "--batch", "0"])
+
+
+def test_a_model_without_attention_to_adapt():
+    config = transformers.RwkvConfig(hidden_size=32, num_hidden_layers=1, vocab_size=64)
+    with pytest.raises(ValueError, match="none to adapt"):
+        plan.plans(config, "qlora")
