@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import bnbref
+from bnbref.conformance.command import add_commands
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,6 +39,8 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured")
     demo.add_argument("--plot", type=Path, metavar="FILE", help="draw the losses of fine-tuning (needs matplotlib)")
     demo.set_defaults(run=run_demo)
+
+    add_commands(commands)
     return top
 
 
