@@ -321,7 +321,7 @@ def _bytes(count: int, seed: int) -> Tensor:
 
 
 def _dequantize_4bit(book: Codebook) -> Iterator[Case]:
-    def case(name: str, shape: Sequence[int], rules: str, flags: str = "", blocksize: int = 64, dtype: str = "float32",
+    def case(name: str, shape: tuple[int, ...], rules: str, flags: str = "", blocksize: int = 64, dtype: str = "float32",
              packed: Tensor | None = None, absmax: Tensor | None = None, quick: bool = True) -> Case:  # fmt: skip
         n = math.prod(shape)
         given = {
@@ -338,10 +338,10 @@ def _dequantize_4bit(book: Codebook) -> Iterator[Case]:
         for dtype in DTYPES:
             name = f"columns-{shape[1]}-{dtype}"
             yield case(name, shape, "D4-2", "scale-index-tail-columns", 64, dtype, quick=dtype == "float32")
-    shapes: tuple[tuple[int, ...], ...] = ((4, 64), (2, 192), (3, 33), (5, 7), (1, 96), (2, 3, 64))
-    for shape in shapes:
-        flags = "odd-size" if math.prod(shape) % 2 else ""
-        yield case("shape-" + "x".join(map(str, shape)), shape, "D4-2 G-1", flags)
+    others: tuple[tuple[int, ...], ...] = ((4, 64), (2, 192), (3, 33), (5, 7), (1, 96), (2, 3, 64))
+    for other in others:
+        flags = "odd-size" if math.prod(other) % 2 else ""
+        yield case("shape-" + "x".join(map(str, other)), other, "D4-2 G-1", flags)
     for n in (1, 2, 63, 64, 96, 128):
         yield case(f"vector-{n}", (n,), "D4-3", "one-dimensional-shape")
     yield case("shape-1x2", (1, 2), "D4-3", "packed-length-one")
@@ -625,7 +625,7 @@ def _files() -> Iterator[Case]:
             ]
             plain = _cast(clear(_cast(torch.cat(halves), dtype).float(), book).view(8, 64), dtype)
             nested = _cast(clear(_cast(_nested_weight(book, 128, False), dtype).float(), book), dtype)
-            vector = plain.view(-1)[:65].clone()
+            vector = plain.view(-1)[:66].clone()
             for label, x, is_nested in (("plain", plain, False), ("nested", nested, True), ("vector", vector, False)):
                 name = f"{book.name}-{label}-{dtype}"
                 written = _case(

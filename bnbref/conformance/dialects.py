@@ -243,7 +243,7 @@ def _int8_quantize(d: Dialect, x: Tensor, threshold: float) -> dict[str, Tensor]
     return {"codes": (x * (127.0 / scale)).round().to(torch.int8), "absmax": absmax}
 
 
-_PREDICT: dict[str, Callable[..., dict[str, Tensor]]] = {
+PREDICT: dict[str, Callable[..., dict[str, Tensor]]] = {
     "quantize_blockwise": _quantize_blockwise,
     "quantize_4bit": _quantize_4bit,
     "quantize_4bit_nested": _quantize_4bit_nested,
@@ -255,13 +255,15 @@ _PREDICT: dict[str, Callable[..., dict[str, Tensor]]] = {
     "int8_mm_dequant": _int8_mm_dequant,
 }
 
+"""The operations of which dialects say something; each returns its results by name."""
+
 
 def predict(dialect: Dialect, case: Case) -> Mapping[str, Tensor]:
     """What a backend with these conventions returns; empty where its conventions say nothing of the operation."""
     with eager():
         keywords = {**case.inputs, **arguments(case.params)}
         try:
-            return _PREDICT[case.operation](dialect, **keywords) if case.operation in _PREDICT else {}
+            return PREDICT[case.operation](dialect, **keywords) if case.operation in PREDICT else {}
         except RuntimeError:  # shapes that the dialect cannot do at all
             return {}
 

@@ -101,7 +101,8 @@ def _article(done: Report, finding: Finding) -> str:
         f'<article data-cells="{html.escape(" ".join(cells))}"><h3>{html.escape(done.backend)}: {html.escape(title)}{issues}</h3>'
         f"<p>{html.escape(RULES[finding.rule].text)}</p>{error_map(finding.original)}"
         f"<pre>{html.escape(describe(finding))}</pre>"
-        f"<details><summary>{len(finding.cases)} cases</summary><pre>{html.escape(chr(10).join(finding.cases))}</pre></details></article>"
+        f"<details><summary>{len(finding.cases)} cases</summary>"
+        f"<pre>{html.escape(chr(10).join(finding.cases))}</pre></details></article>"
     )
 
 

@@ -234,7 +234,9 @@ def matrix_text(done: Report) -> str:
     """Cases passed by operation and dtype, for a terminal."""
     lines = [f"{'':24}" + "".join(f"{dtype:>10}" for dtype in DTYPES)]
     for op, by_dtype in rows(done):
-        lines.append(f"{op:24}" + "".join(f"{cell(by_dtype[dtype]):>10}" for dtype in DTYPES))
+        cells = [cell(by_dtype[dtype]) for dtype in DTYPES]
+        if set(cells) != {"-"}:
+            lines.append(f"{op:24}" + "".join(f"{text:>10}" for text in cells))
     return "\n".join(lines)
 
 
