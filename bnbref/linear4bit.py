@@ -36,10 +36,7 @@ def _fast_sum(*dtypes: torch.dtype | None, **constants: Any) -> dict[str, Any]:
 
 
 def _wide_search(*dtypes: torch.dtype | None, **constants: Any) -> dict[str, Any]:
-    return {
-        "max_autotune_pointwise": True,
-        "emulate_precision_casts": False,
-    }  # more block sizes than Inductor would try
+    return {"max_autotune_pointwise": True, "emulate_precision_casts": False}  # more block sizes than Inductor would try
 
 
 @fused(dynamic={"packed": (0,), "absmax": (0,), "bias": (0,)}, cpu=_fast_sum, gpu=_wide_search, exact=False)
@@ -149,7 +146,9 @@ def _product_of_row(a: Tensor, packed: Tensor, state: QuantState, bias: Tensor |
         table = value_table(state.codebook, a.device)
         if codes.storage_offset() % 4 != 0:
             codes = codes.clone()  # the kernel reads words
-    y = multiply_row(columns, codes, scales, bias, table, blocksize=blocksize, codebook=state.codebook, dtype=a.dtype)
+    y = multiply_row(
+        columns, codes, scales, bias, table, blocksize=blocksize, codebook=state.codebook, dtype=a.dtype
+    )
     return y.view(*a.shape[:-1], n)
 
 

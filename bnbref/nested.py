@@ -6,6 +6,7 @@
 Source: Dettmers et al., QLoRA (2305.14314), section 3: 0.5 bit a parameter for the scales becomes 0.127.
 """
 
+import torch
 from einops import rearrange
 from torch import Tensor
 

@@ -301,6 +301,33 @@ def _bitsandbytes_default() -> Backend:
     return Backend("bitsandbytes-default", BitsAndBytesDefault(), ("bitsandbytes",))
 
 
+# ---- torchao --------------------------------------------------------------------------------------------------------
+
+
+class TorchAO:
+    """The blockwise 8 bits of torchao's optimizers. (Its NF4 tensor left the package before 0.18.)"""
+
+    def __init__(self) -> None:
+        self.quant: Any = importlib.import_module("torchao.optim.quant_utils")
+
+    def quantize_blockwise(self, x: Tensor, values: Tensor, blocksize: int) -> Any:
+        if x.numel() % blocksize or x.numel() == 0:
+            raise Unsupported("torchao keeps states of whole blocks alone in 8 bits")
+        # Optimizer states are float32, and contiguous.
+        scaled, absmax = self.quant.scale_tensor(x.float().contiguous(), blocksize)
+        return self.quant.quantize_8bit_with_qmap(scaled, values), absmax
+
+    def dequantize_blockwise(self, codes: Tensor, absmax: Tensor, values: Tensor, blocksize: int, dtype: Dtype) -> Any:
+        if codes.numel() % blocksize:
+            raise Unsupported("torchao keeps states of whole blocks alone in 8 bits")
+        return self.quant.dequant_with_qmap(codes, values, absmax).to(dtype)
+
+
+def _torchao() -> Backend:
+    _require("torchao")
+    return Backend("torchao", TorchAO(), ("torchao",))
+
+
 # ---- the list -------------------------------------------------------------------------------------------------------
 
 BACKENDS: dict[str, Callable[[], Backend]] = {
@@ -308,6 +335,7 @@ BACKENDS: dict[str, Callable[[], Backend]] = {
     "bnbref-eager": _bnbref_eager,
     "bitsandbytes": _bitsandbytes,
     "bitsandbytes-default": _bitsandbytes_default,
+    "torchao": _torchao,
 }
 """Backends that come with the kit."""
 

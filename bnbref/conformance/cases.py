@@ -187,7 +187,7 @@ def _shared_blocks(
         flags = "odd-size" if n % 2 and not eight else "tail-block"
         yield case(f"size-{n}", whole(-(-n // 64), n)[:n], "6" if flags == "odd-size" else tail_rule, flags)
     for power in (-126, -100, 0, 100, 126):
-        flags = "large-absmax" if power > 125 else "small-absmax" if power < -125 else ""
+        flags = {126: "large-absmax", -126: "small-absmax", -100: "absmax-floor"}.get(power, "")
         yield case(f"scale-2^{power}", whole(2, 5) * 2.0**power, "2", flags)
     one, zeros = whole(1, 8), torch.zeros(64)
     yield case("scale-3e38", one * 3e38, "2", "large-absmax")

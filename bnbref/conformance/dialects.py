@@ -37,7 +37,8 @@ FP4_BY_MIDPOINTS = Codebook(
 class Dialect:
     """Conventions of a backend, by default those of the reference.
 
-    fp4: codebook. ties: of 8-bit codes, "even", "lower" or "bins" (the table of 65,536). division: x / absmax for
+    fp4: codebook. ties: of 8-bit codes, "even", "lower", "upper" (by distances), "bins" (the table of 65,536). floor: the least
+    absmax. division: x / absmax for
     x * (1 / absmax), in all blocks or in a partial last one. small: an absmax below 2^-126 is stored as 0 ("zero"), kept
     ("keep"), or clamped to 1e-38 ("clamp", in a partial block stored so). large: above 2^126 the reciprocal is 0. zero_block:
     the code of 0 in all-zero blocks, None for the codebook's. row_scales: index of the scale by row. vector_as_row: a vector
@@ -48,6 +49,7 @@ class Dialect:
     name: str
     fp4: Codebook = FP4
     ties: str = "even"
+    floor: float = 0.0
     division: str = "never"
     small: str = "zero"
     large: bool = False
@@ -79,12 +81,19 @@ BNB_CPU = replace(
 )
 BNB_TRITON = Dialect("bnb-triton", division="always", ties="lower")
 
-DIALECTS = (BNB_CUDA, BNB_DEFAULT, BNB_CPU, BNB_TRITON)
+TORCHAO = Dialect("torchao", floor=1e-12, division="always", ties="upper")
+
+DIALECTS = (BNB_CUDA, BNB_DEFAULT, BNB_CPU, BNB_TRITON, TORCHAO)
 """Every dialect but the reference. 4-bit quantization of bnb-cpu is bnb-default's."""
 
 TEXT: dict[str, Callable[[Any], str]] = {
     "fp4": lambda _: "FP4 thresholds at midpoints (5/12 ...) on the signed axis, code 8 above code 0",
-    "ties": lambda v: "a tie goes to the lower code" if v == "lower" else "codes from a table of 65,536 bins",
+    "ties": lambda v: {
+        "lower": "a tie goes to the lower code",
+        "upper": "a tie, by distances, goes to the upper code",
+        "bins": "codes from a table of 65,536 bins",
+    }[v],
+    "floor": lambda v: f"absmax is at least {v}",
     "division": lambda v: "x / absmax" + (" in the partial last block" if v == "tail" else ""),
     "small": lambda v: (
         "a small absmax is clamped to 1e-38" if v == "clamp" else "a subnormal absmax is kept, its reciprocal is inf"
@@ -112,6 +121,7 @@ def _scaled(x: Tensor, blocksize: int, d: Dialect, pad: int = 0) -> tuple[Tensor
     blocks = F.pad(flat, (0, count * blocksize - flat.numel())).view(count, blocksize)
     absmax = blocks.abs().nan_to_num(0.0, posinf=torch.inf).amax(-1)
     partial = torch.arange(count) == (count - 1 if x.numel() % blocksize else count)
+    absmax = absmax.clamp(min=d.floor)
     stored, divisor = absmax, absmax
     if d.small == "zero":
         stored = divisor = torch.where(absmax >= SMALLEST_NORMAL, absmax, 0.0)
@@ -136,6 +146,10 @@ def _eight_bit(scaled: Tensor, values: Tensor, ties: str) -> Tensor:
     if ties == "bins":
         i = ((((scaled.clamp(-1, 1) + 1) * 0.5) * 65535) + 0.5).nan_to_num(0.0).floor()
         return count_below(-1 + (2 * i) / 65535, middle).to(torch.uint8)
+    if ties == "upper":
+        down = (torch.searchsorted(values, scaled, right=True) - 1).clamp(min=0)
+        up = (down + 1).clamp(max=values.numel() - 1)
+        return torch.where(scaled - values[down] >= (values[up] - values[down]) * 0.5, up, down).to(torch.uint8)
     if ties == "even":
         upper = torch.arange(middle.numel()) % 2 == 1
         middle = torch.where(upper, middle.nextafter(torch.tensor(-torch.inf)), middle)

@@ -252,6 +252,11 @@ _FLAGS = [
         "small-absmax",
         "Below 2^-126 the reciprocal overflows: scales of 1e-38 instead of the true one, or codes of infinity.",
     ),
+    Flag(
+        "absmax-floor",
+        "torchao clamps absmax to 1e-12: of gradients below 1e-6 the second moment, their square, is stored as if it were "
+        "next to nothing of a scale of 1e-12.",
+    ),
     Flag("large-absmax", "Above 2^126 the reciprocal is subnormal: flushed to zero, every code is that of zero."),
     Flag("non-finite", "One NaN or infinity must not change the blocks beside its own."),
     Flag("nan-scale", "A NaN scale, rounded to bfloat16 by adding 0x7FFF to its bits, becomes -0.0."),
