@@ -4,6 +4,7 @@ A `Dialect` is the reference with some fields replaced. A result is compared wit
 of them, so that an explanation is as narrow as it can be.
 """
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -257,6 +258,18 @@ def _int8_quantize(d: Dialect, x: Tensor, threshold: float) -> dict[str, Tensor]
     return {"codes": (x * (127.0 / scale)).round().to(torch.int8), "absmax": absmax}
 
 
+def _load_4bit(
+    d: Dialect, packed: Tensor, absmax: Tensor, quant_map: Tensor, state: Tensor, quant_type: str, **nested: Tensor
+) -> dict[str, Tensor]:
+    stored = arguments(json.loads(bytes(state.tolist())))
+    if "nested_absmax" in nested:
+        inner = (
+            nested["nested_quant_map"][absmax.long()] * nested["nested_absmax"].repeat_interleave(256)[: absmax.numel()]
+        )
+        absmax = inner + stored["nested_offset"]
+    return _dequantize_4bit(d, packed, absmax, stored["blocksize"], quant_type, stored["shape"], stored["dtype"])
+
+
 PREDICT: dict[str, Callable[..., dict[str, Tensor]]] = {
     "quantize_blockwise": _quantize_blockwise,
     "quantize_4bit": _quantize_4bit,
@@ -267,6 +280,7 @@ PREDICT: dict[str, Callable[..., dict[str, Tensor]]] = {
     "int8_quantize": _int8_quantize,
     "int8_matmul": _int8_matmul,
     "int8_mm_dequant": _int8_mm_dequant,
+    "load_4bit": _load_4bit,
 }
 
 """The operations of which dialects say something; each returns its results by name."""

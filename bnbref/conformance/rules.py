@@ -59,7 +59,7 @@ _LIST = [
         _ABSMAX,
         _SCALED,
         "The code is that of the nearest value, by the float32 midpoint fl(fl(a + b) / 2) of neighbouring values.",
-        "A scaled value exactly at a midpoint has the even code of the two.",
+        "A scaled value exactly at such a midpoint has the even code of the two.",
         "A zero in a block that is not all zero has the code of the value 0, and decodes to 0.",
         (
             "An all-zero block has absmax 0 and the codes of the value 0.",
@@ -82,8 +82,8 @@ _LIST = [
         "Q4",
         _ABSMAX,
         _SCALED,
-        "The code is the number of thresholds strictly below the scaled value (NF4), or strictly below its magnitude (FP4, "
-        "in the order 0 1 6 7 4 5 2 3).",
+        "The code is the number of thresholds strictly below the scaled value (NF4, whose thresholds are the float32 midpoints "
+        "fl(fl(a + b) / 2) of its values), or strictly below its magnitude (FP4, in the order 0 1 6 7 4 5 2 3).",
         "FP4's thresholds are 0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333, 0.8333333 as float32.",
         (
             "FP4's code has 8 added if x < 0, also where the magnitude rounds to zero; a tie has the smaller magnitude on "
