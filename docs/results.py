@@ -1,6 +1,6 @@
 """The published results of the conformance kit: `python docs/results.py`, where bitsandbytes and torchao are installed.
 
-Writes a JSON of each backend and one page of all into docs/content/conformance, and prints the table of docs/content/conformance.md.
+Writes a JSON of each backend and one page of all into docs/content/conformance, and prints the table of conformance.md.
 """
 
 from pathlib import Path

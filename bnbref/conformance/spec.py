@@ -79,8 +79,8 @@ def index() -> str:
     lines = [
         "# Specification",
         "",
-        "What each operation must return, as numbered rules. A rule may leave a freedom; whatever it does not leave is fixed, bit",
-        "for bit. fl(x) is x rounded to float32, T(x) to the dtype of the result, both to nearest even. Subnormal numbers count",
+        "What each operation must return, as numbered rules. A rule may leave a freedom; all else is fixed, bit for bit.",
+        "fl(x) is x rounded to float32, T(x) to the dtype of the result, both to nearest even. Subnormal numbers count",
         "unless a freedom says otherwise. The [conformance kit](../conformance.md) judges backends by these rules.",
         "",
         "## Every operation",
