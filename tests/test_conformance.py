@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -651,3 +652,39 @@ def test_every_red_cell_of_the_page_has_findings_and_nothing_is_loaded():
     for button in parser.buttons:
         assert any(button in cells for cells in parser.articles), button
     assert all(cell in parser.buttons for cells in parser.articles for cell in cells)
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+# Selects every red cell, and then all; what is seen each time is the text of an element that is printed with the page.
+CLICKS = """<script>
+const seen = [...document.querySelectorAll('button[data-cell]')].map(button => {
+  button.click();
+  const open = [...document.querySelectorAll('article')].filter(a => a.getBoundingClientRect().height > 0);
+  return [button.dataset.cell, open.length, open.every(a => a.dataset.cells.split(' ').includes(button.dataset.cell)),
+          open.some(a => a.querySelector('svg'))];
+});
+const wide = document.documentElement.scrollWidth > document.documentElement.clientWidth;
+document.body.insertAdjacentHTML('beforeend', '<output>' + JSON.stringify({seen, wide}) + '</output>');
+</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@pytest.mark.parametrize("width", [360, 1200])
+def test_the_page_in_a_browser(tmp_path, width):
+    chosen = [mutants.MUTANTS[i].backend for i in (0, 9, 12)]
+    reports = [report.report(backend, CPU, check.run(backend, STORED, CPU), small=False) for backend in chosen]
+    (tmp_path / "page.html").write_text(page.as_html(reports).replace("</html>", CLICKS + "</html>"), encoding="utf-8")
+    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile", f"--window-size={width},800"]
+    url = (tmp_path / "page.html").as_uri()
+    done = subprocess.run([CHROMIUM, *flags, "--dump-dom", url], capture_output=True, text=True, timeout=120, check=True)
+    found = re.search(r"<output>(.*?)</output>", done.stdout)
+    assert found is not None, done.stderr
+    facts = json.loads(found[1])
+    *cells, (_, total, _, maps) = facts["seen"]
+    assert total == sum(len(r.findings) for r in reports)
+    assert maps
+    assert len(cells) >= 3
+    for cell, shown, right, _ in cells:
+        assert shown > 0 and (right or not cell), cell
+    assert not facts["wide"], f"the page scrolls sideways at {width} pixels"

@@ -43,7 +43,13 @@ class Backend:
         self.functions: dict[str, Callable[..., Any]] = {op: f for op, f in found.items() if callable(f)}
         if not self.functions:
             raise ValueError(f"backend {name!r} has none of the operations {', '.join(OPERATIONS)}")
-        self.versions = {p: importlib.metadata.version(p) for p in ("torch", *packages)}
+        self.versions = {package: _version(package) for package in ("torch", *packages)}
+
+
+def _version(package: str) -> str:
+    # The module's own word first: a fork may have the module's name under a distribution of another.
+    found = getattr(importlib.import_module(package), "__version__", None)
+    return str(found) if found else importlib.metadata.version(package)
 
 
 def _attribute(functions: object, name: str) -> Any:
