@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bnbref.cli import main
-from bnbref.conformance import backends, cases, check, mutants, page, report, vectors
+from bnbref.conformance import backends, cases, check, mutants, page, report, spec, vectors
 from bnbref.conformance.backends import Backend
 from bnbref.conformance.dialects import explain
 from bnbref.conformance.operations import OPERATIONS, Also, Expected, wrong_elements
@@ -77,6 +77,14 @@ def test_every_rule_and_every_flag_has_a_case():
     everywhere = {"G-2", "G-5"}
     assert {rule for case in STORED for rule in case.rules} >= set(RULES) - everywhere
     assert {flag for case in STORED for flag in case.flags} == set(FLAGS) - {"caller-mutation"}
+
+
+def test_the_pages_of_the_specification_are_what_the_rules_say():
+    folder = ROOT / "docs" / "content" / "spec"
+    pages = spec.pages()
+    assert sorted(pages) == sorted(path.name for path in folder.iterdir())
+    stale = [name for name, text in pages.items() if (folder / name).read_text(encoding="utf-8") != text]
+    assert stale == [], "python -m bnbref.conformance.spec docs/content/spec"
 
 
 # ---- the second oracle ----------------------------------------------------------------------------------------------
