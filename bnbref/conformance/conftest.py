@@ -16,7 +16,7 @@ from bnbref.conformance.report import Report, broken, report
 def pytest_addoption(parser: pytest.Parser) -> None:
     """The options."""
     group = parser.getgroup("bnbref.conformance")
-    group.addoption("--backend", default="bnbref", help="one of the kit's, or package.module[:attribute]")
+    group.addoption("--backend", default="bnbref-eager", help="one of the kit's, or package.module[:attribute]")
     group.addoption("--device", default="cpu", help="where the backend runs")
     group.addoption("--xfails", help="file of case ids, patterns too, that are known to fail; # begins a comment")
     group.addoption("--max-examples", type=int, default=20, help="random inputs for each property (default: 20)")

@@ -19,7 +19,8 @@ body { font: 16px/1.45 system-ui, sans-serif; margin: 1rem auto; max-width: 60re
 h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; } h3 { font-size: 1rem; margin: .2rem 0; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; }
 th, td { border: 1px solid var(--line); padding: .2rem .45rem; text-align: right; white-space: nowrap; }
-th[colspan] { text-align: left; } th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: Canvas; }
+th[colspan] { text-align: left; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: Canvas; }
 td button { all: unset; cursor: pointer; color: var(--bad); font-weight: 600; }
 td button:focus-visible { outline: 2px solid; } td.ok { color: var(--ok); } td.none { color: var(--none); }
 article { border: 1px solid var(--line); border-radius: .4rem; padding: .6rem .8rem; margin: .8rem 0; }
