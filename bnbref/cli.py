@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import bnbref
+from bnbref.conformance.command import add_commands, judge
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,11 +32,8 @@ def parser() -> argparse.ArgumentParser:
     )
     info.set_defaults(run=run_info)
 
-    check = commands.add_parser(
-        "check", help="check bnbref itself: every exact kernel, eager and compiled, on a device"
-    )
-    check.add_argument("--self", action="store_true", required=True, help="the kernels of this installation")
-    check.add_argument("--device", help="where they run (default: the accelerator if there is one, else cpu)")
+    check = add_commands(commands)
+    check.add_argument("--self", action="store_true", help="bnbref's own exact kernels, eager and compiled, instead")
     check.set_defaults(run=run_check)
 
     demo = commands.add_parser("demo", help="quantize a small language model, measure it, and fine-tune it")
@@ -86,7 +84,9 @@ def run_info(args: argparse.Namespace) -> int:
 
 
 def run_check(args: argparse.Namespace) -> int:
-    """0 if every kernel gave the right bits."""
+    """0 if every kernel, or every case of the kit, gave the right bits."""
+    if not args.self:
+        return judge(args)
     problem = device_problem(args.device) if args.device else None
     if problem:
         return refuse(problem)

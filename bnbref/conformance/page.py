@@ -1,0 +1,149 @@
+"""The report as one HTML page: a matrix of operations, dtypes and backends; a click on a cell shows what failed in it.
+
+Nothing is loaded from anywhere, error maps are inline SVG, and it reads on a telephone.
+"""
+
+import html
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor
+
+from bnbref.conformance.check import Failure
+from bnbref.conformance.operations import OPERATIONS, steps
+from bnbref.conformance.report import DTYPES, Finding, Report, cell, describe, rows
+from bnbref.conformance.rules import FLAGS, RULES
+
+_STYLE = """
+:root { color-scheme: light dark; --ok: #1a7f37; --bad: #cf222e; --line: #8886; --none: #8884; }
+body { font: 16px/1.45 system-ui, sans-serif; margin: 1rem auto; max-width: 60rem; padding: 0 .8rem; }
+h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; } h3 { font-size: 1rem; margin: .2rem 0; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; }
+th, td { border: 1px solid var(--line); padding: .2rem .45rem; text-align: right; white-space: nowrap; }
+th[colspan] { text-align: left; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: Canvas; }
+td button { all: unset; cursor: pointer; color: var(--bad); font-weight: 600; }
+td button:focus-visible { outline: 2px solid; } td.ok { color: var(--ok); } td.none { color: var(--none); }
+article { border: 1px solid var(--line); border-radius: .4rem; padding: .6rem .8rem; margin: .8rem 0; }
+article[hidden] { display: none; } pre { overflow-x: auto; font-size: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+svg { width: 100%; height: auto; max-width: 40rem; } svg text { font-size: 9px; fill: currentColor; }
+"""
+
+_SCRIPT = """
+const articles = [...document.querySelectorAll('article')];
+const status = document.getElementById('shown');
+function show(cell) {
+  for (const a of articles) a.hidden = cell !== '' && !a.dataset.cells.split(' ').includes(cell);
+  const n = articles.filter(a => !a.hidden).length;
+  status.textContent = cell === '' ? `all ${n} findings` : `${n} of ${articles.length} findings: ${cell.replaceAll('/', ' ')}`;
+}
+document.addEventListener('click', event => {
+  const button = event.target.closest('button[data-cell]');
+  if (!button) return;
+  show(button.dataset.cell);
+  status.scrollIntoView({block: 'start'});
+});
+show('');
+"""
+
+
+def as_html(reports: Sequence[Report]) -> str:
+    """The page of one or several reports."""
+    parts = [
+        "<!doctype html><html lang=en><meta charset=utf-8>",
+        '<meta name=viewport content="width=device-width, initial-scale=1">',
+        f"<title>bnbref conformance</title><style>{_STYLE}</style>",
+        "<h1>bnbref conformance</h1>",
+        "<p>Cases passed of those that ran. A cell in red has findings: select it.</p>",
+        _matrix(reports),
+        '<h2>Findings</h2><p><span id=shown></span> <button data-cell="">show all</button></p>',
+        *(_article(done, finding) for done in reports for finding in done.findings),
+        f"<script>{_SCRIPT}</script></html>\n",
+    ]
+    return "\n".join(parts)
+
+
+def _cell_name(done: Report, operation: str, dtype: str) -> str:
+    return f"{done.backend}/{operation}/{dtype}"
+
+
+def _matrix(reports: Sequence[Report]) -> str:
+    head = "".join(
+        f"<th colspan={len(DTYPES)}>{html.escape(done.backend)}<br><small>{html.escape(_versions(done))}</small></th>"
+        for done in reports
+    )
+    second = "".join(f"<th>{dtype}</th>" for _ in reports for dtype in DTYPES)
+    body = []
+    tables = [(done, dict(rows(done))) for done in reports]
+    for operation in OPERATIONS:
+        cells = []
+        for done, table in tables:
+            for dtype in DTYPES:
+                results = table[operation][dtype]
+                text = cell(results)
+                if any(r.status == "failed" for r in results):
+                    name = html.escape(_cell_name(done, operation, dtype))
+                    cells.append(f'<td><button data-cell="{name}">{text}</button></td>')
+                else:
+                    cells.append(f"<td class={'none' if text == '-' else 'ok'}>{text}</td>")
+        body.append(f"<tr><td>{operation}</td>{''.join(cells)}</tr>")
+    return f"<div class=scroll><table><tr><th></th>{head}</tr><tr><th></th>{second}</tr>{''.join(body)}</table></div>"
+
+
+def _versions(done: Report) -> str:
+    return ", ".join(f"{name} {version}" for name, version in done.versions.items()) + f", {done.device}"
+
+
+def _article(done: Report, finding: Finding) -> str:
+    dtypes = {r.case.id: r.case.dtype for r in done.results}
+    cells = sorted({_cell_name(done, finding.operation, dtypes[case]) for case in finding.cases})
+    title = f"{finding.rule} {', '.join(finding.flags)}".strip()
+    issues = "".join(f" [{html.escape(FLAGS[f].issue)}]" for f in finding.flags if FLAGS[f].issue)
+    return (
+        f'<article data-cells="{html.escape(" ".join(cells))}"><h3>{html.escape(done.backend)}: {html.escape(title)}{issues}</h3>'
+        f"<p>{html.escape(RULES[finding.rule].text)}</p>{error_map(finding.original)}"
+        f"<pre>{html.escape(describe(finding))}</pre>"
+        f"<details><summary>{len(finding.cases)} cases</summary>"
+        f"<pre>{html.escape(chr(10).join(finding.cases))}</pre></details></article>"
+    )
+
+
+# ---- error maps -----------------------------------------------------------------------------------------------------
+
+
+def error_map(failure: Failure) -> str:
+    """Which elements are wrong, from the first to the last, and how far: an inline SVG; empty where no values are wrong.
+
+    Floats: representable numbers off, on a scale of powers of two. Codes: codes off; packed codes: which bytes.
+    """
+    if failure.got is None or failure.kind != "value":
+        return ""
+    got, want = failure.got.reshape(-1), failure.case.expected[failure.output].value.reshape(-1)
+    if got.dtype.is_floating_point:
+        off, unit = steps(got, want), "ulp"
+    else:
+        off, unit = (got.long() - want.long()).abs(), "off"
+    if failure.output == "packed":
+        off, unit = (off != 0).long(), "wrong bytes"
+    heights = off.double().add(1).log2()
+    top = max(float(heights.max()), 1.0)
+    width, height, count = 400.0, 60.0, got.numel()
+    bars = "".join(
+        f"<rect x={width * i / count:.1f} y={height - h:.1f} width={max(width / count, 1):.1f} height={h:.1f} />"
+        for i, h in _bars(failure.wrong, heights, height / top)
+    )
+    label = f"{failure.case.id}: {failure.output}[0 .. {count - 1}], up to {int(off[failure.wrong].max())} {unit}"
+    return (
+        f'<svg viewBox="0 0 {width:.0f} {height + 14:.0f}" role=img aria-label="{html.escape(label)}">'
+        f"<g fill=currentColor opacity=.75>{bars}</g><path d='M0 {height:.0f}H{width:.0f}' stroke=currentColor stroke-width=.5 />"
+        f"<text x=0 y={height + 11:.0f}>{html.escape(label)}</text></svg>"
+    )
+
+
+def _bars(wrong: Tensor, heights: Tensor, scale: float, most: int = 400) -> Iterable[tuple[int, float]]:
+    """At most so many bars, of neighbours the highest."""
+    step = -(-heights.numel() // most)
+    found: dict[int, float] = {}
+    for i in wrong.tolist():
+        place = i // step * step
+        found[place] = max(found.get(place, 0.0), float(heights[i]) * scale, 1.0)
+    return found.items()

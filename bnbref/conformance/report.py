@@ -1,0 +1,282 @@
+"""What a run found: for a terminal, as JSON, and as a table for a README."""
+
+import json
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bnbref.conformance.backends import Backend
+from bnbref.conformance.check import Failure, Result
+from bnbref.conformance.dialects import explain
+from bnbref.conformance.operations import OPERATIONS
+from bnbref.conformance.rules import FLAGS, RULES
+from bnbref.conformance.shrink import shrink
+
+
+class Element(NamedTuple):
+    """One wrong element: where, what came, what is allowed."""
+
+    place: tuple[int, ...]
+    got: str
+    want: str
+
+
+@dataclass(frozen=True)
+class Finding:
+    """All failures of one cause: they break the same rule, have the same flags and follow the same conventions.
+
+    example: the first of them, shrunk. cases: the ids of all.
+    """
+
+    operation: str
+    rule: str
+    flags: tuple[str, ...]
+    follows: tuple[str, ...]
+    example: Failure
+    original: Failure
+    cases: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """A backend, what became of each case, and the findings."""
+
+    backend: str
+    device: str
+    versions: Mapping[str, str]
+    results: Sequence[Result]
+    findings: Sequence[Finding]
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing failed, and something ran."""
+        return not self.findings and any(r.status == "passed" for r in self.results)
+
+
+def report(backend: Backend, device: torch.device, results: Sequence[Result], small: bool = True) -> Report:
+    """The report of a run. small: shrink the input of one failure of each finding."""
+    groups: dict[tuple[Any, ...], list[Failure]] = {}
+    for result in results:
+        # Where a shape is wrong, wrong values of the same result are no second finding.
+        shapes = {f.output for f in result.failures if f.kind in ("shape", "dtype", "missing", "raised")}
+        for failure in result.failures:
+            if failure.kind == "value" and (failure.output in shapes or (shapes and not explain(failure))):
+                continue
+            rule = {"mutated": "G-2", "dtype": "G-1", "missing": "G-1"}.get(failure.kind, failure.case.rules[0])
+            flags = ("caller-mutation",) if failure.kind == "mutated" else failure.case.flags
+            key = (failure.case.operation, rule, flags, tuple(explain(failure)))
+            groups.setdefault(key, []).append(failure)
+    findings = []
+    for (operation, rule, flags, follows), failures in groups.items():
+        smallest = min(failures, key=lambda f: sum(t.numel() for t in f.case.inputs.values()))
+        example = shrink(backend, smallest, device) if small else smallest
+        ids = tuple(dict.fromkeys(f.case.id for f in failures))
+        findings.append(Finding(operation, rule, flags, follows, example, smallest, ids))
+    seconds = sum(r.seconds for r in results)
+    return Report(backend.name, str(device), backend.versions, results, findings, seconds)
+
+
+# ---- numbers --------------------------------------------------------------------------------------------------------
+
+
+def number(x: Tensor) -> str:
+    """A scalar in decimal and in the hexadecimal of its bits.
+
+    >>> number(torch.tensor(0.1)), number(torch.tensor(131, dtype=torch.uint8))
+    ('0.10000000149011612 (3dcccccd)', '131 (83)')
+    """
+    value = x.item()
+    if x.dtype == torch.float64:
+        return f"{value!r} ({struct.pack('>d', value).hex()})"
+    return f"{value!r} ({hex_words(x)[0]})"
+
+
+def hex_words(x: Tensor) -> list[str]:
+    """Each element as the hexadecimal word of its bits, most significant digit first.
+
+    >>> hex_words(torch.tensor([1.0, -2.0], dtype=torch.bfloat16))
+    ['3f80', 'c000']
+    """
+    size = x.element_size()
+    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
+    words = x.detach().contiguous().reshape(-1).view(kind).tolist()
+    return [f"{word & (1 << 8 * size) - 1:0{2 * size}x}" for word in words]
+
+
+def elements(failure: Failure, most: int = 3) -> list[Element]:
+    """The first wrong elements of a failure."""
+    if failure.got is None or failure.kind != "value":
+        return []
+    expected = failure.case.expected[failure.output]
+    flat, want = failure.got.reshape(-1), expected.value.reshape(-1)
+    found = []
+    for i in failure.wrong[:most].tolist():
+        index = tuple(int(n) for n in torch.unravel_index(torch.tensor(i), failure.got.shape or (1,)))
+        allowed = number(want[i])
+        if expected.low is not None and expected.high is not None:
+            low, high = float(expected.low.reshape(-1)[i]), float(expected.high.reshape(-1)[i])
+            allowed = f"{low:.9g} .. {high:.9g}, best {allowed}"
+        elif expected.also is not None:
+            others = expected.also.value[expected.also.where == i]
+            allowed = " or ".join([allowed, *map(number, others)])
+        elif expected.pairs is not None:
+            first, second = expected.pairs
+            partner = int(first[second == i][0])
+            allowed = f"as element {partner}, {number(flat[partner])}"
+        elif expected.ulp:
+            allowed += f", {expected.ulp} ulp"
+        found.append(Element(index, number(flat[i]), allowed))
+    return found
+
+
+def inputs_of(failure: Failure, most: int = 8) -> list[str]:
+    """One line for each input: its name and, if there are few, its elements in decimal and hexadecimal."""
+    lines = []
+    for name, tensor in failure.case.inputs.items():
+        shape = list(tensor.shape)
+        kind = str(tensor.dtype).removeprefix("torch.")
+        if name == "values":
+            lines.append(f"{name} = the codebook's, {kind} {shape}")
+        elif tensor.numel() <= most:
+            lines.append(f"{name} = {tensor.tolist()} {kind}, hex {' '.join(hex_words(tensor))}")
+        else:
+            words = " ".join(hex_words(tensor.reshape(-1)[:4]))
+            lines.append(f"{name} = {kind} {shape}, hex {words} ...")
+    params = ", ".join(f"{k}={v}" for k, v in failure.case.params.items())
+    return lines + ([params] if params else [])
+
+
+# ---- forms ----------------------------------------------------------------------------------------------------------
+
+
+def describe(finding: Finding) -> str:
+    """A finding on one screen: rule, input, got and want, whose rule it follows, and the story of its flag."""
+    rule, example = RULES[finding.rule], finding.example
+    lines = [f"{finding.cases[0]}" + (f" and {len(finding.cases) - 1} more" if len(finding.cases) > 1 else "")]
+    lines.append(f"  rule     {rule.id}: {rule.text}")
+    lines.append(f"  found    {example.message}")
+    if example is not finding.original:
+        lines.append(
+            f"  shrunk   from {sum(t.numel() for t in finding.original.case.inputs.values())} numbers of input"
+        )
+    lines += [f"  input    {line}" for line in inputs_of(example)]
+    for element in elements(example):
+        lines.append(f"  element  {example.output}{list(element.place)}: got {element.got}, want {element.want}")
+    lines += [f"  follows  {text}" for text in finding.follows]
+    for name in finding.flags:
+        issue = f" [{FLAGS[name].issue}]" if FLAGS[name].issue else ""
+        lines.append(f"  flag     {name}: {FLAGS[name].story}{issue}")
+    return "\n".join(lines)
+
+
+def counts(results: Iterable[Result]) -> dict[str, int]:
+    """How many cases passed, failed, were refused, are not implemented."""
+    found = dict.fromkeys(("passed", "failed", "refused", "not implemented"), 0)
+    for result in results:
+        found[result.status] += 1
+    return found
+
+
+def broken(done: Report) -> list[str]:
+    """One line for each rule and flag that a finding has: `Q8-5 zero-in-nonzero-block  8 cases`."""
+    found: dict[tuple[str, str], set[str]] = {}
+    for finding in done.findings:
+        for flag in finding.flags or ("no flag",):
+            found.setdefault((finding.rule, flag), set()).update(finding.cases)
+    return [f"{rule} {flag}  {len(ids)} {'case' if len(ids) == 1 else 'cases'}" for (rule, flag), ids in found.items()]
+
+
+def as_text(done: Report) -> str:
+    """For a terminal; the last lines name each broken rule and its flag."""
+    total = counts(done.results)
+    versions = ", ".join(f"{name} {version}" for name, version in done.versions.items())
+    lines = [f"{done.backend} on {done.device} ({versions})", ""]
+    lines += [describe(finding) + "\n" for finding in done.findings]
+    lines.append(matrix_text(done))
+    lines.append(
+        f"{len(done.results)} cases in {done.seconds:.1f} s: "
+        + ", ".join(f"{n} {status}" for status, n in total.items() if n)
+    )
+    lines += [f"broken: {line}" for line in broken(done)] or ["conforms" if done.ok else "nothing was checked"]
+    return "\n".join(lines)
+
+
+def cell(results: Iterable[Result]) -> str:
+    """A cell of a table: how many of the cases that ran passed.
+
+    >>> cell([])
+    '-'
+    """
+    total = counts(results)
+    ran = total["passed"] + total["failed"]
+    if ran:
+        return f"{total['passed']}/{ran}"
+    return "refused" if total["refused"] else "-"
+
+
+DTYPES = ("float32", "float16", "bfloat16", "int8")
+
+
+def rows(done: Report) -> list[tuple[str, dict[str, list[Result]]]]:
+    """Operation by operation, the results by dtype."""
+    by_op: dict[str, dict[str, list[Result]]] = {op: {dtype: [] for dtype in DTYPES} for op in OPERATIONS}
+    for result in done.results:
+        by_op[result.case.operation][result.case.dtype].append(result)
+    return list(by_op.items())
+
+
+def matrix_text(done: Report) -> str:
+    """Cases passed by operation and dtype, for a terminal."""
+    lines = [f"{'':24}" + "".join(f"{dtype:>10}" for dtype in DTYPES)]
+    for op, by_dtype in rows(done):
+        cells = [cell(by_dtype[dtype]) for dtype in DTYPES]
+        if set(cells) != {"-"}:
+            lines.append(f"{op:24}" + "".join(f"{text:>10}" for text in cells))
+    return "\n".join(lines)
+
+
+def as_markdown(reports: Sequence[Report]) -> str:
+    """The badge table: operations by backends, a cell the cases passed of those that ran."""
+    head = " | ".join(
+        f"{done.backend} {done.versions.get(done.backend.partition('-')[0], '')}".strip() for done in reports
+    )
+    lines = [f"| operation | {head} |", "|---|" + "---|" * len(reports)]
+    tables = [dict(rows(done)) for done in reports]
+    for op in OPERATIONS:
+        cells = []
+        for table in tables:
+            text = cell([r for results in table[op].values() for r in results])
+            whole = "/" in text and len(set(text.split("/"))) == 1
+            cells.append(text if text == "-" or whole else f"**{text}**")
+        lines.append(f"| {op} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def as_json(done: Report) -> str:
+    """Everything but the tensors: versions, every case's status, every finding."""
+    body = {
+        "backend": done.backend,
+        "device": done.device,
+        "versions": dict(done.versions),
+        "counts": counts(done.results),
+        "cases": {r.case.id: r.status for r in done.results},
+        "findings": [
+            {
+                "operation": f.operation,
+                "rule": f.rule,
+                "flags": list(f.flags),
+                "follows": list(f.follows),
+                "cases": list(f.cases),
+                "message": f.example.message,
+                "input": inputs_of(f.example),
+                "elements": [e._asdict() for e in elements(f.example)],
+            }
+            for f in done.findings
+        ],
+    }
+    return json.dumps(body, indent=1) + "\n"

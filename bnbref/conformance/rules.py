@@ -1,0 +1,314 @@
+"""The rules that a backend is judged by, and the real bugs that cases were made from: data. docs/content/spec shows them."""
+
+from typing import NamedTuple
+
+
+class Rule(NamedTuple):
+    """One numbered sentence of the specification.
+
+    id: operation and number. text: what is required. freedom: what a backend may do otherwise, and still conforms.
+    """
+
+    id: str
+    operation: str
+    text: str
+    freedom: str = ""
+
+
+class Flag(NamedTuple):
+    """A bug that was real: what went wrong, where, and its number in bitsandbytes' tracker if it has one."""
+
+    name: str
+    story: str
+    issue: str = ""
+
+
+def _rules(operation: str, prefix: str, *texts: str | tuple[str, str]) -> list[Rule]:
+    pairs = [(text, "") if isinstance(text, str) else text for text in texts]
+    return [Rule(f"{prefix}-{i}", operation, text, freedom) for i, (text, freedom) in enumerate(pairs, 1)]
+
+
+_ABSMAX = (
+    "absmax is the largest magnitude of the block, float32, exactly.",
+    "A block whose largest magnitude is below 2^-126 may have absmax 0 and the codes of zero, or be scaled exactly. "
+    "Where an element is NaN or infinite, codes and absmax of its block are free; those of other blocks are not.",
+)
+_SCALED = (
+    "An element is scaled in float32, by the correctly rounded reciprocal of absmax: fl(x * fl(1 / absmax)).",
+    "Where absmax is no power of two the scaled value may be off by 2 ulp (a hardware reciprocal, a division): the code may "
+    "then be the one on the other side of a threshold that near. Subnormal numbers may be flushed to zero.",
+)
+_TAIL = "The last block, which may be shorter, follows the same arithmetic as the others; nothing beyond it is read or counted."
+
+_LIST = [
+    *_rules(
+        "every operation",
+        "G",
+        "Results have the shape and dtype that the operation defines.",
+        "Arguments are not modified.",
+        "A tensor that is not contiguous gives the result of its contiguous copy.",
+        (
+            "What is not supported is refused by an exception (ValueError, TypeError, NotImplementedError, RuntimeError).",
+            "Blocksizes that are no power of two, or below 32, may be refused.",
+        ),
+        ("The sign of a floating-point zero is not compared.", ""),
+    ),
+    *_rules(
+        "quantize_blockwise",
+        "Q8",
+        _ABSMAX,
+        _SCALED,
+        "The code is that of the nearest value, by the float32 midpoint fl(fl(a + b) / 2) of neighbouring values.",
+        "A scaled value exactly at such a midpoint has the even code of the two.",
+        "A zero in a block that is not all zero has the code of the value 0, and decodes to 0.",
+        (
+            "An all-zero block has absmax 0 and the codes of the value 0.",
+            "Its codes may also be 0: times an absmax of 0 they decode to 0.",
+        ),
+        _TAIL,
+    ),
+    *_rules(
+        "dequantize_blockwise",
+        "D8",
+        (
+            "An element is T(fl(values[code] * absmax)): one float32 product, one rounding to nearest even.",
+            "Products below 2^-126 may be flushed to zero.",
+        ),
+        "Element i belongs to block floor(i / blocksize), whatever the shape.",
+        "Where absmax is NaN the elements are NaN; beyond the range of T they are infinite.",
+    ),
+    *_rules(
+        "quantize_4bit",
+        "Q4",
+        _ABSMAX,
+        _SCALED,
+        "The code is the number of thresholds strictly below the scaled value (NF4, whose thresholds are the float32 midpoints "
+        "fl(fl(a + b) / 2) of its values), or strictly below its magnitude (FP4, in the order 0 1 6 7 4 5 2 3).",
+        "FP4's thresholds are 0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333, 0.8333333 as float32.",
+        (
+            "FP4's code has 8 added if x < 0, also where the magnitude rounds to zero; a tie has the smaller magnitude on "
+            "both sides of zero.",
+            "The code of -0.0 may be 0 or 8.",
+        ),
+        (
+            "The first element of two is in the high nibble; after an odd last element comes the code of 0.0.",
+            "In an all-zero block the nibble may be 0, as its codes may.",
+        ),
+        (
+            "An all-zero block has absmax 0 and the codes of the value 0: 7 (NF4), 0 (FP4).",
+            "NF4's code may also be 0: times an absmax of 0 it decodes to 0.",
+        ),
+        _TAIL,
+    ),
+    *_rules(
+        "dequantize_4bit",
+        "D4",
+        (
+            "An element is T(fl(values[code] * absmax)): one float32 product, one rounding to nearest even.",
+            "Products below 2^-126 may be flushed to zero.",
+        ),
+        "Element i, in row-major order, belongs to block floor(i / blocksize): blocks run on from row to row.",
+        "The result has the shape that was asked for: a vector is a vector, one row of one byte is one row.",
+    ),
+    *_rules(
+        "quantize_4bit_nested",
+        "QN",
+        "offset is the mean of the absmax, and their codes are those of quantize_blockwise(absmax - offset) with the signed "
+        "dynamic values and blocks of 256.",
+        "An all-zero block has the codes of the value 0 without any freedom: its scale does not come back as exactly 0.",
+        "An absmax equal to the mean has the code of the value 0.",
+    ),
+    *_rules(
+        "dequantize_4bit_nested",
+        "DN",
+        (
+            "The scale of a block is fl(fl(values[code] * absmax2) + offset).",
+            "The sum may be fused: one rounding instead of two.",
+        ),
+        "Elements follow D4 with these scales, in the shape asked for.",
+    ),
+    *_rules(
+        "gemm_4bit",
+        "G4",
+        (
+            "y = a @ W^T + bias with W as D4 decodes it to the dtype of a, and float32 accumulation.",
+            "With u the unit roundoff of the dtype, v that of float32: up to four roundings to the dtype in each product "
+            "(value, scale, weight, product), any order of summation, bias before or after the last rounding: "
+            "|got - y| <= (4.1 u + 2 k v) * sum |a w| + 2 u * (|y| + |bias|).",
+        ),
+        "Every row of a is multiplied, and leading dimensions are kept.",
+    ),
+    *_rules(
+        "int8_quantize",
+        "I8",
+        (
+            "row absmax is the largest magnitude among the elements of the row that are below the threshold (all if it is 0).",
+            "A row with NaN or infinity is free, others are not. The zero of a row of outliers may be -0.0.",
+        ),
+        (
+            "The code is x * (127 / absmax) rounded to the nearest integer, ties to even.",
+            "Where absmax / 127 is no power of two the product may be off by 2 ulp.",
+        ),
+        "A column is an outlier column if any |x| >= threshold in it; its codes are 0 in every row, and its index is listed.",
+        "A row of zeros has absmax 0 and codes 0.",
+        "All dimensions but the last are rows: codes have the shape of x, absmax one element a row.",
+    ),
+    *_rules(
+        "int8_matmul",
+        "IM",
+        "The int32 product is exact, for every k whose sum fits in 32 bits.",
+        "Leading dimensions are kept.",
+    ),
+    *_rules(
+        "int8_mm_dequant",
+        "ID",
+        (
+            "y = product * row * column / 16129 + bias in float32, rounded once to the dtype.",
+            "Any order and rounding of the factors: |got - y| <= 5 v |product| + 2 v |y| + 2 u (|y| + |bias|), with v the unit "
+            "roundoff of float32 and u that of the dtype.",
+        ),
+        "The range is that of the dtype, not of another one on the way.",
+        "The shape of the product is kept.",
+    ),
+    *_rules(
+        "int8_dequantize",
+        "IV",
+        (
+            "y = code * absmax / 127 in float32.",
+            "Any order of the two factors, product or division: 4 ulp.",
+        ),
+    ),
+    *_rules(
+        "save_4bit",
+        "CW",
+        "A file holds the packed codes, absmax, quant_map and, nested, nested_absmax and nested_quant_map, as quantization "
+        "gave them.",
+        "The state is the UTF-8 of a JSON object with the keys quant_type, blocksize, dtype, shape and, nested, "
+        'nested_blocksize, nested_dtype, nested_offset, in this order, with ", " and ": " between.',
+    ),
+    *_rules(
+        "load_4bit",
+        "CR",
+        "The tensors of a file give the weight that D4 (nested: DN) decodes, in the dtype and shape of the state.",
+    ),
+]
+
+RULES: dict[str, Rule] = {rule.id: rule for rule in _LIST}
+"""Every rule by its id."""
+
+_FLAGS = [
+    Flag(
+        "zero-in-nonzero-block",
+        "bitsandbytes' CPU kernel looks codes up in a table of 65,536 bins, none of which is centred on zero: 0 becomes "
+        "2.1e-5 of absmax (signed) or 1.6e-5 (unsigned). Sparse gradients and 8-bit optimizer states drift.",
+    ),
+    Flag(
+        "binned-codes",
+        "The same table of 65,536 bins of 3e-5 each: everything below 1.5e-5 of absmax has one of two codes, a third of "
+        "log-uniform data is not given the nearest code.",
+    ),
+    Flag("tie-to-even", "CUDA gives a scaled value exactly at a midpoint the even code, other backends the lower one."),
+    Flag(
+        "scale-index-tail-columns",
+        "The AVX512 kernel of bitsandbytes takes the scale of row * (columns // blocksize) + column // blocksize: wrong "
+        "for every weight whose in_features are a multiple of 16 and not of the blocksize (32, 80, 96 ...).",
+        "#1828 (worked around by a limit on the blocksize)",
+    ),
+    Flag(
+        "nested-absmax",
+        "Scales that are themselves quantized: a backend decoded them in half precision, or without the offset.",
+        "#1582",
+    ),
+    Flag(
+        "nested-zero-block",
+        "CUDA gives an all-zero NF4 block code 0, which is -1. After double quantization its scale is not 0: the block "
+        "decodes to a constant.",
+    ),
+    Flag(
+        "fp4-threshold",
+        "FP4's seven thresholds are literals of the CUDA kernel, up to 14 ulp off the midpoints that other backends "
+        "compute; one backend had 0.00520833 for 1/192.",
+        "#2026",
+    ),
+    Flag(
+        "fp4-zero-sign",
+        "The torch backend of bitsandbytes sorts FP4's sixteen values, and argsort puts code 8 (-0) above code 0: small "
+        "positive numbers get code 8, small negative ones code 0.",
+    ),
+    Flag(
+        "fp4-negative-tie",
+        "Thresholds on the signed axis instead of the magnitude: a negative tie goes to the larger magnitude.",
+    ),
+    Flag(
+        "tail-block",
+        "The last, partial block was scaled by another formula, or by what lay in memory behind it.",
+        "#1884",
+    ),
+    Flag(
+        "tail-absmax", "A clamp against division by zero is stored: the absmax of an all-zero partial block is 1e-38."
+    ),
+    Flag("zero-block", "An all-zero block divides by zero: codes that depend on how the hardware compares NaN."),
+    Flag(
+        "small-absmax",
+        "Below 2^-126 the reciprocal overflows: scales of 1e-38 instead of the true one, or codes of infinity.",
+    ),
+    Flag(
+        "absmax-floor",
+        "torchao clamps absmax to 1e-12: of gradients below 1e-6 the second moment, their square, is stored as if it were "
+        "next to nothing of a scale of 1e-12.",
+    ),
+    Flag("large-absmax", "Above 2^126 the reciprocal is subnormal: flushed to zero, every code is that of zero."),
+    Flag("non-finite", "One NaN or infinity must not change the blocks beside its own."),
+    Flag("nan-scale", "A NaN scale, rounded to bfloat16 by adding 0x7FFF to its bits, becomes -0.0."),
+    Flag("negative-zero", "The sign bit of -0.0 taken for x < 0."),
+    Flag(
+        "odd-size",
+        "An odd number of elements leaves a nibble: it is the code of 0.0, not of what was in memory.",
+        "#2043 (reads out of bounds)",
+    ),
+    Flag("blocksize", "Large blocksizes ran the kernel of another blocksize.", "#1160"),
+    Flag("noncontiguous", "A transposed tensor was read in the order of its memory, without a word.", "#1996, #1859"),
+    Flag("caller-mutation", "An operation modified its caller's tensor.", "#1863"),
+    Flag(
+        "one-dimensional-shape",
+        "The CPU kernel of bitsandbytes makes a vector a matrix of one row to work on, and returns that: shape [1, n].",
+    ),
+    Flag(
+        "packed-length-one",
+        "A packed weight of one byte is taken for a transposed one: a 1 x 2 weight comes back as 2 x 1.",
+    ),
+    Flag(
+        "rounding", "A scale or a codebook value rounded to the output dtype before the product: two roundings for one."
+    ),
+    Flag("gemm-rows", "A kernel for vectors, given a matrix, computed the first row alone."),
+    Flag(
+        "int8-constant",
+        "A digit of 1/16129 is wrong in bitsandbytes' torch backend, 6.200124e-05: all results 1.8e-5 too large.",
+    ),
+    Flag(
+        "int8-3d",
+        "Operations written for matrices: 3-D input raises, loses its shape, or is reduced over the wrong axis.",
+    ),
+    Flag(
+        "int8-k-over-1040", "Products summed in float32 are exact up to 2^24 only, k = 1040 in the worst case.", "#1796"
+    ),
+    Flag(
+        "int8-one-column",
+        "torch._int_mm on a CPU with VNNI returns what was in memory where k is 1, and kernels built on it do too.",
+    ),
+    Flag("float16-detour", "Results of float32 and bfloat16 go through float16 on CUDA, and end at 65504."),
+    Flag("outlier-columns", "Which columns hold outliers, and that they take no part in the absmax of a row."),
+    Flag("checkpoint-bytes", "Files that other versions must read: one byte more, and they do not."),
+]
+
+FLAGS: dict[str, Flag] = {flag.name: flag for flag in _FLAGS}
+"""Every flag by its name."""
+
+
+def rules_of(operation: str) -> list[Rule]:
+    """The rules of an operation, in order.
+
+    >>> [rule.id for rule in rules_of("int8_matmul")]
+    ['IM-1', 'IM-2']
+    """
+    return [rule for rule in _LIST if rule.operation == operation]

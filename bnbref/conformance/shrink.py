@@ -1,0 +1,102 @@
+"""The smallest input that still fails: elements, rows and columns are taken away, what is left is made simple.
+
+Deterministic and greedy: candidates are tried in a fixed order, the first that fails in the same way is kept, until none does.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnbref.conformance.backends import Backend
+from bnbref.conformance.cases import Case
+from bnbref.conformance.check import Failure, run_case
+from bnbref.conformance.dialects import explain
+from bnbref.conformance.operations import OPERATIONS
+
+BUDGET = 150
+"""How many inputs are tried."""
+
+
+def _without(size: int) -> Iterator[Tensor]:
+    """Indices that stay when a run of a half, a quarter, ... one of `size` elements is removed, the last run first."""
+    every, run = torch.arange(size), size // 2
+    while run > 0:
+        for start in reversed(range(0, size, run)):
+            if size > run:
+                yield torch.cat((every[:start], every[start + run :]))
+        run //= 2
+
+
+def _vary(case: Case, inputs: dict[str, Tensor], **params: Any) -> Case:
+    given, chosen = {**case.inputs, **inputs}, {**case.params, **params}
+    return replace(
+        case, inputs=given, params=chosen, expected=OPERATIONS[case.operation].expect(given, chosen), layout=()
+    )
+
+
+def _smaller(case: Case) -> Iterator[Case]:
+    match case.operation:
+        case "quantize_blockwise" | "quantize_4bit":
+            # One block, then fewer elements of it, its absmax among them: the scaled values stay what they were.
+            x, blocksize = case.inputs["x"].reshape(-1), case.params["blocksize"]
+            if x.numel() > blocksize:
+                for block in x.split(blocksize):
+                    yield _vary(case, {"x": block})
+            else:
+                largest = int(x.float().abs().nan_to_num(0.0).argmax()) if x.numel() else 0
+                for kept in _without(x.numel()):
+                    if largest in kept:
+                        yield _vary(case, {"x": x[kept]})
+        case "dequantize_4bit":
+            packed, absmax = case.inputs["packed"], case.inputs["absmax"]
+            ones = torch.full_like(packed, 0x33 if case.params["quant_type"] == "fp4" else 0xFF)
+            counted = torch.arange(1.0, absmax.numel() + 1)
+            rows, *rest = case.params["shape"]
+            inner = int(torch.Size(rest).numel())
+            if rest and rows > 1 and (rows - 1) * inner % 2 == 0:
+                n = (rows - 1) * inner
+                blocks = -(-n // case.params["blocksize"])
+                yield _vary(case, {"packed": packed[: n // 2], "absmax": absmax[:blocks]}, shape=[rows - 1, *rest])
+            if not torch.equal(packed, ones):
+                yield _vary(case, {"packed": ones})
+            if not torch.equal(absmax, counted):
+                yield _vary(case, {"absmax": counted})
+        case "int8_mm_dequant" if case.inputs["product"].dim() == 2:
+            product, row, column = (case.inputs[name] for name in ("product", "row", "column"))
+            for kept in _without(product.shape[0]):
+                yield _vary(case, {"product": product[kept], "row": row[kept]})
+            for kept in _without(product.shape[1]):
+                biased = {"bias": case.inputs["bias"][kept]} if "bias" in case.inputs else {}
+                yield _vary(case, {"product": product[:, kept], "column": column[kept], **biased})
+        case "int8_matmul" if case.inputs["a"].dim() == 2:
+            a, b = case.inputs["a"], case.inputs["b"]
+            for kept in _without(a.shape[0]):
+                yield _vary(case, {"a": a[kept]})
+            for kept in _without(b.shape[0]):
+                yield _vary(case, {"b": b[kept]})
+
+
+def shrink(backend: Backend, failure: Failure, device: torch.device) -> Failure:
+    """The failure of a smaller case, or the same failure if none was found. The expectation is computed anew each time."""
+    best, left, why = failure, BUDGET, explain(failure)
+    if not failure.case.derived or failure.kind not in ("value", "raised"):
+        return failure
+    found = True
+    while found:
+        found = False
+        for candidate in _smaller(best.case):
+            left -= 1
+            if left < 0:
+                return best
+            same = [
+                f
+                for f in run_case(backend, candidate, device).failures
+                if (f.kind, f.output) == (best.kind, best.output) and explain(f) == why
+            ]
+            if same:
+                best, found = same[0], True
+                break
+    return best

@@ -1,0 +1,31 @@
+"""The published results of the conformance kit: `python docs/results.py`, where bitsandbytes and torchao are installed.
+
+Writes a JSON of each backend and one page of all into docs/content/conformance, and prints the table of conformance.md.
+"""
+
+from pathlib import Path
+
+import torch
+
+from bnbref.conformance import backends, check, page, report, vectors
+
+FOLDER = Path(__file__).parent / "content" / "conformance"
+BACKENDS = ("bitsandbytes", "bitsandbytes-default", "torchao", "bnbref-eager")
+
+
+def main() -> None:
+    """Runs every case on every backend."""
+    cases, device = vectors.read_all(), torch.device("cpu")
+    reports = []
+    for name in BACKENDS:
+        backend = backends.load(name)
+        reports.append(report.report(backend, device, check.run(backend, cases, device)))
+        (FOLDER / f"{name}.json").write_text(report.as_json(reports[-1]), encoding="utf-8")
+    (FOLDER / "report.html").write_text(page.as_html(reports), encoding="utf-8")
+    print(report.as_markdown(reports))
+    for done in reports:
+        print(done.backend, *report.broken(done), sep="\n  ")
+
+
+if __name__ == "__main__":
+    main()

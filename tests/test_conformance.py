@@ -1,0 +1,699 @@
+"""The conformance kit: its vectors agree with a second oracle, wrong backends do not pass, and the right one does."""
+
+import html.parser
+import importlib.metadata
+import importlib.util
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import second
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bnbref.cli import main
+from bnbref.conformance import backends, cases, check, mutants, page, report, spec, vectors
+from bnbref.conformance.backends import Backend
+from bnbref.conformance.dialects import explain
+from bnbref.conformance.operations import OPERATIONS, Also, Expected, wrong_elements
+from bnbref.conformance.rules import FLAGS, RULES
+from bnbref.conformance.shrink import shrink
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+STORED = vectors.read_all()
+BY_ID = {case.id: case for case in STORED}
+each_operation = pytest.mark.parametrize("operation", OPERATIONS)
+
+
+def of(operation):
+    return [case for case in STORED if case.operation == operation]
+
+
+# ---- the vectors ----------------------------------------------------------------------------------------------------
+
+
+def test_the_files_are_what_the_cases_give_byte_for_byte():
+    made = vectors.files(cases.all_cases())
+    stored = {path.name: path.read_bytes() for path in vectors.FOLDER.iterdir() if path.name != "schema.json"}
+    assert sorted(made) == sorted(stored)
+    assert [name for name in made if made[name] != stored[name]] == [], "python -m bnbref vectors write"
+
+
+def test_the_files_are_small():
+    assert sum(path.stat().st_size for path in vectors.FOLDER.iterdir()) < 4_000_000
+
+
+@each_operation
+def test_the_files_follow_their_schema(operation):
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = json.loads((vectors.FOLDER / "schema.json").read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate(json.loads((vectors.FOLDER / f"{operation}.json").read_text()), schema)
+
+
+@each_operation
+def test_safetensors_itself_reads_the_files(operation):
+    theirs = pytest.importorskip("safetensors.torch").load_file(vectors.FOLDER / f"{operation}.safetensors")
+    ours = vectors.load_safetensors((vectors.FOLDER / f"{operation}.safetensors").read_bytes())
+    assert theirs.keys() == ours.keys()
+    for name, tensor in ours.items():
+        assert theirs[name].dtype == tensor.dtype
+        assert theirs[name].shape == tensor.shape
+        assert vectors.raw(theirs[name]) == vectors.raw(tensor)
+
+
+def test_every_rule_and_every_flag_has_a_case():
+    # These are judged in every case, not in some.
+    everywhere = {"G-2", "G-5"}
+    assert {rule for case in STORED for rule in case.rules} >= set(RULES) - everywhere
+    assert {flag for case in STORED for flag in case.flags} == set(FLAGS) - {"caller-mutation"}
+
+
+def test_the_pages_of_the_specification_are_what_the_rules_say():
+    folder = ROOT / "docs" / "content" / "spec"
+    pages = spec.pages()
+    assert sorted(pages) == sorted(path.name for path in folder.iterdir())
+    stale = [name for name, text in pages.items() if (folder / name).read_text(encoding="utf-8") != text]
+    assert stale == [], "python -m bnbref.conformance.spec docs/content/spec"
+
+
+# ---- the second oracle ----------------------------------------------------------------------------------------------
+
+
+def flat(x):
+    return [int(v) for v in x.reshape(-1).tolist()]
+
+
+def eight_bit_name(values):
+    for name in ("dynamic_signed", "dynamic_unsigned"):
+        if np.array_equal(second.VALUES[name], second.floats(values)):
+            return name
+    raise AssertionError("an unknown codebook")
+
+
+def second_4bit(x, blocksize, quant_type):
+    packed, absmax = second.quantize_4bit(quant_type, second.floats(x), blocksize)
+    return torch.tensor(packed, dtype=torch.uint8), torch.from_numpy(absmax)
+
+
+def second_weight(packed, absmax, blocksize, quant_type, shape, dtype):
+    codes = second.unpack(flat(packed), int(np.prod(shape)))
+    return second.dequantize(second.VALUES[quant_type], codes, second.floats(absmax), blocksize, dtype).view(shape)
+
+
+def second_scales(codes, absmax2, offset):
+    return torch.from_numpy(second.nested_dequantize(flat(codes), second.floats(absmax2), np.float32(offset.item())))
+
+
+def second_nested(x, blocksize, quant_type):
+    packed, absmax = second_4bit(x, blocksize, quant_type)
+    offset = second.nearest_float32(sum((Fraction(float(a)) for a in absmax), Fraction(0)) / len(absmax))
+    codes, absmax2 = second.nested_quantize(absmax.numpy(), offset)
+    return packed, torch.tensor(codes, dtype=torch.uint8), torch.from_numpy(absmax2), torch.tensor(float(offset))
+
+
+def second_product(a, weight, bias):
+    """Exact up to the rounding of float64, whose error is far below the bounds."""
+    y = a.double().numpy() @ weight.double().numpy().T
+    return torch.from_numpy(y if bias is None else y + bias.double().numpy())
+
+
+def second_mm_dequant(product, row, column, bias, dtype):
+    matrix = product.reshape(-1, product.shape[-1]).numpy()
+    offset = None if bias is None else second.floats(bias)
+    return second.int8_dequantize_product(matrix, second.floats(row), second.floats(column), offset, None, dtype).view(
+        product.shape
+    )
+
+
+def second_int8(x, threshold):
+    rows = second.floats(x).reshape(-1, x.shape[-1])
+    codes, absmax, outlier = second.int8_quantize(rows, threshold)
+    columns = [i for i, found in enumerate(outlier) if found]
+    made = torch.tensor(codes, dtype=torch.int8).view(x.shape)
+    return made, torch.from_numpy(absmax), torch.tensor(columns, dtype=torch.int64)
+
+
+def second_file(x, blocksize, quant_type, nested):
+    state = {"quant_type": quant_type, "blocksize": blocksize, "dtype": str(x.dtype)[6:], "shape": list(x.shape)}
+    made = {"quant_map": torch.from_numpy(second.VALUES[quant_type].copy())}
+    if nested:
+        made["packed"], made["absmax"], made["nested_absmax"], offset = second_nested(x, blocksize, quant_type)
+        made["nested_quant_map"] = torch.from_numpy(second.VALUES["dynamic_signed"].copy())
+        state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": offset.item()}
+    else:
+        made["packed"], made["absmax"] = second_4bit(x, blocksize, quant_type)
+    return {**made, "state": torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)}
+
+
+def second_load(packed, absmax, quant_map, state, quant_type, nested_absmax=None, nested_quant_map=None):
+    fields = json.loads(bytes(state.tolist()))
+    if nested_absmax is not None:
+        absmax = second_scales(absmax, nested_absmax, torch.tensor(fields["nested_offset"]))
+    dtype = getattr(torch, fields["dtype"])
+    return second_weight(packed, absmax, fields["blocksize"], quant_type, fields["shape"], dtype)
+
+
+def second_blockwise(x, values, blocksize):
+    codes, absmax = second.quantize(eight_bit_name(values), second.floats(x), blocksize)
+    return torch.tensor(codes, dtype=torch.uint8).view(x.shape), torch.from_numpy(absmax)
+
+
+def second_deblockwise(codes, absmax, values, blocksize, dtype):
+    return second.dequantize(second.floats(values), flat(codes), second.floats(absmax), blocksize, dtype).view(
+        codes.shape
+    )
+
+
+SECOND = {
+    "quantize_blockwise": second_blockwise,
+    "dequantize_blockwise": second_deblockwise,
+    "quantize_4bit": second_4bit,
+    "dequantize_4bit": second_weight,
+    "quantize_4bit_nested": second_nested,
+    "dequantize_4bit_nested": lambda packed, codes, absmax2, offset, values, **rest: second_weight(
+        packed, second_scales(codes, absmax2, offset), **rest
+    ),
+    "gemm_4bit": lambda a, packed, absmax, blocksize, quant_type, shape, bias=None: second_product(
+        a, second_weight(packed, absmax, blocksize, quant_type, shape, a.dtype), bias
+    ),
+    "int8_quantize": second_int8,
+    "int8_matmul": lambda a, b: torch.tensor(second.int8_product(a.reshape(-1, a.shape[-1]).tolist(), b.tolist())).view(
+        *a.shape[:-1], len(b)
+    ),
+    "int8_mm_dequant": lambda product, row, column, dtype, bias=None: second_mm_dequant(
+        product, row, column, bias, dtype
+    ),
+    "int8_dequantize": lambda codes, absmax: second.int8_dequantize(
+        codes.numpy(), second.floats(absmax), torch.float32
+    ),
+    "save_4bit": second_file,
+    "load_4bit": second_load,
+}
+
+
+@each_operation
+def test_a_second_oracle_agrees_on_every_vector(operation):
+    """Value by value, not within what the rules allow; a product lies within its interval."""
+    for case in of(operation):
+        made = SECOND[operation](**case.inputs, **check.arguments(case.params))
+        named = (
+            made
+            if isinstance(made, dict)
+            else dict(zip(case.expected, made if isinstance(made, tuple) else (made,), strict=True))
+        )
+        assert named.keys() == case.expected.keys(), case.id
+        for name, expected in case.expected.items():
+            value, want = named[name], expected.value
+            assert value.shape == want.shape, (case.id, name)
+            if operation == "gemm_4bit":
+                assert bool((value >= expected.low).all() & (value <= expected.high).all()), case.id
+                assert wrong_elements(value.to(want.dtype), expected).numel() == 0, case.id
+            elif name != "product":
+                assert value.dtype == want.dtype, (case.id, name)
+                free = torch.zeros(want.numel(), dtype=torch.bool)
+                if expected.free is not None and expected.pairs is None:
+                    free[expected.free] = True  # blocks that are not finite
+                same = check.same(value.reshape(-1), want.reshape(-1)) | free
+                assert bool(same.all()), (case.id, name, (~same).nonzero().view(-1)[:5])
+            else:
+                assert flat(value) == flat(want), case.id
+
+
+UNIT = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+
+
+def test_intervals_are_as_wide_as_their_rules_say():
+    """The bounds of G4-1 and ID-1 from the second oracle's numbers; a wider one would let wrong constants pass."""
+    v = 2.0**-24
+    for case in of("gemm_4bit"):
+        a, bias, k = case.inputs["a"].double().abs(), case.inputs.get("bias"), case.params["shape"][1]
+        weight = second_weight(
+            **{name: case.inputs[name] for name in ("packed", "absmax")},
+            **check.arguments(case.params),
+            dtype=case.inputs["a"].dtype,
+        ).double()
+        y, u = second_product(case.inputs["a"], weight, bias), UNIT[case.dtype]
+        added = 0.0 if bias is None else bias.double().abs()
+        bound = (4.1 * u + 2 * k * v) * (a @ weight.abs().t()) + 2 * u * (y.abs() + added)
+        torch.testing.assert_close((case.expected["y"].high - case.expected["y"].low) / 2, bound, rtol=1e-6, atol=0)
+    for case in of("int8_mm_dequant"):
+        product, bias = case.inputs["product"].double(), case.inputs.get("bias")
+        rows, u = product.view(-1, product.shape[-1]), UNIT[case.dtype]
+        scaled = rows * case.inputs["row"].double()[:, None] * case.inputs["column"].double() / 16129
+        added = torch.zeros(()).double() if bias is None else bias.double()
+        y = scaled + added
+        bound = 5 * v * scaled.abs() + 2 * v * y.abs() + 2 * u * (y.abs() + added.abs())
+        bound = bound if case.derived else bound + 1e-4 * y.abs()  # cases on shapes and ranges
+        width = (case.expected["y"].high - case.expected["y"].low).view(rows.shape) / 2
+        torch.testing.assert_close(width, bound, rtol=1e-4 if not case.derived else 1e-6, atol=0)
+
+
+# ---- judging --------------------------------------------------------------------------------------------------------
+
+
+def verdict(got, **expected):
+    return wrong_elements(torch.tensor(got), Expected(torch.tensor([1.0, 2.0]), **expected)).tolist()
+
+
+def test_what_is_allowed_is_allowed_and_nothing_else():
+    assert verdict([1.0, 2.0]) == []
+    assert verdict([1.0, 3.0]) == [1]
+    assert verdict([float("nan"), 2.0]) == [0]
+    also = Also(torch.tensor([1, 1]), torch.tensor([3.0, 4.0]))
+    assert verdict([1.0, 3.0], also=also) == verdict([1.0, 4.0], also=also) == verdict([1.0, 2.0], also=also) == []
+    assert verdict([3.0, 5.0], also=also) == [0, 1]
+    assert verdict([7.0, 7.0], free=torch.tensor([0])) == [1]
+    pairs = torch.tensor([[0], [1]])
+    assert verdict([7.0, 7.0], free=torch.tensor([0, 1]), pairs=pairs) == []
+    assert verdict([7.0, 8.0], free=torch.tensor([0, 1]), pairs=pairs) == [1]
+    one_up = torch.tensor(2.0).nextafter(torch.tensor(3.0)).item()
+    assert verdict([1.0, one_up], ulp=1) == []
+    assert verdict([1.0, one_up]) == [1]
+    bounds = {"low": torch.tensor([0.0, 0.0]).double(), "high": torch.tensor([1.0, 2.5]).double()}
+    assert verdict([0.5, 2.6], **bounds) == [1]
+    assert verdict([float("nan"), 2.5], **bounds) == [0]
+
+
+@given(st.lists(st.tuples(st.integers(0, 255), st.integers(0, 255)), min_size=1, max_size=20))
+def test_a_wrong_byte_is_found_wherever_it_is(pairs):
+    got, want = (torch.tensor(side, dtype=torch.uint8) for side in zip(*pairs, strict=True))
+    assert wrong_elements(got, Expected(want)).tolist() == [i for i, (a, b) in enumerate(pairs) if a != b]
+
+
+def outcome(function, name="int8_matmul/1x8x16"):
+    operation = name.partition("/")[0]
+    return check.run_case(Backend("b", {operation: function}), BY_ID[name], CPU)
+
+
+def test_results_that_are_not_results():
+    def right(a, b):
+        return (a.long() @ b.long().t()).to(torch.int32)
+
+    assert outcome(right).status == "passed"
+    assert outcome(lambda a, b: {"product": right(a, b)}).status == "passed"
+    assert outcome(lambda a, b: right(a, b).long()).failures[0].kind == "dtype"
+    assert outcome(lambda a, b: right(a, b).view(-1)).failures[0].kind == "shape"
+    assert outcome(lambda a, b: None).failures[0].message == "product is None, must be a tensor"
+    assert outcome(lambda a, b: {"y": right(a, b)}).failures[0].kind == "missing"
+    assert outcome(lambda a, b: a.zero_()).failures[0].message == "the argument a was modified"
+    assert outcome(lambda a, b: 1 / 0).failures[0].message == "raised ZeroDivisionError: division by zero"
+
+    def unsupported(a, b):
+        raise backends.Unsupported("no")
+
+    assert outcome(unsupported).status == "not implemented"
+    assert (
+        check.run_case(Backend("b", {"int8_quantize": right}), BY_ID["int8_matmul/1x8x16"], CPU).status
+        == "not implemented"
+    )
+
+
+def test_a_blocksize_may_be_refused_and_a_common_one_not():
+    def refuse(**arguments):
+        raise ValueError("blocksize")
+
+    assert outcome(refuse, "quantize_4bit/nf4-blocksize-100").status == "refused"
+    assert outcome(refuse, "quantize_4bit/nf4-blocksize-64").status == "failed"
+
+
+# ---- backends -------------------------------------------------------------------------------------------------------
+
+
+def test_the_reference_conforms():
+    done = report.report(backends.load("bnbref-eager"), CPU, check.run(backends.load("bnbref-eager"), STORED, CPU))
+    assert {result.status for result in done.results} == {"passed"}
+    assert done.ok
+    assert report.as_text(done).endswith("conforms")
+
+
+def test_the_compiled_reference_conforms():
+    """On what compiles the fewest kernels: every rule that a formulation could break, in blocks of 64."""
+    chosen = [c for c in STORED if c.params.get("blocksize", 64) == 64 and c.dtype == "float32" and c.quick]
+    chosen = [c for c in chosen if c.operation in ("quantize_4bit", "quantize_blockwise", "int8_mm_dequant")]
+    assert {r.status for r in check.run(backends.load("bnbref"), chosen, CPU)} == {"passed"}
+
+
+def test_at_least_thirty_backends_are_wrong():
+    assert len(mutants.MUTANTS) >= 30
+    assert len({mutant.name for mutant in mutants.MUTANTS}) == len(mutants.MUTANTS)
+
+
+@pytest.mark.parametrize("mutant", mutants.MUTANTS, ids=lambda mutant: mutant.name)
+def test_a_wrong_backend_does_not_pass(mutant):
+    results = check.run(mutant.backend, STORED, CPU)
+    killers = [result.case.id for result in results if result.status == "failed"]
+    assert killers, f"{mutant.name}: {mutant.wrong}"
+    quick = [result for result in results if result.case.quick and result.status == "failed"]
+    assert quick, f"the quick run lets {mutant.name} pass; the full one has {killers}"
+
+
+def test_the_mutants_page_is_up_to_date():
+    text = (ROOT / "docs/content/conformance.md").read_text(encoding="utf-8")
+    for mutant in mutants.MUTANTS:
+        assert f"| {mutant.name} | {mutant.wrong} |" in text
+
+
+def test_a_convention_is_recognized():
+    for name, follows in (
+        (
+            "fp4-midpoints",
+            "bnb-default, bnb-cpu: FP4 thresholds at midpoints (5/12 ...) on the signed axis, code 8 above code 0",
+        ),
+        ("binned-codes", "bnb-cpu: codes from a table of 65,536 bins"),
+        ("scale-index-by-row", "bnb-cpu: scale of row * (columns // blocksize) + column // blocksize"),
+        ("constant-of-int8", "bnb-default, bnb-cpu: 1/16129 is 6.200124e-05"),
+    ):
+        (mutant,) = (m for m in mutants.MUTANTS if m.name == name)
+        failures = [
+            f for result in check.run(mutant.backend, STORED, CPU) for f in result.failures if f.kind == "value"
+        ]
+        assert any(follows in explain(f) for f in failures), name
+    (mutant,) = (m for m in mutants.MUTANTS if m.name == "nibbles-swapped")
+    assert not any(explain(f) for result in check.run(mutant.backend, STORED[:200], CPU) for f in result.failures)
+
+
+def test_a_failure_is_shrunk_to_the_elements_that_matter():
+    (mutant,) = (m for m in mutants.MUTANTS if m.name == "ties-to-lower")
+    (failure,) = check.run_case(mutant.backend, BY_ID["quantize_blockwise/signed-ties"], CPU).failures
+    small = shrink(mutant.backend, failure, CPU)
+    assert small.case.inputs["x"].tolist() == [1.0, -0.971875011920929]
+    (element,) = report.elements(small)
+    assert (element.got, element.want) == ("1 (01)", "2 (02)")
+    assert explain(small) == explain(failure)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("nobody", "backend must be one of"), ("json", "has none of the operations")]
+)
+def test_backends_that_are_none_are_refused(name, message):
+    with pytest.raises(ValueError, match=message):
+        backends.load(name)
+
+
+# ---- the real bitsandbytes ------------------------------------------------------------------------------------------
+
+RESULTS = ROOT / "docs" / "content" / "conformance"
+
+
+def found_by(name):
+    """What the kit finds, by rule and flag: here and now if that package is installed, else as it was published."""
+    package = name.partition("-")[0]
+    if importlib.util.find_spec(package) is not None:
+        backend = backends.load(name)
+        done = report.report(backend, CPU, check.run(backend, STORED, CPU), small=False)
+        return json.loads(report.as_json(done))
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("name", "bug", "rule", "flag"),
+    [
+        ("bitsandbytes", "B2", "Q8-5", "zero-in-nonzero-block"),
+        ("bitsandbytes", "B9", "ID-1", "int8-constant"),
+        ("bitsandbytes", "B14", "Q4-5", "fp4-zero-sign"),
+        ("bitsandbytes", "B14", "Q4-5", "fp4-negative-tie"),
+        ("bitsandbytes", "B16", "D4-3", "one-dimensional-shape"),
+        ("bitsandbytes", "B16", "DN-2", "packed-length-one"),
+        ("bitsandbytes", "B16", "ID-3", "int8-3d"),
+        ("bitsandbytes", "B16", "I8-5", "int8-3d"),
+        ("bitsandbytes-default", "B9", "ID-1", "int8-constant"),
+        ("bitsandbytes-default", "B14", "Q4-5", "fp4-zero-sign"),
+    ],
+)
+def test_known_bugs_are_found(name, bug, rule, flag):
+    assert any(f["rule"] == rule and flag in f["flags"] for f in found_by(name)["findings"]), bug
+
+
+def test_the_scale_index_of_avx512_is_found():
+    """B1 needs a CPU that has it."""
+    done = found_by("bitsandbytes")
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        done = json.loads((RESULTS / "bitsandbytes.json").read_text(encoding="utf-8"))
+    operations = {f["operation"] for f in done["findings"] if "scale-index-tail-columns" in f["flags"]}
+    assert operations == {"dequantize_4bit", "dequantize_4bit_nested", "gemm_4bit"}
+
+
+@pytest.mark.parametrize("name", ["bitsandbytes", "bitsandbytes-default", "torchao"])
+def test_every_red_cell_has_a_cause(name):
+    """A convention that predicts the wrong elements bit for bit, or one of two that no convention can."""
+    for finding in found_by(name)["findings"]:
+        known = finding["flags"] == ["int8-one-column"] or finding["message"].startswith(
+            "raised RuntimeError: The size of tensor"
+        )
+        assert finding["follows"] or known, finding
+
+
+@pytest.mark.parametrize("name", ["bitsandbytes", "bitsandbytes-default", "torchao"])
+def test_what_is_published_is_what_is_found(name):
+    published = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    package = name.partition("-")[0]
+    if (
+        importlib.util.find_spec(package) is None
+        or importlib.metadata.version(package) != published["versions"][package]
+    ):
+        pytest.skip(f"{package} {published['versions'][package]} is not installed")
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        pytest.skip("published on a CPU with AVX512")
+    assert found_by(name)["cases"] == published["cases"]
+
+
+# ---- commands -------------------------------------------------------------------------------------------------------
+
+
+def test_check_names_what_is_broken_in_its_last_lines(capsys, monkeypatch, tmp_path):
+    (mutant,) = (m for m in mutants.MUTANTS if m.name == "ties-to-lower")
+    monkeypatch.setitem(backends.BACKENDS, "wrong", lambda: mutant.backend)
+    files = {"--json": "r.json", "--markdown": "r.md", "--html": "r.html"}
+    arguments = [word for option, name in files.items() for word in (option, str(tmp_path / name))]
+    assert main(["check", "--backend", "wrong", *arguments]) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1] == "broken: Q8-4 tie-to-even  2 cases"
+    body = json.loads((tmp_path / "r.json").read_text())
+    assert body["counts"]["failed"] == 2
+    assert body["findings"][0]["elements"][0]["got"] == "1 (01)"
+    assert "| quantize_blockwise | **" in (tmp_path / "r.md").read_text()
+    assert "<svg" in (tmp_path / "r.html").read_text()
+
+
+def test_check_passes_the_reference_quickly(capsys):
+    assert main(["check", "--backend", "bnbref-eager", "--quick"]) == 0
+    assert capsys.readouterr().out.endswith("conforms\n")
+
+
+def test_running_twice_gives_the_same_bytes():
+    backend = mutants.MUTANTS[0].backend
+    first, again = (report.report(backend, CPU, check.run(backend, STORED, CPU)) for _ in range(2))
+    assert report.as_json(first) == report.as_json(again)
+    assert page.as_html([first]) == page.as_html([again])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["check", "--backend", "nobody"], "backend must be one of"),
+        (["check", "--device", "abacus"], "abacus"),
+        (["check", "--json", "no/such/dir/r.json"], "there is no directory no/such/dir"),
+        (["vectors", "gen", "multiply"], "OP must be one of"),
+        (["vectors", "write", "no/such/dir"], "there is no such directory"),
+    ],
+)
+def test_commands_that_cannot_be_run(argv, message, capsys):
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("bnbref: error: ")
+    assert message in error
+
+
+def answers(operation, change=lambda line: line):
+    """What a program that uses the reference would print."""
+    lines = []
+    for case in of(operation):
+        lines.append(f"case {case.id}")
+        lines += [change(vectors.tensor_line(name, expected.value)) for name, expected in case.expected.items()]
+        lines.append("end")
+    return "\n".join(lines)
+
+
+def last_word_changed(line):
+    """The line of a tensor with another last element, by the upper digit, which shows in an interval too."""
+    _, _, _, dims, *rest = line.split()
+    if len(rest) == int(dims):
+        return line  # no elements
+    word = rest[-1]
+    return line[: -len(word)] + ("0" if word[0] != "0" else "4") + word[1:]
+
+
+@each_operation
+def test_answers_through_the_pipe(operation, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(answers(operation)))
+    assert main(["vectors", "check", operation]) == 0
+    wrong = answers(operation, last_word_changed)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(wrong))
+    assert main(["vectors", "check", operation]) == 1
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "case int8_matmul/1x8x16\ntensor product int32 2 1 8 0\nend\n",
+            "line 2: tensor product of shape [1, 8] must have 8",
+        ),
+        ("case int8_matmul/1x8x16\ntensor product int7 1 0\nend\n", "line 2: dtype of tensor product must be"),
+        ("case x/y\nend\n", "answers to cases that were not asked: x/y"),
+        ("hello\n", "line 1: expected case, tensor, unsupported or end, got 'hello'"),
+    ],
+)
+def test_answers_that_are_none(text, message, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    assert main(["vectors", "check", "int8_matmul"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_no_answer_is_no_success(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert main(["vectors", "check", "int8_matmul"]) == 1
+    assert capsys.readouterr().out.endswith("nothing was checked\n")
+
+
+@pytest.mark.parametrize(
+    "case", [BY_ID["quantize_4bit/nf4-empty"], BY_ID["int8_quantize/ties-bfloat16"], BY_ID["int8_matmul/3d"]]
+)
+def test_text_gives_tensors_back(case):
+    for name, tensor in case.inputs.items():
+        again = vectors.parse_tensor(vectors.tensor_line(name, tensor))
+        assert again[0] == name
+        assert again[1].dtype == tensor.dtype
+        assert torch.equal(again[1].view(torch.uint8), tensor.contiguous().view(torch.uint8))
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
+def test_a_program_in_c_passes_through_the_pipe(tmp_path, capsys, monkeypatch):
+    source = ROOT / "docs" / "examples" / "nf4.c"
+    assert len(source.read_text().splitlines()) < 150
+    flags = ["-std=c11", "-Wall", "-Wextra", "-Werror", "-O2", "-ffp-contract=off"]
+    subprocess.run(["gcc", *flags, "-o", tmp_path / "nf4", source, "-lm"], check=True)
+    for operation, passed in (("quantize_4bit", 41), ("dequantize_4bit", 30)):
+        assert main(["vectors", "gen", operation]) == 0
+        asked = capsys.readouterr().out
+        done = subprocess.run([tmp_path / "nf4"], input=asked, capture_output=True, text=True, check=True)
+        monkeypatch.setattr(sys, "stdin", io.StringIO(done.stdout))
+        assert main(["vectors", "check", operation]) == 0
+        assert f" {passed} passed" in capsys.readouterr().out
+
+
+# ---- pytest ---------------------------------------------------------------------------------------------------------
+
+
+def run_pytest(tmp_path, *arguments):
+    installed = any(e.value == "pytest_bnbref" for e in importlib.metadata.entry_points(group="pytest11"))
+    plugin = [] if installed else ["-p", "pytest_bnbref"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        *plugin,
+        "--pyargs",
+        "bnbref.conformance",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+    ]
+    return subprocess.run(
+        [*command, *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "bnbref" / "conformance" / "plugin")))},
+    )
+
+
+def test_pytest_runs_the_kit(tmp_path):
+    backend = "import torch\ndef int8_matmul(a, b):\n    return (a.float() @ b.float().t()).to(torch.int32)\n"
+    (tmp_path / "mine.py").write_text(backend)
+    done = run_pytest(tmp_path, "--backend", "mine", "-k", "int8_matmul")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "broken: IM-1 int8-k-over-1040  8 cases"
+    assert "follows  bnb-default: the product is summed in float32" in done.stdout
+    (tmp_path / "xfails.txt").write_text("int8_matmul/k-*  # float32\n")
+    done = run_pytest(tmp_path, "--backend", "mine", "-k", "int8_matmul", "--xfails", "xfails.txt")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "8 xfailed" in done.stdout
+
+
+# ---- the page -------------------------------------------------------------------------------------------------------
+
+
+class _Page(html.parser.HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.buttons, self.articles, self.links = [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        found = dict(attributes)
+        if tag == "button" and found.get("data-cell"):
+            self.buttons.append(found["data-cell"])
+        if tag == "article":
+            self.articles.append(found["data-cells"].split())
+        self.links += [found[name] for name in ("href", "src") if name in found]
+
+
+def test_every_red_cell_of_the_page_has_findings_and_nothing_is_loaded():
+    chosen = [mutants.MUTANTS[i].backend for i in (0, 9, 12, 40)]
+    reports = [report.report(backend, CPU, check.run(backend, STORED, CPU), small=False) for backend in chosen]
+    parser = _Page()
+    parser.feed(page.as_html(reports))
+    assert parser.links == []
+    assert len(parser.buttons) >= len(chosen)
+    for button in parser.buttons:
+        assert any(button in cells for cells in parser.articles), button
+    assert all(cell in parser.buttons for cells in parser.articles for cell in cells)
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+# Selects every red cell, and then all; what is seen each time is the text of an element that is printed with the page.
+CLICKS = """<script>
+const seen = [...document.querySelectorAll('button[data-cell]')].map(button => {
+  button.click();
+  const open = [...document.querySelectorAll('article')].filter(a => a.getBoundingClientRect().height > 0);
+  return [button.dataset.cell, open.length, open.every(a => a.dataset.cells.split(' ').includes(button.dataset.cell)),
+          open.some(a => a.querySelector('svg'))];
+});
+const wide = document.documentElement.scrollWidth > document.documentElement.clientWidth;
+document.body.insertAdjacentHTML('beforeend', '<output>' + JSON.stringify({seen, wide}) + '</output>');
+</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@pytest.mark.parametrize("width", [360, 1200])
+def test_the_page_in_a_browser(tmp_path, width):
+    chosen = [mutants.MUTANTS[i].backend for i in (0, 9, 12)]
+    reports = [report.report(backend, CPU, check.run(backend, STORED, CPU), small=False) for backend in chosen]
+    (tmp_path / "page.html").write_text(page.as_html(reports).replace("</html>", CLICKS + "</html>"), encoding="utf-8")
+    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile"]
+    flags += [f"--window-size={width},800", "--dump-dom"]
+    url = (tmp_path / "page.html").as_uri()
+    done = subprocess.run([CHROMIUM, *flags, url], capture_output=True, text=True, timeout=120, check=True)
+    *_, printed = re.findall(r"<output>(.*?)</output>", done.stdout)  # the first is in the script
+    facts = json.loads(printed)
+    *cells, (_, total, _, maps) = facts["seen"]
+    assert total == sum(len(r.findings) for r in reports)
+    assert maps
+    assert len(cells) >= 3
+    for cell, shown, right, _ in cells:
+        assert shown > 0, cell
+        assert right, cell
+    assert not facts["wide"], f"the page scrolls sideways at {width} pixels"
