@@ -33,21 +33,31 @@ FP4_BY_MIDPOINTS = Codebook(
 )
 """FP4 as sixteen sorted values: thresholds at the midpoints of the signed axis, and code 8 (-0) above code 0."""
 
+_ULP_OFF = {0: "-0x1.b239b2p-1", 8: "0x1.ec90c6p-4", 12: "0x1.00da06p-1", 14: "0x1.b913b2p-1"}
+
+NF4_ON_H100 = Codebook(
+    "nf4",
+    NF4.values,
+    tuple(float.fromhex(_ULP_OFF[i]) if i in _ULP_OFF else t for i, t in enumerate(NF4.thresholds)),
+)
+"""NF4 as bitsandbytes 0.50.2 encoded it on an H100 (benchmarks/gpu.py, "facts"): four thresholds are an ulp off."""
+
 
 @dataclass(frozen=True)
 class Dialect:
     """Conventions of a backend, by default those of the reference.
 
-    fp4: codebook. ties: of 8-bit codes, "even", "lower", "upper" (by distances), "bins" (the table of 65,536). floor: the least
-    absmax. division: x / absmax for
-    x * (1 / absmax), in all blocks or in a partial last one. small: an absmax below 2^-126 is stored as 0 ("zero"), kept
-    ("keep"), or clamped to 1e-38 ("clamp", in a partial block stored so). large: above 2^126 the reciprocal is 0. zero_block:
-    the code of 0 in all-zero blocks, None for the codebook's. row_scales: index of the scale by row. vector_as_row: a vector
-    comes back as a matrix; row_transposed: one packed byte as a column. int8_constant, int8_float32, int8_2d: 1/16129, products
-    summed in float32, matrices only. bfloat16_nan: rounding to bfloat16 by adding to the bits, NaN too.
+    nf4, fp4: codebook. ties: of 8-bit codes, "even", "lower", "upper" (by distances), "bins" (the table of 65,536). floor:
+    the least absmax. division: x / absmax for x * (1 / absmax), in all blocks or in a partial last one. small: an absmax
+    below 2^-126 is stored as 0 ("zero"), kept ("keep"), or clamped to 1e-38 ("clamp", in a partial block stored so). large:
+    above 2^126 the reciprocal is 0. zero_block: the code of 0 in all-zero blocks, None for the codebook's. row_scales:
+    index of the scale by row. vector_as_row: a vector comes back as a matrix; row_transposed: one packed byte as a column.
+    int8_constant, int8_float32, int8_2d: 1/16129, products summed in float32, matrices only. bfloat16_nan: rounding to
+    bfloat16 by adding to the bits, NaN too.
     """
 
     name: str
+    nf4: Codebook = NF4
     fp4: Codebook = FP4
     ties: str = "even"
     floor: float = 0.0
@@ -65,7 +75,7 @@ class Dialect:
 
 
 REFERENCE = Dialect("reference")
-BNB_CUDA = Dialect("bnb-cuda", zero_block=0, large=True)
+BNB_CUDA = Dialect("bnb-cuda", nf4=NF4_ON_H100, zero_block=0, large=True)
 BNB_DEFAULT = Dialect(
     "bnb-default", fp4=FP4_BY_MIDPOINTS, ties="lower", division="tail", small="clamp", int8_constant=6.200124e-05,
     int8_float32=True, int8_2d=True, row_transposed=True,
@@ -88,6 +98,7 @@ DIALECTS = (BNB_CUDA, BNB_DEFAULT, BNB_CPU, BNB_TRITON, TORCHAO)
 """Every dialect but the reference. 4-bit quantization of bnb-cpu is bnb-default's."""
 
 TEXT: dict[str, Callable[[Any], str]] = {
+    "nf4": lambda _: "NF4 thresholds at -0.848, 0.502 and 0.861 an ulp lower, at 0.120 an ulp higher",
     "fp4": lambda _: "FP4 thresholds at midpoints (5/12 ...) on the signed axis, code 8 above code 0",
     "ties": lambda v: {
         "lower": "a tie goes to the lower code",
@@ -165,7 +176,7 @@ def _quantize_blockwise(d: Dialect, x: Tensor, values: Tensor, blocksize: int) -
 
 
 def _quantize_4bit(d: Dialect, x: Tensor, blocksize: int, quant_type: str) -> dict[str, Tensor]:
-    book = d.fp4 if quant_type == "fp4" else NF4
+    book = d.fp4 if quant_type == "fp4" else d.nf4
     scaled, absmax, zero = _scaled(x, blocksize, d, pad=x.numel() % 2)
     codes = fourbit.encode(scaled, book)
     codes = codes if d.zero_block is None else torch.where(zero, d.zero_block, codes).to(torch.uint8)

@@ -23,6 +23,7 @@ are uint8 `[bytes]`, dtypes are torch's. A function returns its one result, a tu
 
 import functools
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -314,10 +315,17 @@ def gemm_4bit(
     return {"y": product_interval(a, weight, bias)}
 
 
+def _exact_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b^T in float64, each element rounded once: a library's order of summation depends on CPU and threads."""
+    rows, columns = a.double().reshape(-1, a.shape[-1]).tolist(), b.double().tolist()
+    sums = [[math.fsum(map(operator.mul, row, column)) for column in columns] for row in rows]
+    return torch.tensor(sums, dtype=torch.float64).view(*a.shape[:-1], b.shape[0])
+
+
 def product_interval(a: Tensor, weight: Tensor, bias: Tensor | None) -> Expected:
     """a @ weight^T + bias within the bound of rule G4-1."""
-    weight, unit = weight.double(), UNIT[a.dtype]
-    exact, size = a.double() @ weight.t(), a.double().abs() @ weight.abs().t()
+    unit = UNIT[a.dtype]
+    exact, size = _exact_product(a, weight), _exact_product(a.abs(), weight.abs())
     extra = torch.zeros(weight.shape[0], dtype=torch.float64) if bias is None else bias.double()
     y = exact + extra
     bound = (4.1 * unit + 2 * weight.shape[1] * 2.0**-24) * size + 2 * unit * (y.abs() + extra.abs())
