@@ -260,6 +260,14 @@ def absmax_key(key: str) -> str:
     return key.replace("state", "absmax")
 
 
+def _in_8_bits(rule: Rule, state: Mapping[str, Any]) -> bool:
+    return any(state[s.key].dtype == torch.uint8 for s in rule.states)
+
+
+def _codes_of_zero(rule: Rule) -> list[int]:
+    return [codebook_of(s.signed).code_of_zero for s in rule.states]
+
+
 def _flat(rule: Rule, state: Mapping[str, Any], eight: bool) -> list[Tensor]:
     """The kernel's `states`: of each one all elements in a row and, of 8 bits, its scales."""
     names = [name for s in rule.states for name in ((s.key, absmax_key(s.key)) if eight else (s.key,))]
@@ -286,25 +294,18 @@ def step(
     if p.numel() == 0:
         return
     names = tuple(coefficients)
-    eight = any(state[s.key].dtype == torch.uint8 for s in rule.states)
+    if max_norm > 0:
+        hyper = _clipped(
+            hyper, names, p, directions(rule, p, g, state, coefficients, hyper, blocksize=blocksize), max_norm
+        )
+    eight = _in_8_bits(rule, state)
     flat: list[Any] = [p.view(-1), g.reshape(-1), noise, *_flat(rule, state, eight)]
     if not eight:
-        if max_norm > 0:
-            u = direction_elements(flat[0], flat[1], hyper, *flat[3:], rule=rule, names=names)
-            hyper = _clipped(hyper, names, p, [u], max_norm)
         step_elements(flat[0], flat[1], hyper, *flat[2:], rule=rule, names=names)
         return
     blocksize = check_blocksize(blocksize, p.numel())
     (values, values_u), (ranks, ranks_u), first_cells = tables(p.device)
-    zeros = [codebook_of(s.signed).code_of_zero for s in rule.states]
-    parts = list(_in_blocks(flat, zeros, blocksize))
-    if max_norm > 0:
-        us = [
-            direction_blocks(part[0], part[1], hyper, values, values_u, *part[3:], rule=rule, names=names)
-            for part, _ in parts
-        ]
-        hyper = _clipped(hyper, names, p, us, max_norm)
-    for part, write_back in parts:
+    for part, write_back in _in_blocks(flat, _codes_of_zero(rule), blocksize):
         step_blocks(
             *part[:2],
             hyper,
@@ -321,9 +322,31 @@ def step(
         write_back()
 
 
-def _clipped(hyper: Tensor, names: tuple[str, ...], p: Tensor, directions: list[Tensor], max_norm: float) -> Tensor:
+def directions(
+    rule: Rule,
+    p: Tensor,
+    g: Tensor,
+    state: Mapping[str, Any],
+    coefficients: Mapping[str, float],
+    hyper: Tensor,
+    *,
+    blocksize: int,
+) -> Tensor:
+    """The direction of `step`, float32 `[numel]`, 0 where the gradient is not finite; nothing is changed.  Exact."""
+    names = tuple(coefficients)
+    eight = _in_8_bits(rule, state)
+    flat: list[Any] = [p.view(-1), g.reshape(-1), None, *_flat(rule, state, eight)]
+    if not eight:
+        return direction_elements(flat[0], flat[1], hyper, *flat[3:], rule=rule, names=names)
+    values = tables(p.device).values
+    parts = _in_blocks(flat, _codes_of_zero(rule), check_blocksize(blocksize, p.numel()))
+    us = [direction_blocks(*part[:2], hyper, *values, *part[3:], rule=rule, names=names) for part, _ in parts]
+    return torch.cat([u.view(-1) for u in us])[: p.numel()]
+
+
+def _clipped(hyper: Tensor, names: tuple[str, ...], p: Tensor, u: Tensor, max_norm: float) -> Tensor:
     # A parameter that is all zeros could never leave: its step is not clipped.
-    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(u) for u in directions]))
+    norm = torch.linalg.vector_norm(u)
     most = max_norm * torch.linalg.vector_norm(p, dtype=torch.float32)
     ratio = torch.where((norm > most) & (most > 0), most / norm, 1.0)
     scale = torch.ones_like(hyper)
