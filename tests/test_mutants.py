@@ -326,9 +326,9 @@ MUTANTS = {
         False,
     ),
     "8-bit state: squares have a sign": (
-        optim_state,
-        "codebook_of",
-        lambda right: lambda signed: codebooks.DYNAMIC,
+        rules.Rule,
+        "codebooks",
+        lambda right: (codebooks.DYNAMIC, codebooks.DYNAMIC),
         "step_blocks",
         False,
     ),

@@ -19,8 +19,8 @@ from bnbref import blockwise
 from bnbref.blockwise import block_count, check_blocksize, check_float
 from bnbref.codebooks import value_table
 from bnbref.optim import paging
-from bnbref.optim.rules import Rule
-from bnbref.optim.state import absmax_key, codebook_of, new_state, step
+from bnbref.optim.rules import Rule, State
+from bnbref.optim.state import absmax_key, new_state, step
 
 WRAPPED = "__bnb_optimizer_quant_state__"
 
@@ -277,7 +277,7 @@ class Optimizer(torch.optim.Optimizer):
                 if parts:
                     wrapped[name(s.key)] = parts[0] if len(parts) == 1 else torch.stack(parts)
             if state[s.key].dtype == torch.uint8:
-                wrapped[_qmap_key(s.key)] = value_table(codebook_of(s.signed), torch.device("cpu"))
+                wrapped[_qmap_key(s.key)] = value_table(self.rule.codebook(s), torch.device("cpu"))
         if self.rule.clipped and wrapped:
             wrapped["unorm_vec"] = torch.zeros(1)  # room that bitsandbytes expects to find
         return {"step": state["step"], WRAPPED: wrapped} if wrapped else {"step": state["step"]}
@@ -327,12 +327,12 @@ class Optimizer(torch.optim.Optimizer):
             if tensor.dtype != torch.uint8:
                 state[s.key] = empty(s.key, tuple(p.shape), torch.float32).copy_(tensor.view(p.shape))
                 continue
-            codes, scales = self._translated(tensor, part(absmax_key(first)), saved.get(_qmap_key(first)), s.signed)
+            codes, scales = self._translated(tensor, part(absmax_key(first)), saved.get(_qmap_key(first)), s)
             state[s.key] = empty(s.key, tuple(p.shape), torch.uint8).copy_(codes.view(p.shape))
             state[absmax_key(s.key)] = empty(absmax_key(s.key), tuple(scales.shape), torch.float32).copy_(scales)
         return state
 
-    def _translated(self, codes: Tensor, absmax: Tensor, values: Tensor | None, signed: bool) -> tuple[Tensor, Tensor]:
+    def _translated(self, codes: Tensor, absmax: Tensor, values: Tensor | None, state: State) -> tuple[Tensor, Tensor]:
         """Codes and scales of this package's codebook, of codes whose values are `values`."""
         blocksize = check_blocksize(self._own["blocksize"], codes.numel())  # type: ignore[arg-type]
         absmax = absmax.reshape(-1)
@@ -341,7 +341,7 @@ class Optimizer(torch.optim.Optimizer):
                 f"saved absmax has {absmax.numel()} scales for {codes.numel()} codes: not blocks of {blocksize}; "
                 f"blocksize=... must be that of the optimizer that saved it"
             )
-        book = codebook_of(signed)
+        book = self.rule.codebook(state)
         own = value_table(book, codes.device)
         if values is None or torch.equal(values.to(own), own):
             return codes, absmax

@@ -31,16 +31,11 @@ from bnbref.blockwise import (
     magnitude,
     reciprocal,
 )
-from bnbref.codebooks import DYNAMIC, DYNAMIC_UNSIGNED, Codebook, threshold_table, value_table
+from bnbref.codebooks import threshold_table, value_table
 from bnbref.fused import compile_enabled, fused, tracing
 from bnbref.optim.rules import Coefficients, Rule
 
 # ---- arithmetic -----------------------------------------------------------------------------------------------------
-
-
-def codebook_of(signed: bool) -> Codebook:
-    """The codebook of a state: dynamic, with or without a sign."""
-    return DYNAMIC if signed else DYNAMIC_UNSIGNED
 
 
 # The square of a larger one is no float32. (To look at the new state instead makes Inductor write it to memory: 4 times
@@ -124,7 +119,7 @@ def step_blocks(
     """
 
     def count(scaled: Tensor, signed: bool) -> Tensor:
-        return count_below(scaled, threshold_table(codebook_of(signed), p.device))
+        return count_below(scaled, threshold_table(rule.codebooks[0 if signed else 1], p.device))
 
     return _step_blocks(p, g, hyper, noise, states, (values, values_unsigned), count, rule, names)
 
@@ -206,29 +201,26 @@ class Tables(NamedTuple):
     first_cells: tuple[int, int] | None
 
 
-def tables(device: torch.device) -> Tables:
-    """The two dynamic codebooks; for a trace, which may not keep tensors, with thresholds instead of carry tables."""
+def tables(rule: Rule, device: torch.device) -> Tables:
+    """Of the rule's two codebooks; for a trace, which may not keep tensors, with thresholds instead of carry tables."""
     if not tracing() and compile_enabled():
-        return _carry_tables(device)
-    values = (value_table(DYNAMIC, device), value_table(DYNAMIC_UNSIGNED, device))
-    return Tables(values, (threshold_table(DYNAMIC, device), threshold_table(DYNAMIC_UNSIGNED, device)), None)
+        return _carry_tables(rule, device)
+    return _threshold_tables(rule, device)
+
+
+def _threshold_tables(rule: Rule, device: torch.device) -> Tables:
+    signed, unsigned = rule.codebooks
+    values = (value_table(signed, device), value_table(unsigned, device))
+    return Tables(values, (threshold_table(signed, device), threshold_table(unsigned, device)), None)
 
 
 @functools.cache
-def _carry_tables(device: torch.device) -> Tables:
-    signed, unsigned = carry_table(DYNAMIC, device), carry_table(DYNAMIC_UNSIGNED, device)
-    values = (value_table(DYNAMIC, device), value_table(DYNAMIC_UNSIGNED, device))
-    return Tables(values, (signed.entries, unsigned.entries), _FIRST_CELLS)
-
-
-def _first_cell(codebook: Codebook) -> int:
-    first_cell = carry_table(codebook, torch.device("cpu")).first_cell
-    if first_cell is None:
-        raise ValueError(f"two thresholds of codebook {codebook.name!r} share a cell of the carry table")
-    return first_cell
-
-
-_FIRST_CELLS = (_first_cell(DYNAMIC), _first_cell(DYNAMIC_UNSIGNED))
+def _carry_tables(rule: Rule, device: torch.device) -> Tables:
+    plain = _threshold_tables(rule, device)
+    signed, unsigned = (carry_table(book, device) for book in rule.codebooks)
+    if signed.first_cell is None or unsigned.first_cell is None:  # two thresholds share a cell
+        return plain
+    return Tables(plain.values, (signed.entries, unsigned.entries), (signed.first_cell, unsigned.first_cell))
 
 
 def new_state(
@@ -245,11 +237,12 @@ def new_state(
      'state2': ((300,), torch.uint8), 'absmax2': ((2,), torch.float32)}
     """
     out: dict[str, Tensor] = {}
-    for key, signed in ((state.key, state.signed) for state in rule.states):
+    for state in rule.states:
+        key = state.key
         if bits == 32:
             out[key] = empty(key, tuple(shape), torch.float32).zero_()
         else:
-            out[key] = empty(key, tuple(shape), torch.uint8).fill_(codebook_of(signed).code_of_zero)
+            out[key] = empty(key, tuple(shape), torch.uint8).fill_(rule.codebook(state).code_of_zero)
             blocks = (block_count(shape.numel(), blocksize),)
             out[absmax_key(key)] = empty(absmax_key(key), blocks, torch.float32).zero_()
     return out
@@ -265,7 +258,7 @@ def _in_8_bits(rule: Rule, state: Mapping[str, Any]) -> bool:
 
 
 def _codes_of_zero(rule: Rule) -> list[int]:
-    return [codebook_of(s.signed).code_of_zero for s in rule.states]
+    return [rule.codebook(s).code_of_zero for s in rule.states]
 
 
 def _flat(rule: Rule, state: Mapping[str, Any], eight: bool) -> list[Tensor]:
@@ -304,7 +297,7 @@ def step(
         step_elements(flat[0], flat[1], hyper, *flat[2:], rule=rule, names=names)
         return
     blocksize = check_blocksize(blocksize, p.numel())
-    (values, values_u), (ranks, ranks_u), first_cells = tables(p.device)
+    (values, values_u), (ranks, ranks_u), first_cells = tables(rule, p.device)
     for part, write_back in _in_blocks(flat, _codes_of_zero(rule), blocksize):
         step_blocks(
             *part[:2],
@@ -338,7 +331,7 @@ def directions(
     flat: list[Any] = [p.view(-1), g.reshape(-1), None, *_flat(rule, state, eight)]
     if not eight:
         return direction_elements(flat[0], flat[1], hyper, *flat[3:], rule=rule, names=names)
-    values = tables(p.device).values
+    values = tables(rule, p.device).values
     parts = _in_blocks(flat, _codes_of_zero(rule), check_blocksize(blocksize, p.numel()))
     us = [direction_blocks(*part[:2], hyper, *values, *part[3:], rule=rule, names=names) for part, _ in parts]
     return torch.cat([u.view(-1) for u in us])[: p.numel()]
