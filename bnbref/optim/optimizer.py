@@ -20,6 +20,7 @@ from bnbref.blockwise import block_count, check_blocksize, check_float
 from bnbref.codebooks import value_table
 from bnbref.optim import paging
 from bnbref.optim.rules import Rule, State
+from bnbref.optim.sharding import gather, gather_scales, local, shard_of
 from bnbref.optim.state import absmax_key, new_state, step
 
 WRAPPED = "__bnb_optimizer_quant_state__"
@@ -213,38 +214,45 @@ class Optimizer(torch.optim.Optimizer):
         if p.grad is None or p.grad.layout != torch.strided:
             layout = None if p.grad is None else p.grad.layout
             raise ValueError(f"gradients must be dense: {self!r} has no rule for layout {layout}")
-        noise = None
+        own, noise = local(p.detach()), None
+        if local(p.grad).shape != own.shape:
+            raise ValueError(
+                f"a gradient must be sharded as its parameter is: here it has shape {tuple(local(p.grad).shape)}, "
+                f"the parameter {tuple(own.shape)}"
+            )
         if config["stochastic_rounding"] and p.dtype == torch.bfloat16:
             noise = torch.randint(
-                -(2**15), 2**15, (p.numel(),), dtype=torch.int16, device=p.device, generator=self._generator
+                -(2**15), 2**15, (own.numel(),), dtype=torch.int16, device=p.device, generator=self._generator
             )
-        flat = p.detach().contiguous()
+        flat = own.contiguous()
         step(
             self.rule,
             flat,
-            p.grad,
+            local(p.grad),
             state,
             coefficients,
             hyper,
             blocksize=config["blocksize"],
             noise=noise,
             max_norm=config["max_unorm"],
+            shard=shard_of(p),
         )
-        if flat.data_ptr() != p.data_ptr():
-            p.copy_(flat)
+        if flat.data_ptr() != own.data_ptr():
+            own.copy_(flat)
 
     def _new_state(self, p: Tensor, config: Mapping[str, Any]) -> dict[str, Any]:
-        if hasattr(p, "full_tensor"):  # a DTensor
-            raise NotImplementedError(
-                f"a parameter of shape {tuple(p.shape)} is sharded: blocks, and which state is in 8 bits, would depend on "
-                f"the shards; bnbref's optimizers take whole parameters"
-            )
         check_float("a parameter", p)
         if config["optim_bits"] not in (8, 32):
             raise ValueError(f"optim_bits must be 8 or 32, got {config['optim_bits']!r}")
         bits = 8 if config["optim_bits"] == 8 and p.numel() >= config["min_8bit_size"] else 32
         blocksize = check_blocksize(config["blocksize"], p.numel())
-        return {"step": 0, **new_state(self.rule, p.shape, bits, blocksize, self._memory(p))}
+        shard = shard_of(p)
+        if shard is not None and self._placement.directory is not None:
+            raise NotImplementedError(
+                f"page_directory takes whole parameters: one of shape {tuple(p.shape)} is sharded, and what its ranks would "
+                f"write is no checkpoint"
+            )
+        return {"step": 0, **new_state(self.rule, local(p).shape, bits, blocksize, self._memory(p), shard)}
 
     def _memory(self, p: Tensor) -> Callable[[str, Any, torch.dtype], Tensor]:
         """Gives memory to a state of p."""
@@ -252,19 +260,38 @@ class Optimizer(torch.optim.Optimizer):
         index = next(i for i, q in enumerate(everything) if q is p)
 
         def empty(key: str, shape: Any, dtype: torch.dtype) -> Tensor:
-            return self._placement.empty(p.device, p.numel(), f"{index}.{key}", shape, dtype)
+            return self._placement.empty(p.device, local(p).numel(), f"{index}.{key}", shape, dtype)
 
         return empty
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """In bitsandbytes' layout, which its optimizers load; loads with `weights_only=True`."""
+        """In bitsandbytes' layout, which its optimizers load; loads with `weights_only=True`.
+
+        States of sharded parameters are whole, on the CPU, and the same as without sharding, for any number of ranks to load:
+        it is a collective call.
+        """
         packed = super().state_dict()
+        everything = [p for group in self.param_groups for p in group["params"]]
         packed["state"] = {
-            i: self._packed(state) if isinstance(i, int) else state for i, state in packed["state"].items()
+            i: self._packed(self._gathered(everything[i], state)) if isinstance(i, int) else state
+            for i, state in packed["state"].items()
         }
         return packed
+
+    def _gathered(self, p: Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
+        """The state of the whole parameter."""
+        shard = shard_of(p)
+        if shard is None or not state:
+            return dict(state)
+        whole: dict[str, Any] = {"step": state["step"]}
+        for s in self.rule.states:
+            whole[s.key] = gather(p, state[s.key])
+            if state[s.key].dtype == torch.uint8:
+                blocksize = check_blocksize(self._own["blocksize"], p.numel())  # type: ignore[arg-type]
+                whole[absmax_key(s.key)] = gather_scales(shard, state[absmax_key(s.key)], blocksize)
+        return whole
 
     def _packed(self, state: Mapping[str, Any]) -> dict[str, Any]:
         wrapped: dict[str, Any] = {}
@@ -311,6 +338,13 @@ class Optimizer(torch.optim.Optimizer):
             return {}
         state: dict[str, Any] = {"step": int(saved["step"])}
         empty = self._memory(p)
+        shard, shape = shard_of(p), tuple(local(p).shape)
+
+        def mine(tensor: Tensor) -> Tensor:
+            """Of the whole, in one row, what is here."""
+            flat = tensor.reshape(-1)
+            return (flat if shard is None else flat[shard.start : shard.stop]).view(shape)
+
         for s in self.rule.states:
             stacked = s.key in self.rule.stacked and self.rule.stacked[-1] not in saved
             first = self.rule.stacked[0] if stacked else s.key
@@ -325,10 +359,13 @@ class Optimizer(torch.optim.Optimizer):
             if tensor.numel() != p.numel():
                 raise ValueError(f"saved {first} has {tensor.numel()} elements, its parameter has {p.numel()}")
             if tensor.dtype != torch.uint8:
-                state[s.key] = empty(s.key, tuple(p.shape), torch.float32).copy_(tensor.view(p.shape))
+                state[s.key] = empty(s.key, shape, torch.float32).copy_(mine(tensor))
                 continue
             codes, scales = self._translated(tensor, part(absmax_key(first)), saved.get(_qmap_key(first)), s)
-            state[s.key] = empty(s.key, tuple(p.shape), torch.uint8).copy_(codes.view(p.shape))
+            if shard is not None:
+                blocks = shard.blocks(check_blocksize(self._own["blocksize"], p.numel()))  # type: ignore[arg-type]
+                scales = scales[blocks.start : blocks.stop]
+            state[s.key] = empty(s.key, shape, torch.uint8).copy_(mine(codes))
             state[absmax_key(s.key)] = empty(absmax_key(s.key), tuple(scales.shape), torch.float32).copy_(scales)
         return state
 

@@ -13,6 +13,7 @@ NaN, infinite or beyond 2^63 stays as it was, parameter and state; so does its c
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -34,6 +35,7 @@ from bnbref.blockwise import (
 from bnbref.codebooks import threshold_table, value_table
 from bnbref.fused import compile_enabled, fused, tracing
 from bnbref.optim.rules import Coefficients, Rule
+from bnbref.optim.sharding import Shard, complete, total
 
 # ---- arithmetic -----------------------------------------------------------------------------------------------------
 
@@ -224,11 +226,16 @@ def _carry_tables(rule: Rule, device: torch.device) -> Tables:
 
 
 def new_state(
-    rule: Rule, shape: torch.Size, bits: int, blocksize: int, empty: Callable[..., Tensor]
+    rule: Rule,
+    shape: torch.Size,
+    bits: int,
+    blocksize: int,
+    empty: Callable[..., Tensor],
+    shard: Shard | None = None,
 ) -> dict[str, Tensor]:
     """All states zero, under the keys of bitsandbytes: `state1` and, of 8 bits, `absmax1`.
 
-    bits: 32 or 8. `empty(key, shape, dtype)` gives the memory.
+    bits: 32 or 8. `empty(key, shape, dtype)` gives the memory. shard: of what the shape is a part.
 
     >>> from bnbref.optim.rules import Adam
     >>> state = new_state(Adam(), torch.Size([300]), 8, 256, lambda key, shape, dtype: torch.empty(shape, dtype=dtype))
@@ -243,8 +250,8 @@ def new_state(
             out[key] = empty(key, tuple(shape), torch.float32).zero_()
         else:
             out[key] = empty(key, tuple(shape), torch.uint8).fill_(rule.codebook(state).code_of_zero)
-            blocks = (block_count(shape.numel(), blocksize),)
-            out[absmax_key(key)] = empty(absmax_key(key), blocks, torch.float32).zero_()
+            blocks = block_count(shape.numel(), blocksize) if shard is None else len(shard.blocks(blocksize))
+            out[absmax_key(key)] = empty(absmax_key(key), (blocks,), torch.float32).zero_()
     return out
 
 
@@ -278,27 +285,27 @@ def step(
     blocksize: int,
     noise: Tensor | None = None,
     max_norm: float = 0.0,
+    shard: Shard | None = None,
 ) -> None:
     """One step in place: of contiguous p by g of its shape, and of the state that `new_state` made.  Exact.
 
     hyper: the values of `coefficients` as a float32 tensor. max_norm: for a rule that is `clipped`, the largest ratio of the
-    direction's norm to that of p, 0 for none; the norms are float sums, and their last bits depend on device and threads.
+    direction's norm to that of p, 0 for none; the norms are float sums, and their last bits depend on device, threads and
+    shards. shard: of what p, g and the state are a part; then it is a collective call.
     """
-    if p.numel() == 0:
-        return
     names = tuple(coefficients)
     if max_norm > 0:
-        hyper = _clipped(
-            hyper, names, p, directions(rule, p, g, state, coefficients, hyper, blocksize=blocksize), max_norm
-        )
+        u = directions(rule, p, g, state, coefficients, hyper, blocksize=blocksize, shard=shard)
+        hyper = _clipped(hyper, names, p, u, max_norm, shard)
     eight = _in_8_bits(rule, state)
     flat: list[Any] = [p.view(-1), g.reshape(-1), noise, *_flat(rule, state, eight)]
     if not eight:
-        step_elements(flat[0], flat[1], hyper, *flat[2:], rule=rule, names=names)
+        if p.numel() > 0:
+            step_elements(flat[0], flat[1], hyper, *flat[2:], rule=rule, names=names)
         return
-    blocksize = check_blocksize(blocksize, p.numel())
+    blocksize = check_blocksize(blocksize, p.numel() if shard is None else shard.numel)
     (values, values_u), (ranks, ranks_u), first_cells = tables(rule, p.device)
-    for part, write_back in _in_blocks(flat, _codes_of_zero(rule), blocksize):
+    for part, write_back in _parts(flat, _codes_of_zero(rule), blocksize, shard):
         step_blocks(
             *part[:2],
             hyper,
@@ -324,27 +331,95 @@ def directions(
     hyper: Tensor,
     *,
     blocksize: int,
+    shard: Shard | None = None,
 ) -> Tensor:
     """The direction of `step`, float32 `[numel]`, 0 where the gradient is not finite; nothing is changed.  Exact."""
     names = tuple(coefficients)
     eight = _in_8_bits(rule, state)
     flat: list[Any] = [p.view(-1), g.reshape(-1), None, *_flat(rule, state, eight)]
+    if p.numel() == 0:
+        return p.new_empty(0, dtype=torch.float32)
     if not eight:
         return direction_elements(flat[0], flat[1], hyper, *flat[3:], rule=rule, names=names)
+    blocksize = check_blocksize(blocksize, p.numel() if shard is None else shard.numel)
     values = tables(rule, p.device).values
-    parts = _in_blocks(flat, _codes_of_zero(rule), check_blocksize(blocksize, p.numel()))
-    us = [direction_blocks(*part[:2], hyper, *values, *part[3:], rule=rule, names=names) for part, _ in parts]
-    return torch.cat([u.view(-1) for u in us])[: p.numel()]
+    us = []
+    for piece in _pieces(flat, blocksize, shard):
+        parts = _in_blocks(piece, _codes_of_zero(rule), blocksize)
+        u = [direction_blocks(*part[:2], hyper, *values, *part[3:], rule=rule, names=names) for part, _ in parts]
+        us.append(torch.cat([x.view(-1) for x in u])[: piece[0].numel()])
+    return torch.cat(us)
 
 
-def _clipped(hyper: Tensor, names: tuple[str, ...], p: Tensor, u: Tensor, max_norm: float) -> Tensor:
+def _clipped(
+    hyper: Tensor, names: tuple[str, ...], p: Tensor, u: Tensor, max_norm: float, shard: Shard | None
+) -> Tensor:
     # A parameter that is all zeros could never leave: its step is not clipped.
-    norm = torch.linalg.vector_norm(u)
-    most = max_norm * torch.linalg.vector_norm(p, dtype=torch.float32)
+    norms = torch.stack([torch.linalg.vector_norm(x, dtype=torch.float32) for x in (u, p)])
+    if shard is not None:
+        norms = total(shard, norms * norms).sqrt()
+    norm, most = norms[0], max_norm * norms[1]
     ratio = torch.where((norm > most) & (most > 0), most / norm, 1.0)
     scale = torch.ones_like(hyper)
     scale[names.index("rate")] = ratio
     return hyper * scale
+
+
+Part = tuple[list[Any], Callable[[], None]]
+
+
+def _parts(flat: list[Any], zeros: Sequence[int], blocksize: int, shard: Shard | None) -> Iterator[Part]:
+    """What the kernel is called with, and what writes it back: all blocks, those that a boundary cuts completed."""
+    if shard is None:
+        yield from _in_blocks(flat, zeros, blocksize)
+        return
+    yield from _in_blocks(_sliced(flat, *shard.whole(blocksize), shard, blocksize), zeros, blocksize)
+    if not shard.cut(blocksize):
+        return
+    codes = flat[3::2]
+    p, g, *completed = complete(shard, blocksize, [flat[0], flat[1], *codes], [0, 0, *zeros])
+    places = [(row, block, *shard.part(block, blocksize)) for row, block in enumerate(shard.cut(blocksize))]
+    own = [(row, block, here, place) for row, block, here, place in places if here.start < here.stop]
+    if not own:
+        return
+    own = own if len(own) > 1 else own * 2  # two rows at least: Dynamo specialises one
+    first, picked = shard.blocks(blocksize).start, [row for row, *_ in own]
+    scales = [torch.stack([x[block - first] for _, block, *_ in own]) for x in flat[4::2]]
+    noise: Any = None if flat[2] is None else torch.zeros(len(own), blocksize, dtype=torch.int16, device=flat[2].device)
+    if noise is not None:
+        for i, (_, _, here, place) in enumerate(own):
+            noise[i, place] = flat[2][here]
+    part = [
+        p[picked],
+        g[picked],
+        noise,
+        *(x for pair in zip((c[picked] for c in completed), scales, strict=True) for x in pair),
+    ]
+
+    def write_back() -> None:
+        for i, (_, block, here, place) in enumerate(own):
+            for target, rows in zip([flat[0], *codes], [part[0], *part[3::2]], strict=True):
+                target[here] = rows[i, place]
+            for target, rows in zip(flat[4::2], part[4::2], strict=True):
+                target[block - first] = rows[i]
+
+    yield part, write_back
+
+
+def _sliced(flat: list[Any], first: int, last: int, shard: Shard, blocksize: int) -> list[Any]:
+    """Elements `first` to `last` of what a shard has, and the scales of their blocks."""
+    before = shard.blocks(blocksize).start
+    blocks = slice((shard.start + first) // blocksize - before, block_count(shard.start + last, blocksize) - before)
+    scales = [False] * 3 + [False, True] * ((len(flat) - 3) // 2)
+    return [x if x is None else x[blocks if b else slice(first, last)] for x, b in zip(flat, scales, strict=True)]
+
+
+def _pieces(flat: list[Any], blocksize: int, shard: Shard | None) -> list[list[Any]]:
+    """What lies here, at each boundary of whole blocks cut in two."""
+    if shard is None:
+        return [flat]
+    bounds = (0, *shard.whole(blocksize), flat[0].numel())
+    return [_sliced(flat, a, b, shard, blocksize) for a, b in itertools.pairwise(bounds) if a < b]
 
 
 def _in_blocks(flat: list[Any], zeros: Sequence[int], blocksize: int) -> Iterator[tuple[list[Any], Callable[[], None]]]:
@@ -353,6 +428,8 @@ def _in_blocks(flat: list[Any], zeros: Sequence[int], blocksize: int) -> Iterato
     Each has at least two rows, which Dynamo does not specialise.
     """
     n = flat[0].numel()
+    if n == 0:
+        return
     whole = n // blocksize if n >= 2 * blocksize else 0
     size = whole * blocksize
     per_block = [False] * 3 + [False, True] * len(zeros)
