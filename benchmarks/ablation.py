@@ -26,7 +26,7 @@ import bnbref.demo
 from bnbref import optim
 from bnbref.codebooks import linear
 from bnbref.demo.corpus import documents, split
-from bnbref.demo.evaluate import encode, next_token_loss, perplexity, windows
+from bnbref.demo.evaluate import encode, next_token_loss, windows
 from bnbref.demo.train_model import END, arguments, build_model
 from bnbref.optim.rules import Adam
 
@@ -73,12 +73,15 @@ def trained(variant: str, seed: int, tokens: Tensor, heldout: Tensor, args: Any,
         optimizer.zero_grad()
         losses.append(loss.item())
         bar.update()
-    held = perplexity(model, windows(heldout, args.length)[: args.windows])
+    model.eval()
+    with torch.inference_mode():
+        parts = windows(heldout, args.length)[: args.windows].split(16)
+        held = statistics.fmean(next_token_loss(model, part).item() for part in parts)
     return {
         "what": variant,
         "seed": seed,
         "loss": statistics.fmean(losses[-max(1, args.steps // 10) :]),
-        "heldout_loss": math.log(held) if held > 0 else math.nan,
+        "heldout_loss": held,
         "unstable": not all(x <= losses[0] for x in losses[warmup:]),
         "losses": [round(x, 4) for x in losses],
     }
