@@ -217,3 +217,25 @@ def test_codebooks_are_the_rules_choice(mode):
         optimizer.step()
         assert optimizer.state[p]["state2"].unique().tolist() == [0, 255]
         assert same_bits(optimizer.state_dict()["state"][0][WRAPPED]["qmap2"], torch.linspace(0, 1, 256))
+
+
+def test_last_blocks_are_stepped_together(mode):
+    """Incomplete blocks of many parameters are rows of one call, with the bits that each has alone."""
+    sizes = [1, 255, 256, 257, 511, 512, 513, 700, 5000, 1, 2**10 + 3] + [300] * 5
+    with running(mode):
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(size)) for size in sizes]
+        alone = [nn.Parameter(p.detach().clone()) for p in params]
+        optimizers = [optim.AdamW8bit([p], min_8bit_size=0) for p in alone]
+        together = optim.AdamW8bit(params, min_8bit_size=0)
+        for _ in range(2):
+            for p, q in zip(params, alone, strict=True):
+                p.grad = torch.randn(p.shape)
+                q.grad = p.grad.clone()
+            together.step()
+            for optimizer in optimizers:
+                optimizer.step()
+        assert same_bits([p.data for p in params], [q.data for q in alone])
+        for p, q, optimizer in zip(params, alone, optimizers, strict=True):
+            ours, theirs = together.state[p], optimizer.state[q]
+            assert all(same_bits(x, theirs[key]) for key, x in ours.items() if key != "step")

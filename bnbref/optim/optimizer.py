@@ -21,7 +21,7 @@ from bnbref.codebooks import value_table
 from bnbref.optim import paging
 from bnbref.optim.rules import Rule, State
 from bnbref.optim.sharding import gather, gather_scales, local, shard_of
-from bnbref.optim.state import absmax_key, new_state, step
+from bnbref.optim.state import Tails, absmax_key, new_state, step
 
 WRAPPED = "__bnb_optimizer_quant_state__"
 
@@ -188,6 +188,7 @@ class Optimizer(torch.optim.Optimizer):
         for p, config in jobs:
             if not self.state[p]:
                 self.state[p] = self._new_state(p, config)
+        tails = Tails()
         numbers: dict[Any, tuple[dict[str, float], Tensor]] = {}
         states = self._placement.stream([(p.device, self.state[p]) for p, _ in jobs])
         for (p, config), state in zip(jobs, states, strict=True):
@@ -197,7 +198,10 @@ class Optimizer(torch.optim.Optimizer):
                 coefficients = {name: float(x) for name, x in self.rule.coefficients(t, config).items()}
                 hyper = torch.tensor(list(coefficients.values()), dtype=torch.float32)
                 numbers[key] = coefficients, hyper.to(p.device)
-            self._update(p, state, config, *numbers[key])
+            self._update(p, state, config, *numbers[key], tails)
+            if state is not self.state[p]:  # in pages, which are written back before the next ones come
+                tails.run()
+        tails.run()
         if self._placement.directory is not None:
             everything = [p for group in self.param_groups for p in group["params"]]
             self._placement.end({i: self.state[p]["step"] for i, p in enumerate(everything) if self.state.get(p)})
@@ -210,6 +214,7 @@ class Optimizer(torch.optim.Optimizer):
         config: Mapping[str, Any],
         coefficients: dict[str, float],
         hyper: Tensor,
+        tails: Tails,
     ) -> None:
         if p.grad is None or p.grad.layout != torch.strided:
             layout = None if p.grad is None else p.grad.layout
@@ -236,6 +241,7 @@ class Optimizer(torch.optim.Optimizer):
             noise=noise,
             max_norm=config["max_unorm"],
             shard=shard_of(p),
+            tails=tails if flat.data_ptr() == own.data_ptr() else None,
         )
         if flat.data_ptr() != own.data_ptr():
             own.copy_(flat)

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
@@ -286,12 +285,14 @@ def step(
     noise: Tensor | None = None,
     max_norm: float = 0.0,
     shard: Shard | None = None,
+    tails: "Tails | None" = None,
 ) -> None:
     """One step in place: of contiguous p by g of its shape, and of the state that `new_state` made.  Exact.
 
     hyper: the values of `coefficients` as a float32 tensor. max_norm: for a rule that is `clipped`, the largest ratio of the
     direction's norm to that of p, 0 for none; the norms are float sums, and their last bits depend on device, threads and
-    shards. shard: of what p, g and the state are a part; then it is a collective call.
+    shards. shard: of what p, g and the state are a part; then it is a collective call. tails: where the last block waits for
+    those of other parameters, if it is incomplete; the step is over after `tails.run()`.
     """
     names = tuple(coefficients)
     if max_norm > 0:
@@ -304,22 +305,23 @@ def step(
             step_elements(flat[0], flat[1], hyper, *flat[2:], rule=rule, names=names)
         return
     blocksize = check_blocksize(blocksize, p.numel() if shard is None else shard.numel)
-    (values, values_u), (ranks, ranks_u), first_cells = tables(rule, p.device)
-    for part, write_back in _parts(flat, _codes_of_zero(rule), blocksize, shard):
-        step_blocks(
-            *part[:2],
-            hyper,
-            part[2],
-            values,
-            ranks,
-            values_u,
-            ranks_u,
-            *part[3:],
-            rule=rule,
-            names=names,
-            first_cells=first_cells,
-        )
-        write_back()
+    if tails is None or shard is not None:
+        for part, write_back in _parts(flat, _codes_of_zero(rule), blocksize, shard):
+            _call(part, rule, names, hyper)
+            write_back()
+        return
+    whole, rest = _split(flat, blocksize)
+    if whole is not None:
+        _call(whole, rule, names, hyper)
+    if rest is not None:
+        tails.add(rule, names, hyper, blocksize, rest)
+
+
+def _call(part: list[Any], rule: Rule, names: tuple[str, ...], hyper: Tensor) -> None:
+    (values, values_u), (ranks, ranks_u), first_cells = tables(rule, hyper.device)
+    p, g, noise, *states = part
+    both = (values, ranks, values_u, ranks_u)
+    step_blocks(p, g, hyper, noise, *both, *states, rule=rule, names=names, first_cells=first_cells)
 
 
 def directions(
@@ -422,38 +424,90 @@ def _pieces(flat: list[Any], blocksize: int, shard: Shard | None) -> list[list[A
     return [_sliced(flat, a, b, shard, blocksize) for a, b in itertools.pairwise(bounds) if a < b]
 
 
-def _in_blocks(flat: list[Any], zeros: Sequence[int], blocksize: int) -> Iterator[tuple[list[Any], Callable[[], None]]]:
-    """The whole blocks as they lie in memory; then the rest, a padded copy with the function that writes it back.
+def _in_blocks(flat: list[Any], zeros: Sequence[int], blocksize: int) -> Iterator[Part]:
+    """The whole blocks as they lie in memory; then the rest, a padded copy with the function that writes it back."""
+    whole, rest = _split(flat, blocksize)
+    if whole is not None:
+        yield whole, lambda: None
+    if rest is not None:
+        yield _padded([rest], zeros, blocksize)
 
-    Each has at least two rows, which Dynamo does not specialise.
-    """
+
+def _split(flat: list[Any], blocksize: int) -> tuple[list[Any] | None, list[Any] | None]:
+    """Whole blocks in rows, at least two of them, which Dynamo does not specialise; and the rest."""
     n = flat[0].numel()
-    if n == 0:
-        return
     whole = n // blocksize if n >= 2 * blocksize else 0
     size = whole * blocksize
-    per_block = [False] * 3 + [False, True] * len(zeros)
+    rows = rest = None
     if whole:
-        yield (
-            [
-                x if x is None else x[:whole] if b else x[:size].view(whole, blocksize)
-                for x, b in zip(flat, per_block, strict=True)
-            ],
-            lambda: None,
-        )
-    if size == n:
-        return
-    rows = max(2, block_count(n - size, blocksize))
+        rows = [
+            x if x is None else x[:whole] if i > 2 and i % 2 == 0 else x[:size].view(whole, blocksize)
+            for i, x in enumerate(flat)
+        ]
+    if size < n:
+        rest = [x if x is None else x[whole if i > 2 and i % 2 == 0 else size :] for i, x in enumerate(flat)]
+    return rows, rest
+
+
+def _padded(rests: list[list[Any]], zeros: Sequence[int], blocksize: int) -> Part:
+    """What is left of several tensors, each padded to whole blocks, in the rows of one."""
+    sizes = [rest[0].numel() for rest in rests]
+    gaps = [-size % blocksize for size in sizes]
+    if sum(sizes) + sum(gaps) < 2 * blocksize:  # a row, of one tensor: Dynamo would specialise it
+        gaps[-1] += blocksize
+    extra = int(gaps[-1] >= blocksize)
     fill = [0, 0, 0, *(value for zero in zeros for value in (zero, 0))]
-    rest: list[Any] = [x if x is None else x[whole if b else size :] for x, b in zip(flat, per_block, strict=True)]
-    part: list[Any] = [
-        x if x is None else F.pad(x, (0, rows - len(x)), value=value) if b
-        else F.pad(x, (0, rows * blocksize - len(x)), value=value).view(rows, blocksize)
-        for x, b, value in zip(rest, per_block, fill, strict=True)
-    ]  # fmt: skip
+    part: list[Any] = []
+    for i, (first, value) in enumerate(zip(rests[0], fill, strict=True)):
+        if first is None:
+            part.append(None)
+        elif i > 2 and i % 2 == 0:
+            part.append(torch.cat([*(rest[i] for rest in rests), first.new_zeros(extra)]))
+        else:
+            padding = first.new_full((max(gaps),), value)
+            pieces = [x for rest, gap in zip(rests, gaps, strict=True) for x in (rest[i], padding[:gap])]
+            part.append(torch.cat(pieces).view(-1, blocksize))
+    bounds = [n for pair in zip(sizes, gaps, strict=True) for n in pair]
 
     def write_back() -> None:
-        for target, padded in zip([rest[0], *rest[3:]], [part[0], *part[3:]], strict=True):
-            target.copy_(padded.view(-1)[: len(target)])
+        targets, sources = [], []
+        for i, x in enumerate(part):
+            if i in (1, 2):  # gradient and noise
+                continue
+            targets += [rest[i] for rest in rests]
+            if i > 2 and i % 2 == 0:
+                sources += x.split([*(len(rest[i]) for rest in rests), extra])[:-1]
+            else:
+                sources += x.view(-1).split(bounds)[::2]
+        torch._foreach_copy_(targets, sources)
 
-    yield part, write_back
+    return part, write_back
+
+
+class Tails:
+    """Incomplete last blocks of many parameters: one call of the kernel for all that take the same step.
+
+    They wait for `run`, or until there are so many that their copies would take more than some megabytes.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: dict[Any, tuple[Tensor, list[list[Any]]]] = {}
+        self._elements = 0
+
+    def add(self, rule: Rule, names: tuple[str, ...], hyper: Tensor, blocksize: int, rest: list[Any]) -> None:
+        """What `_split` left of a parameter, its gradient, noise and states."""
+        p, g, noise = rest[:3]
+        key = (rule, names, blocksize, id(hyper), p.device, p.dtype, g.dtype, noise is None)
+        self._waiting.setdefault(key, (hyper, []))[1].append(rest)  # it holds hyper, whose id nobody else then has
+        self._elements += p.numel()
+        if self._elements >= 2**20:
+            self.run()
+
+    def run(self) -> None:
+        """Step all that wait."""
+        for (rule, names, blocksize, *_), (hyper, rests) in self._waiting.items():
+            part, write_back = _padded(rests, _codes_of_zero(rule), blocksize)
+            _call(part, rule, names, hyper)
+            write_back()
+        self._waiting.clear()
+        self._elements = 0
