@@ -1,8 +1,9 @@
 """`python -m bnbref check --self`: every exact kernel on the inputs that find trouble, against digests that hold everywhere.
 
 Inputs: all numbers of sixteen bits, NaN and infinities among them; each threshold and the floats beside it, at scales from
-2^-127 to the largest float32; all codes times all scales of sixteen bits. tests/test_exactness.py derives the digests with
-numpy and integers. Devices agree about which results are NaN, not about the bits of one: they are made one NaN.
+2^-127 to the largest float32; all codes times all scales of sixteen bits; three steps of every optimizer.
+tests/test_exactness.py derives the digests with numpy and integers. Devices agree about which results are NaN, not about the
+bits of one: they are made one NaN.
 """
 
 import math
@@ -13,7 +14,9 @@ from torch import Tensor
 
 from bnbref import blockwise, fourbit, int8, nested, ordered
 from bnbref.codebooks import DYNAMIC, DYNAMIC_UNSIGNED, FP4, NF4, value_table
-from bnbref.selfcheck import INT8_THRESHOLDS, Check, Outputs
+from bnbref.optim import rules
+from bnbref.optim.state import directions, new_state, step
+from bnbref.selfcheck import INT8_THRESHOLDS, Check, Outputs, example
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 CPU = torch.device("cpu")
@@ -137,6 +140,82 @@ def _add_products(x: Tensor) -> Outputs:
     return ordered.product(a, b, x[:24]), ordered.product(a[3:4], b)
 
 
+# Two whole blocks and a part of one.
+STEPPED = 700
+GROUP = {
+    "lr": 2.0**-5,
+    "betas": (0.9, 0.95, 0.999),
+    "eps": 1e-7,
+    "weight_decay": 0.1,
+    "alpha": 3.0,
+    "t_alpha": 3,
+    "t_beta3": 4,
+}
+RULES = (
+    rules.SGD(),
+    rules.LARS(),
+    rules.Adam(),
+    rules.LAMB(),
+    rules.Lion(),
+    rules.RMSprop(),
+    rules.Adagrad(),
+    rules.AdEMAMix(),
+)
+
+GRADIENTS = (0.0, -0.0, 2.0**-149, -(2.0**-130), 2.0**-70, -(2.0**-20), math.nan, math.inf, -math.inf)
+LARGEST = 2.0**63  # of a gradient: what is beyond changes nothing
+FIRST_BLOCK = (0.0, 2.0**-50, 1.0)
+
+
+def gradients() -> Iterator[Tensor]:
+    """Three float32 `[700]`: numbers of 2^-40 to 4 with `GRADIENTS` in every third place, at last the largest and beyond.
+
+    The first block's are times `FIRST_BLOCK`: zeros, then so small that the scale of their squares is below 2^-126.
+    """
+    i = torch.arange(STEPPED, device=CPU)
+    special = torch.tensor(GRADIENTS, dtype=torch.float32, device=CPU)
+    x = example(CPU)[STEPPED:].split(STEPPED)
+    for t in range(3):
+        g = x[t].ldexp(i // 64 * 4 - 40)
+        g = torch.where(i % 3 == t, special[(i // 3 + t) % len(GRADIENTS)], g)
+        g = torch.where(i < 256, g * FIRST_BLOCK[t], g)
+        if t == 2:
+            g[600], g[601] = LARGEST, -LARGEST * (1 + 2.0**-23)
+        yield g
+
+
+def _steps(x: Tensor, bits: int) -> Outputs:
+    results: list[Tensor] = []
+    for rule in RULES:
+        p, state = _fresh(x, rule, bits)
+        for t, g in enumerate(gradients(), 1):
+            numbers = rule.coefficients(t, GROUP)
+            step(rule, p, g.to(x.device), state, numbers, _hyper(numbers, x), blocksize=256)
+            results += [p.clone(), *(y.clone() for y in state.values())]
+    return tuple(results)
+
+
+def _directions(x: Tensor, bits: int) -> Outputs:
+    """Of the rules that are clipped: the others never ask for their direction alone."""
+    results = []
+    for rule in (rule for rule in RULES if rule.clipped):
+        p, state = _fresh(x, rule, bits)
+        for t, g in enumerate(gradients(), 1):
+            numbers = rule.coefficients(t, GROUP)
+            results.append(directions(rule, p, g.to(x.device), state, numbers, _hyper(numbers, x), blocksize=256))
+            step(rule, p, g.to(x.device), state, numbers, _hyper(numbers, x), blocksize=256)
+    return tuple(results)
+
+
+def _fresh(x: Tensor, rule: rules.Rule, bits: int) -> tuple[Tensor, dict[str, Tensor]]:
+    p = x[:STEPPED].clone()
+    return p, new_state(rule, p.shape, bits, 256, lambda _, shape, dtype: p.new_empty(shape, dtype=dtype))
+
+
+def _hyper(numbers: dict[str, float], x: Tensor) -> Tensor:
+    return torch.tensor(list(numbers.values()), dtype=torch.float32, device=x.device)
+
+
 # By the name of the kernel. Each is run by way of the function for any shape, so that a GPU reads its tables.
 KERNEL_CHECKS = (
     Check("quantize_rows", _quantize_rows, "1e207ce73f994262"),
@@ -148,4 +227,8 @@ KERNEL_CHECKS = (
     Check("dequantize_int8_product", _dequantize_int8_product, "b15db76aebd980bb"),
     Check("dequantize_int8_rows", _dequantize_int8_rows, "5afd93b9ca598dc7"),
     Check("add_products", _add_products, "0b20a99df7f91450"),
+    Check("step_elements", lambda x: _steps(x, 32), "d817efbb865227ea"),
+    Check("step_blocks", lambda x: _steps(x, 8), "2e4d319d343f9cb2"),
+    Check("direction_elements", lambda x: _directions(x, 32), "0318d4b44402cb92"),
+    Check("direction_blocks", lambda x: _directions(x, 8), "4fbc1de1e300a308"),
 )

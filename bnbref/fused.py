@@ -224,8 +224,11 @@ class Kernel(Generic[P, R]):
             if torch.compiler.is_compiling():
                 inlined: R = _sealed(self.body(*map(_sealed, args), **kwargs))
                 return self._written_into(args, inlined)
-            # Fresh aliases: Dynamo's mark of a dynamic size stays on the tensor that bears it, which is the caller's.
-            tensors = [t.detach() if isinstance(t, Tensor) else None for t in args]
+            # A parameter is a plain tensor to the compiled code.
+            tensors = [
+                t if type(t) is Tensor and not t.requires_grad else t.detach() if isinstance(t, Tensor) else None
+                for t in args
+            ]
             compiled = _can_compile(tensors)
             if self._in_pieces(tensors):
                 for piece in self._pieces(tensors):
@@ -271,6 +274,8 @@ class Kernel(Generic[P, R]):
 
     def _first_call(self, call: Any, tensors: list[Tensor | None], constants: Mapping[str, Any]) -> R:
         """By way of Dynamo, which finds or compiles the code for these sizes; what it runs is the shortcut from now on."""
+        # Fresh aliases: Dynamo's mark of a dynamic size stays on the tensor that bears it, which is the caller's.
+        tensors = [None if t is None else t.detach() for t in tensors]
         device_type = next(t.device.type for t in tensors if t is not None)
         dynamic = self._with_dynamic(tensors)
         key = (device_type, *(_signature(t, dims) for t, dims in dynamic), *constants.items())

@@ -5,9 +5,11 @@ subnormals are kept) and Python's integers. Nothing here imports bnbref, and tor
 """
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -232,3 +234,78 @@ def int8_dequantize(codes: np.ndarray, scales: Floats, dtype: torch.dtype) -> Te
     constant = nearest_float32(Fraction(1, 127))
     out = [[np.float32(int(code)) * scales[i] * constant for code in row] for i, row in enumerate(codes)]
     return rounded(np.array(out, dtype=np.float32).reshape(codes.shape), dtype)
+
+
+# ---- optimizers -----------------------------------------------------------------------------------------------------
+
+F = np.float32
+
+# Of each state whether it has a sign, in the order in which the formulas name them.
+STATES = {"SGD": (True,), "LARS": (True,), "Adam": (True, False), "LAMB": (True, False), "Lion": (True,),
+          "RMSprop": (False,), "Adagrad": (False,), "AdEMAMix": (True, True, False)}  # fmt: skip
+
+
+def direction(
+    name: str, t: int, group: Mapping[str, Any], p: Floats, g: Floats, s: Sequence[Floats]
+) -> tuple[Floats, Any, Any, list[Floats]]:
+    """(direction, rate, decay, new states) of step t; Python numbers are float64 until F() rounds them."""
+    lr, eps, wd = group["lr"], F(group["eps"]), group["weight_decay"]
+    b1, b2, b3 = group["betas"]
+    if name in ("SGD", "LARS"):
+        m = F(b1) * s[0] + (g + F(wd) * p)
+        return m, F(lr), F(1), [m]
+    if name in ("RMSprop", "Adagrad"):
+        g = g + F(wd) * p
+        v = F(b1) * s[0] + F(1 - b1) * (g * g) if name == "RMSprop" else s[0] + g * g
+        return g / (np.sqrt(v) + eps), F(lr), F(1), [v]
+    decay = F(1 - lr * wd)
+    if name == "Lion":
+        return np.sign(F(b1) * s[0] + F(1 - b1) * g), F(lr), decay, [F(b2) * s[0] + F(1 - b2) * g]
+    m1 = F(b1) * s[0] + F(1 - b1) * g
+    v = F(b2) * s[-1] + F(1 - b2) * (g * g)
+    root = np.sqrt(v) / F(math.sqrt(1 - b2**t)) + eps
+    if name == "Adam":
+        return m1 / root, F(lr / (1 - b1**t)), decay, [m1, v]
+    if name == "LAMB":
+        return F(1 / (1 - b1**t)) * (m1 / root), F(lr), decay, [m1, v]
+    alpha = min(t * group["alpha"] / group["t_alpha"], group["alpha"])
+    r = t / group["t_beta3"]
+    b3 = min(math.exp(math.log(b1) * math.log(b3) / ((1 - r) * math.log(b3) + r * math.log(b1))), b3)
+    m2 = F(b3) * s[1] + F(1 - b3) * g
+    return (m1 / F(1 - b1**t) + F(alpha) * m2) / root, F(lr), decay, [m1, m2, v]
+
+
+def step(
+    name: str, t: int, group: Mapping[str, Any], p: Floats, g: Floats, s: Sequence[Floats]
+) -> tuple[Floats, Floats, list[Floats]]:
+    """(new p, direction, new states); a gradient that is NaN, infinite or beyond 2^63 changes nothing."""
+    u, rate, decay, new = direction(name, t, group, p, g, s)
+    finite = np.abs(g) <= F(2.0**63)
+    kept = [np.where(finite, now, before) for now, before in zip(new, s, strict=True)]
+    return np.where(finite, decay * p - rate * u, p), np.where(finite, u, F(0)), kept
+
+
+Coded = tuple[np.ndarray, Floats]
+
+
+def step_blocks(
+    name: str, t: int, group: Mapping[str, Any], p: Floats, g: Floats, s: Sequence[Coded], blocksize: int
+) -> tuple[Floats, Floats, list[Coded]]:
+    """The same with states as codes and scales. What a bad gradient holds where it was keeps its block's scale from falling."""
+    books = ["dynamic_signed" if signed else "dynamic_unsigned" for signed in STATES[name]]
+    decoded = [
+        VALUES[book][codes] * np.repeat(scales, blocksize)[: len(p)]
+        for book, (codes, scales) in zip(books, s, strict=True)
+    ]
+    p, u, new = step(name, t, group, p, g, decoded)
+    bad = ~(np.abs(g) <= F(2.0**63))
+    coded = []
+    for book, x, (_, before) in zip(books, new, s, strict=True):
+        codes, scales = [], []
+        for i, start in enumerate(range(0, len(x), blocksize)):
+            part = slice(start, start + blocksize)
+            held = before[i : i + 1] if bad[part].any() else before[:0]
+            scales.append(absmax(np.concatenate([np.where(bad[part], F(0), x[part]), held])))
+            codes.append(encode(book, scaled(x[part], scales[-1])))
+        coded.append((np.concatenate(codes), np.array(scales, dtype=np.float32)))
+    return p, u, coded

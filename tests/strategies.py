@@ -399,7 +399,7 @@ def _step_blocks(
             states.append(draw(_some_integers(torch.uint8, count)).view(n, blocksize))
             states.append(draw(_float_state(False, n)))
         p, g = p.view(n, blocksize), g.view(n, blocksize)
-        tables = optim_state.tables(CPU)
+        tables = optim_state.tables(rule, CPU)
         if direction:
             return Case((p, g, hyper, *tables.values, *states), constants)
         random = None if random is None else random.view(n, blocksize)

@@ -12,7 +12,7 @@ from test_selfcheck import input_values
 
 import bnbref
 from bnbref import cli, fourbit, info
-from bnbref.exactness import KERNEL_CHECKS, SCALES
+from bnbref.exactness import GRADIENTS, GROUP, KERNEL_CHECKS, SCALES
 from bnbref.fused import REGISTRY
 from bnbref.selfcheck import self_check
 
@@ -125,8 +125,53 @@ def add_products():
     yield y[3]
 
 
+def gradients():
+    """The three gradients, by the description in bnbref/exactness.py."""
+    i = np.arange(700)
+    for t, factor in enumerate(np.float32([0, 2**-50, 1])):
+        special = np.roll(np.array(GRADIENTS, np.float32), -t)[i // 3 % 9]
+        g = np.where(i % 3 == t, special, np.ldexp(X[700 * (t + 1) :][:700], i // 64 * 4 - 40)).astype(np.float32)
+        g[:256] *= factor
+        if t == 2:
+            g[600:602] = 2.0**63, np.nextafter(np.float32(-(2.0**63)), np.float32(-np.inf))
+        yield g
+
+
+def steps(bits, names=tuple(second.STATES), results=lambda p, u, states: (p, *states)):
+    """A zero of the codebooks is code 127 with a sign and code 0 without."""
+    for name in names:
+        p, signed = X[:700], second.STATES[name]
+        states = [np.zeros(700, np.float32) for _ in signed]
+        if bits == 8:
+            states = [(np.full(700, 127 if s else 0), np.zeros(3, np.float32)) for s in signed]
+        for t, g in enumerate(gradients(), 1):
+            if bits == 32:
+                p, u, states = second.step(name, t, GROUP, p, g, states)
+                yield from results(p, u, states)
+            else:
+                p, u, states = second.step_blocks(name, t, GROUP, p, g, states, 256)
+                yield from results(p, u, [x for codes, absmax in states for x in (codes.astype(np.uint8), absmax)])
+
+
+def step_elements():
+    return steps(32)
+
+
+def step_blocks():
+    return steps(8)
+
+
+def direction_elements():
+    return steps(32, ("LARS", "LAMB"), lambda p, u, states: [u])
+
+
+def direction_blocks():
+    return steps(8, ("LARS", "LAMB"), lambda p, u, states: [u])
+
+
 DERIVATIONS = (quantize_rows, dequantize_rows, quantize_blocks, dequantize_blocks, dequantize_nested, quantize_int8_rows,
-               dequantize_int8_product, dequantize_int8_rows, add_products)  # fmt: skip
+               dequantize_int8_product, dequantize_int8_rows, add_products,
+               step_elements, step_blocks, direction_elements, direction_blocks)  # fmt: skip
 
 
 @pytest.mark.parametrize("derive", DERIVATIONS, ids=lambda derive: derive.__name__)
@@ -144,7 +189,7 @@ def test_the_command(capsys):
     out = capsys.readouterr().out
     assert all(f"  {name:<26}eager ok, compiled ok" in out for name in GOLDEN)
     assert (
-        f"ok: {5 + len(GOLDEN)} formats and kernels eager, {5 + len(GOLDEN)} compiled, in 9 of 9 exact kernels" in out
+        f"ok: {5 + len(GOLDEN)} formats and kernels eager, {5 + len(GOLDEN)} compiled, in 13 of 13 exact kernels" in out
     )
 
 

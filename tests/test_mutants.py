@@ -19,6 +19,9 @@ from hypothesis import strategies as st
 import bnbref
 from bnbref import blockwise, codebooks, exactness, fourbit, int8, linear4bit, lut16, nested, ordered, selfcheck
 from bnbref.fused import REGISTRY
+from bnbref.optim import rules
+from bnbref.optim import state as optim_state
+from bnbref.optim.rules import Coefficients
 
 CPU = torch.device("cpu")
 F32, BF16 = torch.float32, torch.bfloat16
@@ -65,6 +68,23 @@ def quotient(right, rows, *, blocksize, codebook):
     absmax = blockwise.magnitude(blocks).amax(-1)
     high, low = fourbit.encode(blocks / absmax[:, :, None], codebook).flatten(1).unflatten(1, (-1, 2)).unbind(-1)
     return high << 4 | low, absmax
+
+
+def decay_after(right, rule, names, p, g, states, hyper):
+    finite, _, u, new = right(rule, names, p, g, states, hyper)
+    c = Coefficients(names, hyper)
+    return finite, torch.where(finite, c.decay * (p.float() - c.rate * u), p.float()), u, new
+
+
+def forgetful(right, rule, names, p, g, states, hyper):
+    """The state of an element whose gradient is not finite begins anew."""
+    finite, moved, u, new = right(rule, names, p, g, states, hyper)
+    return finite, moved, u, [torch.where(finite, x, 0.0) for x in new]
+
+
+def biased(right, self, t, group):
+    """Adam whose corrections know the step before."""
+    return right(self, t + 1, group)
 
 
 # what goes wrong: (where, name, the mutant, the check that finds it, whether the formulation runs)
@@ -244,6 +264,72 @@ MUTANTS = {
         "definition",
         replaced(lambda f, total, a, b: total + (a.double() @ b.double()).float()),
         "add_products",
+        False,
+    ),
+    "optimizer: decay after the step": (optim_state, "_advance", replaced(decay_after), "step_elements", False),
+    "optimizer: NaN forgets": (optim_state, "_advance", replaced(forgetful), "step_elements", False),
+    "optimizer: the largest gradient is too large": (
+        optim_state,
+        "_LARGEST_GRADIENT",
+        lambda right: float(torch.tensor(right).nextafter(torch.tensor(0.0))),
+        "step_elements",
+        False,
+    ),
+    "optimizer: a larger gradient is none too large": (optim_state, "_LARGEST_GRADIENT", up, "step_elements", False),
+    "optimizer: direction of NaN": (
+        optim_state,
+        "_advance",
+        replaced(
+            lambda f, *args: (
+                *f(*args)[:2],
+                args[0].direction(args[2], args[3], *args[4], Coefficients(args[1], args[5]))[0],
+                f(*args)[3],
+            )
+        ),
+        "direction_elements",
+        False,
+    ),
+    "optimizer: corrections a step ahead": (rules.Adam, "coefficients", replaced(biased), "step_elements", False),
+    "optimizer: no schedule of beta3": (
+        rules.AdEMAMix,
+        "coefficients",
+        replaced(lambda f, self, t, group: f(self, t, {**group, "t_beta3": None})),
+        "step_blocks",
+        False,
+    ),
+    "optimizer: LAMB's direction is not corrected": (
+        rules.LAMB,
+        "coefficients",
+        replaced(lambda f, self, t, group: f(self, t, group) | {"unbias": 1.0}),
+        "direction_blocks",
+        False,
+    ),
+    "8-bit state: scale of a subnormal": (
+        optim_state,
+        "magnitude",
+        replaced(lambda f, x: torch.where(x == x, x.abs(), 0.0)),
+        "step_blocks",
+        False,
+    ),
+    "8-bit state: a held element lets the scale fall": (
+        optim_state,
+        "magnitude",
+        replaced(lambda f, x: f(x) * (1 - 2.0**-23)),
+        "step_blocks",
+        False,
+    ),
+    "8-bit state: decoded with its reciprocal": (
+        optim_state,
+        "_decode",
+        replaced(lambda f, codes, absmax, values: f(codes, 1 / (1 / absmax), values)),
+        "direction_blocks",
+        False,
+    ),
+    "8-bit state: squares have a sign": (
+        rules.Rule,
+        "codebooks",
+        lambda right: (codebooks.DYNAMIC, codebooks.DYNAMIC),
+        "step_blocks",
         False,
     ),
     "a tree of strides instead of neighbours": (

@@ -174,16 +174,6 @@ def test_parameters_and_gradients_that_have_no_rule():
         optim.Adam(table.parameters()).step()
 
 
-def test_sharded_parameters_are_refused():
-    class Sharded(nn.Parameter):
-        full_tensor = None
-
-    p = Sharded(torch.zeros(3))
-    p.grad = torch.zeros(3)
-    with pytest.raises(NotImplementedError, match="sharded"):
-        optim.Adam([p]).step()
-
-
 def test_betas_from_a_command_line():
     assert optim.AdamW([parameter()], betas="(0.9, 0.95)").param_groups[0]["betas"] == (0.9, 0.95)
 

@@ -9,8 +9,11 @@ from strategies import RULES
 from torch import nn
 
 from bnbref import functional, optim
+from bnbref.codebooks import linear
 from bnbref.fused import REGISTRY
-from bnbref.optim.state import absmax_key, codebook_of, new_state, step
+from bnbref.optim import rules
+from bnbref.optim.optimizer import WRAPPED
+from bnbref.optim.state import absmax_key, new_state, step
 
 EIGHT = [optim.SGD8bit, optim.LARS8bit, optim.Adam8bit, optim.LAMB8bit, optim.Lion8bit, optim.RMSprop8bit,
          optim.Adagrad8bit, optim.AdEMAMix8bit]  # fmt: skip
@@ -71,7 +74,7 @@ def test_signs_are_kept(rule, eager):
 
 
 def decoded(state, s):
-    values = torch.tensor(codebook_of(s.signed).values)
+    values = torch.tensor(RULES[0].codebook(s).values)
     return functional.dequantize_blockwise(state[s.key], absmax=state[absmax_key(s.key)], code=values, blocksize=256)
 
 
@@ -198,3 +201,41 @@ def test_bytes_of_state(eager):
         optimizer.step()
         got = sum(x.nbytes for x in optimizer.state[p].values() if isinstance(x, torch.Tensor))
         assert got / p.numel() == want
+
+
+class LinearAdam(rules.Adam):
+    codebooks = (linear(), linear(signed=False))
+
+
+def test_codebooks_are_the_rules_choice(mode):
+    """Equal steps, for a comparison: a gradient of a thousandth of its block's largest leaves no state."""
+    with running(mode):
+        p = nn.Parameter(torch.ones(5000))
+        p.grad = torch.full((5000,), 1e-3).index_fill(0, torch.arange(0, 5000, 256), 1.0)
+        group = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0}
+        optimizer = optim.Optimizer([p], LinearAdam(), group, optim_bits=8)
+        optimizer.step()
+        assert optimizer.state[p]["state2"].unique().tolist() == [0, 255]
+        assert same_bits(optimizer.state_dict()["state"][0][WRAPPED]["qmap2"], torch.linspace(0, 1, 256))
+
+
+def test_last_blocks_are_stepped_together(mode):
+    """Incomplete blocks of many parameters are rows of one call, with the bits that each has alone."""
+    sizes = [1, 255, 256, 257, 511, 512, 513, 700, 5000, 1, 2**10 + 3] + [300] * 5
+    with running(mode):
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(size)) for size in sizes]
+        alone = [nn.Parameter(p.detach().clone()) for p in params]
+        optimizers = [optim.AdamW8bit([p], min_8bit_size=0) for p in alone]
+        together = optim.AdamW8bit(params, min_8bit_size=0)
+        for _ in range(2):
+            for p, q in zip(params, alone, strict=True):
+                p.grad = torch.randn(p.shape)
+                q.grad = p.grad.clone()
+            together.step()
+            for optimizer in optimizers:
+                optimizer.step()
+        assert same_bits([p.data for p in params], [q.data for q in alone])
+        for p, q, optimizer in zip(params, alone, optimizers, strict=True):
+            ours, theirs = together.state[p], optimizer.state[q]
+            assert all(same_bits(x, theirs[key]) for key, x in ours.items() if key != "step")

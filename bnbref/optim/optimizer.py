@@ -19,8 +19,9 @@ from bnbref import blockwise
 from bnbref.blockwise import block_count, check_blocksize, check_float
 from bnbref.codebooks import value_table
 from bnbref.optim import paging
-from bnbref.optim.rules import Rule
-from bnbref.optim.state import absmax_key, codebook_of, new_state, step
+from bnbref.optim.rules import Rule, State
+from bnbref.optim.sharding import gather, gather_scales, local, shard_of
+from bnbref.optim.state import Tails, absmax_key, new_state, step
 
 WRAPPED = "__bnb_optimizer_quant_state__"
 
@@ -187,6 +188,7 @@ class Optimizer(torch.optim.Optimizer):
         for p, config in jobs:
             if not self.state[p]:
                 self.state[p] = self._new_state(p, config)
+        tails = Tails()
         numbers: dict[Any, tuple[dict[str, float], Tensor]] = {}
         states = self._placement.stream([(p.device, self.state[p]) for p, _ in jobs])
         for (p, config), state in zip(jobs, states, strict=True):
@@ -196,7 +198,10 @@ class Optimizer(torch.optim.Optimizer):
                 coefficients = {name: float(x) for name, x in self.rule.coefficients(t, config).items()}
                 hyper = torch.tensor(list(coefficients.values()), dtype=torch.float32)
                 numbers[key] = coefficients, hyper.to(p.device)
-            self._update(p, state, config, *numbers[key])
+            self._update(p, state, config, *numbers[key], tails)
+            if state is not self.state[p]:  # in pages, which are written back before the next ones come
+                tails.run()
+        tails.run()
         if self._placement.directory is not None:
             everything = [p for group in self.param_groups for p in group["params"]]
             self._placement.end({i: self.state[p]["step"] for i, p in enumerate(everything) if self.state.get(p)})
@@ -209,42 +214,51 @@ class Optimizer(torch.optim.Optimizer):
         config: Mapping[str, Any],
         coefficients: dict[str, float],
         hyper: Tensor,
+        tails: Tails,
     ) -> None:
         if p.grad is None or p.grad.layout != torch.strided:
             layout = None if p.grad is None else p.grad.layout
             raise ValueError(f"gradients must be dense: {self!r} has no rule for layout {layout}")
-        noise = None
+        own, noise = local(p.detach()), None
+        if local(p.grad).shape != own.shape:
+            raise ValueError(
+                f"a gradient must be sharded as its parameter is: here it has shape {tuple(local(p.grad).shape)}, "
+                f"the parameter {tuple(own.shape)}"
+            )
         if config["stochastic_rounding"] and p.dtype == torch.bfloat16:
             noise = torch.randint(
-                -(2**15), 2**15, (p.numel(),), dtype=torch.int16, device=p.device, generator=self._generator
+                -(2**15), 2**15, (own.numel(),), dtype=torch.int16, device=p.device, generator=self._generator
             )
-        flat = p.detach().contiguous()
+        flat = own.contiguous()
         step(
             self.rule,
             flat,
-            p.grad,
+            local(p.grad),
             state,
             coefficients,
             hyper,
             blocksize=config["blocksize"],
             noise=noise,
             max_norm=config["max_unorm"],
+            shard=shard_of(p),
+            tails=tails if flat.data_ptr() == own.data_ptr() else None,
         )
-        if flat.data_ptr() != p.data_ptr():
-            p.copy_(flat)
+        if flat.data_ptr() != own.data_ptr():
+            own.copy_(flat)
 
     def _new_state(self, p: Tensor, config: Mapping[str, Any]) -> dict[str, Any]:
-        if hasattr(p, "full_tensor"):  # a DTensor
-            raise NotImplementedError(
-                f"a parameter of shape {tuple(p.shape)} is sharded: blocks, and which state is in 8 bits, would depend on "
-                f"the shards; bnbref's optimizers take whole parameters"
-            )
         check_float("a parameter", p)
         if config["optim_bits"] not in (8, 32):
             raise ValueError(f"optim_bits must be 8 or 32, got {config['optim_bits']!r}")
         bits = 8 if config["optim_bits"] == 8 and p.numel() >= config["min_8bit_size"] else 32
         blocksize = check_blocksize(config["blocksize"], p.numel())
-        return {"step": 0, **new_state(self.rule, p.shape, bits, blocksize, self._memory(p))}
+        shard = shard_of(p)
+        if shard is not None and self._placement.directory is not None:
+            raise NotImplementedError(
+                f"page_directory takes whole parameters: one of shape {tuple(p.shape)} is sharded, and what its ranks would "
+                f"write is no checkpoint"
+            )
+        return {"step": 0, **new_state(self.rule, local(p).shape, bits, blocksize, self._memory(p), shard)}
 
     def _memory(self, p: Tensor) -> Callable[[str, Any, torch.dtype], Tensor]:
         """Gives memory to a state of p."""
@@ -252,19 +266,38 @@ class Optimizer(torch.optim.Optimizer):
         index = next(i for i, q in enumerate(everything) if q is p)
 
         def empty(key: str, shape: Any, dtype: torch.dtype) -> Tensor:
-            return self._placement.empty(p.device, p.numel(), f"{index}.{key}", shape, dtype)
+            return self._placement.empty(p.device, local(p).numel(), f"{index}.{key}", shape, dtype)
 
         return empty
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """In bitsandbytes' layout, which its optimizers load; loads with `weights_only=True`."""
+        """In bitsandbytes' layout, which its optimizers load; loads with `weights_only=True`.
+
+        States of sharded parameters are whole, on the CPU, and the same as without sharding, for any number of ranks to load:
+        it is a collective call.
+        """
         packed = super().state_dict()
+        everything = [p for group in self.param_groups for p in group["params"]]
         packed["state"] = {
-            i: self._packed(state) if isinstance(i, int) else state for i, state in packed["state"].items()
+            i: self._packed(self._gathered(everything[i], state)) if isinstance(i, int) else state
+            for i, state in packed["state"].items()
         }
         return packed
+
+    def _gathered(self, p: Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
+        """The state of the whole parameter."""
+        shard = shard_of(p)
+        if shard is None or not state:
+            return dict(state)
+        whole: dict[str, Any] = {"step": state["step"]}
+        for s in self.rule.states:
+            whole[s.key] = gather(p, state[s.key])
+            if state[s.key].dtype == torch.uint8:
+                blocksize = check_blocksize(self._own["blocksize"], p.numel())  # type: ignore[arg-type]
+                whole[absmax_key(s.key)] = gather_scales(shard, state[absmax_key(s.key)], blocksize)
+        return whole
 
     def _packed(self, state: Mapping[str, Any]) -> dict[str, Any]:
         wrapped: dict[str, Any] = {}
@@ -277,7 +310,7 @@ class Optimizer(torch.optim.Optimizer):
                 if parts:
                     wrapped[name(s.key)] = parts[0] if len(parts) == 1 else torch.stack(parts)
             if state[s.key].dtype == torch.uint8:
-                wrapped[_qmap_key(s.key)] = value_table(codebook_of(s.signed), torch.device("cpu"))
+                wrapped[_qmap_key(s.key)] = value_table(self.rule.codebook(s), torch.device("cpu"))
         if self.rule.clipped and wrapped:
             wrapped["unorm_vec"] = torch.zeros(1)  # room that bitsandbytes expects to find
         return {"step": state["step"], WRAPPED: wrapped} if wrapped else {"step": state["step"]}
@@ -311,6 +344,13 @@ class Optimizer(torch.optim.Optimizer):
             return {}
         state: dict[str, Any] = {"step": int(saved["step"])}
         empty = self._memory(p)
+        shard, shape = shard_of(p), tuple(local(p).shape)
+
+        def mine(tensor: Tensor) -> Tensor:
+            """Of the whole, in one row, what is here."""
+            flat = tensor.reshape(-1)
+            return (flat if shard is None else flat[shard.start : shard.stop]).view(shape)
+
         for s in self.rule.states:
             stacked = s.key in self.rule.stacked and self.rule.stacked[-1] not in saved
             first = self.rule.stacked[0] if stacked else s.key
@@ -325,14 +365,17 @@ class Optimizer(torch.optim.Optimizer):
             if tensor.numel() != p.numel():
                 raise ValueError(f"saved {first} has {tensor.numel()} elements, its parameter has {p.numel()}")
             if tensor.dtype != torch.uint8:
-                state[s.key] = empty(s.key, tuple(p.shape), torch.float32).copy_(tensor.view(p.shape))
+                state[s.key] = empty(s.key, shape, torch.float32).copy_(mine(tensor))
                 continue
-            codes, scales = self._translated(tensor, part(absmax_key(first)), saved.get(_qmap_key(first)), s.signed)
-            state[s.key] = empty(s.key, tuple(p.shape), torch.uint8).copy_(codes.view(p.shape))
+            codes, scales = self._translated(tensor, part(absmax_key(first)), saved.get(_qmap_key(first)), s)
+            if shard is not None:
+                blocks = shard.blocks(check_blocksize(self._own["blocksize"], p.numel()))  # type: ignore[arg-type]
+                scales = scales[blocks.start : blocks.stop]
+            state[s.key] = empty(s.key, shape, torch.uint8).copy_(mine(codes))
             state[absmax_key(s.key)] = empty(absmax_key(s.key), tuple(scales.shape), torch.float32).copy_(scales)
         return state
 
-    def _translated(self, codes: Tensor, absmax: Tensor, values: Tensor | None, signed: bool) -> tuple[Tensor, Tensor]:
+    def _translated(self, codes: Tensor, absmax: Tensor, values: Tensor | None, state: State) -> tuple[Tensor, Tensor]:
         """Codes and scales of this package's codebook, of codes whose values are `values`."""
         blocksize = check_blocksize(self._own["blocksize"], codes.numel())  # type: ignore[arg-type]
         absmax = absmax.reshape(-1)
@@ -341,7 +384,7 @@ class Optimizer(torch.optim.Optimizer):
                 f"saved absmax has {absmax.numel()} scales for {codes.numel()} codes: not blocks of {blocksize}; "
                 f"blocksize=... must be that of the optimizer that saved it"
             )
-        book = codebook_of(signed)
+        book = self.rule.codebook(state)
         own = value_table(book, codes.device)
         if values is None or torch.equal(values.to(own), own):
             return codes, absmax

@@ -19,6 +19,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from bnbref.codebooks import DYNAMIC, DYNAMIC_UNSIGNED, Codebook
+
 
 @dataclass(frozen=True)
 class State:
@@ -43,13 +45,18 @@ class Rule:
     """What an optimizer is. A subclass names its states, its coefficients and its direction.
 
     states: "state1", "state2" and so on, which start at zero. stacked: states that `state_dict` has as one tensor, under the
-    name of the first. clipped: whether the step's length is bounded by the parameter's,
-    `rate *= min(1, max_unorm |p| / |direction|)`, as in LARS and LAMB.
+    name of the first. codebooks: of 8-bit states with a sign, and of those without. clipped: whether the step's length is
+    bounded by the parameter's, `rate *= min(1, max_unorm |p| / |direction|)`, as in LARS and LAMB.
     """
 
     states: ClassVar[tuple[State, ...]]
     stacked: ClassVar[tuple[str, ...]] = ()
+    codebooks: ClassVar[tuple[Codebook, Codebook]] = (DYNAMIC, DYNAMIC_UNSIGNED)
     clipped: ClassVar[bool] = False
+
+    def codebook(self, state: State) -> Codebook:
+        """What codes a state in 8 bits."""
+        return self.codebooks[0 if state.signed else 1]
 
     def coefficients(self, t: int, group: Mapping[str, Any]) -> dict[str, float]:
         """Numbers of step t for a parameter group, `rate` and `decay` among them; the rest is what `direction` takes."""

@@ -13,11 +13,11 @@ NaN, infinite or beyond 2^63 stays as it was, parameter and state; so does its c
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
@@ -31,16 +31,12 @@ from bnbref.blockwise import (
     magnitude,
     reciprocal,
 )
-from bnbref.codebooks import DYNAMIC, DYNAMIC_UNSIGNED, Codebook, threshold_table, value_table
+from bnbref.codebooks import threshold_table, value_table
 from bnbref.fused import compile_enabled, fused, tracing
 from bnbref.optim.rules import Coefficients, Rule
+from bnbref.optim.sharding import Shard, complete, total
 
 # ---- arithmetic -----------------------------------------------------------------------------------------------------
-
-
-def codebook_of(signed: bool) -> Codebook:
-    """The codebook of a state: dynamic, with or without a sign."""
-    return DYNAMIC if signed else DYNAMIC_UNSIGNED
 
 
 # The square of a larger one is no float32. (To look at the new state instead makes Inductor write it to memory: 4 times
@@ -124,7 +120,7 @@ def step_blocks(
     """
 
     def count(scaled: Tensor, signed: bool) -> Tensor:
-        return count_below(scaled, threshold_table(codebook_of(signed), p.device))
+        return count_below(scaled, threshold_table(rule.codebooks[0 if signed else 1], p.device))
 
     return _step_blocks(p, g, hyper, noise, states, (values, values_unsigned), count, rule, names)
 
@@ -206,37 +202,39 @@ class Tables(NamedTuple):
     first_cells: tuple[int, int] | None
 
 
-def tables(device: torch.device) -> Tables:
-    """The two dynamic codebooks; for a trace, which may not keep tensors, with thresholds instead of carry tables."""
+def tables(rule: Rule, device: torch.device) -> Tables:
+    """Of the rule's two codebooks; for a trace, which may not keep tensors, with thresholds instead of carry tables."""
     if not tracing() and compile_enabled():
-        return _carry_tables(device)
-    values = (value_table(DYNAMIC, device), value_table(DYNAMIC_UNSIGNED, device))
-    return Tables(values, (threshold_table(DYNAMIC, device), threshold_table(DYNAMIC_UNSIGNED, device)), None)
+        return _carry_tables(rule, device)
+    return _threshold_tables(rule, device)
+
+
+def _threshold_tables(rule: Rule, device: torch.device) -> Tables:
+    signed, unsigned = rule.codebooks
+    values = (value_table(signed, device), value_table(unsigned, device))
+    return Tables(values, (threshold_table(signed, device), threshold_table(unsigned, device)), None)
 
 
 @functools.cache
-def _carry_tables(device: torch.device) -> Tables:
-    signed, unsigned = carry_table(DYNAMIC, device), carry_table(DYNAMIC_UNSIGNED, device)
-    values = (value_table(DYNAMIC, device), value_table(DYNAMIC_UNSIGNED, device))
-    return Tables(values, (signed.entries, unsigned.entries), _FIRST_CELLS)
-
-
-def _first_cell(codebook: Codebook) -> int:
-    first_cell = carry_table(codebook, torch.device("cpu")).first_cell
-    if first_cell is None:
-        raise ValueError(f"two thresholds of codebook {codebook.name!r} share a cell of the carry table")
-    return first_cell
-
-
-_FIRST_CELLS = (_first_cell(DYNAMIC), _first_cell(DYNAMIC_UNSIGNED))
+def _carry_tables(rule: Rule, device: torch.device) -> Tables:
+    plain = _threshold_tables(rule, device)
+    signed, unsigned = (carry_table(book, device) for book in rule.codebooks)
+    if signed.first_cell is None or unsigned.first_cell is None:  # two thresholds share a cell
+        return plain
+    return Tables(plain.values, (signed.entries, unsigned.entries), (signed.first_cell, unsigned.first_cell))
 
 
 def new_state(
-    rule: Rule, shape: torch.Size, bits: int, blocksize: int, empty: Callable[..., Tensor]
+    rule: Rule,
+    shape: torch.Size,
+    bits: int,
+    blocksize: int,
+    empty: Callable[..., Tensor],
+    shard: Shard | None = None,
 ) -> dict[str, Tensor]:
     """All states zero, under the keys of bitsandbytes: `state1` and, of 8 bits, `absmax1`.
 
-    bits: 32 or 8. `empty(key, shape, dtype)` gives the memory.
+    bits: 32 or 8. `empty(key, shape, dtype)` gives the memory. shard: of what the shape is a part.
 
     >>> from bnbref.optim.rules import Adam
     >>> state = new_state(Adam(), torch.Size([300]), 8, 256, lambda key, shape, dtype: torch.empty(shape, dtype=dtype))
@@ -245,19 +243,28 @@ def new_state(
      'state2': ((300,), torch.uint8), 'absmax2': ((2,), torch.float32)}
     """
     out: dict[str, Tensor] = {}
-    for key, signed in ((state.key, state.signed) for state in rule.states):
+    for state in rule.states:
+        key = state.key
         if bits == 32:
             out[key] = empty(key, tuple(shape), torch.float32).zero_()
         else:
-            out[key] = empty(key, tuple(shape), torch.uint8).fill_(codebook_of(signed).code_of_zero)
-            blocks = (block_count(shape.numel(), blocksize),)
-            out[absmax_key(key)] = empty(absmax_key(key), blocks, torch.float32).zero_()
+            out[key] = empty(key, tuple(shape), torch.uint8).fill_(rule.codebook(state).code_of_zero)
+            blocks = block_count(shape.numel(), blocksize) if shard is None else len(shard.blocks(blocksize))
+            out[absmax_key(key)] = empty(absmax_key(key), (blocks,), torch.float32).zero_()
     return out
 
 
 def absmax_key(key: str) -> str:
     """Where the scales of a state are: `absmax1` for `state1`."""
     return key.replace("state", "absmax")
+
+
+def _in_8_bits(rule: Rule, state: Mapping[str, Any]) -> bool:
+    return any(state[s.key].dtype == torch.uint8 for s in rule.states)
+
+
+def _codes_of_zero(rule: Rule) -> list[int]:
+    return [rule.codebook(s).code_of_zero for s in rule.states]
 
 
 def _flat(rule: Rule, state: Mapping[str, Any], eight: bool) -> list[Tensor]:
@@ -277,90 +284,230 @@ def step(
     blocksize: int,
     noise: Tensor | None = None,
     max_norm: float = 0.0,
+    shard: Shard | None = None,
+    tails: "Tails | None" = None,
 ) -> None:
     """One step in place: of contiguous p by g of its shape, and of the state that `new_state` made.  Exact.
 
     hyper: the values of `coefficients` as a float32 tensor. max_norm: for a rule that is `clipped`, the largest ratio of the
-    direction's norm to that of p, 0 for none; the norms are float sums, and their last bits depend on device and threads.
+    direction's norm to that of p, 0 for none; the norms are float sums, and their last bits depend on device, threads and
+    shards. shard: of what p, g and the state are a part; then it is a collective call. tails: where the last block waits for
+    those of other parameters, if it is incomplete; the step is over after `tails.run()`.
     """
-    if p.numel() == 0:
-        return
     names = tuple(coefficients)
-    eight = any(state[s.key].dtype == torch.uint8 for s in rule.states)
+    if max_norm > 0:
+        u = directions(rule, p, g, state, coefficients, hyper, blocksize=blocksize, shard=shard)
+        hyper = _clipped(hyper, names, p, u, max_norm, shard)
+    eight = _in_8_bits(rule, state)
     flat: list[Any] = [p.view(-1), g.reshape(-1), noise, *_flat(rule, state, eight)]
     if not eight:
-        if max_norm > 0:
-            u = direction_elements(flat[0], flat[1], hyper, *flat[3:], rule=rule, names=names)
-            hyper = _clipped(hyper, names, p, [u], max_norm)
-        step_elements(flat[0], flat[1], hyper, *flat[2:], rule=rule, names=names)
+        if p.numel() > 0:
+            step_elements(flat[0], flat[1], hyper, *flat[2:], rule=rule, names=names)
         return
-    blocksize = check_blocksize(blocksize, p.numel())
-    (values, values_u), (ranks, ranks_u), first_cells = tables(p.device)
-    zeros = [codebook_of(s.signed).code_of_zero for s in rule.states]
-    parts = list(_in_blocks(flat, zeros, blocksize))
-    if max_norm > 0:
-        us = [
-            direction_blocks(part[0], part[1], hyper, values, values_u, *part[3:], rule=rule, names=names)
-            for part, _ in parts
-        ]
-        hyper = _clipped(hyper, names, p, us, max_norm)
-    for part, write_back in parts:
-        step_blocks(
-            *part[:2],
-            hyper,
-            part[2],
-            values,
-            ranks,
-            values_u,
-            ranks_u,
-            *part[3:],
-            rule=rule,
-            names=names,
-            first_cells=first_cells,
-        )
-        write_back()
+    blocksize = check_blocksize(blocksize, p.numel() if shard is None else shard.numel)
+    if tails is None or shard is not None:
+        for part, write_back in _parts(flat, _codes_of_zero(rule), blocksize, shard):
+            _call(part, rule, names, hyper)
+            write_back()
+        return
+    whole, rest = _split(flat, blocksize)
+    if whole is not None:
+        _call(whole, rule, names, hyper)
+    if rest is not None:
+        tails.add(rule, names, hyper, blocksize, rest)
 
 
-def _clipped(hyper: Tensor, names: tuple[str, ...], p: Tensor, directions: list[Tensor], max_norm: float) -> Tensor:
+def _call(part: list[Any], rule: Rule, names: tuple[str, ...], hyper: Tensor) -> None:
+    (values, values_u), (ranks, ranks_u), first_cells = tables(rule, hyper.device)
+    p, g, noise, *states = part
+    both = (values, ranks, values_u, ranks_u)
+    step_blocks(p, g, hyper, noise, *both, *states, rule=rule, names=names, first_cells=first_cells)
+
+
+def directions(
+    rule: Rule,
+    p: Tensor,
+    g: Tensor,
+    state: Mapping[str, Any],
+    coefficients: Mapping[str, float],
+    hyper: Tensor,
+    *,
+    blocksize: int,
+    shard: Shard | None = None,
+) -> Tensor:
+    """The direction of `step`, float32 `[numel]`, 0 where the gradient is not finite; nothing is changed.  Exact."""
+    names = tuple(coefficients)
+    eight = _in_8_bits(rule, state)
+    flat: list[Any] = [p.view(-1), g.reshape(-1), None, *_flat(rule, state, eight)]
+    if p.numel() == 0:
+        return p.new_empty(0, dtype=torch.float32)
+    if not eight:
+        return direction_elements(flat[0], flat[1], hyper, *flat[3:], rule=rule, names=names)
+    blocksize = check_blocksize(blocksize, p.numel() if shard is None else shard.numel)
+    values = tables(rule, p.device).values
+    us = []
+    for piece in _pieces(flat, blocksize, shard):
+        parts = _in_blocks(piece, _codes_of_zero(rule), blocksize)
+        u = [direction_blocks(*part[:2], hyper, *values, *part[3:], rule=rule, names=names) for part, _ in parts]
+        us.append(torch.cat([x.view(-1) for x in u])[: piece[0].numel()])
+    return torch.cat(us)
+
+
+def _clipped(
+    hyper: Tensor, names: tuple[str, ...], p: Tensor, u: Tensor, max_norm: float, shard: Shard | None
+) -> Tensor:
     # A parameter that is all zeros could never leave: its step is not clipped.
-    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(u) for u in directions]))
-    most = max_norm * torch.linalg.vector_norm(p, dtype=torch.float32)
+    norms = torch.stack([torch.linalg.vector_norm(x, dtype=torch.float32) for x in (u, p)])
+    if shard is not None:
+        norms = total(shard, norms * norms).sqrt()
+    norm, most = norms[0], max_norm * norms[1]
     ratio = torch.where((norm > most) & (most > 0), most / norm, 1.0)
     scale = torch.ones_like(hyper)
     scale[names.index("rate")] = ratio
     return hyper * scale
 
 
-def _in_blocks(flat: list[Any], zeros: Sequence[int], blocksize: int) -> Iterator[tuple[list[Any], Callable[[], None]]]:
-    """The whole blocks as they lie in memory; then the rest, a padded copy with the function that writes it back.
+Part = tuple[list[Any], Callable[[], None]]
 
-    Each has at least two rows, which Dynamo does not specialise.
-    """
+
+def _parts(flat: list[Any], zeros: Sequence[int], blocksize: int, shard: Shard | None) -> Iterator[Part]:
+    """What the kernel is called with, and what writes it back: all blocks, those that a boundary cuts completed."""
+    if shard is None:
+        yield from _in_blocks(flat, zeros, blocksize)
+        return
+    yield from _in_blocks(_sliced(flat, *shard.whole(blocksize), shard, blocksize), zeros, blocksize)
+    if not shard.cut(blocksize):
+        return
+    codes = flat[3::2]
+    p, g, *completed = complete(shard, blocksize, [flat[0], flat[1], *codes], [0, 0, *zeros])
+    places = [(row, block, *shard.part(block, blocksize)) for row, block in enumerate(shard.cut(blocksize))]
+    own = [(row, block, here, place) for row, block, here, place in places if here.start < here.stop]
+    if not own:
+        return
+    own = own if len(own) > 1 else own * 2  # two rows at least: Dynamo specialises one
+    first, picked = shard.blocks(blocksize).start, [row for row, *_ in own]
+    scales = [torch.stack([x[block - first] for _, block, *_ in own]) for x in flat[4::2]]
+    noise: Any = None if flat[2] is None else torch.zeros(len(own), blocksize, dtype=torch.int16, device=flat[2].device)
+    if noise is not None:
+        for i, (_, _, here, place) in enumerate(own):
+            noise[i, place] = flat[2][here]
+    part = [
+        p[picked],
+        g[picked],
+        noise,
+        *(x for pair in zip((c[picked] for c in completed), scales, strict=True) for x in pair),
+    ]
+
+    def write_back() -> None:
+        for i, (_, block, here, place) in enumerate(own):
+            for target, rows in zip([flat[0], *codes], [part[0], *part[3::2]], strict=True):
+                target[here] = rows[i, place]
+            for target, rows in zip(flat[4::2], part[4::2], strict=True):
+                target[block - first] = rows[i]
+
+    yield part, write_back
+
+
+def _sliced(flat: list[Any], first: int, last: int, shard: Shard, blocksize: int) -> list[Any]:
+    """Elements `first` to `last` of what a shard has, and the scales of their blocks."""
+    before = shard.blocks(blocksize).start
+    blocks = slice((shard.start + first) // blocksize - before, block_count(shard.start + last, blocksize) - before)
+    scales = [False] * 3 + [False, True] * ((len(flat) - 3) // 2)
+    return [x if x is None else x[blocks if b else slice(first, last)] for x, b in zip(flat, scales, strict=True)]
+
+
+def _pieces(flat: list[Any], blocksize: int, shard: Shard | None) -> list[list[Any]]:
+    """What lies here, at each boundary of whole blocks cut in two."""
+    if shard is None:
+        return [flat]
+    bounds = (0, *shard.whole(blocksize), flat[0].numel())
+    return [_sliced(flat, a, b, shard, blocksize) for a, b in itertools.pairwise(bounds) if a < b]
+
+
+def _in_blocks(flat: list[Any], zeros: Sequence[int], blocksize: int) -> Iterator[Part]:
+    """The whole blocks as they lie in memory; then the rest, a padded copy with the function that writes it back."""
+    whole, rest = _split(flat, blocksize)
+    if whole is not None:
+        yield whole, lambda: None
+    if rest is not None:
+        yield _padded([rest], zeros, blocksize)
+
+
+def _split(flat: list[Any], blocksize: int) -> tuple[list[Any] | None, list[Any] | None]:
+    """Whole blocks in rows, at least two of them, which Dynamo does not specialise; and the rest."""
     n = flat[0].numel()
     whole = n // blocksize if n >= 2 * blocksize else 0
     size = whole * blocksize
-    per_block = [False] * 3 + [False, True] * len(zeros)
+    rows = rest = None
     if whole:
-        yield (
-            [
-                x if x is None else x[:whole] if b else x[:size].view(whole, blocksize)
-                for x, b in zip(flat, per_block, strict=True)
-            ],
-            lambda: None,
-        )
-    if size == n:
-        return
-    rows = max(2, block_count(n - size, blocksize))
+        rows = [
+            x if x is None else x[:whole] if i > 2 and i % 2 == 0 else x[:size].view(whole, blocksize)
+            for i, x in enumerate(flat)
+        ]
+    if size < n:
+        rest = [x if x is None else x[whole if i > 2 and i % 2 == 0 else size :] for i, x in enumerate(flat)]
+    return rows, rest
+
+
+def _padded(rests: list[list[Any]], zeros: Sequence[int], blocksize: int) -> Part:
+    """What is left of several tensors, each padded to whole blocks, in the rows of one."""
+    sizes = [rest[0].numel() for rest in rests]
+    gaps = [-size % blocksize for size in sizes]
+    if sum(sizes) + sum(gaps) < 2 * blocksize:  # a row, of one tensor: Dynamo would specialise it
+        gaps[-1] += blocksize
+    extra = int(gaps[-1] >= blocksize)
     fill = [0, 0, 0, *(value for zero in zeros for value in (zero, 0))]
-    rest: list[Any] = [x if x is None else x[whole if b else size :] for x, b in zip(flat, per_block, strict=True)]
-    part: list[Any] = [
-        x if x is None else F.pad(x, (0, rows - len(x)), value=value) if b
-        else F.pad(x, (0, rows * blocksize - len(x)), value=value).view(rows, blocksize)
-        for x, b, value in zip(rest, per_block, fill, strict=True)
-    ]  # fmt: skip
+    part: list[Any] = []
+    for i, (first, value) in enumerate(zip(rests[0], fill, strict=True)):
+        if first is None:
+            part.append(None)
+        elif i > 2 and i % 2 == 0:
+            part.append(torch.cat([*(rest[i] for rest in rests), first.new_zeros(extra)]))
+        else:
+            padding = first.new_full((max(gaps),), value)
+            pieces = [x for rest, gap in zip(rests, gaps, strict=True) for x in (rest[i], padding[:gap])]
+            part.append(torch.cat(pieces).view(-1, blocksize))
+    bounds = [n for pair in zip(sizes, gaps, strict=True) for n in pair]
 
     def write_back() -> None:
-        for target, padded in zip([rest[0], *rest[3:]], [part[0], *part[3:]], strict=True):
-            target.copy_(padded.view(-1)[: len(target)])
+        targets, sources = [], []
+        for i, x in enumerate(part):
+            if i in (1, 2):  # gradient and noise
+                continue
+            targets += [rest[i] for rest in rests]
+            if i > 2 and i % 2 == 0:
+                sources += x.split([*(len(rest[i]) for rest in rests), extra])[:-1]
+            else:
+                sources += x.view(-1).split(bounds)[::2]
+        torch._foreach_copy_(targets, sources)
 
-    yield part, write_back
+    return part, write_back
+
+
+class Tails:
+    """Incomplete last blocks of many parameters: one call of the kernel for all that take the same step.
+
+    They wait for `run`, or until there are so many that their copies would take more than some megabytes.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: dict[Any, tuple[Tensor, list[list[Any]]]] = {}
+        self._elements = 0
+
+    def add(self, rule: Rule, names: tuple[str, ...], hyper: Tensor, blocksize: int, rest: list[Any]) -> None:
+        """What `_split` left of a parameter, its gradient, noise and states."""
+        p, g, noise = rest[:3]
+        key = (rule, names, blocksize, id(hyper), p.device, p.dtype, g.dtype, noise is None)
+        self._waiting.setdefault(key, (hyper, []))[1].append(rest)  # it holds hyper, whose id nobody else then has
+        self._elements += p.numel()
+        if self._elements >= 2**20:
+            self.run()
+
+    def run(self) -> None:
+        """Step all that wait."""
+        for (rule, names, blocksize, *_), (hyper, rests) in self._waiting.items():
+            part, write_back = _padded(rests, _codes_of_zero(rule), blocksize)
+            _call(part, rule, names, hyper)
+            write_back()
+        self._waiting.clear()
+        self._elements = 0

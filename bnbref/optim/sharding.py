@@ -1,0 +1,166 @@
+"""A parameter that is spread over ranks by its rows, and the bits that it would have in one piece.
+
+    parameter in row-major order    |       rank 0       |       rank 1       |   rank 2   |
+    blocks                          [      ][      ][      ][      ][      ][      ][      ]
+                                                     ^ cut                  ^ cut
+
+Which state is in 8 bits, and where its blocks begin, is decided from the whole parameter. A block that a boundary cuts is
+completed on each rank that has a part of it: parameter, gradient and codes of that block are exchanged, as integers, since
+the sum of a -0.0 and nothing would be 0.0. Each such rank then makes the same step, and keeps what is its own. Rows of whole
+blocks exchange nothing, nor do states in 32 bits.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from bnbref.blockwise import block_count
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What one of several ranks has of a tensor: elements `bounds[rank]` to `bounds[rank + 1]` in row-major order."""
+
+    bounds: tuple[int, ...]
+    rank: int
+    group: Any
+
+    @property
+    def numel(self) -> int:
+        """Elements of the whole."""
+        return self.bounds[-1]
+
+    @property
+    def start(self) -> int:
+        """The first element here."""
+        return self.bounds[self.rank]
+
+    @property
+    def stop(self) -> int:
+        """After the last element here."""
+        return self.bounds[self.rank + 1]
+
+    def blocks(self, blocksize: int) -> range:
+        """The blocks, of the whole, that have an element here.
+
+        >>> Shard((0, 10, 20), 1, None).blocks(8), Shard((0, 20, 20), 1, None).blocks(8)
+        (range(1, 3), range(2, 2))
+        """
+        first = self.start // blocksize
+        return range(first, max(first, block_count(self.stop, blocksize)) if self.start < self.stop else first)
+
+    def whole(self, blocksize: int) -> tuple[int, int]:
+        """The elements, counted from `start`, of blocks that lie here alone.
+
+        >>> Shard((0, 10, 20), 0, None).whole(8), Shard((0, 10, 20), 1, None).whole(8)
+        ((0, 8), (6, 10))
+        """
+        first = min(block_count(self.start, blocksize) * blocksize, self.stop)
+        last = self.stop if self.stop == self.numel else max(first, self.stop // blocksize * blocksize)
+        return first - self.start, last - self.start
+
+    def cut(self, blocksize: int) -> list[int]:
+        """The blocks, of the whole, that lie on several ranks: the same list on all of them.
+
+        >>> Shard((0, 10, 16, 20), 0, None).cut(8)
+        [1]
+        """
+        return sorted({bound // blocksize for bound in self.bounds if bound % blocksize and bound < self.numel})
+
+    def part(self, block: int, blocksize: int) -> tuple[slice, slice]:
+        """Of a block: the elements that are here, counted from `start`, and their places in the block."""
+        first = max(self.start, block * blocksize)
+        last = max(first, min(self.stop, (block + 1) * blocksize))
+        offset = block * blocksize
+        return slice(first - self.start, last - self.start), slice(first - offset, last - offset)
+
+
+def shard_of(p: Tensor) -> Shard | None:
+    """Where this rank's part of a DTensor lies; None for a tensor in one piece.
+
+    Rows sharded over one dimension of the mesh, by `Shard(0)` as in FSDP2, and replicated over the others as in HSDP;
+    anything else raises NotImplementedError.
+    """
+    if type(p) in (Tensor, nn.Parameter) or not dist.is_available():
+        return None
+    from torch.distributed.tensor import DTensor, Replicate
+    from torch.distributed.tensor import Shard as ByDimension
+
+    if not isinstance(p, DTensor):
+        return None
+    by_rows = [i for i, placement in enumerate(p.placements) if placement == ByDimension(0)]
+    others = [placement for placement in p.placements if placement != ByDimension(0)]
+    if len(by_rows) > 1 or any(placement != Replicate() for placement in others):
+        raise NotImplementedError(
+            f"a parameter of shape {tuple(p.shape)} has placements {tuple(p.placements)}: bnbref's optimizers take rows, "
+            f"Shard(0) on one dimension of the mesh and Replicate() on the others"
+        )
+    if not by_rows:
+        return Shard((0, p.numel()), 0, None)
+    rank, ranks = p.device_mesh.get_local_rank(by_rows[0]), p.device_mesh.size(by_rows[0])
+    rows = p.shape[0]
+    each, width = -(-rows // ranks), p.numel() // max(rows, 1)
+    bounds = tuple(min(i * each, rows) * width for i in range(ranks + 1))
+    return Shard(bounds, rank, p.device_mesh.get_group(by_rows[0]))
+
+
+def local(x: Tensor) -> Tensor:
+    """What this rank has of a tensor."""
+    return x.to_local() if hasattr(x, "to_local") else x
+
+
+# ---- blocks that a boundary cuts --------------------------------------------------------------------------------------
+
+_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+
+
+def complete(shard: Shard, blocksize: int, tensors: Sequence[Tensor], fill: Sequence[int]) -> list[Tensor]:
+    """Of each tensor, the local elements of the whole one, its cut blocks: `[blocks, blocksize]`, the same on all ranks.
+
+    fill: for each tensor the integer that follows its last element. A collective call.
+    """
+    blocks = shard.cut(blocksize)
+    words = torch.zeros(len(tensors), len(blocks), blocksize, dtype=torch.int32, device=tensors[0].device)
+    for row, block in enumerate(blocks):
+        here, place = shard.part(block, blocksize)
+        for x, word in zip(tensors, words, strict=True):
+            word[row, place] = x[here].view(_INTEGER[x.itemsize]).to(torch.int32)
+    dist.all_reduce(words, group=shard.group)  # nobody has what another has: the sum is either's
+    for word, value in zip(words, fill, strict=True):
+        word.view(-1)[(len(blocks) - 1) * blocksize + shard.numel - blocks[-1] * blocksize :] = value
+    return [word.to(_INTEGER[x.itemsize]).view(x.dtype) for x, word in zip(tensors, words, strict=True)]
+
+
+# ---- the whole ----------------------------------------------------------------------------------------------------------
+
+
+def total(shard: Shard | None, x: Tensor) -> Tensor:
+    """The sum over all shards."""
+    if shard is not None and shard.group is not None:
+        x = x.clone()
+        dist.all_reduce(x, group=shard.group)
+    return x
+
+
+def gather(p: Tensor, x: Tensor) -> Tensor:
+    """The whole of a state of which every rank has what it has of p, on the CPU. A collective call."""
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(p, DTensor):
+        raise TypeError(f"p must be a DTensor, got {type(p).__name__}")
+    whole = DTensor.from_local(x, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()).full_tensor()
+    return whole.cpu()
+
+
+def gather_scales(shard: Shard, absmax: Tensor, blocksize: int) -> Tensor:
+    """The scales of all blocks, on the CPU. A collective call."""
+    whole = absmax.new_zeros(block_count(shard.numel, blocksize))
+    own = shard.blocks(blocksize)
+    whole[own.start : own.stop] = absmax
+    if shard.group is not None:
+        dist.all_reduce(whole, op=dist.ReduceOp.MAX, group=shard.group)  # none is negative; two of one block are equal
+    return whole.cpu()
