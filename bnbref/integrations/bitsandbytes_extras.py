@@ -17,7 +17,7 @@ from bnbref.codebooks import value_table
 from bnbref.linear4bit import matmul_4bit
 from bnbref.linear8bit import matmul
 from bnbref.optim import rules
-from bnbref.optim.state import absmax_key, codebook_of, step
+from bnbref.optim.state import absmax_key, step
 
 # ---- constants ------------------------------------------------------------------------------------------------------
 
@@ -248,7 +248,7 @@ def _update(
         state[s.key] = _part(rule, s.key, states[own], f"state{own + 1}", p.numel(), dtype)
         if scales is not None:
             absmax, qmap = scales[own]
-            _check_map(f"qmap{own + 1}", qmap, s.signed)
+            _check_map(f"qmap{own + 1}", qmap, rule, s)
             blocks = block_count(p.numel(), check_blocksize(BLOCKSIZE, p.numel()))
             state[absmax_key(s.key)] = _part(rule, s.key, absmax, f"absmax{own + 1}", blocks, torch.float32)
     if gnorm_scale != 1.0:
@@ -272,10 +272,10 @@ def _part(rule: rules.Rule, key: str, tensor: Tensor | None, name: str, numel: i
     return tensor.view(-1, numel)[rule.stacked.index(key) if stacked else 0]
 
 
-def _check_map(name: str, qmap: Tensor | None, signed: bool) -> None:
-    if qmap is None or not torch.equal(qmap.float(), value_table(codebook_of(signed), qmap.device)):
+def _check_map(name: str, qmap: Tensor | None, rule: rules.Rule, state: rules.State) -> None:
+    if qmap is None or not torch.equal(qmap.float(), value_table(rule.codebook(state), qmap.device)):
         raise ValueError(
-            f"{name} must be create_dynamic_map(signed={signed}), got {None if qmap is None else 'another map'}"
+            f"{name} must be create_dynamic_map(signed={state.signed}), got {None if qmap is None else 'another map'}"
         )
 
 
