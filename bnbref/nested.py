@@ -22,6 +22,7 @@ def quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Exact given the offset; the offset is `torch.mean`, whose order of summation is the device's. No scales have offset 0.
 
+    >>> import torch
     >>> quantize(torch.tensor([1.0, 3.0]))
     (tensor([  0, 255], dtype=torch.uint8), tensor([1.]), tensor(2.))
     """
@@ -39,6 +40,7 @@ def dequantize_nested(codes: Tensor, absmax: Tensor, values: Tensor, offset: Ten
 def dequantize(codes: Tensor, absmax2: Tensor, values: Tensor, offset: Tensor, blocksize: int = BLOCKSIZE) -> Tensor:
     """The scales again: float32, shaped like `codes`. Two roundings, never a fused multiply-add.  Exact.
 
+    >>> import torch
     >>> from bnbref.codebooks import value_table
     >>> dequantize(*quantize(torch.tensor([1.0, 3.0]))[:2], value_table(DYNAMIC, torch.device("cpu")), torch.tensor(2.0))
     tensor([1.0070, 3.0000])

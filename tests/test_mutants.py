@@ -164,14 +164,8 @@ MUTANTS = {
     ),
     "decode truncates to bfloat16": (
         lut16,
-        "_round",
-        replaced(
-            lambda f, x, dtype, bits: (
-                f(x, dtype, bits)
-                if dtype == F32
-                else (x.view(torch.int32) >> 16 & 0xFFFF if dtype == BF16 else f(x, dtype, bits))
-            )
-        ),
+        "_rounded_bits",
+        replaced(lambda f, x, dtype: x.view(torch.int32) >> 16 & 0xFFFF if dtype == BF16 else f(x, dtype)),
         "dequantize_rows",
         True,
     ),
