@@ -167,8 +167,9 @@ def in_lanes(rows: Tensor, blocksize: int, elements: int) -> list[Tensor]:
     [tensor([[[0., 4.]]]), tensor([[[1., 5.]]]), tensor([[[2., 6.]]]), tensor([[[3., 7.]]])]
     """
     per_word = 8 // rows.itemsize
-    words = rows.view(torch.int64).unflatten(1, (-1, blocksize // elements, elements // per_word))
-    return [x for i in range(elements // per_word) for x in _in_word(words[..., i], rows.dtype)]
+    sizes = {"lane": blocksize // elements, "word": elements // per_word}
+    words = rearrange(rows.view(torch.int64), "n (b lane word) -> word n b lane", **sizes)
+    return [x for word in words for x in _in_word(word, rows.dtype)]
 
 
 def _in_word(words: Tensor, dtype: torch.dtype) -> list[Tensor]:

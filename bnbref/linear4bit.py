@@ -61,7 +61,7 @@ def multiply_row(
     = 2^-24 and v the unit roundoff of dtype, |y - exact| <= k u / (1 - k u) * sum |a w| + v |exact|.
     """
     weight = fourbit.dequantize_rows.definition(packed, absmax, blocksize=blocksize, codebook=codebook, dtype=dtype)
-    first, *rest = weight.float().unflatten(1, (-1, a.shape[0])).unbind(-1)
+    first, *rest = rearrange(weight.float(), "n (k p) -> p n k", p=a.shape[0])
     columns = a.float()
     y = torch.mv(first, columns[0])
     for place, part in enumerate(rest, 1):
@@ -79,9 +79,9 @@ def _multiply_by_words(
     dtype: torch.dtype,
 ) -> Tensor:
     """Eight codes a lane, for GPUs; p is 8."""
-    words = packed.view(torch.int32).unflatten(1, (-1, blocksize // 8))
+    words = rearrange(packed.view(torch.int32), "n (b w) -> n b w", w=blocksize // 8)
     scale = rearrange(absmax, "n b -> n b 1")
-    columns: Tensor = a.unflatten(1, (-1, blocksize // 8)).float()
+    columns = rearrange(a, "p (b w) -> p b w", w=blocksize // 8).float()
 
     def product(place: int) -> Tensor:
         codes = words >> (8 * (place // 2) + 4 * (1 - place % 2))
@@ -111,7 +111,7 @@ def _(
     if a.shape[0] == 8:
         y = _multiply_by_words(a, packed, absmax, table, blocksize, codebook, dtype)
     else:
-        even, odd = a.float().unflatten(1, (-1, blocksize // 2))
+        even, odd = rearrange(a.float(), "two (b s) -> two b s", s=blocksize // 2)
         n = packed.shape[0] // 2
         halves = []
         for rows, scales in ((packed[:n], absmax[:n]), (packed[n:], absmax[n:])):
