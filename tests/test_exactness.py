@@ -197,6 +197,12 @@ def test_a_device_that_is_not_there():
     assert cli.main(["check", "--self", "--device", "moon"]) == 2
 
 
+@pytest.mark.parametrize("option", [["--backend", "bnbref"], ["--quick"], ["--json", "report.json"]])
+def test_what_belongs_to_the_kit_is_refused(option, capsys):
+    assert cli.main(["check", "--self", *option]) == 2
+    assert f"--self goes with --device alone, got {option[0]}" in capsys.readouterr().err
+
+
 def verdicts(*names):
     checks = [check for check in KERNEL_CHECKS if check.name in names]
     with bnbref.eager():

@@ -15,7 +15,7 @@ def add_commands(commands: Any) -> argparse.ArgumentParser:
         "check", help="are a backend's bits right? Every case of the conformance kit, judged"
     )
     check.add_argument(
-        "--backend", default="bnbref", metavar="NAME", help="one of the kit's, or package.module[:attribute]"
+        "--backend", metavar="NAME", help="one of the kit's, or package.module[:attribute] (default: bnbref)"
     )
     check.add_argument("--device", help="where it runs (default: cpu; with --self the accelerator if there is one)")
     check.add_argument("--quick", action="store_true", help="a selection of the cases")
@@ -54,7 +54,7 @@ def judge(args: argparse.Namespace) -> int:
         if file is not None and not file.parent.is_dir():
             return refuse(f"cannot write {file}: there is no directory {file.parent}")
     try:
-        backend = backends.load(args.backend)
+        backend = backends.load(args.backend or "bnbref")
         device = torch.device(args.device or "cpu")
         torch.zeros(1, device=device)
     except (AssertionError, AttributeError, ImportError, RuntimeError, ValueError) as error:

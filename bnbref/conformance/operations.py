@@ -216,10 +216,6 @@ def quantize_blockwise(x: Tensor, values: Tensor, blocksize: int) -> dict[str, E
     }
 
 
-def _pack(codes: Tensor) -> Tensor:
-    return codes[0::2] << 4 | codes[1::2]
-
-
 def _expect_4bit(x: Tensor, blocksize: int, quant_type: str, zero_block: bool) -> tuple[Expected, Expected]:
     book = four_bit(quant_type)
     packed, absmax = fourbit.quantize(x, book, blocksize)

@@ -9,6 +9,7 @@ does nothing: a kernel that is registered cannot be taken back. A kernel that bi
 import os
 
 import torch
+from torch import library
 
 SWITCH = "BNBREF_BACKEND_FOR"
 
@@ -28,4 +29,4 @@ def register() -> None:
     from bnbref.integrations.bitsandbytes_ops import KERNELS
 
     for name, kernel in KERNELS.items():
-        torch.library.register_kernel(f"bitsandbytes::{name}", devices, kernel)
+        library.register_kernel(f"bitsandbytes::{name}", devices, kernel)

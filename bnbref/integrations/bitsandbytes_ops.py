@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, library
 
 from bnbref import functional, int8
 from bnbref.blockwise import FLOATS, block_count, check_float
@@ -229,7 +229,7 @@ def _fake_int8_quant(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor,
     codes, rows = torch.empty_like(A, dtype=torch.int8), A.new_empty(A.shape[:-1].numel(), dtype=torch.float32)
     if threshold == 0.0:
         return codes, rows, None
-    return codes, rows, A.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
+    return codes, rows, A.new_empty(library.get_ctx().new_dynamic_size(), dtype=torch.int64)
 
 
 def _fake_int8_double_quant(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
@@ -297,28 +297,28 @@ FAKES: dict[str, Callable[..., Any]] = {
 
 # ---- registration ---------------------------------------------------------------------------------------------------
 
-_library: torch.library.Library | None = None
+_operators: library.Library | None = None
 
 
 def define() -> None:
     """Make the operators. Again does nothing."""
-    global _library
-    if _library is not None:
+    global _operators
+    if _operators is not None:
         return
-    library = torch.library.Library("bitsandbytes", "FRAGMENT")
+    operators = library.Library("bitsandbytes", "FRAGMENT")
     for name, schema in SCHEMAS.items():
-        library.define(name + schema)
+        operators.define(name + schema)
         if name in WITH_OUT:
-            library.define(f"{name}.out{schema.replace(') -> Tensor', ', Tensor! out) -> ()')}")
+            operators.define(f"{name}.out{schema.replace(') -> Tensor', ', Tensor! out) -> ()')}")
     for name, kernel in KERNELS.items():
-        library.impl(name, kernel, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"bitsandbytes::{name}", FAKES[name], lib=library)
-    _library = library
+        operators.impl(name, kernel, "CompositeExplicitAutograd")
+        library.register_fake(f"bitsandbytes::{name}", FAKES[name], lib=operators)
+    _operators = operators
 
 
 def undefine() -> None:
     """Take the operators away, for another bitsandbytes to define them."""
-    global _library
-    if _library is not None:
-        _library._destroy()
-        _library = None
+    global _operators
+    if _operators is not None:
+        _operators._destroy()
+        _operators = None
