@@ -161,7 +161,28 @@ def linear_8bit(size: int) -> list[Row]:
     return rows
 
 
-GROUPS = {"4bit": four_bit, "8bit": eight_bit, "linear4bit": linear_4bit, "linear8bit": linear_8bit}
+def fixed_order(size: int) -> list[Row]:
+    """The cost of `batch_invariant()`: with it, and as theirs the same layer without."""
+    layer = bnbref.nn.Linear4bit(size, size, bias=False, quant_type="nf4", compress_statistics=False).to("cpu")
+    rows: list[Row] = []
+    for count in (1, 16, 512):
+        run = forward(layer, torch.randn(count, size, dtype=torch.bfloat16))
+
+        def invariant(run: Callable[[], Any] = run) -> Any:
+            with bnbref.batch_invariant():
+                return run()
+
+        rows.append((f"Linear4bit bf16 in batch_invariant(), {count} rows / without", None, invariant, run))
+    return rows
+
+
+GROUPS = {
+    "4bit": four_bit,
+    "8bit": eight_bit,
+    "linear4bit": linear_4bit,
+    "linear8bit": linear_8bit,
+    "fixed_order": fixed_order,
+}
 
 
 def main() -> None:
