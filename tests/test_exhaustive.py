@@ -4,7 +4,8 @@ Encoding and rounding are steps: as a function of the float's bits they are cons
 65,536 (rounding) patterns. The expectation is made of these patterns and of the values at them, which `second.py` computes
 element by element, or integers alone; nothing under test takes part in it. So it costs no more than filling memory.
 
-`make proofs` runs all with a progress bar and prints a table at the end. The large tensors need 12 GiB.
+`make proofs` runs all with a progress bar and prints a table at the end. The large tensors need 12 GiB. Where there is a CUDA
+device, what it runs in its own way is proven there too.
 """
 
 import contextlib
@@ -122,20 +123,32 @@ def patterns(start: int, stop: int) -> Tensor:
     return (_COUNT[: stop - start] + (start - 2 * (start & SIGN))).view(F32)
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where kernels run that are formulated in another way for GPUs, or compiled by other rules."""
+    return torch.device(request.param)
+
+
 def prove(
-    theorems, theorem: str, functions: Sequence[Function], want: Callable[[int, int], Tensor], until: int = SIGN
+    theorems,
+    theorem: str,
+    functions: Sequence[Function],
+    want: Callable[[int, int], Tensor],
+    until: int = SIGN,
+    device: torch.device = CPU,
 ) -> None:
     """Each function gives the expected bits for every float32: its patterns up to `until`, and the same with a sign.
 
     functions are given float32 and compared with `want(start, stop)` of their patterns.
     """
+    theorem += "" if device == CPU else f" on {device}"
     begun, seen = time.perf_counter(), 0
     starts = [sign + start for sign in (0, SIGN) for start in range(0, until, CHUNK)]
     with theorems.progress(theorem, len(starts)) as bar:
         for start in starts:
             stop = min(start + CHUNK, (start & SIGN) + until)
-            x = patterns(start, stop)
-            expected = want(start, stop)
+            x = patterns(start, stop).to(device)
+            expected = want(start, stop).to(device)
             for function in functions:
                 got = function(x)
                 # NaN has many bits: equal numbers first, as that is fast
@@ -159,7 +172,7 @@ def eagerly(function: Function) -> Function:
 
     def run(x: Tensor) -> Tensor:
         with bnbref.eager():
-            return torch.cat([function(part) for part in x.split(2**17)])
+            return torch.cat([function(part) for part in x.split(2**17 if x.device == CPU else CHUNK)])
 
     return run
 
@@ -200,20 +213,21 @@ def test_eight_bit_codes(name: str, theorems):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["nf4", "fp4", *EIGHT_BIT])
-def test_codes_by_cell(name: str, theorems):
+def test_codes_by_cell(name: str, device: torch.device, theorems):
     """The tables that GPUs read, for what a scaled element can be: a number or NaN, as 1 / infinity is 0."""
     if name in EIGHT_BIT:
-        tables = rank_table(EIGHT_BIT[name], CPU)
+        tables = rank_table(EIGHT_BIT[name], device)
         by_cell = blockwise._count_in_cells
     else:
-        tables = fourbit.code_table({"nf4": NF4, "fp4": FP4}[name], CPU)
+        cells = fourbit.code_table({"nf4": NF4, "fp4": FP4}[name], device)
+        tables = None if cells is None else (cells,)
         by_cell = fourbit._encode_by_cell
     assert tables is not None
     compiled = kernel(forbidden, lambda x: by_cell(x, *tables).to(torch.uint8))
     steps = codes_of(name)
 
     def without_infinity(codes: Tensor, start: int) -> Tensor:
-        return codes.index_fill_(0, torch.tensor([0]), 0) if start & ~SIGN == INFINITY else codes
+        return codes.index_fill_(0, codes.new_zeros(1, dtype=torch.int64), 0) if start & ~SIGN == INFINITY else codes
 
     def finite(x: Tensor) -> Tensor:
         return without_infinity(compiled(x), int(x[0].view(torch.int32)) & 0xFFFFFFFF)
@@ -221,7 +235,7 @@ def test_codes_by_cell(name: str, theorems):
     def want(start: int, stop: int) -> Tensor:
         return without_infinity(steps.part(start, stop), start)
 
-    prove(theorems, f"{name} codes by the tables for GPUs", [finite], want)
+    prove(theorems, f"{name} codes by the tables for GPUs", [finite], want, device=device)
 
 
 def forbidden(x: Tensor) -> Tensor:
@@ -229,7 +243,7 @@ def forbidden(x: Tensor) -> Tensor:
 
 
 @pytest.mark.slow
-def test_int8_codes(theorems):
+def test_int8_codes(device: torch.device, theorems):
     """Every float32 up to 127 in rows of absmax 127, whose factor is 1: rounded half to even."""
     halves = np.arange(127, dtype=np.float64) + 0.5  # exact
     steps = steps_of(halves, lambda x: np.rint(np.clip(np.nan_to_num(x.astype(np.float64)), -127, 127)).astype(np.int8))
@@ -242,14 +256,15 @@ def test_int8_codes(theorems):
         return codes[:, 1:].reshape(-1)[: x.numel()].view(torch.uint8)
 
     last = int(np.float32(127).view(np.uint32))
-    prove(theorems, "int8 codes: eager and compiled", [eagerly(in_rows), in_rows], steps.part, until=last + 1)
+    modes = [eagerly(in_rows), in_rows]
+    prove(theorems, "int8 codes: eager and compiled", modes, steps.part, until=last + 1, device=device)
 
 
 # ---- every float32: scales and rounding -----------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_reciprocal(theorems):
+def test_reciprocal(device: torch.device, theorems):
     """1 / absmax of absmax = |x|: a chunk is an exponent. 0 where x is below 2^-126, infinite or NaN."""
 
     def definition(x: Tensor) -> Tensor:
@@ -260,38 +275,40 @@ def test_reciprocal(theorems):
         bits = reciprocals(exponent) if 0 < exponent < 255 else np.zeros(stop - start)
         return torch.from_numpy(bits.astype(np.int32)).view(F32)
 
-    compiled = kernel(forbidden, definition)
-    prove(theorems, "1 / absmax: eager and compiled, correctly rounded", [eagerly(definition), compiled], want)
+    modes = [eagerly(definition), kernel(forbidden, definition)]
+    prove(theorems, "1 / absmax: eager and compiled, correctly rounded", modes, want, device=device)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
-def test_one_rounding_when_decoding_four_bits(dtype: torch.dtype, theorems):
+def test_one_rounding_when_decoding_four_bits(dtype: torch.dtype, device: torch.device, theorems):
     """Codes of the values 1 and -1 times every float32 as the scale of a block: NF4, blocks of two."""
     steps = rounding_to(dtype)
 
     def decode(x: Tensor) -> Tensor:
-        packed = torch.full((x.numel() // 8, 8), 0xF0, dtype=torch.uint8)
-        return fourbit.dequantize_rows(packed, x.view(-1, 8), blocksize=2, codebook=NF4, dtype=dtype).view(-1)
+        packed = torch.full_like(x, 0xF0, dtype=torch.uint8)
+        return fourbit.dequantize(packed, x, NF4, 2, (2 * x.numel(),), dtype)
 
     def want(start: int, stop: int) -> Tensor:
         return torch.stack((steps.part(start, stop), steps.part(start ^ SIGN, ((stop - 1) ^ SIGN) + 1)), 1).view(-1)
 
-    prove(theorems, f"4 bits to {str(dtype)[6:]}: eager and compiled, one rounding", [eagerly(decode), decode], want)
+    modes = [eagerly(decode), decode]
+    prove(theorems, f"4 bits to {str(dtype)[6:]}: eager and compiled, one rounding", modes, want, device=device)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
-def test_one_rounding_when_decoding_eight_bits(dtype: torch.dtype, theorems):
+def test_one_rounding_when_decoding_eight_bits(dtype: torch.dtype, device: torch.device, theorems):
     """Every float32 as the scale of a block of one, for the code of 1: the scale itself."""
-    values = value_table(DYNAMIC, CPU)
+    values = value_table(DYNAMIC, device)
 
     def decode(x: Tensor) -> Tensor:
-        codes = torch.full((x.numel(), 1), 255, dtype=torch.uint8)
+        codes = torch.full_like(x[:, None], 255, dtype=torch.uint8)
         return blockwise.dequantize_blocks(codes, x, values, dtype=dtype).view(-1)
 
     want = patterns if dtype == F32 else rounding_to(dtype).part
-    prove(theorems, f"8 bits to {str(dtype)[6:]}: eager and compiled, one rounding", [eagerly(decode), decode], want)
+    modes = [eagerly(decode), decode]
+    prove(theorems, f"8 bits to {str(dtype)[6:]}: eager and compiled, one rounding", modes, want, device=device)
 
 
 # ---- every number of sixteen bits: two inputs -----------------------------------------------------------------------
