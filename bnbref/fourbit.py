@@ -274,7 +274,7 @@ def _decode_bytes(
     first = decode_nibble(codes >> 4, table, codebook) * scale
     second = decode_nibble(codes, table, codebook) * scale
     low, high = (value.to(dtype).view(torch.int16).to(torch.int32) for value in (first, second))
-    return (low & 0xFFFF | high << 16).view(dtype).flatten(1)
+    return (low & 0xFFFF | high << 16).flatten(1).view(dtype)
 
 
 # Two ways, each the faster for its dtypes. A byte a lane: both its nibbles are scaled, rounded, and joined in one integer,
@@ -297,7 +297,7 @@ def _(
         scale = rearrange(absmax, "n b -> n b 1")
         first = scaled16_bits(codes >> 4, scale, values, dtype)
         second = scaled16_bits(codes, scale, values, dtype)
-        return (first | (second << 16)).view(dtype).flatten(1)
+        return (first | (second << 16)).flatten(1).view(dtype)
     lane = torch.arange(WORD, device=packed.device)
     shift = (lane >> 1) * 8 + (1 - (lane & 1)) * 4  # 4, 0, 12, 8, 20, ...
     value = lookup16((packed.view(torch.int64)[:, :, None] >> shift).to(torch.int32), values)

@@ -432,7 +432,9 @@ def _named(build: Callable[..., Variant], *variants: tuple[Any, ...]) -> dict[st
 
 KERNELS: dict[str, dict[str, Variant]] = {
     "quantize_rows": _named(_quantize_rows, (BF16, NF4, 64), (F32, NF4, 64), (F16, FP4, 64), (F32, AF4, 7)),
-    "dequantize_rows": _named(_dequantize_rows, (BF16, NF4, 64), (F32, NF4, 64), (F16, FP4, 64), (F32, AF4, 7)),
+    "dequantize_rows": _named(
+        _dequantize_rows, (BF16, NF4, 64), (F32, NF4, 64), (F16, FP4, 64), (F32, AF4, 7), (BF16, NF4, 2)
+    ),
     "quantize_blocks": _named(
         _quantize_blocks, (F32, DYNAMIC, 256), (BF16, DYNAMIC_UNSIGNED, 256), (F32, linear(), 256)
     ),

@@ -60,15 +60,16 @@ def test_ranks_of_cells(book):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("book", FOUR_BIT, ids=lambda book: book.name)
-@pytest.mark.parametrize("blocksize", [64, 24])
+@pytest.mark.parametrize("blocksize", [64, 24, 2])
 def test_four_bit(book, dtype, blocksize):
     width = blocksize * fourbit.row_blocks(blocksize)
     x = nasty(40, width, dtype, book.thresholds)
     constants = {"blocksize": blocksize, "codebook": book}
-    want = fourbit.quantize_rows.definition(x, **constants)
-    got = fourbit.quantize_rows.body(x, fourbit.code_table(book, CPU), **constants)
-    assert torch.equal(got[0], want[0])
-    assert torch.equal(got[1], want[1])
+    if blocksize % fourbit.lane_elements(dtype) == 0:  # the others are given no table
+        want = fourbit.quantize_rows.definition(x, **constants)
+        got = fourbit.quantize_rows.body(x, fourbit.code_table(book, CPU), **constants)
+        assert torch.equal(got[0], want[0])
+        assert torch.equal(got[1], want[1])
     packed = torch.arange(256, dtype=torch.uint8).repeat(blocksize)[: 8 * width].view(-1, width // 2)
     scales = torch.rand(packed.shape[0], fourbit.row_blocks(blocksize)) * 2
     scales[:3] = torch.tensor([math.nan, math.inf, 1e-41])[:, None]

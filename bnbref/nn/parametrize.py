@@ -43,7 +43,9 @@ class Bnb4bitParametrization(nn.Module):
         kept = None if tracing() else self.kept
         if kept:
             return kept[0]
-        values = dequantize(packed, self.quant_state, self.dtype)
+        # accelerate, offloading, moves the module's parameters and buffers to where they are used, and no scales.
+        state = self.quant_state.map(lambda t: t.to(packed.device))
+        values = dequantize(packed, state, self.dtype)
         if kept is not None:
             kept.append(values)
         return values
