@@ -179,6 +179,7 @@ def products(bandwidth: float, peak: float) -> Iterator[dict[str, Any]]:
 
             def four(module: Any, nested_: bool = nested_, n: int = n, k: int = k, w: Tensor = weight) -> Any:
                 made = module(k, n, bias=False, compute_dtype=w.dtype, quant_type="nf4", compress_statistics=nested_)
+                made.to(w.dtype)  # the dtype to which bitsandbytes dequantizes
                 made.load_state_dict({"weight": w})
                 return made.to(GPU).eval()
 

@@ -125,21 +125,23 @@ def factories() -> dict[str, Factory]:
         layer.weight = nn.Parameter(weight, requires_grad=False)
         return layer
 
-    def quantized(module: Any, **options: Any) -> Factory:
+    def quantized(module: Any, params: Any, layer_options: Mapping[str, Any], **options: Any) -> Factory:
         def make(weight: Tensor) -> nn.Module:
-            layer: nn.Module = module(weight.shape[1], weight.shape[0], bias=False, **options)
-            layer.load_state_dict({"weight": weight})
+            layer: nn.Module = module(weight.shape[1], weight.shape[0], bias=False, device="meta", **layer_options)
+            layer.weight = params(weight.cpu(), requires_grad=False, **options)
             return layer.to(weight.device).eval()
 
         return make
 
-    nf4 = {"quant_type": "nf4", "compute_dtype": torch.bfloat16, "compress_statistics": False}
-    int8 = {"has_fp16_weights": False, "threshold": 0.0}
-    found = {"bf16": plain, "bnbref nf4": quantized(bnbref.nn.Linear4bit, **nf4)}
-    found["bnbref int8"] = quantized(bnbref.nn.Linear8bitLt, **int8)
-    if bnb is not None:
-        found["bitsandbytes nf4"] = quantized(bnb.nn.Linear4bit, **nf4)
-        found["bitsandbytes int8"] = quantized(bnb.nn.Linear8bitLt, **int8)
+    nf4 = {"quant_type": "nf4", "compress_statistics": False}
+    int8 = {"has_fp16_weights": False}
+    found = {"bf16": plain}
+    for name, package in (("bnbref", bnbref.nn), ("bitsandbytes", bnb and bnb.nn)):
+        if package is not None:
+            in_four = {"compute_dtype": torch.bfloat16, **nf4}
+            found[f"{name} nf4"] = quantized(package.Linear4bit, package.Params4bit, in_four, **nf4)
+            in_eight = {"threshold": 0.0, **int8}
+            found[f"{name} int8"] = quantized(package.Linear8bitLt, package.Int8Params, in_eight, **int8)
     return found
 
 

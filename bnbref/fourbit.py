@@ -29,6 +29,7 @@ from bnbref.blockwise import (
     look_up,
     magnitude,
     reciprocal,
+    switch_in_cells,
     tuned,
 )
 from bnbref.codebooks import Codebook, threshold_table, value_table
@@ -173,14 +174,10 @@ def code_table(codebook: Codebook, device: torch.device) -> Tensor | None:
         ends = ends.abs() if codebook.sign_bit else ends
         below = torch.searchsorted(thresholds, ends.amin(0))
         inside = torch.searchsorted(thresholds, ends.amax(0), right=True).masked_fill(special, 0) - below
+        switch = switch_in_cells(code, first, last, special)
         low = code(first, special)
-        switch, beyond = first, last + 1  # the last magnitude with the code of the first, by bisection
-        for _ in range(32 - bits):
-            middle = (switch + beyond) >> 1
-            same = code(middle, special) == low
-            switch, beyond = torch.where(same, middle, switch), torch.where(same, beyond, middle)
         high = code(last, special)
-        once = code(torch.minimum(beyond, last), special) == high  # below -0.0 there may be another code than at it
+        once = code(torch.minimum(switch + 1, last), special) == high  # below -0.0 there may be another code than at it
         if int(inside.max()) <= 1 and bool(once.all()):
             entry = low.long() << 28 | high.long() << 24 | switch & (1 << (32 - bits)) - 1
             return float_of(entry).view(torch.int32).to(device)

@@ -216,14 +216,11 @@ def test_eight_bit_codes(name: str, theorems):
 def test_codes_by_cell(name: str, device: torch.device, theorems):
     """The tables that GPUs read, for what a scaled element can be: a number or NaN, as 1 / infinity is 0."""
     if name in EIGHT_BIT:
-        tables = rank_table(EIGHT_BIT[name], device)
-        by_cell = blockwise._count_in_cells
+        cells, by_cell = rank_table(EIGHT_BIT[name], device), blockwise.count_in_cells
     else:
-        cells = fourbit.code_table({"nf4": NF4, "fp4": FP4}[name], device)
-        tables = None if cells is None else (cells,)
-        by_cell = fourbit._encode_by_cell
-    assert tables is not None
-    compiled = kernel(forbidden, lambda x: by_cell(x, *tables).to(torch.uint8))
+        cells, by_cell = fourbit.code_table({"nf4": NF4, "fp4": FP4}[name], device), fourbit._encode_by_cell
+    assert cells is not None
+    compiled = kernel(forbidden, lambda x: by_cell(x, cells).to(torch.uint8))
     steps = codes_of(name)
 
     def without_infinity(codes: Tensor, start: int) -> Tensor:

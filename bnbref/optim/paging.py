@@ -2,7 +2,7 @@
 
     resident        on the parameter's device
     paged           CUDA: in pinned host memory; the states of the next parameters are fetched on a side stream while the
-                    current ones are updated, and written back behind them. Other devices: resident, said once
+                    current ones are updated, and written back behind them on another. Other devices: resident, said once
     page_directory  in files, one for each tensor, so that state may be larger than memory; on a CPU kernels write to them
 
 The arithmetic is the same, and so are the bits. A directory is a checkpoint at any time but in the middle of a step.
@@ -43,28 +43,32 @@ class Copies(Protocol):
         """Wait until the host has everything."""
 
 
-class SideStream:
-    """Copies of CUDA. Device memory belongs to the side stream, which fills, drains and reuses it in its own order."""
+class SideStreams:
+    """Copies of CUDA, a stream each way: the link carries both at once.
+
+    Device memory belongs to the stream that fetches, which reuses it when the other one has drained it.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._fetching, self._writing = torch.cuda.Stream(device), torch.cuda.Stream(device)
 
     def fetch(self, host: Sequence[Tensor]) -> tuple[list[Tensor], Any]:
-        with torch.cuda.stream(self._stream):
-            return [x.to(self._device, non_blocking=True) for x in host], self._stream.record_event()
+        with torch.cuda.stream(self._fetching):
+            return [x.to(self._device, non_blocking=True) for x in host], self._fetching.record_event()
 
     def wait(self, event: Any) -> None:
         torch.cuda.current_stream(self._device).wait_event(event)
 
     def write_back(self, host: Sequence[Tensor], device: Sequence[Tensor]) -> None:
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
+        self._writing.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._writing):
             for target, x in zip(host, device, strict=True):
                 target.copy_(x, non_blocking=True)
+        self._fetching.wait_stream(self._writing)
 
     def finish(self) -> None:
-        self._stream.synchronize()
+        self._writing.synchronize()
 
 
 class Placement:
@@ -75,7 +79,7 @@ class Placement:
         is_paged: bool = False,
         directory: str | Path | None = None,
         page_bytes: int = PAGE_BYTES,
-        copies: Callable[[torch.device], Copies] = SideStream,
+        copies: Callable[[torch.device], Copies] = SideStreams,
     ) -> None:
         if page_bytes < 1:
             raise ValueError(f"page_bytes must be at least 1, got {page_bytes}")
