@@ -10,8 +10,6 @@ Kernels see `[blocks, blocksize]`, the last block padded by zeros, so that only 
 """
 
 import functools
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -206,56 +204,40 @@ def float_of(pattern: Tensor) -> Tensor:
     return torch.where(pattern >= 2**31, pattern - 2**32, pattern).to(torch.int32).view(torch.float32)
 
 
-def switch_in_cells(code: Callable[[Tensor, Tensor], Tensor], first: Tensor, last: Tensor, special: Tensor) -> Tensor:
-    """The last pattern of each cell for which `code(pattern, special)` is what it is for the first one; by bisection, and so
-    only where it changes once at most."""
-    low, same, other = code(first, special), first, last + 1
-    while int((other - same).max()) > 1:
-        middle = (same + other) >> 1
-        equal = code(middle, special) == low
-        same, other = torch.where(equal, middle, same), torch.where(equal, other, middle)
-    return same
-
-
 @functools.cache
-def rank_table(codebook: Codebook, device: torch.device) -> Tensor | None:
-    """`count_below` by one look-up in a table of which few cache lines are read; None where two thresholds share a cell.
+def rank_table(codebook: Codebook, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    """`count_below` by two look-ups in tables that stay in a few cache lines; None where two thresholds share a cell.
 
-    The upper bits of a float32 are its cell, in which one threshold lies at most. An entry is an int32: in its upper byte the
-    count at the smallest magnitude of the cell, below it the lower bits of the last one with this count. Beyond, a positive
-    number has one threshold more below it, a negative number one less.  Finite x or NaN.
+    The upper bits of a float32 are its cell, in which at most one threshold lies. `cells` has the thresholds below it; one
+    comparison with the next threshold, in `bounds`, makes the count: cells[c] + (x > bounds[cells[c]]). Finite x or NaN.
     """
     thresholds = torch.tensor(codebook.thresholds, dtype=torch.float32, device="cpu")
-
-    def count(pattern: Tensor, special: Tensor) -> Tensor:
-        return count_below(float_of(pattern).masked_fill(special, math.nan), thresholds)
-
     for bits in (15, 16):
         first, last, special = float_cells(bits)
-        low, high = count(first, special), count(last, special)
-        if int((high - low).abs().max()) <= 1 and len(thresholds) < 256:
-            switch = switch_in_cells(count, first, last, special)
-            entry = low.long() << 24 | switch & (1 << (32 - bits)) - 1
-            return float_of(entry).view(torch.int32).to(device)
+        ends = torch.stack((float_of(first), float_of(last)))
+        below = torch.searchsorted(thresholds, ends.amin(0)).masked_fill(special, 0)
+        inside = torch.searchsorted(thresholds, ends.amax(0), right=True).masked_fill(special, 0) - below
+        if int(inside.max()) <= 1 and len(thresholds) < 256:
+            bounds = torch.cat((thresholds, torch.tensor([torch.inf], dtype=torch.float32, device="cpu")))
+            return below.to(torch.uint8).to(device), bounds.to(device)
     return None
 
 
-def count_in_cells(x: Tensor, cells: Tensor) -> Tensor:
-    """`count_below` by one look-up in a rank table."""
-    size = 33 - cells.numel().bit_length()  # of a cell, in bits
-    pattern, below = x.view(torch.int32), (1 << size) - 1
-    entry = look_up(cells, pattern >> size & (cells.numel() - 1))
-    beyond = (pattern & below) > (entry & below)
-    return (entry >> 24 & 255) + torch.where(beyond, pattern >> 31 | 1, 0)
+def _count_in_cells(x: Tensor, cells: Tensor, bounds: Tensor) -> Tensor:
+    bits = cells.numel().bit_length() - 1
+    rank = look_up(cells, x.view(torch.int32) >> (32 - bits) & (cells.numel() - 1)).to(torch.int32)
+    return torch.where(x > look_up(bounds, rank), rank + 1, rank)
 
 
-def _encode_lanes(blocks: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
+def _encode_lanes(blocks: Tensor, cells: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
     # Four: with eight a block is 32 lanes, and Inductor then tries 128 blocks at once, which takes minutes to compile.
-    # 256 Mi float32 took an H100 0.74 ms and bfloat16 0.55, the carry table 0.88 and 1.06, bitsandbytes 1.62 and 1.70.
+    # 256 Mi float32 took an H100 0.74 ms and bfloat16 0.55, the carry table 0.88 and 1.06, bitsandbytes 1.62 and 1.70. Later,
+    # when these two look-ups took 0.51 and 0.46, a single one, of the count and the bound in an int32, took 0.50 and 0.51; and
+    # in the optimizers, whose carry table is one look-up too, 10.9 ms for AdamW of 2^30 float32 instead of 8.6.
     lanes = [x.squeeze(1) for x in in_lanes(blocks, blocks.shape[1], 4)]
     absmax = absmax_of_lanes(lanes)
     scale = rearrange(reciprocal(absmax), "b -> b 1")
-    first, second, third, fourth = (count_in_cells(x * scale, cells) for x in lanes)
+    first, second, third, fourth = (_count_in_cells(x * scale, cells, bounds) for x in lanes)
     return (first | second << 8 | third << 16 | fourth << 24).view(torch.uint8), absmax
 
 
@@ -280,6 +262,7 @@ def quantize_blocks(
     thresholds: Tensor,
     entries: Tensor,
     cells: Tensor | None = None,
+    bounds: Tensor | None = None,
     *,
     first_cell: int | None,
 ) -> tuple[Tensor, Tensor]:
@@ -298,11 +281,12 @@ def _(
     thresholds: Tensor,
     entries: Tensor,
     cells: Tensor | None = None,
+    bounds: Tensor | None = None,
     *,
     first_cell: int | None,
 ) -> tuple[Tensor, Tensor]:
-    if cells is not None:
-        return _encode_lanes(blocks, cells)
+    if cells is not None and bounds is not None:
+        return _encode_lanes(blocks, cells, bounds)
     x = blocks.float()
     absmax = magnitude(x).amax(-1)
     scaled = x * rearrange(reciprocal(absmax), "b -> b 1")
@@ -345,13 +329,13 @@ def quantize(x: Tensor, codebook: Codebook, blocksize: int) -> tuple[Tensor, Ten
     if codebook.order is not None or codebook.sign_bit:
         raise ValueError(f"codebook {codebook.name!r} is not in the order of its values; 8-bit codes are ranks")
     thresholds = threshold_table(codebook, x.device)
-    ranks: tuple[Tensor | None, ...] = ()
+    ranks: tuple[Tensor, Tensor] | tuple[()] = ()
     if tracing() or not compile_enabled():  # a cached table is no part of somebody else's graph
         carry = CarryTable(thresholds.to(torch.int32), None)
     else:
         carry = carry_table(codebook, x.device)
         if x.device.type != "cpu" and blocksize % 4 == 0:
-            ranks = (rank_table(codebook, x.device),)
+            ranks = rank_table(codebook, x.device) or ()
     codes, absmax = quantize_blocks(
         in_rows(x, blocksize), thresholds, carry.entries, *ranks, first_cell=carry.first_cell
     )

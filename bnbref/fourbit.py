@@ -29,7 +29,6 @@ from bnbref.blockwise import (
     look_up,
     magnitude,
     reciprocal,
-    switch_in_cells,
     tuned,
 )
 from bnbref.codebooks import Codebook, threshold_table, value_table
@@ -174,10 +173,14 @@ def code_table(codebook: Codebook, device: torch.device) -> Tensor | None:
         ends = ends.abs() if codebook.sign_bit else ends
         below = torch.searchsorted(thresholds, ends.amin(0))
         inside = torch.searchsorted(thresholds, ends.amax(0), right=True).masked_fill(special, 0) - below
-        switch = switch_in_cells(code, first, last, special)
         low = code(first, special)
+        switch, beyond = first, last + 1  # the last magnitude with the code of the first, by bisection
+        for _ in range(32 - bits):
+            middle = (switch + beyond) >> 1
+            same = code(middle, special) == low
+            switch, beyond = torch.where(same, middle, switch), torch.where(same, beyond, middle)
         high = code(last, special)
-        once = code(torch.minimum(switch + 1, last), special) == high  # below -0.0 there may be another code than at it
+        once = code(torch.minimum(beyond, last), special) == high  # below -0.0 there may be another code than at it
         if int(inside.max()) <= 1 and bool(once.all()):
             entry = low.long() << 28 | high.long() << 24 | switch & (1 << (32 - bits)) - 1
             return float_of(entry).view(torch.int32).to(device)
@@ -271,7 +274,7 @@ def _decode_bytes(
     first = decode_nibble(codes >> 4, table, codebook) * scale
     second = decode_nibble(codes, table, codebook) * scale
     low, high = (value.to(dtype).view(torch.int16).to(torch.int32) for value in (first, second))
-    return (low & 0xFFFF | high << 16).flatten(1).view(dtype)
+    return (low & 0xFFFF | high << 16).view(dtype).flatten(1)
 
 
 # Two ways, each the faster for its dtypes. A byte a lane: both its nibbles are scaled, rounded, and joined in one integer,
@@ -286,15 +289,16 @@ def _(
     codebook: Codebook,
     dtype: torch.dtype,
 ) -> Tensor:
-    if packed.device.type != "cpu" and dtype != torch.float32 and blocksize % 2 == 0:
+    by_bytes = dtype != torch.float32 and blocksize % 4 == 0  # torch 2.11 cannot view a block of one integer as two
+    if by_bytes and packed.device.type != "cpu":
         return _decode_bytes(packed, absmax, table, blocksize, codebook, dtype)
     values = sixteen(codebook)
-    if dtype != torch.float32 and blocksize % 2 == 0 and packed.device.type == "cpu":
+    if by_bytes:
         codes = rearrange(packed.to(torch.int32), "n (b s) -> n b s", s=blocksize // 2)
         scale = rearrange(absmax, "n b -> n b 1")
         first = scaled16_bits(codes >> 4, scale, values, dtype)
         second = scaled16_bits(codes, scale, values, dtype)
-        return (first | (second << 16)).flatten(1).view(dtype)
+        return (first | (second << 16)).view(dtype).flatten(1)
     lane = torch.arange(WORD, device=packed.device)
     shift = (lane >> 1) * 8 + (1 - (lane & 1)) * 4  # 4, 0, 12, 8, 20, ...
     value = lookup16((packed.view(torch.int64)[:, :, None] >> shift).to(torch.int32), values)

@@ -386,12 +386,7 @@ def _step_elements(rule: rules.Rule, dtype: torch.dtype, noise: bool, direction:
 
 
 def _step_blocks(
-    rule: rules.Rule,
-    dtype: torch.dtype,
-    noise: bool,
-    blocksize: int = 256,
-    direction: bool = False,
-    tables_of: Callable[[rules.Rule, torch.device], optim_state.Tables] = optim_state.tables,
+    rule: rules.Rule, dtype: torch.dtype, noise: bool, blocksize: int = 256, direction: bool = False
 ) -> Variant:
     @st.composite
     def cases(draw: st.DrawFn, rows: Blocks) -> Case:
@@ -404,7 +399,7 @@ def _step_blocks(
             states.append(draw(_some_integers(torch.uint8, count)).view(n, blocksize))
             states.append(draw(_float_state(False, n)))
         p, g = p.view(n, blocksize), g.view(n, blocksize)
-        tables = tables_of(rule, CPU)
+        tables = optim_state.tables(rule, CPU)
         if direction:
             return Case((p, g, hyper, *tables.values, *states), constants)
         random = None if random is None else random.view(n, blocksize)
@@ -453,8 +448,7 @@ KERNELS: dict[str, dict[str, Variant]] = {
     "step_elements": _named(_step_elements, (rules.Adam(), F32, False), (rules.AdEMAMix(), BF16, True)),
     "step_blocks": _named(
         _step_blocks, (rules.Adam(), F32, False), (rules.AdEMAMix(), BF16, True), (rules.Lion(), F16, False)
-    )
-    | {"by rank tables": _step_blocks(rules.Adam(), F32, False, tables_of=optim_state.rank_tables)},
+    ),
     "direction_elements": _named(_step_elements, (rules.LARS(), F32, False, True)),
     "direction_blocks": _named(_step_blocks, (rules.LAMB(), F32, False, 256, True)),
 }

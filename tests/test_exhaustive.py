@@ -216,11 +216,14 @@ def test_eight_bit_codes(name: str, theorems):
 def test_codes_by_cell(name: str, device: torch.device, theorems):
     """The tables that GPUs read, for what a scaled element can be: a number or NaN, as 1 / infinity is 0."""
     if name in EIGHT_BIT:
-        cells, by_cell = rank_table(EIGHT_BIT[name], device), blockwise.count_in_cells
+        tables = rank_table(EIGHT_BIT[name], device)
+        by_cell = blockwise._count_in_cells
     else:
-        cells, by_cell = fourbit.code_table({"nf4": NF4, "fp4": FP4}[name], device), fourbit._encode_by_cell
-    assert cells is not None
-    compiled = kernel(forbidden, lambda x: by_cell(x, cells).to(torch.uint8))
+        cells = fourbit.code_table({"nf4": NF4, "fp4": FP4}[name], device)
+        tables = None if cells is None else (cells,)
+        by_cell = fourbit._encode_by_cell
+    assert tables is not None
+    compiled = kernel(forbidden, lambda x: by_cell(x, *tables).to(torch.uint8))
     steps = codes_of(name)
 
     def without_infinity(codes: Tensor, start: int) -> Tensor:
@@ -279,15 +282,16 @@ def test_reciprocal(device: torch.device, theorems):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 def test_one_rounding_when_decoding_four_bits(dtype: torch.dtype, device: torch.device, theorems):
-    """Codes of the values 1 and -1 times every float32 as the scale of a block: NF4, blocks of two."""
+    """Codes of the values 1 and -1 times every float32 as the scale of a block: NF4, blocks of four, as any multiple of it."""
     steps = rounding_to(dtype)
 
     def decode(x: Tensor) -> Tensor:
-        packed = torch.full_like(x, 0xF0, dtype=torch.uint8)
-        return fourbit.dequantize(packed, x, NF4, 2, (2 * x.numel(),), dtype)
+        packed = torch.full_like(x, 0xF0F0 - 2**16, dtype=torch.int16)
+        return fourbit.dequantize(packed, x, NF4, 4, (4 * x.numel(),), dtype)
 
     def want(start: int, stop: int) -> Tensor:
-        return torch.stack((steps.part(start, stop), steps.part(start ^ SIGN, ((stop - 1) ^ SIGN) + 1)), 1).view(-1)
+        values = (steps.part(start, stop), steps.part(start ^ SIGN, ((stop - 1) ^ SIGN) + 1))
+        return torch.stack(2 * values, 1).view(-1)
 
     modes = [eagerly(decode), decode]
     prove(theorems, f"4 bits to {str(dtype)[6:]}: eager and compiled, one rounding", modes, want, device=device)

@@ -27,10 +27,8 @@ from bnbref.blockwise import (
     check_blocksize,
     count_below,
     count_by_carry,
-    count_in_cells,
     look_up,
     magnitude,
-    rank_table,
     reciprocal,
 )
 from bnbref.codebooks import threshold_table, value_table
@@ -144,9 +142,11 @@ def _(
 ) -> tuple[Tensor, ...]:
     def count(scaled: Tensor, signed: bool) -> Tensor:
         table = ranks if signed else ranks_unsigned
-        if first_cells is not None:
-            return count_by_carry(scaled, table, first_cells[0 if signed else 1])
-        return count_below(scaled, table) if table.is_floating_point() else count_in_cells(scaled, table)
+        return (
+            count_below(scaled, table)
+            if first_cells is None
+            else count_by_carry(scaled, table, first_cells[0 if signed else 1])
+        )
 
     return _step_blocks(p, g, hyper, noise, states, (values, values_unsigned), count, rule, names)
 
@@ -203,11 +203,10 @@ class Tables(NamedTuple):
 
 
 def tables(rule: Rule, device: torch.device) -> Tables:
-    """Of the rule's two codebooks: carry tables on a CPU, else rank tables; for a trace, which may not keep tensors, and where
-    two thresholds share a cell, the thresholds."""
-    if tracing() or not compile_enabled():
-        return _threshold_tables(rule, device)
-    return _carry_tables(rule, device) if device.type == "cpu" else rank_tables(rule, device)
+    """Of the rule's two codebooks; for a trace, which may not keep tensors, with thresholds instead of carry tables."""
+    if not tracing() and compile_enabled():
+        return _carry_tables(rule, device)
+    return _threshold_tables(rule, device)
 
 
 def _threshold_tables(rule: Rule, device: torch.device) -> Tables:
@@ -223,14 +222,6 @@ def _carry_tables(rule: Rule, device: torch.device) -> Tables:
     if signed.first_cell is None or unsigned.first_cell is None:  # two thresholds share a cell
         return plain
     return Tables(plain.values, (signed.entries, unsigned.entries), (signed.first_cell, unsigned.first_cell))
-
-
-@functools.cache
-def rank_tables(rule: Rule, device: torch.device) -> Tables:
-    """What GPUs are given."""
-    plain = _threshold_tables(rule, device)
-    signed, unsigned = (rank_table(book, device) for book in rule.codebooks)
-    return plain if signed is None or unsigned is None else Tables(plain.values, (signed, unsigned), None)
 
 
 def new_state(
