@@ -3,7 +3,7 @@
 What they ask of torch.cuda and of Triton's driver is answered from a table; tensors on the GPU are fake ones. Inductor is
 stopped where it would load the kernels that it wrote. Importing this changes the whole process: it belongs into one of its own.
 
-A CPU build of torch will do, with the triton of its version (constraints.txt), and a C++ compiler.
+A CPU build of torch will do, with the triton of its version, and g++.
 """
 
 import ctypes
