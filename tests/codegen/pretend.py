@@ -153,13 +153,15 @@ _mode = functools.cache(lambda: fake_tensor.FakeTensorMode(allow_non_fake_inputs
 
 
 def on_gpu(tensors: Sequence[Tensor | None], sizes: Sequence[Sequence[int]] | None = None) -> list[Tensor | None]:
-    """Fake tensors on the GPU with these dtypes, and shapes or other sizes."""
-    shapes = sizes or [() if t is None else t.shape for t in tensors]
+    """Fake tensors on the GPU with these dtypes, shapes and strides, or contiguous of other sizes."""
+
+    def fake(i: int, t: Tensor) -> Tensor:
+        if sizes is not None:
+            return torch.empty(tuple(sizes[i]), dtype=t.dtype, device=CUDA)
+        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=CUDA)
+
     with _mode():
-        return [
-            None if t is None else torch.empty(tuple(shape), dtype=t.dtype, device=CUDA)
-            for t, shape in zip(tensors, shapes, strict=True)
-        ]
+        return [None if t is None else fake(i, t) for i, t in enumerate(tensors)]
 
 
 def generate(kernel: Kernel[..., Any], fakes: list[Any], constants: Any, load: Callable[[str], Call]) -> Any:
