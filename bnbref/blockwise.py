@@ -310,6 +310,11 @@ def dequantize_blocks(codes: Tensor, absmax: Tensor, values: Tensor, *, dtype: t
 # ---- any shape ------------------------------------------------------------------------------------------------------
 
 
+def reads_tables(device: torch.device) -> bool:
+    """Whether kernels are given tables in memory: on GPUs, and never as part of somebody else's graph."""
+    return device.type != "cpu" and compile_enabled() and not tracing()
+
+
 def quantize(x: Tensor, codebook: Codebook, blocksize: int) -> tuple[Tensor, Tensor]:
     """Codes and scales of a tensor of any shape: uint8 like `x`, float32 `[ceil(numel / blocksize)]`.  Exact.
 
@@ -334,7 +339,7 @@ def quantize(x: Tensor, codebook: Codebook, blocksize: int) -> tuple[Tensor, Ten
         carry = CarryTable(thresholds.to(torch.int32), None)
     else:
         carry = carry_table(codebook, x.device)
-        if x.device.type != "cpu" and blocksize % 4 == 0:
+        if reads_tables(x.device) and blocksize % 4 == 0:
             ranks = rank_table(codebook, x.device) or ()
     codes, absmax = quantize_blocks(
         in_rows(x, blocksize), thresholds, carry.entries, *ranks, first_cell=carry.first_cell

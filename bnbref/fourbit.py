@@ -28,11 +28,12 @@ from bnbref.blockwise import (
     in_rows,
     look_up,
     magnitude,
+    reads_tables,
     reciprocal,
     tuned,
 )
 from bnbref.codebooks import Codebook, threshold_table, value_table
-from bnbref.fused import compile_enabled, fused, tracing
+from bnbref.fused import fused
 from bnbref.lut16 import lookup16, scaled16_bits
 
 WORD = 16  # codes in 64 bits
@@ -312,11 +313,6 @@ def _(
 
 
 # ---- any shape ------------------------------------------------------------------------------------------------------
-
-
-def reads_tables(device: torch.device) -> bool:
-    """Whether kernels are given tables in memory: on GPUs, and never as part of somebody else's graph."""
-    return device.type != "cpu" and compile_enabled() and not tracing()
 
 
 def quantize(

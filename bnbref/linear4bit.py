@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor
 
 from bnbref import fourbit, ordered
+from bnbref.blockwise import reads_tables
 from bnbref.codebooks import Codebook, value_table
 from bnbref.fused import compile_enabled, fused, tracing
 from bnbref.int8 import in_rows
@@ -144,13 +145,13 @@ def _product_of_row(a: Tensor, packed: Tensor, state: QuantState, bias: Tensor |
     codes = packed.reshape(-1).view(torch.uint8).view(n, k // 2)
     scales = state.scales().view(n, k // blocksize)
     table: Tensor | None = None
-    if a.device.type == "cpu":
-        columns = a.float().view(k // 2, 2).t().contiguous()
-    else:
+    if reads_tables(a.device):
         columns = a.reshape(k // 8, 8).t().contiguous()
         table = value_table(state.codebook, a.device)
         if codes.storage_offset() % 4 != 0:
             codes = codes.clone()  # the kernel reads words
+    else:
+        columns = a.float().view(k // 2, 2).t().contiguous()
     y = multiply_row(columns, codes, scales, bias, table, blocksize=blocksize, codebook=state.codebook, dtype=a.dtype)
     return y.view(*a.shape[:-1], n)
 

@@ -88,7 +88,7 @@ def _(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
         slab[: len(rows), :n].copy_(rows)
         total = add_products(total, left, slab)
     y = total[:m, :n] if bias is None else total[:m, :n] + bias.float()
-    return y.to(a.dtype, memory_format=torch.contiguous_format)
+    return y.to(a.dtype).contiguous()  # as the fake one below is: a graph is compiled for its strides
 
 
 @torch.library.register_fake("bnbref::ordered_product", lib=_library)  # type: ignore[untyped-decorator]

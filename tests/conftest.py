@@ -27,6 +27,9 @@ settings.register_profile("ci", parent=settings.get_profile("here"), derandomize
 settings.load_profile("ci" if os.environ.get("CI") else "here")
 
 
+collect_ignore = ["codegen"]  # programs, for processes of their own
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("cuda") is not None and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
@@ -48,6 +51,7 @@ class Theorems:
 
     def __init__(self, config: pytest.Config) -> None:
         self.proven: list[Theorem] = []
+        self.tables: list[tuple[str, list[str]]] = []
         self._capture = config.pluginmanager.getplugin("capturemanager")
 
     @contextlib.contextmanager
@@ -61,6 +65,10 @@ class Theorems:
 
     def record(self, name: str, inputs: int, seconds: float) -> None:
         self.proven.append(Theorem(name, inputs, seconds))
+
+    def say(self, title: str, lines: list[str]) -> None:
+        """A table of its own."""
+        self.tables.append((title, lines))
 
 
 _THEOREMS = pytest.StashKey[Theorems]()
@@ -77,6 +85,9 @@ def theorems(request: pytest.FixtureRequest) -> Theorems:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    for title, lines in config.stash[_THEOREMS].tables:
+        terminalreporter.section(title)
+        terminalreporter.write("\n".join([*lines, ""]))
     proven = config.stash[_THEOREMS].proven
     if not proven:
         return

@@ -50,14 +50,26 @@ CALLS = {
     "quantize_4bit": [(W, 64, "nf4", torch.uint8), (W, 64, "fp4", torch.uint8)],
     "quantize_blockwise": [(A, SIGNED, 256)],
 }
+G, P, FIRST, SECOND = torch.randn(4, 300)
+_codes = torch.full((300,), 127, dtype=torch.uint8), torch.zeros(300, dtype=torch.uint8)
+OPTIMIZERS = {
+    "optimizer_update_32bit": [
+        ("adam", G, P, FIRST, SECOND.abs(), None, 0.0, 0.0, 0.9, 0.999, 0.0, 0.0, 1e-8, 0.01, 1, 1e-3, 1.0),
+        ("lion", G, P, FIRST, None, None, 0.0, 0.0, 0.9, 0.99, 0.0, 0.0, 1e-8, 0.0, 1, 1e-3, 1.0),
+    ],
+    "optimizer_update_8bit_blockwise": [
+        ("adam", G, P, *_codes, 0.9, 0.999, 0.0, 0.0, 1e-8, 1, 1e-3, SIGNED, UNSIGNED, *torch.zeros(2, 2), 0.01, 1.0),
+    ],
+}
 CASES = [
-    pytest.param(name, args, id=f"{name}-{i}") for name, all_args in CALLS.items() for i, args in enumerate(all_args)
+    pytest.param(name, args, id=f"{name}-{i}")
+    for name, all_args in (CALLS | OPTIMIZERS).items()
+    for i, args in enumerate(all_args)
 ]
 
 
 def test_every_operator_is_tried():
-    optimizers = {"optimizer_update_32bit", "optimizer_update_8bit_blockwise"}
-    assert ops.SCHEMAS.keys() == CALLS.keys() | optimizers
+    assert ops.SCHEMAS.keys() == CALLS.keys() | OPTIMIZERS.keys()
     assert ops.KERNELS.keys() == ops.FAKES.keys() == ops.SCHEMAS.keys() | {f"{name}.out" for name in ops.WITH_OUT}
     assert len(ops.KERNELS) == 19
 
@@ -73,6 +85,7 @@ def test_results_are_written_into_out(bitsandbytes, name):
     operator = getattr(torch.ops.bitsandbytes, name)
     want = operator(*args)
     out = torch.empty_like(want)
+    torch.library.opcheck(operator.out, args, {"out": out.clone()})
     assert operator.out(*args, out=out) is None
     assert torch.equal(out, want)
     with pytest.raises(ValueError, match="out must be"):

@@ -11,8 +11,8 @@ from test_ordered import by_hand
 from test_selfcheck import input_values
 
 import bnbref
-from bnbref import cli, fourbit, info
-from bnbref.exactness import GRADIENTS, GROUP, KERNEL_CHECKS, SCALES
+from bnbref import cli, fourbit, info, int8
+from bnbref.exactness import GRADIENTS, GROUP, KERNEL_CHECKS, SCALES, between_codes
 from bnbref.fused import REGISTRY
 from bnbref.selfcheck import self_check
 
@@ -98,6 +98,11 @@ def quantize_int8_rows():
         yield from (codes.astype(np.int8), absmax)
         if i:
             yield np.array(outlier)
+    scale = 1 + np.arange(97, dtype=np.float32)[:, None] / np.float32(97)
+    middle = halves.astype(np.float32) * scale
+    beside = [np.nextafter(middle, np.float32(end)) for end in (np.inf, -np.inf)]
+    codes, absmax, _ = second.int8_quantize(np.concatenate([scale, middle, *beside], axis=1), 0.0)
+    yield from (codes.astype(np.int8), absmax)
 
 
 def dequantize_int8_product():
@@ -207,6 +212,32 @@ def verdicts(*names):
     checks = [check for check in KERNEL_CHECKS if check.name in names]
     with bnbref.eager():
         return {result.check.name: result.ok for result in self_check(CPU, compiled=False, checks=checks)}
+
+
+INT8_SCALES = {
+    "127 / absmax": lambda x, absmax: x * (127 / absmax.double()).float(),
+    "127 * (1 / absmax) in float64": lambda x, absmax: x * (127 * (1 / absmax.double())).float(),
+    "x * 127 / absmax in float64": lambda x, absmax: x.double() * (127 / absmax.double()),
+    "(x * (1 / absmax)) * 127": lambda x, absmax: x * (1 / absmax) * 127,
+}
+
+
+@pytest.mark.parametrize("scaled", INT8_SCALES)
+def test_another_precision_of_the_int8_scale_is_found(scaled, monkeypatch):
+    """Codes by a scale that is rounded once, or not at all, differ on 3020 and more of the 37054 numbers between codes."""
+    right = int8.quantize_int8_rows.definition
+
+    def wrong(rows, *, threshold):
+        _, absmax, columns = right(rows, threshold=threshold)
+        other = INT8_SCALES[scaled](rows.float(), torch.where(absmax > 0, absmax, torch.inf)[:, None]).round()
+        keep = (other == other) & ~columns if threshold > 0 else other == other
+        return torch.where(keep, other, 0.0).to(torch.int8), absmax, columns
+
+    monkeypatch.setattr(int8.quantize_int8_rows, "definition", wrong)
+    assert verdicts("quantize_int8_rows") == {"quantize_int8_rows": False}
+    with bnbref.eager():
+        got = int8.quantize(between_codes())[0]
+    assert (got != right(between_codes(), threshold=0.0)[0]).sum() >= 3020
 
 
 def test_a_wrong_bit_is_found(monkeypatch, capsys):

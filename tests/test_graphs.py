@@ -1,17 +1,24 @@
-"""Kernels inside other people's graphs, with default options, between operations of theirs that Inductor would fuse."""
+"""Kernels inside other people's graphs, with default options, between operations of theirs that Inductor would fuse; and in
+graphs that a GPU replays."""
 
 import os
 import subprocess
 import sys
 
 import pytest
+import strategies
 import torch
+from codegen.calls import calls, calls_go_to
 from conftest import difference, same_bits
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.utils._pytree import tree_map
 
 import bnbref
 from bnbref import blockwise, fourbit, int8
 from bnbref.codebooks import DYNAMIC, NF4
-from bnbref.fused import REGISTRY
+from bnbref.fused import REGISTRY, Kernel
 
 BF16 = torch.bfloat16
 
@@ -51,6 +58,66 @@ def test_their_own_roundings_are_theirs():
         return (x * 1.1).to(BF16).float() * 3
 
     assert not same_bits(torch.compile(theirs, fullgraph=True)(X), theirs(X))
+
+
+# ---- without data ---------------------------------------------------------------------------------------------------
+# A kernel that looks at a number to decide what to do waits for the device, and is nothing that a CUDA graph can replay. On
+# tensors without data that is an error.
+
+
+def traced_on_cpu(kernel, args, constants):
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in args]
+        return kernel.body(*fakes, **constants)
+
+
+def traced_on_gpu(kernel, args, constants):
+    """As on a device that is not the CPU, with the tables that it would be given."""
+    return kernel.body(*(None if x is None else x.to("meta") for x in args), **constants)
+
+
+@pytest.mark.parametrize("name", sorted(REGISTRY))
+def test_no_kernel_looks_at_its_data(name):
+    for variant in strategies.KERNELS[name].values():
+
+        @settings(max_examples=1)
+        @given(variant(st.just(3)))
+        def run(case):
+            traced_on_cpu(REGISTRY[name], case.args, case.kwargs)
+
+        run()
+
+
+def test_no_kernel_looks_at_its_data_on_a_gpu():
+    seen = set()
+
+    def run(kernel, tensors, constants):
+        seen.add(kernel.name)
+        return tree_map(lambda y: torch.zeros_like(y, device="cpu"), traced_on_gpu(kernel, tensors, constants))
+
+    for _, call in calls():
+        with calls_go_to(run):
+            call()
+    assert seen == set(REGISTRY)
+
+
+HOST_READS = {
+    "a number": lambda x: x * x.amax().item(),
+    "a condition": lambda x: x if bool((x > 0).any()) else -x,
+    "a mask": lambda x: x[x > 0],
+    "indices": lambda x: x.nonzero(),
+    "a list": lambda x: x + len(x.tolist()),
+}
+
+
+@pytest.mark.parametrize("read", HOST_READS)
+def test_a_kernel_that_looks_is_found(read):
+    kernel = Kernel(HOST_READS[read], {}, dict, True)
+    x = torch.ones(4)
+    with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
+        traced_on_cpu(kernel, [x], {})
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"meta|Meta"):
+        traced_on_gpu(kernel, [x], {})
 
 
 CHECK = (

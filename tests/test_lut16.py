@@ -238,7 +238,8 @@ def test_operators_are_sound():
     q, scale = codes(4, 16), torch.rand(4, 1)
     torch.library.opcheck(torch.ops.bnbref.lut16.default, (q, list(TABLE), 512))
     for bits in (False, True):
-        torch.library.opcheck(torch.ops.bnbref.scaled16.default, (q, scale, list(TABLE), torch.bfloat16, bits, 512))
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            torch.library.opcheck(torch.ops.bnbref.scaled16.default, (q, scale, list(TABLE), dtype, bits, 512))
 
 
 def test_importing_is_light():

@@ -134,6 +134,9 @@ def test_the_switch_is_back_where_it_was():
 
 
 def test_the_operator(eager):
-    torch.library.opcheck(torch.ops.bnbref.ordered_product.default, (randn(3, 70), randn(70, 5), randn(5)))
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b, bias = (x.to(dtype) for x in (randn(3, 70), randn(70, 5), randn(5)))
+        for args in ((a, b, bias), (a, b, None), (a[:1], b.t().contiguous().t(), None)):
+            torch.library.opcheck(torch.ops.bnbref.ordered_product.default, args)
     with torch.device("meta"):
         assert ordered.product(torch.empty(3, 70), torch.empty(70, 5)).shape == (3, 5)

@@ -92,6 +92,36 @@ def test_compiled_is_the_definition(name, variant):
     run()
 
 
+def compilations(kernel: Kernel[..., Any], cases: list[Case]) -> tuple[int, int]:
+    """New variants of a kernel, and new graphs, after calls with these arguments."""
+    from torch._dynamo.utils import counters
+
+    kernel._shortcuts.clear()  # Dynamo shall look at every size
+    variants, graphs = len(kernel.variants), counters["stats"]["unique_graphs"]
+    for case in cases:
+        kernel(*fresh(case.args), **case.kwargs)
+    return len(kernel.variants) - variants, counters["stats"]["unique_graphs"] - graphs
+
+
+@each_kernel
+def test_one_compilation_serves_all_sizes(name):
+    """A variant for each kind of arguments, none for another size of what varies, and one graph for a variant."""
+
+    @settings(max_examples=1)
+    @given(st.tuples(*(strategy_of(name)(st.just(n)) for n in (2, 3, 5))))
+    def run(cases):
+        variants, graphs = compilations(REGISTRY[name], list(cases))
+        assert variants <= len({tuple(x is None for x in case.args) for case in cases})
+        assert graphs == variants
+
+    run()
+
+
+def test_a_compilation_for_a_size_is_counted():
+    kernel = Kernel(lambda x: x + x, {}, lambda *dtypes: {}, True)
+    assert compilations(kernel, [Case((torch.ones(n),)) for n in (2, 3, 5)]) == (3, 3)
+
+
 @pytest.mark.cuda
 @each_variant
 def test_compiled_on_cuda_is_the_definition_on_cpu(name, variant):

@@ -1,0 +1,80 @@
+"""Calls that use every registered kernel: those of `python -m bnbref check --self`, and of what it leaves out.
+
+Each goes by way of a public function, so that a kernel is given what it is given on a GPU.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+
+import bnbref
+from bnbref import blockwise, fourbit, functional, linear4bit
+from bnbref.exactness import GROUP, KERNEL_CHECKS
+from bnbref.fused import Kernel
+from bnbref.optim import rules
+from bnbref.optim.state import new_state, step
+from bnbref.selfcheck import example
+
+CPU = torch.device("cpu")
+X = example(CPU)
+
+
+def _rows_times_weight() -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        packed, state = functional.quantize_4bit(X.view(64, 256), quant_type="nf4")
+        bnbref.matmul_4bit(X[:256].to(dtype), packed, state, bias=X[:64].to(dtype))
+
+
+def _bfloat16_parameters() -> None:
+    """Rounded at random: all rules but the first take the same way."""
+    for rule in (rules.Adam(), rules.AdEMAMix()):
+        for bits in (8, 32):
+            p = X[:700].bfloat16()
+            state = new_state(rule, p.shape, bits, 256, lambda _, shape, dtype: torch.empty(shape, dtype=dtype))
+            numbers = rule.coefficients(1, GROUP)
+            noise = (X[700:1400] * 2**14).to(torch.int16)
+            step(
+                rule,
+                p,
+                X[1400:2100].bfloat16(),
+                state,
+                numbers,
+                torch.tensor(list(numbers.values())),
+                blocksize=256,
+                noise=noise,
+            )
+
+
+def calls() -> Iterator[tuple[str, Callable[[], object]]]:
+    """What is called, by name."""
+    for check in KERNEL_CHECKS:
+        yield check.name, lambda run=check.run: run(X)
+    yield "multiply_row", _rows_times_weight
+    yield "bfloat16 parameters", _bfloat16_parameters
+
+
+@contextlib.contextmanager
+def calls_go_to(run: Callable[[Kernel[..., Any], list[Any], Any], Any]) -> Iterator[None]:
+    """Inside, what a function would give a kernel on a GPU is given to `run`: tables, and no cutting into pieces.
+
+    The tensors stay on the CPU.
+    """
+    tables = [mock.patch.object(room, "reads_tables", return_value=True) for room in (blockwise, fourbit, linear4bit)]
+    pieces = mock.patch.object(Kernel, "_in_pieces", return_value=False)
+    ran = mock.patch.object(Kernel, "_run", run)
+    with contextlib.ExitStack() as stack:
+        for patch in (*tables, pieces, ran):
+            stack.enter_context(patch)
+        yield
+
+
+def variant(name: str, args: Sequence[Any], constants: Mapping[str, Any]) -> str:
+    """A kernel's name, the dtypes that it reads and its constants, as in "quantize_rows float32 nf4 64"."""
+    floats = [t.dtype for t in args if t is not None and t.dim() > 0][:1]
+    seen = [*floats, *(value for key, value in constants.items() if key not in ("names", "first_cells", "first_cell"))]
+    optional = [f"{sum(t is not None for t in args)} tensors"]
+    words = [str(getattr(value, "name", value)).removeprefix("torch.") for value in seen]
+    return " ".join([name, *words, *optional])
