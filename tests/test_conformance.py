@@ -24,7 +24,8 @@ from bnbref.cli import main
 from bnbref.conformance import backends, cases, check, mutants, page, report, spec, vectors
 from bnbref.conformance.backends import Backend
 from bnbref.conformance.dialects import explain
-from bnbref.conformance.operations import OPERATIONS, Also, Expected, wrong_elements
+from bnbref.conformance.judging import Also, Expected, wrong_elements
+from bnbref.conformance.operations import OPERATIONS
 from bnbref.conformance.rules import FLAGS, RULES
 from bnbref.conformance.shrink import shrink
 
@@ -43,7 +44,7 @@ def of(operation):
 
 
 def test_the_files_are_what_the_cases_give_byte_for_byte():
-    made = vectors.files(cases.all_cases())
+    made = vectors.files(vectors.all_cases())
     stored = {path.name: path.read_bytes() for path in vectors.FOLDER.iterdir() if path.name != "schema.json"}
     assert sorted(made) == sorted(stored)
     assert [name for name in made if made[name] != stored[name]] == [], "python -m bnbref vectors write"

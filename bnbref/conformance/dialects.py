@@ -18,7 +18,9 @@ from bnbref.blockwise import SMALLEST_NORMAL, count_below
 from bnbref.codebooks import DYNAMIC, FP4, NF4, Codebook, four_bit, value_table
 from bnbref.conformance.cases import Case
 from bnbref.conformance.check import Failure
-from bnbref.conformance.operations import arguments, product_interval, same, wrong_elements
+from bnbref.conformance.judging import same, wrong_elements
+from bnbref.conformance.operations import arguments
+from bnbref.conformance.products import product_interval
 from bnbref.fused import eager
 
 CPU = torch.device("cpu")

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor
 
 from bnbref.conformance.check import Failure
-from bnbref.conformance.operations import OPERATIONS, steps
+from bnbref.conformance.judging import steps
+from bnbref.conformance.operations import OPERATIONS
 from bnbref.conformance.report import DTYPES, Finding, Report, cell, describe, rows
 from bnbref.conformance.rules import FLAGS, RULES
 

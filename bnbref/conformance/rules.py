@@ -139,6 +139,15 @@ _LIST = [
         "Every row of a is multiplied, and leading dimensions are kept.",
     ),
     *_rules(
+        "gemm_4bit_backward",
+        "GB",
+        (
+            "grad_a = grad @ W with W as D4 decodes it to the dtype of grad, and float32 accumulation.",
+            "The bound of G4-1, with n for k.",
+        ),
+        "Leading dimensions are kept.",
+    ),
+    *_rules(
         "int8_quantize",
         "I8",
         (
@@ -179,6 +188,20 @@ _LIST = [
         ),
     ),
     *_rules(
+        "int8_backward",
+        "IB",
+        (
+            "grad_a = grad @ W with W = code * absmax / 127 of the weight's rows, rounded to the dtype of grad.",
+            "The bound of G4-1, with n for k.",
+        ),
+        (
+            "grad_weight = grad^T @ a.",
+            "The bound of G4-1, with the number of rows m for k. Both may be quantized to int8 on the way, by the absmax of their "
+            "columns: d_g sum |a| + d_a sum |grad| + m d_g d_a more, d being a column's absmax / 253.",
+        ),
+        "All dimensions but the last are rows; grad_a has the shape of a.",
+    ),
+    *_rules(
         "save_4bit",
         "CW",
         "A file holds the packed codes, absmax, quant_map and, nested, nested_absmax and nested_quant_map, as quantization "
@@ -190,6 +213,59 @@ _LIST = [
         "load_4bit",
         "CR",
         "The tensors of a file give the weight that D4 (nested: DN) decodes, in the dtype and shape of the state.",
+    ),
+    *_rules(
+        "evaluate_then_train",
+        "LE",
+        ("In evaluation mode y = x @ W^T + bias in the dtype of x.", "The bound of G4-1."),
+        ("In training mode afterwards the gradient of x is that of GB, as if nothing had been evaluated.", "Its bound."),
+        "What is saved then are the packed codes and the absmax that the layer was made of, bit for bit.",
+    ),
+    *_rules(
+        "optimizer_32bit",
+        "OS",
+        (
+            "p = T(decay p - rate direction), states and direction by the formula of the optimizer, in float32, with g * gnorm_scale "
+            "for the gradient. What a step depends on are its arguments alone: a run that is resumed is one that was not interrupted.",
+            "Any order of the operations, fused or not: each may be off by four unit roundoffs. 1 - beta may be taken of beta rounded "
+            "to float32, beta^step be off by (step + 2) 2^-22. Numbers below 2^-126 may be flushed to zero.",
+        ),
+        (
+            "Weight decay is decoupled (adam, lamb, lion, ademamix: the old p is multiplied by 1 - lr wd) or coupled (momentum, lars, "
+            "rmsprop, adagrad: wd p is added to the gradient, wherever the formula has it).",
+            "Where p has 16 bits, the decayed gradient may be rounded to them.",
+        ),
+        "gnorm_scale multiplies the gradient before anything else, wherever the formula has it.",
+        "Where gradient and states are zero and there is no decay, p and the states are bit for bit what they were.",
+        (
+            "lars and lamb with max_unorm > 0: the rate is multiplied by min(1, max_unorm |p| / |direction|), the Euclidean norms of "
+            "the whole tensors, with bias corrections (lamb) and decay (lars) in the direction.",
+            "The sums of n squares have any order: 2 n unit roundoffs.",
+        ),
+        ("A gradient that is NaN or infinite changes no other element.", "p and states of the element itself."),
+        "p is rounded once, to its dtype; all elements are stepped, in any shape.",
+    ),
+    *_rules(
+        "optimizer_8bit",
+        "OB",
+        (
+            "States are decoded as D8 says, in blocks of 256: state1 and state3 with values1, state2 with values2. p follows OS "
+            "with them.",
+            "That of OS.",
+        ),
+        (
+            "Each new state, before its coding in float32, is coded as Q8 says: absmax of its block, the nearest value.",
+            "absmax within what OS leaves; the codes on both sides of a threshold that lies within it. Where absmax is 0 codes are "
+            "free. A negative number whose nearest value is 0 may have the code below, to keep its sign.",
+        ),
+        "Weight decay and gnorm_scale act as OS-2 and OS-3 say: on what is stepped and on what is stored.",
+        "Zero stays zero: where gradient and states are zero the codes are those of the value 0, and p does not move.",
+        "The last block, which may be shorter, is stepped as the others; every state has scales of its own.",
+        (
+            "A gradient that is NaN or infinite changes neither another element nor, from what the others of its block make it, absmax.",
+            "p and codes of the element itself.",
+        ),
+        "lars and lamb follow OS-5.",
     ),
 ]
 
@@ -298,11 +374,61 @@ _FLAGS = [
     ),
     Flag("float16-detour", "Results of float32 and bfloat16 go through float16 on CUDA, and end at 65504."),
     Flag("outlier-columns", "Which columns hold outliers, and that they take no part in the absmax of a row."),
+    Flag(
+        "weight-gradient-scale",
+        "bitsandbytes' CUDA backward of the int8 product quantizes the gradient by rows and scales it back by columns, and hands a "
+        "transposed view to a kernel that reads memory in order: the weight's gradient is off by a factor.",
+    ),
+    Flag("backward-3d", "The backward of the int8 product with a float weight transposes all dimensions: 3-D inputs raise."),
+    Flag(
+        "evaluation-repacks",
+        "On a CPU with AVX512-BF16 a Linear4bit repacks its weight in the first evaluation, computes in bfloat16 whatever the dtype, "
+        "loses the input's gradient afterwards, and saves scales that are rounded and transposed.",
+    ),
+    Flag("bias-correction", "A bias correction of the wrong step or beta, or none: the first steps are too short or too long."),
+    Flag("resume", "A step that depends on more than its arguments, or takes a later one for the first."),
+    Flag(
+        "adam-decay-order",
+        "CUDA multiplies by 1 - lr wd after the step, so that the step itself is decayed: p = 1, g = 1, lr = 0.1, wd = 0.5 gives "
+        "0.855, everywhere else 0.85.",
+    ),
+    Flag("coupled-decay", "Decay left out of the gradient, or multiplied into the parameter instead."),
+    Flag("lion-decay", "The Triton kernels decay Lion by way of the gradient, and Adagrad not: two branches test the wrong number."),
+    Flag(
+        "raw-gradient",
+        "CUDA's 8-bit RMSprop and Adagrad store the scaled and decayed gradient and step by the raw one.",
+    ),
+    Flag(
+        "zero-state-drift",
+        "States coded by the table of 65,536 bins, which has none for zero: a weight that has no gradient gets a momentum of 2e-5 "
+        "of its block's largest, and drifts.",
+    ),
+    Flag(
+        "update-norm",
+        "What LAMB and LARS bound differs between backends: without bias correction on CPU (LAMB), without decay on CUDA and in the "
+        "torch kernels (LARS).",
+    ),
+    Flag("clip-lost", "The operator for 8-bit states has no max_unorm: LAMB8bit is Adam8bit, LARS8bit is SGD8bit."),
+    Flag("bad-gradient", "An infinite gradient becomes the scale of its block: 255 other elements lose their state."),
+    Flag(
+        "second-average-scale",
+        "AdEMAMix keeps two averages in one tensor; where the number of elements is no multiple of 256, the scale of the second "
+        "one's first block was written over that of the first one's last.",
+    ),
     Flag("checkpoint-bytes", "Files that other versions must read: one byte more, and they do not."),
 ]
 
 FLAGS: dict[str, Flag] = {flag.name: flag for flag in _FLAGS}
 """Every flag by its name."""
+
+
+BY_OUTPUT = {
+    ("int8_backward", "grad_weight"): "IB-2",
+    ("evaluate_then_train", "grad_x"): "LE-2",
+    ("evaluate_then_train", "packed"): "LE-3",
+    ("evaluate_then_train", "absmax"): "LE-3",
+}
+"""The rule of a result that has one of its own, whatever rules a case has."""
 
 
 def rules_of(operation: str) -> list[Rule]:
