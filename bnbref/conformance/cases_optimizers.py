@@ -70,7 +70,10 @@ def optimizer_32bit(name: str) -> Iterator[Case]:
         before = {key: last.expected[key].value for key in ("p", *zeros)}
         last = case(f"step-{t}", "OS-1", "bias-correction", seed=t, inputs=before, step=t)
         yield last
-    yield case("resumed", "OS-1", "resume")
+    # Some gradients are zero where the state is not: it decays all the same.
+    g = noise(100, 229)
+    g[::7] = 0
+    yield case("resumed", "OS-1", "resume", inputs={"g": g})
     yield case("step-5000", "OS-1", "resume", step=5000, quick=False)
     yield case("usual", "OS-1", "", quick=False, **{**USUAL, "weight_decay": 0.0})
     yield case("small", "OS-1", "", inputs={"g": noise(100, 230) * 2.0**-20}, eps=2.0**-30, quick=False)
@@ -95,10 +98,10 @@ def optimizer_32bit(name: str) -> Iterator[Case]:
             yield case(dtype, "OS-7", "rounding", dtype=dtype, may_refuse=refused)
             yield case(f"{dtype}-decay", "OS-2", decay_flag, dtype=dtype, weight_decay=0.25, may_refuse=refused)
     if name in CLIPPED:
-        yield case("clipped", "OS-5", "update-norm", max_unorm=0.0625)
-        first = {"inputs": zeros, "step": 1, "max_unorm": 0.0625}
-        yield case("clipped-step-1", "OS-5", "update-norm", **first)
-        yield case("clipped-decay", "OS-5", "update-norm", max_unorm=0.0625, weight_decay=0.25)
+        yield case("clipped", "OS-5", "update-norm", max_unorm=0.0625, eps=0.0)
+        yield case("clipped-step-1", "OS-5", "update-norm", max_unorm=0.0625, eps=0.0, inputs=zeros, step=1)
+        yield case("clipped-eps", "OS-5", "update-norm", max_unorm=0.0625, eps=0.03125)
+        yield case("clipped-decay", "OS-5", "update-norm", max_unorm=0.0625, eps=0.0, weight_decay=0.25)
         yield case("not-clipped", "OS-5", "update-norm", max_unorm=1000.0)
 
 
@@ -135,11 +138,8 @@ def _zeros(name: str, count: int, books: list[Codebook]) -> Coded:
     return made
 
 
-def _cleared(given: Coded, k: dict[str, Any]) -> Coded:
-    """The inputs with what gives a code near a threshold, or near zero, replaced by another element of its block.
-
-    What is left has the same codes by any rule of rounding.
-    """
+def _is_clear(given: Coded, k: dict[str, Any]) -> Tensor:
+    """Which elements have new codes far from every threshold, and from zero."""
     coded = []
     for i in range(1, STATES[k["optimizer"]] + 1):
         values = given[f"values{2 if i == 2 else 1}"]
@@ -147,21 +147,34 @@ def _cleared(given: Coded, k: dict[str, Any]) -> Coded:
         coded.append((values, values[given[f"state{i}"].long()] * scale))
     old = [x for _, x in coded]
     made = both(given["p"], given["g"], old, [Interval.point(x) for x in old], k, REFERENCE, eight=True)
-    clear = ~made.bad
+    clear = torch.ones_like(made.bad)
     for (values, _), new in zip(coded, made.states, strict=True):
-        blocks = new.split(BLOCKSIZE)
-        scaled = torch.cat([block / block.abs().amax() if block.any() else block for block in blocks])
+        scaled = torch.cat([block / block.abs().amax() if block.any() else block for block in new.split(BLOCKSIZE)])
         middle = (values[:-1] + values[1:]) / 2
         near = (scaled[:, None] - middle).abs().amin(1) < 2e-4
         clear &= ~near & ((scaled.abs() > 0.02) | (scaled == 0))
-    source = torch.arange(clear.numel())
-    for block in torch.arange(clear.numel()).split(BLOCKSIZE):
-        kept = block[clear[block]]
-        if kept.numel() == 0:
-            raise ValueError(f"no element of a block of {k} is far from every threshold")
-        source[block] = torch.where(clear[block], block, kept[torch.arange(block.numel()) % kept.numel()])
-    return {key: x[source] if x.numel() == source.numel() and key[:6] in ("p", "g", "state1", "state2", "state3") else x
-            for key, x in given.items()}  # fmt: skip
+    return clear | made.bad
+
+
+def _cleared(given: Coded, k: dict[str, Any]) -> Coded:
+    """The inputs with what gives a code near a threshold, or near zero, replaced by another element of its block.
+
+    What is left has the same codes by any rule of rounding. Where the largest of a block was replaced, others may not be
+    clear any more: it is done until all are.
+    """
+    moving = ("p", "g", *(f"state{i}" for i in range(1, STATES[k["optimizer"]] + 1)))
+    for _ in range(20):
+        clear = _is_clear(given, k)
+        if bool(clear.all()):
+            return given
+        source = torch.arange(clear.numel())
+        for block in torch.arange(clear.numel()).split(BLOCKSIZE):
+            kept = block[clear[block] & given["g"][block].isfinite()]
+            if kept.numel() == 0:
+                raise ValueError(f"no element of a block of {k} is far from every threshold")
+            source[block] = torch.where(clear[block], block, kept[torch.arange(block.numel()) % kept.numel()])
+        given = {key: x[source] if key in moving else x for key, x in given.items()}
+    raise ValueError(f"the elements of {k} do not get far from every threshold")
 
 
 def optimizer_8bit(name: str) -> Iterator[Case]:
@@ -172,8 +185,8 @@ def optimizer_8bit(name: str) -> Iterator[Case]:
     signed = _books(name, unsigned=False)
 
     def case(
-        label: str, rules: str, flags: str = "", count: int = 344, seed: int = 0, dtype: str = "float32",
-        inputs: Coded | None = None, clear: bool = True, books: list[Codebook] = signed, **changed: Any,
+        label: str, rules: str, flags: str = "", count: int = 512, seed: int = 0, dtype: str = "float32",
+        inputs: Coded | None = None, clear: bool = True, zero: bool = False, books: list[Codebook] = signed, **changed: Any,
     ) -> Case:  # fmt: skip
         # bitsandbytes' CUDA operator does not know the names lamb and lars.
         options = {"may_refuse": name in CLIPPED}
@@ -181,48 +194,49 @@ def optimizer_8bit(name: str) -> Iterator[Case]:
         # Squares of numbers from 3/8 to 1, that none is next to nothing beside the largest of its block.
         g = noise(count, 302 + seed)
         g = torch.where(g < 0, -1.0, 1.0) * (0.375 + g.abs() * 0.625)
+        g[::7] *= 0.0 if zero else 1.0
         given = {"p": noise(count, 301 + seed), "g": g, **_coded(name, count, 303 + seed, books), **(inputs or {})}
         given |= {key: cast(given[key], dtype) for key in ("p", "g")}
         k = hyper(name, **changed)
         return make(f"{name}-{label}", "optimizer_8bit", _cleared(given, k) if clear else given, rules, flags, **options, **k)
 
-    last = case("step-1", "OB-1 OB-2", "bias-correction", inputs=_zeros(name, 344, signed), step=1)
+    last = case("step-1", "OB-1 OB-2", "bias-correction", inputs=_zeros(name, 512, signed), step=1)
     yield last
     for t in (2, 3):
         results = {key: expected.value for key, expected in last.expected.items()}
         last = case(f"step-{t}", "OB-1 OB-2", "bias-correction", seed=t, inputs=results, step=t)
         yield last
-    yield case("resumed", "OB-1 OB-2", "resume")
+    last = case("resumed", "OB-1 OB-2", "resume", zero=True)
+    yield last
     yield case("usual", "OB-1 OB-2", "", quick=False, **{**USUAL, "weight_decay": 0.0})
     yield case("decay", "OB-3", decay_flag, weight_decay=0.25)
     yield case("scaled", "OB-3", "raw-gradient", gnorm_scale=0.5)
     # Of every block one half has no gradient and no state; then a step more, in which it still has none.
-    idle = _zeros(name, 344, signed)
-    half = torch.arange(344) % 2 == 1
-    g = torch.where(half, torch.where(noise(344, 331) < 0, -0.5, 0.5), 0.0)
+    idle = _zeros(name, 512, signed)
+    half = torch.arange(512) % 2 == 1
+    g = torch.where(half, torch.where(noise(512, 331) < 0, -0.5, 0.5), 0.0)
     first = case("zeros", "OB-4", "zero-state-drift", inputs={**idle, "g": g}, step=1, clear=False)
     yield first
     results = {key: expected.value for key, expected in first.expected.items()}
     yield case("zeros-step-2", "OB-4", "zero-state-drift", inputs={**results, "g": g}, step=2, clear=False)
-    nothing = {**_zeros(name, 344, signed), "g": torch.zeros(344)}
+    nothing = {**_zeros(name, 512, signed), "g": torch.zeros(512)}
     yield case("nothing", "OB-4", "zero-state-drift", inputs=nothing, step=1, clear=False)
     # Gradients over ten decades: the small ones of a block have codes next to that of zero.
-    wide = noise(344, 332).sign() * torch.exp2(-(torch.arange(344) % 34).double()).float()
-    yield case("wide", "OB-2", "binned-codes", inputs={**_zeros(name, 344, signed), "g": wide}, step=1, clear=False)
-    tiny = noise(344, 333).sign() * 2.0**-30 * (1 + noise(344, 334).abs())
-    small = {**_zeros(name, 344, signed), "g": tiny}
-    yield case("small", "OB-2", "absmax-floor", inputs=small, step=1, clear=False, eps=2.0**-40)
+    wide = noise(512, 332).sign() * torch.exp2(-(torch.arange(512) % 34).double()).float()
+    yield case("wide", "OB-2", "binned-codes", inputs={**_zeros(name, 512, signed), "g": wide}, step=1, clear=False)
+    tiny = noise(512, 333).sign() * 2.0**-30 * (1 + noise(512, 334).abs())
+    small = {**_zeros(name, 512, signed), "g": tiny}
+    yield case("small", "OB-2", "absmax-floor", inputs=small, step=1, eps=2.0**-40)
     for label, value in (("nan", math.nan), ("inf", math.inf)):
-        made = case(label, "OB-6", "bad-gradient")
-        bad = made.inputs["g"].clone()
-        for place in (5, 300):
-            bad[place] = value
-        # Larger than the state's scale was: the block's new scale is that of these, whatever becomes of the bad one.
-        bad[[9, 310]] = 64.0
-        inputs = {**made.inputs, "g": bad}
+        inputs = {key: x.clone() for key, x in last.inputs.items()}
+        inputs["g"][[5, 300]] = value
+        # The largest of their blocks, and larger than before: the new scale is theirs, whatever becomes of the bad element.
+        inputs["g"][[9, 310]] = 4.0
+        for i in range(1, STATES[name] + 1):
+            inputs[f"state{i}"][[9, 310]] = 255
         yield case(label, "OB-6", "bad-gradient", inputs=inputs)
-    for count in (1, 255, 256, 257):
-        yield case(f"size-{count}", "OB-5", "tail-block", count=count, seed=count % 7, quick=count == 257)
+    for count in (1, 255, 256, 257, 344):
+        yield case(f"size-{count}", "OB-5", "tail-block", count=count, seed=count % 7, quick=count in (257, 344))
     if name in SQUARES:
         yield case("unsigned", "OB-1 OB-2", "", books=_books(name, unsigned=True))
     if name == "ademamix":

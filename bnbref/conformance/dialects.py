@@ -16,9 +16,10 @@ from torch import Tensor
 from bnbref import fourbit
 from bnbref.blockwise import SMALLEST_NORMAL, count_below
 from bnbref.codebooks import DYNAMIC, FP4, NF4, Codebook, four_bit, value_table
+from bnbref.conformance import optimizers
 from bnbref.conformance.cases import Case
 from bnbref.conformance.check import Failure
-from bnbref.conformance.judging import same, wrong_elements
+from bnbref.conformance.judging import Expected, same, wrong_elements
 from bnbref.conformance.operations import arguments
 from bnbref.conformance.products import product_interval
 from bnbref.fused import eager
@@ -46,8 +47,8 @@ NF4_ON_H100 = Codebook(
 
 
 @dataclass(frozen=True)
-class Dialect:
-    """Conventions of a backend, by default those of the reference.
+class Dialect(optimizers.Conventions):
+    """Conventions of a backend, by default those of the reference; of its optimizers those inherited.
 
     nf4, fp4: codebook. ties: of 8-bit codes, "even", "lower", "upper" (by distances), "bins" (the table of 65,536). floor:
     the least absmax. division: x / absmax for x * (1 / absmax), in all blocks or in a partial last one. small: an absmax
@@ -77,10 +78,12 @@ class Dialect:
 
 
 REFERENCE = Dialect("reference")
-BNB_CUDA = Dialect("bnb-cuda", nf4=NF4_ON_H100, zero_block=0, large=True)
+BNB_CUDA = Dialect(
+    "bnb-cuda", nf4=NF4_ON_H100, zero_block=0, large=True, decay_after=True, raw_gradient=True, norm="undecayed", norm_eps=True
+)
 BNB_DEFAULT = Dialect(
     "bnb-default", fp4=FP4_BY_MIDPOINTS, ties="lower", division="tail", small="clamp", int8_constant=6.200124e-05,
-    int8_float32=True, int8_2d=True, row_transposed=True,
+    int8_float32=True, int8_2d=True, row_transposed=True, norm="undecayed", norm_eps=True, clip_8bit=False,
 )  # fmt: skip
 BNB_CPU = replace(
     BNB_DEFAULT,
@@ -91,10 +94,13 @@ BNB_CPU = replace(
     vector_as_row=True,
     int8_float32=False,
     bfloat16_nan=True,
+    norm="biased",
+    norm_eps=False,
+    bad_gradient="infinite",
 )
 BNB_TRITON = Dialect("bnb-triton", division="always", ties="lower")
 
-TORCHAO = Dialect("torchao", floor=1e-12, division="always", ties="upper")
+TORCHAO = Dialect("torchao", floor=1e-12, division="always", ties="upper", bad_gradient="any")
 
 DIALECTS = (BNB_CUDA, BNB_DEFAULT, BNB_CPU, BNB_TRITON, TORCHAO)
 """Every dialect but the reference. 4-bit quantization of bnb-cpu is bnb-default's."""
@@ -121,6 +127,19 @@ TEXT: dict[str, Callable[[Any], str]] = {
     "int8_float32": lambda _: "the product is summed in float32",
     "int8_2d": lambda _: "matrices only: leading dimensions are flattened, or the wrong one is reduced",
     "bfloat16_nan": lambda _: "bfloat16 rounded by adding 0x7FFF to the bits of NaN",
+    "decay_after": lambda _: "weight decay multiplies the parameter after the step",
+    "coupled": lambda _: "weight decay is added to the gradient",
+    "raw_gradient": lambda _: "the step has the gradient without scaling and decay, the state has it with them",
+    "norm": lambda v: {
+        "biased": "the norm of an update without bias correction is bounded",
+        "undecayed": "the norm of an update without weight decay is bounded",
+    }[v],
+    "norm_eps": lambda _: "the bound of the update's norm has eps added",
+    "clip_8bit": lambda _: "with 8-bit state the update's norm is not bounded",
+    "bad_gradient": lambda v: {
+        "infinite": "an infinite gradient becomes the scale of its block",
+        "any": "a gradient that is NaN or infinite becomes the scale of its block",
+    }[v],
 }
 """What a field of a dialect that is not the reference's means."""
 
@@ -283,6 +302,17 @@ def _load_4bit(
     return _dequantize_4bit(d, packed, absmax, stored["blocksize"], quant_type, stored["shape"], stored["dtype"])
 
 
+def _within(d: Dialect, operation: str, **given: Any) -> dict[str, Expected]:
+    """What a step with these conventions may return."""
+    if operation == "optimizer_32bit":
+        return optimizers.step_32bit(c=d, **given)
+    return optimizers.step_8bit(c=d, encode=lambda x, values: _eight_bit(x, values, d.ties), floor=d.floor, **given)
+
+
+def _optimizer(operation: str) -> Callable[..., dict[str, Tensor]]:
+    return lambda d, **given: {name: found.value for name, found in _within(d, operation, **given).items()}
+
+
 PREDICT: dict[str, Callable[..., dict[str, Tensor]]] = {
     "quantize_blockwise": _quantize_blockwise,
     "quantize_4bit": _quantize_4bit,
@@ -294,6 +324,8 @@ PREDICT: dict[str, Callable[..., dict[str, Tensor]]] = {
     "int8_matmul": _int8_matmul,
     "int8_mm_dequant": _int8_mm_dequant,
     "load_4bit": _load_4bit,
+    "optimizer_32bit": _optimizer("optimizer_32bit"),
+    "optimizer_8bit": _optimizer("optimizer_8bit"),
 }
 
 """The operations of which dialects say something; each returns its results by name."""
@@ -328,10 +360,16 @@ def _matches(failure: Failure, dialect: Dialect) -> bool:
     got = failure.got
     if got is None:
         return False
-    if failure.case.operation == "gemm_4bit":
-        k = {**failure.case.inputs, **arguments(failure.case.params)}
+    k = {**failure.case.inputs, **arguments(failure.case.params)}
+    if failure.case.operation in ("gemm_4bit", "gemm_4bit_backward"):
         weight = _weight(dialect, k["packed"], k["absmax"], k["blocksize"], k["quant_type"], k["shape"], got.dtype)
-        return wrong_elements(got, product_interval(k["a"], weight, k.get("bias"))).numel() == 0
+        forward = failure.case.operation == "gemm_4bit"
+        left, right = (k["a"], weight) if forward else (k["grad"], weight.t())
+        return wrong_elements(got, product_interval(left, right, k.get("bias"))).numel() == 0
+    if failure.case.operation in ("optimizer_32bit", "optimizer_8bit"):
+        with eager():
+            allowed = _within(dialect, failure.case.operation, **k)
+        return failure.kind == "value" and wrong_elements(got, allowed[failure.output]).numel() == 0
     y = predict(dialect, failure.case).get(failure.output)
     if y is None or y.dtype != got.dtype or y.shape != got.shape:
         return False

@@ -40,19 +40,20 @@ CLIPPED = ("lars", "lamb")
 class Conventions:
     """How a backend steps, by default as the reference does.
 
-    decay_after: decoupled decay multiplies the new parameter, not the old one. gradient: what rmsprop and adagrad divide in
-    8 bits, "decayed" or "raw". norm: whose length lars and lamb bound, the "direction", "biased" (before the bias
-    correction) or "undecayed" (without coupled decay, and eps more allowed). clip_8bit: whether they do in 8 bits.
-    bad_gradient: what is not finite changes its own element alone ("kept"), or also the scale of its block ("spreads").
-    second_scale: ademamix' slow average has scales of its own. coupled: adam adds decay to the gradient.
+    decay_after: decoupled decay multiplies the new parameter, not the old one. coupled: adam adds decay to the gradient.
+    raw_gradient: what rmsprop and adagrad divide in 8 bits is neither scaled nor decayed. norm: whose length lars and lamb
+    bound, the "direction", "biased" (before lamb's bias correction) or "undecayed" (without lars' decay). norm_eps: lars
+    lets it be longer by eps. clip_8bit: whether they bound it in 8 bits. bad_gradient: what is not finite changes its own
+    element ("kept"), or, if it is "infinite" or "any", becomes the scale of its block.
     """
 
     decay_after: bool = False
-    gradient: str = "decayed"
+    coupled: bool = False
+    raw_gradient: bool = False
     norm: str = "direction"
+    norm_eps: bool = False
     clip_8bit: bool = True
     bad_gradient: str = "kept"
-    coupled: bool = False
 
 
 REFERENCE = Conventions()
@@ -110,9 +111,9 @@ def _sqrt(x: Any) -> Any:
 
 
 def _direction(
-    name: str, h: Any, p: Any, g: Any, s: Sequence[Any], c: Conventions, raw: bool
+    name: str, h: Any, p: Any, g: Any, s: Sequence[Any], c: Conventions, raw: Any
 ) -> tuple[Any, tuple[Any, ...]]:
-    """(direction, new states)"""
+    """(direction, new states); raw: the gradient as it came, if that is to be divided."""
     if name in COUPLED or c.coupled:
         decayed = g + h.weight_decay * p
     match name:
@@ -121,10 +122,10 @@ def _direction(
             return m, (m,)
         case "rmsprop":
             v = h.beta1 * s[0] + h.not_beta1 * (decayed * decayed)
-            return (g if raw else decayed) / (_sqrt(v) + h.eps), (v,)
+            return (decayed if raw is None else raw) / (_sqrt(v) + h.eps), (v,)
         case "adagrad":
             v = s[0] + decayed * decayed
-            return (g if raw else decayed) / (_sqrt(v) + h.eps), (v,)
+            return (decayed if raw is None else raw) / (_sqrt(v) + h.eps), (v,)
         case "lion":
             return (h.beta1 * s[0] + h.not_beta1 * g).sign(), (h.beta2 * s[0] + h.not_beta2 * g,)
     g = decayed if c.coupled else g
@@ -142,9 +143,9 @@ def _direction(
 def _ratio(k: Mapping[str, Any], c: Conventions, h: Any, p: Any, g: Any, s: Sequence[Any], u: Any) -> Any:
     """How much of the step is made: min(1, max_unorm |p| / |u|), in float64, where |p| > 0."""
     name = k["optimizer"]
-    extra = 0.0
+    extra = k["eps"] if c.norm_eps and name == "lars" else 0.0
     if c.norm == "undecayed" and name == "lars":
-        u, extra = h.beta1 * s[0] + g, k["eps"]
+        u = h.beta1 * s[0] + g
     if c.norm == "biased" and name == "lamb":
         u = u / h.unbias * h.root  # m / (sqrt(v) + eps c2)
     if not isinstance(u, Interval):
@@ -163,11 +164,10 @@ def _clips(k: Mapping[str, Any], c: Conventions, eight: bool) -> bool:
 
 
 def _step(
-    k: Mapping[str, Any], c: Conventions, h: Any, p: Any, g: Any, s: Sequence[Any], eight: bool
+    k: Mapping[str, Any], c: Conventions, h: Any, p: Any, g: Any, s: Sequence[Any], eight: bool, came: Any
 ) -> tuple[Any, tuple[Any, ...]]:
-    """(new p, new states)"""
-    raw = eight and c.gradient == "raw"
-    u, new = _direction(k["optimizer"], h, p, g, s, c, raw)
+    """(new p, new states); came: the gradient before it was scaled."""
+    u, new = _direction(k["optimizer"], h, p, g, s, c, came if eight and c.raw_gradient else None)
     rate = h.rate * _ratio(k, c, h, p, g, s, u) if _clips(k, c, eight) else h.rate
     if c.decay_after:
         return (p - rate * u) * h.decay, new
@@ -200,14 +200,15 @@ def both(
     dtype = p.dtype
     p, scale = p.reshape(-1).float(), torch.tensor(k["gnorm_scale"], dtype=torch.float32)
     bad = ~g.reshape(-1).isfinite()
-    g = torch.where(bad, 0.0, g.reshape(-1).float()) * scale
+    came = torch.where(bad, 0.0, g.reshape(-1).float())
+    g = came * scale
     g_within = Interval.point(g)
     if dtype != torch.float32 and k["weight_decay"] > 0 and k["optimizer"] in COUPLED and not eight:
         # The decayed gradient may be rounded to the dtype before it is used.
         size = UNIT[dtype] * (g.double().abs() + k["weight_decay"] * p.double().abs())
         g_within = Interval(g_within.low - size, g_within.high + size)
-    new_p, new = _step(k, c, single, p, g, s, eight)
-    p_within, new_within = _step(k, c, wide, Interval.point(p), g_within, within, eight)
+    new_p, new = _step(k, c, single, p, g, s, eight, came)
+    p_within, new_within = _step(k, c, wide, Interval.point(p), g_within, within, eight, Interval.point(came))
     if c.decay_after and dtype != torch.float32:
         p_within = p_within.widened(0.0, UNIT[dtype])  # rounded before the decay, and after
     kept = tuple(torch.where(bad, old, now) for old, now in zip(s, new, strict=True))
@@ -223,8 +224,9 @@ def _expected(value: Tensor, within: Interval, bad: Tensor) -> Expected:
 
 
 def step_32bit(
-    p: Tensor, g: Tensor, state1: Tensor, state2: Tensor | None, state3: Tensor | None, c: Conventions = REFERENCE, **k: Any
-) -> dict[str, Expected]:
+    p: Tensor, g: Tensor, state1: Tensor, state2: Tensor | None = None, state3: Tensor | None = None,
+    c: Conventions = REFERENCE, **k: Any,
+) -> dict[str, Expected]:  # fmt: skip
     """Rules OS."""
     states = [s.reshape(-1) for s in (state1, state2, state3) if s is not None]
     made = both(p, g, states, [Interval.point(s) for s in states], k, c, eight=False)
@@ -235,9 +237,9 @@ def step_32bit(
 
 
 def step_8bit(
-    p: Tensor, g: Tensor, state1: Tensor, absmax1: Tensor, values1: Tensor, state2: Tensor | None, absmax2: Tensor | None,
-    values2: Tensor | None, state3: Tensor | None, absmax3: Tensor | None, c: Conventions = REFERENCE,
-    encode: Encode = nearest, **k: Any,
+    p: Tensor, g: Tensor, state1: Tensor, absmax1: Tensor, values1: Tensor, state2: Tensor | None = None,
+    absmax2: Tensor | None = None, values2: Tensor | None = None, state3: Tensor | None = None, absmax3: Tensor | None = None,
+    c: Conventions = REFERENCE, encode: Encode = nearest, floor: float = 0.0, **k: Any,
 ) -> dict[str, Expected]:  # fmt: skip
     """Rules OB."""
     given = [(state1, absmax1, values1), (state2, absmax2, values2), (state3, absmax3, values1)]
@@ -250,9 +252,11 @@ def step_8bit(
         within.append(Interval.point(value) * Interval.point(scale))
     made = both(p, g, decoded, within, k, c, eight=True)
     found = {"p": _expected(made.p.to(p.dtype).view(p.shape), made.p_within, made.bad)}
-    spread = made.bad & g.reshape(-1).isinf() if c.bad_gradient == "spreads" else torch.zeros_like(made.bad)
+    flat = g.reshape(-1).float()
+    spread = torch.where(flat.isinf(), torch.inf, flat) if c.bad_gradient in ("infinite", "any") else torch.zeros_like(flat)
+    spread = torch.where(made.bad & ((c.bad_gradient == "any") | flat.isinf()), spread, 0.0)
     for i, (now, bounds, (_, before, values)) in enumerate(zip(made.states, made.states_within, coded, strict=True), 1):
-        codes, absmax = _encoded(now, bounds, made.bad, spread, before, values, encode)
+        codes, absmax = _encoded(now, bounds, made.bad, spread, before, values, encode, floor)
         found |= {f"state{i}": _in_shape(codes, p.shape), f"absmax{i}": absmax}
     return found
 
@@ -266,9 +270,9 @@ def _blocks(x: Tensor) -> Tensor:
 
 
 def _encoded(
-    x: Tensor, within: Interval, bad: Tensor, spread: Tensor, before: Tensor, values: Tensor, encode: Encode
+    x: Tensor, within: Interval, bad: Tensor, spread: Tensor, before: Tensor, values: Tensor, encode: Encode, floor: float
 ) -> tuple[Expected, Expected]:
-    """The codes and scales of a new state."""
+    """The codes and scales of a new state. spread: what takes part in its block's scale beside it, if not 0."""
     held = _blocks(bad).any(-1)
     good = torch.where(bad, 0.0, x)
     size = within.abs()
@@ -276,8 +280,8 @@ def _encoded(
     low, high = (_blocks(torch.where(bad, 0.0, end)).amax(-1) for end in (size.low, size.high))
     absmax = torch.where(held, torch.maximum(largest, before), largest)
     high = torch.where(held, torch.maximum(high, before.double()), high)
-    infinite = _blocks(spread).any(-1)
-    absmax, low, high = (torch.where(infinite, torch.inf, a) for a in (absmax, low, high))
+    worst = _blocks(spread).amax(-1)  # 0, infinity or NaN
+    absmax, low, high = (torch.where(worst == 0, a, worst).clamp(min=floor) for a in (absmax, low, high))
     each = [a.repeat_interleave(BLOCKSIZE)[: x.numel()] for a in (absmax, low, high)]
     scaled = good * torch.where(each[0] > 0, 1 / each[0], 0.0)
     codes = encode(scaled, values)
@@ -291,10 +295,11 @@ def _encoded(
     pairs = {(int(i), int(end[i])) for end, where in zip(ends, different, strict=True) for i in where}
     ordered = sorted(pairs)
     also = Also(torch.tensor([i for i, _ in ordered]), torch.tensor([q for _, q in ordered], dtype=torch.uint8))
-    free = (bad | (each[2] == 0)).nonzero().view(-1)
+    free = (bad | (each[2] == 0) | each[0].isnan()).nonzero().view(-1)
+    lost = absmax.isnan().nonzero().view(-1)
     return (
         Expected(codes, also=also if ordered else None, free=free if free.numel() else None),
-        Expected(absmax, low=low, high=high),
+        Expected(absmax, low=low, high=high, free=lost if lost.numel() else None),
     )
 
 
