@@ -151,7 +151,9 @@ def _is_clear(given: Coded, k: dict[str, Any]) -> Tensor:
     for (values, _), new in zip(coded, made.states, strict=True):
         scaled = torch.cat([block / block.abs().amax() if block.any() else block for block in new.split(BLOCKSIZE)])
         middle = (values[:-1] + values[1:]) / 2
-        near = (scaled[:, None] - middle).abs().amin(1) < 2e-4
+        above = torch.searchsorted(middle, scaled)
+        distances = [(middle[i.clamp(0, 254)] - scaled).abs() for i in (above - 1, above)]
+        near = torch.minimum(*distances) < 2e-4
         clear &= ~near & ((scaled.abs() > 0.02) | (scaled == 0))
     return clear | made.bad
 

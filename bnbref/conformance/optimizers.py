@@ -274,16 +274,15 @@ def _encoded(
 ) -> tuple[Expected, Expected]:
     """The codes and scales of a new state. spread: what takes part in its block's scale beside it, if not 0."""
     held = _blocks(bad).any(-1)
-    good = torch.where(bad, 0.0, x)
     size = within.abs()
-    largest = _blocks(good.abs()).amax(-1)
+    largest = _blocks(torch.where(bad, 0.0, x).abs()).amax(-1)
     low, high = (_blocks(torch.where(bad, 0.0, end)).amax(-1) for end in (size.low, size.high))
     absmax = torch.where(held, torch.maximum(largest, before), largest)
     high = torch.where(held, torch.maximum(high, before.double()), high)
     worst = _blocks(spread).amax(-1)  # 0, infinity or NaN
     absmax, low, high = (torch.where(worst == 0, a, worst).clamp(min=floor) for a in (absmax, low, high))
     each = [a.repeat_interleave(BLOCKSIZE)[: x.numel()] for a in (absmax, low, high)]
-    scaled = good * torch.where(each[0] > 0, 1 / each[0], 0.0)
+    scaled = x * torch.where(each[0] > 0, 1 / each[0], 0.0)
     codes = encode(scaled, values)
     ends = [encode(end, values) for end in _scaled(within, each[1], each[2])]
     ends = [torch.where(bad, codes, end) for end in ends]
