@@ -79,8 +79,9 @@ class Dialect(optimizers.Conventions):
 
 REFERENCE = Dialect("reference")
 BNB_CUDA = Dialect(
-    "bnb-cuda", nf4=NF4_ON_H100, zero_block=0, large=True, decay_after=True, raw_gradient=True, norm="undecayed", norm_eps=True
-)
+    "bnb-cuda", nf4=NF4_ON_H100, zero_block=0, large=True, decay_after=True, raw_gradient=True, norm="undecayed", norm_eps=True,
+    bad_gradient="infinite",
+)  # fmt: skip
 BNB_DEFAULT = Dialect(
     "bnb-default", fp4=FP4_BY_MIDPOINTS, ties="lower", division="tail", small="clamp", int8_constant=6.200124e-05,
     int8_float32=True, int8_2d=True, row_transposed=True, norm="undecayed", norm_eps=True, clip_8bit=False,
@@ -344,11 +345,17 @@ def predict(dialect: Dialect, case: Case) -> Mapping[str, Tensor]:
 # ---- explanation ----------------------------------------------------------------------------------------------------
 
 
-def _changes(dialect: Dialect) -> Iterator[tuple[str, Dialect]]:
-    """The reference with one field of the dialect, and at last with all of them."""
-    different = [
-        f.name for f in fields(Dialect) if f.name != "name" and getattr(dialect, f.name) != getattr(REFERENCE, f.name)
-    ]
+_OF_OPTIMIZERS = {f.name for f in fields(optimizers.Conventions)}
+
+
+def _changes(dialect: Dialect, operation: str) -> Iterator[tuple[str, Dialect]]:
+    """The reference with one field of the dialect that concerns the operation, and at last with all of them."""
+    concern = set(TEXT) - _OF_OPTIMIZERS
+    if operation in ("optimizer_32bit", "optimizer_8bit"):
+        concern = _OF_OPTIMIZERS | ({"ties", "floor"} if operation == "optimizer_8bit" else set())
+    different = [name for name in TEXT if name in concern and getattr(dialect, name) != getattr(REFERENCE, name)]
+    if not different:
+        return
     for name in different:
         value = getattr(dialect, name)
         changed: dict[str, Any] = {name: value}
@@ -382,7 +389,7 @@ def explain(failure: Failure) -> list[str]:
     """Whose rule a wrong result follows: "bnb-cpu: codes from a table of 65,536 bins". Empty if nobody's is known."""
     found: dict[str, list[str]] = {}
     for dialect in DIALECTS:
-        for text, changed in _changes(dialect):
+        for text, changed in _changes(dialect, failure.case.operation):
             if _matches(failure, changed):
                 found.setdefault(text, []).append(dialect.name)
                 break
