@@ -68,6 +68,7 @@ def make(
     quick: bool = True,
     **params: Any,
 ) -> Case:
+    """A case; expected: by the oracle of the operation, if not given."""
     wanted = OPERATIONS[operation].expect(inputs, params) if expected is None else expected
     return Case(
         f"{operation}/{name}", operation, params, dict(inputs), wanted, tuple(rules.split()), tuple(flags.split()),
@@ -140,6 +141,7 @@ def clear(x: Tensor, book: Codebook, blocksize: int = 64) -> Tensor:
 
 
 def cast(x: Tensor, dtype: str) -> Tensor:
+    """To a dtype by its name."""
     return x.to(getattr(torch, dtype))
 
 
@@ -163,9 +165,7 @@ def _shared_blocks(
 
     def case(name: str, x: Tensor, rules: str, flags: str = "", blocksize: int = 64, **options: Any) -> Case:
         numbered = " ".join(r if "-" in r else f"{letter}-{r}" for r in rules.split())
-        return make(
-            f"{label}-{name}", op, {"x": x, **inputs}, numbered, flags, blocksize=blocksize, **extra, **options
-        )
+        return make(f"{label}-{name}", op, {"x": x, **inputs}, numbered, flags, blocksize=blocksize, **extra, **options)
 
     def data(count: int, seed: int, blocksize: int = 64) -> Tensor:
         x = noise(count, seed)
@@ -318,6 +318,7 @@ def scales(count: int) -> Tensor:
 
 
 def random_bytes(count: int, seed: int) -> Tensor:
+    """uint8 `[count]`."""
     return integers(count, seed, 8).to(torch.uint8)
 
 
@@ -450,8 +451,9 @@ def _nested() -> Iterator[Case]:
                 n = math.prod(shape)
                 blocks = -(-n // 64)
                 given = {
-                    "packed": random_bytes(n // 2, 41), "codes": random_bytes(blocks, 42), "absmax2": scales(-(-blocks // 256)) / 90,
-                    "offset": torch.tensor(2.54351806640625), "values": value_table(DYNAMIC, CPU),
+                    "packed": random_bytes(n // 2, 41), "codes": random_bytes(blocks, 42),
+                    "absmax2": scales(-(-blocks // 256)) / 90, "offset": torch.tensor(2.54351806640625),
+                    "values": value_table(DYNAMIC, CPU),
                 }  # fmt: skip
                 rules, flags = ("DN-2", "scale-index-tail-columns") if shape[1] % 64 else ("DN-1", "nested-absmax")
                 made = make(f"{book.name}-{name}-{dtype}", "dequantize_4bit_nested", given, rules, flags,

@@ -12,7 +12,12 @@ from bnbref.conformance.cases import DTYPES, Case, cast, integers, make, noise, 
 
 
 def _gemm_4bit_backward() -> Iterator[Case]:
-    sizes: tuple[tuple[tuple[int, ...], int, int], ...] = (((1,), 32, 128), ((5,), 32, 64), ((2, 3), 18, 64), ((5,), 32, 96))
+    sizes: tuple[tuple[tuple[int, ...], int, int], ...] = (
+        ((1,), 32, 128),
+        ((5,), 32, 64),
+        ((2, 3), 18, 64),
+        ((5,), 32, 96),
+    )
     for book in (NF4, FP4):
         for dtype in DTYPES:
             for lead, n, k in sizes:
@@ -21,8 +26,12 @@ def _gemm_4bit_backward() -> Iterator[Case]:
                     "packed": random_bytes(n * k // 2, 102), "absmax": scales(-(-n * k // 64)),
                 }  # fmt: skip
                 name = f"{book.name}-{'x'.join(map(str, lead))}-{n}x{k}-{dtype}"
-                rule, flag = ("GB-2", "gemm-rows") if len(lead) > 1 else ("GB-1", "scale-index-tail-columns" if k % 64 else "")
-                made = make(name, "gemm_4bit_backward", given, rule, flag, blocksize=64, quant_type=book.name, shape=[n, k])
+                rule, flag = (
+                    ("GB-2", "gemm-rows") if len(lead) > 1 else ("GB-1", "scale-index-tail-columns" if k % 64 else "")
+                )
+                made = make(
+                    name, "gemm_4bit_backward", given, rule, flag, blocksize=64, quant_type=book.name, shape=[n, k]
+                )
                 yield replace(made, quick=dtype == "float32")
 
 
@@ -39,7 +48,9 @@ def _int8_backward() -> Iterator[Case]:
             n, k = 16, 32
             # Columns whose sizes are far from each other and from those of the rows: scales of the wrong axis show.
             a = noise(math.prod(lead) * k, 111).view(*lead, k) * torch.exp2((torch.arange(k) % 4).double()).float()
-            grad = noise(math.prod(lead) * n, 112).view(*lead, n) * torch.exp2((torch.arange(n) % 6 - 3).double()).float()
+            grad = (
+                noise(math.prod(lead) * n, 112).view(*lead, n) * torch.exp2((torch.arange(n) % 6 - 3).double()).float()
+            )
             given = {"a": cast(a, dtype), "weight": cast(_int8_weight(n, k, 113), dtype), "grad": cast(grad, dtype)}
             rules, flag = ("IB-3", "backward-3d") if len(lead) > 1 else ("IB-1 IB-2", "weight-gradient-scale")
             name = f"{'x'.join(map(str, lead))}-{dtype}"

@@ -15,14 +15,16 @@ from torch import Tensor
 
 from bnbref.codebooks import DYNAMIC, DYNAMIC_UNSIGNED, Codebook, value_table
 from bnbref.conformance.cases import CPU, Case, cast, make, noise
-from bnbref.conformance.optimizers import BLOCKSIZE, CLIPPED, COUPLED, REFERENCE, STATES, both, nearest
 from bnbref.conformance.intervals import Interval
+from bnbref.conformance.optimizers import BLOCKSIZE, CLIPPED, COUPLED, REFERENCE, STATES, both, nearest
 
 HYPER: dict[str, Any] = {
     "step": 17, "lr": 0.015625, "beta1": 0.875, "beta2": 0.96875, "beta3": 0.9921875, "alpha": 3.0, "eps": 0.0009765625,
     "weight_decay": 0.0, "max_unorm": 0.0, "gnorm_scale": 1.0,
 }  # fmt: skip
-USUAL = {"step": 1000, "lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "beta3": 0.9999, "alpha": 5.0, "eps": 1e-8, "weight_decay": 0.01}
+USUAL: dict[str, Any] = {
+    "step": 1000, "lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "beta3": 0.9999, "alpha": 5.0, "eps": 1e-8, "weight_decay": 0.01,
+}  # fmt: skip
 SQUARES = ("rmsprop", "adagrad")
 
 
@@ -134,7 +136,10 @@ def _zeros(name: str, count: int, books: list[Codebook]) -> Coded:
     made = _coded(name, count, 0, books)
     for i in range(1, STATES[name] + 1):
         code = books[1 if i == 2 else 0].code_of_zero
-        made |= {f"state{i}": torch.full_like(made[f"state{i}"], code), f"absmax{i}": torch.zeros_like(made[f"absmax{i}"])}
+        made |= {
+            f"state{i}": torch.full_like(made[f"state{i}"], code),
+            f"absmax{i}": torch.zeros_like(made[f"absmax{i}"]),
+        }
     return made
 
 
@@ -191,7 +196,7 @@ def optimizer_8bit(name: str) -> Iterator[Case]:
         inputs: Coded | None = None, clear: bool = True, zero: bool = False, books: list[Codebook] = signed, **changed: Any,
     ) -> Case:  # fmt: skip
         # bitsandbytes' CUDA operator does not know the names lamb and lars.
-        options = {"may_refuse": name in CLIPPED}
+        options: dict[str, Any] = {"may_refuse": name in CLIPPED}
         options |= {key: changed.pop(key) for key in ("quick",) if key in changed}
         # Squares of numbers from 3/8 to 1, that none is next to nothing beside the largest of its block.
         g = noise(count, 302 + seed)
@@ -200,7 +205,9 @@ def optimizer_8bit(name: str) -> Iterator[Case]:
         given = {"p": noise(count, 301 + seed), "g": g, **_coded(name, count, 303 + seed, books), **(inputs or {})}
         given |= {key: cast(given[key], dtype) for key in ("p", "g")}
         k = hyper(name, **changed)
-        return make(f"{name}-{label}", "optimizer_8bit", _cleared(given, k) if clear else given, rules, flags, **options, **k)
+        return make(
+            f"{name}-{label}", "optimizer_8bit", _cleared(given, k) if clear else given, rules, flags, **options, **k
+        )
 
     last = case("step-1", "OB-1 OB-2", "bias-correction", inputs=_zeros(name, 512, signed), step=1)
     yield last

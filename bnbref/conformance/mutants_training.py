@@ -52,7 +52,9 @@ def _with(**changed: Callable[[dict[str, Any]], Any]) -> Callable[..., Any]:
 _steps("no-bias-correction", "averages are not corrected for their start", _with(step=lambda k: 10**6))
 _steps("step-before", "bias corrections are those of the step before", _with(step=lambda k: max(k["step"] - 1, 1)))
 _steps("step-after", "bias corrections are those of the next step", _with(step=lambda k: k["step"] + 1))
-_steps("betas-exchanged", "beta1 and beta2 are exchanged", _with(beta1=lambda k: k["beta2"], beta2=lambda k: k["beta1"]))
+_steps(
+    "betas-exchanged", "beta1 and beta2 are exchanged", _with(beta1=lambda k: k["beta2"], beta2=lambda k: k["beta1"])
+)
 _steps("eps-lost", "eps is dropped", _with(eps=lambda k: 0.0))
 _steps("decay-lost", "weight decay is dropped", _with(weight_decay=lambda k: 0.0))
 _steps("scale-lost", "gnorm_scale is dropped", _with(gnorm_scale=lambda k: 1.0))
@@ -194,7 +196,12 @@ def _code_0(step: Any, k: dict[str, Any]) -> Any:
 _steps("stale-scale", "absmax is that of before the step", _stale_scale, "optimizer_8bit")
 _steps("sign-dropped", "the first state is coded without its sign", _sign_dropped, "optimizer_8bit")
 _steps("scales-exchanged", "the two states' scales are exchanged", _scales_exchanged, "optimizer_8bit")
-_steps("scale-overwritten", "the slow average's first scale is written over the other's last", _scale_overwritten, "optimizer_8bit")
+_steps(
+    "scale-overwritten",
+    "the slow average's first scale is written over the other's last",
+    _scale_overwritten,
+    "optimizer_8bit",
+)
 _steps("one-map", "the second state is decoded with the map of the first", _signed_map, "optimizer_8bit")
 _steps("scale-of-two-blocks", "two blocks have one scale", _block_512, "optimizer_8bit")
 _steps("zero-is-code-0", "a zero state has code 0", _code_0, "optimizer_8bit")
@@ -252,12 +259,24 @@ def _scales_repacked(**arguments: Any) -> Any:
 
 
 MUTANTS += [
-    mutant("gradient-reversed", "the weight's rows are taken in another order backwards", gemm_4bit_backward=_forward_weight),
+    mutant(
+        "gradient-reversed",
+        "the weight's rows are taken in another order backwards",
+        gemm_4bit_backward=_forward_weight,
+    ),
     mutant("first-row-of-gradient", "the gradient of the first row alone", gemm_4bit_backward=_first_row_of_grad),
     mutant("scales-in-16-bits", "backwards the scales are in bfloat16", gemm_4bit_backward=_half_weight),
-    mutant("statistics-of-the-other-axis", "the gradient is quantized by rows, scaled back by columns", int8_backward=_wrong_statistics),
+    mutant(
+        "statistics-of-the-other-axis",
+        "the gradient is quantized by rows, scaled back by columns",
+        int8_backward=_wrong_statistics,
+    ),
     mutant("scale-of-127", "the input's gradient is 127 times too large", int8_backward=_unscaled),
-    mutant("gradient-of-other-rows", "the weight's gradient has its rows in another order", int8_backward=_transposed_gradient),
+    mutant(
+        "gradient-of-other-rows",
+        "the weight's gradient has its rows in another order",
+        int8_backward=_transposed_gradient,
+    ),
     mutant("evaluated-in-bfloat16", "evaluation computes in bfloat16", evaluate_then_train=_in_bfloat16),
     mutant("gradient-lost", "after an evaluation there is no gradient", evaluate_then_train=_gradient_lost),
     mutant("scales-repacked", "an evaluation leaves scales in bfloat16", evaluate_then_train=_scales_repacked),

@@ -24,7 +24,9 @@ are uint8 `[bytes]`, dtypes are torch's. A function returns its one result, a tu
 
 HYPER: optimizer (momentum, lars, adam, lamb, lion, rmsprop, adagrad or ademamix), step, lr, beta1, beta2, beta3, alpha, eps,
 weight_decay, max_unorm, gnorm_scale. States that an optimizer does not have are None, and none of its results; nothing is
-updated in place. `values` is float32 [256], sorted. `columns` holds the indices of outlier columns, int64, ascending, [0] if there are none.
+updated in place.
+
+`values` is float32 [256], sorted. `columns` holds the indices of outlier columns, int64, ascending, [0] if there are none.
 `bias` may be None. In save_4bit and load_4bit the names are packed, absmax, quant_map, state, nested_absmax, nested_quant_map.
 """
 

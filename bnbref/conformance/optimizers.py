@@ -147,7 +147,7 @@ def _ratio(k: Mapping[str, Any], c: Conventions, h: Any, p: Any, g: Any, s: Sequ
     if c.norm == "undecayed" and name == "lars":
         u = h.beta1 * s[0] + g
     if c.norm == "biased" and name == "lamb":
-        u = u / h.unbias * h.root  # m / (sqrt(v) + eps c2)
+        u = u / h.unbias / h.root  # m / (sqrt(v) + eps c2)
     if not isinstance(u, Interval):
         norm, most = u.double().norm(), k["max_unorm"] * p.double().norm() + extra
         return (most / norm).float() if norm > most > 0 else torch.tensor(1.0)
@@ -156,7 +156,9 @@ def _ratio(k: Mapping[str, Any], c: Conventions, h: Any, p: Any, g: Any, s: Sequ
     norms = [Interval(x.abs().low.norm(), x.abs().high.norm()).widened(0.0, off) for x in (p, u)]
     most = Interval.point(k["max_unorm"]) * norms[0] + Interval.point(extra)
     ratio = most / norms[1]
-    return Interval(ratio.low.clamp(max=1.0), ratio.high.clamp(max=1.0)) if float(most.high) > 0 else Interval.point(1.0)
+    return (
+        Interval(ratio.low.clamp(max=1.0), ratio.high.clamp(max=1.0)) if float(most.high) > 0 else Interval.point(1.0)
+    )
 
 
 def _clips(k: Mapping[str, Any], c: Conventions, eight: bool) -> bool:
@@ -189,7 +191,13 @@ class Step:
 
 
 def both(
-    p: Tensor, g: Tensor, s: Sequence[Tensor], within: Sequence[Interval], k: Mapping[str, Any], c: Conventions, eight: bool
+    p: Tensor,
+    g: Tensor,
+    s: Sequence[Tensor],
+    within: Sequence[Interval],
+    k: Mapping[str, Any],
+    c: Conventions,
+    eight: bool,
 ) -> Step:
     """s: old states in float32, within: as what a backend may have decoded them."""
     numbers = coefficients(k, c)
@@ -220,7 +228,9 @@ def _expected(value: Tensor, within: Interval, bad: Tensor) -> Expected:
     if value.dtype != torch.float32:
         low, high = low.float().to(value.dtype).double(), high.float().to(value.dtype).double()
     shape = value.shape
-    return Expected(value, low=low.view(shape), high=high.view(shape), free=bad.nonzero().view(-1) if bad.any() else None)
+    return Expected(
+        value, low=low.view(shape), high=high.view(shape), free=bad.nonzero().view(-1) if bad.any() else None
+    )
 
 
 def step_32bit(
@@ -253,11 +263,13 @@ def step_8bit(
     made = both(p, g, decoded, within, k, c, eight=True)
     found = {"p": _expected(made.p.to(p.dtype).view(p.shape), made.p_within, made.bad)}
     flat = g.reshape(-1).float()
-    spread = torch.where(flat.isinf(), torch.inf, flat) if c.bad_gradient in ("infinite", "any") else torch.zeros_like(flat)
+    spread = (
+        torch.where(flat.isinf(), torch.inf, flat) if c.bad_gradient in ("infinite", "any") else torch.zeros_like(flat)
+    )
     spread = torch.where(made.bad & ((c.bad_gradient == "any") | flat.isinf()), spread, 0.0)
     for i, (now, bounds, (_, before, values)) in enumerate(zip(made.states, made.states_within, coded, strict=True), 1):
-        codes, absmax = _encoded(now, bounds, made.bad, spread, before, values, encode, floor)
-        found |= {f"state{i}": _in_shape(codes, p.shape), f"absmax{i}": absmax}
+        new, scales = _encoded(now, bounds, made.bad, spread, before, values, encode, floor)
+        found |= {f"state{i}": _in_shape(new, p.shape), f"absmax{i}": scales}
     return found
 
 
@@ -270,7 +282,14 @@ def _blocks(x: Tensor) -> Tensor:
 
 
 def _encoded(
-    x: Tensor, within: Interval, bad: Tensor, spread: Tensor, before: Tensor, values: Tensor, encode: Encode, floor: float
+    x: Tensor,
+    within: Interval,
+    bad: Tensor,
+    spread: Tensor,
+    before: Tensor,
+    values: Tensor,
+    encode: Encode,
+    floor: float,
 ) -> tuple[Expected, Expected]:
     """The codes and scales of a new state. spread: what takes part in its block's scale beside it, if not 0."""
     held = _blocks(bad).any(-1)

@@ -168,7 +168,9 @@ _NOT_A_NUMBER = 2**31
 def _alike(done: Report, finding: Finding) -> list[Failure]:
     """The failures of a finding whose values are wrong, of one dtype: that of the first."""
     cases, output = set(finding.cases), finding.original.output
-    found = [f for r in done.results if r.case.id in cases for f in r.failures if f.kind == "value" and f.output == output]
+    found = [
+        f for r in done.results if r.case.id in cases for f in r.failures if f.kind == "value" and f.output == output
+    ]
     return [f for f in found if f.got is not None and found[0].got is not None and f.got.dtype == found[0].got.dtype]
 
 
@@ -220,7 +222,9 @@ def histogram(failures: Sequence[Failure]) -> str:
         if i % every == 0 or label == "NaN":
             parts.append(f"<text x={step * i + 1:.1f} y={height + 10:.0f}>{label}</text>")
     total = sum(wrong + allowed for _, wrong, allowed in rows)
-    label = f"{total} elements of {failures[0].output} by distance in {unit}: full bars wrong, pale ones allowed, log scale"
+    label = (
+        f"{total} elements of {failures[0].output} by distance in {unit}: full bars wrong, pale ones allowed, log scale"
+    )
     return (
         f'<svg class=histogram viewBox="0 0 {width:.0f} {height + 26:.0f}" role=img aria-label="{html.escape(label)}">'
         f"<g fill=currentColor>{''.join(parts)}</g><path d='M0 {height:.0f}H{width:.0f}' stroke=currentColor stroke-width=.5 />"
