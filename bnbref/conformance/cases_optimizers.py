@@ -7,7 +7,6 @@ it fails for its own reason. Codes of 8-bit states are those of any rule of roun
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -229,7 +228,7 @@ def optimizer_8bit(name: str) -> Iterator[Case]:
     results = {key: expected.value for key, expected in first.expected.items()}
     yield case("zeros-step-2", "OB-4", "zero-state-drift", inputs={**results, "g": g}, step=2, clear=False)
     nothing = {**_zeros(name, 512, signed), "g": torch.zeros(512)}
-    yield case("nothing", "OB-4", "zero-state-drift", inputs=nothing, step=1, clear=False)
+    yield case("nothing", "OB-2", "zero-block", inputs=nothing, step=1, clear=False)
     # Gradients over ten decades: the small ones of a block have codes next to that of zero.
     wide = noise(512, 332).sign() * torch.exp2(-(torch.arange(512) % 34).double()).float()
     yield case("wide", "OB-2", "binned-codes", inputs={**_zeros(name, 512, signed), "g": wide}, step=1, clear=False)
@@ -262,4 +261,4 @@ def all_optimizers() -> Iterator[Case]:
     for name in STATES:
         yield from optimizer_32bit(name)
     for name in STATES:
-        yield from (replace(case, derived=False) for case in optimizer_8bit(name))
+        yield from optimizer_8bit(name)
