@@ -336,6 +336,69 @@ def test_intervals_are_as_wide_as_their_rules_say():
         torch.testing.assert_close(width, bound, rtol=1e-4 if not case.derived else 1e-6, atol=0)
 
 
+def fused(a, b, c):
+    """fl(a * b + c): a product of two float32 is exact in float64, whose second rounding is far below float32's."""
+    return (a.astype(np.float64) * b + c).astype(np.float32)
+
+
+def cuda_adam(p, g, state1, state2, **k):
+    """Adam in the order of bitsandbytes' CUDA kernel: eps times c2, multiplied and added in one, a reciprocal for a division."""
+    f = np.float32
+    b1, b2, eps = f(k["beta1"]), f(k["beta2"]), f(k["eps"])
+    c1, c2 = f(1 - k["beta1"] ** k["step"]), f(np.sqrt(1 - k["beta2"] ** k["step"]))
+    g = g * f(k["gnorm_scale"])
+    v = fused(state2, b2, (f(1) - b2) * (g * g))
+    m = fused(state1, b1, g * (f(1) - b1))
+    size = f(f(c2 * f(k["lr"])) * -f(f(1) / c1))
+    root = fused(np.full_like(v, c2), eps, np.sqrt(v))
+    return fused(np.full_like(m, size), m * (f(1) / root), p), m, v
+
+
+def test_steps_in_another_order_are_allowed():
+    seen = 0
+    for case in of("optimizer_32bit"):
+        k = case.params
+        if k["optimizer"] != "adam" or k["weight_decay"] or case.dtype != "float32" or "not-finite" in case.id:
+            continue
+        made = cuda_adam(*(second.floats(x) for x in case.inputs.values()), **k)
+        for name, value in zip(("p", "state1", "state2"), made, strict=True):
+            got = torch.from_numpy(value).view(case.inputs["p"].shape)
+            assert wrong_elements(got, case.expected[name]).numel() == 0, (case.id, name)
+        seen += 1
+    assert seen >= 10
+
+
+def test_the_intervals_of_a_step_are_no_wider_than_their_rule():
+    """Of momentum's and Adam's averages: 2^-22 for each of the products that are added, and for the sum of both."""
+    slack, seen = 2.0**-22, 0
+    for case in of("optimizer_32bit"):
+        k, p, g = case.params, case.inputs["p"].double(), case.inputs["g"].double() * case.params["gnorm_scale"]
+        exact = all(k[name] == float(np.float32(k[name])) for name in ("beta1", "beta2"))
+        if (
+            k["optimizer"] not in ("adam", "momentum")
+            or case.dtype != "float32"
+            or "not-finite" in case.id
+            or not exact
+        ):
+            continue
+        m, expected = case.inputs["state1"].double() * k["beta1"], case.expected["state1"]
+        new = g * (1 - k["beta1"]) if k["optimizer"] == "adam" else g + k["weight_decay"] * p
+        rounded = 3 if k["weight_decay"] else 2  # wd p, and its sum with g, are two more of which one is small
+        most = rounded * slack * 1.001 * (m.abs() + new.abs() + k["weight_decay"] * p.abs()) + 2.0**-125
+        assert bool(((expected.high - expected.low) / 2 <= most).all()), case.id
+        if k["optimizer"] == "adam":
+            # sqrt, its quotient by c2, eps, the quotient, the rate and their product, the difference from p: ten roundings at
+            # most, half of those of v, and the corrections by (step + 2) 2^-22.
+            t, y, step = k["step"], case.expected["p"], (case.expected["p"].value.double() - p).abs()
+            off = sum((t + 2) * slack * b**t / (1 - b**t) for b in (k["beta1"], k["beta2"]))
+            decayed = k["lr"] * k["weight_decay"] * p.abs()
+            m_off = (2 * slack * (m.abs() + new.abs()) / (m + new).abs()).nan_to_num(0.0)  # 0 / 0: nothing moves
+            most = (step + decayed) * (14 * slack + off + m_off) * 1.01 + 4 * slack * p.abs() + 2.0**-60
+            assert bool(((y.high - y.low) / 2 <= most).all()), case.id
+        seen += 1
+    assert seen >= 20
+
+
 # ---- judging --------------------------------------------------------------------------------------------------------
 
 
