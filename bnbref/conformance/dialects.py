@@ -348,19 +348,37 @@ def predict(dialect: Dialect, case: Case) -> Mapping[str, Tensor]:
 _OF_OPTIMIZERS = {f.name for f in fields(optimizers.Conventions)}
 
 
-def _changes(dialect: Dialect, operation: str) -> Iterator[tuple[str, Dialect]]:
-    """The reference with one field of the dialect that concerns the operation, and at last with all of them."""
-    concern = set(TEXT) - _OF_OPTIMIZERS
-    if operation in ("optimizer_32bit", "optimizer_8bit"):
-        concern = _OF_OPTIMIZERS | ({"ties", "floor"} if operation == "optimizer_8bit" else set())
+def _concern(case: Case) -> set[str]:
+    """The fields of a dialect that can change the results of a case."""
+    if case.operation not in ("optimizer_32bit", "optimizer_8bit"):
+        return set(TEXT) - _OF_OPTIMIZERS
+    k = case.params
+    eight = case.operation == "optimizer_8bit"
+    clipped = k["optimizer"] in optimizers.CLIPPED and k["max_unorm"] > 0
+    when = {
+        "decay_after": k["weight_decay"] > 0,
+        "coupled": k["weight_decay"] > 0,
+        "raw_gradient": eight and k["optimizer"] in ("rmsprop", "adagrad"),
+        "norm": clipped,
+        "norm_eps": clipped,
+        "clip_8bit": clipped and eight,
+        "bad_gradient": not bool(case.inputs["g"].isfinite().all()),
+        "ties": eight,
+        "floor": eight,
+    }
+    return {name for name, can in when.items() if can}
+
+
+def _changes(dialect: Dialect, case: Case) -> Iterator[tuple[str, Dialect]]:
+    """The reference with one field of the dialect that concerns the case, and at last with all of them."""
+    concern = _concern(case)
     different = [name for name in TEXT if name in concern and getattr(dialect, name) != getattr(REFERENCE, name)]
-    if not different:
-        return
     for name in different:
         value = getattr(dialect, name)
         changed: dict[str, Any] = {name: value}
         yield TEXT[name](value), replace(REFERENCE, **changed)
-    yield "all of its conventions together", dialect
+    if len(different) > 1:
+        yield "all of its conventions together", dialect
 
 
 def _matches(failure: Failure, dialect: Dialect) -> bool:
@@ -389,7 +407,7 @@ def explain(failure: Failure) -> list[str]:
     """Whose rule a wrong result follows: "bnb-cpu: codes from a table of 65,536 bins". Empty if nobody's is known."""
     found: dict[str, list[str]] = {}
     for dialect in DIALECTS:
-        for text, changed in _changes(dialect, failure.case.operation):
+        for text, changed in _changes(dialect, failure.case):
             if _matches(failure, changed):
                 found.setdefault(text, []).append(dialect.name)
                 break
