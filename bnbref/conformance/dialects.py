@@ -307,7 +307,8 @@ def _within(d: Dialect, operation: str, **given: Any) -> dict[str, Expected]:
     """What a step with these conventions may return."""
     if operation == "optimizer_32bit":
         return optimizers.step_32bit(c=d, **given)
-    return optimizers.step_8bit(c=d, encode=lambda x, values: _eight_bit(x, values, d.ties), floor=d.floor, **given)
+    floor = float(torch.tensor(d.floor, dtype=torch.float32))
+    return optimizers.step_8bit(c=d, encode=lambda x, values: _eight_bit(x, values, d.ties), floor=floor, **given)
 
 
 def _optimizer(operation: str) -> Callable[..., dict[str, Tensor]]:

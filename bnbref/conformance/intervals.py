@@ -65,7 +65,7 @@ class Interval:
     def abs(self) -> "Interval":
         """Magnitude."""
         largest = torch.maximum(self.low.abs(), self.high.abs())
-        return Interval(torch.maximum(self.low, -self.high).clamp(min=0), largest)
+        return Interval(torch.maximum(self.low, -self.high).clamp(min=0) + 0.0, largest)
 
     def is_zero(self) -> Tensor:
         """Where it is the number 0."""
