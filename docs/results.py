@@ -10,7 +10,7 @@ import torch
 from bnbref.conformance import backends, check, page, report, vectors
 
 FOLDER = Path(__file__).parent / "content" / "conformance"
-BACKENDS = ("bitsandbytes", "bitsandbytes-default", "torchao", "bnbref-eager")
+BACKENDS = ("bitsandbytes", "bitsandbytes-default", "torchao", "bnbref-eager", "bnbref")
 
 
 def main() -> None:

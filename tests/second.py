@@ -289,10 +289,11 @@ Coded = tuple[np.ndarray, Floats]
 
 
 def step_blocks(
-    name: str, t: int, group: Mapping[str, Any], p: Floats, g: Floats, s: Sequence[Coded], blocksize: int
-) -> tuple[Floats, Floats, list[Coded]]:
+    name: str, t: int, group: Mapping[str, Any], p: Floats, g: Floats, s: Sequence[Coded], blocksize: int,
+    signs: Sequence[bool] | None = None,
+) -> tuple[Floats, Floats, list[Coded]]:  # fmt: skip
     """The same with states as codes and scales. What a bad gradient holds where it was keeps its block's scale from falling."""
-    books = ["dynamic_signed" if signed else "dynamic_unsigned" for signed in STATES[name]]
+    books = ["dynamic_signed" if signed else "dynamic_unsigned" for signed in signs or STATES[name]]
     decoded = [
         VALUES[book][codes] * np.repeat(scales, blocksize)[: len(p)]
         for book, (codes, scales) in zip(books, s, strict=True)

@@ -15,10 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnbref import blockwise, fourbit, functional, int8, linear4bit, nested
-from bnbref.codebooks import four_bit
+from bnbref import blockwise, fourbit, functional, int8, linear4bit, linear8bit, nested, nn
+from bnbref.codebooks import DYNAMIC, four_bit, value_table
 from bnbref.conformance.operations import OPERATIONS, quant_state
+from bnbref.conformance.optimizers import BLOCKSIZE
 from bnbref.fused import eager
+from bnbref.optim import rules
+from bnbref.optim import state as stepping
 from bnbref.quant_state import BLOB, QuantState
 
 Dtype = torch.dtype
@@ -133,6 +136,98 @@ class Reference:
         found = quant_state(absmax, quant_map, state, quant_type, nested_absmax, nested_quant_map)
         return functional.dequantize_4bit(packed.view(-1, 1), found)
 
+    def gemm_4bit_backward(
+        self, grad: Tensor, packed: Tensor, absmax: Tensor, blocksize: int, quant_type: str, shape: Sequence[int]
+    ) -> Tensor | None:
+        state = QuantState(
+            absmax, shape=torch.Size(shape), blocksize=blocksize, quant_type=quant_type, dtype=grad.dtype
+        )
+        a = grad.new_zeros(*grad.shape[:-1], shape[1]).requires_grad_()
+        linear4bit.matmul_4bit(a, packed.view(-1, 1), state).backward(grad)
+        return a.grad
+
+    def int8_backward(self, a: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        a, weight = a.requires_grad_(), weight.requires_grad_()
+        linear8bit.matmul(a, weight).backward(grad)
+        return a.grad, weight.grad
+
+    def evaluate_then_train(
+        self, x: Tensor, grad: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, blocksize: int,
+        quant_type: str, shape: Sequence[int],
+    ) -> dict[str, Any]:  # fmt: skip
+        return evaluate_then_train(nn, x, grad, packed, absmax, bias, blocksize, quant_type, shape)
+
+    def optimizer_32bit(self, p: Tensor, g: Tensor, optimizer: str, **arguments: Any) -> dict[str, Tensor]:
+        return self._step(RULES[optimizer], p, g, **arguments)
+
+    def optimizer_8bit(
+        self, p: Tensor, g: Tensor, optimizer: str, values1: Tensor, values2: Tensor | None, **arguments: Any
+    ) -> dict[str, Tensor]:
+        rule = RULES[optimizer]
+        if optimizer in ("rmsprop", "adagrad") and bool((values1 < 0).any()):
+            rule = SIGNED_SQUARES[optimizer]
+        return self._step(rule, p, g, **arguments)
+
+    def _step(self, rule: rules.Rule, p: Tensor, g: Tensor, *, step: int, max_unorm: float, gnorm_scale: float,
+              **arguments: Any) -> dict[str, Tensor]:  # fmt: skip
+        state = {key: x for key, x in arguments.items() if isinstance(x, Tensor)}
+        betas = tuple(arguments[f"beta{i}"] for i in (1, 2, 3))
+        group = {**arguments, "betas": betas, "t_alpha": None, "t_beta3": None}
+        numbers = rule.coefficients(step, group)
+        hyper = torch.tensor(list(numbers.values()), dtype=torch.float32, device=p.device)
+        # A step is made in place: of copies.
+        made = {"p": p.clone(), **{key: x.clone() for key, x in state.items()}}
+        g = g if gnorm_scale == 1 else g * gnorm_scale
+        max_norm = max_unorm if rule.clipped else 0.0
+        stepping.step(rule, made["p"], g, made, numbers, hyper, blocksize=BLOCKSIZE, max_norm=max_norm)
+        return made
+
+
+RULES: dict[str, rules.Rule] = {
+    "momentum": rules.SGD(), "lars": rules.LARS(), "adam": rules.Adam(), "lamb": rules.LAMB(), "lion": rules.Lion(),
+    "rmsprop": rules.RMSprop(), "adagrad": rules.Adagrad(), "ademamix": rules.AdEMAMix(),
+}  # fmt: skip
+
+
+class _SignedRMSprop(rules.RMSprop):
+    codebooks = (DYNAMIC, DYNAMIC)
+
+
+class _SignedAdagrad(rules.Adagrad):
+    codebooks = (DYNAMIC, DYNAMIC)
+
+
+SIGNED_SQUARES: dict[str, rules.Rule] = {"rmsprop": _SignedRMSprop(), "adagrad": _SignedAdagrad()}
+"""With the codebook that bitsandbytes has for them."""
+
+
+def evaluate_then_train(
+    module: Any, x: Tensor, grad: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, blocksize: int,
+    quant_type: str, shape: Sequence[int],
+) -> dict[str, Any]:  # fmt: skip
+    """The operation of that name, of a module that has bitsandbytes' Linear4bit and Params4bit."""
+    values = value_table(four_bit(quant_type), absmax.device)
+    state = QuantState(
+        absmax, shape=torch.Size(shape), code=values, blocksize=blocksize, quant_type=quant_type, dtype=x.dtype
+    )
+    n, k = shape
+    layer = module.Linear4bit(k, n, bias=bias is not None, compute_dtype=x.dtype, quant_type=quant_type, device="meta")
+    # Repacking writes to what it was given.
+    stats = {name: tensor.clone() for name, tensor in state.as_dict(packed=True).items()}
+    layer.weight = module.Params4bit.from_prequantized(
+        data=packed.clone().view(-1, 1), quantized_stats=stats, requires_grad=False, device=x.device
+    )
+    if bias is not None:
+        layer.bias = torch.nn.Parameter(bias.clone())
+    with torch.no_grad():
+        y = layer.eval()(x)
+    given = x.clone().requires_grad_()
+    layer.train()(given).backward(grad)
+    file = layer.state_dict()
+    return {
+        "y": y, "grad_x": given.grad, "packed": file["weight"].view(torch.uint8).view(-1), "absmax": file["weight.absmax"],
+    }  # fmt: skip
+
 
 def file_tensors(packed: Tensor, file: Mapping[str, Tensor], quant_type: str) -> dict[str, Tensor]:
     """The tensors of a quantized weight in a file, by the kit's names."""
@@ -174,6 +269,7 @@ class BitsAndBytes:
     """The operators torch.ops.bitsandbytes, whatever kernel the device has for them; files by bitsandbytes.functional."""
 
     def __init__(self) -> None:
+        self.package: Any = importlib.import_module("bitsandbytes")
         self.functional: Any = importlib.import_module("bitsandbytes.functional")
 
     def op(self, name: str, *args: Any, **kwargs: Any) -> Any:
@@ -255,6 +351,68 @@ class BitsAndBytes:
         with torch.compiler.set_stance("force_eager"):
             return self.functional.dequantize_4bit(packed.view(-1, 1), found)
 
+    def gemm_4bit_backward(
+        self, grad: Tensor, packed: Tensor, absmax: Tensor, blocksize: int, quant_type: str, shape: Sequence[int]
+    ) -> Any:
+        state = self.functional.QuantState(
+            absmax=absmax, shape=torch.Size(shape), blocksize=blocksize, quant_type=quant_type, dtype=grad.dtype
+        )
+        a = grad.new_zeros(*grad.shape[:-1], shape[1]).requires_grad_()
+        with torch.compiler.set_stance("force_eager"):
+            self.package.matmul_4bit(a, packed.view(-1, 1), state).backward(grad)
+        return a.grad
+
+    def int8_backward(self, a: Tensor, weight: Tensor, grad: Tensor) -> Any:
+        a, weight = a.requires_grad_(), weight.requires_grad_()
+        state = self.package.MatmulLtState()
+        state.is_training = state.has_fp16_weights = True
+        self.package.matmul(a, weight, state=state).backward(grad)
+        return a.grad, weight.grad
+
+    def evaluate_then_train(
+        self, x: Tensor, grad: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, blocksize: int,
+        quant_type: str, shape: Sequence[int],
+    ) -> Any:  # fmt: skip
+        with torch.compiler.set_stance("force_eager"):
+            return evaluate_then_train(self.package.nn, x, grad, packed, absmax, bias, blocksize, quant_type, shape)
+
+    def optimizer_32bit(
+        self, p: Tensor, g: Tensor, state1: Tensor, state2: Tensor | None, state3: Tensor | None, optimizer: str,
+        max_unorm: float, gnorm_scale: float, **k: Any,
+    ) -> dict[str, Any]:  # fmt: skip
+        p, first, second = p.clone(), _stacked(state1, state3), None if state2 is None else state2.clone()
+        # As its classes do.
+        norm = float(p.float().norm()) if max_unorm > 0 else 0.0
+        room = torch.zeros(1, device=p.device) if max_unorm > 0 else None
+        self.op("optimizer_update_32bit", optimizer, g, p, first, second, room, max_unorm, norm, k["beta1"], k["beta2"],
+                k["beta3"], k["alpha"], k["eps"], k["weight_decay"], k["step"], k["lr"], gnorm_scale, False)  # fmt: skip
+        return {"p": p, **_unstacked(first, second, state3, "state")}
+
+    def optimizer_8bit(
+        self, p: Tensor, g: Tensor, state1: Tensor, absmax1: Tensor, values1: Tensor, state2: Tensor | None,
+        absmax2: Tensor | None, values2: Tensor | None, state3: Tensor | None, absmax3: Tensor | None, optimizer: str,
+        max_unorm: float, gnorm_scale: float, **k: Any,
+    ) -> dict[str, Any]:  # fmt: skip
+        # As its classes do: LAMB8bit and LARS8bit too leave max_unorm out, for which the operator has no argument.
+        p, first, scale1 = p.clone(), _stacked(state1, state3), _stacked(absmax1, absmax3)
+        second, scale2 = (None if x is None else x.clone() for x in (state2, absmax2))
+        self.op("optimizer_update_8bit_blockwise", optimizer, g, p, first, second, k["beta1"], k["beta2"], k["beta3"],
+                k["alpha"], k["eps"], k["step"], k["lr"], values1, values2, scale1, scale2, k["weight_decay"], gnorm_scale,
+                False)  # fmt: skip
+        states = _unstacked(first, second, state3, "state")
+        return {"p": p, **states, **_unstacked(scale1, scale2, absmax3, "absmax")}
+
+
+def _stacked(first: Tensor, third: Tensor | None) -> Tensor:
+    """A copy; bitsandbytes has AdEMAMix' two averages in one tensor."""
+    return first.clone() if third is None else torch.stack((first, third))
+
+
+def _unstacked(first: Tensor, second: Tensor | None, third: Tensor | None, name: str) -> dict[str, Tensor]:
+    made = {f"{name}1": first if third is None else first[0]}
+    made |= {} if second is None else {f"{name}2": second}
+    return made | ({} if third is None else {f"{name}3": first[1]})
+
 
 class _Recorder:
     """Runs the module of bitsandbytes' default kernels anew and keeps what it would register: on CPU others shadow them."""
@@ -285,6 +443,7 @@ class BitsAndBytesDefault(BitsAndBytes):
 
     # These reach other operators by torch.ops, which gives the device's own kernels.
     gemm_4bit = quantize_4bit_nested = dequantize_4bit_nested = save_4bit = load_4bit = None  # type: ignore[assignment]
+    gemm_4bit_backward = int8_backward = evaluate_then_train = None  # type: ignore[assignment]
 
     def __init__(self) -> None:
         super().__init__()
@@ -311,10 +470,12 @@ def _bitsandbytes_default() -> Backend:
 
 
 class TorchAO:
-    """The blockwise 8 bits of torchao's optimizers. (Its NF4 tensor left the package before 0.18.)"""
+    """torchao's optimizers: the blockwise 8 bits, and AdamW with them. (Its NF4 tensor left the package before 0.18.)"""
 
     def __init__(self) -> None:
         self.quant: Any = importlib.import_module("torchao.optim.quant_utils")
+        self.adam: Any = importlib.import_module("torchao.optim.adam")
+        self.state: Any = importlib.import_module("torchao.optim.subclass_8bit")
 
     def quantize_blockwise(self, x: Tensor, values: Tensor, blocksize: int) -> Any:
         if x.numel() % blocksize or x.numel() == 0:
@@ -327,6 +488,34 @@ class TorchAO:
         if codes.numel() % blocksize:
             raise Unsupported("torchao keeps states of whole blocks alone in 8 bits")
         return self.quant.dequant_with_qmap(codes, values, absmax).to(dtype)
+
+    def optimizer_32bit(
+        self, p: Tensor, g: Tensor, state1: Tensor, state2: Tensor | None, state3: Tensor | None, **k: Any
+    ) -> dict[str, Any]:
+        if k["optimizer"] != "adam" or state2 is None:
+            raise Unsupported("torchao has Adam")
+        made = {"p": p.clone(), "state1": state1.clone(), "state2": state2.clone()}
+        self._adamw(made["p"], g, made["state1"], made["state2"], k)
+        return made
+
+    def optimizer_8bit(
+        self, p: Tensor, g: Tensor, state1: Tensor, absmax1: Tensor, values1: Tensor, state2: Tensor | None,
+        absmax2: Tensor | None, values2: Tensor | None, state3: Tensor | None, absmax3: Tensor | None, **k: Any,
+    ) -> dict[str, Any]:  # fmt: skip
+        if k["optimizer"] != "adam" or state2 is None or absmax2 is None or p.numel() % BLOCKSIZE:
+            raise Unsupported("torchao has Adam, and states of whole blocks alone in 8 bits")
+        p = p.clone()
+        first = self.state.OptimState8bit(state1.clone(), absmax1.clone(), values1, True)
+        second = self.state.OptimState8bit(state2.clone(), absmax2.clone(), values2, False)
+        self._adamw(p, g, first, second, k)
+        return {"p": p, "state1": first.codes, "absmax1": first.scale, "state2": second.codes, "absmax2": second.scale}
+
+    def _adamw(self, p: Tensor, g: Tensor, first: Tensor, second: Tensor, k: Mapping[str, Any]) -> None:
+        if k["gnorm_scale"] != 1:
+            raise Unsupported("torchao's step does not scale the gradient")
+        step, lr = (torch.tensor(float(k[name]), device=p.device) for name in ("step", "lr"))
+        self.adam.single_param_adam(p, g, step, first, second, None, lr, k["beta1"], k["beta2"], k["weight_decay"], k["eps"],
+                                    IS_ADAMW=True, BF16_STOCHASTIC_ROUND=False)  # fmt: skip
 
 
 def _torchao() -> Backend:

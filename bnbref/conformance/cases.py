@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from bnbref.codebooks import DYNAMIC, DYNAMIC_UNSIGNED, FP4, NF4, Codebook, linear, value_table
-from bnbref.conformance.operations import OPERATIONS, Expected
+from bnbref.conformance.judging import Expected
+from bnbref.conformance.operations import OPERATIONS
 from bnbref.conformance.rules import FLAGS, RULES
 
 CPU = torch.device("cpu")
@@ -50,12 +51,12 @@ class Case:
     @property
     def dtype(self) -> str:
         """The dtype that the case is about: of what is quantized or multiplied, else of the result."""
-        given = next((self.inputs[name] for name in ("x", "a") if name in self.inputs), None)
+        given = next((self.inputs[name] for name in ("x", "a", "p", "grad") if name in self.inputs), None)
         about = given if given is not None else self.expected["y"].value
         return str(about.dtype).removeprefix("torch.")
 
 
-def _case(
+def make(
     name: str,
     operation: str,
     inputs: Mapping[str, Tensor],
@@ -67,6 +68,7 @@ def _case(
     quick: bool = True,
     **params: Any,
 ) -> Case:
+    """A case; expected: by the oracle of the operation, if not given."""
     wanted = OPERATIONS[operation].expect(inputs, params) if expected is None else expected
     return Case(
         f"{operation}/{name}", operation, params, dict(inputs), wanted, tuple(rules.split()), tuple(flags.split()),
@@ -138,13 +140,14 @@ def clear(x: Tensor, book: Codebook, blocksize: int = 64) -> Tensor:
     return kept.view(-1)[: x.numel()].view(x.shape)
 
 
-def _cast(x: Tensor, dtype: str) -> Tensor:
+def cast(x: Tensor, dtype: str) -> Tensor:
+    """To a dtype by its name."""
     return x.to(getattr(torch, dtype))
 
 
 def _neighbours(points: Sequence[float], dtype: str) -> Tensor:
     """Of each point the nearest number of a 16-bit dtype, and the two beside it."""
-    near = _cast(torch.tensor(points), dtype)
+    near = cast(torch.tensor(points), dtype)
     bits = near.view(torch.int16)
     moved = [torch.where(near == 0, bits, bits + step) for step in (-1, 0, 1)]
     return torch.stack(moved, 1).view(-1).view(near.dtype).float()
@@ -162,9 +165,7 @@ def _shared_blocks(
 
     def case(name: str, x: Tensor, rules: str, flags: str = "", blocksize: int = 64, **options: Any) -> Case:
         numbered = " ".join(r if "-" in r else f"{letter}-{r}" for r in rules.split())
-        return _case(
-            f"{label}-{name}", op, {"x": x, **inputs}, numbered, flags, blocksize=blocksize, **extra, **options
-        )
+        return make(f"{label}-{name}", op, {"x": x, **inputs}, numbered, flags, blocksize=blocksize, **extra, **options)
 
     def data(count: int, seed: int, blocksize: int = 64) -> Tensor:
         x = noise(count, seed)
@@ -175,8 +176,8 @@ def _shared_blocks(
 
     for dtype in DTYPES:
         # Twice: rounding to 16 bits may move an element beside a threshold.
-        x = _cast(data(1024, 3), dtype).float()
-        yield case(f"noise-{dtype}", _cast(clear(x, book), dtype), "1 2 3")
+        x = cast(data(1024, 3), dtype).float()
+        yield case(f"noise-{dtype}", cast(clear(x, book), dtype), "1 2 3")
     for blocksize in BLOCKSIZES:
         x = data(2 * blocksize + blocksize // 2 + 2, blocksize, blocksize)
         flags = "blocksize" if blocksize >= 1024 else ""
@@ -226,7 +227,7 @@ def _one_formula(
     i = torch.arange(codes.numel() - start)
     consistent = Expected(codes, free=torch.arange(codes.numel()), pairs=torch.stack((i, start + i)))
     results = {**expected, first: consistent}
-    return _case(name, op, {"x": x, **inputs}, rule, "tail-block", results, blocksize=64, **extra)
+    return make(name, op, {"x": x, **inputs}, rule, "tail-block", results, blocksize=64, **extra)
 
 
 def _quantize_4bit(book: Codebook) -> Iterator[Case]:
@@ -235,14 +236,14 @@ def _quantize_4bit(book: Codebook) -> Iterator[Case]:
     yield from _shared_blocks(op, "Q4", book, label, extra, {})
 
     def case(name: str, x: Tensor, rules: str, flags: str = "") -> Case:
-        return _case(f"{label}-{name}", op, {"x": x}, rules, flags, blocksize=64, **extra)
+        return make(f"{label}-{name}", op, {"x": x}, rules, flags, blocksize=64, **extra)
 
     rule, flag = ("Q4-4", "fp4-threshold") if book.sign_bit else ("Q4-3", "")
     for power in (-60, 0, 60):
         points = in_blocks(beside(book.thresholds, (-8, -2, -1, 0, 1, 2, 8)), 64, 2.0**power)
         yield case(f"thresholds-2^{power}", points, rule, flag)
     for dtype in DTYPES[1:]:
-        yield case(f"thresholds-{dtype}", _cast(in_blocks(_neighbours(book.thresholds, dtype), 64), dtype), rule, flag)
+        yield case(f"thresholds-{dtype}", cast(in_blocks(_neighbours(book.thresholds, dtype), 64), dtype), rule, flag)
     # Of FP4's thresholds those that are midpoints too: the literals have cases of their own.
     points = beside(
         [book.thresholds[1], book.thresholds[4]] if book.sign_bit else book.thresholds[:12], (-2, -1, 0, 1, 2)
@@ -276,8 +277,8 @@ def _quantize_blockwise(book: Codebook, label: str) -> Iterator[Case]:
     yield from _shared_blocks(op, "Q8", book, label, {}, {"values": values})
 
     def case(name: str, x: Tensor, rules: str, flags: str = "", blocksize: int = 256, dtype: str = "float32") -> Case:
-        given = {"x": _cast(x, dtype), "values": values}
-        return _case(f"{label}-{name}", op, given, rules, flags, blocksize=blocksize)
+        given = {"x": cast(x, dtype), "values": values}
+        return make(f"{label}-{name}", op, given, rules, flags, blocksize=blocksize)
 
     middle = (values[:-1] + values[1:]) / 2
     sign = 1 if label == "unsigned" else -1
@@ -316,7 +317,8 @@ def scales(count: int) -> Tensor:
     return torch.tensor(SCALES)[i % len(SCALES)] * (1 + (i // len(SCALES)).float() / 64)
 
 
-def _bytes(count: int, seed: int) -> Tensor:
+def random_bytes(count: int, seed: int) -> Tensor:
+    """uint8 `[count]`."""
     return integers(count, seed, 8).to(torch.uint8)
 
 
@@ -325,10 +327,10 @@ def _dequantize_4bit(book: Codebook) -> Iterator[Case]:
              packed: Tensor | None = None, absmax: Tensor | None = None, quick: bool = True) -> Case:  # fmt: skip
         n = math.prod(shape)
         given = {
-            "packed": _bytes(-(-n // 2), n) if packed is None else packed,
+            "packed": random_bytes(-(-n // 2), n) if packed is None else packed,
             "absmax": scales(-(-n // blocksize)) if absmax is None else absmax,
         }
-        return _case(f"{book.name}-{name}", "dequantize_4bit", given, rules, flags, quick=quick,
+        return make(f"{book.name}-{name}", "dequantize_4bit", given, rules, flags, quick=quick,
                      blocksize=blocksize, quant_type=book.name, shape=list(shape), dtype=dtype)  # fmt: skip
 
     for dtype in DTYPES:
@@ -359,7 +361,7 @@ def _dequantize_blockwise() -> Iterator[Case]:
     def case(name: str, values: Tensor, codes: Tensor, absmax: Tensor, rules: str, flags: str = "", blocksize: int = 64,
              dtype: str = "float32", **options: Any) -> Case:  # fmt: skip
         given = {"codes": codes, "absmax": absmax, "values": values}
-        return _case(name, "dequantize_blockwise", given, rules, flags, blocksize=blocksize, dtype=dtype, **options)
+        return make(name, "dequantize_blockwise", given, rules, flags, blocksize=blocksize, dtype=dtype, **options)
 
     every = torch.arange(256).to(torch.uint8)
     for label, book in (("signed", DYNAMIC), ("unsigned", DYNAMIC_UNSIGNED), ("linear", linear())):
@@ -373,17 +375,17 @@ def _dequantize_blockwise() -> Iterator[Case]:
         yield case(
             f"blocksize-{blocksize}",
             values,
-            _bytes(n, n),
+            random_bytes(n, n),
             scales(3),
             "D8-2",
             flags,
             blocksize,
             quick=blocksize in (32, 4096),
         )
-    yield case("blocksize-100", values, _bytes(250, 1), scales(3), "D8-2 G-4", "blocksize", 100, may_refuse=True)
+    yield case("blocksize-100", values, random_bytes(250, 1), scales(3), "D8-2 G-4", "blocksize", 100, may_refuse=True)
     for n in (1, 7, 63, 65):
-        yield case(f"size-{n}", values, _bytes(n, n), scales(-(-n // 64)), "D8-2", "tail-block")
-    yield case("matrix", values, _bytes(480, 2).view(5, 96), scales(8), "D8-2 G-1")
+        yield case(f"size-{n}", values, random_bytes(n, n), scales(-(-n // 64)), "D8-2", "tail-block")
+    yield case("matrix", values, random_bytes(480, 2).view(5, 96), scales(8), "D8-2 G-1")
     extreme = torch.tensor([2.0**-126, 2.0**-149, 2.0**127, 65504.0, 131008.0, 2.0**-24, 0.0, 1e-40])
     # Three NaN: the usual one, one whose lower half is all ones, one that is negative.
     nan = torch.tensor([0x7FC00000, 0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)
@@ -423,7 +425,7 @@ def _nested() -> Iterator[Case]:
         ):  # fmt: skip
             x = _nested_weight(book, blocks, zero)
             rules = "QN-2" if zero else "QN-1"
-            yield _case(
+            yield make(
                 f"{book.name}-{name}",
                 "quantize_4bit_nested",
                 {"x": x},
@@ -435,7 +437,7 @@ def _nested() -> Iterator[Case]:
         mean = torch.cat(
             [in_blocks(clear(noise(63, i), book, 63) * 0.99, 64, s) for i, s in enumerate((2.0, 1.0, 3.0, 2.0, 2.0))]
         )
-        yield _case(
+        yield make(
             f"{book.name}-mean",
             "quantize_4bit_nested",
             {"x": mean},
@@ -449,18 +451,19 @@ def _nested() -> Iterator[Case]:
                 n = math.prod(shape)
                 blocks = -(-n // 64)
                 given = {
-                    "packed": _bytes(n // 2, 41), "codes": _bytes(blocks, 42), "absmax2": scales(-(-blocks // 256)) / 90,
-                    "offset": torch.tensor(2.54351806640625), "values": value_table(DYNAMIC, CPU),
+                    "packed": random_bytes(n // 2, 41), "codes": random_bytes(blocks, 42),
+                    "absmax2": scales(-(-blocks // 256)) / 90, "offset": torch.tensor(2.54351806640625),
+                    "values": value_table(DYNAMIC, CPU),
                 }  # fmt: skip
                 rules, flags = ("DN-2", "scale-index-tail-columns") if shape[1] % 64 else ("DN-1", "nested-absmax")
-                made = _case(f"{book.name}-{name}-{dtype}", "dequantize_4bit_nested", given, rules, flags,
+                made = make(f"{book.name}-{name}-{dtype}", "dequantize_4bit_nested", given, rules, flags,
                              blocksize=64, quant_type=book.name, shape=list(shape), dtype=dtype)  # fmt: skip
                 yield replace(made, quick=dtype == "float32")
         given = {
-            "packed": _bytes(1, 5), "codes": _bytes(1, 6), "absmax2": scales(1), "offset": torch.tensor(2.0),
+            "packed": random_bytes(1, 5), "codes": random_bytes(1, 6), "absmax2": scales(1), "offset": torch.tensor(2.0),
             "values": value_table(DYNAMIC, CPU),
         }  # fmt: skip
-        yield _case(f"{book.name}-shape-1x2", "dequantize_4bit_nested", given, "DN-2", "packed-length-one", blocksize=64,
+        yield make(f"{book.name}-shape-1x2", "dequantize_4bit_nested", given, "DN-2", "packed-length-one", blocksize=64,
                     quant_type=book.name, shape=[1, 2], dtype="float32")  # fmt: skip
 
 
@@ -475,14 +478,14 @@ def _gemm_4bit() -> Iterator[Case]:
     for book in (NF4, FP4):
         for dtype in DTYPES:
             for lead, n, k, biased in sizes:
-                a = _cast(noise(math.prod(lead) * k, 51).view(*lead, k), dtype)
-                given = {"a": a, "packed": _bytes(n * k // 2, 52), "absmax": scales(-(-n * k // 64))}
+                a = cast(noise(math.prod(lead) * k, 51).view(*lead, k), dtype)
+                given = {"a": a, "packed": random_bytes(n * k // 2, 52), "absmax": scales(-(-n * k // 64))}
                 if biased:
-                    given["bias"] = _cast(noise(n, 53) * 8, dtype)
+                    given["bias"] = cast(noise(n, 53) * 8, dtype)
                 flags = "scale-index-tail-columns" if k % 64 else "gemm-rows" if lead != (1,) else ""
                 name = f"{book.name}-{'x'.join(map(str, lead))}-{n}x{k}{'-bias' if biased else ''}-{dtype}"
                 rule = "G4-2" if flags == "gemm-rows" else "G4-1"
-                made = _case(name, "gemm_4bit", given, rule, flags, blocksize=64, quant_type=book.name, shape=[n, k])
+                made = make(name, "gemm_4bit", given, rule, flags, blocksize=64, quant_type=book.name, shape=[n, k])
                 yield replace(made, quick=k == 96 or lead == (5,))
 
 
@@ -499,7 +502,7 @@ def _int8_quantize() -> Iterator[Case]:
         dtype: str = "float16",
         **options: Any,
     ) -> Case:
-        return _case(name, "int8_quantize", {"x": _cast(x, dtype)}, rules, flags, threshold=threshold, **options)
+        return make(name, "int8_quantize", {"x": cast(x, dtype)}, rules, flags, threshold=threshold, **options)
 
     halves = torch.arange(-126, 127).float() + 0.5
     # 127 / 127 is 1, and every other scale a power of two: the ties are ties in any formulation.
@@ -538,7 +541,7 @@ def _int8(count: tuple[int, ...], seed: int) -> Tensor:
 
 def _int8_matmul() -> Iterator[Case]:
     for m, n, k in ((1, 8, 16), (3, 5, 64), (16, 16, 128), (2, 4, 1), (2, 4, 2), (5, 3, 33), (1, 1, 1040)):
-        yield _case(
+        yield make(
             f"{m}x{n}x{k}",
             "int8_matmul",
             {"a": _int8((m, k), 71), "b": _int8((n, k), 72)},
@@ -552,8 +555,8 @@ def _int8_matmul() -> Iterator[Case]:
             # Odd sums, of which float32 has only every other one above 2^24.
             a[1, 1::2], b[1, -1] = 126, 1
             flags = "int8-k-over-1040" if k > 1024 else ""
-            yield _case(f"k-{k}-{left}x{right}", "int8_matmul", {"a": a, "b": b}, "IM-1", flags, quick=k == 2048)
-    yield _case("3d", "int8_matmul", {"a": _int8((2, 3, 32), 73), "b": _int8((5, 32), 74)}, "IM-2", "int8-3d")
+            yield make(f"k-{k}-{left}x{right}", "int8_matmul", {"a": a, "b": b}, "IM-1", flags, quick=k == 2048)
+    yield make("3d", "int8_matmul", {"a": _int8((2, 3, 32), 73), "b": _int8((5, 32), 74)}, "IM-2", "int8-3d")
 
 
 def _int8_mm_dequant() -> Iterator[Case]:
@@ -567,7 +570,7 @@ def _int8_mm_dequant() -> Iterator[Case]:
         }
         if bias is not None:
             given["bias"] = bias
-        return _case(name, "int8_mm_dequant", given, rules, flags, dtype=dtype)
+        return make(name, "int8_mm_dequant", given, rules, flags, dtype=dtype)
 
     random = integers(6 * 9, 83, 22).view(6, 9) - 2**21
     one = torch.ones(1)
@@ -575,7 +578,7 @@ def _int8_mm_dequant() -> Iterator[Case]:
     for dtype in DTYPES:
         flags = "int8-constant" if dtype == "float32" else ""
         yield case(f"noise-{dtype}", random, "ID-1", flags, dtype)
-        yield case(f"bias-{dtype}", random, "ID-1", flags, dtype, _cast(noise(9, 84) * 4, dtype))
+        yield case(f"bias-{dtype}", random, "ID-1", flags, dtype, cast(noise(9, 84) * 4, dtype))
     wide = torch.tensor([[2**24 - 1, -(2**24), 2**30, 1, 0]])
     yield case("large-product", wide, "ID-1", "int8-constant")
     for dtype in ("float32", "bfloat16"):
@@ -606,10 +609,10 @@ def _loosened(case: Case) -> Case:
 
 def _int8_dequantize() -> Iterator[Case]:
     every = torch.arange(-128, 128).to(torch.int8).view(4, 64)
-    yield _case(
+    yield make(
         "every-code", "int8_dequantize", {"codes": every, "absmax": torch.tensor([1.0, 3.3, 65504.0, 1e-5])}, "IV-1"
     )
-    yield _case("noise", "int8_dequantize", {"codes": _int8((7, 33), 91), "absmax": scales(7)}, "IV-1")
+    yield make("noise", "int8_dequantize", {"codes": _int8((7, 33), 91), "absmax": scales(7)}, "IV-1")
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
@@ -623,12 +626,12 @@ def _files() -> Iterator[Case]:
                 in_blocks(clear(noise(63 * 4, seed), book, 63) * 0.99, 64, scale)
                 for seed, scale in ((95, 1.0), (96, 4.0))
             ]
-            plain = _cast(clear(_cast(torch.cat(halves), dtype).float(), book).view(8, 64), dtype)
-            nested = _cast(clear(_cast(_nested_weight(book, 128, False), dtype).float(), book), dtype)
+            plain = cast(clear(cast(torch.cat(halves), dtype).float(), book).view(8, 64), dtype)
+            nested = cast(clear(cast(_nested_weight(book, 128, False), dtype).float(), book), dtype)
             vector = plain.view(-1)[:66].clone()
             for label, x, is_nested in (("plain", plain, False), ("nested", nested, True), ("vector", vector, False)):
                 name = f"{book.name}-{label}-{dtype}"
-                written = _case(
+                written = make(
                     name,
                     "save_4bit",
                     {"x": x},
@@ -640,7 +643,7 @@ def _files() -> Iterator[Case]:
                 )
                 yield written
                 file = {key: value.value for key, value in written.expected.items()}
-                yield _case(
+                yield make(
                     name,
                     "load_4bit",
                     file,
@@ -650,16 +653,14 @@ def _files() -> Iterator[Case]:
                 )
 
 
-def all_cases() -> list[Case]:
-    """Every case, in a fixed order, computed from the reference. Some seconds."""
-    made = [
-        *_quantize_blockwise(DYNAMIC, "signed"), *_quantize_blockwise(DYNAMIC_UNSIGNED, "unsigned"), *_dequantize_blockwise(),
-        *_quantize_4bit(NF4), *_quantize_4bit(FP4), *_dequantize_4bit(NF4), *_dequantize_4bit(FP4), *_nested(), *_gemm_4bit(),
-        *_int8_quantize(), *_int8_matmul(), *_int8_mm_dequant(), *_int8_dequantize(), *_files(),
-    ]  # fmt: skip
-    ids = [case.id for case in made]
-    repeated = sorted({name for name in ids if ids.count(name) > 1})
-    if repeated:
-        raise ValueError(f"cases must have ids of their own, got {repeated} twice")
-    order = list(OPERATIONS)
-    return sorted(made, key=lambda case: order.index(case.operation))
+def forward_cases() -> Iterator[Case]:
+    """Every case of this file."""
+    for book, label in ((DYNAMIC, "signed"), (DYNAMIC_UNSIGNED, "unsigned")):
+        yield from _quantize_blockwise(book, label)
+    yield from _dequantize_blockwise()
+    for book in (NF4, FP4):
+        yield from _quantize_4bit(book)
+    for book in (NF4, FP4):
+        yield from _dequantize_4bit(book)
+    for made in (_nested, _gemm_4bit, _int8_quantize, _int8_matmul, _int8_mm_dequant, _int8_dequantize, _files):
+        yield from made()

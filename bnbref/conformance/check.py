@@ -10,7 +10,8 @@ from torch import Tensor
 
 from bnbref.conformance.backends import Backend, Unsupported
 from bnbref.conformance.cases import Case
-from bnbref.conformance.operations import OPTIONAL, Expected, arguments, same, wrong_elements
+from bnbref.conformance.judging import Expected, same, wrong_elements
+from bnbref.conformance.operations import OPTIONAL, arguments
 
 REFUSALS = (ValueError, TypeError, NotImplementedError, RuntimeError)
 """Exceptions by which a backend may say that it does not support something."""

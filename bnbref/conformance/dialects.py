@@ -16,9 +16,12 @@ from torch import Tensor
 from bnbref import fourbit
 from bnbref.blockwise import SMALLEST_NORMAL, count_below
 from bnbref.codebooks import DYNAMIC, FP4, NF4, Codebook, four_bit, value_table
+from bnbref.conformance import optimizers
 from bnbref.conformance.cases import Case
 from bnbref.conformance.check import Failure
-from bnbref.conformance.operations import arguments, product_interval, same, wrong_elements
+from bnbref.conformance.judging import Expected, same, wrong_elements
+from bnbref.conformance.operations import arguments
+from bnbref.conformance.products import product_interval
 from bnbref.fused import eager
 
 CPU = torch.device("cpu")
@@ -44,8 +47,8 @@ NF4_ON_H100 = Codebook(
 
 
 @dataclass(frozen=True)
-class Dialect:
-    """Conventions of a backend, by default those of the reference.
+class Dialect(optimizers.Conventions):
+    """Conventions of a backend, by default those of the reference; of its optimizers those inherited.
 
     nf4, fp4: codebook. ties: of 8-bit codes, "even", "lower", "upper" (by distances), "bins" (the table of 65,536). floor:
     the least absmax. division: x / absmax for x * (1 / absmax), in all blocks or in a partial last one. small: an absmax
@@ -75,10 +78,13 @@ class Dialect:
 
 
 REFERENCE = Dialect("reference")
-BNB_CUDA = Dialect("bnb-cuda", nf4=NF4_ON_H100, zero_block=0, large=True)
+BNB_CUDA = Dialect(
+    "bnb-cuda", nf4=NF4_ON_H100, zero_block=0, large=True, decay_after=True, raw_gradient=True, norm="undecayed", norm_eps=True,
+    bad_gradient="infinite",
+)  # fmt: skip
 BNB_DEFAULT = Dialect(
     "bnb-default", fp4=FP4_BY_MIDPOINTS, ties="lower", division="tail", small="clamp", int8_constant=6.200124e-05,
-    int8_float32=True, int8_2d=True, row_transposed=True,
+    int8_float32=True, int8_2d=True, row_transposed=True, norm="undecayed", norm_eps=True, clip_8bit=False,
 )  # fmt: skip
 BNB_CPU = replace(
     BNB_DEFAULT,
@@ -89,10 +95,13 @@ BNB_CPU = replace(
     vector_as_row=True,
     int8_float32=False,
     bfloat16_nan=True,
+    norm="biased",
+    norm_eps=False,
+    bad_gradient="infinite",
 )
 BNB_TRITON = Dialect("bnb-triton", division="always", ties="lower")
 
-TORCHAO = Dialect("torchao", floor=1e-12, division="always", ties="upper")
+TORCHAO = Dialect("torchao", floor=1e-12, division="always", ties="upper", bad_gradient="any")
 
 DIALECTS = (BNB_CUDA, BNB_DEFAULT, BNB_CPU, BNB_TRITON, TORCHAO)
 """Every dialect but the reference. 4-bit quantization of bnb-cpu is bnb-default's."""
@@ -119,6 +128,19 @@ TEXT: dict[str, Callable[[Any], str]] = {
     "int8_float32": lambda _: "the product is summed in float32",
     "int8_2d": lambda _: "matrices only: leading dimensions are flattened, or the wrong one is reduced",
     "bfloat16_nan": lambda _: "bfloat16 rounded by adding 0x7FFF to the bits of NaN",
+    "decay_after": lambda _: "weight decay multiplies the parameter after the step",
+    "coupled": lambda _: "weight decay is added to the gradient",
+    "raw_gradient": lambda _: "the step has the gradient without scaling and decay, the state has it with them",
+    "norm": lambda v: {
+        "biased": "the norm of an update without bias correction is bounded",
+        "undecayed": "the norm of an update without weight decay is bounded",
+    }[v],
+    "norm_eps": lambda _: "the bound of the update's norm has eps added",
+    "clip_8bit": lambda _: "with 8-bit state the update's norm is not bounded",
+    "bad_gradient": lambda v: {
+        "infinite": "an infinite gradient becomes the scale of its block",
+        "any": "a gradient that is NaN or infinite becomes the scale of its block",
+    }[v],
 }
 """What a field of a dialect that is not the reference's means."""
 
@@ -281,6 +303,18 @@ def _load_4bit(
     return _dequantize_4bit(d, packed, absmax, stored["blocksize"], quant_type, stored["shape"], stored["dtype"])
 
 
+def _within(d: Dialect, operation: str, **given: Any) -> dict[str, Expected]:
+    """What a step with these conventions may return."""
+    if operation == "optimizer_32bit":
+        return optimizers.step_32bit(c=d, **given)
+    floor = float(torch.tensor(d.floor, dtype=torch.float32))
+    return optimizers.step_8bit(c=d, encode=lambda x, values: _eight_bit(x, values, d.ties), floor=floor, **given)
+
+
+def _optimizer(operation: str) -> Callable[..., dict[str, Tensor]]:
+    return lambda d, **given: {name: found.value for name, found in _within(d, operation, **given).items()}
+
+
 PREDICT: dict[str, Callable[..., dict[str, Tensor]]] = {
     "quantize_blockwise": _quantize_blockwise,
     "quantize_4bit": _quantize_4bit,
@@ -292,6 +326,8 @@ PREDICT: dict[str, Callable[..., dict[str, Tensor]]] = {
     "int8_matmul": _int8_matmul,
     "int8_mm_dequant": _int8_mm_dequant,
     "load_4bit": _load_4bit,
+    "optimizer_32bit": _optimizer("optimizer_32bit"),
+    "optimizer_8bit": _optimizer("optimizer_8bit"),
 }
 
 """The operations of which dialects say something; each returns its results by name."""
@@ -310,26 +346,56 @@ def predict(dialect: Dialect, case: Case) -> Mapping[str, Tensor]:
 # ---- explanation ----------------------------------------------------------------------------------------------------
 
 
-def _changes(dialect: Dialect) -> Iterator[tuple[str, Dialect]]:
-    """The reference with one field of the dialect, and at last with all of them."""
-    different = [
-        f.name for f in fields(Dialect) if f.name != "name" and getattr(dialect, f.name) != getattr(REFERENCE, f.name)
-    ]
+_OF_OPTIMIZERS = {f.name for f in fields(optimizers.Conventions)}
+
+
+def _concern(case: Case) -> set[str]:
+    """The fields of a dialect that can change the results of a case."""
+    if case.operation not in ("optimizer_32bit", "optimizer_8bit"):
+        return set(TEXT) - _OF_OPTIMIZERS
+    k = case.params
+    eight = case.operation == "optimizer_8bit"
+    clipped = k["optimizer"] in optimizers.CLIPPED and k["max_unorm"] > 0
+    when = {
+        "decay_after": k["weight_decay"] > 0,
+        "coupled": k["weight_decay"] > 0,
+        "raw_gradient": eight and k["optimizer"] in ("rmsprop", "adagrad"),
+        "norm": clipped,
+        "norm_eps": clipped,
+        "clip_8bit": clipped and eight,
+        "bad_gradient": not bool(case.inputs["g"].isfinite().all()),
+        "ties": eight,
+        "floor": eight,
+    }
+    return {name for name, can in when.items() if can}
+
+
+def _changes(dialect: Dialect, case: Case) -> Iterator[tuple[str, Dialect]]:
+    """The reference with one field of the dialect that concerns the case, and at last with all of them."""
+    concern = _concern(case)
+    different = [name for name in TEXT if name in concern and getattr(dialect, name) != getattr(REFERENCE, name)]
     for name in different:
         value = getattr(dialect, name)
         changed: dict[str, Any] = {name: value}
         yield TEXT[name](value), replace(REFERENCE, **changed)
-    yield "all of its conventions together", dialect
+    if len(different) > 1:
+        yield "all of its conventions together", dialect
 
 
 def _matches(failure: Failure, dialect: Dialect) -> bool:
     got = failure.got
     if got is None:
         return False
-    if failure.case.operation == "gemm_4bit":
-        k = {**failure.case.inputs, **arguments(failure.case.params)}
+    k = {**failure.case.inputs, **arguments(failure.case.params)}
+    if failure.case.operation in ("gemm_4bit", "gemm_4bit_backward"):
         weight = _weight(dialect, k["packed"], k["absmax"], k["blocksize"], k["quant_type"], k["shape"], got.dtype)
-        return wrong_elements(got, product_interval(k["a"], weight, k.get("bias"))).numel() == 0
+        forward = failure.case.operation == "gemm_4bit"
+        left, right = (k["a"], weight) if forward else (k["grad"], weight.t())
+        return wrong_elements(got, product_interval(left, right, k.get("bias"))).numel() == 0
+    if failure.case.operation in ("optimizer_32bit", "optimizer_8bit"):
+        with eager():
+            allowed = _within(dialect, failure.case.operation, **k)
+        return failure.kind == "value" and wrong_elements(got, allowed[failure.output]).numel() == 0
     y = predict(dialect, failure.case).get(failure.output)
     if y is None or y.dtype != got.dtype or y.shape != got.shape:
         return False
@@ -342,7 +408,7 @@ def explain(failure: Failure) -> list[str]:
     """Whose rule a wrong result follows: "bnb-cpu: codes from a table of 65,536 bins". Empty if nobody's is known."""
     found: dict[str, list[str]] = {}
     for dialect in DIALECTS:
-        for text, changed in _changes(dialect):
+        for text, changed in _changes(dialect, failure.case):
             if _matches(failure, changed):
                 found.setdefault(text, []).append(dialect.name)
                 break

@@ -28,30 +28,41 @@ class Mutant(NamedTuple):
 
 
 MUTANTS: list[Mutant] = []
-"""All of them."""
+"""Of what goes forwards, and of files. Those of gradients and optimizers are in mutants_training.py."""
+
+
+def mutant(name: str, wrong: str, **functions: Callable[..., Any]) -> Mutant:
+    """One that has these functions, uncompiled."""
+    run = {op: uncompiled(function) for op, function in functions.items()}
+    return Mutant(name, wrong, Backend(name, run))
+
+
+def right(op: str) -> Callable[..., Any]:
+    """The reference's function."""
+    function: Callable[..., Any] = getattr(_REFERENCE, op)
+    return function
+
+
+def following(name: str, dialect: Dialect, *operations: str) -> Mutant:
+    """The reference with the one convention of a dialect that is not the reference's."""
+    different = next(f for f in dialects.TEXT if getattr(dialect, f) != getattr(REFERENCE, f))
+    functions = {op: _predicted(dialect, op) for op in operations}
+    return mutant(name, dialects.TEXT[different](getattr(dialect, different)), **functions)
+
+
+def _predicted(dialect: Dialect, op: str) -> Callable[..., Any]:
+    return lambda **arguments: dialects.PREDICT[op](dialect, **arguments)
 
 
 def _add(name: str, wrong: str, **functions: Callable[..., Any]) -> None:
-    run = {op: uncompiled(function) for op, function in functions.items()}
-    MUTANTS.append(Mutant(name, wrong, Backend(name, run)))
-
-
-def _right(op: str) -> Callable[..., Any]:
-    function: Callable[..., Any] = getattr(_REFERENCE, op)
-    return function
+    MUTANTS.append(mutant(name, wrong, **functions))
 
 
 # ---- conventions of real backends -----------------------------------------------------------------------------------
 
 
 def _follow(name: str, dialect: Dialect, *operations: str) -> None:
-    different = next(f for f in dialects.TEXT if getattr(dialect, f) != getattr(REFERENCE, f))
-    functions = {op: _predicted(dialect, op) for op in operations}
-    _add(name, dialects.TEXT[different](getattr(dialect, different)), **functions)
-
-
-def _predicted(dialect: Dialect, op: str) -> Callable[..., Any]:
-    return lambda **arguments: dialects.PREDICT[op](dialect, **arguments)
+    MUTANTS.append(following(name, dialect, *operations))
 
 
 _QUANTIZE = ("quantize_blockwise", "quantize_4bit")
@@ -77,69 +88,69 @@ _follow("bfloat16-nan", replace(REFERENCE, bfloat16_nan=True), "dequantize_block
 
 
 def _swapped_nibbles(x: Tensor, blocksize: int, quant_type: str) -> Any:
-    packed, absmax = _right("quantize_4bit")(x, blocksize, quant_type)
+    packed, absmax = right("quantize_4bit")(x, blocksize, quant_type)
     return packed << 4 | packed >> 4, absmax
 
 
 def _at_least(x: Tensor, blocksize: int, quant_type: str) -> Any:
     """`>=` where there should be `>`."""
     if quant_type != "nf4":
-        return _right("quantize_4bit")(x, blocksize, quant_type)
+        return right("quantize_4bit")(x, blocksize, quant_type)
     below = [torch.tensor(t).nextafter(torch.tensor(-torch.inf)).item() for t in NF4.thresholds]
     packed, absmax = fourbit.quantize(x, replace(NF4, thresholds=tuple(below)), blocksize)
     return packed.view(-1), absmax
 
 
 def _maximum_for_magnitude(x: Tensor, blocksize: int, quant_type: str) -> Any:
-    packed, absmax = _right("quantize_4bit")(x, blocksize, quant_type)
+    packed, absmax = right("quantize_4bit")(x, blocksize, quant_type)
     blocks = torch.nn.functional.pad(x.reshape(-1).float(), (0, -x.numel() % blocksize)).view(-1, blocksize)
     return packed, blocks.amax(-1) if absmax.numel() else absmax
 
 
 def _stale_absmax(x: Tensor, values: Tensor, blocksize: int) -> Any:
-    codes, absmax = _right("quantize_blockwise")(x, values, blocksize)
+    codes, absmax = right("quantize_blockwise")(x, values, blocksize)
     return codes, torch.cat((absmax[:-1], absmax[-2:-1])) if absmax.numel() > 1 else absmax
 
 
 def _pad_of_code_0(x: Tensor, blocksize: int, quant_type: str) -> Any:
-    packed, absmax = _right("quantize_4bit")(x, blocksize, quant_type)
+    packed, absmax = right("quantize_4bit")(x, blocksize, quant_type)
     if x.numel() % 2:
         packed[-1] &= 0xF0
     return packed, absmax
 
 
 def _padded_sizes(x: Tensor, blocksize: int, quant_type: str) -> Any:
-    packed, absmax = _right("quantize_4bit")(x, blocksize, quant_type)
+    packed, absmax = right("quantize_4bit")(x, blocksize, quant_type)
     return torch.nn.functional.pad(packed, (0, -packed.numel() % (blocksize // 2))), absmax
 
 
 def _normalized_in_place(x: Tensor, blocksize: int, quant_type: str) -> Any:
-    made = _right("quantize_4bit")(x, blocksize, quant_type)
+    made = right("quantize_4bit")(x, blocksize, quant_type)
     x.mul_(2)
     return made
 
 
 def _memory_order(x: Tensor, values: Tensor, blocksize: int) -> Any:
     memory = x.t().contiguous().view(x.shape) if x.dim() == 2 and not x.is_contiguous() else x
-    return _right("quantize_blockwise")(memory, values, blocksize)
+    return right("quantize_blockwise")(memory, values, blocksize)
 
 
 def _int32_codes(x: Tensor, values: Tensor, blocksize: int) -> Any:
-    codes, absmax = _right("quantize_blockwise")(x, values, blocksize)
+    codes, absmax = right("quantize_blockwise")(x, values, blocksize)
     return codes.to(torch.int32), absmax
 
 
 def _nan_spreads(x: Tensor, blocksize: int, quant_type: str) -> Any:
-    packed, absmax = _right("quantize_4bit")(x, blocksize, quant_type)
+    packed, absmax = right("quantize_4bit")(x, blocksize, quant_type)
     return packed, absmax if bool(x.isfinite().all()) else absmax * torch.nan
 
 
 def _largest_blocksize(x: Tensor, values: Tensor, blocksize: int) -> Any:
-    return _right("quantize_blockwise")(x, values, min(blocksize, 2048))
+    return right("quantize_blockwise")(x, values, min(blocksize, 2048))
 
 
 def _sign_of_minus_zero(x: Tensor, values: Tensor, blocksize: int) -> Any:
-    codes, absmax = _right("quantize_blockwise")(x, values, blocksize)
+    codes, absmax = right("quantize_blockwise")(x, values, blocksize)
     return torch.where((x == 0) & x.signbit(), codes - 1, codes), absmax
 
 
@@ -161,33 +172,33 @@ _add("minus-zero", "-0.0 has the code below 0's", quantize_blockwise=_sign_of_mi
 
 
 def _scale_rounded(packed: Tensor, absmax: Tensor, dtype: torch.dtype, **rest: Any) -> Any:
-    return _right("dequantize_4bit")(packed, absmax.to(dtype).float(), dtype=dtype, **rest)
+    return right("dequantize_4bit")(packed, absmax.to(dtype).float(), dtype=dtype, **rest)
 
 
 def _value_rounded(codes: Tensor, absmax: Tensor, values: Tensor, blocksize: int, dtype: torch.dtype) -> Any:
-    return _right("dequantize_blockwise")(codes, absmax, values.to(dtype).float(), blocksize, dtype)
+    return right("dequantize_blockwise")(codes, absmax, values.to(dtype).float(), blocksize, dtype)
 
 
 def _truncated(codes: Tensor, absmax: Tensor, values: Tensor, blocksize: int, dtype: torch.dtype) -> Any:
-    y = _right("dequantize_blockwise")(codes, absmax, values, blocksize, torch.float32)
+    y = right("dequantize_blockwise")(codes, absmax, values, blocksize, torch.float32)
     return (y.view(torch.int32) & -65536).view(torch.float32).to(dtype) if dtype == torch.bfloat16 else y.to(dtype)
 
 
 def _sign_lost(packed: Tensor, quant_type: str, **rest: Any) -> Any:
-    return _right("dequantize_4bit")(packed & 0x77 if quant_type == "fp4" else packed, quant_type=quant_type, **rest)
+    return right("dequantize_4bit")(packed & 0x77 if quant_type == "fp4" else packed, quant_type=quant_type, **rest)
 
 
 def _offset_lost(offset: Tensor, **rest: Any) -> Any:
-    return _right("dequantize_4bit_nested")(offset=torch.zeros_like(offset), **rest)
+    return right("dequantize_4bit_nested")(offset=torch.zeros_like(offset), **rest)
 
 
 def _half_offset(absmax2: Tensor, **rest: Any) -> Any:
-    return _right("dequantize_4bit_nested")(absmax2=absmax2.half().float(), **rest)
+    return right("dequantize_4bit_nested")(absmax2=absmax2.half().float(), **rest)
 
 
 def _nested_by_64(x: Tensor, blocksize: int, quant_type: str) -> Any:
-    packed, absmax = _right("quantize_4bit")(x, blocksize, quant_type)
-    codes, absmax2 = _right("quantize_blockwise")(absmax - absmax.mean(), value_table(DYNAMIC, dialects.CPU), 64)
+    packed, absmax = right("quantize_4bit")(x, blocksize, quant_type)
+    codes, absmax2 = right("quantize_blockwise")(absmax - absmax.mean(), value_table(DYNAMIC, dialects.CPU), 64)
     return packed, codes, absmax2, absmax.mean()
 
 
@@ -204,18 +215,18 @@ _add("nested-by-64", "nested scales in blocks of 64", quantize_4bit_nested=_nest
 
 
 def _first_row(a: Tensor, **rest: Any) -> Any:
-    y = _right("gemm_4bit")(a=a, **rest)
+    y = right("gemm_4bit")(a=a, **rest)
     flat = y.view(-1, y.shape[-1])
     flat[1:] = 0
     return y
 
 
 def _bias_lost(bias: Tensor | None, **rest: Any) -> Any:
-    return _right("gemm_4bit")(bias=None, **rest)
+    return right("gemm_4bit")(bias=None, **rest)
 
 
 def _half_away(x: Tensor, threshold: float) -> Any:
-    codes, absmax, columns = _right("int8_quantize")(x, threshold)
+    codes, absmax, columns = right("int8_quantize")(x, threshold)
     if threshold > 0 or not bool((absmax > 0).all()):
         return codes, absmax, columns
     scaled = x.float() * (127 * (1 / absmax)).view(*x.shape[:-1], 1)
@@ -223,9 +234,9 @@ def _half_away(x: Tensor, threshold: float) -> Any:
 
 
 def _outliers_kept(x: Tensor, threshold: float) -> Any:
-    codes, absmax, columns = _right("int8_quantize")(x, threshold)
+    codes, absmax, columns = right("int8_quantize")(x, threshold)
     return (
-        (_right("int8_quantize")(x.clamp(-threshold, threshold), 0.0)[0] if threshold > 0 else codes),
+        (right("int8_quantize")(x.clamp(-threshold, threshold), 0.0)[0] if threshold > 0 else codes),
         absmax,
         columns,
     )
@@ -233,16 +244,16 @@ def _outliers_kept(x: Tensor, threshold: float) -> Any:
 
 def _above_threshold(x: Tensor, threshold: float) -> Any:
     beyond = torch.tensor(threshold).nextafter(torch.tensor(torch.inf)).item() if threshold > 0 else 0.0
-    return _right("int8_quantize")(x, beyond)
+    return right("int8_quantize")(x, beyond)
 
 
 def _outliers_counted(x: Tensor, threshold: float) -> Any:
-    codes, _, columns = _right("int8_quantize")(x, threshold)
-    return codes, _right("int8_quantize")(x, 0.0)[1], columns
+    codes, _, columns = right("int8_quantize")(x, threshold)
+    return codes, right("int8_quantize")(x, 0.0)[1], columns
 
 
 def _float16_detour(dtype: torch.dtype, **rest: Any) -> Any:
-    return _right("int8_mm_dequant")(dtype=torch.float16, **rest).to(dtype)
+    return right("int8_mm_dequant")(dtype=torch.float16, **rest).to(dtype)
 
 
 def _unsigned_operand(a: Tensor, b: Tensor) -> Any:
@@ -263,7 +274,7 @@ _add("minus-128", "-128 is taken for -127", int8_matmul=_unsigned_operand)
 
 
 def _compact_json(**arguments: Any) -> Any:
-    file = _right("save_4bit")(**arguments)
+    file = right("save_4bit")(**arguments)
     text = bytes(file["state"].tolist()).replace(b", ", b",").replace(b": ", b":")
     return {**file, "state": torch.tensor(list(text), dtype=torch.uint8)}
 
@@ -271,11 +282,11 @@ def _compact_json(**arguments: Any) -> Any:
 def _half_absmax(absmax: Tensor, nested_absmax: Tensor | None, **rest: Any) -> Any:
     absmax = absmax if nested_absmax is not None else absmax.half().float()
     inner = None if nested_absmax is None else nested_absmax * 1.001
-    return _right("load_4bit")(absmax=absmax, nested_absmax=inner, **rest)
+    return right("load_4bit")(absmax=absmax, nested_absmax=inner, **rest)
 
 
 def _float32_on_load(**arguments: Any) -> Any:
-    return _right("load_4bit")(**arguments).float()
+    return right("load_4bit")(**arguments).float()
 
 
 _add("compact-json", "the state is JSON without blanks", save_4bit=_compact_json)

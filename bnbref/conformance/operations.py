@@ -16,6 +16,15 @@ are uint8 `[bytes]`, dtypes are torch's. A function returns its one result, a tu
     int8_dequantize(codes, absmax)                                      -> y
     save_4bit(x, blocksize, quant_type, nested)                         -> the tensors of a file, by name
     load_4bit(the same tensors, quant_type)                             -> y
+    gemm_4bit_backward(grad, packed, absmax, blocksize, quant_type, shape)  -> grad_a
+    int8_backward(a, weight, grad)                                      -> grad_a, grad_weight
+    evaluate_then_train(x, grad, packed, absmax, bias, blocksize, quant_type, shape)  -> y, grad_x, packed, absmax
+    optimizer_32bit(p, g, state1, state2, state3, HYPER)                -> p, state1, state2, state3
+    optimizer_8bit(p, g, state1, absmax1, values1, state2, absmax2, values2, state3, absmax3, HYPER)  -> p, state1, absmax1, ...
+
+HYPER: optimizer (momentum, lars, adam, lamb, lion, rmsprop, adagrad or ademamix), step, lr, beta1, beta2, beta3, alpha, eps,
+weight_decay, max_unorm, gnorm_scale. States that an optimizer does not have are None, and none of its results; nothing is
+updated in place.
 
 `values` is float32 [256], sorted. `columns` holds the indices of outlier columns, int64, ascending, [0] if there are none.
 `bias` may be None. In save_4bit and load_4bit the names are packed, absmax, quant_map, state, nested_absmax, nested_quant_map.
@@ -23,7 +32,6 @@ are uint8 `[bytes]`, dtypes are torch's. A function returns its one result, a tu
 
 import functools
 import math
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -35,98 +43,12 @@ from torch import Tensor
 from bnbref import blockwise, fourbit, functional, int8
 from bnbref.blockwise import SMALLEST_NORMAL, reciprocal
 from bnbref.codebooks import DYNAMIC, Codebook, four_bit, value_table
+from bnbref.conformance import optimizers, products
+from bnbref.conformance.judging import UNIT, Also, Expected
 from bnbref.fused import eager
 from bnbref.quant_state import BLOB, QuantState
 
 Tensors = Mapping[str, Tensor]
-
-UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-"""Unit roundoff: half the distance of 1 to the next number."""
-
-
-class Also(NamedTuple):
-    """Further values that are allowed: flat indices int64 `[m]` and, of the dtype of the result, values `[m]`."""
-
-    where: Tensor
-    value: Tensor
-
-
-@dataclass(frozen=True)
-class Expected:
-    """What the rules allow one result to be.
-
-    value, bit for bit but for the sign of zero and the bits of NaN. ulp: how many representable numbers off it may be.
-    also: other values, by element; free: elements (flat indices) that may be anything. pairs: flat indices `[2, m]` of elements
-    that must be equal to each other. low, high: instead of a value an interval, float64.
-    """
-
-    value: Tensor
-    ulp: int = 0
-    also: Also | None = None
-    free: Tensor | None = None
-    pairs: Tensor | None = None
-    low: Tensor | None = None
-    high: Tensor | None = None
-
-    @property
-    def grade(self) -> str:
-        """How strict this is: exact, one-of, ulp(n), interval or structural."""
-        if self.low is not None:
-            return "interval"
-        if self.free is not None and self.free.numel() == self.value.numel() > 0:
-            return "structural"
-        if self.ulp:
-            return f"ulp({self.ulp})"
-        return "one-of" if self.also is not None or self.free is not None else "exact"
-
-
-# ---- judging --------------------------------------------------------------------------------------------------------
-
-
-def same(a: Tensor, b: Tensor) -> Tensor:
-    """Where two tensors of one dtype are equal: NaN is NaN, and zero is zero whatever its sign.
-
-    >>> same(torch.tensor([0.0, float("nan"), 1.0]), torch.tensor([-0.0, float("nan"), 2.0]))
-    tensor([ True,  True, False])
-    """
-    return (a == b) | ((a != a) & (b != b))
-
-
-def steps(a: Tensor, b: Tensor) -> Tensor:
-    """How many representable numbers apart two floating-point tensors of one dtype are, int64; 0 for NaN and NaN.
-
-    >>> steps(torch.tensor([1.0, -0.0]), torch.tensor([1.0000001, 1e-45])).tolist()
-    [1, 1]
-    """
-    kind = torch.int32 if a.dtype == torch.float32 else torch.int16
-    sign = torch.iinfo(kind).min
-
-    def ordered(x: Tensor) -> Tensor:
-        bits = x.contiguous().view(kind).long()
-        return torch.where(bits < 0, sign - bits, bits)
-
-    distance = (ordered(a) - ordered(b)).abs()
-    nan = (a != a) | (b != b)
-    return torch.where(nan, torch.where((a != a) & (b != b), 0, 2**31), distance)
-
-
-def wrong_elements(got: Tensor, expected: Expected) -> Tensor:
-    """Flat indices of the elements that the rules do not allow. The shapes and dtypes are equal."""
-    flat, want = got.reshape(-1), expected.value.reshape(-1)
-    if expected.low is not None and expected.high is not None:
-        y = flat.double()
-        return (~((y >= expected.low.reshape(-1)) & (y <= expected.high.reshape(-1)))).nonzero().view(-1)
-    ok = steps(flat, want) <= expected.ulp if expected.ulp else same(flat, want)
-    if expected.also is not None:
-        where, value = expected.also
-        ok[where[same(flat[where], value)]] = True
-    if expected.free is not None:
-        ok[expected.free] = True
-    if expected.pairs is not None:
-        first, second = expected.pairs
-        ok[second[~same(flat[first], flat[second])]] = False
-    return (~ok).nonzero().view(-1)
-
 
 # ---- quantization ---------------------------------------------------------------------------------------------------
 
@@ -297,37 +219,6 @@ def dequantize_4bit_nested(
     return {"y": Expected(y, also=_also(y, [fused]))}
 
 
-def gemm_4bit(
-    a: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    bias: Tensor | None,
-    blocksize: int,
-    quant_type: str,
-    shape: Sequence[int],
-) -> dict[str, Expected]:
-    """Rules G4; the bound is derived there."""
-    weight = fourbit.dequantize(packed, absmax, four_bit(quant_type), blocksize, shape, a.dtype)
-    return {"y": product_interval(a, weight, bias)}
-
-
-def _exact_product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b^T in float64, each element rounded once: a library's order of summation depends on CPU and threads."""
-    rows, columns = a.double().reshape(-1, a.shape[-1]).tolist(), b.double().tolist()
-    sums = [[math.fsum(map(operator.mul, row, column)) for column in columns] for row in rows]
-    return torch.tensor(sums, dtype=torch.float64).view(*a.shape[:-1], b.shape[0])
-
-
-def product_interval(a: Tensor, weight: Tensor, bias: Tensor | None) -> Expected:
-    """a @ weight^T + bias within the bound of rule G4-1."""
-    unit = UNIT[a.dtype]
-    exact, size = _exact_product(a, weight), _exact_product(a.abs(), weight.abs())
-    extra = torch.zeros(weight.shape[0], dtype=torch.float64) if bias is None else bias.double()
-    y = exact + extra
-    bound = (4.1 * unit + 2 * weight.shape[1] * 2.0**-24) * size + 2 * unit * (y.abs() + extra.abs())
-    return Expected(y.to(a.dtype), low=y - bound, high=y + bound)
-
-
 # ---- int8 -----------------------------------------------------------------------------------------------------------
 
 
@@ -452,6 +343,9 @@ OPTIONAL = {
     "gemm_4bit": ("bias",),
     "int8_mm_dequant": ("bias",),
     "load_4bit": ("nested_absmax", "nested_quant_map"),
+    "evaluate_then_train": ("bias",),
+    "optimizer_32bit": ("state2", "state3"),
+    "optimizer_8bit": ("state2", "absmax2", "values2", "state3", "absmax3"),
 }
 """Arguments that are None where a case has no tensor for them."""
 
@@ -479,13 +373,18 @@ OPERATIONS: dict[str, Operation] = {
         Operation("dequantize_4bit", ("y",), dequantize_4bit),
         Operation("quantize_4bit_nested", ("packed", "codes", "absmax2", "offset"), quantize_4bit_nested),
         Operation("dequantize_4bit_nested", ("y",), dequantize_4bit_nested),
-        Operation("gemm_4bit", ("y",), gemm_4bit),
+        Operation("gemm_4bit", ("y",), products.gemm_4bit),
+        Operation("gemm_4bit_backward", ("grad_a",), products.gemm_4bit_backward),
         Operation("int8_quantize", ("codes", "absmax", "columns"), int8_quantize),
         Operation("int8_matmul", ("product",), int8_matmul),
         Operation("int8_mm_dequant", ("y",), int8_mm_dequant),
         Operation("int8_dequantize", ("y",), int8_dequantize),
+        Operation("int8_backward", ("grad_a", "grad_weight"), products.int8_backward),
         Operation("save_4bit", None, save_4bit),
         Operation("load_4bit", ("y",), load_4bit),
+        Operation("evaluate_then_train", ("y", "grad_x", "packed", "absmax"), products.evaluate_then_train),
+        Operation("optimizer_32bit", None, optimizers.step_32bit),
+        Operation("optimizer_8bit", None, optimizers.step_8bit),
     )
 }
-"""Every operation of the kit by name. The optimizers' updates are to be entries here, once there is a room for them."""
+"""Every operation of the kit by name."""

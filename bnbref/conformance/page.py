@@ -1,15 +1,18 @@
 """The report as one HTML page: a matrix of operations, dtypes and backends; a click on a cell shows what failed in it.
 
-Nothing is loaded from anywhere, error maps are inline SVG, and it reads on a telephone.
+Nothing is loaded from anywhere, error maps and histograms are inline SVG, and it reads on a telephone.
 """
 
 import html
+import math
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor
 
 from bnbref.conformance.check import Failure
-from bnbref.conformance.operations import OPERATIONS, steps
+from bnbref.conformance.judging import steps
+from bnbref.conformance.operations import OPERATIONS
 from bnbref.conformance.report import DTYPES, Finding, Report, cell, describe, rows
 from bnbref.conformance.rules import FLAGS, RULES
 
@@ -100,7 +103,7 @@ def _article(done: Report, finding: Finding) -> str:
     issues = "".join(f" [{html.escape(FLAGS[f].issue)}]" for f in finding.flags if FLAGS[f].issue)
     return (
         f'<article data-cells="{html.escape(" ".join(cells))}"><h3>{html.escape(done.backend)}: {html.escape(title)}{issues}</h3>'
-        f"<p>{html.escape(RULES[finding.rule].text)}</p>{error_map(finding.original)}"
+        f"<p>{html.escape(RULES[finding.rule].text)}</p>{error_map(finding.original)}{histogram(_alike(done, finding))}"
         f"<pre>{html.escape(describe(finding))}</pre>"
         f"<details><summary>{len(finding.cases)} cases</summary>"
         f"<pre>{html.escape(chr(10).join(finding.cases))}</pre></details></article>"
@@ -117,11 +120,8 @@ def error_map(failure: Failure) -> str:
     """
     if failure.got is None or failure.kind != "value":
         return ""
-    got, want = failure.got.reshape(-1), failure.case.expected[failure.output].value.reshape(-1)
-    if got.dtype.is_floating_point:
-        off, unit = steps(got, want), "ulp"
-    else:
-        off, unit = (got.long() - want.long()).abs(), "off"
+    got = failure.got
+    off, unit = _distances(failure)
     if failure.output == "packed":
         off, unit = (off != 0).long(), "wrong bytes"
     heights = off.double().add(1).log2()
@@ -139,6 +139,16 @@ def error_map(failure: Failure) -> str:
     )
 
 
+def _distances(failure: Failure) -> tuple[Tensor, str]:
+    """How far each element of a result is from the expected value, int64, and in what."""
+    if failure.got is None:
+        raise ValueError(f"{failure.case.id} has no result")
+    got, want = failure.got.reshape(-1), failure.case.expected[failure.output].value.reshape(-1)
+    if got.dtype.is_floating_point:
+        return steps(got, want), "ulp"
+    return (got.long() - want.long()).abs(), "codes"
+
+
 def _bars(wrong: Tensor, heights: Tensor, scale: float, most: int = 400) -> Iterable[tuple[int, float]]:
     """At most so many bars, of neighbours the highest."""
     step = -(-heights.numel() // most)
@@ -147,3 +157,76 @@ def _bars(wrong: Tensor, heights: Tensor, scale: float, most: int = 400) -> Iter
         place = i // step * step
         found[place] = max(found.get(place, 0.0), float(heights[i]) * scale, 1.0)
     return found.items()
+
+
+# ---- histograms -----------------------------------------------------------------------------------------------------
+
+_NOT_A_NUMBER = 2**31
+"""The distance of NaN from a number, as `steps` has it."""
+
+
+def _alike(done: Report, finding: Finding) -> list[Failure]:
+    """The failures of a finding whose values are wrong, of one dtype: that of the first."""
+    cases, output = set(finding.cases), finding.original.output
+    found = [
+        f for r in done.results if r.case.id in cases for f in r.failures if f.kind == "value" and f.output == output
+    ]
+    return [f for f in found if f.got is not None and found[0].got is not None and f.got.dtype == found[0].got.dtype]
+
+
+def distances(failures: Sequence[Failure]) -> list[tuple[str, int, int]]:
+    """A row for 0 off, 1, 2 to 3, 4 to 7 and so on, and NaN: its label, how many elements are wrong, how many allowed.
+
+    Distances are from the expected value: in representable numbers of the dtype (ulp), or in codes.
+    """
+    off = torch.cat([_distances(f)[0] for f in failures])
+    wrong = torch.zeros(off.numel(), dtype=torch.bool)
+    wrong[torch.cat([f.wrong + start for f, start in zip(failures, _starts(failures), strict=True)])] = True
+    nan = off >= _NOT_A_NUMBER
+    bucket = torch.where(nan, 33, torch.where(off > 0, off.clamp(min=1).double().log2().floor().long() + 1, 0))
+    rows = []
+    last = int(bucket[~nan].max()) if bool((~nan).any()) else 0
+    for i in [*range(last + 1), *([33] if bool(nan.any()) else [])]:
+        label = "NaN" if i == 33 else "0" if i == 0 else str(2 ** (i - 1)) if i < 12 else f"2^{i - 1}"
+        rows.append((label, int(((bucket == i) & wrong).sum()), int(((bucket == i) & ~wrong).sum())))
+    return rows
+
+
+def _starts(failures: Sequence[Failure]) -> list[int]:
+    sizes = [0 if f.got is None else f.got.numel() for f in failures]
+    return [sum(sizes[:i]) for i in range(len(sizes))]
+
+
+def histogram(failures: Sequence[Failure]) -> str:
+    """How many elements are how far off, over all of these failures: an inline SVG; empty where there are no values.
+
+    A bar for each power of two, its height the logarithm of the number of elements: wrong ones full, allowed ones pale.
+    """
+    if not failures or failures[0].output == "packed":
+        return ""
+    rows, unit = distances(failures), _distances(failures[0])[1]
+    most = math.log2(1 + max(wrong + allowed for _, wrong, allowed in rows))
+    width, height = 400.0, 60.0
+    step = min(width / len(rows), 40.0)
+    every = -(-len(rows) // 12)  # labels that do not run into each other
+    parts = []
+    for i, (label, wrong, allowed) in enumerate(rows):
+        title = f"<title>{label} {unit} off: {wrong} wrong, {allowed} allowed</title>"
+        for count, opacity in ((wrong + allowed, 0.25), (wrong, 0.75)):
+            if count:
+                h = height * math.log2(1 + count) / most
+                parts.append(
+                    f"<rect x={step * i + 1:.1f} y={height - h:.1f} width={step - 2:.1f} height={h:.1f} opacity={opacity}>"
+                    f"{title}</rect>"
+                )
+        if i % every == 0 or label == "NaN":
+            parts.append(f"<text x={step * i + 1:.1f} y={height + 10:.0f}>{label}</text>")
+    total = sum(wrong + allowed for _, wrong, allowed in rows)
+    label = (
+        f"{total} elements of {failures[0].output} by distance in {unit}: full bars wrong, pale ones allowed, log scale"
+    )
+    return (
+        f'<svg class=histogram viewBox="0 0 {width:.0f} {height + 26:.0f}" role=img aria-label="{html.escape(label)}">'
+        f"<g fill=currentColor>{''.join(parts)}</g><path d='M0 {height:.0f}H{width:.0f}' stroke=currentColor stroke-width=.5 />"
+        f"<text x=0 y={height + 22:.0f}>{html.escape(label)}</text></svg>"
+    )

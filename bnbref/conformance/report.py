@@ -13,7 +13,7 @@ from bnbref.conformance.backends import Backend
 from bnbref.conformance.check import Failure, Result
 from bnbref.conformance.dialects import explain
 from bnbref.conformance.operations import OPERATIONS
-from bnbref.conformance.rules import FLAGS, RULES
+from bnbref.conformance.rules import BY_OUTPUT, FLAGS, RULES
 from bnbref.conformance.shrink import shrink
 
 
@@ -68,6 +68,8 @@ def report(backend: Backend, device: torch.device, results: Sequence[Result], sm
             if failure.kind == "value" and (failure.output in shapes or (shapes and not explain(failure))):
                 continue
             rule = {"mutated": "G-2", "dtype": "G-1", "missing": "G-1"}.get(failure.kind, failure.case.rules[0])
+            if failure.kind != "mutated":
+                rule = BY_OUTPUT.get((failure.case.operation, failure.output), rule)
             flags = ("caller-mutation",) if failure.kind == "mutated" else failure.case.flags
             key = (failure.case.operation, rule, flags, tuple(explain(failure)))
             groups.setdefault(key, []).append(failure)

@@ -35,7 +35,8 @@ _ABSMAX = (
 )
 _SCALED = (
     "An element is scaled in float32, by the correctly rounded reciprocal of absmax: fl(x * fl(1 / absmax)).",
-    "Where absmax is no power of two the scaled value may be off by 2 ulp (a hardware reciprocal, a division): the code may "
+    "Where absmax is no power of two the scaled value may be off by 2 ulp (a hardware reciprocal, a division): the "
+    "code may "
     "then be the one on the other side of a threshold that near. Subnormal numbers may be flushed to zero.",
 )
 _TAIL = "The last block, which may be shorter, follows the same arithmetic as the others; nothing beyond it is read or counted."
@@ -48,7 +49,8 @@ _LIST = [
         "Arguments are not modified.",
         "A tensor that is not contiguous gives the result of its contiguous copy.",
         (
-            "What is not supported is refused by an exception (ValueError, TypeError, NotImplementedError, RuntimeError).",
+            "What is not supported is refused by an exception (ValueError, TypeError, NotImplementedError, "
+            "RuntimeError).",
             "Blocksizes that are no power of two, or below 32, may be refused.",
         ),
         ("The sign of a floating-point zero is not compared.", ""),
@@ -82,11 +84,14 @@ _LIST = [
         "Q4",
         _ABSMAX,
         _SCALED,
-        "The code is the number of thresholds strictly below the scaled value (NF4, whose thresholds are the float32 midpoints "
+        "The code is the number of thresholds strictly below the scaled value (NF4, whose thresholds are the float32 "
+        "midpoints "
         "fl(fl(a + b) / 2) of its values), or strictly below its magnitude (FP4, in the order 0 1 6 7 4 5 2 3).",
-        "FP4's thresholds are 0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333, 0.8333333 as float32.",
+        "FP4's thresholds are 0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333, 0.8333333 as "
+        "float32.",
         (
-            "FP4's code has 8 added if x < 0, also where the magnitude rounds to zero; a tie has the smaller magnitude on "
+            "FP4's code has 8 added if x < 0, also where the magnitude rounds to zero; a tie has the smaller "
+            "magnitude on "
             "both sides of zero.",
             "The code of -0.0 may be 0 or 8.",
         ),
@@ -113,9 +118,11 @@ _LIST = [
     *_rules(
         "quantize_4bit_nested",
         "QN",
-        "offset is the mean of the absmax, and their codes are those of quantize_blockwise(absmax - offset) with the signed "
+        "offset is the mean of the absmax, and their codes are those of quantize_blockwise(absmax - offset) with the "
+        "signed "
         "dynamic values and blocks of 256.",
-        "An all-zero block has the codes of the value 0 without any freedom: its scale does not come back as exactly 0.",
+        "An all-zero block has the codes of the value 0 without any freedom: its scale does not come back as exactly "
+        "0.",
         "An absmax equal to the mean has the code of the value 0.",
     ),
     *_rules(
@@ -132,24 +139,36 @@ _LIST = [
         "G4",
         (
             "y = a @ W^T + bias with W as D4 decodes it to the dtype of a, and float32 accumulation.",
-            "With u the unit roundoff of the dtype, v that of float32: up to four roundings to the dtype in each product "
+            "With u the unit roundoff of the dtype, v that of float32: up to four roundings to the dtype in each "
+            "product "
             "(value, scale, weight, product), any order of summation, bias before or after the last rounding: "
             "|got - y| <= (4.1 u + 2 k v) * sum |a w| + 2 u * (|y| + |bias|).",
         ),
         "Every row of a is multiplied, and leading dimensions are kept.",
     ),
     *_rules(
+        "gemm_4bit_backward",
+        "GB",
+        (
+            "grad_a = grad @ W with W as D4 decodes it to the dtype of grad, and float32 accumulation.",
+            "The bound of G4-1, with n for k.",
+        ),
+        "Leading dimensions are kept.",
+    ),
+    *_rules(
         "int8_quantize",
         "I8",
         (
-            "row absmax is the largest magnitude among the elements of the row that are below the threshold (all if it is 0).",
+            "row absmax is the largest magnitude among the elements of the row that are below the threshold (all if "
+            "it is 0).",
             "A row with NaN or infinity is free, others are not. The zero of a row of outliers may be -0.0.",
         ),
         (
             "The code is x * (127 / absmax) rounded to the nearest integer, ties to even.",
             "Where absmax / 127 is no power of two the product may be off by 2 ulp.",
         ),
-        "A column is an outlier column if any |x| >= threshold in it; its codes are 0 in every row, and its index is listed.",
+        "A column is an outlier column if any |x| >= threshold in it; its codes are 0 in every row, and its index is "
+        "listed.",
         "A row of zeros has absmax 0 and codes 0.",
         "All dimensions but the last are rows: codes have the shape of x, absmax one element a row.",
     ),
@@ -164,7 +183,8 @@ _LIST = [
         "ID",
         (
             "y = product * row * column / 16129 + bias in float32, rounded once to the dtype.",
-            "Any order and rounding of the factors: |got - y| <= 5 v |product| + 2 v |y| + 2 u (|y| + |bias|), with v the unit "
+            "Any order and rounding of the factors: |got - y| <= 5 v |product| + 2 v |y| + 2 u (|y| + |bias|), with "
+            "v the unit "
             "roundoff of float32 and u that of the dtype.",
         ),
         "The range is that of the dtype, not of another one on the way.",
@@ -179,9 +199,25 @@ _LIST = [
         ),
     ),
     *_rules(
+        "int8_backward",
+        "IB",
+        (
+            "grad_a = grad @ W with W = code * absmax / 127 of the weight's rows, rounded to the dtype of grad.",
+            "The bound of G4-1, with n for k.",
+        ),
+        (
+            "grad_weight = grad^T @ a.",
+            "The bound of G4-1, with the number of rows m for k. Both may be quantized to int8 on the way, by the "
+            "absmax of their "
+            "columns: d_g sum |a| + d_a sum |grad| + m d_g d_a more, d being a column's absmax / 253.",
+        ),
+        "All dimensions but the last are rows; grad_a has the shape of a.",
+    ),
+    *_rules(
         "save_4bit",
         "CW",
-        "A file holds the packed codes, absmax, quant_map and, nested, nested_absmax and nested_quant_map, as quantization "
+        "A file holds the packed codes, absmax, quant_map and, nested, nested_absmax and nested_quant_map, as "
+        "quantization "
         "gave them.",
         "The state is the UTF-8 of a JSON object with the keys quant_type, blocksize, dtype, shape and, nested, "
         'nested_blocksize, nested_dtype, nested_offset, in this order, with ", " and ": " between.',
@@ -191,6 +227,71 @@ _LIST = [
         "CR",
         "The tensors of a file give the weight that D4 (nested: DN) decodes, in the dtype and shape of the state.",
     ),
+    *_rules(
+        "evaluate_then_train",
+        "LE",
+        ("In evaluation mode y = x @ W^T + bias in the dtype of x.", "The bound of G4-1."),
+        (
+            "In training mode afterwards the gradient of x is that of GB, as if nothing had been evaluated.",
+            "Its bound.",
+        ),
+        "What is saved then are the packed codes and the absmax that the layer was made of, bit for bit.",
+    ),
+    *_rules(
+        "optimizer_32bit",
+        "OS",
+        (
+            "p = T(decay p - rate direction), states and direction by the formula of the optimizer, in float32, with "
+            "g * gnorm_scale "
+            "for the gradient. What a step depends on are its arguments alone: a run that is resumed is one that was "
+            "not interrupted.",
+            "Any order of the operations, fused or not: each may be off by four unit roundoffs. 1 - beta may be "
+            "taken of beta rounded "
+            "to float32, beta^step be off by (step + 2) 2^-22. Numbers below 2^-126 may be flushed to zero.",
+        ),
+        (
+            "Weight decay is decoupled (adam, lamb, lion, ademamix: the old p is multiplied by 1 - lr wd) or coupled "
+            "(momentum, lars, "
+            "rmsprop, adagrad: wd p is added to the gradient, wherever the formula has it).",
+            "Where p has 16 bits, the decayed gradient may be rounded to them.",
+        ),
+        "gnorm_scale multiplies the gradient before anything else, wherever the formula has it.",
+        "Where gradient and states are zero and there is no decay, p and the states are bit for bit what they were.",
+        (
+            "lars and lamb with max_unorm > 0: the rate is multiplied by min(1, max_unorm |p| / |direction|), the "
+            "Euclidean norms of "
+            "the whole tensors, with bias corrections (lamb) and decay (lars) in the direction.",
+            "The sums of n squares have any order: 2 n unit roundoffs.",
+        ),
+        ("A gradient that is NaN or infinite changes no other element.", "p and states of the element itself."),
+        "p is rounded once, to its dtype; all elements are stepped, in any shape.",
+    ),
+    *_rules(
+        "optimizer_8bit",
+        "OB",
+        (
+            "States are decoded as D8 says, in blocks of 256: state1 and state3 with values1, state2 with values2. p "
+            "follows OS "
+            "with them.",
+            "That of OS.",
+        ),
+        (
+            "Each new state, before its coding in float32, is coded as Q8 says: absmax of its block, the nearest "
+            "value.",
+            "absmax within what OS leaves; the codes on both sides of a threshold that lies within it. Where absmax "
+            "is 0 codes are "
+            "free. A negative number whose nearest value is 0 may have the code below, to keep its sign.",
+        ),
+        "Weight decay and gnorm_scale act as OS-2 and OS-3 say: on what is stepped and on what is stored.",
+        "Zero stays zero: where gradient and states are zero the codes are those of the value 0, and p does not move.",
+        "The last block, which may be shorter, is stepped as the others; every state has scales of its own.",
+        (
+            "A gradient that is NaN or infinite changes neither another element nor, from what the others of its "
+            "block make it, absmax.",
+            "p and codes of the element itself.",
+        ),
+        "lars and lamb follow OS-5.",
+    ),
 ]
 
 RULES: dict[str, Rule] = {rule.id: rule for rule in _LIST}
@@ -199,18 +300,21 @@ RULES: dict[str, Rule] = {rule.id: rule for rule in _LIST}
 _FLAGS = [
     Flag(
         "zero-in-nonzero-block",
-        "bitsandbytes' CPU kernel looks codes up in a table of 65,536 bins, none of which is centred on zero: 0 becomes "
+        "bitsandbytes' CPU kernel looks codes up in a table of 65,536 bins, none of which is centred on zero: 0 "
+        "becomes "
         "2.1e-5 of absmax (signed) or 1.6e-5 (unsigned). Sparse gradients and 8-bit optimizer states drift.",
     ),
     Flag(
         "binned-codes",
-        "The same table of 65,536 bins of 3e-5 each: everything below 1.5e-5 of absmax has one of two codes, a third of "
+        "The same table of 65,536 bins of 3e-5 each: everything below 1.5e-5 of absmax has one of two codes, a third "
+        "of "
         "log-uniform data is not given the nearest code.",
     ),
     Flag("tie-to-even", "CUDA gives a scaled value exactly at a midpoint the even code, other backends the lower one."),
     Flag(
         "scale-index-tail-columns",
-        "The AVX512 kernel of bitsandbytes takes the scale of row * (columns // blocksize) + column // blocksize: wrong "
+        "The AVX512 kernel of bitsandbytes takes the scale of row * (columns // blocksize) + column // blocksize: "
+        "wrong "
         "for every weight whose in_features are a multiple of 16 and not of the blocksize (32, 80, 96 ...).",
         "#1828 (worked around by a limit on the blocksize)",
     ),
@@ -232,7 +336,8 @@ _FLAGS = [
     ),
     Flag(
         "fp4-zero-sign",
-        "The torch backend of bitsandbytes sorts FP4's sixteen values, and argsort puts code 8 (-0) above code 0: small "
+        "The torch backend of bitsandbytes sorts FP4's sixteen values, and argsort puts code 8 (-0) above code 0: "
+        "small "
         "positive numbers get code 8, small negative ones code 0.",
     ),
     Flag(
@@ -254,7 +359,8 @@ _FLAGS = [
     ),
     Flag(
         "absmax-floor",
-        "torchao clamps absmax to 1e-12: of gradients below 1e-6 the second moment, their square, is stored as if it were "
+        "torchao clamps absmax to 1e-12: of gradients below 1e-6 the second moment, their square, is stored as if it "
+        "were "
         "next to nothing of a scale of 1e-12.",
     ),
     Flag("large-absmax", "Above 2^126 the reciprocal is subnormal: flushed to zero, every code is that of zero."),
@@ -298,11 +404,76 @@ _FLAGS = [
     ),
     Flag("float16-detour", "Results of float32 and bfloat16 go through float16 on CUDA, and end at 65504."),
     Flag("outlier-columns", "Which columns hold outliers, and that they take no part in the absmax of a row."),
+    Flag(
+        "weight-gradient-scale",
+        "bitsandbytes' CUDA backward of the int8 product quantizes the gradient by rows and scales it back by "
+        "columns, and hands a "
+        "transposed view to a kernel that reads memory in order: the weight's gradient is off by a factor.",
+    ),
+    Flag(
+        "backward-3d",
+        "The backward of the int8 product with a float weight transposes all dimensions: 3-D inputs raise.",
+    ),
+    Flag(
+        "evaluation-repacks",
+        "On a CPU with AVX512-BF16 a Linear4bit repacks its weight in the first evaluation, computes in bfloat16 "
+        "whatever the dtype, "
+        "loses the input's gradient afterwards, and saves scales that are rounded and transposed.",
+    ),
+    Flag(
+        "bias-correction",
+        "A bias correction of the wrong step or beta, or none: the first steps are too short or too long.",
+    ),
+    Flag("resume", "A step that depends on more than its arguments, or takes a later one for the first."),
+    Flag(
+        "adam-decay-order",
+        "CUDA multiplies by 1 - lr wd after the step, so that the step itself is decayed: p = 1, g = 1, lr = 0.1, wd "
+        "= 0.5 gives "
+        "0.855, everywhere else 0.85.",
+    ),
+    Flag("coupled-decay", "Decay left out of the gradient, or multiplied into the parameter instead."),
+    Flag(
+        "lion-decay",
+        "The Triton kernels decay Lion by way of the gradient, and Adagrad not: two branches test the wrong number.",
+    ),
+    Flag(
+        "raw-gradient",
+        "CUDA's 8-bit RMSprop and Adagrad store the scaled and decayed gradient and step by the raw one.",
+    ),
+    Flag(
+        "zero-state-drift",
+        "States coded by the table of 65,536 bins, which has none for zero: a weight that has no gradient gets a "
+        "momentum of 2e-5 "
+        "of its block's largest, and drifts.",
+    ),
+    Flag(
+        "update-norm",
+        "What LAMB and LARS bound differs between backends: without bias correction on CPU (LAMB), without decay on "
+        "CUDA and in the "
+        "torch kernels (LARS).",
+    ),
+    Flag("clip-lost", "The operator for 8-bit states has no max_unorm: LAMB8bit is Adam8bit, LARS8bit is SGD8bit."),
+    Flag("bad-gradient", "An infinite gradient becomes the scale of its block: 255 other elements lose their state."),
+    Flag(
+        "second-average-scale",
+        "AdEMAMix keeps two averages in one tensor; where the number of elements is no multiple of 256, the scale of "
+        "the second "
+        "one's first block was written over that of the first one's last.",
+    ),
     Flag("checkpoint-bytes", "Files that other versions must read: one byte more, and they do not."),
 ]
 
 FLAGS: dict[str, Flag] = {flag.name: flag for flag in _FLAGS}
 """Every flag by its name."""
+
+
+BY_OUTPUT = {
+    ("int8_backward", "grad_weight"): "IB-2",
+    ("evaluate_then_train", "grad_x"): "LE-2",
+    ("evaluate_then_train", "packed"): "LE-3",
+    ("evaluate_then_train", "absmax"): "LE-3",
+}
+"""The rule of a result that has one of its own, whatever rules a case has."""
 
 
 def rules_of(operation: str) -> list[Rule]:

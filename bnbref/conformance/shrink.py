@@ -15,6 +15,7 @@ from bnbref.conformance.cases import Case
 from bnbref.conformance.check import Failure, run_case
 from bnbref.conformance.dialects import explain
 from bnbref.conformance.operations import OPERATIONS
+from bnbref.conformance.optimizers import BLOCKSIZE
 
 BUDGET = 150
 """How many inputs are tried."""
@@ -71,12 +72,23 @@ def _smaller(case: Case) -> Iterator[Case]:
             for kept in _without(product.shape[1]):
                 biased = {"bias": case.inputs["bias"][kept]} if "bias" in case.inputs else {}
                 yield _vary(case, {"product": product[:, kept], "column": column[kept], **biased})
+        case "optimizer_32bit" | "optimizer_8bit" if case.inputs["p"].dim() == 1:
+            # The first block, then elements of it.
+            count = case.inputs["p"].numel()
+            whole = count if case.operation == "optimizer_32bit" else min(count, BLOCKSIZE)
+            for kept in [torch.arange(whole)] if whole < count else _without(count):
+                yield _vary(case, {name: _part(name, x, kept) for name, x in case.inputs.items()})
         case "int8_matmul" if case.inputs["a"].dim() == 2:
             a, b = case.inputs["a"], case.inputs["b"]
             for kept in _without(a.shape[0]):
                 yield _vary(case, {"a": a[kept]})
             for kept in _without(b.shape[0]):
                 yield _vary(case, {"b": b[kept]})
+
+
+def _part(name: str, x: Tensor, kept: Tensor) -> Tensor:
+    """Of an optimizer's argument what belongs to these elements of its first block."""
+    return x if name.startswith("values") else x[:1] if name.startswith("absmax") else x[kept]
 
 
 def shrink(backend: Backend, failure: Failure, device: torch.device) -> Failure:

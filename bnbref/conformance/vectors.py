@@ -24,8 +24,11 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
-from bnbref.conformance.cases import Case, all_cases
-from bnbref.conformance.operations import OPERATIONS, Also, Expected
+from bnbref.conformance.cases import Case, forward_cases
+from bnbref.conformance.cases_gradients import all_gradients
+from bnbref.conformance.cases_optimizers import all_optimizers
+from bnbref.conformance.judging import Also, Expected
+from bnbref.conformance.operations import OPERATIONS
 from bnbref.conformance.report import hex_words
 from bnbref.conformance.rules import FLAGS, RULES
 
@@ -130,6 +133,17 @@ def _output(expected: Expected, store: _Store) -> dict[str, Any]:
         if tensor is not None:
             made[name] = store.add(tensor)
     return made
+
+
+def all_cases() -> list[Case]:
+    """Every case, in a fixed order, computed from the oracles. Some seconds."""
+    made = [*forward_cases(), *all_gradients(), *all_optimizers()]
+    ids = [case.id for case in made]
+    repeated = sorted({name for name in ids if ids.count(name) > 1})
+    if repeated:
+        raise ValueError(f"cases must have ids of their own, got {repeated} twice")
+    order = list(OPERATIONS)
+    return sorted(made, key=lambda case: order.index(case.operation))
 
 
 def files(cases: Sequence[Case]) -> dict[str, bytes]:

@@ -1,0 +1,94 @@
+"""Intervals that contain the result of a float32 formula in every order of its operations, fused or not.
+
+Every operation on float64 bounds is widened by four unit roundoffs of float32, twice what the operation and one that a backend
+has more may lose, and by the smallest normal number, as what is subnormal may be flushed to zero. A product by 0 or 1 and a
+sum with 0 are exact in any formulation, and stay so here: zero stays zero.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SLACK = 2.0**-22
+"""Relative: four unit roundoffs of float32."""
+
+SMALLEST = 2.0**-126
+
+
+@dataclass(frozen=True)
+class Interval:
+    """float64 bounds, low <= high, of every element."""
+
+    low: Tensor
+    high: Tensor
+
+    @classmethod
+    def point(cls, x: Tensor | float) -> "Interval":
+        """Exactly x."""
+        value = torch.as_tensor(x, dtype=torch.float64)
+        return cls(value, value)
+
+    @classmethod
+    def near(cls, x: float, error: float) -> "Interval":
+        """x and what is not farther from it than the error."""
+        value = torch.tensor(x, dtype=torch.float64)
+        return cls(value - error, value + error)
+
+    def __add__(self, other: "Interval") -> "Interval":
+        total = Interval(self.low + other.low, self.high + other.high)
+        return _exact_where(self.is_zero() | other.is_zero(), total, total.widened(0.0))
+
+    def __sub__(self, other: "Interval") -> "Interval":
+        return self + Interval(-other.high, -other.low)
+
+    def __mul__(self, other: "Interval") -> "Interval":
+        ends = [a * b for a in (self.low, self.high) for b in (other.low, other.high)]
+        product = Interval(_least(ends), _most(ends))
+        exact = self.is_zero() | other.is_zero() | self.is_one() | other.is_one()
+        return _exact_where(exact, product, product.widened(SMALLEST))
+
+    def __truediv__(self, other: "Interval") -> "Interval":
+        ends = [a / b for a in (self.low, self.high) for b in (other.low, other.high)]
+        quotient = Interval(_least(ends), _most(ends))
+        return _exact_where(self.is_zero() | other.is_one(), quotient, quotient.widened(SMALLEST))
+
+    def sqrt(self) -> "Interval":
+        """Of what is not negative."""
+        root = Interval(self.low.clamp(min=0).sqrt(), self.high.clamp(min=0).sqrt())
+        return _exact_where(self.is_zero(), root, root.widened(0.0))
+
+    def sign(self) -> "Interval":
+        """-1, 0 or 1; several of them where the interval contains zero."""
+        return Interval(self.low.sign(), self.high.sign())
+
+    def abs(self) -> "Interval":
+        """Magnitude."""
+        largest = torch.maximum(self.low.abs(), self.high.abs())
+        return Interval(torch.maximum(self.low, -self.high).clamp(min=0) + 0.0, largest)
+
+    def is_zero(self) -> Tensor:
+        """Where it is the number 0."""
+        return (self.low == 0) & (self.high == 0)
+
+    def is_one(self) -> Tensor:
+        """Where it is the number 1."""
+        return (self.low == 1) & (self.high == 1)
+
+    def widened(self, absolute: float, relative: float = SLACK) -> "Interval":
+        """Both ends moved away from each other."""
+        return Interval(
+            self.low - relative * self.low.abs() - absolute, self.high + relative * self.high.abs() + absolute
+        )
+
+
+def _least(ends: list[Tensor]) -> Tensor:
+    return torch.stack(torch.broadcast_tensors(*ends)).amin(0)
+
+
+def _most(ends: list[Tensor]) -> Tensor:
+    return torch.stack(torch.broadcast_tensors(*ends)).amax(0)
+
+
+def _exact_where(exact: Tensor, narrow: Interval, wide: Interval) -> Interval:
+    return Interval(torch.where(exact, narrow.low, wide.low), torch.where(exact, narrow.high, wide.high))

@@ -1,0 +1,91 @@
+"""What the rules allow a result to be, and which of its elements are not."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+"""Unit roundoff: half the distance of 1 to the next number."""
+
+
+class Also(NamedTuple):
+    """Further values that are allowed: flat indices int64 `[m]` and, of the dtype of the result, values `[m]`."""
+
+    where: Tensor
+    value: Tensor
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the rules allow one result to be.
+
+    value, bit for bit but for the sign of zero and the bits of NaN. ulp: how many representable numbers off it may be.
+    also: other values, by element; free: elements (flat indices) that may be anything. pairs: flat indices `[2, m]` of elements
+    that must be equal to each other. low, high: instead of a value an interval, float64.
+    """
+
+    value: Tensor
+    ulp: int = 0
+    also: Also | None = None
+    free: Tensor | None = None
+    pairs: Tensor | None = None
+    low: Tensor | None = None
+    high: Tensor | None = None
+
+    @property
+    def grade(self) -> str:
+        """How strict this is: exact, one-of, ulp(n), interval or structural."""
+        if self.low is not None:
+            return "interval"
+        if self.free is not None and self.free.numel() == self.value.numel() > 0:
+            return "structural"
+        if self.ulp:
+            return f"ulp({self.ulp})"
+        return "one-of" if self.also is not None or self.free is not None else "exact"
+
+
+def same(a: Tensor, b: Tensor) -> Tensor:
+    """Where two tensors of one dtype are equal: NaN is NaN, and zero is zero whatever its sign.
+
+    >>> same(torch.tensor([0.0, float("nan"), 1.0]), torch.tensor([-0.0, float("nan"), 2.0]))
+    tensor([ True,  True, False])
+    """
+    return (a == b) | ((a != a) & (b != b))
+
+
+def steps(a: Tensor, b: Tensor) -> Tensor:
+    """How many representable numbers apart two floating-point tensors of one dtype are, int64; 0 for NaN and NaN.
+
+    >>> steps(torch.tensor([1.0, -0.0]), torch.tensor([1.0000001, 1e-45])).tolist()
+    [1, 1]
+    """
+    kind = torch.int32 if a.dtype == torch.float32 else torch.int16
+    sign = torch.iinfo(kind).min
+
+    def ordered(x: Tensor) -> Tensor:
+        bits = x.contiguous().view(kind).long()
+        return torch.where(bits < 0, sign - bits, bits)
+
+    distance = (ordered(a) - ordered(b)).abs()
+    nan = (a != a) | (b != b)
+    return torch.where(nan, torch.where((a != a) & (b != b), 0, 2**31), distance)
+
+
+def wrong_elements(got: Tensor, expected: Expected) -> Tensor:
+    """Flat indices of the elements that the rules do not allow. The shapes and dtypes are equal."""
+    flat, want = got.reshape(-1), expected.value.reshape(-1)
+    if expected.low is not None and expected.high is not None:
+        ok = (flat.double() >= expected.low.reshape(-1)) & (flat.double() <= expected.high.reshape(-1))
+    else:
+        ok = steps(flat, want) <= expected.ulp if expected.ulp else same(flat, want)
+    if expected.also is not None:
+        where, value = expected.also
+        ok[where[same(flat[where], value)]] = True
+    if expected.free is not None:
+        ok[expected.free] = True
+    if expected.pairs is not None:
+        first, second = expected.pairs
+        ok[second[~same(flat[first], flat[second])]] = False
+    return (~ok).nonzero().view(-1)
