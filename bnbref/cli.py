@@ -87,8 +87,8 @@ def run_check(args: argparse.Namespace) -> int:
     """0 if every kernel, or every case of the kit, gave the right bits."""
     if not args.self:
         return judge(args)
-    of_the_kit = ("backend", "quick", "only", "json", "markdown", "html")
-    given = [f"--{name}" for name in of_the_kit if getattr(args, name)]
+    of_the_kit = ("backend", "quick", "only", "jobs", "json", "markdown", "html")
+    given = [f"--{name}" for name in of_the_kit if getattr(args, name) not in (None, False, "")]
     if given:
         return refuse(f"--self goes with --device alone, got {', '.join(given)}")
     problem = device_problem(args.device) if args.device else None

@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bnbref.cli import main
-from bnbref.conformance import backends, check, mutants, mutants_training, page, report, spec, vectors
+from bnbref.conformance import backends, check, mutants, mutants_training, page, report, spec, vectors, workers
 from bnbref.conformance.backends import Backend
 from bnbref.conformance.dialects import explain
 from bnbref.conformance.judging import Also, Expected, wrong_elements
@@ -482,6 +482,41 @@ def test_the_compiled_reference_conforms():
     chosen = [c for c in STORED if c.params.get("blocksize", 64) == 64 and c.dtype == "float32" and c.quick]
     chosen = [c for c in chosen if c.operation in ("quantize_4bit", "quantize_blockwise", "int8_mm_dequant")]
     assert {r.status for r in check.run(backends.load("bnbref"), chosen, CPU)} == {"passed"}
+
+
+ENDS_ITS_PROCESS = """
+import os
+from bnbref.conformance import backends
+
+def quantize_4bit(x, **options):
+    if x.numel() == 0:
+        os._exit(3)
+    return backends.load("bnbref-eager").functions["quantize_4bit"](x=x, **options)
+"""
+
+
+def test_a_backend_that_ends_its_process_fails_one_case(tmp_path, monkeypatch, capsys):
+    (tmp_path / "ends_its_process.py").write_text(ENDS_ITS_PROCESS)
+    monkeypatch.syspath_prepend(tmp_path)
+    arguments = ["check", "--backend", "ends_its_process", "--quick", "--only", "quantize_4bit/nf4", "--jobs", "2"]
+    assert main(arguments) == 1
+    said = capsys.readouterr().out
+    assert "quantize_4bit/nf4-empty" in said
+    assert "the process ended: exit status 3" in said
+    chosen = [c for c in STORED if c.quick and "quantize_4bit/nf4" in c.id]
+    want = {r.case.id: r.status for r in check.run(backends.load("bnbref-eager"), chosen, CPU)}
+    results = workers.run("ends_its_process", chosen, CPU, jobs=2)
+    got = {r.case.id: r.status for r in results if r.case.operation == "quantize_4bit"}
+    assert [r.case.id for r in results] == [c.id for c in chosen]
+    assert [id_ for id_, status in got.items() if status != want[id_]] == ["quantize_4bit/nf4-empty"]
+
+
+def test_workers_that_cannot_work():
+    with pytest.raises(ValueError, match="jobs must be at least 1, got 0"):
+        workers.run("bnbref-eager", [], CPU, jobs=0)
+    with pytest.raises(RuntimeError, match="could not load backend 'no_such_module'"):
+        workers.run("no_such_module", [BY_ID["int8_matmul/1x8x16"]], CPU)
+    assert main(["check", "--jobs", "0"]) == 2
 
 
 def test_at_least_thirty_backends_are_wrong():

@@ -21,8 +21,8 @@ REFUSALS = (ValueError, TypeError, NotImplementedError, RuntimeError)
 class Failure:
     """One result that the rules do not allow.
 
-    kind: value, shape, dtype, missing, raised or mutated. output: which result (which input, for mutated). wrong: flat indices
-    of wrong elements. got: the result as it came (None where there was none). message: one line.
+    kind: value, shape, dtype, missing, raised, crashed or mutated. output: which result (which input, for mutated). wrong: flat
+    indices of wrong elements. got: the result as it came (None where there was none). message: one line.
     """
 
     case: Case

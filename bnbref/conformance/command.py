@@ -20,6 +20,7 @@ def add_commands(commands: Any) -> argparse.ArgumentParser:
     check.add_argument("--device", help="where it runs (default: cpu; with --self the accelerator if there is one)")
     check.add_argument("--quick", action="store_true", help="a selection of the cases")
     check.add_argument("--only", default="", metavar="TEXT", help="only cases whose id contains this")
+    check.add_argument("--jobs", type=int, metavar="N", help="processes that run the cases (default: 1)")
     check.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON")
     check.add_argument("--markdown", type=Path, metavar="FILE", help="write a table for a README")
     check.add_argument(
@@ -48,8 +49,11 @@ def judge(args: argparse.Namespace) -> int:
     """Run `check`: 0 if nothing failed."""
     import torch
 
-    from bnbref.conformance import backends, check, page, report, vectors
+    from bnbref.conformance import backends, page, report, vectors, workers
 
+    jobs = 1 if args.jobs is None else args.jobs
+    if jobs < 1:
+        return refuse(f"--jobs must be at least 1, got {jobs}")
     for file in (args.json, args.markdown, args.html):
         if file is not None and not file.parent.is_dir():
             return refuse(f"cannot write {file}: there is no directory {file.parent}")
@@ -60,7 +64,9 @@ def judge(args: argparse.Namespace) -> int:
     except (AssertionError, AttributeError, ImportError, RuntimeError, ValueError) as error:
         return refuse(str(error))
     cases = [c for c in vectors.read_all() if args.only in c.id and (c.quick or not args.quick)]
-    done = report.report(backend, device, check.run(backend, cases, device))
+    results = workers.run(args.backend or "bnbref", cases, device, jobs)
+    crashed = any(f.kind == "crashed" for r in results for f in r.failures)
+    done = report.report(backend, device, results, small=not crashed)  # shrinking would run the backend in this process
     for file, text in (
         (args.json, report.as_json),
         (args.html, lambda r: page.as_html([r])),

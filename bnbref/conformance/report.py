@@ -63,7 +63,7 @@ def report(backend: Backend, device: torch.device, results: Sequence[Result], sm
     groups: dict[tuple[Any, ...], list[Failure]] = {}
     for result in results:
         # Where a shape is wrong, wrong values of the same result are no second finding.
-        shapes = {f.output for f in result.failures if f.kind in ("shape", "dtype", "missing", "raised")}
+        shapes = {f.output for f in result.failures if f.kind in ("shape", "dtype", "missing", "raised", "crashed")}
         for failure in result.failures:
             if failure.kind == "value" and (failure.output in shapes or (shapes and not explain(failure))):
                 continue

@@ -1,0 +1,125 @@
+"""Cases in processes of their own: a backend that takes its process with it fails one case, and the others are still judged.
+
+    parent   sends the next case of its list to each worker, by number; notices when one is gone
+    worker   loads the backend by name, runs the case, and sends what became of it
+
+Cases of one operation, dtype and parameters go to one worker, as what they compile is the same.
+"""
+
+import multiprocessing
+import pickle
+import signal
+from collections import deque
+from collections.abc import Sequence
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from bnbref.conformance import backends
+from bnbref.conformance.cases import Case
+from bnbref.conformance.check import Failure, Result, run_case
+
+
+def run(name: str, cases: Sequence[Case], device: torch.device, jobs: int = 1) -> list[Result]:
+    """The results of all cases in their order, by `jobs` workers; with a progress bar on a terminal.
+
+    name: of the backend, as in `backends.load`. Raises ValueError if jobs is below 1, RuntimeError if a worker cannot load it.
+    """
+    if jobs < 1:
+        raise ValueError(f"jobs must be at least 1, got {jobs}")
+    results: dict[int, Result] = {}
+    waiting = _alike(cases)
+    threads = max(1, torch.get_num_threads() // jobs)
+    workers = [_Worker(name, device, threads) for _ in range(min(jobs, len(waiting)))]
+    try:
+        for worker in workers:
+            worker.loaded()
+        with tqdm(total=len(cases), unit=" cases", leave=False, disable=None) as bar:
+            for worker in workers:
+                worker.begin(waiting, cases)
+            while busy := {worker.connection: worker for worker in workers if worker.todo}:
+                for connection in wait(list(busy)):
+                    worker = busy[connection]  # type: ignore[index]
+                    case = cases[worker.todo[0]]
+                    results[worker.todo.popleft()] = worker.result(case)
+                    bar.update()
+                    worker.begin(waiting, cases)
+    finally:
+        for worker in workers:
+            worker.process.kill()
+            worker.process.join()
+    return [results[i] for i in range(len(cases))]
+
+
+def _alike(cases: Sequence[Case]) -> deque[deque[int]]:
+    """The numbers of the cases, together where they are of one operation with the same dtypes and parameters."""
+    groups: dict[Any, deque[int]] = {}
+    for i, case in enumerate(cases):
+        kind = (case.operation, sorted((k, t.dtype) for k, t in case.inputs.items()), sorted(case.params.items()))
+        groups.setdefault(repr(kind), deque()).append(i)
+    return deque(groups.values())
+
+
+class _Worker:
+    """A process and the numbers of the cases that it still has to run; the first one it is running."""
+
+    def __init__(self, name: str, device: torch.device, threads: int) -> None:
+        self.todo: deque[int] = deque()
+        self._of = (name, str(device), threads)
+        self._start()
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, other = context.Pipe()
+        self.process = context.Process(target=_serve, args=(other, *self._of))
+        self.process.start()
+        other.close()  # so that its end is seen when the process is gone
+
+    def loaded(self) -> None:
+        """Wait until the backend is loaded."""
+        try:
+            self.connection.recv_bytes()
+        except EOFError:
+            raise RuntimeError(f"a worker could not load backend {self._of[0]!r}") from None
+
+    def begin(self, waiting: deque[deque[int]], cases: Sequence[Case]) -> None:
+        """Send the next case: of those in hand, or of the next ones that wait."""
+        if not self.todo and waiting:
+            self.todo = waiting.popleft()
+        if self.todo:
+            self.connection.send_bytes(pickle.dumps(cases[self.todo[0]]))
+
+    def result(self, case: Case) -> Result:
+        """What became of the case that was sent. If its process is gone, it failed, and there is a new process."""
+        try:
+            status, failures, seconds = pickle.loads(self.connection.recv_bytes())
+        except EOFError:
+            self.process.join()
+            ended = Failure(case, "", "crashed", f"the process ended: {_how(self.process.exitcode)}")
+            self._start()
+            self.loaded()
+            return Result(case, "failed", (ended,))
+        return Result(case, status, tuple(Failure(case, *rest) for rest in failures), seconds)
+
+
+def _how(exit_code: int | None) -> str:
+    if exit_code is not None and exit_code < 0:
+        return signal.Signals(-exit_code).name
+    return f"exit status {exit_code}"
+
+
+def _serve(connection: Connection, name: str, device: str, threads: int) -> None:
+    """Run cases until there are no more."""
+    torch.set_num_threads(threads)
+    backend = backends.load(name)
+    connection.send_bytes(b"loaded")
+    while True:
+        try:
+            case = pickle.loads(connection.recv_bytes())
+        except EOFError:
+            return
+        result = run_case(backend, case, torch.device(device))
+        failures = [(f.output, f.kind, f.message, f.wrong, f.got) for f in result.failures]
+        connection.send_bytes(pickle.dumps((result.status, failures, result.seconds)))
