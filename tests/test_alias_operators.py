@@ -1,5 +1,6 @@
 """torch.ops.bitsandbytes and what only the alias serves: against bnbref's own functions, torch, and the real bitsandbytes."""
 
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -283,8 +284,6 @@ BACKEND = """
 import json, torch, warnings
 warnings.simplefilter("ignore")
 import bitsandbytes as bnb
-from bnbref.integrations import bitsandbytes_backend
-bitsandbytes_backend.register()
 torch.manual_seed(0)
 # where bitsandbytes' own kernel is wrong: rows that are not whole blocks
 W = torch.randn(3, 80)
@@ -293,8 +292,17 @@ print(json.dumps([W.tolist(), packed.flatten().tolist(), bnb.functional.dequanti
 """
 
 
+def test_the_entry_point_is_installed(monkeypatch):
+    """What `import bitsandbytes` looks for, and calls: nothing where the variable is not set."""
+    (found,) = importlib.metadata.entry_points(group="bitsandbytes.backends", name="bnbref")
+    monkeypatch.delenv("BNBREF_BACKEND_FOR", raising=False)
+    monkeypatch.setattr(torch.library, "register_kernel", None)
+    found.load()()
+
+
 @pytest.mark.skipif(not finder.is_installed(), reason="bitsandbytes is not installed")
 def test_kernels_in_the_real_bitsandbytes():
+    """By the entry point alone: the program never names bnbref."""
     env = {**os.environ, "BNBREF_COMPILE": "0", "BNBREF_BACKEND_FOR": "cpu"}
     done = subprocess.run([sys.executable, "-c", BACKEND], capture_output=True, text=True, cwd=ROOT, env=env)
     assert done.returncode == 0, done.stderr
