@@ -1,4 +1,4 @@
-"""What people do with bitsandbytes through transformers, peft, accelerate and Trainer, written once for whoever answers to its name.
+"""What people do with bitsandbytes through transformers, peft, accelerate and Trainer, written once for both packages.
 
 Each flow takes an empty folder and returns tensors by name, or raises. It imports bitsandbytes at most; `side_by_side.py` runs
 all of them on the real one and on bnbref, each in a process of its own, and compares.
@@ -317,7 +317,12 @@ STRINGS = (
 def trainer(folder: Path, model: Any, **options: Any) -> Any:
     torch.manual_seed(1)
     data = [{"input_ids": row, "labels": row} for row in torch.randint(1, 500, (8, 16))]
-    settings = {"max_steps": 4, "save_strategy": "no", "per_device_train_batch_size": 2, "learning_rate": 1e-3} | options
+    settings = {
+        "max_steps": 4,
+        "save_strategy": "no",
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-3,
+    } | options
     args = transformers.TrainingArguments(
         str(folder), use_cpu=True, report_to=[], disable_tqdm=True, logging_steps=1, weight_decay=0.1, **settings
     )

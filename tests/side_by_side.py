@@ -128,6 +128,22 @@ def code_squares_without_a_sign() -> None:
     Optimizer1State.init_state = init_state
 
 
+def bound_the_step() -> None:
+    from bnbref.integrations import bitsandbytes_extras as extras
+
+    def update(
+        name: str, g: Tensor, p: Tensor, state1: Tensor, state2: Any, b1: float, b2: float, b3: float, alpha: float,
+        eps: float, step: int, lr: float, qmap1: Tensor, qmap2: Any, absmax1: Tensor, absmax2: Any, decay: float,
+        gnorm_scale: float, skip_zeros: bool = False,
+    ) -> None:  # fmt: skip
+        numbers = {"lr": lr, "betas": (b1, b2, b3), "eps": eps, "weight_decay": decay, "alpha": alpha}
+        scales = ((absmax1, qmap1), (absmax2, qmap2))
+        longest = {"lars": 0.02, "lamb": 1.0}.get(name, 0.0)
+        extras._update(name, g, p, (state1, state2), scales, numbers, step, gnorm_scale, longest, skip_zeros)
+
+    torch.library.register_kernel("bitsandbytes::optimizer_update_8bit_blockwise", "cpu", update)
+
+
 def cpu_is_device_0() -> None:
     from bitsandbytes.nn import Int8Params
 
@@ -173,6 +189,10 @@ CORRECTIONS: dict[str, Correction] = {
     "sign of squares": Correction(
         "Its RMSprop and Adagrad code their sums of squares by the map with a sign: half of the codes are never used.",
         code_squares_without_a_sign,
+    ),
+    "unbounded": Correction(
+        "On a CPU its LARS and LAMB in 8 bits are SGD and Adam: the step is not bounded by the parameter's length.",
+        bound_the_step,
     ),
     "no kernel": Correction(
         "It has no kernel for this on a CPU.", kernels("dequantize_4bit.out", "int8_double_quant")
@@ -262,7 +282,7 @@ OF_CALLS: dict[str, tuple[str, ...]] = {
     "w = bnb.nn.Int8Params": ("float16 weights",),
     "bnb.optim.Adam8bit": ("optimizers",),
     "bnb.optim.AdamW(": ("optimizers",),
-    "bnb.optim.LARS8bit": ("optimizers",),
+    "bnb.optim.LARS8bit": ("unbounded",),
 }
 """The same of the snippets that begin so."""
 
@@ -306,7 +326,7 @@ def work(package: str, corrections: Iterable[str], names: Iterable[str], out: Pa
         import bnbref
 
         bnbref.install_as_bitsandbytes(force=True)
-    import bitsandbytes  # noqa: F401
+    import bitsandbytes
     import transformers
 
     for name in corrections:
@@ -318,6 +338,7 @@ def work(package: str, corrections: Iterable[str], names: Iterable[str], out: Pa
     flows, errors = all_flows(), {}
     for i, name in enumerate(names):
         torch.manual_seed(0)
+        bitsandbytes.optim.GlobalOptimManager._instance = None  # it would know parameters of the last flow by their id
         with tempfile.TemporaryDirectory() as folder:
             try:
                 torch.save(flows[name](Path(folder)), out / f"{i}.pt")
@@ -378,19 +399,21 @@ def difference(theirs: Outcome, ours: Outcome) -> str:
     if theirs.tensors.keys() != ours.tensors.keys():
         return "other tensors"
     codes = values = 0.0
+    equal = True
     for name, a in theirs.tensors.items():
         b = ours.tensors[name]
         if a.dtype != b.dtype or a.shape != b.shape:
             return "other shapes or dtypes"
         if same(a, b):
             continue
+        equal = False
         if a.is_floating_point() and bool((a.isfinite() & b.isfinite()).all()):
             size = max(a.double().norm().item(), b.double().norm().item())
-            values = max(values, (a.double() - b.double()).norm().item() / size)
+            values = max(values, (a.double() - b.double()).norm().item() / (size or 1))
         else:
             codes = max(codes, (a != b).double().mean().item())
     parts = [f"{codes:.1%} of codes"] * (codes > 0) + [f"{values:.0e} of the norm"] * (values > 0)
-    return ", ".join(parts) or "signs of zeros"
+    return "" if equal else ", ".join(parts) or "signs of zeros"
 
 
 class Row(NamedTuple):
@@ -506,7 +529,7 @@ def line(row: Row, numbers: Mapping[str, int]) -> str:
     code = row.flow.replace("\n", "; ").replace("|", "\\|")
     name = f"`{code}`" if "=" in code or "(" in code else code
     theirs, ours = (f"`{error[:60]}`" if error else "runs" for error in (row.bitsandbytes, row.bnbref))
-    why = [str(numbers[name]) for name in row.reasons] + [FAIL[row.flow]] * (row.flow in FAIL)
+    why = [*(str(numbers[name]) for name in row.reasons), *([FAIL[row.flow]] if row.flow in FAIL else [])]
     return f"| {name} | {theirs} | {ours} | {row.difference or 'none'} | {', '.join(why)} |".replace("|  |", "| |")
 
 
@@ -514,7 +537,9 @@ def write(rows: list[Row]) -> None:
     """Both files."""
     import importlib.metadata as metadata
 
-    versions = [f"{name} {metadata.version(name)}" for name in ("bitsandbytes", "torch", "transformers", "peft", "accelerate")]
+    versions = [
+        f"{name} {metadata.version(name)}" for name in ("bitsandbytes", "torch", "transformers", "peft", "accelerate")
+    ]
     facts = {"made with": ", ".join(versions), "rows": [row._asdict() for row in rows]}
     STORED.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     PAGE.write_text(page(facts), encoding="utf-8")

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+
+import bnbref
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 pytest.importorskip("accelerate")
-
-import ranks
-import torch.distributed.checkpoint as dcp
+ranks = pytest.importorskip("ranks")
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.usefixtures("eager")
@@ -57,7 +58,7 @@ def bytes_of(tensor):
 def alone(tmp_path_factory):
     """The losses of one process, and its state dict."""
     folder = tmp_path_factory.mktemp("alone")
-    with ranks.bnbref.eager():
+    with bnbref.eager():
         losses = ranks.train("none", "uint8", folder)
     return losses, torch.load(folder / "state.pt", weights_only=True)
 

@@ -1,21 +1,23 @@
 """bnbref beside the real bitsandbytes: every difference has a reason that was tried, and the page says what was found."""
 
+import importlib.util
 import json
 import subprocess
 import sys
 
 import pytest
-import torch
-
-pytest.importorskip("transformers")
-pytest.importorskip("peft")
-pytest.importorskip("accelerate")
-
 import side_by_side
+import torch
 from side_by_side import CORRECTIONS, FAIL, Outcome, Row, difference, judge
+
+needs_the_libraries = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("transformers", "peft", "accelerate")),
+    reason="transformers, peft and accelerate are not installed: pip install 'bnbref[hf]'",
+)
 
 
 @pytest.mark.slow
+@needs_the_libraries
 def test_every_difference_has_a_reason():
     """Runs all flows on both, and on bitsandbytes with the corrections that are the reasons."""
     command = [sys.executable, side_by_side.__file__]
@@ -25,6 +27,7 @@ def test_every_difference_has_a_reason():
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr
 
 
+@needs_the_libraries
 def test_the_page_is_what_was_found():
     facts = json.loads(side_by_side.STORED.read_text(encoding="utf-8"))
     assert side_by_side.PAGE.read_text(encoding="utf-8") == side_by_side.page(facts)
@@ -53,7 +56,9 @@ def test_the_page_is_what_was_found():
     ],
 )  # fmt: skip
 def test_the_judge(rows, reasons, left, verdict, monkeypatch):
-    monkeypatch.setattr(side_by_side, "CORRECTIONS", {name: CORRECTIONS[name] for own in reasons.values() for name in own})
+    monkeypatch.setattr(
+        side_by_side, "CORRECTIONS", {name: CORRECTIONS[name] for own in reasons.values() for name in own}
+    )
     wrong = judge(rows, reasons, {}, lambda name, part: left.get(part, ""))
     assert wrong == [] if verdict is None else len(wrong) == 1 and verdict in wrong[0]
 

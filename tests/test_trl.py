@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer, unmodified, on `import bitsandbytes`, which is bnbref: QLoRA of the demo model, an adapter saved and loaded."""
+"""TRL's SFTTrainer, unmodified, on `import bitsandbytes`, which is bnbref: QLoRA of the demo model."""
 
 import inspect
 import sys
