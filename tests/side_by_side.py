@@ -173,7 +173,9 @@ CORRECTIONS: dict[str, Correction] = {
         multiply_int8,
     ),
     "int8 scaling": Correction(
-        "The constant that scales int8 products on a CPU is 1.8e-5 too large.", kernels("int8_mm_dequant")
+        "Its CPU kernel that scales int8 products multiplies in another order, by a constant that is 1.8e-5 too large; in a "
+        "bfloat16 model that turns roundings over in every layer.",
+        kernels("int8_mm_dequant"),
     ),
     "float16 weights": Correction(
         "It rounds a weight to float16 before it quantizes it to int8.", keep_the_weights_dtype
@@ -495,6 +497,8 @@ def judge(
 
 def page(facts: Mapping[str, Any]) -> str:
     """The page, from what is stored."""
+    from test_alias_snippets import SNIPPETS
+
     rows = [Row(**row) for row in facts["rows"]]
     numbers = {name: i for i, name in enumerate(CORRECTIONS, 1)}
     equal = sum(not row.difference for row in rows)
@@ -506,7 +510,8 @@ def page(facts: Mapping[str, Any]) -> str:
         "the same bits (or the same error) on both. The others differ for the reasons below. A reason is an experiment: with",
         "these corrections of bitsandbytes the flow has the bits that it has on bnbref, and with one of them less it has not.",
         "",
-        f"`python tests/side_by_side.py --write` made this page: {facts['made with']}. `tests/test_side_by_side.py` checks it.",
+        f"`python tests/side_by_side.py --write` made this page: {facts['made with']}, on a CPU.",
+        "`tests/test_side_by_side.py` checks it.",
         "",
         "## Reasons",
         "",
@@ -516,8 +521,8 @@ def page(facts: Mapping[str, Any]) -> str:
         "",
     ]
     for title, part in (
-        ("Flows", [row for row in rows if "\n" not in row.flow and "=" not in row.flow]),
-        ("Calls of bitsandbytes' documentation", [row for row in rows if "\n" in row.flow or "=" in row.flow]),
+        ("Flows", [row for row in rows if row.flow not in SNIPPETS]),
+        ("Calls of bitsandbytes' documentation", [row for row in rows if row.flow in SNIPPETS]),
     ):
         lines += [f"## {title}", "", "| | bitsandbytes | bnbref | difference | reasons |", "|---|---|---|---|---|"]
         lines += [line(row, numbers) for row in part] + [""]
@@ -526,8 +531,10 @@ def page(facts: Mapping[str, Any]) -> str:
 
 def line(row: Row, numbers: Mapping[str, int]) -> str:
     """A row of the table."""
+    from test_alias_snippets import SNIPPETS
+
     code = row.flow.replace("\n", "; ").replace("|", "\\|")
-    name = f"`{code}`" if "=" in code or "(" in code else code
+    name = f"`{code}`" if row.flow in SNIPPETS else code
     theirs, ours = (f"`{error[:60]}`" if error else "runs" for error in (row.bitsandbytes, row.bnbref))
     why = [*(str(numbers[name]) for name in row.reasons), *([FAIL[row.flow]] if row.flow in FAIL else [])]
     return f"| {name} | {theirs} | {ours} | {row.difference or 'none'} | {', '.join(why)} |".replace("|  |", "| |")
