@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -43,7 +44,9 @@ def test_the_command_lowers_held_out_perplexity(capsys, tmp_path):
 def test_the_script_as_it_stands(tmp_path):
     """In a fresh process, compiled: the numbers of the page on peft."""
     command = [sys.executable, str(ROOT / "docs" / "examples" / "qlora.py")]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = {**os.environ, "PYTHONPATH": paths}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     before, after = map(float, SAID.search(done.stdout).groups())
     assert after < 0.6 * before
