@@ -69,6 +69,13 @@ def check_float(name: str, x: Tensor) -> Tensor:
     return x
 
 
+def check_device(name: str, x: Tensor, **others: Tensor | None) -> None:
+    """ValueError if one of the others is not on the device of `x`, which is called `name`."""
+    for other, y in others.items():
+        if y is not None and y.device != x.device:
+            raise ValueError(f"{other} must be on the device of {name}, {x.device}, got {y.device}")
+
+
 # ---- scale ----------------------------------------------------------------------------------------------------------
 
 
@@ -363,6 +370,7 @@ def dequantize(codes: Tensor, absmax: Tensor, values: Tensor, blocksize: int, dt
             f"absmax must have one scale per block: {block_count(codes.numel(), blocksize)} for {codes.numel()} codes "
             f"in blocks of {blocksize}, got {absmax.numel()}"
         )
+    check_device("codes", codes, absmax=absmax, values=values)
     blocks = in_rows(codes, blocksize)
     scales = in_rows(absmax.float(), 1).view(-1)
     out = dequantize_blocks(blocks, scales, values, dtype=dtype)

@@ -5,6 +5,7 @@ Exit status: 0 done, 1 something was found wrong, 2 the command could not be run
 
 import argparse
 import importlib.util
+import inspect
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,6 +57,25 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--seq", type=positive, default=2048, metavar="N", help="tokens (default: %(default)s)")
     plan.add_argument("--batch", type=positive, default=1, metavar="N", help="sequences (default: %(default)s)")
     plan.set_defaults(run=run_plan)
+
+    qlora = commands.add_parser("qlora", help="fine-tune an adapter on a 4-bit model, from a text to a folder")
+    qlora.add_argument("--model", metavar="MODEL", help="a directory or a name on the hub (default: the demo model)")
+    source = qlora.add_mutually_exclusive_group()
+    source.add_argument("--text", type=Path, metavar="FILE", help="a text file (default: the source of argparse)")
+    source.add_argument("--dataset", metavar="NAME", help="instead: a dataset, on the hub or in a directory")
+    qlora.add_argument("--column", default="text", metavar="NAME", help="of the dataset (default: %(default)s)")
+    qlora.add_argument("--split", default="train", metavar="NAME", help="of the dataset (default: %(default)s)")
+    qlora.add_argument("--steps", type=positive, default=60, metavar="N", help="(default: %(default)s)")
+    qlora.add_argument("--batch", type=positive, default=8, metavar="N", help="windows a step (default: %(default)s)")
+    qlora.add_argument(
+        "--length", type=positive, default=128, metavar="N", help="tokens a window (default: %(default)s)"
+    )
+    qlora.add_argument("--lr", type=float, default=2e-3, metavar="X", help="learning rate (default: %(default)s)")
+    qlora.add_argument("--rank", type=positive, default=16, metavar="N", help="of the adapter (default: %(default)s)")
+    qlora.add_argument("--targets", nargs="+", metavar="NAME", help="layers (default: the projections of attention)")
+    qlora.add_argument("--out", type=Path, default=Path("adapter"), metavar="DIR", help="(default: %(default)s)")
+    qlora.add_argument("--plot", type=Path, metavar="FILE", help="draw the losses (needs matplotlib)")
+    qlora.set_defaults(run=run_qlora)
 
     alias = commands.add_parser("alias", help="let every Python process that asks for it import bnbref as bitsandbytes")
     what = alias.add_mutually_exclusive_group(required=True)
@@ -144,6 +164,49 @@ def run_plan(args: argparse.Namespace) -> int:
         return refuse(str(error))
     print(plan.report(args.model, found, memory, args.train, args.optimizer))
     return 0 if any(p.total <= memory for p in found) else 1
+
+
+def run_qlora(args: argparse.Namespace) -> int:
+    """0 when the adapter is saved."""
+    needed = [
+        "transformers",
+        "peft",
+        "accelerate",
+        *(["matplotlib"] if args.plot else []),
+        *(["datasets"] if args.dataset else []),
+    ]
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        extra = "'bnbref[hf]' " * bool({*missing} & {"transformers", "peft", "accelerate"})
+        others = " ".join(name for name in missing if name in ("matplotlib", "datasets"))
+        return refuse(f"qlora needs {', '.join(missing)}: pip install {extra}{others}".rstrip())
+    if not args.lr > 0:
+        return refuse(f"--lr must be positive, got {args.lr}")
+    if args.plot is not None and not args.plot.parent.is_dir():
+        return refuse(f"cannot write {args.plot}: there is no directory {args.plot.parent}")
+    from bnbref.demo import MODEL
+    from bnbref.integrations.qlora import ATTENTION, dataset_text, qlora
+
+    try:
+        if args.dataset:
+            text = dataset_text(args.dataset, args.column, args.split)
+        else:
+            text = args.text.read_text(encoding="utf-8") if args.text else inspect.getsource(argparse)
+        found = qlora(
+            args.model or str(MODEL), text, args.out, steps=args.steps, batch=args.batch, length=args.length, lr=args.lr,
+            rank=args.rank, targets=args.targets or ATTENTION,
+        )  # fmt: skip
+    except (OSError, ValueError) as error:
+        return refuse(str(error))
+    print(
+        f"{found.parameters:,} parameters trained; held-out perplexity {found.before:.2f} before, {found.after:.2f} after; "
+        f"{args.out}: {found.nbytes / 2**20:.1f} MiB"
+    )
+    if args.plot:
+        from bnbref.demo.report import write_plot
+
+        write_plot(args.plot, found.losses, "QLoRA: NF4, nested scales")
+    return 0
 
 
 def run_alias(args: argparse.Namespace) -> int:

@@ -20,6 +20,7 @@ from bnbref.blockwise import (
     absmax_of_lanes,
     block_count,
     check_blocksize,
+    check_device,
     check_float,
     count_below,
     float_cells,
@@ -366,6 +367,7 @@ def dequantize(
             f"absmax must have one scale per block: {block_count(n, blocksize)} for {n} elements "
             f"in blocks of {blocksize}, got {absmax.numel()}"
         )
+    check_device("packed", packed, absmax=absmax)
     blocks = row_blocks(blocksize)
     rows = in_rows(codes, blocks * blocksize // 2)
     scales = in_rows(absmax.float(), blocks)

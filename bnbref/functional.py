@@ -323,6 +323,7 @@ def gemv_4bit(
         raise ValueError(
             "transposed_A and transposed_B must be False: B is a weight [n, k] and multiplies from the right"
         )
+    blockwise.check_device("A", A, B=B)
     result = F.linear(A, _dequantize_weight(B, state, A.dtype))
     return result if out is None else out.copy_(result)
 
@@ -390,6 +391,7 @@ def int8_mm_dequant(
     for name, stats in (("row_stats", row_stats), ("col_stats", col_stats)):
         if stats.dtype != torch.float32:
             raise ValueError(f"{name} must be float32, got {stats.dtype}")
+    blockwise.check_device("A", A, row_stats=row_stats, col_stats=col_stats, bias=bias)
     result = int8.dequantize_int8_product(
         int8.in_rows(A), row_stats.reshape(-1), col_stats.reshape(-1), bias, None, dtype=torch.float16
     ).view(A.shape)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from bnbref.blockwise import check_float, reciprocal
+from bnbref.blockwise import check_device, check_float, reciprocal
 from bnbref.fused import fused
 
 # Below this 127 * (1 / absmax) is no float32 any more; such a row is stored as a row of zeros.
@@ -122,6 +122,7 @@ def dequantize(codes: Tensor, absmax: Tensor, dtype: torch.dtype = torch.float32
             f"codes must be int8 [rows, columns] and absmax [rows], got {codes.dtype} {tuple(codes.shape)} "
             f"and {tuple(absmax.shape)}"
         )
+    check_device("codes", codes, absmax=absmax)
     return dequantize_int8_rows(codes.detach(), absmax.detach().float(), dtype=dtype)
 
 
@@ -135,6 +136,7 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
         raise ValueError(f"a and b must be int8, got {a.dtype} and {b.dtype}")
     if b.dim() != 2 or a.dim() < 1 or a.shape[-1] != b.shape[1]:
         raise ValueError(f"a must be [..., k] and b [n, k], got {tuple(a.shape)} and {tuple(b.shape)}")
+    check_device("a", a, b=b)
     rows = in_rows(a)
     if rows.numel() == 0 or b.numel() == 0:
         product = torch.zeros(rows.shape[0], b.shape[0], dtype=torch.int32, device=a.device)

@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor
 
 from bnbref import fourbit, ordered
-from bnbref.blockwise import reads_tables
+from bnbref.blockwise import check_device, reads_tables
 from bnbref.codebooks import Codebook, value_table
 from bnbref.fused import compile_enabled, fused, tracing
 from bnbref.int8 import in_rows
@@ -212,6 +212,7 @@ def matmul_4bit(
         raise ValueError(
             f"B must be a weight [n, k] with k the last size of A, got {tuple(shape)} and {tuple(A.shape)}"
         )
+    check_device("A", A, B=B, bias=bias)
     if bias is not None:
         bias = bias.to(A.dtype)
     needs_grad = torch.is_grad_enabled() and (A.requires_grad or (bias is not None and bias.requires_grad))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bnbref import int8
+from bnbref.blockwise import check_device
 from bnbref.fused import tracing
 
 
@@ -102,6 +103,7 @@ def matmul(
     """
     state = state or MatmulLtState()
     threshold = threshold if threshold > 0 else state.threshold
+    check_device("A", A, B=B, bias=bias)
     weight: Tensor | None = None
     if B.dtype != torch.int8:
         weight = B

@@ -2,9 +2,13 @@
 
 import importlib.metadata
 import importlib.util
+import os
 import pickle
+import socket
 import subprocess
 import sys
+import sysconfig
+import venv
 from pathlib import Path
 
 import pytest
@@ -22,8 +26,6 @@ NAMES = (ROOT / "tests" / "data" / "bitsandbytes_names.txt").read_text(encoding=
 
 def run(code, *flags, **environment):
     """The output of a fresh interpreter."""
-    import os
-
     env = {**os.environ, "BNBREF_COMPILE": "0", "TRANSFORMERS_VERBOSITY": "error", **environment}
     command = [sys.executable, *flags, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
@@ -256,6 +258,72 @@ def test_the_hook_does_not_hide_bitsandbytes(site, tmp_path):
     (message,) = run(code, BNBREF_AS_BITSANDBYTES="1")[2:]
     assert "bitsandbytes_is_installed" in message
     assert "BNBREF_AS_BITSANDBYTES=force" in message
+
+
+WORKERS = """
+import multiprocessing, os, sys
+from pathlib import Path
+
+import torch
+
+def answer():
+    import bitsandbytes
+    return bitsandbytes.nn.Linear4bit.__module__
+
+class Answers(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, i):
+        return answer()
+
+if __name__ == "__main__":
+    if "RANK" in os.environ:
+        Path(sys.argv[1], os.environ["RANK"]).write_text(answer())
+    else:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            print(pool.apply(answer))
+        print(*torch.utils.data.DataLoader(Answers(), None, num_workers=1, multiprocessing_context="spawn"))
+        print("bitsandbytes" in sys.modules)
+"""
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """An environment of its own that has all that this one has, and the hook, as the command installs it."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, symlinks=True)
+    python = folder / "bin" / "python"
+    ours = sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)}, scheme="venv")
+    Path(ours, "parent.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
+    (folder / "workers.py").write_text(WORKERS)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def call(*arguments, **more):
+        command = [str(python), *map(str, arguments)]
+        done = subprocess.run(command, cwd=folder, env=env | more, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout.split()
+
+    assert str(Path(ours, "bnbref_alias.pth")) in " ".join(call("-m", "bnbref", "alias", "--enable"))
+    return call
+
+
+def test_workers_that_are_spawned_see_the_hook(environment):
+    """A multiprocessing worker, and a DataLoader's; the process that starts them never imports bitsandbytes."""
+    found = environment("workers.py", BNBREF_AS_BITSANDBYTES="force")
+    assert found == ["bnbref.nn.linear", "bnbref.nn.linear", "False"]
+
+
+def test_workers_of_accelerate_launch_see_the_hook(environment, tmp_path):
+    pytest.importorskip("accelerate")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(port)]
+    environment(*launch, "workers.py", tmp_path, BNBREF_AS_BITSANDBYTES="force", ACCELERATE_USE_CPU="true")
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["bnbref.nn.linear"] * 2
 
 
 # ---- libraries that looked before -----------------------------------------------------------------------------------

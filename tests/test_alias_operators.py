@@ -1,5 +1,6 @@
 """torch.ops.bitsandbytes and what only the alias serves: against bnbref's own functions, torch, and the real bitsandbytes."""
 
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -173,6 +174,28 @@ def test_updates_are_those_of_the_classes(name, bits):
         assert torch.equal(mine, p), t
 
 
+@pytest.mark.parametrize("name", extras.SIGNED_RULES)
+def test_bitsandbytes_own_classes_code_a_sum_of_squares_with_a_sign(name):
+    """The same step; the state is coded by the map with a sign, whose zero is code 127."""
+    cls, options = FAMILIES[name]
+    p, g = torch.nn.Parameter(torch.linspace(-1, 1, 8192)), torch.sin(torch.arange(8192.0))
+    mine, codes, absmax = p.detach().clone(), torch.zeros(8192, dtype=torch.uint8), torch.zeros(32)
+    optimizer = cls([p], optim_bits=8, **options)
+    p.grad = g.clone()
+    optimizer.step()
+    group = optimizer.param_groups[0]
+    numbers = ((*group["betas"], 0.0, 0.0)[:3], 0.0, group["eps"], 1, group["lr"])
+    extras.optimizer_update_8bit_blockwise(
+        name, g, mine, codes, None, *numbers[0], *numbers[1:], SIGNED, None, absmax, None
+    )
+    assert torch.equal(mine, p)
+    assert torch.equal(absmax, optimizer.state[p]["absmax1"])
+    assert codes.min() == 127  # the square of sin(0)
+    state = functional.QuantState(absmax, code=SIGNED, blocksize=256, dtype=torch.float32)
+    again, _ = functional.quantize_blockwise(functional.dequantize_blockwise(codes, state), SIGNED, blocksize=256)
+    assert torch.equal(again, codes)
+
+
 def test_updates_refuse():
     p, g, state = torch.ones(8), torch.ones(8), torch.zeros(8)
     numbers = {"beta1": 0.9, "eps": 1e-8, "step": 1, "lr": 0.1}
@@ -274,8 +297,6 @@ BACKEND = """
 import json, torch, warnings
 warnings.simplefilter("ignore")
 import bitsandbytes as bnb
-from bnbref.integrations import bitsandbytes_backend
-bitsandbytes_backend.register()
 torch.manual_seed(0)
 # where bitsandbytes' own kernel is wrong: rows that are not whole blocks
 W = torch.randn(3, 80)
@@ -284,8 +305,17 @@ print(json.dumps([W.tolist(), packed.flatten().tolist(), bnb.functional.dequanti
 """
 
 
+def test_the_entry_point_is_installed(monkeypatch):
+    """What `import bitsandbytes` looks for, and calls: nothing where the variable is not set."""
+    (found,) = importlib.metadata.entry_points(group="bitsandbytes.backends", name="bnbref")
+    monkeypatch.delenv("BNBREF_BACKEND_FOR", raising=False)
+    monkeypatch.setattr(torch.library, "register_kernel", None)
+    found.load()()
+
+
 @pytest.mark.skipif(not finder.is_installed(), reason="bitsandbytes is not installed")
 def test_kernels_in_the_real_bitsandbytes():
+    """By the entry point alone: the program never names bnbref."""
     env = {**os.environ, "BNBREF_COMPILE": "0", "BNBREF_BACKEND_FOR": "cpu"}
     done = subprocess.run([sys.executable, "-c", BACKEND], capture_output=True, text=True, cwd=ROOT, env=env)
     assert done.returncode == 0, done.stderr

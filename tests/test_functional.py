@@ -677,3 +677,70 @@ row_stats must be None: results are returned, not written into tensors of the ca
 A must be int32, got torch.int8
 row_stats must be float32, got torch.float16""",
     )
+
+
+# ---- devices --------------------------------------------------------------------------------------------------------
+
+_A, _W = torch.ones(4, 64), torch.ones(8, 64)
+_CODES, _SCALES = torch.ones(8, 64, dtype=torch.int8), torch.ones(8)
+
+
+def _elsewhere(x):
+    return x.to("meta")
+
+
+def _states():
+    packed, state = F.quantize_4bit(_W, quant_type="nf4")
+    codes, scales = F.quantize_blockwise(_W)
+    return packed, state, codes, scales
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda p, s, c, b: F.dequantize_4bit(_elsewhere(p), s),
+            "absmax must be on the device of packed, meta, got cpu",
+        ),
+        (
+            lambda p, s, c, b: F.dequantize_4bit(p, s.map(_elsewhere)),
+            "absmax must be on the device of packed, cpu, got meta",
+        ),
+        (
+            lambda p, s, c, b: F.dequantize_blockwise(_elsewhere(c), b),
+            "absmax must be on the device of codes, meta, got cpu",
+        ),
+        (lambda p, s, c, b: bnbref.matmul_4bit(_elsewhere(_A), p, s), "B must be on the device of A, meta, got cpu"),
+        (
+            lambda p, s, c, b: bnbref.matmul_4bit(_A, p, s.map(_elsewhere)),
+            "absmax must be on the device of packed, cpu",
+        ),
+        (
+            lambda p, s, c, b: bnbref.matmul_4bit(_A, p, s, bias=_elsewhere(_SCALES)),
+            "bias must be on the device of A, cpu",
+        ),
+        (lambda p, s, c, b: F.gemv_4bit(_elsewhere(_A[:1]), p, state=s), "B must be on the device of A, meta, got cpu"),
+        (lambda p, s, c, b: bnbref.matmul(_A, _elsewhere(_W)), "B must be on the device of A, cpu, got meta"),
+        (
+            lambda p, s, c, b: F.int8_linear_matmul(_CODES, _elsewhere(_CODES)),
+            "b must be on the device of a, cpu, got meta",
+        ),
+        (
+            lambda p, s, c, b: F.int8_vectorwise_dequant(_CODES, _elsewhere(_SCALES)),
+            "must be on the device of codes, cpu",
+        ),
+        (
+            lambda p, s, c, b: F.int8_mm_dequant(_CODES.int(), _SCALES, _elsewhere(_SCALES)),
+            "col_stats must be on the device of A, cpu, got meta",
+        ),
+        (lambda p, s, c, b: bnbref.nn.LinearNF4(64, 8).to("cpu")(_elsewhere(_A)), "B must be on the device of A, meta"),
+        (
+            lambda p, s, c, b: bnbref.nn.Linear8bitLt(64, 8, has_fp16_weights=False).to("cpu")(_elsewhere(_A)),
+            "B must be on the device of A, meta, got cpu",
+        ),
+    ],
+)
+def test_tensors_of_two_devices_are_refused_by_name(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(*_states())

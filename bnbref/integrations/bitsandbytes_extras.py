@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bnbref import int8
 from bnbref.blockwise import block_count, check_blocksize
-from bnbref.codebooks import value_table
+from bnbref.codebooks import DYNAMIC, value_table
 from bnbref.linear4bit import matmul_4bit
 from bnbref.linear8bit import matmul
 from bnbref.optim import rules
@@ -160,6 +160,21 @@ BLOCKSIZE = 256
 """Of the 8-bit states of bitsandbytes."""
 
 
+class SignedAdagrad(rules.Adagrad):
+    """Adagrad as bitsandbytes' class codes its state: by the map with a sign, which a sum of squares does not need."""
+
+    codebooks = (DYNAMIC, DYNAMIC)
+
+
+class SignedRMSprop(rules.RMSprop):
+    """RMSprop as bitsandbytes' class codes its state, see `SignedAdagrad`."""
+
+    codebooks = (DYNAMIC, DYNAMIC)
+
+
+SIGNED_RULES: Mapping[str, rules.Rule] = {"adagrad": SignedAdagrad(), "rmsprop": SignedRMSprop()}
+
+
 def optimizer_update_32bit(
     optimizer_name: str,
     g: Tensor,
@@ -210,7 +225,8 @@ def optimizer_update_8bit_blockwise(
 ) -> None:
     """One step in place of p and of the uint8 codes and float32 absmax of its states, blocks of 256.  Exact.
 
-    qmap1 and qmap2 must be the dynamic maps that bitsandbytes uses for these states: ValueError if not.
+    qmap1 and qmap2 must be the dynamic maps, with a sign where the state has one: ValueError if not. The one state of adagrad
+    and rmsprop has none; bitsandbytes' classes give them the map with a sign all the same, so that is taken too.
     """
     numbers = {"lr": lr, "betas": (beta1, beta2, beta3), "eps": eps, "weight_decay": weight_decay, "alpha": alpha}
     scales = ((absmax1, qmap1), (absmax2, qmap2))
@@ -240,6 +256,8 @@ def _update(
     if p.numel() == 0:
         return
     rule = RULES[name]
+    if scales is not None and name in SIGNED_RULES and _is_map(scales[0][1], SIGNED_RULES[name], rule.states[0]):
+        rule = SIGNED_RULES[name]
     state: dict[str, Tensor] = {}
     for s in rule.states:
         stacked = s.key in rule.stacked
@@ -272,8 +290,12 @@ def _part(rule: rules.Rule, key: str, tensor: Tensor | None, name: str, numel: i
     return tensor.view(-1, numel)[rule.stacked.index(key) if stacked else 0]
 
 
+def _is_map(qmap: Tensor | None, rule: rules.Rule, state: rules.State) -> bool:
+    return qmap is not None and torch.equal(qmap.float(), value_table(rule.codebook(state), qmap.device))
+
+
 def _check_map(name: str, qmap: Tensor | None, rule: rules.Rule, state: rules.State) -> None:
-    if qmap is None or not torch.equal(qmap.float(), value_table(rule.codebook(state), qmap.device)):
+    if not _is_map(qmap, rule, state):
         raise ValueError(
             f"{name} must be create_dynamic_map(signed={state.signed}), got {None if qmap is None else 'another map'}"
         )

@@ -1,0 +1,104 @@
+"""`python -m bnbref qlora`, and the script that calls the same function: a text in, an adapter out, lower held-out perplexity."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bnbref import cli
+from bnbref.demo import MODEL
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+peft = pytest.importorskip("peft")
+qlora = pytest.importorskip("bnbref.integrations.qlora")
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.usefixtures("eager")
+
+SAID = re.compile(r"held-out perplexity ([\d.]+) before, ([\d.]+) after")
+TEXT = Path(json.__file__).read_text(encoding="utf-8")[:3500]  # Python source, which the model does not write
+
+
+def test_the_command_lowers_held_out_perplexity(capsys, tmp_path):
+    text, out = tmp_path / "mine.txt", tmp_path / "adapter"
+    text.write_text(TEXT, encoding="utf-8")
+    arguments = ["--steps", "5", "--batch", "4", "--length", "32", "--lr", "5e-3"]
+    if importlib.util.find_spec("matplotlib"):
+        arguments += ["--plot", str(tmp_path / "losses.png")]
+    assert cli.main(["qlora", "--text", str(text), "--out", str(out), *arguments]) == 0
+    before, after = map(float, SAID.search(capsys.readouterr().out).groups())
+    assert after < before
+    settings = peft.LoraConfig.from_pretrained(out)
+    assert (settings.r, settings.target_modules) == (16, {"q_proj", "k_proj", "v_proj", "o_proj"})
+    assert (out / "adapter_model.safetensors").stat().st_size < 2**20
+    assert (tmp_path / "losses.png").exists() == ("--plot" in arguments)
+
+
+@pytest.mark.slow
+def test_the_script_as_it_stands(tmp_path):
+    """In a fresh process, compiled: the numbers of the page on peft."""
+    command = [sys.executable, str(ROOT / "docs" / "examples" / "qlora.py")]
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = {**os.environ, "PYTHONPATH": paths}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    before, after = map(float, SAID.search(done.stdout).groups())
+    assert after < 0.6 * before
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_a_dataset_is_a_text(tmp_path):
+    pytest.importorskip("datasets", reason="datasets is not installed: pip install datasets")
+    rows = [{"text": "one"}, {"text": "two"}]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    assert qlora.dataset_text(str(tmp_path)) == "one\n\ntwo"
+    with pytest.raises(ValueError, match="column must be one of text, got 'body'"):
+        qlora.dataset_text(str(tmp_path), "body")
+    (tmp_path / "train.jsonl").write_text(json.dumps({"text": 1}), encoding="utf-8")
+    with pytest.raises(ValueError, match="column 'text' must hold strings, got"):
+        qlora.dataset_text(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--text", "no/such/file"], "No such file or directory: 'no/such/file'"),
+        (["--model", "no/such/model"], "no/such/model"),
+        (["--length", "100000"], "text must have at least 1000000 tokens, for 10 windows of 100000, got"),
+        (["--lr", "0"], "--lr must be positive, got 0.0"),
+        (["--lr", "nan"], "--lr must be positive, got nan"),
+        (["--targets", "query"], "Target modules {'query'} not found"),
+        (["--plot", "no/such/dir/losses.png"], "cannot write no/such/dir/losses.png: there is no directory"),
+    ],
+)
+def test_what_it_refuses(arguments, message, capsys, tmp_path, monkeypatch):
+    find_spec = importlib.util.find_spec
+    known = {"matplotlib"}  # refused before it is needed
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *args: find_spec("json" if name in known else name, *args)
+    )
+    assert cli.main(["qlora", "--out", str(tmp_path / "adapter"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_a_file_is_no_folder_for_an_adapter(capsys, tmp_path):
+    (tmp_path / "adapter").write_text("")
+    assert cli.main(["qlora", "--model", str(MODEL), "--out", str(tmp_path / "adapter")]) == 2
+    assert "File exists" in capsys.readouterr().err
+
+
+def test_it_says_what_to_install(capsys, monkeypatch):
+    find_spec = importlib.util.find_spec
+    absent = {"peft", "datasets"}
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *args: None if name in absent else find_spec(name, *args)
+    )
+    assert cli.main(["qlora", "--dataset", "d"]) == 2
+    assert capsys.readouterr().err == "bnbref: error: qlora needs peft, datasets: pip install 'bnbref[hf]' datasets\n"
