@@ -314,9 +314,12 @@ class Kernel(Generic[P, R]):
         options: dict[str, Any]
         if device_type == "cpu":
             options = {**_prepare_cpu(), **self._cpu(*dtypes, **constants)}
-            # A vector width is chosen below AVX512; elsewhere Inductor would take an unknown width to mean scalar code.
-            if options.get("cpp.simdlen", 1) != 1 and torch.backends.cpu.get_cpu_capability() != "AVX512":
-                del options["cpp.simdlen"]
+            widest = {"AVX512": 512, "AVX2": 256}.get(torch.backends.cpu.get_cpu_capability())
+            # A narrower width is chosen below AVX512 only; elsewhere Inductor would take an unknown one to mean scalar code. And
+            # its cache does not ask for what instructions code was made (ATEN_CPU_CAPABILITY, a home that machines share): it
+            # does ask for options, so the width is always one of them.
+            if options.get("cpp.simdlen") != 1 and (widest != 512 or "cpp.simdlen" not in options):
+                options["cpp.simdlen"] = widest
         else:
             options = {**_GPU_OPTIONS, **self._gpu(*dtypes, **constants)}
             if not large:  # seconds of a first call that a small tensor never earns back

@@ -181,7 +181,8 @@ def _shared_blocks(
     for blocksize in BLOCKSIZES:
         x = data(2 * blocksize + blocksize // 2 + 2, blocksize, blocksize)
         flags = "blocksize" if blocksize >= 1024 else ""
-        yield case(f"blocksize-{blocksize}", x, "1", flags, blocksize, quick=blocksize in (32, 4096))
+        options: dict[str, Any] = {"quick": blocksize in (32, 4096), "may_refuse": eight and blocksize < 64}
+        yield case(f"blocksize-{blocksize}", x, "1", flags, blocksize, **options)
     for blocksize in (8, 100):
         yield case(f"blocksize-{blocksize}", data(250, 9, blocksize), "1 G-4", "blocksize", blocksize, may_refuse=True)
     for n in (1, 2, 3, 63, 64, 65, 127, 129):
@@ -511,9 +512,10 @@ def _int8_quantize() -> Iterator[Case]:
     outliers[1, 5], outliers[3, 5], outliers[6, 60], outliers[7, 0] = 6.0, -7.5, -6.0, 5.996
     for dtype in DTYPES:
         exact = torch.float32 if dtype == "float32" else torch.float16
-        yield case(f"noise-{dtype}", noise(16 * 65, 61).view(16, 65).to(exact), "I8-1 I8-2", dtype=dtype)
-        yield case(f"ties-{dtype}", ties if dtype != "bfloat16" else ties[:, :130], "I8-2", dtype=dtype)
-        yield case(f"outliers-{dtype}", outliers, "I8-1 I8-3", "outlier-columns", 6.0, dtype)
+        options: dict[str, Any] = {"dtype": dtype, "may_refuse": dtype != "float16"}
+        yield case(f"noise-{dtype}", noise(16 * 65, 61).view(16, 65).to(exact), "I8-1 I8-2", **options)
+        yield case(f"ties-{dtype}", ties if dtype != "bfloat16" else ties[:, :130], "I8-2", **options)
+        yield case(f"outliers-{dtype}", outliers, "I8-1 I8-3", "outlier-columns", 6.0, **options)
     yield case("below-threshold", noise(4 * 32, 63).view(4, 32), "I8-1 I8-3", "outlier-columns", 6.0)
     yield case(
         "row-of-outliers",

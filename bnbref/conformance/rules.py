@@ -51,7 +51,8 @@ _LIST = [
         (
             "What is not supported is refused by an exception (ValueError, TypeError, NotImplementedError, "
             "RuntimeError).",
-            "Blocksizes that are no power of two, or below 32, may be refused.",
+            "Blocksizes that are no power of two, or below 32 (8 bits: 64), and int8 rows of other dtypes than float16, may be "
+            "refused.",
         ),
         ("The sign of a floating-point zero is not compared.", ""),
     ),
