@@ -676,11 +676,14 @@ def test_what_is_published_is_what_is_found(name):
 
 
 def test_check_names_what_is_broken_in_its_last_lines(capsys, monkeypatch, tmp_path):
-    (mutant,) = (m for m in MUTANTS if m.name == "ties-to-lower")
-    monkeypatch.setitem(backends.BACKENDS, "wrong", lambda: mutant.backend)
+    (tmp_path / "wrong.py").write_text(
+        "from bnbref.conformance.mutants import MUTANTS\n"
+        'backend = next(m.backend for m in MUTANTS if m.name == "ties-to-lower")\n'
+    )
+    monkeypatch.syspath_prepend(tmp_path)
     files = {"--json": "r.json", "--markdown": "r.md", "--html": "r.html"}
     arguments = [word for option, name in files.items() for word in (option, str(tmp_path / name))]
-    assert main(["check", "--backend", "wrong", *arguments]) == 1
+    assert main(["check", "--backend", "wrong:backend", *arguments]) == 1
     said = capsys.readouterr().out.splitlines()
     assert said[-1] == "broken: Q8-4 tie-to-even  2 cases"
     body = json.loads((tmp_path / "r.json").read_text())
