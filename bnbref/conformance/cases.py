@@ -22,7 +22,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """One call of an operation, and what may come out of it.
 
