@@ -48,8 +48,7 @@ def run(name: str, cases: Sequence[Case], device: torch.device, jobs: int = 1) -
                     worker.begin(waiting, cases)
     finally:
         for worker in workers:
-            worker.process.kill()
-            worker.process.join()
+            worker.end()
     return [results[i] for i in range(len(cases))]
 
 
@@ -83,6 +82,13 @@ class _Worker:
             self.connection.recv_bytes()
         except EOFError:
             raise RuntimeError(f"a worker could not load backend {self._of[0]!r}") from None
+
+    def end(self) -> None:
+        """Let the process end by itself, for its own processes' sake; one that is busy is not waited for."""
+        self.connection.close()
+        self.process.join(timeout=0 if self.todo else 10)
+        self.process.kill()
+        self.process.join()
 
     def begin(self, waiting: deque[deque[int]], cases: Sequence[Case]) -> None:
         """Send the next case: of those in hand, or of the next ones that wait."""
