@@ -17,7 +17,7 @@ tensor operations give the same bits, more slowly.  `lowering()` says which.
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 Table = tuple[float, ...]
 
@@ -26,9 +26,9 @@ _AVX2 = "2 x vpermps + blend"
 _PLAIN = "plain tensor operations"
 _chosen: str | None = None  # what `enable` found: None before it was called
 
-_library = torch.library.Library("bnbref", "FRAGMENT")
-_library.define("lut16(Tensor codes, float[] table, int width) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-_library.define(
+_operators = library.Library("bnbref", "FRAGMENT")
+_operators.define("lut16(Tensor codes, float[] table, int width) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_operators.define(
     "scaled16(Tensor codes, Tensor scale, float[] table, ScalarType dtype, bool bits, int width) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -158,23 +158,23 @@ def _native(codes: Tensor) -> bool:
 # ---- the operators: what a backend other than Inductor runs ---------------------------------------------------------
 
 
-@torch.library.impl(_library, "lut16", "CompositeExplicitAutograd")
+@library.impl(_operators, "lut16", "CompositeExplicitAutograd")
 def _(codes: Tensor, table: list[float], width: int) -> Tensor:
     return gather16(codes, tuple(table))
 
 
-@torch.library.register_fake("bnbref::lut16", lib=_library)  # type: ignore[untyped-decorator]
+@library.register_fake("bnbref::lut16", lib=_operators)  # type: ignore[untyped-decorator]
 def _(codes: Tensor, table: list[float], width: int) -> Tensor:
     return torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
 
 
-@torch.library.impl(_library, "scaled16", "CompositeExplicitAutograd")
+@library.impl(_operators, "scaled16", "CompositeExplicitAutograd")
 def _(codes: Tensor, scale: Tensor, table: list[float], dtype: torch.dtype, bits: bool, width: int) -> Tensor:
     value = gather16(codes, tuple(table)) * scale
     return (_rounded_bits(value, dtype) if bits else rounded(value, dtype)).contiguous()
 
 
-@torch.library.register_fake("bnbref::scaled16", lib=_library)  # type: ignore[untyped-decorator]
+@library.register_fake("bnbref::scaled16", lib=_operators)  # type: ignore[untyped-decorator]
 def _(codes: Tensor, scale: Tensor, table: list[float], dtype: torch.dtype, bits: bool, width: int) -> Tensor:
     shape = torch.broadcast_shapes(codes.shape, scale.shape)
     return torch.empty(shape, dtype=torch.int32 if bits else torch.float32, device=codes.device)

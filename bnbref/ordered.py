@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, library
 
 from bnbref.fused import fused
 
@@ -69,11 +69,11 @@ def add_products(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
 # cache, and 4096 x 4096 take three times as long.
 _APART = 16
 
-_library = torch.library.Library("bnbref", "FRAGMENT")
-_library.define("ordered_product(Tensor a, Tensor b, Tensor? bias) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_operators = library.Library("bnbref", "FRAGMENT")
+_operators.define("ordered_product(Tensor a, Tensor b, Tensor? bias) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
-@torch.library.impl(_library, "ordered_product", "CompositeExplicitAutograd")
+@library.impl(_operators, "ordered_product", "CompositeExplicitAutograd")
 def _(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     (m, k), n = a.shape, b.shape[1]
     # Zeros after the last column, and at least two rows: Dynamo would compile once more for one.
@@ -91,7 +91,7 @@ def _(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     return y.to(a.dtype).contiguous()  # as the fake one below is: a graph is compiled for its strides
 
 
-@torch.library.register_fake("bnbref::ordered_product", lib=_library)  # type: ignore[untyped-decorator]
+@library.register_fake("bnbref::ordered_product", lib=_operators)  # type: ignore[untyped-decorator]
 def _(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     return a.new_empty(a.shape[0], b.shape[1])
 

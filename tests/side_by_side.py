@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 ROOT = Path(__file__).resolve().parent.parent
 STORED = Path(__file__).parent / "data" / "side_by_side.json"
@@ -44,7 +44,7 @@ def kernels(*names: str) -> Callable[[], None]:
         from bnbref.integrations.bitsandbytes_ops import KERNELS
 
         for name in names:
-            torch.library.register_kernel(f"bitsandbytes::{name}", "cpu", KERNELS[name])
+            library.register_kernel(f"bitsandbytes::{name}", "cpu", KERNELS[name])
 
     return register
 
@@ -141,7 +141,7 @@ def bound_the_step() -> None:
         longest = {"lars": 0.02, "lamb": 1.0}.get(name, 0.0)
         extras._update(name, g, p, (state1, state2), scales, numbers, step, gnorm_scale, longest, skip_zeros)
 
-    torch.library.register_kernel("bitsandbytes::optimizer_update_8bit_blockwise", "cpu", update)
+    library.register_kernel("bitsandbytes::optimizer_update_8bit_blockwise", "cpu", update)
 
 
 def cpu_is_device_0() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import library
 
 import bnbref
 from bnbref import functional, int8
@@ -77,7 +78,7 @@ def test_every_operator_is_tried():
 
 @pytest.mark.parametrize(("name", "args"), CASES)
 def test_operators_pass_torchs_checks(bitsandbytes, name, args):
-    torch.library.opcheck(getattr(torch.ops.bitsandbytes, name).default, args)
+    library.opcheck(getattr(torch.ops.bitsandbytes, name).default, args)
 
 
 @pytest.mark.parametrize("name", ops.WITH_OUT)
@@ -86,7 +87,7 @@ def test_results_are_written_into_out(bitsandbytes, name):
     operator = getattr(torch.ops.bitsandbytes, name)
     want = operator(*args)
     out = torch.empty_like(want)
-    torch.library.opcheck(operator.out, args, {"out": out.clone()})
+    library.opcheck(operator.out, args, {"out": out.clone()})
     assert operator.out(*args, out=out) is None
     assert torch.equal(out, want)
     with pytest.raises(ValueError, match="out must be"):
@@ -309,7 +310,7 @@ def test_the_entry_point_is_installed(monkeypatch):
     """What `import bitsandbytes` looks for, and calls: nothing where the variable is not set."""
     (found,) = importlib.metadata.entry_points(group="bitsandbytes.backends", name="bnbref")
     monkeypatch.delenv("BNBREF_BACKEND_FOR", raising=False)
-    monkeypatch.setattr(torch.library, "register_kernel", None)
+    monkeypatch.setattr(library, "register_kernel", None)
     found.load()()
 
 

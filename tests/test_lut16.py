@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from torch import library
 
 from bnbref import lut16
 
@@ -236,10 +237,10 @@ def test_an_exported_program_does_not_need_bnbref():
 
 def test_operators_are_sound():
     q, scale = codes(4, 16), torch.rand(4, 1)
-    torch.library.opcheck(torch.ops.bnbref.lut16.default, (q, list(TABLE), 512))
+    library.opcheck(torch.ops.bnbref.lut16.default, (q, list(TABLE), 512))
     for bits in (False, True):
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            torch.library.opcheck(torch.ops.bnbref.scaled16.default, (q, scale, list(TABLE), dtype, bits, 512))
+            library.opcheck(torch.ops.bnbref.scaled16.default, (q, scale, list(TABLE), dtype, bits, 512))
 
 
 def test_importing_is_light():

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 from bnbref import int8
 from bnbref.blockwise import block_count, check_blocksize
@@ -26,6 +26,7 @@ supported_torch_devices = {"cpu", "cuda", "hpu", "mps", "npu", "xpu"}
 BNB_BACKEND = "PyTorch"
 HIP_ENVIRONMENT = torch.version.hip is not None
 C = 127.0
+register_fake, register_kernel = library.register_fake, library.register_kernel
 name2qmap: dict[str, Tensor] = {}
 LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING = {"row": 0, "col32": 1, "col_turing": 2, "col_ampere": 3}
 INVERSE_LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING = {value: name for name, value in LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING.items()}

@@ -42,7 +42,7 @@ _FORMATS = "INVERSE_LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING LINEAR_8BIT_WEIGHTS_FORMA
 
 SURFACE: dict[str, dict[str, str]] = {
     "": _PRODUCTS | _from(EXTRAS, "features supported_torch_devices"),
-    "_ops": _from("torch.library", "register_fake register_kernel"),
+    "_ops": _from(EXTRAS, "register_fake register_kernel"),
     "autograd": {},
     "autograd._functions": _PRODUCTS | _from(EXTRAS, "MatMul4Bit MatMul8bitFp MatMul8bitLt"),
     "cextension": _from(EXTRAS, "BNB_BACKEND HIP_ENVIRONMENT"),

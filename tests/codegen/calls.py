@@ -4,6 +4,8 @@ Each goes by way of a public function, so that a kernel is given what it is give
 """
 
 import contextlib
+import importlib
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from unittest import mock
@@ -69,6 +71,15 @@ def calls_go_to(run: Callable[[Kernel[..., Any], list[Any], Any], Any]) -> Itera
         for patch in (*tables, pieces, ran):
             stack.enter_context(patch)
         yield
+
+
+def run_asked(run: Callable[[Kernel[..., Any], list[Any], Any], Any]) -> None:
+    """The calls of the module that the command line names, or those of its calls that it names after it."""
+    asked, *names = sys.argv[1:]
+    for name, call in importlib.import_module(asked).calls():
+        if not names or name in names:
+            with calls_go_to(run):
+                call()
 
 
 def variant(name: str, args: Sequence[Any], constants: Mapping[str, Any]) -> str:

@@ -7,10 +7,8 @@ it truncates and whose subnormals it loses; a function of CUDA's library; Induct
 
 import contextlib
 import copy
-import importlib
 import json
 import os
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -157,11 +155,7 @@ def main() -> None:
         print(json.dumps(line), flush=True)
         return got
 
-    asked, *names = sys.argv[1:]
-    for name, call in importlib.import_module(asked).calls():
-        if not names or name in names:
-            with calls.calls_go_to(run):
-                call()
+    calls.run_asked(run)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,8 @@
 """What Inductor writes for an H100, compiled by Triton to PTX and by ptxas to machine code: read, and counted."""
 
-import importlib
 import json
 import re
 import subprocess
-import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -108,11 +106,7 @@ def main() -> None:
             )
         return kernel.definition(*tensors, **constants)
 
-    asked, *names = sys.argv[1:]
-    for name, call in importlib.import_module(asked).calls():
-        if not names or name in names:
-            with calls.calls_go_to(run):
-                call()
+    calls.run_asked(run)
 
 
 if __name__ == "__main__":
