@@ -9,7 +9,6 @@ What it replaces and gains is a row of the table in docs/content/reading.md.
 """
 
 import functools
-import math
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ def float_of(pattern: Tensor) -> Tensor:
 
 @functools.cache
 def code_table(codebook: Codebook, device: torch.device, code_bits: int = 8) -> Tensor | None:
-    """The int32 entries of all cells, the fewest that hold: `encode` of finite x or NaN by `code_by_table`.
+    """The int32 entries of all cells, the fewest that hold: `encode` by `code_by_table`.
 
     code_bits: c, 4 or 8. None for a codebook whose code changes twice in one of 2^16 cells.
     """
@@ -41,14 +40,10 @@ def code_table(codebook: Codebook, device: torch.device, code_bits: int = 8) -> 
         size = 32 - bits
         first = torch.arange(2**bits, dtype=torch.int64, device="cpu") << size
         last = first | (2**size - 1)
-        special = (first >> 23 & 255) == 255  # infinities and NaN: read as NaN
-
-        def number(pattern: Tensor, special: Tensor = special) -> Tensor:
-            return float_of(pattern).masked_fill(special, math.nan)
 
         def place(pattern: Tensor) -> Tensor:
             """What the code is made of: in a cell it rises or falls with the magnitude, and stays where the code does."""
-            x = number(pattern)
+            x = float_of(pattern)
             if not codebook.sign_bit:
                 return count_below(x, thresholds)
             return 2 * count_below(x.abs(), thresholds) + (x < 0)  # -0.0 is not below 0
@@ -59,14 +54,14 @@ def code_table(codebook: Codebook, device: torch.device, code_bits: int = 8) -> 
             same = place(middle) == place(first)
             switch, beyond = torch.where(same, middle, switch), torch.where(same, beyond, middle)
         if torch.equal(place(torch.minimum(beyond, last)), place(last)):
-            low, high = (encode(number(pattern), codebook).long() for pattern in (first, last))
+            low, high = (encode(float_of(pattern), codebook).long() for pattern in (first, last))
             entry = high << (32 - code_bits) | low << (32 - 2 * code_bits) | switch & (1 << size) - 1
             return float_of(entry & 0xFFFFFFFF).view(torch.int32).to(device)
     return None
 
 
 def code_by_table(scaled: Tensor, table: Tensor, code_bits: int = 8) -> Tensor:
-    """`encode` of finite x or NaN, as int32."""
+    """`encode` by the table of its codebook, as int32.  Exact for every float32."""
     size = 33 - table.numel().bit_length()  # of a cell, in bits
     pattern, below = scaled.view(torch.int32), (1 << size) - 1
     entry = look_up(table, pattern >> size & (table.numel() - 1))
