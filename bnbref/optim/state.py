@@ -8,7 +8,7 @@
                                            absmax = max |new| of the block
                                            code   = number of thresholds below new * (1 / absmax)
 
-Each is one kernel per (rule, dtype), which writes into the parameter and its state. An element whose gradient is
+Each is one kernel per (equation, dtype), which writes into the parameter and its state. An element whose gradient is
 NaN, infinite or beyond 2^63 stays as it was, parameter and state; so does its code, unless its block's absmax grows.
 """
 
@@ -31,9 +31,10 @@ from bnbref.blockwise import (
     magnitude,
     reciprocal,
 )
-from bnbref.codebooks import threshold_table, value_table
+from bnbref.codebooks import Codebook, threshold_table, value_table
 from bnbref.fused import compile_enabled, fused, tracing
-from bnbref.optim.rules import Coefficients, Rule
+from bnbref.optim.equation import write_down
+from bnbref.optim.rules import Coefficients, Rule, absmax_key
 from bnbref.optim.sharding import Shard, complete, total
 
 # ---- arithmetic -----------------------------------------------------------------------------------------------------
@@ -205,20 +206,20 @@ class Tables(NamedTuple):
 def tables(rule: Rule, device: torch.device) -> Tables:
     """Of the rule's two codebooks; for a trace, which may not keep tensors, with thresholds instead of carry tables."""
     if not tracing() and compile_enabled():
-        return _carry_tables(rule, device)
-    return _threshold_tables(rule, device)
+        return _carry_tables(rule.codebooks, device)
+    return _threshold_tables(rule.codebooks, device)
 
 
-def _threshold_tables(rule: Rule, device: torch.device) -> Tables:
-    signed, unsigned = rule.codebooks
+def _threshold_tables(codebooks: tuple[Codebook, Codebook], device: torch.device) -> Tables:
+    signed, unsigned = codebooks
     values = (value_table(signed, device), value_table(unsigned, device))
     return Tables(values, (threshold_table(signed, device), threshold_table(unsigned, device)), None)
 
 
 @functools.cache
-def _carry_tables(rule: Rule, device: torch.device) -> Tables:
-    plain = _threshold_tables(rule, device)
-    signed, unsigned = (carry_table(book, device) for book in rule.codebooks)
+def _carry_tables(codebooks: tuple[Codebook, Codebook], device: torch.device) -> Tables:
+    plain = _threshold_tables(codebooks, device)
+    signed, unsigned = (carry_table(book, device) for book in codebooks)
     if signed.first_cell is None or unsigned.first_cell is None:  # two thresholds share a cell
         return plain
     return Tables(plain.values, (signed.entries, unsigned.entries), (signed.first_cell, unsigned.first_cell))
@@ -252,11 +253,6 @@ def new_state(
             blocks = block_count(shape.numel(), blocksize) if shard is None else len(shard.blocks(blocksize))
             out[absmax_key(key)] = empty(absmax_key(key), (blocks,), torch.float32).zero_()
     return out
-
-
-def absmax_key(key: str) -> str:
-    """Where the scales of a state are: `absmax1` for `state1`."""
-    return key.replace("state", "absmax")
 
 
 def _in_8_bits(rule: Rule, state: Mapping[str, Any]) -> bool:
@@ -295,6 +291,7 @@ def step(
     those of other parameters, if it is incomplete; the step is over after `tails.run()`.
     """
     names = tuple(coefficients)
+    rule = write_down(rule, names)
     if max_norm > 0:
         u = directions(rule, p, g, state, coefficients, hyper, blocksize=blocksize, shard=shard)
         hyper = _clipped(hyper, names, p, u, max_norm, shard)
@@ -337,6 +334,7 @@ def directions(
 ) -> Tensor:
     """The direction of `step`, float32 `[numel]`, 0 where the gradient is not finite; nothing is changed.  Exact."""
     names = tuple(coefficients)
+    rule = write_down(rule, names)
     eight = _in_8_bits(rule, state)
     flat: list[Any] = [p.view(-1), g.reshape(-1), None, *_flat(rule, state, eight)]
     if p.numel() == 0:
