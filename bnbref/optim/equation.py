@@ -87,8 +87,8 @@ def write_down(rule: Rule, names: tuple[str, ...]) -> Equation:
     results = rule.direction(*(Symbol(recording, name) for name in inputs), Names(recording, names))
     if not isinstance(results, (tuple, list)) or len(results) != 1 + len(rule.states):
         wanted = ", ".join(["direction", *(s.key for s in rule.states)])
-        got = f"{len(results)} results" if isinstance(results, (tuple, list)) else f"a {type(results).__name__}"
-        raise ValueError(f"direction of {rule!r} must return a tuple, ({wanted},), got {got}")
+        got = f"{len(results)} results" if isinstance(results, (tuple, list)) else f"no tuple but {results!r}"
+        raise ValueError(f"direction of {rule!r} must return {1 + len(rule.states)} results, {wanted}, got {got}")
     returned = ", ".join(map(recording.tensor, results))
     lines = [f"def direction({', '.join(inputs)}, c):", *recording.lines, f"return ({returned},)"]
     return Equation(rule, "\n    ".join(lines))

@@ -8,6 +8,7 @@ stays as it was saved. The wrapper keeps FSDP from gathering what does not have 
 
 import inspect
 import math
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Real
@@ -28,6 +29,8 @@ from bnbref.optim.sharding import gather, gather_scales, local, shard_of
 from bnbref.optim.state import Tails, new_state, step
 
 WRAPPED = "__bnb_optimizer_quant_state__"
+
+_MANY = 9  # equations of one rule: a few numbers are changed by hand, more are computed
 
 _REFUSED = {
     "capturable": "the coefficients of a step are computed on the host, and a captured graph would keep those of one step",
@@ -152,6 +155,7 @@ class Optimizer(torch.optim.Optimizer):
     ) -> None:
         self.rule = check(rule)
         self._layout = layout(rule)
+        self._sources: set[str] = set()
         self.is_paged = is_paged
         self._own = {
             "optim_bits": optim_bits,
@@ -213,7 +217,15 @@ class Optimizer(torch.optim.Optimizer):
             raise RuntimeError(
                 f"states or codebooks of {self.rule!r} are not those that it had when the optimizer was made: {self._layout}"
             )
-        return write_down(self.rule, tuple(coefficients))
+        equation = write_down(self.rule, tuple(coefficients))
+        self._sources.add(equation.source)
+        if len(self._sources) == _MANY:
+            warnings.warn(
+                f"direction of {self.rule!r} has computed with other numbers in each of {_MANY} steps, and each of these is "
+                f"compiled anew: numbers that change belong to its coefficients",
+                stacklevel=4,
+            )
+        return equation
 
     def settings(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
         """What holds for a parameter: the optimizer's settings, over them its group's, over those its overrides."""
@@ -409,7 +421,7 @@ class Optimizer(torch.optim.Optimizer):
                 self.state[p] = self._unpacked(p, value.state)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("rule", "is_paged", "_own", "_layout", "_generator", "_placement")
+        own = ("rule", "is_paged", "_own", "_layout", "_sources", "_generator", "_placement")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def _unpacked(self, p: Tensor, saved: dict[str, Any]) -> dict[str, Any]:

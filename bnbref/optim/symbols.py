@@ -44,10 +44,11 @@ class Recording:
                 self.refuse("keeps a tensor of another step: what lasts from step to step is a state")
             return (self.number(x) if x._condition else x)._name
         if isinstance(x, Real):
-            if not abs(float(x)) <= LARGEST:
+            number: Any = x
+            if not -LARGEST <= number <= LARGEST:
                 self.refuse(f"uses {x!r}, which is no finite float32")
             # The float32 that torch would round it to, whatever its type: 1, True and 1.0 are one, and -0.0 is another than 0.0.
-            return repr(struct.unpack("f", struct.pack("f", x))[0])
+            return repr(struct.unpack("f", struct.pack("f", number))[0])
         self.refuse(
             f"uses {'a tensor' if isinstance(x, Tensor) else repr(x)}: numbers enter as float, or by coefficients"
         )
@@ -170,15 +171,23 @@ class Symbol:
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        everything = (*args, *(kwargs or {}).values())
-        recording = next(x._recording for x in everything if isinstance(x, Symbol))
+        everything = [args, *args, *(kwargs or {}).values()]  # torch looks for symbols in lists too
+        recording = next(
+            x._recording
+            for xs in everything
+            for x in (xs if isinstance(xs, (list, tuple)) else [xs])
+            if isinstance(x, Symbol)
+        )
         return _called(recording, getattr(function, "__name__", repr(function)), *args, **(kwargs or {}))
+
+    def __repr__(self) -> str:
+        return "a tensor"
 
     def __pow__(self, exponent: Any) -> Any:
         return _power(self._recording, self, exponent)
 
     def _unknown(self, *_: Any) -> NoReturn:
-        self._recording.refuse("asks for the value or the size of a tensor, as `if`, float() or len() do")
+        self._recording.refuse("asks for the value or the size of a tensor, as `if`, float(), len() and [] do")
 
     def _inexact(self, other: Any) -> NoReturn:
         self._recording.refuse("uses one of ** // % @")
