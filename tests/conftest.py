@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
+import second
 import torch
 from hypothesis import HealthCheck, settings
 from torch import Tensor
 from tqdm import tqdm
 
 import bnbref
+from bnbref.codebooks import FOUR_BIT
 from bnbref.integrations.bitsandbytes_alias import as_bitsandbytes
 
 # No deadline: the first example of a kernel compiles it. `mode` does not change from one example to the next.
@@ -26,6 +28,10 @@ settings.register_profile(
 settings.register_profile("ci", parent=settings.get_profile("here"), derandomize=True, database=None)
 settings.load_profile("ci" if os.environ.get("CI") else "here")
 
+
+# A format that was added to the package is judged by its values alone; that the thresholds follow from them is a test of its own.
+for _name, _book in FOUR_BIT.items():
+    second.add_four_bit(_name, _book.values)
 
 collect_ignore = ["codegen"]  # programs, for processes of their own
 
