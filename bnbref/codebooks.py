@@ -12,7 +12,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ class Codebook:
         if not isinstance(self.name, str) or not self.name:
             raise ValueError(f"a codebook must have a name, got {self.name!r}")
         for label in ("values", "thresholds"):
-            table = tuple(map(float, getattr(self, label)))
+            table = _numbers(f"{label} of codebook {self.name!r}", getattr(self, label))
             if not all(math.isfinite(v) and v == float(_float32(v)) for v in table):
                 raise ValueError(f"{label} of codebook {self.name!r} must be finite float32 numbers, got {table}")
             object.__setattr__(self, label, table)
@@ -126,7 +126,8 @@ class Codebook:
         >>> Codebook.nearest("ternary", [-1, 0, 1], ties="even").thresholds
         (-0.5, 0.4999999701976776)
         """
-        table = _float32(list(values))
+        values = _numbers(f"values of codebook {name!r}", values)
+        table = _float32(values)
         if table.numel() < 2 or not bool((table.diff() >= 0).all()):
             raise ValueError(f"values of codebook {name!r} must be at least two, sorted, got {list(values)}")
         middle = (table[:-1] + table[1:]) / 2
@@ -137,6 +138,13 @@ class Codebook:
         elif ties != "lower":
             raise ValueError(f"ties must be 'lower' or 'even', got {ties!r}")
         return cls(name, tuple(table.tolist()), tuple(middle.tolist()), source=source)
+
+
+def _numbers(what: str, values: Any) -> tuple[float, ...]:
+    try:
+        return tuple(map(float, values))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{what} must be a sequence of numbers, got {values!r}") from error
 
 
 def _words(values: Sequence[float]) -> bytes:

@@ -378,6 +378,11 @@ def test_errors():
         error(Codebook, "not by rank", (0.0, 0.5, 1.0), (0.25, 0.75), order=(0, 2, 1)),
         error(Codebook, "signs", (0.0, 1.0, 0.0, 1.0), (0.5,), sign_bit=True),
         error(F.quantize_blockwise, torch.ones(3), torch.tensor([-2.0, 0.0, 2.0])),
+        error(F.quantize_blockwise, torch.ones(3), torch.zeros(2, 3)),
+        error(F.quantize_blockwise, torch.ones(3), "nf4"),
+        error(Codebook.nearest, "strings", ["a", "b"]),
+        error(Codebook.nearest, "nothing", None),
+        error(Codebook, "lists", [[0.0], [1.0]], (0.5,)),
         error(Codebook.nearest, "down", [1, 0]),
         error(Codebook.nearest, "alone", [1]),
         error(Codebook.nearest, "nan", [0.0, float("nan")]),
@@ -413,8 +418,13 @@ thresholds of codebook 'beside' must lie between its values, in the order of the
 thresholds of codebook 'not by rank' must lie between its values, in the order of their ranks: 0.75 does not lie between 0.9999999403953552 and 0.5
 the second half of the values of codebook 'signs' must be the first, negative
 values of codebook 'code' must lie in [-1, 1], as the largest magnitude of a block is scaled to 1: divide them by 2.0
-values of codebook 'down' must be at least two, sorted, got [1, 0]
-values of codebook 'alone' must be at least two, sorted, got [1]
+code must be a Codebook or a tensor of sorted values in one dimension, got torch.float32 (2, 3)
+code must be a Codebook or a tensor of sorted values in one dimension, got 'nf4'
+values of codebook 'strings' must be a sequence of numbers, got ['a', 'b']
+values of codebook 'nothing' must be a sequence of numbers, got None
+values of codebook 'lists' must be a sequence of numbers, got [[0.0], [1.0]]
+values of codebook 'down' must be at least two, sorted, got [1.0, 0.0]
+values of codebook 'alone' must be at least two, sorted, got [1.0]
 values of codebook 'nan' must be at least two, sorted, got [0.0, nan]
 ties must be 'lower' or 'even', got 'upper'
 quant_type must be one of [formats] or a Codebook of at most 16 values, got 'nf5'

@@ -152,6 +152,7 @@ def test_every_class_steps_copies_and_pickles(name):
         ("AdamW", {"lr": float("nan")}, "lr must not be negative, but a finite number, got nan"),
         ("AdamW", {"lr": torch.tensor([0.1, 0.2])}, "lr must not be negative, but a finite number"),
         ("AdamW", {"betas": (0.9,)}, "coefficients of Adam fail at step 1: ValueError: not enough values"),
+        ("AdamW8bit", {"blocksize": True}, "blocksize must be a positive integer, got True"),
         ("AdamW8bit", {"blocksize": 2.5}, "blocksize must be a positive"),
         ("AdEMAMix", {"t_beta3": 3, "betas": (0.0, 0.9, 0.9)}, "t_beta3"),
     ],
@@ -278,6 +279,19 @@ def test_scalars_and_nothing_are_parameters(name):
     scalar.grad, empty.grad = torch.tensor(1.0), torch.zeros(0, 3)
     make(name, [scalar, empty], min_8bit_size=0).step()
     assert float(scalar.detach()) < 2.0
+
+
+WRONG_KINDS = [None, "x", 2.5, float("nan"), [1], torch.tensor([1, 2]), object()]
+
+
+@pytest.mark.parametrize("name", ["optim_bits", "min_8bit_size", "page_bytes", "is_paged", "stochastic_rounding", "maximize",
+                                  "foreach", "fused", "capturable", "generator", "page_directory"])  # fmt: skip
+def test_settings_of_another_kind(name):
+    """A setting that is no number, flag or generator is none: a string would be a flag that is set."""
+    nothing = name in ("foreach", "fused", "generator", "page_directory")
+    for value in WRONG_KINDS[2 if name == "page_directory" else 1 if nothing else 0 :]:
+        with pytest.raises(TypeError, match=f"{name} must be "):
+            optim.AdamW([parameter()], **{name: value})
 
 
 def test_what_bitsandbytes_removed_is_unknown():

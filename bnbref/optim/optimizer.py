@@ -11,7 +11,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,6 +31,14 @@ from bnbref.optim.state import Tails, new_state, step
 WRAPPED = "__bnb_optimizer_quant_state__"
 
 _MANY = 9  # equations of one rule: a few numbers are changed by hand, more are computed
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("optim_bits", "min_8bit_size", "page_bytes"), (Integral,)),
+    **dict.fromkeys(("is_paged", "stochastic_rounding", "maximize", "capturable", "differentiable"), (bool,)),
+    **dict.fromkeys(("foreach", "fused"), (bool, type(None))),
+    "generator": (torch.Generator, type(None)),
+    "page_directory": (str, Path, type(None)),
+}
 
 _REFUSED = {
     "capturable": "the coefficients of a step are computed on the host, and a captured graph would keep those of one step",
@@ -165,7 +173,15 @@ class Optimizer(torch.optim.Optimizer):
             "stochastic_rounding": stochastic_rounding,
             "maximize": maximize,
         }
-        self._check(self._own | {"capturable": capturable, "differentiable": differentiable})
+        others = {
+            "is_paged": is_paged,
+            "page_directory": page_directory,
+            "page_bytes": page_bytes,
+            "generator": generator,
+        }
+        torchs = {"foreach": foreach, "fused": fused, "capturable": capturable, "differentiable": differentiable}
+        self._check_kinds(others)
+        self._check({**self._own, **torchs})
         self._generator = generator
         self._placement = paging.Placement(is_paged, page_directory, page_bytes)
         super().__init__(params, dict(defaults))
@@ -184,7 +200,8 @@ class Optimizer(torch.optim.Optimizer):
             raise
 
     def _check(self, settings: Mapping[str, Any]) -> None:
-        """ValueError or NotImplementedError if a setting, of all parameters, of a group or of one parameter, is none."""
+        """Raise if a setting, of all parameters, of a group or of one parameter, is none."""
+        self._check_kinds(settings)
         for name in ("lr", "eps", "weight_decay", "max_unorm"):
             x = settings.get(name, 0.0)
             if (
@@ -210,6 +227,12 @@ class Optimizer(torch.optim.Optimizer):
                     f"{name} is no setting of a group or of a parameter, got {settings[name]!r}: {type(self).__name__} has "
                     f"{sorted(mine - {'params', 'foreach', 'fused', *_REFUSED})}"
                 )
+
+    def _check_kinds(self, settings: Mapping[str, Any]) -> None:
+        for name, kinds in _KINDS.items():
+            if name in settings and not isinstance(settings[name], kinds):
+                names = " or ".join(kind.__name__ for kind in kinds)
+                raise TypeError(f"{name} must be {names}, got {settings[name]!r}")
 
     def _equation(self, coefficients: Mapping[str, float]) -> Equation:
         """What the rule computes now."""
