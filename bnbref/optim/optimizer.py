@@ -7,17 +7,13 @@ stays as it was saved. The wrapper keeps FSDP from gathering what does not have 
 """
 
 import inspect
-import math
 import warnings
-import weakref
-from collections.abc import Callable, Iterable, Mapping
-from numbers import Integral, Real
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
+from torch import Tensor
 
 from bnbref import blockwise
 from bnbref.blockwise import block_count, check_blocksize, check_float
@@ -25,90 +21,13 @@ from bnbref.codebooks import value_table
 from bnbref.optim import paging
 from bnbref.optim.equation import Equation, check, layout, numbers, write_down
 from bnbref.optim.rules import Rule, State, absmax_key, qmap_key
+from bnbref.optim.settings import ANYWHERE, GlobalOptimManager, check_settings
 from bnbref.optim.sharding import gather, gather_scales, local, shard_of
 from bnbref.optim.state import Tails, new_state, step
 
 WRAPPED = "__bnb_optimizer_quant_state__"
 
-_MANY = 9  # equations of one rule: a few numbers are changed by hand, more are computed
-
-_KINDS: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("optim_bits", "min_8bit_size", "page_bytes"), (Integral,)),
-    **dict.fromkeys(("is_paged", "stochastic_rounding", "maximize", "capturable", "differentiable"), (bool,)),
-    **dict.fromkeys(("foreach", "fused"), (bool, type(None))),
-    "generator": (torch.Generator, type(None)),
-    "page_directory": (str, Path, type(None)),
-}
-
-_REFUSED = {
-    "capturable": "the coefficients of a step are computed on the host, and a captured graph would keep those of one step",
-    "differentiable": "a step is made in place, and keeps nothing for a gradient",
-}
-
-
-class GlobalOptimManager:
-    """Settings of single parameters, over those of whatever optimizer has them: `get_instance()` is the one there is.
-
-    >>> import bnbref
-    >>> layer = torch.nn.Linear(64, 64)
-    >>> manager = GlobalOptimManager.get_instance()
-    >>> manager.override_config(layer.weight, "optim_bits", 32)
-    >>> optimizer = bnbref.optim.Adam8bit(layer.parameters())
-    >>> optimizer.settings(layer.weight, optimizer.param_groups[0])["optim_bits"]
-    32
-    """
-
-    _instance: ClassVar["GlobalOptimManager | None"] = None
-
-    def __init__(self) -> None:
-        raise RuntimeError("GlobalOptimManager has one instance: call GlobalOptimManager.get_instance()")
-
-    @classmethod
-    def get_instance(cls) -> "GlobalOptimManager":
-        """The manager of this process."""
-        if cls._instance is None:
-            cls._instance = cls.__new__(cls)
-            cls._instance._of_parameter = WeakIdKeyDictionary()
-            cls._instance._of_module = weakref.WeakKeyDictionary()
-        return cls._instance
-
-    _of_parameter: WeakIdKeyDictionary
-    _of_module: "weakref.WeakKeyDictionary[nn.Module, dict[str, dict[str, Any]]]"
-
-    def register_parameters(self, params: Iterable[Any]) -> None:
-        """Nothing to do: an override belongs to its parameter, before and after the optimizer is made."""
-
-    def override_config(
-        self,
-        parameters: Tensor | Iterable[Tensor],
-        key: str | None = None,
-        value: Any = None,
-        key_value_dict: Mapping[str, Any] | None = None,
-    ) -> None:
-        """For these parameters set `key` to `value`, or several at once: lr, betas, optim_bits, min_8bit_size and so on."""
-        if (key is None) == (key_value_dict is None):
-            raise ValueError(
-                f"override_config takes key and value, or key_value_dict, got {key!r} and {key_value_dict!r}"
-            )
-        config = dict(key_value_dict) if key_value_dict is not None else {key: value}
-        for p in [parameters] if isinstance(parameters, Tensor) else parameters:
-            self._of_parameter.setdefault(p, {}).update(config)
-
-    def register_module_override(self, module: nn.Module, param_name: str, config: Mapping[str, Any]) -> None:
-        """The same for whatever parameter the module has under that name when it is updated."""
-        self._of_module.setdefault(module, {}).setdefault(param_name, {}).update(config)
-
-    def overrides(self) -> WeakIdKeyDictionary:
-        """All settings by parameter."""
-        found = WeakIdKeyDictionary()
-        for module, by_name in self._of_module.items():
-            for name, config in by_name.items():
-                p = getattr(module, name, None)
-                if isinstance(p, Tensor):
-                    found[p] = dict(config)
-        for p, config in self._of_parameter.items():
-            found[p] = {**found.get(p, {}), **config}
-        return found
+_MANY = 8  # equations of one rule: a few numbers are changed by hand, more are computed
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -173,15 +92,14 @@ class Optimizer(torch.optim.Optimizer):
             "stochastic_rounding": stochastic_rounding,
             "maximize": maximize,
         }
-        others = {
+        placed = {
             "is_paged": is_paged,
             "page_directory": page_directory,
             "page_bytes": page_bytes,
             "generator": generator,
         }
         torchs = {"foreach": foreach, "fused": fused, "capturable": capturable, "differentiable": differentiable}
-        self._check_kinds(others)
-        self._check({**self._own, **torchs})
+        check_settings({**self._own, **placed, **torchs})
         self._generator = generator
         self._placement = paging.Placement(is_paged, page_directory, page_bytes)
         super().__init__(params, dict(defaults))
@@ -200,39 +118,16 @@ class Optimizer(torch.optim.Optimizer):
             raise
 
     def _check(self, settings: Mapping[str, Any]) -> None:
-        """Raise if a setting, of all parameters, of a group or of one parameter, is none."""
-        self._check_kinds(settings)
-        for name in ("lr", "eps", "weight_decay", "max_unorm"):
-            x = settings.get(name, 0.0)
-            if (
-                not isinstance(x, (Real, Tensor))
-                or (isinstance(x, Tensor) and x.numel() != 1)
-                or not 0 <= float(x) < math.inf
-            ):
-                raise ValueError(f"{name} must not be negative, but a finite number, got {x!r}")
-        for beta in settings.get("betas", ()):
-            if not 0 <= beta < 1:
-                raise ValueError(f"betas must lie in [0, 1), got {settings['betas']}")
-        if settings.get("optim_bits", 8) not in (8, 32):
-            raise ValueError(f"optim_bits must be 8 or 32, got {settings['optim_bits']!r}")
-        check_blocksize(settings.get("blocksize", 1), 1)
-        for name, reason in _REFUSED.items():
-            if settings.get(name):
-                raise NotImplementedError(f"{name} must be False, got {settings[name]!r}: {reason}")
-        taken = inspect.signature(Optimizer.__init__).parameters | inspect.signature(type(self).__init__).parameters
-        mine = {*self._own, *getattr(self, "defaults", ()), *_REFUSED, "params", "foreach", "fused"}
-        for name in settings.keys() & taken.keys() - mine:
+        """Raise if a setting of a group or of one parameter is none, or one that only the constructor takes."""
+        check_settings(settings)
+        here = {*self._own, *self.defaults}
+        taken = {name for made in (Optimizer, type(self)) for name in inspect.signature(made.__init__).parameters}
+        for name in settings.keys() & taken - here - ANYWHERE:
             if settings[name] not in (None, False):
                 raise ValueError(
                     f"{name} is no setting of a group or of a parameter, got {settings[name]!r}: {type(self).__name__} has "
-                    f"{sorted(mine - {'params', 'foreach', 'fused', *_REFUSED})}"
+                    f"{sorted(here)}"
                 )
-
-    def _check_kinds(self, settings: Mapping[str, Any]) -> None:
-        for name, kinds in _KINDS.items():
-            if name in settings and not isinstance(settings[name], kinds):
-                names = " or ".join(kind.__name__ for kind in kinds)
-                raise TypeError(f"{name} must be {names}, got {settings[name]!r}")
 
     def _equation(self, coefficients: Mapping[str, float]) -> Equation:
         """What the rule computes now."""
@@ -241,13 +136,13 @@ class Optimizer(torch.optim.Optimizer):
                 f"states or codebooks of {self.rule!r} are not those that it had when the optimizer was made: {self._layout}"
             )
         equation = write_down(self.rule, tuple(coefficients))
-        self._sources.add(equation.source)
-        if len(self._sources) == _MANY:
+        if equation.source not in self._sources and len(self._sources) == _MANY:
             warnings.warn(
-                f"direction of {self.rule!r} has computed with other numbers in each of {_MANY} steps, and each of these is "
+                f"direction of {self.rule!r} has computed with other numbers in more than {_MANY} steps, and each of these is "
                 f"compiled anew: numbers that change belong to its coefficients",
                 stacklevel=4,
             )
+        self._sources.add(equation.source)
         return equation
 
     def settings(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
