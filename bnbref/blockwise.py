@@ -170,7 +170,7 @@ def check_blocksize(blocksize: int, numel: int) -> int:
     >>> check_blocksize(64, 10), check_blocksize(2**40, 5000)
     (64, 8192)
     """
-    if not isinstance(blocksize, int) or blocksize < 1:
+    if not isinstance(blocksize, int) or isinstance(blocksize, bool) or blocksize < 1:
         raise ValueError(f"blocksize must be a positive integer, got {blocksize!r}")
     # A kernel pads to whole blocks; powers of two, so that few variants of it are compiled.
     return blocksize if blocksize <= 4096 else min(blocksize, 1 << max(12, (numel - 1).bit_length()))

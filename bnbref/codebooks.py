@@ -8,10 +8,11 @@ constants of a hand-written kernel are seven other thresholds.
 import functools
 import itertools
 import math
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from torch import Tensor
 from bnbref.kernels import tracing
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Codebook:
     """The values of a format by code, and the thresholds between them: floats, each exactly a float32.
 
@@ -41,26 +42,64 @@ class Codebook:
     order: tuple[int, ...] | None = None
     sign_bit: bool = False
     source: str = ""
-    _hash: int = field(default=0, repr=False, compare=False)
+    _identity: tuple[object, ...] = field(init=False, repr=False)
+    _hash: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise ValueError(f"a codebook must have a name, got {self.name!r}")
+        for label in ("values", "thresholds"):
+            table = _numbers(f"{label} of codebook {self.name!r}", getattr(self, label))
+            if not all(math.isfinite(v) and v == float(_float32(v)) for v in table):
+                raise ValueError(f"{label} of codebook {self.name!r} must be finite float32 numbers, got {table}")
+            object.__setattr__(self, label, table)
         n = len(self.values)
         ranks = n // 2 if self.sign_bit else n
         if not 2 <= n <= 256:
             raise ValueError(f"codebook {self.name!r} must have 2 to 256 values, got {n}")
         if len(self.thresholds) != ranks - 1:
             raise ValueError(f"codebook {self.name!r} needs {ranks - 1} thresholds, got {len(self.thresholds)}")
-        for label, table in (("values", self.values), ("thresholds", self.thresholds)):
-            if not all(math.isfinite(v) and v == float(_float32(v)) for v in table):
-                raise ValueError(f"{label} of codebook {self.name!r} must be finite float32 numbers, got {table}")
+        largest = max(map(abs, self.values))
+        if largest > 1:
+            raise ValueError(
+                f"values of codebook {self.name!r} must lie in [-1, 1], as the largest magnitude of a block is scaled to 1: "
+                f"divide them by {largest}"
+            )
         if any(a > b for a, b in itertools.pairwise(self.thresholds)):
             raise ValueError(f"thresholds of codebook {self.name!r} must be sorted, got {self.thresholds}")
-        if self.order is not None and (n > 16 or sorted(self.order) != list(range(ranks))):
-            raise ValueError(
-                f"order of codebook {self.name!r} must be a permutation of {ranks} ranks of at most 16 values"
-            )
-        # Codebooks are keys of every kernel call; hashing 511 floats each time would cost more than the look-up.
-        object.__setattr__(self, "_hash", hash((self.name, self.values, self.thresholds, self.order, self.sign_bit)))
+        if self.order is not None:
+            object.__setattr__(self, "order", tuple(map(int, self.order)))
+            if n > 16 or sorted(self.order) != list(range(ranks)):
+                raise ValueError(
+                    f"order of codebook {self.name!r} must be a permutation of {ranks} ranks of at most 16 values"
+                )
+        self._check_ranks(ranks)
+        # By their bits: -0.0 is equal to 0.0, and decodes to another float. Codebooks are keys of every kernel call; hashing 511
+        # floats each time would cost more than the look-up.
+        identity = (self.name, *map(_words, (self.values, self.thresholds)), self.order, self.sign_bit)
+        object.__setattr__(self, "_identity", identity)
+        object.__setattr__(self, "_hash", hash(identity))
+
+    def _check_ranks(self, ranks: int) -> None:
+        """ValueError unless each threshold lies between the values of the ranks beside it."""
+        if self.sign_bit and any(-a != b for a, b in zip(self.values, self.values[ranks:], strict=False)):
+            raise ValueError(f"the second half of the values of codebook {self.name!r} must be the first, negative")
+        by_rank = [self.values[code] for code in self.order or range(ranks)]
+        # An ulp below the lower one is where a tie between neighbouring floats goes to the upper one.
+        below = _float32(by_rank[:-1]).nextafter(_float32(-math.inf)).tolist()
+        for a, t, b in zip(below, self.thresholds, by_rank[1:], strict=True):
+            if not a <= t <= b:
+                raise ValueError(
+                    f"thresholds of codebook {self.name!r} must lie between its values, in the order of their ranks: "
+                    f"{t} does not lie between {a} and {b}"
+                )
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # By what it is made of: hashes of strings are those of one process.
+        return type(self), (self.name, self.values, self.thresholds, self.order, self.sign_bit, self.source)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Codebook) and self._identity == other._identity)
 
     def __hash__(self) -> int:
         return self._hash
@@ -87,7 +126,8 @@ class Codebook:
         >>> Codebook.nearest("ternary", [-1, 0, 1], ties="even").thresholds
         (-0.5, 0.4999999701976776)
         """
-        table = _float32(list(values))
+        values = _numbers(f"values of codebook {name!r}", values)
+        table = _float32(values)
         if table.numel() < 2 or not bool((table.diff() >= 0).all()):
             raise ValueError(f"values of codebook {name!r} must be at least two, sorted, got {list(values)}")
         middle = (table[:-1] + table[1:]) / 2
@@ -98,6 +138,17 @@ class Codebook:
         elif ties != "lower":
             raise ValueError(f"ties must be 'lower' or 'even', got {ties!r}")
         return cls(name, tuple(table.tolist()), tuple(middle.tolist()), source=source)
+
+
+def _numbers(what: str, values: Any) -> tuple[float, ...]:
+    try:
+        return tuple(map(float, values))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{what} must be a sequence of numbers, got {values!r}") from error
+
+
+def _words(values: Sequence[float]) -> bytes:
+    return struct.pack(f"{len(values)}f", *values)
 
 
 def _float32(values: float | Sequence[float]) -> Tensor:
@@ -131,24 +182,28 @@ def value_table(codebook: Codebook, device: torch.device) -> Tensor:
     >>> value_table(NF4, torch.device("cpu"))[7:9]
     tensor([0.0000, 0.0796])
     """
-    padding = (0.0,) * (2**codebook.bits - len(codebook.values))
-    return _table(codebook.values + padding, device)
+    return _table(codebook, True, device)
 
 
 def threshold_table(codebook: Codebook, device: torch.device) -> Tensor:
     """`codebook.thresholds` as a float32 tensor."""
-    return _table(codebook.thresholds, device)
+    return _table(codebook, False, device)
 
 
-def _table(values: tuple[float, ...], device: torch.device) -> Tensor:
+def _table(codebook: Codebook, values: bool, device: torch.device) -> Tensor:
     if tracing():
-        return torch.tensor(values, dtype=torch.float32, device=device)
-    return _cached_table(values, device)
+        return torch.tensor(_listed(codebook, values), dtype=torch.float32, device=device)
+    return _cached_table(codebook, values, device)
 
 
 @functools.cache
-def _cached_table(values: tuple[float, ...], device: torch.device) -> Tensor:
-    return _float32(values).to(device)
+def _cached_table(codebook: Codebook, values: bool, device: torch.device) -> Tensor:
+    return _float32(_listed(codebook, values)).to(device)
+
+
+def _listed(codebook: Codebook, values: bool) -> tuple[float, ...]:
+    padding = (0.0,) * (2**codebook.bits - len(codebook.values))
+    return codebook.values + padding if values else codebook.thresholds
 
 
 # ---- four bits ------------------------------------------------------------------------------------------------------
@@ -214,7 +269,19 @@ INT4 = _descending(
 )
 """Symmetric integers over 7, from +1 down. Zero has two codes, 7 and 8; quantization uses 8, or 7 for numbers above 0."""
 
-FOUR_BIT: dict[str, Codebook] = {book.name: book for book in (NF4, FP4, AF4, INT4)}
+
+class Formats(dict[str, Codebook]):
+    """4-bit codebooks by name. A name keeps its codebook: what was quantized under it would decode to other values."""
+
+    def __setitem__(self, name: str, book: Codebook) -> None:
+        if four_bit(book).name != name or not name.replace("_", "x").isalnum():
+            raise ValueError(f"a format has the name of its codebook, of letters, digits and underscores, got {name!r}")
+        if self.get(name, book) != book:
+            raise ValueError(f"the name {name!r} has another codebook already: give this one another name")
+        super().__setitem__(name, book)
+
+
+FOUR_BIT: dict[str, Codebook] = Formats({book.name: book for book in (NF4, FP4, AF4, INT4)})
 """4-bit codebooks by `quant_type`. A new format is an entry here."""
 
 

@@ -109,7 +109,12 @@ def _codebook_of(values: tuple[float, ...]) -> Codebook:
 def _eight_bit(code: Tensor | Codebook | None) -> Codebook:
     if isinstance(code, Codebook):
         return code
-    return DYNAMIC if code is None else _codebook_of(tuple(code.detach().float().tolist()))
+    if code is None:
+        return DYNAMIC
+    if not isinstance(code, Tensor) or code.dim() != 1 or code.is_complex():
+        got = f"{code.dtype} {tuple(code.shape)}" if isinstance(code, Tensor) else repr(code)
+        raise ValueError(f"code must be a Codebook or a tensor of sorted values in one dimension, got {got}")
+    return _codebook_of(tuple(code.detach().float().tolist()))
 
 
 def _pad_to_256(code: Tensor) -> Tensor:

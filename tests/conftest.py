@@ -8,12 +8,14 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
+import second
 import torch
 from hypothesis import HealthCheck, settings
 from torch import Tensor
 from tqdm import tqdm
 
 import bnbref
+from bnbref.codebooks import FOUR_BIT
 from bnbref.integrations.bitsandbytes_alias import as_bitsandbytes
 from bnbref.kernels import counting, decoding, encoding, floats
 
@@ -28,6 +30,10 @@ settings.register_profile(
 settings.register_profile("ci", parent=settings.get_profile("here"), derandomize=True, database=None)
 settings.load_profile("ci" if os.environ.get("CI") else "here")
 
+
+# A format that was added to the package is judged by its values alone; that the thresholds follow from them is a test of its own.
+for _name, _book in FOUR_BIT.items():
+    second.add_four_bit(_name, _book.values)
 
 collect_ignore = ["codegen"]  # programs, for processes of their own
 

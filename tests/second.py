@@ -36,8 +36,18 @@ VALUES: dict[str, Floats] = {name: from_hex(words) for name, words in _HEX.items
 VALUES["af4"] = np.array(AF4[::-1], dtype=np.float32)
 VALUES["int4"] = np.array([np.float32(i) / np.float32(7) for i in INT4], dtype=np.float32)
 
-NF4_THRESHOLDS = from_hex(_HEX["nf4_thresholds"])
-FP4_THRESHOLDS = from_hex(_HEX["fp4_thresholds"])
+# Where they are written down: of all other four-bit formats they are the midpoints, and a tie goes to the lower value.
+THRESHOLDS = {"nf4": from_hex(_HEX["nf4_thresholds"]), "fp4": from_hex(_HEX["fp4_thresholds"])}
+
+# How many values they have.
+FOUR_BIT = {"nf4": 16, "fp4": 16, "af4": 16, "int4": 16}
+
+
+def add_four_bit(name: str, values: Sequence[float]) -> None:
+    """A format that is not written down here: its values by code, upwards or downwards. Codes that are left decode to 0."""
+    if name not in FOUR_BIT:
+        FOUR_BIT[name] = len(values)
+        VALUES[name] = np.array([*values, *(0.0,) * (16 - len(values))], dtype=np.float32)
 
 
 # ---- floats ---------------------------------------------------------------------------------------------------------
@@ -104,11 +114,8 @@ def midpoints(values: Floats) -> Floats:
 def encode(name: str, v: Floats) -> np.ndarray:
     """Codes of scaled elements, by the rule of each format."""
     code = np.zeros(v.shape, dtype=np.int64)
-    if name == "nf4":  # QLoRA, appendix E: strictly above a threshold is above it; NaN is above none
-        for t in NF4_THRESHOLDS:
-            code += v > t
-    elif name == "fp4":  # bitsandbytes csrc/kernels.cu, dQuantizeFP4
-        tiny, sixth_low, quarter_low, third_low, half_low, two_thirds_low, one_low = FP4_THRESHOLDS
+    if name == "fp4":  # bitsandbytes csrc/kernels.cu, dQuantizeFP4
+        tiny, sixth_low, quarter_low, third_low, half_low, two_thirds_low, one_low = THRESHOLDS["fp4"]
         for i, x in enumerate(v):
             sign = 8 if x < 0 else 0
             a = abs(x)
@@ -119,11 +126,12 @@ def encode(name: str, v: Floats) -> np.ndarray:
             else:
                 magnitude = 1 if a > tiny else 0
             code[i] = magnitude + sign
-    elif name in ("af4", "int4"):  # listed downwards; a tie goes to the lower value
-        upwards = VALUES[name][::-1]
-        for m in midpoints(upwards):
-            code += v > m
-        code = 15 - code
+    elif name in FOUR_BIT:  # QLoRA, appendix E: strictly above a threshold is above it; NaN is above none
+        values = VALUES[name][: FOUR_BIT[name]]
+        downwards = values[0] > values[-1]
+        for t in THRESHOLDS.get(name, midpoints(values[::-1] if downwards else values)):
+            code += v > t
+        code = len(values) - 1 - code if downwards else code
     else:  # eight bits: the nearest by float32 midpoints, an exact tie to the even code
         for below, m in enumerate(midpoints(VALUES[name])):
             code += (v > m) | ((v == m) & ((below + 1) % 2 == 0))
@@ -164,10 +172,14 @@ def unpack(data: Sequence[int], count: int) -> list[int]:
 CODE_OF_ZERO = {"nf4": 7, "fp4": 0, "af4": 8, "int4": 8}
 
 
+def code_of_zero(name: str) -> int:
+    return CODE_OF_ZERO.get(name, int(encode(name, np.zeros(1, dtype=np.float32))[0]))
+
+
 def quantize_4bit(name: str, x: Floats, blocksize: int) -> tuple[list[int], Floats]:
     """Bytes and scales."""
     codes, scales = quantize(name, x, blocksize)
-    return pack(list(codes), CODE_OF_ZERO[name]), scales
+    return pack(list(codes), code_of_zero(name)), scales
 
 
 # ---- double quantization --------------------------------------------------------------------------------------------

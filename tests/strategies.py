@@ -21,6 +21,7 @@ from torch import Tensor
 from bnbref.codebooks import AF4, DYNAMIC, DYNAMIC_UNSIGNED, FP4, NF4, Codebook, linear, value_table
 from bnbref.fourbit import row_blocks
 from bnbref.optim import rules
+from bnbref.optim.equation import write_down
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 CPU = torch.device("cpu")
@@ -357,7 +358,8 @@ def _step_inputs(draw: st.DrawFn, rule: rules.Rule, dtype: torch.dtype, count: i
     )
     p = draw(_some_floats(dtype, count))
     p = torch.where(p.abs() < torch.inf, p, 1.0)  # a parameter that is none already is nobody's promise
-    return p, draw(_some_floats(dtype, count)), torch.tensor(list(c.values())), {"rule": rule, "names": tuple(c)}
+    constants = {"rule": write_down(rule, tuple(c)), "names": tuple(c)}
+    return p, draw(_some_floats(dtype, count)), torch.tensor(list(c.values())), constants
 
 
 @st.composite

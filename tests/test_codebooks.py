@@ -1,7 +1,9 @@
 # ruff: noqa: E501, the tables of messages are as long as the messages
 """The tables, bit by bit, and the rules that make thresholds out of values."""
 
+import copy
 import hashlib
+import pickle
 import struct
 from fractions import Fraction
 
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 import second
 import torch
-from conftest import hexes
+from conftest import hexes, running, same_bits
 from expecttest import assert_expected_inline
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -36,7 +38,7 @@ from bnbref.codebooks import (
 from bnbref.kernels.counting import code_by_table, code_table
 
 CPU = torch.device("cpu")
-ALL = [NF4, FP4, AF4, INT4, DYNAMIC, DYNAMIC_UNSIGNED, linear(), linear(False), fp8(), fp8(True, 4, 3), normal()]
+ALL = [*FOUR_BIT.values(), DYNAMIC, DYNAMIC_UNSIGNED, linear(), linear(False), fp8(), fp8(True, 4, 3), normal()]
 each_codebook = pytest.mark.parametrize("book", ALL, ids=lambda book: book.name)
 
 
@@ -155,8 +157,10 @@ def test_normal_is_nf4():
 
 @each_codebook
 def test_thresholds_are_midpoints(book):
-    """All but FP4's: the float32 midpoint, found in rational arithmetic; one ulp lower where the tie goes up to an even code."""
-    if book is FP4:
+    """All but those that second.py writes down, as FP4's: the float32 midpoint, found in rational arithmetic; one ulp lower where the tie goes up to an even code."""
+    written = second.THRESHOLDS.get(book.name)
+    assert written is None or bits_of(book.thresholds) == bits_of(written)
+    if written is not None and book is not NF4:  # whose written ones are midpoints
         return
     ties_even = len(book.values) > 16
     values = sorted(book.values)
@@ -180,9 +184,9 @@ def test_fp4s_distance_from_the_midpoints():
 
 
 def test_ties():
-    lower = Codebook.nearest("lower", [0.0, 1.0, 2.0])
-    even = Codebook.nearest("even", [0.0, 1.0, 2.0], ties="even")
-    x = torch.tensor([0.5, 1.5])
+    lower = Codebook.nearest("lower", [0.0, 0.5, 1.0])
+    even = Codebook.nearest("even", [0.0, 0.5, 1.0], ties="even")
+    x = torch.tensor([0.25, 0.75])
     assert count_below(x, torch.tensor(lower.thresholds)).tolist() == [0, 1]
     assert count_below(x, torch.tensor(even.thresholds)).tolist() == [0, 2]
 
@@ -221,14 +225,17 @@ def test_code_of_zero_decodes_to_zero(book):
 
 
 def test_codes_of_zero():
-    assert [(b.name, b.code_of_zero) for b in ALL[:6]] == [
+    assert [(b.name, b.code_of_zero) for b in (NF4, FP4, AF4, INT4, DYNAMIC, DYNAMIC_UNSIGNED)] == [
         ("nf4", 7), ("fp4", 0), ("af4", 8), ("int4", 8), ("dynamic-signed-7-8", 127), ("dynamic-unsigned-7-8", 0)
     ]  # fmt: skip
 
 
+SEVENTEEN = [i / 16 for i in range(17)]
+
+
 def test_value_table_is_padded_by_zeros():
     assert value_table(Codebook.nearest("three", [-1, 0, 1]), CPU).tolist() == [-1.0, 0.0, 1.0] + [0.0] * 13
-    assert value_table(Codebook.nearest("seventeen", range(17)), CPU).tolist() == [*map(float, range(17))] + [0.0] * 239
+    assert value_table(Codebook.nearest("seventeen", SEVENTEEN), CPU).tolist() == SEVENTEEN + [0.0] * 239
 
 
 # ---- a user's codebook ----------------------------------------------------------------------------------------------
@@ -238,7 +245,7 @@ def test_value_table_is_padded_by_zeros():
 def codebooks(draw, most: int = 256):
     """Any sorted float32 values, neighbours and equal ones too; now and then a descending order or a sign bit."""
     tiny = st.sampled_from([0.0, -0.0, 2.0**-149, -(2.0**-149)])
-    finite = st.floats(-(2.0**100), 2.0**100, width=32) | st.floats(-1, 1, width=32) | tiny
+    finite = st.floats(-(2.0**-100), 2.0**-100, width=32) | st.floats(-1, 1, width=32) | tiny
     values = sorted(draw(st.lists(finite, min_size=2, max_size=most)))
     ties = draw(st.sampled_from(["lower", "even"]))
     return Codebook.nearest("mine", values, ties)
@@ -260,15 +267,17 @@ def test_any_codebook_counts_its_thresholds(book, xs):
 @given(codebooks(16), st.booleans(), st.randoms(use_true_random=False))
 def test_any_order_and_sign(book, sign_bit, random):
     """Four bits: codes are a permutation of ranks, and the sign is the upper half."""
-    thresholds = tuple(abs(t) for t in book.thresholds)
-    if sign_bit and len(book.values) % 2 == 0:
-        ranks = len(book.values) // 2
-        thresholds = tuple(sorted(thresholds))[: ranks - 1]
-    else:
-        sign_bit, ranks, thresholds = False, len(book.values), book.thresholds
+    magnitudes = sorted(map(abs, book.values))[: len(book.values) // 2]
+    sign_bit = sign_bit and len(magnitudes) > 1
+    by_rank, thresholds = book.values, book.thresholds
+    if sign_bit:
+        by_rank, thresholds = magnitudes, Codebook.nearest("half", magnitudes).thresholds
+    ranks = len(by_rank)
     order = list(range(ranks))
     random.shuffle(order)
-    mine = Codebook("mine", book.values, thresholds, order=tuple(order), sign_bit=sign_bit)
+    values = [by_rank[order.index(code)] for code in range(ranks)]
+    values += [-v for v in values] if sign_bit else []
+    mine = Codebook("mine", tuple(values), thresholds, order=tuple(order), sign_bit=sign_bit)
     x = torch.tensor(
         [*thresholds, *(-t for t in thresholds), 0.0, -0.0, float("nan"), float("inf"), -float("inf"), 1.5]
     )
@@ -291,6 +300,28 @@ def test_any_codebook_goes_through_the_kernels(book, n, even):
     assert torch.equal(absmax, want_absmax)
 
 
+@given(codebooks(16), st.booleans())
+def test_a_format_that_is_added_is_judged_by_its_values(book, downwards):
+    """second.py needs nothing but these for a format of the package: CONTRIBUTING, Adding a codebook."""
+    mine = Codebook.nearest("added", book.values)
+    if downwards and mine.values[0] < mine.values[-1]:
+        order = tuple(reversed(range(len(mine.values))))
+        mine = Codebook("added", mine.values[::-1], mine.thresholds, order=order)
+    second.add_four_bit("added", mine.values)
+    try:
+        near = [np.nextafter(np.float32(t), np.float32(d)) for t in mine.thresholds for d in (np.inf, -np.inf)]
+        x = np.array([*mine.thresholds, *near, *mine.values, 0.0, -0.0, np.nan, 1.0, 0.3], dtype=np.float32)
+        packed, absmax = fourbit.quantize(torch.from_numpy(x), mine, 16)
+        want, scales = second.quantize_4bit("added", x, 16)
+        assert packed.flatten().tolist() == want
+        assert absmax.tolist() == scales.tolist()
+        codes = second.unpack(want, len(x))
+        decoded = second.dequantize(second.VALUES["added"], codes, scales, 16, torch.float32)
+        assert same_bits(fourbit.dequantize(packed, absmax, mine, 16, (len(x),), torch.float32), decoded)
+    finally:
+        del second.FOUR_BIT["added"], second.VALUES["added"]
+
+
 def test_two_to_256_values():
     for n in (2, 3, 15, 16, 17, 255, 256):
         book = Codebook.nearest("n", [i / n for i in range(n)])
@@ -303,6 +334,20 @@ def test_codebooks_are_compared_by_value():
     assert {NF4: 1}.get(Codebook(NF4.name, NF4.values, NF4.thresholds, source=NF4.source)) == 1
     other = Codebook(NF4.name, NF4.values, tuple(np.nextafter(np.float32(t), np.float32(1)) for t in NF4.thresholds))
     assert other != NF4
+    ints = Codebook("ints", (-1, 0, 1), [-0.5, 0.5])  # as the kernels' constants they are floats
+    assert ints == Codebook("ints", (-1.0, 0.0, 1.0), (-0.5, 0.5))
+    assert {type(v) for v in ints.values + ints.thresholds} == {float}
+
+
+def test_minus_zero_is_another_value(mode):
+    """It is equal to 0.0, and decodes to another float: neither table nor kernel is shared."""
+    books = [Codebook.nearest("zero", [-1.0, zero, 1.0]) for zero in (0.0, -0.0)]
+    assert books[0] != books[1]
+    with running(mode):
+        for book, sign in zip(books, (0, 1), strict=True):
+            packed, state = F.quantize_4bit(torch.tensor([0.0, 1.0]), quant_type=book)
+            assert torch.signbit(F.dequantize_4bit(packed, state)).tolist() == [sign, 0]
+            assert torch.signbit(value_table(book, CPU)[1]) == sign
 
 
 # ---- errors ---------------------------------------------------------------------------------------------------------
@@ -311,7 +356,7 @@ def test_codebooks_are_compared_by_value():
 def error(function, *args, **kwargs) -> str:
     with pytest.raises(ValueError) as caught:
         function(*args, **kwargs)
-    return str(caught.value)
+    return str(caught.value).replace(str(sorted(FOUR_BIT)), "[formats]")
 
 
 def test_errors():
@@ -323,9 +368,22 @@ def test_errors():
         error(Codebook, "double", (0.0, 0.1), (0.5,)),
         error(Codebook, "nan", (0.0, 1.0), (float("nan"),)),
         error(Codebook, "inf", (0.0, float("inf")), (0.5,)),
-        error(Codebook, "unsorted", (0.0, 1.0, 2.0), (1.0, 0.5)),
+        error(Codebook, "unsorted", (0.0, 0.5, 1.0), (0.75, 0.25)),
         error(Codebook, "order", (0.0, 1.0), (0.5,), order=(0, 0)),
-        error(Codebook, "long", tuple(map(float, range(17))), tuple(map(float, range(16))), order=tuple(range(17))),
+        error(Codebook, "long", tuple(SEVENTEEN), tuple(SEVENTEEN[1:]), order=tuple(range(17))),
+        error(Codebook, "", (0.0, 1.0), (0.5,)),
+        error(Codebook, "large", (-4.0, 0.0, 1.0), (-2.0, 0.5)),
+        error(Codebook.nearest, "hundreds", range(-127, 128)),
+        error(Codebook, "outside", (0.0, 0.5, 1.0), (0.25, 1.5)),
+        error(Codebook, "beside", (0.0, 0.5, 1.0), (0.625, 0.75)),
+        error(Codebook, "not by rank", (0.0, 0.5, 1.0), (0.25, 0.75), order=(0, 2, 1)),
+        error(Codebook, "signs", (0.0, 1.0, 0.0, 1.0), (0.5,), sign_bit=True),
+        error(F.quantize_blockwise, torch.ones(3), torch.tensor([-2.0, 0.0, 2.0])),
+        error(F.quantize_blockwise, torch.ones(3), torch.zeros(2, 3)),
+        error(F.quantize_blockwise, torch.ones(3), "nf4"),
+        error(Codebook.nearest, "strings", ["a", "b"]),
+        error(Codebook.nearest, "nothing", None),
+        error(Codebook, "lists", [[0.0], [1.0]], (0.5,)),
         error(Codebook.nearest, "down", [1, 0]),
         error(Codebook.nearest, "alone", [1]),
         error(Codebook.nearest, "nan", [0.0, float("nan")]),
@@ -350,16 +408,29 @@ codebook 'signed' needs 0 thresholds, got 1
 values of codebook 'double' must be finite float32 numbers, got (0.0, 0.1)
 thresholds of codebook 'nan' must be finite float32 numbers, got (nan,)
 values of codebook 'inf' must be finite float32 numbers, got (0.0, inf)
-thresholds of codebook 'unsorted' must be sorted, got (1.0, 0.5)
+thresholds of codebook 'unsorted' must be sorted, got (0.75, 0.25)
 order of codebook 'order' must be a permutation of 2 ranks of at most 16 values
 order of codebook 'long' must be a permutation of 17 ranks of at most 16 values
-values of codebook 'down' must be at least two, sorted, got [1, 0]
-values of codebook 'alone' must be at least two, sorted, got [1]
+a codebook must have a name, got ''
+values of codebook 'large' must lie in [-1, 1], as the largest magnitude of a block is scaled to 1: divide them by 4.0
+values of codebook 'hundreds' must lie in [-1, 1], as the largest magnitude of a block is scaled to 1: divide them by 127.0
+thresholds of codebook 'outside' must lie between its values, in the order of their ranks: 1.5 does not lie between 0.4999999701976776 and 1.0
+thresholds of codebook 'beside' must lie between its values, in the order of their ranks: 0.625 does not lie between -1.401298464324817e-45 and 0.5
+thresholds of codebook 'not by rank' must lie between its values, in the order of their ranks: 0.75 does not lie between 0.9999999403953552 and 0.5
+the second half of the values of codebook 'signs' must be the first, negative
+values of codebook 'code' must lie in [-1, 1], as the largest magnitude of a block is scaled to 1: divide them by 2.0
+code must be a Codebook or a tensor of sorted values in one dimension, got torch.float32 (2, 3)
+code must be a Codebook or a tensor of sorted values in one dimension, got 'nf4'
+values of codebook 'strings' must be a sequence of numbers, got ['a', 'b']
+values of codebook 'nothing' must be a sequence of numbers, got None
+values of codebook 'lists' must be a sequence of numbers, got [[0.0], [1.0]]
+values of codebook 'down' must be at least two, sorted, got [1.0, 0.0]
+values of codebook 'alone' must be at least two, sorted, got [1.0]
 values of codebook 'nan' must be at least two, sorted, got [0.0, nan]
 ties must be 'lower' or 'even', got 'upper'
-quant_type must be one of ['af4', 'fp4', 'int4', 'nf4'] or a Codebook of at most 16 values, got 'nf5'
-quant_type must be one of ['af4', 'fp4', 'int4', 'nf4'] or a Codebook of at most 16 values, got codebook 'dynamic-signed-7-8' of 256 values
-quant_type must be one of ['af4', 'fp4', 'int4', 'nf4'] or a Codebook of at most 16 values, got None
+quant_type must be one of [formats] or a Codebook of at most 16 values, got 'nf5'
+quant_type must be one of [formats] or a Codebook of at most 16 values, got codebook 'dynamic-signed-7-8' of 256 values
+quant_type must be one of [formats] or a Codebook of at most 16 values, got None
 dynamic codebook needs 2 <= total_bits <= 8 and 1 <= max_exponent_bits <= total_bits, got total_bits=7, max_exponent_bits=8
 dynamic codebook needs 2 <= total_bits <= 8 and 1 <= max_exponent_bits <= total_bits, got total_bits=9, max_exponent_bits=7
 linear codebook needs 2 <= total_bits <= 8, got 1
@@ -369,6 +440,28 @@ offset must lie between 0.5 and 1, got 0.5""",
     )
 
 
+def test_a_name_keeps_its_codebook(monkeypatch):
+    """What was quantized under a name would decode to the values of another codebook."""
+    mine = Codebook.nearest("mine", [-1, 0, 1])
+    monkeypatch.setitem(FOUR_BIT, "mine", mine)
+    FOUR_BIT["mine"] = Codebook.nearest("mine", [-1, 0, 1])  # the same again
+    with pytest.raises(ValueError, match="another codebook already"):
+        FOUR_BIT["mine"] = Codebook.nearest("mine", [-1, 0, 0.5, 1])
+    with pytest.raises(ValueError, match="has the name of its codebook"):
+        FOUR_BIT["yours"] = mine
+    with pytest.raises(ValueError, match="letters, digits"):
+        FOUR_BIT["my-own"] = Codebook.nearest("my-own", [-1, 0, 1])
+    with pytest.raises(ValueError, match="at most 16 values"):
+        FOUR_BIT["dynamic"] = DYNAMIC
+
+
+def test_a_codebook_is_pickled_by_what_it_is_made_of():
+    data = pickle.dumps(NF4)
+    assert b"_hash" not in data  # which is that of one process
+    assert pickle.loads(data) == NF4 == copy.deepcopy(NF4)
+    assert hash(pickle.loads(data)) == hash(NF4)
+
+
 def test_four_bit_by_name():
-    assert FOUR_BIT == {"nf4": NF4, "fp4": FP4, "af4": AF4, "int4": INT4}
+    assert {"nf4": NF4, "fp4": FP4, "af4": AF4, "int4": INT4}.items() <= FOUR_BIT.items()
     assert all(four_bit(name) is book and four_bit(book) is book for name, book in FOUR_BIT.items())

@@ -55,7 +55,7 @@ def data(x):
 
 
 def quantize_rows():
-    for name, thresholds in (("nf4", second.NF4_THRESHOLDS), ("fp4", second.FP4_THRESHOLDS)):
+    for name, thresholds in second.THRESHOLDS.items():
         for x in quantized(thresholds, 64):
             packed, absmax = second.quantize_4bit(name, x, 64)
             yield from (bytes(packed), absmax)

@@ -77,7 +77,7 @@ def steps_of(thresholds: np.ndarray, function: Callable[[np.ndarray], np.ndarray
 
 def codes_of(name: str) -> Steps:
     """The code of each float32 by the rule of a format, as `second.encode` has it."""
-    thresholds = {"nf4": second.NF4_THRESHOLDS, "fp4": second.FP4_THRESHOLDS}.get(name)
+    thresholds = second.THRESHOLDS.get(name)
     if thresholds is None:
         thresholds = second.midpoints(np.sort(second.VALUES[name]))
     return steps_of(thresholds, lambda x: second.encode(name, x))

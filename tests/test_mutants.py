@@ -79,7 +79,7 @@ def swap_nibbles(right, rows, *tables, **constants):
 def quotient(right, rows, *, blocksize, codebook):
     blocks = rows.float().view(len(rows), -1, blocksize)
     absmax = blockwise.magnitude(blocks).amax(-1)
-    high, low = fourbit.encode(blocks / absmax[:, :, None], codebook).flatten(1).unflatten(1, (-1, 2)).unbind(-1)
+    high, low = blockwise.encode(blocks / absmax[:, :, None], codebook).flatten(1).unflatten(1, (-1, 2)).unbind(-1)
     return high << 4 | low, absmax
 
 

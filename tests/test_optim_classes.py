@@ -148,12 +148,150 @@ def test_every_class_steps_copies_and_pickles(name):
         ("RMSprop", {"centered": True}, "centered of RMSprop"),
         ("RMSprop8bit", {"momentum": 0.9}, "momentum of RMSprop8bit"),
         ("Adagrad", {"lr_decay": 0.1}, "lr_decay of Adagrad"),
+        ("AdamW", {"lr": None}, "lr must not be negative, but a finite number, got None"),
+        ("AdamW", {"lr": float("nan")}, "lr must not be negative, but a finite number, got nan"),
+        ("AdamW", {"lr": torch.tensor([0.1, 0.2])}, "lr must not be negative, but a finite number"),
+        ("AdamW", {"betas": (0.9,)}, "coefficients of Adam fail at step 1: ValueError: not enough values"),
+        ("AdamW8bit", {"blocksize": True}, "blocksize must be a positive integer, got True"),
+        ("AdamW8bit", {"blocksize": 2.5}, "blocksize must be a positive"),
         ("AdEMAMix", {"t_beta3": 3, "betas": (0.0, 0.9, 0.9)}, "t_beta3"),
     ],
 )
 def test_refusals(name, arguments, message):
     with pytest.raises(ValueError, match=message):
         make(name, [parameter()], **arguments)
+
+
+@pytest.mark.parametrize("name", ["AdamW8bit", "Lion", "PagedSGD32bit"])
+def test_what_chooses_an_implementation_of_torch_changes_nothing(name):
+    p, q = parameter(), parameter()
+    make(name, [p]).step()
+    make(name, [q], foreach=True, fused=True, capturable=False, differentiable=False, maximize=False).step()
+    assert same_bits(p.data, q.data)
+
+
+@pytest.mark.parametrize("where", ["all", "group", "override"])
+@pytest.mark.parametrize("name", ["capturable", "differentiable"])
+def test_what_no_step_here_can_be_is_refused(name, where):
+    p = parameter()
+    if where == "override":
+        optim.GlobalOptimManager.get_instance().override_config(p, name, True)
+    ways = {
+        "all": lambda: optim.AdamW8bit([p], **{name: True}),
+        "group": lambda: optim.AdamW8bit([{"params": [p], name: True}]),
+        "override": lambda: optim.AdamW8bit([p]).step(),
+    }
+    with pytest.raises(NotImplementedError, match=f"{name} must be False, got True"):
+        ways[where]()
+
+
+@pytest.mark.parametrize("name", ["AdamW8bit", "SGD32bit", "Lion8bit", "RMSprop"])
+def test_maximize_goes_up(name):
+    """By the gradient with the other sign, for all parameters or for a group."""
+    params = [parameter() for _ in range(4)]
+    for p in params[2:]:
+        p.grad = -p.grad
+    make(name, [params[0]], maximize=True).step()
+    make(name, [{"params": [params[1]], "maximize": True}, {"params": [params[3]]}]).step()
+    make(name, [params[2]]).step()
+    assert all(same_bits(p.data, params[0].data) for p in params)
+
+
+def test_a_group_has_the_settings_that_groups_have():
+    """What the constructor takes for all parameters at once would be ignored in a group."""
+    with pytest.raises(ValueError, match=r"momentum is no setting of a group .*: SGD8bit has \['betas', "):
+        optim.SGD8bit([{"params": [parameter()], "momentum": 0.5}], lr=0.1, momentum=0.9)
+    optimizer = optim.AdamW([parameter()])
+    for setting in ({"amsgrad": True}, {"is_paged": True}, {"betas": (0.9, 2.0)}, {"optim_bits": 4}, {"lr": -1}):
+        with pytest.raises(ValueError):
+            optimizer.add_param_group({"params": [parameter()], **setting})
+    assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": [parameter()], "amsgrad": False, "foreach": None, "lr_scale": 0.5, "lr": 0.5})
+
+
+def test_lr_is_a_tensor():
+    """What the host computes with it is float64, as with a number."""
+    p, q = parameter(), parameter()
+    lr = torch.tensor(1e-3)
+    ours = optim.AdamW8bit([p], lr=lr, weight_decay=0.1)
+    numbers = optim.AdamW8bit([q], lr=float(lr), weight_decay=0.1)
+    for _ in range(2):
+        ours.step()
+        numbers.step()
+        lr.mul_(0.5)
+        numbers.param_groups[0]["lr"] = float(lr)
+    assert same_bits(p.data, q.data)
+
+
+@pytest.mark.parametrize("name", ["AdamW8bit", "Adagrad32bit"])
+def test_a_parameter_keeps_its_size(name):
+    p, q = parameter(), parameter()
+    optimizer = make(name, [q, p])
+    optimizer.step()
+    p.data = torch.ones(6000)
+    p.grad = torch.ones(6000)
+    before = q.detach().clone()
+    with pytest.raises(
+        ValueError, match=r"keep its shape: its state1 has \(5000,\), from its first step, the parameter now \(6000,"
+    ):
+        optimizer.step()
+    assert same_bits(q.data, before)  # nothing has moved
+    del optimizer.state[p]
+    optimizer.step()
+    assert optimizer.state[p]["state1"].shape == (6000,)
+
+
+def test_gradients_of_another_dtype():
+    """16 bits and 32 are read as they are; no other dtype is."""
+    p, q = parameter(dtype=torch.bfloat16), parameter(dtype=torch.bfloat16)
+    again = nn.Parameter(p.detach().float())
+    grad = torch.randn(5000)
+    states = []
+    for x, g in ((p, grad), (q, grad.to(torch.float16)), (again, grad)):
+        x.grad_dtype = None
+        x.grad = g
+        optimizer = optim.AdamW32bit([x])
+        optimizer.step()
+        states.append(optimizer.state[x]["state1"])
+    assert same_bits(p.data, again.data.bfloat16())
+    assert same_bits(states[0], states[2])
+    assert not same_bits(states[0], states[1])
+    for dtype in (torch.float64, torch.complex64):
+        p.grad = grad.to(dtype)
+        with pytest.raises(ValueError, match=f"a gradient must be float32, float16 or bfloat16, got {dtype}"):
+            optim.AdamW8bit([p]).step()
+
+
+def test_named_parameters():
+    layer = nn.Linear(100, 50)
+    layer(torch.ones(2, 100)).sum().backward()
+    optimizer = optim.AdamW8bit(layer.named_parameters())
+    optimizer.step()
+    assert optimizer.param_groups[0]["param_names"] == ["weight", "bias"]
+    other = optim.AdamW8bit(layer.named_parameters())
+    other.load_state_dict(optimizer.state_dict())
+    assert same_bits(other.state[layer.weight]["state1"], optimizer.state[layer.weight]["state1"])
+
+
+@pytest.mark.parametrize("name", ["AdamW8bit", "Lion32bit", "LAMB8bit"])
+def test_scalars_and_nothing_are_parameters(name):
+    scalar, empty = nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.zeros(0, 3))
+    scalar.grad, empty.grad = torch.tensor(1.0), torch.zeros(0, 3)
+    make(name, [scalar, empty], min_8bit_size=0).step()
+    assert float(scalar.detach()) < 2.0
+
+
+WRONG_KINDS = [None, "x", 2.5, float("nan"), [1], torch.tensor([1, 2]), object()]
+
+
+@pytest.mark.parametrize("name", ["optim_bits", "min_8bit_size", "page_bytes", "is_paged", "stochastic_rounding", "maximize",
+                                  "foreach", "fused", "capturable", "generator", "page_directory"])  # fmt: skip
+def test_settings_of_another_kind(name):
+    """A setting that is no number, flag or generator is none: a string would be a flag that is set."""
+    nothing = name in ("foreach", "fused", "generator", "page_directory")
+    for value in WRONG_KINDS[2 if name == "page_directory" else 1 if nothing else 0 :]:
+        with pytest.raises(TypeError, match=f"{name} must be "):
+            optim.AdamW([parameter()], **{name: value})
 
 
 def test_what_bitsandbytes_removed_is_unknown():

@@ -17,7 +17,8 @@ from bnbref.codebooks import DYNAMIC, value_table
 from bnbref.linear4bit import matmul_4bit
 from bnbref.linear8bit import matmul
 from bnbref.optim import rules
-from bnbref.optim.state import absmax_key, step
+from bnbref.optim.rules import absmax_key
+from bnbref.optim.state import step
 
 # ---- constants ------------------------------------------------------------------------------------------------------
 

@@ -56,9 +56,10 @@ from bnbref.optim.families import (
     SGD8bit,
     SGD32bit,
 )
-from bnbref.optim.optimizer import GlobalOptimManager, Optimizer
+from bnbref.optim.optimizer import Optimizer
 from bnbref.optim.paging import read_pages
 from bnbref.optim.rules import Rule, State
+from bnbref.optim.settings import GlobalOptimManager
 
 __all__ = [
     "LAMB",

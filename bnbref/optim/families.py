@@ -25,6 +25,11 @@ class Options(TypedDict, total=False):
     page_bytes: int
     stochastic_rounding: bool
     generator: torch.Generator | None
+    maximize: bool
+    foreach: bool | None
+    fused: bool | None
+    capturable: bool
+    differentiable: bool
 
 
 class PagedOptions(Options, total=False):

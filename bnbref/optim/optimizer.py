@@ -6,89 +6,28 @@ A state is in 8 bits if `optim_bits` is 8 and the parameter has at least `min_8b
 stays as it was saved. The wrapper keeps FSDP from gathering what does not have the parameter's shape.
 """
 
-import weakref
-from collections.abc import Callable, Iterable, Mapping
+import inspect
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
+from torch import Tensor
 
 from bnbref import blockwise
 from bnbref.blockwise import block_count, check_blocksize, check_float
 from bnbref.codebooks import value_table
 from bnbref.optim import paging
-from bnbref.optim.rules import Rule, State
+from bnbref.optim.equation import Equation, check, layout, numbers, write_down
+from bnbref.optim.rules import Rule, State, absmax_key, qmap_key
+from bnbref.optim.settings import ANYWHERE, GlobalOptimManager, check_settings
 from bnbref.optim.sharding import gather, gather_scales, local, shard_of
-from bnbref.optim.state import Tails, absmax_key, new_state, step
+from bnbref.optim.state import Tails, new_state, step
 
 WRAPPED = "__bnb_optimizer_quant_state__"
 
-
-class GlobalOptimManager:
-    """Settings of single parameters, over those of whatever optimizer has them: `get_instance()` is the one there is.
-
-    >>> import bnbref
-    >>> layer = torch.nn.Linear(64, 64)
-    >>> manager = GlobalOptimManager.get_instance()
-    >>> manager.override_config(layer.weight, "optim_bits", 32)
-    >>> optimizer = bnbref.optim.Adam8bit(layer.parameters())
-    >>> optimizer.settings(layer.weight, optimizer.param_groups[0])["optim_bits"]
-    32
-    """
-
-    _instance: ClassVar["GlobalOptimManager | None"] = None
-
-    def __init__(self) -> None:
-        raise RuntimeError("GlobalOptimManager has one instance: call GlobalOptimManager.get_instance()")
-
-    @classmethod
-    def get_instance(cls) -> "GlobalOptimManager":
-        """The manager of this process."""
-        if cls._instance is None:
-            cls._instance = cls.__new__(cls)
-            cls._instance._of_parameter = WeakIdKeyDictionary()
-            cls._instance._of_module = weakref.WeakKeyDictionary()
-        return cls._instance
-
-    _of_parameter: WeakIdKeyDictionary
-    _of_module: "weakref.WeakKeyDictionary[nn.Module, dict[str, dict[str, Any]]]"
-
-    def register_parameters(self, params: Iterable[Any]) -> None:
-        """Nothing to do: an override belongs to its parameter, before and after the optimizer is made."""
-
-    def override_config(
-        self,
-        parameters: Tensor | Iterable[Tensor],
-        key: str | None = None,
-        value: Any = None,
-        key_value_dict: Mapping[str, Any] | None = None,
-    ) -> None:
-        """For these parameters set `key` to `value`, or several at once: lr, betas, optim_bits, min_8bit_size and so on."""
-        if (key is None) == (key_value_dict is None):
-            raise ValueError(
-                f"override_config takes key and value, or key_value_dict, got {key!r} and {key_value_dict!r}"
-            )
-        config = dict(key_value_dict) if key_value_dict is not None else {key: value}
-        for p in [parameters] if isinstance(parameters, Tensor) else parameters:
-            self._of_parameter.setdefault(p, {}).update(config)
-
-    def register_module_override(self, module: nn.Module, param_name: str, config: Mapping[str, Any]) -> None:
-        """The same for whatever parameter the module has under that name when it is updated."""
-        self._of_module.setdefault(module, {}).setdefault(param_name, {}).update(config)
-
-    def overrides(self) -> WeakIdKeyDictionary:
-        """All settings by parameter."""
-        found = WeakIdKeyDictionary()
-        for module, by_name in self._of_module.items():
-            for name, config in by_name.items():
-                p = getattr(module, name, None)
-                if isinstance(p, Tensor):
-                    found[p] = dict(config)
-        for p, config in self._of_parameter.items():
-            found[p] = {**found.get(p, {}), **config}
-        return found
+_MANY = 8  # equations of one rule: a few numbers are changed by hand, more are computed
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -100,7 +39,9 @@ class Optimizer(torch.optim.Optimizer):
     optim_bits: 32 or 8. min_8bit_size: smaller parameters have their state in 32 bits. max_unorm: of clipped rules. is_paged:
     the state of parameters of 100,000 elements or more is kept in pinned host memory and streamed, at most page_bytes of it
     on the device at a time. page_directory: it is kept in memory-mapped files there. stochastic_rounding: of bfloat16, by
-    the default generator of the device or the one given: set its state to repeat a run.
+    the default generator of the device or the one given: set its state to repeat a run. maximize: against the gradient's sign.
+    foreach, fused: which of torch's implementations is to run; there is one here, whatever they say. capturable,
+    differentiable: False, as the coefficients of a step are made on the host and no graph is kept.
 
     >>> class SignDescent(Rule):
     ...     states = ()
@@ -133,11 +74,15 @@ class Optimizer(torch.optim.Optimizer):
         page_bytes: int = paging.PAGE_BYTES,
         stochastic_rounding: bool = False,
         generator: torch.Generator | None = None,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
     ) -> None:
-        if optim_bits not in (8, 32):
-            raise ValueError(f"optim_bits must be 8 or 32, got {optim_bits!r}")
-        check_blocksize(blocksize, 1)
-        self.rule = rule
+        self.rule = check(rule)
+        self._layout = layout(rule)
+        self._sources: set[str] = set()
         self.is_paged = is_paged
         self._own = {
             "optim_bits": optim_bits,
@@ -145,7 +90,16 @@ class Optimizer(torch.optim.Optimizer):
             "blocksize": blocksize,
             "max_unorm": max_unorm if rule.clipped else 0.0,
             "stochastic_rounding": stochastic_rounding,
+            "maximize": maximize,
         }
+        placed = {
+            "is_paged": is_paged,
+            "page_directory": page_directory,
+            "page_bytes": page_bytes,
+            "generator": generator,
+        }
+        torchs = {"foreach": foreach, "fused": fused, "capturable": capturable, "differentiable": differentiable}
+        check_settings({**self._own, **placed, **torchs})
         self._generator = generator
         self._placement = paging.Placement(is_paged, page_directory, page_bytes)
         super().__init__(params, dict(defaults))
@@ -156,12 +110,40 @@ class Optimizer(torch.optim.Optimizer):
         """A group of parameters with its own settings; what it does not say comes from the defaults."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        for name in ("lr", "eps", "weight_decay"):
-            if group.get(name, 0.0) < 0:
-                raise ValueError(f"{name} must not be negative, got {group[name]}")
-        for beta in group.get("betas", ()):
-            if not 0 <= beta < 1:
-                raise ValueError(f"betas must lie in [0, 1), got {group['betas']}")
+        try:
+            self._check(group)
+            self._equation(numbers(self.rule, 1, {**self._own, **group}))
+        except (TypeError, ValueError, NotImplementedError):
+            self.param_groups.pop()
+            raise
+
+    def _check(self, settings: Mapping[str, Any]) -> None:
+        """Raise if a setting of a group or of one parameter is none, or one that only the constructor takes."""
+        check_settings(settings)
+        here = {*self._own, *self.defaults}
+        taken = {name for made in (Optimizer, type(self)) for name in inspect.signature(made.__init__).parameters}
+        for name in settings.keys() & taken - here - ANYWHERE:
+            if settings[name] not in (None, False):
+                raise ValueError(
+                    f"{name} is no setting of a group or of a parameter, got {settings[name]!r}: {type(self).__name__} has "
+                    f"{sorted(here)}"
+                )
+
+    def _equation(self, coefficients: Mapping[str, float]) -> Equation:
+        """What the rule computes now."""
+        if layout(self.rule) != self._layout:
+            raise RuntimeError(
+                f"states or codebooks of {self.rule!r} are not those that it had when the optimizer was made: {self._layout}"
+            )
+        equation = write_down(self.rule, tuple(coefficients))
+        if equation.source not in self._sources and len(self._sources) == _MANY:
+            warnings.warn(
+                f"direction of {self.rule!r} has computed with other numbers in more than {_MANY} steps, and each of these is "
+                f"compiled anew: numbers that change belong to its coefficients",
+                stacklevel=4,
+            )
+        self._sources.add(equation.source)
+        return equation
 
     def settings(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
         """What holds for a parameter: the optimizer's settings, over them its group's, over those its overrides."""
@@ -176,29 +158,25 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        overrides = GlobalOptimManager.get_instance().overrides()
-        jobs = []
-        for group in self.param_groups:
-            common = {**self._own, **group}
-            for p in group["params"]:
-                if p.grad is not None:
-                    own = overrides.get(p) if overrides else None
-                    jobs.append((p, common if own is None else {**common, **own}))
+        jobs = self._jobs()
+        # Before anything is changed, what might be refused: the coefficients of each group and step, and the rule.
+        planned: dict[Any, tuple[Equation, dict[str, float], Tensor]] = {}
+        for p, _, config in jobs:
+            t = self.state[p].get("step", 0) + 1
+            key = (id(config), t, p.device)
+            if key not in planned:
+                coefficients = numbers(self.rule, t, config)
+                hyper = torch.tensor(list(coefficients.values()), dtype=torch.float32)
+                planned[key] = self._equation(coefficients), coefficients, hyper.to(p.device)
         self._placement.begin()
-        for p, config in jobs:
+        for p, _, config in jobs:
             if not self.state[p]:
                 self.state[p] = self._new_state(p, config)
         tails = Tails()
-        numbers: dict[Any, tuple[dict[str, float], Tensor]] = {}
-        states = self._placement.stream([(p.device, self.state[p]) for p, _ in jobs])
-        for (p, config), state in zip(jobs, states, strict=True):
+        states = self._placement.stream([(p.device, self.state[p]) for p, _, _ in jobs])
+        for (p, grad, config), state in zip(jobs, states, strict=True):
             t = self.state[p]["step"] = self.state[p]["step"] + 1
-            key = (id(config), t, p.device)
-            if key not in numbers:
-                coefficients = {name: float(x) for name, x in self.rule.coefficients(t, config).items()}
-                hyper = torch.tensor(list(coefficients.values()), dtype=torch.float32)
-                numbers[key] = coefficients, hyper.to(p.device)
-            self._update(p, state, config, *numbers[key], tails)
+            self._update(p, grad, state, config, *planned[id(config), t, p.device], tails)
             if state is not self.state[p]:  # in pages, which are written back before the next ones come
                 tails.run()
         tails.run()
@@ -207,33 +185,62 @@ class Optimizer(torch.optim.Optimizer):
             self._placement.end({i: self.state[p]["step"] for i, p in enumerate(everything) if self.state.get(p)})
         return loss
 
+    def _jobs(self) -> list[tuple[Tensor, Tensor, dict[str, Any]]]:
+        """The parameters that have a gradient, what of it is here, and their settings."""
+        overrides = GlobalOptimManager.get_instance().overrides()
+        jobs = []
+        for group in self.param_groups:
+            common = {**self._own, **group}
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                own = overrides.get(p) if overrides else None
+                if own is not None:
+                    self._check(own)
+                config = common if own is None else {**common, **own}
+                jobs.append((p, self._checked_gradient(p, p.grad), config))
+        return jobs
+
+    def _checked_gradient(self, p: Tensor, grad: Tensor) -> Tensor:
+        if grad.layout != torch.strided:
+            raise ValueError(f"gradients must be dense: {self!r} has no rule for layout {grad.layout}")
+        check_float("a parameter", p)
+        check_float("a gradient", grad)
+        here, shape = local(grad), local(p).shape
+        if here.shape != shape:
+            raise ValueError(
+                f"a gradient must have the shape of its parameter, and be sharded like it: here it has shape "
+                f"{tuple(here.shape)}, the parameter {tuple(shape)}"
+            )
+        for key in [s.key for s in self.rule.states] if self.state[p] else []:
+            if self.state[p][key].shape != shape:
+                raise ValueError(
+                    f"a parameter must keep its shape: its {key} has {tuple(self.state[p][key].shape)}, from its first step, "
+                    f"the parameter now {tuple(shape)}. `del optimizer.state[p]` begins anew"
+                )
+        return here
+
     def _update(
         self,
         p: Tensor,
+        grad: Tensor,
         state: Mapping[str, Any],
         config: Mapping[str, Any],
+        equation: Equation,
         coefficients: dict[str, float],
         hyper: Tensor,
         tails: Tails,
     ) -> None:
-        if p.grad is None or p.grad.layout != torch.strided:
-            layout = None if p.grad is None else p.grad.layout
-            raise ValueError(f"gradients must be dense: {self!r} has no rule for layout {layout}")
         own, noise = local(p.detach()), None
-        if local(p.grad).shape != own.shape:
-            raise ValueError(
-                f"a gradient must be sharded as its parameter is: here it has shape {tuple(local(p.grad).shape)}, "
-                f"the parameter {tuple(own.shape)}"
-            )
         if config["stochastic_rounding"] and p.dtype == torch.bfloat16:
             noise = torch.randint(
                 -(2**15), 2**15, (own.numel(),), dtype=torch.int16, device=p.device, generator=self._generator
             )
         flat = own.contiguous()
         step(
-            self.rule,
+            equation,
             flat,
-            local(p.grad),
+            -grad if config["maximize"] else grad,
             state,
             coefficients,
             hyper,
@@ -247,9 +254,6 @@ class Optimizer(torch.optim.Optimizer):
             own.copy_(flat)
 
     def _new_state(self, p: Tensor, config: Mapping[str, Any]) -> dict[str, Any]:
-        check_float("a parameter", p)
-        if config["optim_bits"] not in (8, 32):
-            raise ValueError(f"optim_bits must be 8 or 32, got {config['optim_bits']!r}")
         bits = 8 if config["optim_bits"] == 8 and p.numel() >= config["min_8bit_size"] else 32
         blocksize = check_blocksize(config["blocksize"], p.numel())
         shard = shard_of(p)
@@ -310,7 +314,7 @@ class Optimizer(torch.optim.Optimizer):
                 if parts:
                     wrapped[name(s.key)] = parts[0] if len(parts) == 1 else torch.stack(parts)
             if state[s.key].dtype == torch.uint8:
-                wrapped[_qmap_key(s.key)] = value_table(self.rule.codebook(s), torch.device("cpu"))
+                wrapped[qmap_key(s.key)] = value_table(self.rule.codebook(s), torch.device("cpu"))
         if self.rule.clipped and wrapped:
             wrapped["unorm_vec"] = torch.zeros(1)  # room that bitsandbytes expects to find
         return {"step": state["step"], WRAPPED: wrapped} if wrapped else {"step": state["step"]}
@@ -335,7 +339,7 @@ class Optimizer(torch.optim.Optimizer):
                 self.state[p] = self._unpacked(p, value.state)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("rule", "is_paged", "_own", "_generator", "_placement")
+        own = ("rule", "is_paged", "_own", "_layout", "_sources", "_generator", "_placement")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def _unpacked(self, p: Tensor, saved: dict[str, Any]) -> dict[str, Any]:
@@ -367,7 +371,7 @@ class Optimizer(torch.optim.Optimizer):
             if tensor.dtype != torch.uint8:
                 state[s.key] = empty(s.key, shape, torch.float32).copy_(mine(tensor))
                 continue
-            codes, scales = self._translated(tensor, part(absmax_key(first)), saved.get(_qmap_key(first)), s)
+            codes, scales = self._translated(tensor, part(absmax_key(first)), saved.get(qmap_key(first)), s)
             if shard is not None:
                 blocks = shard.blocks(check_blocksize(self._own["blocksize"], p.numel()))  # type: ignore[arg-type]
                 scales = scales[blocks.start : blocks.stop]
@@ -397,7 +401,3 @@ class _Held:
 
     def __init__(self, state: dict[str, Any]) -> None:
         self.state = state
-
-
-def _qmap_key(key: str) -> str:
-    return key.replace("state", "qmap")

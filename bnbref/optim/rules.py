@@ -15,7 +15,7 @@ Symbols: g gradient, t the step from 1, b1, b2, b3 the betas, wd weight_decay.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
@@ -28,6 +28,25 @@ class State:
 
     key: str
     signed: bool = True
+
+
+def absmax_key(key: str) -> str:
+    """Where the scales of a state in 8 bits are.
+
+    >>> absmax_key("state1"), absmax_key("momentum")
+    ('absmax1', 'momentum_absmax')
+    """
+    return _beside(key, "absmax")
+
+
+def qmap_key(key: str) -> str:
+    """Where the values of its codes are, in a `state_dict`."""
+    return _beside(key, "qmap")
+
+
+def _beside(key: str, what: str) -> str:
+    number = key.removeprefix("state")
+    return f"{what}{number}" if number.isdigit() and number != key else f"{key}_{what}"
 
 
 class Coefficients:
@@ -44,15 +63,17 @@ class Coefficients:
 class Rule:
     """What an optimizer is. A subclass names its states, its coefficients and its direction.
 
-    states: "state1", "state2" and so on, which start at zero. stacked: states that `state_dict` has as one tensor, under the
-    name of the first. codebooks: of 8-bit states with a sign, and of those without. clipped: whether the step's length is
-    bounded by the parameter's, `rate *= min(1, max_unorm |p| / |direction|)`, as in LARS and LAMB.
+    It may hold numbers, in fields or wherever: what it computes with at a step is what counts, see `bnbref.optim.equation`.
+
+    states: by any names, "state1" and so on in bitsandbytes' files; they start at zero. stacked: states that `state_dict` has
+    as one tensor, under the name of the first. codebooks: of 8-bit states with a sign, and of those without. clipped: whether
+    the step's length is bounded by the parameter's, `rate *= min(1, max_unorm |p| / |direction|)`, as in LARS and LAMB.
     """
 
-    states: ClassVar[tuple[State, ...]]
-    stacked: ClassVar[tuple[str, ...]] = ()
-    codebooks: ClassVar[tuple[Codebook, Codebook]] = (DYNAMIC, DYNAMIC_UNSIGNED)
-    clipped: ClassVar[bool] = False
+    states: tuple[State, ...]
+    stacked: tuple[str, ...] = ()
+    codebooks: tuple[Codebook, Codebook] = (DYNAMIC, DYNAMIC_UNSIGNED)
+    clipped: bool = False
 
     def codebook(self, state: State) -> Codebook:
         """What codes a state in 8 bits."""
@@ -60,29 +81,22 @@ class Rule:
 
     def coefficients(self, t: int, group: Mapping[str, Any]) -> dict[str, float]:
         """Numbers of step t for a parameter group, `rate` and `decay` among them; the rest is what `direction` takes."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{self!r} has no coefficients: a rule says what its rate and decay are")
 
     def direction(self, *args: Any) -> tuple[Tensor, ...]:
         """float32 (p, g, *states, c) -> (direction, *new states), element by element: only `+ - * /`, `sqrt`, comparisons.
 
         c: the `Coefficients` of this step.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{self!r} has no direction: a rule says where a parameter goes")
 
     @staticmethod
     def sqrt(x: Tensor) -> Tensor:
         """Correctly rounded square root. On CPU `torch.sqrt` is MKL's when not compiled, 1 ulp off for one value in 150."""
-        return x.double().sqrt().float() if x.device.type == "cpu" else x.sqrt()
+        return x.double().sqrt().float() if isinstance(x, Tensor) and x.device.type == "cpu" else x.sqrt()
 
     def __repr__(self) -> str:
         return type(self).__name__
-
-    # A rule has no numbers of its own: two of a class are the same, and share their kernels.
-    def __eq__(self, other: object) -> bool:
-        return type(self) is type(other)
-
-    def __hash__(self) -> int:
-        return hash(type(self))
 
 
 def averages(**betas: float) -> dict[str, float]:

@@ -8,7 +8,7 @@
                                            absmax = max |new| of the block
                                            code   = number of thresholds below new * (1 / absmax)
 
-Each is one kernel per (rule, dtype), which writes into the parameter and its state. An element whose gradient is
+Each is one kernel per (equation, dtype), which writes into the parameter and its state. An element whose gradient is
 NaN, infinite or beyond 2^63 stays as it was, parameter and state; so does its code, unless its block's absmax grows.
 """
 
@@ -23,7 +23,8 @@ from torch import Tensor
 from bnbref.blockwise import block_count, check_blocksize, encode, magnitude, reciprocal
 from bnbref.codebooks import value_table
 from bnbref.kernels import fused
-from bnbref.optim.rules import Coefficients, Rule
+from bnbref.optim.equation import write_down
+from bnbref.optim.rules import Coefficients, Rule, absmax_key
 from bnbref.optim.sharding import Shard, complete, total
 
 # ---- arithmetic -----------------------------------------------------------------------------------------------------
@@ -179,11 +180,6 @@ def new_state(
     return out
 
 
-def absmax_key(key: str) -> str:
-    """Where the scales of a state are: `absmax1` for `state1`."""
-    return key.replace("state", "absmax")
-
-
 def _in_8_bits(rule: Rule, state: Mapping[str, Any]) -> bool:
     return any(state[s.key].dtype == torch.uint8 for s in rule.states)
 
@@ -220,6 +216,7 @@ def step(
     those of other parameters, if it is incomplete; the step is over after `tails.run()`.
     """
     names = tuple(coefficients)
+    rule = write_down(rule, names)
     if max_norm > 0:
         u = directions(rule, p, g, state, coefficients, hyper, blocksize=blocksize, shard=shard)
         hyper = _clipped(hyper, names, p, u, max_norm, shard)
@@ -260,6 +257,7 @@ def directions(
 ) -> Tensor:
     """The direction of `step`, float32 `[numel]`, 0 where the gradient is not finite; nothing is changed.  Exact."""
     names = tuple(coefficients)
+    rule = write_down(rule, names)
     eight = _in_8_bits(rule, state)
     flat: list[Any] = [p.view(-1), g.reshape(-1), None, *_flat(rule, state, eight)]
     if p.numel() == 0:

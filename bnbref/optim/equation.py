@@ -1,0 +1,156 @@
+"""What a rule computes, written down: `direction` is run on symbols, and the operations that it asked for are a program.
+
+    def direction(p, g, s0, c):
+        a0 = c.b1 * s0
+        a1 = c.wd * p
+        a2 = g + a1
+        a3 = a0 + a2
+        return (a3, a3,)
+
+The program is what runs, compiled or not, and its text is the identity of its kernel. Whatever number a rule reads, from a
+field, a default, a closure, a class or a module, stands in the text; so two rules share a kernel if and only if they compute the
+same. It is written anew at each step, in some microseconds, so that a number that was changed since counts at once. And nothing
+but these lines reaches the compiler: what it could not compile, or not with the same bits as uncompiled, is refused by name.
+"""
+
+import functools
+import inspect
+import keyword
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo
+
+from bnbref.codebooks import Codebook
+from bnbref.optim.rules import Rule, State, absmax_key, qmap_key
+from bnbref.optim.symbols import LARGEST, Names, Recording, Symbol
+
+
+class Equation(Rule):
+    """A rule written down: compared by what it computes and by how its states are coded."""
+
+    def __init__(self, rule: Rule, source: str) -> None:
+        self.source = source
+        self.states, self.stacked, self.codebooks, self.clipped = layout(rule)
+        self._name, self._function = repr(rule), _function(source)
+        self._identity = (source, self.states, self.codebooks)
+        self._hash = hash(self._identity)
+
+    def direction(self, *args: Any) -> tuple[Tensor, ...]:
+        return self._function(*args)
+
+    def __repr__(self) -> str:
+        return self._name
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Equation) and self._identity == other._identity)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+
+Layout = tuple[tuple[State, ...], tuple[str, ...], tuple[Codebook, Codebook], bool]
+
+
+def layout(rule: Rule) -> Layout:
+    """What the state of a rule looks like: what was made by one layout is not read by another."""
+    return rule.states, rule.stacked, rule.codebooks, rule.clipped
+
+
+@functools.lru_cache(maxsize=1024)
+def _function(source: str) -> Callable[..., tuple[Tensor, ...]]:
+    scope: dict[str, Any] = {"sqrt": Rule.sqrt, "where": torch.where, "full_like": torch.full_like}
+    exec(compile(source, "<direction of a rule>", "exec"), scope)
+    function: Callable[..., tuple[Tensor, ...]] = scope["direction"]
+    return function
+
+
+@_disable_dynamo  # part of a step that somebody compiles, too
+def write_down(rule: Rule, names: tuple[str, ...]) -> Equation:
+    """The equation of a rule whose coefficients have these names.
+
+    >>> from bnbref.optim.rules import SGD
+    >>> print(write_down(SGD(), ("rate", "decay", "wd", "b1")).source)
+    def direction(p, g, s0, c):
+        a0 = c.b1 * s0
+        a1 = c.wd * p
+        a2 = g + a1
+        a3 = a0 + a2
+        return (a3, a3,)
+    """
+    if isinstance(rule, Equation):
+        return rule
+    recording = Recording(repr(rule))
+    inputs = ["p", "g", *(f"s{i}" for i in range(len(rule.states)))]
+    results = rule.direction(*(Symbol(recording, name) for name in inputs), Names(recording, names))
+    if not isinstance(results, (tuple, list)) or len(results) != 1 + len(rule.states):
+        wanted = ", ".join(["direction", *(s.key for s in rule.states)])
+        got = f"{len(results)} results" if isinstance(results, (tuple, list)) else f"no tuple but {results!r}"
+        raise ValueError(f"direction of {rule!r} must return {1 + len(rule.states)} results, {wanted}, got {got}")
+    returned = ", ".join(map(recording.tensor, results))
+    lines = [f"def direction({', '.join(inputs)}, c):", *recording.lines, f"return ({returned},)"]
+    return Equation(rule, "\n    ".join(lines))
+
+
+def numbers(rule: Rule, t: int, group: Mapping[str, Any]) -> dict[str, float]:
+    """The coefficients of step t for a group of parameters, in float64: ValueError if they are no finite float32."""
+    # A learning rate in a tensor is a number, and what is computed with it on the host is computed in float64.
+    group = {name: x.item() if isinstance(x, Tensor) and x.numel() == 1 else x for name, x in group.items()}
+    try:
+        found = {name: float(x) for name, x in rule.coefficients(t, group).items()}
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"coefficients of {rule!r} fail at step {t}: {type(error).__name__}: {error}") from error
+    for name, x in found.items():
+        if not name.isidentifier() or keyword.iskeyword(name):
+            raise ValueError(
+                f"coefficients of {rule!r} must have names that Python takes for an attribute, got {name!r}"
+            )
+        if not abs(x) <= LARGEST:
+            raise ValueError(f"coefficient {name!r} of {rule!r} is {x} at step {t}: it must be a finite float32")
+    if not {"rate", "decay"} <= found.keys():
+        raise ValueError(f"coefficients of {rule!r} must have 'rate' and 'decay', got {list(found)}")
+    return found
+
+
+def check(rule: Any) -> Rule:
+    """The rule, if it is one: TypeError or ValueError in a sentence about it if not."""
+    if isinstance(rule, type):
+        raise TypeError(f"rule must be a Rule, got a class: write {rule.__name__}()")
+    if not isinstance(rule, Rule):
+        raise TypeError(f"rule must be a Rule, got {rule!r}")
+    states: Any = getattr(rule, "states", None)
+    if not isinstance(states, tuple) or not all(isinstance(s, State) for s in states):
+        raise TypeError(f'states of {rule!r} must be a tuple of State, as in (State("state1"),), got {states!r}')
+    keys = ["step", "unorm_vec"]
+    for s in states:
+        if not isinstance(s.key, str) or not s.key.isidentifier():
+            raise ValueError(f"a state of {rule!r} must have a name of letters, digits and underscores, got {s.key!r}")
+        keys += [s.key, absmax_key(s.key), qmap_key(s.key)]
+    twice = sorted({key for key in keys if keys.count(key) > 1})
+    if twice:
+        raise ValueError(
+            f"states of {rule!r} must have names of their own in a state dict, but these come twice: {twice}"
+        )
+    if not isinstance(rule.stacked, tuple) or not set(rule.stacked) <= {s.key for s in states}:
+        raise ValueError(f"stacked of {rule!r} must be a tuple of names of its states, got {rule.stacked!r}")
+    books: Any = rule.codebooks
+    if not isinstance(books, tuple) or len(books) != 2 or not all(isinstance(book, Codebook) for book in books):
+        raise TypeError(f"codebooks of {rule!r} must be two, of states with a sign and of those without, got {books!r}")
+    for book, kind in zip(books, ("with", "without"), strict=True):
+        if book.order is not None or book.sign_bit or 0.0 not in book.values:
+            raise ValueError(
+                f"the codebook of states {kind} a sign, {book.name!r} of {rule!r}, must have 0.0, where states begin, and "
+                f"codes in the order of its values"
+            )
+    if any(s.signed for s in states) and not books[0].values[0] < 0 < books[0].values[-1]:
+        raise ValueError(
+            f"the codebook of states with a sign, {books[0].name!r} of {rule!r}, has values of one sign only"
+        )
+    arguments = ["p", "g", *(s.key for s in states), "c"]
+    try:
+        inspect.signature(rule.direction).bind(*arguments)
+    except TypeError as error:
+        raise TypeError(f"direction of {rule!r} must take ({', '.join(arguments)}): {error}") from error
+    return rule

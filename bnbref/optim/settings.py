@@ -1,0 +1,120 @@
+"""Settings: of an optimizer, of a group of parameters, of a single one. What is none is refused by name."""
+
+import math
+import weakref
+from collections.abc import Iterable, Mapping
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from bnbref.blockwise import check_blocksize
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("optim_bits", "min_8bit_size", "page_bytes"), (Integral,)),
+    **dict.fromkeys(("is_paged", "stochastic_rounding", "maximize", "capturable", "differentiable"), (bool,)),
+    **dict.fromkeys(("foreach", "fused"), (bool, type(None))),
+    "generator": (torch.Generator, type(None)),
+    "page_directory": (str, Path, type(None)),
+}
+
+_REFUSED = {
+    "capturable": "the coefficients of a step are computed on the host, and a captured graph would keep those of one step",
+    "differentiable": "a step is made in place, and keeps nothing for a gradient",
+}
+
+ANYWHERE = {"params", "foreach", "fused", *_REFUSED}
+"""What a group may say besides its settings: they have one meaning, or were checked."""
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Raise TypeError, ValueError or NotImplementedError, naming the setting, if one is none.
+
+    >>> check_settings({"lr": 1e-3, "betas": (0.9, 0.999), "optim_bits": 8, "foreach": None})
+    """
+    for name, kinds in _KINDS.items():
+        if name in settings and not isinstance(settings[name], kinds):
+            names = " or ".join(kind.__name__ for kind in kinds)
+            raise TypeError(f"{name} must be {names}, got {settings[name]!r}")
+    for name in ("lr", "eps", "weight_decay", "max_unorm"):
+        x = settings.get(name, 0.0)
+        one = isinstance(x, Real) or (isinstance(x, Tensor) and x.numel() == 1)
+        if not one or not 0 <= float(x) < math.inf:
+            raise ValueError(f"{name} must not be negative, but a finite number, got {x!r}")
+    for beta in settings.get("betas", ()):
+        if not 0 <= beta < 1:
+            raise ValueError(f"betas must lie in [0, 1), got {settings['betas']}")
+    if settings.get("optim_bits", 8) not in (8, 32):
+        raise ValueError(f"optim_bits must be 8 or 32, got {settings['optim_bits']!r}")
+    check_blocksize(settings.get("blocksize", 1), 1)
+    for name, reason in _REFUSED.items():
+        if settings.get(name):
+            raise NotImplementedError(f"{name} must be False, got {settings[name]!r}: {reason}")
+
+
+class GlobalOptimManager:
+    """Settings of single parameters, over those of whatever optimizer has them: `get_instance()` is the one there is.
+
+    >>> import bnbref
+    >>> layer = torch.nn.Linear(64, 64)
+    >>> manager = GlobalOptimManager.get_instance()
+    >>> manager.override_config(layer.weight, "optim_bits", 32)
+    >>> optimizer = bnbref.optim.Adam8bit(layer.parameters())
+    >>> optimizer.settings(layer.weight, optimizer.param_groups[0])["optim_bits"]
+    32
+    """
+
+    _instance: ClassVar["GlobalOptimManager | None"] = None
+
+    def __init__(self) -> None:
+        raise RuntimeError("GlobalOptimManager has one instance: call GlobalOptimManager.get_instance()")
+
+    @classmethod
+    def get_instance(cls) -> "GlobalOptimManager":
+        """The manager of this process."""
+        if cls._instance is None:
+            cls._instance = cls.__new__(cls)
+            cls._instance._of_parameter = WeakIdKeyDictionary()
+            cls._instance._of_module = weakref.WeakKeyDictionary()
+        return cls._instance
+
+    _of_parameter: WeakIdKeyDictionary
+    _of_module: "weakref.WeakKeyDictionary[nn.Module, dict[str, dict[str, Any]]]"
+
+    def register_parameters(self, params: Iterable[Any]) -> None:
+        """Nothing to do: an override belongs to its parameter, before and after the optimizer is made."""
+
+    def override_config(
+        self,
+        parameters: Tensor | Iterable[Tensor],
+        key: str | None = None,
+        value: Any = None,
+        key_value_dict: Mapping[str, Any] | None = None,
+    ) -> None:
+        """For these parameters set `key` to `value`, or several at once: lr, betas, optim_bits, min_8bit_size and so on."""
+        if (key is None) == (key_value_dict is None):
+            raise ValueError(
+                f"override_config takes key and value, or key_value_dict, got {key!r} and {key_value_dict!r}"
+            )
+        config = dict(key_value_dict) if key_value_dict is not None else {key: value}
+        for p in [parameters] if isinstance(parameters, Tensor) else parameters:
+            self._of_parameter.setdefault(p, {}).update(config)
+
+    def register_module_override(self, module: nn.Module, param_name: str, config: Mapping[str, Any]) -> None:
+        """The same for whatever parameter the module has under that name when it is updated."""
+        self._of_module.setdefault(module, {}).setdefault(param_name, {}).update(config)
+
+    def overrides(self) -> WeakIdKeyDictionary:
+        """All settings by parameter."""
+        found = WeakIdKeyDictionary()
+        for module, by_name in self._of_module.items():
+            for name, config in by_name.items():
+                p = getattr(module, name, None)
+                if isinstance(p, Tensor):
+                    found[p] = dict(config)
+        for p, config in self._of_parameter.items():
+            found[p] = {**found.get(p, {}), **config}
+        return found

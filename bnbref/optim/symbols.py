@@ -1,0 +1,225 @@
+"""Symbols: tensors of which nothing is known but how they are computed, and what a rule may do with them.
+
+Each operation adds a line to a `Recording`. All of them are correctly rounded, everywhere and however they are compiled: so
+the lines have the same bits on every path. Where torch has a faster spelling with other bits (a quotient with a number is a
+product with its reciprocal on GPUs, and so is 3.0 / x everywhere), the line is spelled otherwise.
+"""
+
+import functools
+import struct
+from collections.abc import Callable
+from numbers import Real
+from typing import Any, NoReturn
+
+from torch import Tensor
+
+ALLOWED = "+ - * /, comparisons, & | ~, abs, sign, sqrt, square, where, minimum, maximum and clamp"
+
+LARGEST = (2 - 2.0**-23) * 2.0**127  # of float32
+
+
+class Refusal(TypeError):
+    """A rule asks for what is no operation of a rule."""
+
+
+class Recording:
+    """The lines of a program so far."""
+
+    def __init__(self, rule: str) -> None:
+        self.rule = rule
+        self.lines: list[str] = []
+
+    def add(self, text: str, condition: bool = False) -> "Symbol":
+        name = f"a{len(self.lines)}"
+        self.lines.append(f"{name} = {text}")
+        return Symbol(self, name, condition)
+
+    def refuse(self, what: str) -> NoReturn:
+        raise Refusal(f"direction of {self.rule} {what}; a rule computes element by element with {ALLOWED}")
+
+    def operand(self, x: Any) -> str:
+        """A symbol's name, or a number that float32 has, as text."""
+        if isinstance(x, Symbol):
+            if x._recording is not self:
+                self.refuse("keeps a tensor of another step: what lasts from step to step is a state")
+            return (self.number(x) if x._condition else x)._name
+        if isinstance(x, Real):
+            number: Any = x
+            if not -LARGEST <= number <= LARGEST:
+                self.refuse(f"uses {x!r}, which is no finite float32")
+            # The float32 that torch would round it to, whatever its type: 1, True and 1.0 are one, and -0.0 is another than 0.0.
+            return repr(struct.unpack("f", struct.pack("f", number))[0])
+        self.refuse(
+            f"uses {'a tensor' if isinstance(x, Tensor) else repr(x)}: numbers enter as float, or by coefficients"
+        )
+
+    def tensor(self, x: Any) -> str:
+        """The same, a number as a tensor: where torch would round differently, or take another dtype, for a scalar."""
+        return self.operand(x) if isinstance(x, Symbol) else f"full_like(p, {self.operand(x)})"
+
+    def condition(self, x: Any) -> str:
+        if not (isinstance(x, Symbol) and x._condition and x._recording is self):
+            self.refuse(f"uses {'a number' if isinstance(x, (Real, Symbol)) else repr(x)} as a condition")
+        return x._name
+
+    def number(self, condition: "Symbol") -> "Symbol":
+        """1 where the condition holds, else 0."""
+        return self.add(f"where({condition._name}, full_like(p, 1.0), full_like(p, 0.0))")
+
+
+def _infix(sign: str, condition: bool = False) -> Callable[..., Any]:
+    def apply(recording: Recording, x: Any, y: Any) -> "Symbol":
+        # x / 3.0 is a product with a reciprocal on a GPU, 3.0 / x everywhere: two roundings.
+        operand = recording.tensor if sign == "/" else recording.operand
+        return recording.add(f"{operand(x)} {sign} {operand(y)}", condition)
+
+    return apply
+
+
+def _logical(sign: str) -> Callable[..., Any]:
+    return lambda r, x, y: r.add(f"{r.condition(x)} {sign} {r.condition(y)}", True)
+
+
+def _not(r: Recording, x: Any) -> Any:
+    return r.add(f"~{r.condition(x)}", True)
+
+
+def _where(r: Recording, condition: Any, x: Any, y: Any) -> Any:
+    return r.add(f"where({r.condition(condition)}, {r.tensor(x)}, {r.tensor(y)})")
+
+
+def _maximum(r: Recording, x: Any, y: Any) -> Any:
+    """By comparisons: which zero, and which NaN, is then no question of vectors. x if x >= y or x is NaN, else y."""
+    a, b = r.operand(x), r.operand(y)
+    return _where(r, r.add(f"({a} >= {b}) | ({a} != {a})", True), x, y)
+
+
+def _minimum(r: Recording, x: Any, y: Any) -> Any:
+    a, b = r.operand(x), r.operand(y)
+    return _where(r, r.add(f"({a} <= {b}) | ({a} != {a})", True), x, y)
+
+
+def _clamp(r: Recording, x: Any, min: Any = None, max: Any = None) -> Any:  # noqa: A002, torch's names
+    x = x if min is None else _maximum(r, x, min)
+    return x if max is None else _minimum(r, x, max)
+
+
+def _power(r: Recording, x: Any, exponent: Any) -> Any:
+    if isinstance(exponent, Real) and exponent == 2:
+        return _square(r, x)
+    if isinstance(exponent, Real) and exponent == 0.5:
+        return _sqrt(r, x)
+    return r.refuse(f"uses the power {exponent!r}, not 2 or 0.5")
+
+
+def _square(r: Recording, x: Any) -> Any:
+    return r.add("{0} * {0}".format(r.operand(x)))
+
+
+def _sqrt(r: Recording, x: Any) -> Any:
+    return r.add(f"sqrt({r.operand(x)})")
+
+
+_add, _sub, _mul, _div = map(_infix, "+-*/")
+
+OPERATIONS: dict[str, Callable[..., Any]] = {
+    "add": _add, "sub": _sub, "mul": _mul, "div": _div,
+    **{name: _infix(sign, True) for name, sign in
+       (("lt", "<"), ("le", "<="), ("gt", ">"), ("ge", ">="), ("eq", "=="), ("ne", "!="))},
+    "logical_and": _logical("&"), "logical_or": _logical("|"), "logical_not": _not,
+    "neg": lambda r, x: r.add(f"-{r.operand(x)}"),
+    "abs": lambda r, x: r.add(f"{r.operand(x)}.abs()"),
+    "sign": lambda r, x: r.add(f"{r.operand(x)}.sign()"),
+    "sqrt": _sqrt, "square": _square, "pow": _power,
+    "where": _where, "maximum": _maximum, "minimum": _minimum, "clamp": _clamp,
+    "float": lambda r, x: r.number(x) if x._condition else x,
+    "clone": lambda r, x: x,
+    "zeros_like": lambda r, x: 0.0, "ones_like": lambda r, x: 1.0,
+}  # fmt: skip
+"""By the names that they have as functions of torch or as methods of a tensor."""
+
+
+class Names:
+    """The coefficients of a rule as attributes."""
+
+    def __init__(self, recording: Recording, names: tuple[str, ...]) -> None:
+        self._recording, self._names = recording, names
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if name not in self._names:
+            rule = self._recording.rule
+            raise ValueError(f"direction of {rule} reads {name!r}, but its coefficients are {list(self._names)}")
+        return Symbol(self._recording, f"c.{name}")
+
+
+class Symbol:
+    """A float32 tensor, or a condition, of which nothing is known but how it is computed."""
+
+    __array_ufunc__ = None  # a NumPy number on the left leaves the operation to the symbol
+
+    def __init__(self, recording: Recording, name: str, condition: bool = False) -> None:
+        self._recording, self._name, self._condition = recording, name, condition
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if name not in OPERATIONS:
+            self._recording.refuse(f"uses {name!r} of a tensor")
+        return functools.partial(_called, self._recording, name, self)
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        everything = [args, *args, *(kwargs or {}).values()]  # torch looks for symbols in lists too
+        recording = next(
+            x._recording
+            for xs in everything
+            for x in (xs if isinstance(xs, (list, tuple)) else [xs])
+            if isinstance(x, Symbol)
+        )
+        return _called(recording, getattr(function, "__name__", repr(function)), *args, **(kwargs or {}))
+
+    def __repr__(self) -> str:
+        return "a tensor"
+
+    def __pow__(self, exponent: Any) -> Any:
+        return _power(self._recording, self, exponent)
+
+    def _unknown(self, *_: Any) -> NoReturn:
+        self._recording.refuse("asks for the value or the size of a tensor, as `if`, float(), len() and [] do")
+
+    def _inexact(self, other: Any) -> NoReturn:
+        self._recording.refuse("uses one of ** // % @")
+
+    __rpow__ = __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __matmul__ = __rmatmul__ = _inexact
+    __bool__ = __float__ = __int__ = __index__ = __complex__ = __len__ = __iter__ = __getitem__ = __setitem__ = _unknown
+    __hash__ = object.__hash__
+
+
+def _called(recording: Recording, name: str, *args: Any, **kwargs: Any) -> Any:
+    name = name[2:-2] if name.startswith("__") else name
+    if name not in OPERATIONS:
+        recording.refuse(f"uses {name!r} of a tensor")
+    try:
+        return OPERATIONS[name](recording, *args, **kwargs)
+    except Refusal:
+        raise
+    except TypeError as error:
+        recording.refuse(f"uses {name!r} with other arguments than are known here: {error}")
+
+
+def _operator(apply: Callable[..., Any], reflected: bool = False) -> Callable[..., Any]:
+    def method(self: Symbol, *others: Any) -> Any:
+        return apply(self._recording, *others, self) if reflected else apply(self._recording, self, *others)
+
+    return method
+
+
+for _name, _apply in (("add", _add), ("sub", _sub), ("mul", _mul), ("truediv", _div)):
+    setattr(Symbol, f"__{_name}__", _operator(_apply))
+    setattr(Symbol, f"__r{_name}__", _operator(_apply, reflected=True))
+for _name in ("lt", "le", "gt", "ge", "eq", "ne", "neg", "abs"):
+    setattr(Symbol, f"__{_name}__", _operator(OPERATIONS[_name]))
+for _name, _apply in (("and", _logical("&")), ("or", _logical("|")), ("invert", _not)):
+    setattr(Symbol, f"__{_name}__", _operator(_apply))
