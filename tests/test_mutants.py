@@ -21,7 +21,7 @@ import bnbref
 from bnbref import blockwise, codebooks, exactness, fourbit, int8, linear4bit, nested, selfcheck
 from bnbref.kernels import REGISTRY, counting, door, encoding, floats, fused, lookup16, ordered
 from bnbref.optim import rules
-from bnbref.optim import state as optim_state
+from bnbref.optim import step as optim_step
 from bnbref.optim.rules import Coefficients
 
 CPU = torch.device("cpu")
@@ -279,19 +279,19 @@ MUTANTS = {
         "add_products",
         False,
     ),
-    "optimizer: decay after the step": (optim_state, "_advance", replaced(decay_after), "step_elements", False),
-    "optimizer: NaN forgets": (optim_state, "_advance", replaced(forgetful), "step_elements", False),
+    "optimizer: decay after the step": (optim_step, "advance", replaced(decay_after), "step_elements", False),
+    "optimizer: NaN forgets": (optim_step, "advance", replaced(forgetful), "step_elements", False),
     "optimizer: the largest gradient is too large": (
-        optim_state,
-        "_LARGEST_GRADIENT",
+        optim_step,
+        "LARGEST_GRADIENT",
         lambda right: float(torch.tensor(right).nextafter(torch.tensor(0.0))),
         "step_elements",
         False,
     ),
-    "optimizer: a larger gradient is none too large": (optim_state, "_LARGEST_GRADIENT", up, "step_elements", False),
+    "optimizer: a larger gradient is none too large": (optim_step, "LARGEST_GRADIENT", up, "step_elements", False),
     "optimizer: direction of NaN": (
-        optim_state,
-        "_advance",
+        optim_step,
+        "advance",
         replaced(
             lambda f, *args: (
                 *f(*args)[:2],
@@ -318,22 +318,22 @@ MUTANTS = {
         False,
     ),
     "8-bit state: scale of a subnormal": (
-        optim_state,
+        optim_step,
         "magnitude",
         replaced(lambda f, x: torch.where(x == x, x.abs(), 0.0)),
         "step_blocks",
         False,
     ),
     "8-bit state: a held element lets the scale fall": (
-        optim_state,
+        optim_step,
         "magnitude",
         replaced(lambda f, x: f(x) * (1 - 2.0**-23)),
         "step_blocks",
         False,
     ),
     "8-bit state: decoded with its reciprocal": (
-        optim_state,
-        "decode_states",
+        optim_step,
+        "decoded",
         replaced(lambda f, states, values: f([x if i % 2 == 0 else 1 / (1 / x) for i, x in enumerate(states)], values)),
         "direction_blocks",
         False,

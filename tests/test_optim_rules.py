@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bnbref import optim
 from bnbref.optim import rules
-from bnbref.optim.state import new_state, step
+from bnbref.optim.update import new_state, step
 
 F = np.float32
 GROUP = {

@@ -13,7 +13,8 @@ from bnbref.codebooks import linear
 from bnbref.kernels import REGISTRY
 from bnbref.optim import rules
 from bnbref.optim.optimizer import WRAPPED
-from bnbref.optim.state import absmax_key, new_state, step
+from bnbref.optim.rules import absmax_key
+from bnbref.optim.update import new_state, step
 
 EIGHT = [optim.SGD8bit, optim.LARS8bit, optim.Adam8bit, optim.LAMB8bit, optim.Lion8bit, optim.RMSprop8bit,
          optim.Adagrad8bit, optim.AdEMAMix8bit]  # fmt: skip

@@ -21,7 +21,7 @@ from bnbref.conformance.operations import OPERATIONS, quant_state
 from bnbref.conformance.optimizers import BLOCKSIZE
 from bnbref.kernels import eager
 from bnbref.optim import rules
-from bnbref.optim import state as stepping
+from bnbref.optim import update as stepping
 from bnbref.quant_state import BLOB, QuantState
 
 Dtype = torch.dtype

@@ -18,7 +18,7 @@ from bnbref.linear4bit import matmul_4bit
 from bnbref.linear8bit import matmul
 from bnbref.optim import rules
 from bnbref.optim.rules import absmax_key
-from bnbref.optim.state import step
+from bnbref.optim.update import step
 
 # ---- constants ------------------------------------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ from bnbref.integrations.transformers_quantizer import BnbRefHfQuantizer
 from bnbref.nested import BLOCKSIZE as NESTED_BLOCKSIZE
 from bnbref.nn.layer import QuantizedLayer
 from bnbref.optim.paging import PAGE_BYTES, PAGED_FROM
-from bnbref.optim.state import new_state
+from bnbref.optim.update import new_state
 
 FORMATS: dict[str, BnbRefConfig | None] = {
     "bfloat16": None,

@@ -1,9 +1,7 @@
 """Optimizer steps with 8-bit states: values and codes by look-up, and on CPUs as many rows at a time as a cache holds."""
 
-import itertools
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from bnbref.codebooks import threshold_table, value_table
@@ -11,7 +9,7 @@ from bnbref.kernels.counting import code_table, count
 from bnbref.kernels.door import formulation, tracing
 from bnbref.kernels.floats import look_up
 from bnbref.optim.rules import Rule
-from bnbref.optim.state import advance_blocks, direction_of_blocks
+from bnbref.optim.step import advance, advance_blocks, decoded
 
 # Rows of 256 that a CPU takes at a time: what is to be copied back, 6 MB for float32 and two states, stays in its cache.
 _PIECE = 4096
@@ -44,9 +42,17 @@ def _(
     names: tuple[str, ...],
 ) -> tuple[Tensor, ...]:
     values, by_state = tables[: len(tables) // 2], tables[len(tables) // 2 :]
-    new = advance_blocks(p, g, hyper, noise, states, rule, names, lambda i, codes: look_up(values[i], codes))
-    codes = [count(x, table).to(torch.uint8) for x, table in zip(new.scaled, by_state, strict=True)]
-    return new.p, *itertools.chain.from_iterable(zip(codes, new.absmax, strict=True))
+    return advance_blocks(
+        p,
+        g,
+        hyper,
+        noise,
+        states,
+        rule,
+        names,
+        values=lambda i, codes: look_up(values[i], codes),
+        codes=lambda i, scaled: count(scaled, by_state[i]),
+    )
 
 
 @formulation("direction_blocks", tables=_values, cpu=_CPU)
@@ -59,4 +65,5 @@ def _(
     rule: Rule,
     names: tuple[str, ...],
 ) -> Tensor:
-    return direction_of_blocks(p, g, hyper, states, rule, names, lambda i, codes: look_up(tables[i], codes))
+    floats = decoded(states, lambda i, codes: look_up(tables[i], codes))
+    return advance(rule, names, p, g, floats, hyper)[2]

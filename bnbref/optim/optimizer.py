@@ -23,7 +23,7 @@ from bnbref.optim.equation import Equation, check, layout, numbers, write_down
 from bnbref.optim.rules import Rule, State, absmax_key, qmap_key
 from bnbref.optim.settings import ANYWHERE, GlobalOptimManager, check_settings
 from bnbref.optim.sharding import gather, gather_scales, local, shard_of
-from bnbref.optim.state import Tails, new_state, step
+from bnbref.optim.update import Tails, new_state, step
 
 WRAPPED = "__bnb_optimizer_quant_state__"
 

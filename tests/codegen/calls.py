@@ -18,7 +18,7 @@ from bnbref import functional
 from bnbref.exactness import GROUP, KERNEL_CHECKS
 from bnbref.kernels import Kernel
 from bnbref.optim import rules
-from bnbref.optim.state import new_state, step
+from bnbref.optim.update import new_state, step
 from bnbref.selfcheck import example
 
 CPU = torch.device("cpu")

@@ -1,0 +1,148 @@
+"""How a parameter lies before the kernels of 8 bits: whole blocks as they are, incomplete ones padded in rows of a copy.
+
+    elements of a parameter    [    block    ][    block    ][  rest ]
+                                whole blocks: views           a padded copy, with the rests of other parameters
+
+A block that a boundary between ranks cuts is completed on each rank that has a part of it (`bnbref.optim.sharding`).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bnbref.blockwise import block_count
+from bnbref.optim.rules import Rule
+from bnbref.optim.sharding import Shard, complete
+
+
+class Coded(NamedTuple):
+    """A state in 8 bits: uint8 codes, a number for each element, and float32 scales, one for each block."""
+
+    codes: Tensor
+    absmax: Tensor
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a step reads and writes of a parameter: elements in a row, or `[blocks, blocksize]`."""
+
+    p: Tensor
+    g: Tensor
+    noise: Tensor | None
+    states: list[Coded]
+
+    def map(self, elements: Callable[[Tensor], Tensor], scales: Callable[[Tensor], Tensor]) -> "Part":
+        """The part whose tensors are functions of these: of those by element, and of the scales."""
+        states = [Coded(elements(codes), scales(absmax)) for codes, absmax in self.states]
+        noise = None if self.noise is None else elements(self.noise)
+        return Part(elements(self.p), elements(self.g), noise, states)
+
+    @property
+    def flat_states(self) -> list[Tensor]:
+        """Of each state the codes, then the scales: as kernels take them."""
+        return [x for state in self.states for x in state]
+
+
+Padded = tuple[Part, Callable[[], None]]
+"""A copy in rows of whole blocks, and the function that writes back what a step makes of it."""
+
+
+def zeros_of(rule: Rule) -> list[int]:
+    """Of each state the code of 0, which pads it."""
+    return [rule.codebook(state).code_of_zero for state in rule.states]
+
+
+def split(part: Part, blocksize: int) -> tuple[Part | None, Part | None]:
+    """Whole blocks in rows, at least two of them, which Dynamo does not specialise; and the rest."""
+    n = part.p.numel()
+    whole = n // blocksize if n >= 2 * blocksize else 0
+    size = whole * blocksize
+    rows = part.map(lambda x: x[:size].view(whole, blocksize), lambda x: x[:whole]) if whole else None
+    rest = part.map(lambda x: x[size:], lambda x: x[whole:]) if size < n else None
+    return rows, rest
+
+
+def padded(rests: Sequence[Part], zeros: Sequence[int], blocksize: int) -> Padded:
+    """What is left of several parameters, each padded to whole blocks, in the rows of one part."""
+    sizes = [rest.p.numel() for rest in rests]
+    gaps = [-size % blocksize for size in sizes]
+    if sum(sizes) + sum(gaps) < 2 * blocksize:  # a single row, which Dynamo would specialise
+        gaps[-1] += blocksize
+    extra = int(gaps[-1] >= blocksize)
+    bounds = [n for pair in zip(sizes, gaps, strict=True) for n in pair]
+
+    def rows(tensors: Sequence[Tensor], fill: int = 0) -> Tensor:
+        padding = tensors[0].new_full((max(gaps),), fill)
+        pieces = [x for t, gap in zip(tensors, gaps, strict=True) for x in (t, padding[:gap])]
+        return torch.cat(pieces).view(-1, blocksize)
+
+    def scales(tensors: Sequence[Tensor]) -> Tensor:
+        return torch.cat([*tensors, tensors[0].new_zeros(extra)])
+
+    noises = [rest.noise for rest in rests if rest.noise is not None]
+    by_state = zip(*(rest.states for rest in rests), strict=True)
+    part = Part(
+        rows([rest.p for rest in rests]),
+        rows([rest.g for rest in rests]),
+        rows(noises) if noises else None,
+        [
+            Coded(rows([s.codes for s in own], zero), scales([s.absmax for s in own]))
+            for zero, own in zip(zeros, by_state, strict=True)
+        ],
+    )
+
+    def write_back() -> None:
+        blocks = [len(rest.states[0].absmax) for rest in rests] if zeros else []
+        targets = [rest.p for rest in rests]
+        sources = list(part.p.view(-1).split(bounds)[::2])
+        for i, (codes, absmax) in enumerate(part.states):
+            targets += [rest.states[i].codes for rest in rests] + [rest.states[i].absmax for rest in rests]
+            sources += [*codes.view(-1).split(bounds)[::2], *absmax.split([*blocks, extra])[:-1]]
+        torch._foreach_copy_(targets, sources)
+
+    return part, write_back
+
+
+# ---- sharded --------------------------------------------------------------------------------------------------------
+
+
+def sliced(part: Part, first: int, last: int, shard: Shard, blocksize: int) -> Part:
+    """Elements `first` to `last` of what a shard has, and the scales of their blocks."""
+    before = shard.blocks(blocksize).start
+    blocks = slice((shard.start + first) // blocksize - before, block_count(shard.start + last, blocksize) - before)
+    return part.map(lambda x: x[first:last], lambda x: x[blocks])
+
+
+def completed(part: Part, zeros: Sequence[int], blocksize: int, shard: Shard) -> Padded | None:
+    """The blocks that a boundary cuts and of which this rank has a part, whole. A collective call."""
+    cut = shard.cut(blocksize)
+    if not cut:
+        return None
+    codes = [state.codes for state in part.states]
+    p, g, *whole = complete(shard, blocksize, [part.p, part.g, *codes], [0, 0, *zeros])
+    places = [(row, block, *shard.part(block, blocksize)) for row, block in enumerate(cut)]
+    own = [(row, block, here, place) for row, block, here, place in places if here.start < here.stop]
+    if not own:
+        return None
+    own = own if len(own) > 1 else own * 2  # two rows at least, which Dynamo does not specialise
+    first, picked = shard.blocks(blocksize).start, [row for row, *_ in own]
+    noise = None
+    if part.noise is not None:
+        noise = part.noise.new_zeros(len(own), blocksize)
+        for i, (_, _, here, place) in enumerate(own):
+            noise[i, place] = part.noise[here]
+    scales = [torch.stack([state.absmax[block - first] for _, block, *_ in own]) for state in part.states]
+    states = [Coded(rows[picked], absmax) for rows, absmax in zip(whole, scales, strict=True)]
+    rows = Part(p[picked], g[picked], noise, states)
+
+    def write_back() -> None:
+        for i, (_, block, here, place) in enumerate(own):
+            part.p[here] = rows.p[i, place]
+            for target, state in zip(part.states, rows.states, strict=True):
+                target.codes[here] = state.codes[i, place]
+                target.absmax[block - first] = state.absmax[i]
+
+    return rows, write_back

@@ -1,0 +1,130 @@
+"""One step of any rule, on states in float32 or in 8 bits: blockwise codes and scales (Dettmers et al., 2110.02861).
+
+    elements, state in float32             blocks, state in 8 bits
+    -----------------------------------    -----------------------------------------------------
+                                           state  = values[code] * absmax
+    direction, new = rule(p, g, state)     direction, new = rule(p, g, state)
+    p = decay * p - rate * direction       p      = decay * p - rate * direction
+                                           absmax = max |new| of the block
+                                           code   = number of thresholds below new * (1 / absmax)
+
+Each is one kernel per (equation, dtype), which writes into the parameter and its state. An element whose gradient is
+NaN, infinite or beyond 2^63 stays as it was, parameter and state; so does its code, unless its block's absmax grows.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from bnbref.blockwise import encode, magnitude, reciprocal
+from bnbref.codebooks import value_table
+from bnbref.kernels import fused
+from bnbref.optim.rules import Coefficients, Rule
+
+# The square of a larger one is no float32. (To look at the new state instead makes Inductor write it to memory: 4 times
+# the time of Adam in 8 bits.)
+LARGEST_GRADIENT = 2.0**63
+
+ByState = Callable[[int, Tensor], Tensor]
+"""A function of the number of a state and of its codes, or of its scaled elements."""
+
+
+# ---- arithmetic -----------------------------------------------------------------------------------------------------
+
+
+def advance(
+    rule: Rule, names: tuple[str, ...], p: Tensor, g: Tensor, states: Sequence[Tensor], hyper: Tensor
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """`(finite, new p, direction, new states)` in float32; where not finite the old p and states, and 0."""
+    p, g = p.float(), g.float()
+    c = Coefficients(names, hyper)
+    direction, *new = rule.direction(p, g, *states, c)
+    finite = g.abs() <= LARGEST_GRADIENT
+    kept = [torch.where(finite, now, before) for now, before in zip(new, states, strict=True)]
+    return finite, torch.where(finite, c.decay * p - c.rate * direction, p), torch.where(finite, direction, 0.0), kept
+
+
+def rounded(x: Tensor, dtype: torch.dtype, noise: Tensor | None) -> Tensor:
+    """To nearest; with 16 random bits to bfloat16 up or down, with the probability that makes the mean x."""
+    if noise is None:
+        return x.to(dtype)
+    bits = (x.view(torch.int32) + (noise.to(torch.int32) & 0xFFFF)) & -0x10000
+    return torch.where(x.abs() < torch.inf, bits.view(torch.float32), x).to(dtype)
+
+
+# ---- float32 --------------------------------------------------------------------------------------------------------
+
+
+@fused(dynamic={"p": (0,), "g": (0,), "noise": (0,), "states": (0,)}, writes=("p", "states"))
+def step_elements(
+    p: Tensor, g: Tensor, hyper: Tensor, noise: Tensor | None, *states: Tensor, rule: Rule, names: tuple[str, ...]
+) -> tuple[Tensor, ...]:
+    """New p, and float32 states, all `[n]`; hyper: the float32 coefficients called `names`; noise: int16 or None.  Exact."""
+    _, p_new, _, new = advance(rule, names, p, g, states, hyper)
+    return (rounded(p_new, p.dtype, noise), *new)
+
+
+@fused(dynamic={"p": (0,), "g": (0,), "states": (0,)})
+def direction_elements(
+    p: Tensor, g: Tensor, hyper: Tensor, *states: Tensor, rule: Rule, names: tuple[str, ...]
+) -> Tensor:
+    """The direction that `step_elements` would take, float32 `[n]`.  Exact."""
+    return advance(rule, names, p, g, states, hyper)[2]
+
+
+# ---- eight bits -----------------------------------------------------------------------------------------------------
+# states: of each one its uint8 codes `[blocks, blocksize]`, then its float32 scales `[blocks]`.
+
+
+def decoded(states: Sequence[Tensor], values: ByState) -> list[Tensor]:
+    """The states in float32: `values` of the codes times the scales."""
+    pairs = enumerate(zip(states[::2], states[1::2], strict=True))
+    return [values(i, codes) * rearrange(absmax, "b -> b 1") for i, (codes, absmax) in pairs]
+
+
+def advance_blocks(
+    p: Tensor,
+    g: Tensor,
+    hyper: Tensor,
+    noise: Tensor | None,
+    states: Sequence[Tensor],
+    rule: Rule,
+    names: tuple[str, ...],
+    values: ByState,
+    codes: ByState,
+) -> tuple[Tensor, ...]:
+    """What `step_blocks` returns, with states decoded by `values` and encoded by `codes`."""
+    finite, p_new, _, new = advance(rule, names, p, g, decoded(states, values), hyper)
+    results = [rounded(p_new, p.dtype, noise)]
+    for i, (x, before) in enumerate(zip(new, states[1::2], strict=True)):
+        # An element that stays holds its block's absmax where it was, lest it move by the rounding of another scale.
+        absmax = torch.where(finite, magnitude(x), rearrange(before, "b -> b 1")).amax(-1)
+        results += [codes(i, x * rearrange(reciprocal(absmax), "b -> b 1")).to(torch.uint8), absmax]
+    return tuple(results)
+
+
+def _value(rule: Rule, i: int, codes: Tensor) -> Tensor:
+    return value_table(rule.codebook(rule.states[i]), codes.device)[codes.to(torch.int32)]
+
+
+def _code(rule: Rule, i: int, scaled: Tensor) -> Tensor:
+    return encode(scaled, rule.codebook(rule.states[i]))
+
+
+@fused(dynamic={"p": (0,), "g": (0,), "noise": (0,), "states": (0,)}, writes=("p", "states"))
+def step_blocks(
+    p: Tensor, g: Tensor, hyper: Tensor, noise: Tensor | None, *states: Tensor, rule: Rule, names: tuple[str, ...]
+) -> tuple[Tensor, ...]:
+    """New p `[blocks, blocksize]`, then of each state the codes and the scales.  Exact."""
+    values, codes = (lambda i, x, f=f: f(rule, i, x) for f in (_value, _code))
+    return advance_blocks(p, g, hyper, noise, states, rule, names, values, codes)
+
+
+@fused(dynamic={"p": (0,), "g": (0,), "states": (0,)})
+def direction_blocks(
+    p: Tensor, g: Tensor, hyper: Tensor, *states: Tensor, rule: Rule, names: tuple[str, ...]
+) -> Tensor:
+    """The direction that `step_blocks` would take, float32 `[blocks, blocksize]`.  Exact."""
+    return advance(rule, names, p, g, decoded(states, lambda i, x: _value(rule, i, x)), hyper)[2]

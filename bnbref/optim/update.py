@@ -1,0 +1,194 @@
+"""A step of a parameter of any shape, in one piece or a shard, and the state that it keeps.
+
+The walk goes one way: a parameter and its state are laid out in parts, a kernel steps each part, and what was a copy is
+written back.
+"""
+
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnbref.blockwise import block_count, check_blocksize
+from bnbref.optim.equation import write_down
+from bnbref.optim.layout import Coded, Part, completed, padded, sliced, split, zeros_of
+from bnbref.optim.rules import Rule, absmax_key
+from bnbref.optim.sharding import Shard, total
+from bnbref.optim.step import direction_blocks, direction_elements, step_blocks, step_elements
+
+
+def new_state(
+    rule: Rule,
+    shape: torch.Size,
+    bits: int,
+    blocksize: int,
+    empty: Callable[..., Tensor],
+    shard: Shard | None = None,
+) -> dict[str, Tensor]:
+    """All states zero, under the keys of bitsandbytes: `state1` and, of 8 bits, `absmax1`.
+
+    bits: 32 or 8. `empty(key, shape, dtype)` gives the memory. shard: of what the shape is a part.
+
+    >>> from bnbref.optim.rules import Adam
+    >>> state = new_state(Adam(), torch.Size([300]), 8, 256, lambda key, shape, dtype: torch.empty(shape, dtype=dtype))
+    >>> {key: (tuple(x.shape), x.dtype) for key, x in state.items()}
+    {'state1': ((300,), torch.uint8), 'absmax1': ((2,), torch.float32),
+     'state2': ((300,), torch.uint8), 'absmax2': ((2,), torch.float32)}
+    """
+    out: dict[str, Tensor] = {}
+    for state in rule.states:
+        key = state.key
+        if bits == 32:
+            out[key] = empty(key, tuple(shape), torch.float32).zero_()
+        else:
+            out[key] = empty(key, tuple(shape), torch.uint8).fill_(rule.codebook(state).code_of_zero)
+            blocks = block_count(shape.numel(), blocksize) if shard is None else len(shard.blocks(blocksize))
+            out[absmax_key(key)] = empty(absmax_key(key), (blocks,), torch.float32).zero_()
+    return out
+
+
+def _in_8_bits(rule: Rule, state: Mapping[str, Any]) -> bool:
+    return any(state[s.key].dtype == torch.uint8 for s in rule.states)
+
+
+def _part(rule: Rule, p: Tensor, g: Tensor, noise: Tensor | None, state: Mapping[str, Any]) -> Part:
+    """All elements in a row, and the scales of their blocks."""
+    states = [Coded(state[s.key].view(-1), state[absmax_key(s.key)].view(-1)) for s in rule.states]
+    return Part(p.view(-1), g.reshape(-1), noise, states)
+
+
+def _in_float32(rule: Rule, state: Mapping[str, Any]) -> list[Tensor]:
+    return [state[s.key].view(-1) for s in rule.states]
+
+
+def _run(part: Part, rule: Rule, names: tuple[str, ...], hyper: Tensor) -> None:
+    step_blocks(part.p, part.g, hyper, part.noise, *part.flat_states, rule=rule, names=names)
+
+
+def step(
+    rule: Rule,
+    p: Tensor,
+    g: Tensor,
+    state: Mapping[str, Any],
+    coefficients: Mapping[str, float],
+    hyper: Tensor,
+    *,
+    blocksize: int,
+    noise: Tensor | None = None,
+    max_norm: float = 0.0,
+    shard: Shard | None = None,
+    tails: "Tails | None" = None,
+) -> None:
+    """One step in place: of contiguous p by g of its shape, and of the state that `new_state` made.  Exact.
+
+    hyper: the values of `coefficients` as a float32 tensor. max_norm: for a rule that is `clipped`, the largest ratio of the
+    direction's norm to that of p, 0 for none; the norms are float sums, and their last bits depend on device, threads and
+    shards. shard: of what p, g and the state are a part; then it is a collective call. tails: where the last block waits for
+    those of other parameters, if it is incomplete; the step is over after `tails.run()`.
+    """
+    names = tuple(coefficients)
+    rule = write_down(rule, names)
+    if max_norm > 0:
+        u = directions(rule, p, g, state, coefficients, hyper, blocksize=blocksize, shard=shard)
+        hyper = _clipped(hyper, names, p, u, max_norm, shard)
+    if not _in_8_bits(rule, state):
+        if p.numel() > 0:
+            states = _in_float32(rule, state)
+            step_elements(p.view(-1), g.reshape(-1), hyper, noise, *states, rule=rule, names=names)
+        return
+    blocksize = check_blocksize(blocksize, p.numel() if shard is None else shard.numel)
+    part = everything = _part(rule, p, g, noise, state)
+    if shard is not None:
+        part = sliced(part, *shard.whole(blocksize), shard, blocksize)
+    whole, rest = split(part, blocksize)
+    if whole is not None:
+        _run(whole, rule, names, hyper)
+    waiting = Tails() if tails is None or shard is not None else tails
+    if rest is not None:
+        waiting.add(rule, names, hyper, blocksize, rest)
+    if waiting is not tails:
+        waiting.run()
+    cut = None if shard is None else completed(everything, zeros_of(rule), blocksize, shard)
+    if cut is not None:
+        _run(cut[0], rule, names, hyper)
+        cut[1]()
+
+
+def directions(
+    rule: Rule,
+    p: Tensor,
+    g: Tensor,
+    state: Mapping[str, Any],
+    coefficients: Mapping[str, float],
+    hyper: Tensor,
+    *,
+    blocksize: int,
+    shard: Shard | None = None,
+) -> Tensor:
+    """The direction of `step`, float32 `[numel]`, 0 where the gradient is not finite; nothing is changed.  Exact."""
+    names = tuple(coefficients)
+    rule = write_down(rule, names)
+    if p.numel() == 0:
+        return p.new_empty(0, dtype=torch.float32)
+    if not _in_8_bits(rule, state):
+        states = _in_float32(rule, state)
+        return direction_elements(p.view(-1), g.reshape(-1), hyper, *states, rule=rule, names=names)
+    blocksize = check_blocksize(blocksize, p.numel() if shard is None else shard.numel)
+    everything = _part(rule, p, g, None, state)
+    # At each boundary of whole blocks what lies here is cut in two.
+    bounds = (0, p.numel()) if shard is None else (0, *shard.whole(blocksize), p.numel())
+    us = []
+    for first, last in itertools.pairwise(bounds):
+        if first < last:
+            part = everything if shard is None else sliced(everything, first, last, shard, blocksize)
+            whole, rest = split(part, blocksize)
+            rows = [whole] if whole is not None else []
+            rows += [padded([rest], zeros_of(rule), blocksize)[0]] if rest is not None else []
+            u = [direction_blocks(x.p, x.g, hyper, *x.flat_states, rule=rule, names=names).view(-1) for x in rows]
+            us.append(torch.cat(u)[: last - first])
+    return torch.cat(us)
+
+
+def _clipped(
+    hyper: Tensor, names: tuple[str, ...], p: Tensor, u: Tensor, max_norm: float, shard: Shard | None
+) -> Tensor:
+    # A parameter that is all zeros could never leave: its step is not clipped.
+    norms = torch.stack([torch.linalg.vector_norm(x, dtype=torch.float32) for x in (u, p)])
+    if shard is not None:
+        norms = total(shard, norms * norms).sqrt()
+    norm, most = norms[0], max_norm * norms[1]
+    ratio = torch.where((norm > most) & (most > 0), most / norm, 1.0)
+    scale = torch.ones_like(hyper)
+    scale[names.index("rate")] = ratio
+    return hyper * scale
+
+
+class Tails:
+    """Incomplete last blocks of many parameters: one call of the kernel for all that take the same step.
+
+    They wait for `run`, or until there are so many that their copies would take more than some megabytes.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: dict[Any, tuple[Tensor, list[Part]]] = {}
+        self._elements = 0
+
+    def add(self, rule: Rule, names: tuple[str, ...], hyper: Tensor, blocksize: int, rest: Part) -> None:
+        """What `split` left of a parameter, its gradient, noise and states."""
+        p, g = rest.p, rest.g
+        key = (rule, names, blocksize, id(hyper), p.device, p.dtype, g.dtype, rest.noise is None)
+        self._waiting.setdefault(key, (hyper, []))[1].append(rest)  # it holds hyper, whose id nobody else then has
+        self._elements += p.numel()
+        if self._elements >= 2**20:
+            self.run()
+
+    def run(self) -> None:
+        """Step all that wait."""
+        for (rule, names, blocksize, *_), (hyper, rests) in self._waiting.items():
+            part, write_back = padded(rests, zeros_of(rule), blocksize)
+            _run(part, rule, names, hyper)
+            write_back()
+        self._waiting.clear()
+        self._elements = 0
