@@ -9,7 +9,7 @@ import torch
 
 from bnbref.conformance import backends, vectors
 from bnbref.conformance.backends import Backend
-from bnbref.conformance.check import Result
+from bnbref.conformance.judge import Result
 from bnbref.conformance.report import Report, broken, report
 
 

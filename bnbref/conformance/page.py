@@ -10,11 +10,11 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from bnbref.conformance.check import Failure
-from bnbref.conformance.judging import steps
+from bnbref.conformance.expected import ulps_apart
+from bnbref.conformance.judge import Failure
 from bnbref.conformance.operations import OPERATIONS
 from bnbref.conformance.report import DTYPES, Finding, Report, cell, describe, rows
-from bnbref.conformance.rules import FLAGS, RULES
+from bnbref.conformance.specification import FLAGS, RULES
 
 _STYLE = """
 :root { color-scheme: light dark; --ok: #1a7f37; --bad: #cf222e; --line: #8886; --none: #8884; }
@@ -145,7 +145,7 @@ def _distances(failure: Failure) -> tuple[Tensor, str]:
         raise ValueError(f"{failure.case.id} has no result")
     got, want = failure.got.reshape(-1), failure.case.expected[failure.output].value.reshape(-1)
     if got.dtype.is_floating_point:
-        return steps(got, want), "ulp"
+        return ulps_apart(got, want), "ulp"
     return (got.long() - want.long()).abs(), "codes"
 
 
@@ -162,7 +162,7 @@ def _bars(wrong: Tensor, heights: Tensor, scale: float, most: int = 400) -> Iter
 # ---- histograms -----------------------------------------------------------------------------------------------------
 
 _NOT_A_NUMBER = 2**31
-"""The distance of NaN from a number, as `steps` has it."""
+"""The distance of NaN from a number, as `ulps_apart` has it."""
 
 
 def _alike(done: Report, finding: Finding) -> list[Failure]:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from bnbref.conformance.backends import Backend
-from bnbref.conformance.check import Failure, Result
-from bnbref.conformance.dialects import explain
+from bnbref.conformance.explain import explain
+from bnbref.conformance.judge import Failure, Result
 from bnbref.conformance.operations import OPERATIONS
-from bnbref.conformance.rules import BY_OUTPUT, FLAGS, RULES
 from bnbref.conformance.shrink import shrink
+from bnbref.conformance.specification import FLAGS, RULE_OF_RESULT, RULES
+from bnbref.conformance.text import hex_words
 
 
 class Element(NamedTuple):
@@ -69,7 +70,7 @@ def report(backend: Backend, device: torch.device, results: Sequence[Result], sm
                 continue
             rule = {"mutated": "G-2", "dtype": "G-1", "missing": "G-1"}.get(failure.kind, failure.case.rules[0])
             if failure.kind != "mutated":
-                rule = BY_OUTPUT.get((failure.case.operation, failure.output), rule)
+                rule = RULE_OF_RESULT.get((failure.case.operation, failure.output), rule)
             flags = ("caller-mutation",) if failure.kind == "mutated" else failure.case.flags
             key = (failure.case.operation, rule, flags, tuple(explain(failure)))
             groups.setdefault(key, []).append(failure)
@@ -96,18 +97,6 @@ def number(x: Tensor) -> str:
     if x.dtype == torch.float64:
         return f"{value!r} ({struct.pack('>d', value).hex()})"
     return f"{value!r} ({hex_words(x)[0]})"
-
-
-def hex_words(x: Tensor) -> list[str]:
-    """Each element as the hexadecimal word of its bits, most significant digit first.
-
-    >>> hex_words(torch.tensor([1.0, -2.0], dtype=torch.bfloat16))
-    ['3f80', 'c000']
-    """
-    size = x.element_size()
-    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
-    words = x.detach().contiguous().reshape(-1).view(kind).tolist()
-    return [f"{word & (1 << 8 * size) - 1:0{2 * size}x}" for word in words]
 
 
 def elements(failure: Failure, most: int = 3) -> list[Element]:

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from bnbref.conformance.backends import Backend
 from bnbref.conformance.cases import Case
-from bnbref.conformance.check import Failure, run_case
-from bnbref.conformance.dialects import explain
+from bnbref.conformance.explain import explain
+from bnbref.conformance.judge import Failure, run_case
 from bnbref.conformance.operations import OPERATIONS
-from bnbref.conformance.optimizers import BLOCKSIZE
+from bnbref.conformance.oracles.steps import BLOCKSIZE
 
 BUDGET = 150
 """How many inputs are tried."""

@@ -9,7 +9,7 @@ import torch
 
 from bnbref.codebooks import DYNAMIC, value_table
 from bnbref.conformance.cases import Case
-from bnbref.conformance.check import Result, run_case
+from bnbref.conformance.judge import Result, run_case
 from bnbref.conformance.operations import OPERATIONS
 from bnbref.conformance.report import describe, report
 

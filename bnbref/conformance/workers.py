@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from bnbref.conformance import backends
 from bnbref.conformance.cases import Case
-from bnbref.conformance.check import Failure, Result, run_case
+from bnbref.conformance.judge import Failure, Result, run_case
 
 
 def run(name: str, cases: Sequence[Case], device: torch.device, jobs: int = 1) -> list[Result]:

@@ -14,11 +14,11 @@ import torch
 
 import bnbref
 from bnbref import blockwise, fourbit, functional, linear4bit
-from bnbref.exactness import GROUP, KERNEL_CHECKS
 from bnbref.fused import Kernel
 from bnbref.optim import rules
 from bnbref.optim.state import new_state, step
 from bnbref.selfcheck import example
+from bnbref.selfcheck.kernels import CHECKS, GROUP
 
 CPU = torch.device("cpu")
 X = example(CPU)
@@ -52,7 +52,7 @@ def _bfloat16_parameters() -> None:
 
 def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     """What is called, by name."""
-    for check in KERNEL_CHECKS:
+    for check in CHECKS:
         yield check.name, lambda run=check.run: run(X)
     yield "multiply_row", _rows_times_weight
     yield "bfloat16 parameters", _bfloat16_parameters

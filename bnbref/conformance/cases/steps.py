@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 
 from bnbref.codebooks import DYNAMIC, DYNAMIC_UNSIGNED, Codebook, value_table
-from bnbref.conformance.cases import CPU, Case, cast, make, noise
-from bnbref.conformance.intervals import Interval
-from bnbref.conformance.optimizers import BLOCKSIZE, CLIPPED, COUPLED, REFERENCE, STATES, both, nearest
+from bnbref.conformance.cases import CPU, Case, make
+from bnbref.conformance.cases.inputs import cast, noise
+from bnbref.conformance.oracles.codes import encode_8bit
+from bnbref.conformance.oracles.formula import CLIPPED, COUPLED, STATES
+from bnbref.conformance.oracles.intervals import Interval
+from bnbref.conformance.oracles.steps import BLOCKSIZE, REFERENCE, both
 
 HYPER: dict[str, Any] = {
     "step": 17, "lr": 0.015625, "beta1": 0.875, "beta2": 0.96875, "beta3": 0.9921875, "alpha": 3.0, "eps": 0.0009765625,
@@ -124,7 +127,7 @@ def _coded(name: str, count: int, seed: int, books: list[Codebook]) -> Coded:
         values = value_table(book, CPU)
         absmax = torch.stack([block.abs().amax() for block in x.split(BLOCKSIZE)])
         scale = absmax.repeat_interleave(BLOCKSIZE)[:count]
-        made |= {f"state{i}": nearest(x / scale, values), f"absmax{i}": absmax}
+        made |= {f"state{i}": encode_8bit(x / scale, values), f"absmax{i}": absmax}
         if i < 3:
             made[f"values{i}"] = values
     return made
@@ -256,7 +259,7 @@ def optimizer_8bit(name: str) -> Iterator[Case]:
         yield case("clipped", "OB-7", "clip-lost", max_unorm=0.0625)
 
 
-def all_optimizers() -> Iterator[Case]:
+def step_cases() -> Iterator[Case]:
     """Every case, 32 bits first."""
     for name in STATES:
         yield from optimizer_32bit(name)
