@@ -60,10 +60,9 @@ def arguments(params: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Operation:
-    """An operation: its oracle, which takes its arguments and returns what each result may be, and what it is, in words."""
+    """An operation: a function of its arguments that returns, by name, what each result may be."""
 
     oracle: Callable[..., dict[str, Expected]]
-    about: str
 
     def expect(self, inputs: Mapping[str, Tensor], params: Mapping[str, Any]) -> dict[str, Expected]:
         """What each result may be, computed by the reference, uncompiled."""
@@ -78,86 +77,26 @@ class Operation:
 
 
 OPERATIONS = {
-    "quantize_blockwise": Operation(
-        codes.quantize_blockwise,
-        "A tensor in blocks of consecutive elements, each scaled by its largest magnitude and coded in 8 bits: codes "
-        "uint8 in the shape of x, absmax float32, one a block.",
-    ),
-    "dequantize_blockwise": Operation(
-        values.dequantize_blockwise,
-        "The values of 8-bit codes times the scales of their blocks, in float32, float16 or bfloat16.",
-    ),
-    "quantize_4bit": Operation(
-        codes.quantize_4bit,
-        "A tensor in blocks, scaled as in 8 bits, coded in NF4 or FP4, two codes a byte: packed uint8 [(numel + 1) / "
-        "2], absmax float32, one a block.",
-    ),
-    "dequantize_4bit": Operation(
-        values.dequantize_4bit,
-        "The values of packed 4-bit codes times the scales of their blocks, in a given shape and dtype.",
-    ),
-    "quantize_4bit_nested": Operation(
-        codes.quantize_4bit_nested,
-        "4-bit quantization whose scales are quantized themselves: their mean, and 8-bit codes of what is left, in "
-        "blocks of 256.",
-    ),
-    "dequantize_4bit_nested": Operation(
-        values.dequantize_4bit_nested,
-        "The scales decoded from their 8-bit codes, then the weight by them.",
-    ),
-    "gemm_4bit": Operation(
-        sums.gemm_4bit,
-        "A product with a 4-bit weight [n, k]: a [..., k] in float32, float16 or bfloat16, y [..., n] in the same.",
-    ),
-    "gemm_4bit_backward": Operation(
-        sums.gemm_4bit_backward,
-        "The gradient of a product's input: grad [..., n] in float32, float16 or bfloat16, grad_a [..., k] in the "
-        "same.",
-    ),
-    "int8_quantize": Operation(
-        codes.int8_quantize,
-        "LLM.int8(): rows of x scaled to 127 and rounded, columns with outliers left out.",
-    ),
-    "int8_matmul": Operation(
-        values.int8_matmul,
-        "The int32 product a @ b^T of int8 a [..., k] and b [n, k].",
-    ),
-    "int8_mm_dequant": Operation(
-        values.int8_mm_dequant,
-        "An int32 product scaled by the absmax of its rows and columns, over 127^2.",
-    ),
-    "int8_dequantize": Operation(
-        values.int8_dequantize,
-        "int8 rows scaled back.",
-    ),
-    "int8_backward": Operation(
-        sums.int8_backward,
-        "The gradients of y = a @ W^T by LLM.int8(), whose weight is a float tensor that is quantized on the way: a "
-        "[..., k], weight [n, k] and grad [..., n] of one dtype.",
-    ),
-    "save_4bit": Operation(
-        values.save_4bit,
-        "The tensors that bitsandbytes writes for a 4-bit weight, byte for byte.",
-    ),
-    "load_4bit": Operation(
-        values.load_4bit,
-        "The weight from such tensors.",
-    ),
-    "evaluate_then_train": Operation(
-        sums.evaluate_then_train,
-        "A Linear4bit of a packed weight, evaluated without gradients (y), then trained on the same input (grad_x), "
-        "then saved (packed, absmax).",
-    ),
-    "optimizer_32bit": Operation(
-        steps.step_32bit,
-        "One step of an optimizer with float32 states, p and g float32, float16 or bfloat16. Nothing is updated in "
-        "place: the new p and states are the results.",
-    ),
-    "optimizer_8bit": Operation(
-        steps.step_8bit,
-        "The same with states as uint8 codes and float32 absmax of blocks of 256 consecutive elements. values1 is the "
-        "signed dynamic map, also of the squares of rmsprop and adagrad, as bitsandbytes has it, or the unsigned one; "
-        "values2 is the unsigned one.",
-    ),
+    name: Operation(oracle)
+    for name, oracle in (
+        ("quantize_blockwise", codes.quantize_blockwise),
+        ("dequantize_blockwise", values.dequantize_blockwise),
+        ("quantize_4bit", codes.quantize_4bit),
+        ("dequantize_4bit", values.dequantize_4bit),
+        ("quantize_4bit_nested", codes.quantize_4bit_nested),
+        ("dequantize_4bit_nested", values.dequantize_4bit_nested),
+        ("gemm_4bit", sums.gemm_4bit),
+        ("gemm_4bit_backward", sums.gemm_4bit_backward),
+        ("int8_quantize", codes.int8_quantize),
+        ("int8_matmul", values.int8_matmul),
+        ("int8_mm_dequant", values.int8_mm_dequant),
+        ("int8_dequantize", values.int8_dequantize),
+        ("int8_backward", sums.int8_backward),
+        ("save_4bit", values.save_4bit),
+        ("load_4bit", values.load_4bit),
+        ("evaluate_then_train", sums.evaluate_then_train),
+        ("optimizer_32bit", steps.step_32bit),
+        ("optimizer_8bit", steps.step_8bit),
+    )
 }
 """Every operation of the kit by name."""

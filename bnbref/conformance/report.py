@@ -68,15 +68,11 @@ def report(backend: Backend, device: torch.device, results: Sequence[Result], sm
         for failure in result.failures:
             if failure.kind == "value" and (failure.output in shapes or (shapes and not explain(failure))):
                 continue
-            rule = {"mutated": "G-2", "dtype": "G-1", "missing": "G-1"}.get(failure.kind, failure.case.rules[0])
-            if failure.kind != "mutated":
-                rule = RULE_OF_RESULT.get((failure.case.operation, failure.output), rule)
-            flags = ("caller-mutation",) if failure.kind == "mutated" else failure.case.flags
-            key = (failure.case.operation, rule, flags, tuple(explain(failure)))
+            key = (failure.case.operation, *_broken(failure), tuple(explain(failure)))
             groups.setdefault(key, []).append(failure)
     findings = []
     for (operation, rule, flags, follows), failures in groups.items():
-        smallest = min(failures, key=lambda f: sum(t.numel() for t in f.case.inputs.values()))
+        smallest = min(failures, key=_size)
         example = shrink(backend, smallest, device) if small else smallest
         ids = tuple(dict.fromkeys(f.case.id for f in failures))
         findings.append(Finding(operation, rule, flags, follows, example, smallest, ids))
@@ -84,7 +80,18 @@ def report(backend: Backend, device: torch.device, results: Sequence[Result], sm
     return Report(backend.name, str(device), backend.versions, results, findings, seconds)
 
 
-# ---- numbers --------------------------------------------------------------------------------------------------------
+def _broken(failure: Failure) -> tuple[str, tuple[str, ...]]:
+    """The rule that a failure breaks, and its flags."""
+    case = failure.case
+    if failure.kind == "mutated":
+        return "G-2", ("caller-mutation",)
+    rule = "G-1" if failure.kind in ("dtype", "missing") else case.rules[0]
+    return RULE_OF_RESULT.get((case.operation, failure.output), rule), case.flags
+
+
+def _size(failure: Failure) -> int:
+    """How many numbers the inputs of the case have."""
+    return sum(tensor.numel() for tensor in failure.case.inputs.values())
 
 
 def number(x: Tensor) -> str:
@@ -142,27 +149,28 @@ def inputs_of(failure: Failure, most: int = 8) -> list[str]:
     return lines + ([params] if params else [])
 
 
-# ---- forms ----------------------------------------------------------------------------------------------------------
-
-
 def describe(finding: Finding) -> str:
     """A finding on one screen: rule, input, got and want, whose rule it follows, and the story of its flag."""
     rule, example = RULES[finding.rule], finding.example
-    lines = [f"{finding.cases[0]}" + (f" and {len(finding.cases) - 1} more" if len(finding.cases) > 1 else "")]
-    lines.append(f"  rule     {rule.id}: {rule.text}")
-    lines.append(f"  found    {example.message}")
+    lines = [finding.cases[0] + (f" and {len(finding.cases) - 1} more" if len(finding.cases) > 1 else "")]
+    lines += [f"  rule     {rule.id}: {rule.text}", f"  found    {example.message}"]
     if example is not finding.original:
-        lines.append(
-            f"  shrunk   from {sum(t.numel() for t in finding.original.case.inputs.values())} numbers of input"
-        )
+        lines.append(f"  shrunk   from {_size(finding.original)} numbers of input")
     lines += [f"  input    {line}" for line in inputs_of(example)]
-    for element in elements(example):
-        lines.append(f"  element  {example.output}{list(element.place)}: got {element.got}, want {element.want}")
+    lines += [f"  element  {example.output}{list(e.place)}: got {e.got}, want {e.want}" for e in elements(example)]
     lines += [f"  follows  {text}" for text in finding.follows]
-    for name in finding.flags:
-        issue = f" [{FLAGS[name].issue}]" if FLAGS[name].issue else ""
-        lines.append(f"  flag     {name}: {FLAGS[name].story}{issue}")
+    lines += [f"  flag     {name}: {FLAGS[name].story}{bracketed_issue(name)}" for name in finding.flags]
     return "\n".join(lines)
+
+
+def bracketed_issue(flag: str) -> str:
+    """The number of the bug in bitsandbytes' tracker, in brackets, if it has one."""
+    return f" [{FLAGS[flag].issue}]" if FLAGS[flag].issue else ""
+
+
+def versions(done: Report) -> str:
+    """The versions of what was tested, in a line."""
+    return ", ".join(f"{name} {version}" for name, version in done.versions.items())
 
 
 def counts(results: Iterable[Result]) -> dict[str, int]:
@@ -184,15 +192,10 @@ def broken(done: Report) -> list[str]:
 
 def as_text(done: Report) -> str:
     """For a terminal; the last lines name each broken rule and its flag."""
-    total = counts(done.results)
-    versions = ", ".join(f"{name} {version}" for name, version in done.versions.items())
-    lines = [f"{done.backend} on {done.device} ({versions})", ""]
+    total = ", ".join(f"{n} {status}" for status, n in counts(done.results).items() if n)
+    lines = [f"{done.backend} on {done.device} ({versions(done)})", ""]
     lines += [describe(finding) + "\n" for finding in done.findings]
-    lines.append(matrix_text(done))
-    lines.append(
-        f"{len(done.results)} cases in {done.seconds:.1f} s: "
-        + ", ".join(f"{n} {status}" for status, n in total.items() if n)
-    )
+    lines += [matrix_text(done), f"{len(done.results)} cases in {done.seconds:.1f} s: {total}"]
     lines += [f"broken: {line}" for line in broken(done)] or ["conforms" if done.ok else "nothing was checked"]
     return "\n".join(lines)
 

@@ -9,7 +9,7 @@ import torch
 from bnbref.codebooks import FP4, NF4
 from bnbref.conformance import operations, vectors
 from bnbref.conformance.operations import OPERATIONS
-from bnbref.conformance.specification import FLAGS, rules_of
+from bnbref.conformance.specification import ABOUT, FLAGS, rules_of
 from bnbref.conformance.text import hex_words
 
 FORMULAS = """
@@ -69,7 +69,7 @@ def page(operation: str) -> str:
     """One operation: what it is, its rules with their freedoms, and the bugs that its cases were made from."""
     cases = vectors.read(operation)
     flags = dict.fromkeys(flag for case in cases for flag in case.flags)
-    lines = [f"# {operation}", "", OPERATIONS[operation].about, "", f"    {signature(operation)}", ""]
+    lines = [f"# {operation}", "", ABOUT[operation], "", f"    {signature(operation)}", ""]
     lines += ["## Rules", "", *_rules(operation)]
     if operation in ("quantize_4bit", "dequantize_4bit"):
         lines += ["## Values", "", *_values()]
@@ -85,7 +85,7 @@ def page(operation: str) -> str:
 
 def pages() -> dict[str, str]:
     """All pages by file name."""
-    links = [f"- [{op}]({op}.md): {OPERATIONS[op].about}" for op in OPERATIONS]
+    links = [f"- [{op}]({op}.md): {ABOUT[op]}" for op in OPERATIONS]
     index = "\n".join([INDEX, *_rules("every operation"), "## Operations", "", *links]) + "\n"
     return {"index.md": index, **{f"{op}.md": page(op) for op in OPERATIONS}}
 

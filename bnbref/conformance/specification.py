@@ -32,17 +32,21 @@ def _entries(block: str) -> list[str]:
     return [" ".join(entry.split()) for entry in re.split(r"\n(?! )", block.strip())]
 
 
-def _rules(text: str) -> dict[str, Rule]:
+def _rules(text: str) -> tuple[dict[str, str], dict[str, Rule]]:
+    """What each operation is, and the rules by their ids. A block is an operation, what it is, and its rules."""
+    operations: dict[str, str] = {}
     found: dict[str, Rule] = {}
     for block in text.split("\n\n"):
-        operation, *entries = _entries(block)
+        head, *entries = _entries(block)
+        operation, _, about = head.partition(": ")
+        operations[operation] = about
         for entry in entries:
             name, _, rest = entry.partition(" ")
             sentence, _, freedom = rest.partition(" Freedom: ")
             if rest.startswith("= "):  # the sentence of another operation's rule
                 sentence, freedom = found[rest[2:]][2:]
             found[name] = Rule(name, operation, sentence, freedom)
-    return found
+    return operations, found
 
 
 def _flags(text: str) -> dict[str, Flag]:
@@ -50,7 +54,7 @@ def _flags(text: str) -> dict[str, Flag]:
     return {match[1]: Flag(match[1], match[2], match[3] or "") for match in matches if match}
 
 
-RULES = _rules("""
+ABOUT, RULES = _rules("""
 every operation
 G-1 Results have the shape and dtype that the operation defines.
 G-2 Arguments are not modified.
@@ -60,7 +64,8 @@ G-4 What is not supported is refused by an exception (ValueError, TypeError, Not
     refused.
 G-5 The sign of a floating-point zero is not compared.
 
-quantize_blockwise
+quantize_blockwise: A tensor in blocks of consecutive elements, each scaled by its largest magnitude and coded in 8 bits: codes
+    uint8 in the shape of x, absmax float32, one a block.
 Q8-1 absmax is the largest magnitude of the block, float32, exactly.
     Freedom: A block whose largest magnitude is below 2^-126 may have absmax 0 and the codes of zero, or be scaled exactly. Where
     an element is NaN or infinite, codes and absmax of its block are free; those of other blocks are not.
@@ -74,13 +79,14 @@ Q8-6 An all-zero block has absmax 0 and the codes of the value 0.
     Freedom: Its codes may also be 0: times an absmax of 0 they decode to 0.
 Q8-7 The last block, which may be shorter, follows the same arithmetic as the others; nothing beyond it is read or counted.
 
-dequantize_blockwise
+dequantize_blockwise: The values of 8-bit codes times the scales of their blocks, in float32, float16 or bfloat16.
 D8-1 An element is T(fl(values[code] * absmax)): one float32 product, one rounding to nearest even.
     Freedom: Products below 2^-126 may be flushed to zero.
 D8-2 Element i belongs to block floor(i / blocksize), whatever the shape.
 D8-3 Where absmax is NaN the elements are NaN; beyond the range of T they are infinite.
 
-quantize_4bit
+quantize_4bit: A tensor in blocks, scaled as in 8 bits, coded in NF4 or FP4, two codes a byte: packed uint8 [(numel + 1) / 2],
+    absmax float32, one a block.
 Q4-1 = Q8-1
 Q4-2 = Q8-2
 Q4-3 The code is the number of thresholds strictly below the scaled value (NF4, whose thresholds are the float32 midpoints fl(fl(a
@@ -95,35 +101,36 @@ Q4-7 An all-zero block has absmax 0 and the codes of the value 0: 7 (NF4), 0 (FP
     Freedom: NF4's code may also be 0: times an absmax of 0 it decodes to 0.
 Q4-8 = Q8-7
 
-dequantize_4bit
+dequantize_4bit: The values of packed 4-bit codes times the scales of their blocks, in a given shape and dtype.
 D4-1 = D8-1
 D4-2 Element i, in row-major order, belongs to block floor(i / blocksize): blocks run on from row to row.
 D4-3 The result has the shape that was asked for: a vector is a vector, one row of one byte is one row.
 
-quantize_4bit_nested
+quantize_4bit_nested: 4-bit quantization whose scales are quantized themselves: their mean, and 8-bit codes of what is left, in
+    blocks of 256.
 QN-1 offset is the mean of the absmax, and their codes are those of quantize_blockwise(absmax - offset) with the signed dynamic
     values and blocks of 256.
 QN-2 An all-zero block has the codes of the value 0 without any freedom: its scale does not come back as exactly 0.
 QN-3 An absmax equal to the mean has the code of the value 0.
 
-dequantize_4bit_nested
+dequantize_4bit_nested: The scales decoded from their 8-bit codes, then the weight by them.
 DN-1 The scale of a block is fl(fl(values[code] * absmax2) + offset).
     Freedom: The sum may be fused: one rounding instead of two.
 DN-2 Elements follow D4 with these scales, in the shape asked for.
 
-gemm_4bit
+gemm_4bit: A product with a 4-bit weight [n, k]: a [..., k] in float32, float16 or bfloat16, y [..., n] in the same.
 G4-1 y = a @ W^T + bias with W as D4 decodes it to the dtype of a, and float32 accumulation.
     Freedom: With u the unit roundoff of the dtype, v that of float32: up to four roundings to the dtype in each product (value,
     scale, weight, product), any order of summation, bias before or after the last rounding: |got - y| <= (4.1 u + 2 k v) * sum |a
     w| + 2 u * (|y| + |bias|).
 G4-2 Every row of a is multiplied, and leading dimensions are kept.
 
-gemm_4bit_backward
+gemm_4bit_backward: The gradient of a product's input: grad [..., n] in float32, float16 or bfloat16, grad_a [..., k] in the same.
 GB-1 grad_a = grad @ W with W as D4 decodes it to the dtype of grad, and float32 accumulation.
     Freedom: The bound of G4-1, with n for k.
 GB-2 Leading dimensions are kept.
 
-int8_quantize
+int8_quantize: LLM.int8(): rows of x scaled to 127 and rounded, columns with outliers left out.
 I8-1 row absmax is the largest magnitude among the elements of the row that are below the threshold (all if it is 0).
     Freedom: A row with NaN or infinity is free, others are not. The zero of a row of outliers may be -0.0.
 I8-2 The code is x * (127 / absmax) rounded to the nearest integer, ties to even.
@@ -132,22 +139,23 @@ I8-3 A column is an outlier column if any |x| >= threshold in it; its codes are 
 I8-4 A row of zeros has absmax 0 and codes 0.
 I8-5 All dimensions but the last are rows: codes have the shape of x, absmax one element a row.
 
-int8_matmul
+int8_matmul: The int32 product a @ b^T of int8 a [..., k] and b [n, k].
 IM-1 The int32 product is exact, for every k whose sum fits in 32 bits.
 IM-2 Leading dimensions are kept.
 
-int8_mm_dequant
+int8_mm_dequant: An int32 product scaled by the absmax of its rows and columns, over 127^2.
 ID-1 y = product * row * column / 16129 + bias in float32, rounded once to the dtype.
     Freedom: Any order and rounding of the factors: |got - y| <= 5 v |product| + 2 v |y| + 2 u (|y| + |bias|), with v the unit
     roundoff of float32 and u that of the dtype.
 ID-2 The range is that of the dtype, not of another one on the way.
 ID-3 The shape of the product is kept.
 
-int8_dequantize
+int8_dequantize: int8 rows scaled back.
 IV-1 y = code * absmax / 127 in float32.
     Freedom: Any order of the two factors, product or division: 4 ulp.
 
-int8_backward
+int8_backward: The gradients of y = a @ W^T by LLM.int8(), whose weight is a float tensor that is quantized on the way: a [...,
+    k], weight [n, k] and grad [..., n] of one dtype.
 IB-1 grad_a = grad @ W with W = code * absmax / 127 of the weight's rows, rounded to the dtype of grad.
     Freedom: The bound of G4-1, with n for k.
 IB-2 grad_weight = grad^T @ a.
@@ -155,22 +163,24 @@ IB-2 grad_weight = grad^T @ a.
     columns: d_g sum |a| + d_a sum |grad| + m d_g d_a more, d being a column's absmax / 253.
 IB-3 All dimensions but the last are rows; grad_a has the shape of a.
 
-save_4bit
+save_4bit: The tensors that bitsandbytes writes for a 4-bit weight, byte for byte.
 CW-1 A file holds the packed codes, absmax, quant_map and, nested, nested_absmax and nested_quant_map, as quantization gave them.
 CW-2 The state is the UTF-8 of a JSON object with the keys quant_type, blocksize, dtype, shape and, nested, nested_blocksize,
     nested_dtype, nested_offset, in this order, with ", " and ": " between.
 
-load_4bit
+load_4bit: The weight from such tensors.
 CR-1 The tensors of a file give the weight that D4 (nested: DN) decodes, in the dtype and shape of the state.
 
-evaluate_then_train
+evaluate_then_train: A Linear4bit of a packed weight, evaluated without gradients (y), then trained on the same input (grad_x),
+    then saved (packed, absmax).
 LE-1 In evaluation mode y = x @ W^T + bias in the dtype of x.
     Freedom: The bound of G4-1.
 LE-2 In training mode afterwards the gradient of x is that of GB, as if nothing had been evaluated.
     Freedom: Its bound.
 LE-3 What is saved then are the packed codes and the absmax that the layer was made of, bit for bit.
 
-optimizer_32bit
+optimizer_32bit: One step of an optimizer with float32 states, p and g float32, float16 or bfloat16. Nothing is updated in place:
+    the new p and states are the results.
 OS-1 p = T(decay p - rate direction), states and direction by the formula of the optimizer, in float32, with g * gnorm_scale for
     the gradient. What a step depends on are its arguments alone: a run that is resumed is one that was not interrupted.
     Freedom: Any order of the operations, fused or not: each may be off by four unit roundoffs. 1 - beta may be taken of beta
@@ -187,7 +197,9 @@ OS-6 A gradient that is NaN or infinite changes no other element.
     Freedom: p and states of the element itself.
 OS-7 p is rounded once, to its dtype; all elements are stepped, in any shape.
 
-optimizer_8bit
+optimizer_8bit: The same with states as uint8 codes and float32 absmax of blocks of 256 consecutive elements. values1 is the
+    signed dynamic map, also of the squares of rmsprop and adagrad, as bitsandbytes has it, or the unsigned one; values2 is the
+    unsigned one.
 OB-1 States are decoded as D8 says, in blocks of 256: state1 and state3 with values1, state2 with values2. p follows OS with them.
     Freedom: That of OS.
 OB-2 Each new state, before its coding in float32, is coded as Q8 says: absmax of its block, the nearest value.
@@ -200,7 +212,7 @@ OB-6 A gradient that is NaN or infinite changes neither another element nor, fro
     Freedom: p and codes of the element itself.
 OB-7 lars and lamb follow OS-5.
 """)
-"""Every rule by its id."""
+"""What each operation is, by its name, and every rule by its id."""
 
 FLAGS = _flags("""
 zero-in-nonzero-block: bitsandbytes' CPU kernel looks codes up in a table of 65,536 bins, none of which is centred on zero: 0

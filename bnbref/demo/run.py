@@ -17,7 +17,7 @@ import bnbref
 from bnbref.demo import MODEL
 from bnbref.demo.compare import compare
 from bnbref.demo.evaluate import encode, windows
-from bnbref.demo.finetune import qlora
+from bnbref.demo.finetune import finetune
 from bnbref.demo.report import write_json, write_plot
 from bnbref.demo.resources import cpu_seconds
 from bnbref.demo.settings import FULL, QUICK
@@ -46,7 +46,7 @@ def run(
     print(headline(facts["machine"]), flush=True)
     facts["formats"] = compare(tokenizer, heldout, settings, where)
     with tempfile.TemporaryDirectory() if out is None else contextlib.nullcontext(out) as folder:
-        facts["qlora"] = qlora(tokenizer, heldout, settings, where, Path(folder))
+        facts["qlora"] = finetune(tokenizer, heldout, settings, where, Path(folder))
     facts["seconds"], facts["cpu_seconds"] = time.perf_counter() - start, cpu_seconds() - cpu
     kept = f"; the adapter is in {out}" if out else ""
     print(f"\n{facts['seconds']:.0f} s, {facts['cpu_seconds']:.0f} s of processor time, compilers included{kept}")
