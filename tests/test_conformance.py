@@ -532,6 +532,8 @@ def test_a_wrong_backend_does_not_pass(mutant):
     results = judge.run(mutant.backend, STORED, CPU)
     killers = [result.case.id for result in results if result.status == "failed"]
     assert killers, f"{mutant.name}: {mutant.wrong}"
+    raised = [f.message for result in results for f in result.failures if f.kind == "raised"]
+    assert not raised, f"{mutant.name} must be wrong, not broken: {raised[0]}"
     quick = [result for result in results if result.case.quick and result.status == "failed"]
     assert quick, f"the quick run lets {mutant.name} pass; the full one has {killers}"
 

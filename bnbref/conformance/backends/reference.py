@@ -52,8 +52,10 @@ class Reference(PublicNames):
         codes, state = functional.quantize_blockwise(x, values, blocksize=blocksize)
         return codes, state.absmax
 
-    def dequantize_blockwise(self, **arguments: Any) -> Tensor:
-        return blockwise.dequantize(**arguments)
+    def dequantize_blockwise(
+        self, codes: Tensor, absmax: Tensor, values: Tensor, blocksize: int, dtype: torch.dtype
+    ) -> Tensor:
+        return blockwise.dequantize(codes, absmax, values, blocksize, dtype)
 
     def quantize_4bit(self, x: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, Tensor]:
         packed, absmax = fourbit.quantize(x, four_bit(quant_type), blocksize)
