@@ -13,7 +13,7 @@ from expecttest import assert_expected_inline
 import bnbref
 from bnbref import info
 from bnbref.cli import main
-from bnbref.demo.settings import Settings
+from bnbref.demo import Settings
 from bnbref.selfcheck import Result, formats
 
 

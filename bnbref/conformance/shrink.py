@@ -33,9 +33,8 @@ def _without(size: int) -> Iterator[Tensor]:
 
 def _vary(case: Case, inputs: dict[str, Tensor], **params: Any) -> Case:
     given, chosen = {**case.inputs, **inputs}, {**case.params, **params}
-    return replace(
-        case, inputs=given, params=chosen, expected=OPERATIONS[case.operation].expect(given, chosen), layout=()
-    )
+    expected = OPERATIONS[case.operation].expect(given, chosen)
+    return replace(case, inputs=given, params=chosen, expected=expected, layout=())
 
 
 def _smaller(case: Case) -> Iterator[Case]:
@@ -96,19 +95,11 @@ def shrink(backend: Backend, failure: Failure, device: torch.device) -> Failure:
     best, left, why = failure, BUDGET, explain(failure)
     if not failure.case.derived or failure.kind not in ("value", "raised"):
         return failure
-    found = True
-    while found:
-        found = False
-        for candidate in _smaller(best.case):
-            left -= 1
-            if left < 0:
-                return best
-            same = [
-                f
-                for f in run_case(backend, candidate, device).failures
-                if (f.kind, f.output) == (best.kind, best.output) and explain(f) == why
-            ]
-            if same:
-                best, found = same[0], True
+    candidates = _smaller(best.case)
+    while left > 0 and (candidate := next(candidates, None)) is not None:
+        left -= 1
+        for other in run_case(backend, candidate, device).failures:
+            if (other.kind, other.output) == (best.kind, best.output) and explain(other) == why:
+                best, candidates = other, _smaller(other.case)
                 break
     return best

@@ -33,6 +33,10 @@ DTYPES = {
 """Dtypes by the names that safetensors has for them."""
 
 
+LISTS, SWITCHES = ("rules", "flags", "layout"), ("may_refuse", "quick", "derived")
+"""Fields of a case that are lists of names, or true or false."""
+
+
 # ---- safetensors ----------------------------------------------------------------------------------------------------
 
 
@@ -145,12 +149,8 @@ def files(cases: Sequence[Case]) -> dict[str, bytes]:
                 "params": dict(case.params),
                 "inputs": {name: store.add(tensor) for name, tensor in case.inputs.items()},
                 "outputs": {name: _output(expected, store) for name, expected in case.expected.items()},
-                "rules": list(case.rules),
-                "flags": list(case.flags),
-                "layout": list(case.layout),
-                "may_refuse": case.may_refuse,
-                "quick": case.quick,
-                "derived": case.derived,
+                **{name: list(getattr(case, name)) for name in LISTS},
+                **{name: getattr(case, name) for name in SWITCHES},
             }
             for case in chosen
         ]
@@ -192,9 +192,9 @@ def read(operation: str, folder: Path = FOLDER) -> list[Case]:
     def case(entry: Mapping[str, Any]) -> Case:
         inputs = {name: tensors[key] for name, key in entry["inputs"].items()}
         outputs = {name: expected(output) for name, output in entry["outputs"].items()}
-        rules, flags, layout = (tuple(entry[name]) for name in ("rules", "flags", "layout"))
-        last = (entry[name] for name in ("may_refuse", "quick", "derived"))
-        return Case(entry["id"], operation, entry["params"], inputs, outputs, rules, flags, layout, *last)
+        rest: dict[str, Any] = {name: tuple(entry[name]) for name in LISTS}
+        rest |= {name: entry[name] for name in SWITCHES}
+        return Case(entry["id"], operation, entry["params"], inputs, outputs, **rest)
 
     return [case(entry) for entry in body["cases"]]
 

@@ -17,12 +17,11 @@ import torch
 from peft import LoraConfig, PeftModel, prepare_model_for_kbit_training
 from torch import Tensor
 
-from bnbref.demo import MODEL
+from bnbref.demo import MODEL, Settings
 from bnbref.demo.evaluate import encode, perplexity, sample, windows
 from bnbref.demo.formats import Mismatch
 from bnbref.demo.report import mebibytes, one_line
 from bnbref.demo.resources import phase
-from bnbref.demo.settings import Settings
 from bnbref.integrations.peft import register_lora
 from bnbref.integrations.qlora import load, qlora
 
