@@ -21,8 +21,9 @@ REFUSALS = (ValueError, TypeError, NotImplementedError, RuntimeError)
 class Failure:
     """One result that the rules do not allow.
 
-    kind: value, shape, dtype, missing, raised, crashed or mutated. output: which result (which input, for mutated). wrong: flat
-    indices of wrong elements. got: the result as it came (None where there was none). message: one line.
+    output: the name of the result; of the input, where kind is "mutated". kind: "value", "shape", "dtype", "missing", "raised",
+    "crashed" or "mutated". message: one line. wrong: flat indices of the wrong elements. got: the result as it came, None where
+    there was none.
     """
 
     case: Case
@@ -35,7 +36,10 @@ class Failure:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a case: passed, failed, refused (allowed to) or not implemented, and the seconds it took."""
+    """What became of a case, and the seconds it took.
+
+    status: "passed", "failed", "not implemented", or "refused", where the rules allow an exception.
+    """
 
     case: Case
     status: str

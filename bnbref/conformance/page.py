@@ -114,9 +114,10 @@ WIDTH, HEIGHT = 400.0, 60.0
 
 
 def error_map(failure: Failure) -> str:
-    """Which elements are wrong, from the first to the last, and how far: an inline SVG; empty where no values are wrong.
+    """Draws which elements are wrong, from the first to the last, and how far: an inline SVG; empty where no values are wrong.
 
-    Floats: representable numbers off, on a scale of powers of two. Codes: codes off; packed codes: which bytes.
+    The height of a bar is the logarithm of the distance: in representable numbers of the dtype for floats, in codes for codes. Of
+    packed codes it shows only which bytes are wrong.
     """
     if failure.got is None or failure.kind != "value":
         return ""
@@ -156,7 +157,7 @@ def _distances(failure: Failure) -> tuple[Tensor, str]:
 
 
 def _bars(wrong: Tensor, heights: Tensor, scale: float, most: int = 400) -> Iterable[tuple[int, float]]:
-    """At most so many bars, of neighbours the highest."""
+    """The places and heights of at most so many bars; where elements share a bar, the highest counts."""
     step = -(-heights.numel() // most)
     found: dict[int, float] = {}
     for i in wrong.tolist():

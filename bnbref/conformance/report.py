@@ -30,7 +30,8 @@ class Element(NamedTuple):
 class Finding:
     """All failures of one cause: they break the same rule, have the same flags and follow the same conventions.
 
-    example: the first of them, shrunk. cases: the ids of all.
+    follows: whose conventions, see explain.py. original: the failure with the smallest input. example: the same, shrunk. cases:
+    the ids of all cases that fail so.
     """
 
     operation: str
@@ -60,7 +61,7 @@ class Report:
 
 
 def report(backend: Backend, device: torch.device, results: Sequence[Result], small: bool = True) -> Report:
-    """The report of a run. small: shrink the input of one failure of each finding."""
+    """The report of a run. small: whether the input of one failure of each finding is shrunk, which runs the backend again."""
     groups: dict[tuple[Any, ...], list[Failure]] = {}
     for result in results:
         # Where a shape is wrong, wrong values of the same result are no second finding.
@@ -133,7 +134,7 @@ def elements(failure: Failure, most: int = 3) -> list[Element]:
 
 
 def inputs_of(failure: Failure, most: int = 8) -> list[str]:
-    """One line for each input: its name and, if there are few, its elements in decimal and hexadecimal."""
+    """A line for each input: its name, and its elements in decimal and hexadecimal if there are at most so many."""
     lines = []
     for name, tensor in failure.case.inputs.items():
         shape = list(tensor.shape)
@@ -150,7 +151,7 @@ def inputs_of(failure: Failure, most: int = 8) -> list[str]:
 
 
 def describe(finding: Finding) -> str:
-    """A finding on one screen: rule, input, got and want, whose rule it follows, and the story of its flag."""
+    """A finding on one screen: the rule, the input, what came and what is allowed, whose convention it is, the flags' stories."""
     rule, example = RULES[finding.rule], finding.example
     lines = [finding.cases[0] + (f" and {len(finding.cases) - 1} more" if len(finding.cases) > 1 else "")]
     lines += [f"  rule     {rule.id}: {rule.text}", f"  found    {example.message}"]
@@ -191,7 +192,7 @@ def broken(done: Report) -> list[str]:
 
 
 def as_text(done: Report) -> str:
-    """For a terminal; the last lines name each broken rule and its flag."""
+    """The report for a terminal; the last lines name each broken rule and its flag."""
     total = ", ".join(f"{n} {status}" for status, n in counts(done.results).items() if n)
     lines = [f"{done.backend} on {done.device} ({versions(done)})", ""]
     lines += [describe(finding) + "\n" for finding in done.findings]

@@ -1,6 +1,7 @@
-"""The smallest input that still fails: elements, rows and columns are taken away, what is left is made simple.
+"""The smallest input that still fails: elements, rows and columns are taken away, and what is left is made simple.
 
-Deterministic and greedy: candidates are tried in a fixed order, the first that fails in the same way is kept, until none does.
+The search is greedy and has no randomness. Smaller inputs are tried in a fixed order, and the first that fails in the same way
+takes the place of the input, until none of them fails.
 """
 
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ BUDGET = 150
 
 
 def _without(size: int) -> Iterator[Tensor]:
-    """Indices that stay when a run of a half, a quarter, ... one of `size` elements is removed, the last run first."""
+    """The indices that stay when a run of elements is removed: of half of all, of a quarter, ... of one; the last run first."""
     every, run = torch.arange(size), size // 2
     while run > 0:
         for start in reversed(range(0, size, run)):
@@ -32,12 +33,14 @@ def _without(size: int) -> Iterator[Tensor]:
 
 
 def _vary(case: Case, inputs: dict[str, Tensor], **params: Any) -> Case:
+    """The case with some inputs and parameters replaced, and what is expected computed anew."""
     given, chosen = {**case.inputs, **inputs}, {**case.params, **params}
     expected = OPERATIONS[case.operation].expect(given, chosen)
     return replace(case, inputs=given, params=chosen, expected=expected, layout=())
 
 
 def _smaller(case: Case) -> Iterator[Case]:
+    """Cases that are smaller, or simpler."""
     match case.operation:
         case "quantize_blockwise" | "quantize_4bit":
             # One block, then fewer elements of it, its absmax among them: the scaled values stay what they were.
@@ -86,7 +89,7 @@ def _smaller(case: Case) -> Iterator[Case]:
 
 
 def _part(name: str, x: Tensor, kept: Tensor) -> Tensor:
-    """Of an optimizer's argument what belongs to these elements of its first block."""
+    """The part of an optimizer's argument that belongs to the kept elements of its first block."""
     return x if name.startswith("values") else x[:1] if name.startswith("absmax") else x[kept]
 
 

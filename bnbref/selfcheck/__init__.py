@@ -57,7 +57,7 @@ class Check(NamedTuple):
 
 
 class Result(NamedTuple):
-    """A check and the digests found; `compiled` is None where nothing was compiled."""
+    """A check and the digests that were found; `compiled` is None where nothing was compiled."""
 
     check: Check
     eager: str

@@ -71,12 +71,12 @@ def clear(x: Tensor, book: Codebook, blocksize: int = 64) -> Tensor:
 
 
 def cast(x: Tensor, dtype: str) -> Tensor:
-    """To a dtype by its name."""
+    """The tensor in the dtype of that name."""
     return x.to(getattr(torch, dtype))
 
 
 def neighbours(points: Sequence[float], dtype: str) -> Tensor:
-    """Of each point the nearest number of a 16-bit dtype, and the two beside it."""
+    """The numbers of a 16-bit dtype that are nearest to each point, and the two beside each, as float32."""
     near = cast(torch.tensor(points), dtype)
     bits = near.view(torch.int16)
     moved = [torch.where(near == 0, bits, bits + step) for step in (-1, 0, 1)]
@@ -94,7 +94,7 @@ def scales(count: int) -> Tensor:
 
 
 def random_bytes(count: int, seed: int) -> Tensor:
-    """uint8 `[count]`."""
+    """Pseudo-random uint8 `[count]`."""
     return integers(count, seed, 8).to(torch.uint8)
 
 

@@ -22,13 +22,13 @@ from bnbref.conformance.expected import Expected, also, where_true
 class _Scaled(NamedTuple):
     """A tensor in blocks, and how exactly each element's scaled value is known."""
 
-    flat: Tensor
-    block: Tensor  # of each element
+    flat: Tensor  # the elements as float32
+    block: Tensor  # the number of each element's block
     scaled: Tensor
-    inexact: Tensor  # elements: absmax is no power of two
-    zero: Tensor  # elements: absmax is 0
-    true_absmax: Tensor  # blocks: also where it is below 2^-126
-    not_finite: Tensor  # blocks
+    inexact: Tensor  # the elements whose absmax is no power of two
+    zero: Tensor  # the elements whose absmax is 0
+    true_absmax: Tensor  # of each block, also where it is below 2^-126
+    not_finite: Tensor  # the blocks with NaN or infinity
 
 
 def _scale(x: Tensor, absmax: Tensor, blocksize: int, pad: int = 0) -> _Scaled:
