@@ -17,6 +17,8 @@ from typing import Any
 
 import timing
 import torch
+from demo_corpus import documents, split
+from demo_model import END, arguments, build_model
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoTokenizer
@@ -25,9 +27,7 @@ import bnbref
 import bnbref.demo
 from bnbref import optim
 from bnbref.codebooks import linear
-from bnbref.demo.corpus import documents, split
 from bnbref.demo.evaluate import encode, next_token_loss, windows
-from bnbref.demo.train_model import END, arguments, build_model
 from bnbref.optim.rules import Adam
 
 

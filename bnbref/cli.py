@@ -11,13 +11,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import bnbref
-from bnbref.conformance.command import add_commands, judge
+from bnbref.conformance.command import Refused, add_check, add_vectors, run_check, usable_device, writable
+
+HUGGING_FACE = ("transformers", "peft", "accelerate")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; its exit status."""
     args = parser().parse_args(argv)
-    status: int = args.run(args)
+    try:
+        status: int = args.run(args)
+    except Refused as error:
+        print(f"bnbref: error: {error}", file=sys.stderr)
+        return 2
     return status
 
 
@@ -33,9 +39,10 @@ def parser() -> argparse.ArgumentParser:
     )
     info.set_defaults(run=run_info)
 
-    check = add_commands(commands)
+    check = add_check(commands)
     check.add_argument("--self", action="store_true", help="bnbref's own exact kernels, eager and compiled, instead")
-    check.set_defaults(run=run_check)
+    check.set_defaults(run=run_check_or_self)
+    add_vectors(commands)
 
     demo = commands.add_parser("demo", help="quantize a small language model, measure it, and fine-tune it")
     demo.add_argument("--quick", action="store_true", help="a tenth of the text and of the steps; other numbers")
@@ -96,6 +103,14 @@ def positive(text: str) -> int:
     return value
 
 
+def needs(command: str, *packages: str) -> None:
+    """Raises Refused where a package is not installed, with the line that installs it."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        wanted = dict.fromkeys("'bnbref[hf]'" if name in HUGGING_FACE else name for name in missing)
+        raise Refused(f"{command} needs {', '.join(missing)}: pip install {' '.join(wanted)}")
+
+
 def run_info(args: argparse.Namespace) -> int:
     """0 if the self-check passed."""
     from bnbref.info import info
@@ -103,37 +118,25 @@ def run_info(args: argparse.Namespace) -> int:
     return 0 if info(args.seconds) else 1
 
 
-def run_check(args: argparse.Namespace) -> int:
+def run_check_or_self(args: argparse.Namespace) -> int:
     """0 if every kernel, or every case of the kit, gave the right bits."""
     if not args.self:
-        return judge(args)
+        return run_check(args)
     of_the_kit = ("backend", "quick", "only", "jobs", "json", "markdown", "html")
     given = [f"--{name}" for name in of_the_kit if getattr(args, name) not in (None, False, "")]
     if given:
-        return refuse(f"--self goes with --device alone, got {', '.join(given)}")
-    problem = device_problem(args.device) if args.device else None
-    if problem:
-        return refuse(problem)
-    import torch
+        raise Refused(f"--self goes with --device alone, got {', '.join(given)}")
+    from bnbref.info import check_kernels, default_device
 
-    from bnbref.info import check_self, default_device
-
-    return 0 if check_self(torch.device(args.device) if args.device else default_device()) else 1
+    return 0 if check_kernels(usable_device(args.device) if args.device else default_device()) else 1
 
 
 def run_demo(args: argparse.Namespace) -> int:
     """0 if everything was as it must be; what was not is on stderr."""
-    needed = ["transformers", "peft", "accelerate", *(["matplotlib"] if args.plot else [])]
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
-    if missing:
-        extra = "bnbref[hf]" if missing != ["matplotlib"] else "matplotlib"
-        return refuse(f"demo needs {', '.join(missing)}: pip install '{extra}'")
-    problem = device_problem(args.device) if args.device else None
-    if problem:
-        return refuse(problem)
-    for file in (args.json, args.plot):
-        if file is not None and not file.parent.is_dir():
-            return refuse(f"cannot write {file}: there is no directory {file.parent}")
+    needs("demo", *HUGGING_FACE, *(["matplotlib"] if args.plot else []))
+    if args.device:
+        usable_device(args.device)
+    writable(args.json, args.plot)
     from bnbref.demo.formats import Mismatch
     from bnbref.demo.run import run
 
@@ -147,43 +150,29 @@ def run_demo(args: argparse.Namespace) -> int:
 
 def run_plan(args: argparse.Namespace) -> int:
     """0 if something fits, 1 if nothing does."""
-    missing = [name for name in ("transformers", "accelerate") if importlib.util.find_spec(name) is None]
-    if missing:
-        return refuse(f"plan needs {', '.join(missing)}: pip install 'bnbref[hf]'")
+    needs("plan", "transformers", "accelerate")
     from bnbref.integrations import plan
 
     optimizers = sorted(family.__name__ for family in plan.optimizers())
     if args.optimizer not in optimizers:
-        return refuse(f"--optimizer must be one of {', '.join(optimizers)}, got {args.optimizer!r}")
+        raise Refused(f"--optimizer must be one of {', '.join(optimizers)}, got {args.optimizer!r}")
     try:
         memory = plan.parse_bytes(args.memory)
         config = plan.read_config(args.model)
         optimizer = getattr(bnbref.optim, args.optimizer)
         found = plan.plans(config, args.train, optimizer, args.seq, args.batch)
     except (OSError, ValueError) as error:
-        return refuse(str(error))
+        raise Refused(str(error)) from error
     print(plan.report(args.model, found, memory, args.train, args.optimizer))
     return 0 if any(p.total <= memory for p in found) else 1
 
 
 def run_qlora(args: argparse.Namespace) -> int:
     """0 when the adapter is saved."""
-    needed = [
-        "transformers",
-        "peft",
-        "accelerate",
-        *(["matplotlib"] if args.plot else []),
-        *(["datasets"] if args.dataset else []),
-    ]
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
-    if missing:
-        extra = "'bnbref[hf]' " * bool({*missing} & {"transformers", "peft", "accelerate"})
-        others = " ".join(name for name in missing if name in ("matplotlib", "datasets"))
-        return refuse(f"qlora needs {', '.join(missing)}: pip install {extra}{others}".rstrip())
+    needs("qlora", *HUGGING_FACE, *(["matplotlib"] if args.plot else []), *(["datasets"] if args.dataset else []))
     if not args.lr > 0:
-        return refuse(f"--lr must be positive, got {args.lr}")
-    if args.plot is not None and not args.plot.parent.is_dir():
-        return refuse(f"cannot write {args.plot}: there is no directory {args.plot.parent}")
+        raise Refused(f"--lr must be positive, got {args.lr}")
+    writable(args.plot)
     from bnbref.demo import MODEL
     from bnbref.integrations.qlora import ATTENTION, dataset_text, qlora
 
@@ -197,7 +186,7 @@ def run_qlora(args: argparse.Namespace) -> int:
             rank=args.rank, targets=args.targets or ATTENTION,
         )  # fmt: skip
     except (OSError, ValueError) as error:
-        return refuse(str(error))
+        raise Refused(str(error)) from error
     print(
         f"{found.parameters:,} parameters trained; held-out perplexity {found.before:.2f} before, {found.after:.2f} after; "
         f"{args.out}: {found.nbytes / 2**20:.1f} MiB"
@@ -210,7 +199,7 @@ def run_qlora(args: argparse.Namespace) -> int:
 
 
 def run_alias(args: argparse.Namespace) -> int:
-    """0, and 2 if the hook cannot be written."""
+    """0 when it is done."""
     from bnbref.integrations import bitsandbytes_alias as alias
 
     try:
@@ -221,31 +210,5 @@ def run_alias(args: argparse.Namespace) -> int:
         else:
             print(alias.status())
     except OSError as error:
-        return refuse(str(error))
+        raise Refused(str(error)) from error
     return 0
-
-
-def device_problem(name: str) -> str | None:
-    """Why a device cannot be used; None if it can."""
-    import torch
-
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        return f"--device {name}: torch knows no such device"
-    try:
-        torch.zeros(1, device=device).tolist()
-    except (
-        AssertionError,
-        ImportError,
-        NotImplementedError,
-        RuntimeError,
-    ):  # torch raises an AssertionError where it has no CUDA
-        return f"--device {name}: torch cannot use it here"
-    return None
-
-
-def refuse(message: str) -> int:
-    """Say on stderr why the command does not run; exit status 2, like argparse's own."""
-    print(f"bnbref: error: {message}", file=sys.stderr)
-    return 2

@@ -16,7 +16,7 @@ import bnbref
 from bnbref import selfcheck
 from bnbref.kernels import compile_enabled, lookup16
 from bnbref.kernels.compiler import missing_compiler
-from bnbref.selfcheck import Check, Result, kernels_compiled, self_check
+from bnbref.selfcheck import Check, Result, formats, kernels_compiled
 
 OPTIONAL = ("triton", "transformers", "peft", "accelerate", "bitsandbytes")
 
@@ -27,7 +27,7 @@ def info(seconds: float = 10.0) -> bool:
     section("versions", versions())
     section("devices", devices())
     section("kernels", kernels(device))
-    return report_self_check(device, seconds)
+    return _report(device, seconds, formats.CHECKS, "formats")
 
 
 def default_device() -> torch.device:
@@ -101,28 +101,23 @@ def kernels(device: torch.device) -> list[tuple[str, str]]:
     return rows
 
 
-def report_self_check(device: torch.device, seconds: float) -> bool:
-    """Print a line for each check as it is done, and the verdict; whether all passed."""
-    compiled = compile_enabled() and missing_compiler(device.type) is None
-    return _report(device, compiled, seconds, selfcheck.CHECKS, "formats")
-
-
-def check_self(device: torch.device) -> bool:
-    """`python -m bnbref check --self`: every exact kernel on the inputs that find trouble; whether all passed."""
-    from bnbref.exactness import KERNEL_CHECKS
+def check_kernels(device: torch.device) -> bool:
+    """`python -m bnbref check --self`: the formats and every exact kernel; whether all have the right bits."""
+    from bnbref.selfcheck.kernels import CHECKS
 
     section("versions", versions())
     section("kernels", kernels(device))
+    return _report(device, math.inf, (*formats.CHECKS, *CHECKS), "formats and kernels")
+
+
+def _report(device: torch.device, seconds: float, checks: Sequence[Check], what: str) -> bool:
+    """Print a line for each check as it is done, and the verdict; whether all passed."""
     compiled = compile_enabled() and missing_compiler(device.type) is None
-    return _report(device, compiled, math.inf, (*selfcheck.CHECKS, *KERNEL_CHECKS), "formats and kernels")
-
-
-def _report(device: torch.device, compiled: bool, seconds: float, checks: Sequence[Check], what: str) -> bool:
     print(f"self-check on {device.type}: {what} on fixed inputs, against golden digests")
     start = time.monotonic()
     results = []
     with tqdm(total=len(checks), leave=False, disable=None, bar_format="  {n} of {total} done ...") as bar:
-        for result in self_check(device, compiled, seconds, checks):
+        for result in selfcheck.run(checks, device, compiled, seconds):
             results.append(result)
             bar.clear()
             print(describe(result), flush=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from bnbref.conformance import backends, check, page, report, vectors
+from bnbref.conformance import backends, judge, page, report, vectors
 
 FOLDER = Path(__file__).parent / "content" / "conformance"
 BACKENDS = ("bitsandbytes", "bitsandbytes-default", "torchao", "bnbref-eager", "bnbref")
@@ -19,7 +19,7 @@ def main() -> None:
     reports = []
     for name in BACKENDS:
         backend = backends.load(name)
-        reports.append(report.report(backend, device, check.run(backend, cases, device)))
+        reports.append(report.report(backend, device, judge.run(backend, cases, device)))
         (FOLDER / f"{name}.json").write_text(report.as_json(reports[-1]), encoding="utf-8")
     (FOLDER / "report.html").write_text(page.as_html(reports), encoding="utf-8")
     print(report.as_markdown(reports))

@@ -11,9 +11,10 @@ import pytest
 from expecttest import assert_expected_inline
 
 import bnbref
-from bnbref import info, selfcheck
+from bnbref import info
 from bnbref.cli import main
-from bnbref.demo.settings import Settings
+from bnbref.demo import Settings
+from bnbref.selfcheck import Result, formats
 
 
 @pytest.fixture
@@ -67,8 +68,8 @@ ok: 5 formats, eager (T s)
 
 @pytest.mark.usefixtures("uncompiled", "no_gpu")
 def test_info_fails_where_a_bit_is_wrong(capsys, monkeypatch):
-    first, *others = selfcheck.CHECKS
-    monkeypatch.setattr(selfcheck, "CHECKS", (first._replace(golden="0123456789abcdef"), *others))
+    first, *others = formats.CHECKS
+    monkeypatch.setattr(formats, "CHECKS", (first._replace(golden="0123456789abcdef"), *others))
     assert main(["info"]) == 1
     report = masked(capsys.readouterr().out)
     assert_expected_inline(
@@ -95,8 +96,8 @@ def test_info_names_versions_and_this_processor(monkeypatch):
 
 
 def test_a_verdict_says_what_was_not_compiled():
-    check = selfcheck.CHECKS[0]
-    results = [selfcheck.Result(check, check.golden, compiled, 1.0) for compiled in (check.golden, None)]
+    check = formats.CHECKS[0]
+    results = [Result(check, check.golden, compiled, 1.0) for compiled in (check.golden, None)]
     said = info.verdict(results, compiled=True, seconds=11.0)
     assert re.sub(r"in \d+ of \d+", "in N of M", said) == (
         "ok: 2 formats eager, 1 compiled, in N of M exact kernels (11.0 s); the time was up: run again, or with --seconds N"
@@ -139,7 +140,7 @@ def test_demo_says_what_to_install(capsys, monkeypatch):
         capsys.readouterr().err,
         """\
 bnbref: error: demo needs peft: pip install 'bnbref[hf]'
-bnbref: error: demo needs matplotlib: pip install 'matplotlib'
+bnbref: error: demo needs matplotlib: pip install matplotlib
 """,
     )
 

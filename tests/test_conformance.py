@@ -14,6 +14,8 @@ import sys
 from fractions import Fraction
 from pathlib import Path
 
+import kit_mutants
+import kit_mutants_training
 import numpy as np
 import pytest
 import second
@@ -22,18 +24,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bnbref.cli import main
-from bnbref.conformance import backends, check, mutants, mutants_training, page, report, spec, vectors, workers
+from bnbref.conformance import backends, judge, page, report, spec_pages, vectors, workers
 from bnbref.conformance.backends import Backend
-from bnbref.conformance.dialects import explain
-from bnbref.conformance.judging import Also, Expected, wrong_elements
-from bnbref.conformance.operations import OPERATIONS
-from bnbref.conformance.rules import FLAGS, RULES
+from bnbref.conformance.expected import Also, Expected, same, wrong_elements
+from bnbref.conformance.explain import explain
+from bnbref.conformance.operations import OPERATIONS, arguments
 from bnbref.conformance.shrink import shrink
+from bnbref.conformance.specification import FLAGS, RULES
+from bnbref.conformance.text import parse_tensor, tensor_line
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 STORED = vectors.read_all()
-MUTANTS = [*mutants.MUTANTS, *mutants_training.MUTANTS]
+MUTANTS = [*kit_mutants.MUTANTS, *kit_mutants_training.MUTANTS]
 BY_ID = {case.id: case for case in STORED}
 each_operation = pytest.mark.parametrize("operation", OPERATIONS)
 
@@ -84,10 +87,10 @@ def test_every_rule_and_every_flag_has_a_case():
 
 def test_the_pages_of_the_specification_are_what_the_rules_say():
     folder = ROOT / "docs" / "content" / "spec"
-    pages = spec.pages()
+    pages = spec_pages.pages()
     assert sorted(pages) == sorted(path.name for path in folder.iterdir())
     stale = [name for name, text in pages.items() if (folder / name).read_text(encoding="utf-8") != text]
-    assert stale == [], "python -m bnbref.conformance.spec docs/content/spec"
+    assert stale == [], "python -m bnbref.conformance.spec_pages docs/content/spec"
 
 
 # ---- the second oracle ----------------------------------------------------------------------------------------------
@@ -283,7 +286,7 @@ SUMS = {
 def test_a_second_oracle_agrees_on_every_vector(operation):
     """Value by value, not within what the rules allow; a product lies within its interval."""
     for case in of(operation):
-        made = SECOND[operation](**case.inputs, **check.arguments(case.params))
+        made = SECOND[operation](**case.inputs, **arguments(case.params))
         named = (
             made
             if isinstance(made, dict)
@@ -301,8 +304,8 @@ def test_a_second_oracle_agrees_on_every_vector(operation):
                 free = torch.zeros(want.numel(), dtype=torch.bool)
                 if expected.free is not None and expected.pairs is None and not operation.startswith("optimizer"):
                     free[expected.free] = True  # blocks that are not finite
-                same = check.same(value.reshape(-1), want.reshape(-1)) | free
-                assert bool(same.all()), (case.id, name, (~same).nonzero().view(-1)[:5])
+                right = same(value.reshape(-1), want.reshape(-1)) | free
+                assert bool(right.all()), (case.id, name, (~right).nonzero().view(-1)[:5])
             else:
                 assert flat(value) == flat(want), case.id
 
@@ -317,7 +320,7 @@ def test_intervals_are_as_wide_as_their_rules_say():
         a, bias, k = case.inputs["a"].double().abs(), case.inputs.get("bias"), case.params["shape"][1]
         weight = second_weight(
             **{name: case.inputs[name] for name in ("packed", "absmax")},
-            **check.arguments(case.params),
+            **arguments(case.params),
             dtype=case.inputs["a"].dtype,
         ).double()
         y, u = second_product(case.inputs["a"], weight, bias), UNIT[case.dtype]
@@ -433,7 +436,7 @@ def test_a_wrong_byte_is_found_wherever_it_is(pairs):
 
 def outcome(function, name="int8_matmul/1x8x16"):
     operation = name.partition("/")[0]
-    return check.run_case(Backend("b", {operation: function}), BY_ID[name], CPU)
+    return judge.run_case(Backend("b", {operation: function}), BY_ID[name], CPU)
 
 
 def test_results_that_are_not_results():
@@ -454,7 +457,7 @@ def test_results_that_are_not_results():
 
     assert outcome(unsupported).status == "not implemented"
     assert (
-        check.run_case(Backend("b", {"int8_quantize": right}), BY_ID["int8_matmul/1x8x16"], CPU).status
+        judge.run_case(Backend("b", {"int8_quantize": right}), BY_ID["int8_matmul/1x8x16"], CPU).status
         == "not implemented"
     )
 
@@ -471,7 +474,7 @@ def test_a_blocksize_may_be_refused_and_a_common_one_not():
 
 
 def test_the_reference_conforms():
-    done = report.report(backends.load("bnbref-eager"), CPU, check.run(backends.load("bnbref-eager"), STORED, CPU))
+    done = report.report(backends.load("bnbref-eager"), CPU, judge.run(backends.load("bnbref-eager"), STORED, CPU))
     assert {result.status for result in done.results} == {"passed"}
     assert done.ok
     assert report.as_text(done).endswith("conforms")
@@ -481,7 +484,7 @@ def test_the_compiled_reference_conforms():
     """On what compiles the fewest kernels: every rule that a formulation could break, in blocks of 64."""
     chosen = [c for c in STORED if c.params.get("blocksize", 64) == 64 and c.dtype == "float32" and c.quick]
     chosen = [c for c in chosen if c.operation in ("quantize_4bit", "quantize_blockwise", "int8_mm_dequant")]
-    assert {r.status for r in check.run(backends.load("bnbref"), chosen, CPU)} == {"passed"}
+    assert {r.status for r in judge.run(backends.load("bnbref"), chosen, CPU)} == {"passed"}
 
 
 ENDS_ITS_PROCESS = """
@@ -504,7 +507,7 @@ def test_a_backend_that_ends_its_process_fails_one_case(tmp_path, monkeypatch, c
     assert "quantize_4bit/nf4-empty" in said
     assert "the process ended: exit status 3" in said
     chosen = [c for c in STORED if c.quick and "quantize_4bit/nf4" in c.id]
-    want = {r.case.id: r.status for r in check.run(backends.load("bnbref-eager"), chosen, CPU)}
+    want = {r.case.id: r.status for r in judge.run(backends.load("bnbref-eager"), chosen, CPU)}
     results = workers.run("ends_its_process", chosen, CPU, jobs=2)
     got = {r.case.id: r.status for r in results if r.case.operation == "quantize_4bit"}
     assert [r.case.id for r in results] == [c.id for c in chosen]
@@ -526,9 +529,11 @@ def test_at_least_thirty_backends_are_wrong():
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_a_wrong_backend_does_not_pass(mutant):
-    results = check.run(mutant.backend, STORED, CPU)
+    results = judge.run(mutant.backend, STORED, CPU)
     killers = [result.case.id for result in results if result.status == "failed"]
     assert killers, f"{mutant.name}: {mutant.wrong}"
+    raised = [f.message for result in results for f in result.failures if f.kind == "raised"]
+    assert not raised, f"{mutant.name} must be wrong, not broken: {raised[0]}"
     quick = [result for result in results if result.case.quick and result.status == "failed"]
     assert quick, f"the quick run lets {mutant.name} pass; the full one has {killers}"
 
@@ -551,16 +556,16 @@ def test_a_convention_is_recognized():
     ):
         (mutant,) = (m for m in MUTANTS if m.name == name)
         failures = [
-            f for result in check.run(mutant.backend, STORED, CPU) for f in result.failures if f.kind == "value"
+            f for result in judge.run(mutant.backend, STORED, CPU) for f in result.failures if f.kind == "value"
         ]
         assert any(follows in explain(f) for f in failures), name
     (mutant,) = (m for m in MUTANTS if m.name == "nibbles-swapped")
-    assert not any(explain(f) for result in check.run(mutant.backend, STORED[:200], CPU) for f in result.failures)
+    assert not any(explain(f) for result in judge.run(mutant.backend, STORED[:200], CPU) for f in result.failures)
 
 
 def test_a_failure_is_shrunk_to_the_elements_that_matter():
     (mutant,) = (m for m in MUTANTS if m.name == "ties-to-lower")
-    (failure,) = check.run_case(mutant.backend, BY_ID["quantize_blockwise/signed-ties"], CPU).failures
+    (failure,) = judge.run_case(mutant.backend, BY_ID["quantize_blockwise/signed-ties"], CPU).failures
     small = shrink(mutant.backend, failure, CPU)
     assert small.case.inputs["x"].tolist() == [1.0, -0.971875011920929]
     (element,) = report.elements(small)
@@ -587,7 +592,7 @@ def found_by(name):
     package = name.partition("-")[0]
     if importlib.util.find_spec(package) is not None:
         backend = backends.load(name)
-        done = report.report(backend, CPU, check.run(backend, STORED, CPU), small=False)
+        done = report.report(backend, CPU, judge.run(backend, STORED, CPU), small=False)
         return json.loads(report.as_json(done))
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
@@ -628,7 +633,7 @@ def test_known_bugs_are_found(name, bug, rule, flag):
 )
 def test_bugs_of_cuda_are_found_in_a_model_of_them(name, bug, rule, flag):
     (mutant,) = (m for m in MUTANTS if m.name == name)
-    done = report.report(mutant.backend, CPU, check.run(mutant.backend, STORED, CPU), small=False)
+    done = report.report(mutant.backend, CPU, judge.run(mutant.backend, STORED, CPU), small=False)
     assert any(f.rule == rule and flag in f.flags for f in done.findings), bug
 
 
@@ -677,8 +682,7 @@ def test_what_is_published_is_what_is_found(name):
 
 def test_check_names_what_is_broken_in_its_last_lines(capsys, monkeypatch, tmp_path):
     (tmp_path / "wrong.py").write_text(
-        "from bnbref.conformance.mutants import MUTANTS\n"
-        'backend = next(m.backend for m in MUTANTS if m.name == "ties-to-lower")\n'
+        'from kit_mutants import MUTANTS\nbackend = next(m.backend for m in MUTANTS if m.name == "ties-to-lower")\n'
     )
     monkeypatch.syspath_prepend(tmp_path)
     files = {"--json": "r.json", "--markdown": "r.md", "--html": "r.html"}
@@ -700,7 +704,7 @@ def test_check_passes_the_reference_quickly(capsys):
 
 def test_running_twice_gives_the_same_bytes():
     backend = MUTANTS[0].backend
-    first, again = (report.report(backend, CPU, check.run(backend, STORED, CPU)) for _ in range(2))
+    first, again = (report.report(backend, CPU, judge.run(backend, STORED, CPU)) for _ in range(2))
     assert report.as_json(first) == report.as_json(again)
     assert page.as_html([first]) == page.as_html([again])
 
@@ -727,7 +731,7 @@ def answers(operation, change=lambda line: line):
     lines = []
     for case in of(operation):
         lines.append(f"case {case.id}")
-        lines += [change(vectors.tensor_line(name, expected.value)) for name, expected in case.expected.items()]
+        lines += [change(tensor_line(name, expected.value)) for name, expected in case.expected.items()]
         lines.append("end")
     return "\n".join(lines)
 
@@ -780,7 +784,7 @@ def test_no_answer_is_no_success(capsys, monkeypatch):
 )
 def test_text_gives_tensors_back(case):
     for name, tensor in case.inputs.items():
-        again = vectors.parse_tensor(vectors.tensor_line(name, tensor))
+        again = parse_tensor(tensor_line(name, tensor))
         assert again[0] == name
         assert again[1].dtype == tensor.dtype
         assert torch.equal(again[1].view(torch.uint8), tensor.contiguous().view(torch.uint8))
@@ -846,7 +850,7 @@ def test_pytest_runs_the_kit(tmp_path):
 def test_a_histogram_counts_every_element_once():
     (mutant,) = (m for m in MUTANTS if m.name == "constant-of-int8")
     name = "int8_mm_dequant/noise-float32"
-    (failure,) = check.run_case(mutant.backend, BY_ID[name], CPU).failures
+    (failure,) = judge.run_case(mutant.backend, BY_ID[name], CPU).failures
     rows = page.distances([failure, failure])
     assert sum(wrong for _, wrong, _ in rows) == 2 * failure.wrong.numel()
     assert sum(wrong + allowed for _, wrong, allowed in rows) == 2 * failure.got.numel()
@@ -860,7 +864,7 @@ def test_a_histogram_counts_every_element_once():
 def test_a_histogram_has_a_place_for_nan():
     case = BY_ID["dequantize_blockwise/nan-scale-float32"]
     got = torch.zeros_like(case.expected["y"].value)
-    (failure,) = check.judge(case, {"y": got})
+    (failure,) = judge.failures_of(case, {"y": got})
     assert page.distances([failure])[-1] == ("NaN", failure.wrong.numel(), 0)
 
 
@@ -880,7 +884,7 @@ class _Page(html.parser.HTMLParser):
 
 def test_every_red_cell_of_the_page_has_findings_and_nothing_is_loaded():
     chosen = [MUTANTS[i].backend for i in (0, 9, 12, 40)]
-    reports = [report.report(backend, CPU, check.run(backend, STORED, CPU), small=False) for backend in chosen]
+    reports = [report.report(backend, CPU, judge.run(backend, STORED, CPU), small=False) for backend in chosen]
     parser = _Page()
     parser.feed(page.as_html(reports))
     assert parser.links == []
@@ -912,7 +916,7 @@ document.body.insertAdjacentHTML('beforeend', '<output>' + JSON.stringify({seen,
 def test_the_page_in_a_browser(tmp_path, width):
     chosen = [MUTANTS[i].backend for i in (0, 9, 12)]
     chosen.append(next(m.backend for m in MUTANTS if m.name == "decay-after"))
-    reports = [report.report(backend, CPU, check.run(backend, STORED, CPU), small=False) for backend in chosen]
+    reports = [report.report(backend, CPU, judge.run(backend, STORED, CPU), small=False) for backend in chosen]
     (tmp_path / "page.html").write_text(page.as_html(reports).replace("</html>", CLICKS + "</html>"), encoding="utf-8")
     flags = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile"]
     flags += [f"--window-size={width},800", "--dump-dom"]

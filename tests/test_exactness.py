@@ -12,13 +12,13 @@ from test_selfcheck import input_values
 
 import bnbref
 from bnbref import cli, fourbit, info, int8
-from bnbref.exactness import GRADIENTS, GROUP, KERNEL_CHECKS, SCALES, between_codes
 from bnbref.kernels import REGISTRY
-from bnbref.selfcheck import self_check
+from bnbref.selfcheck import run
+from bnbref.selfcheck.kernels import CHECKS, GRADIENTS, GROUP, SCALES, between_codes
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 CPU = torch.device("cpu")
-GOLDEN = {check.name: check.golden for check in KERNEL_CHECKS}
+GOLDEN = {check.name: check.golden for check in CHECKS}
 X = np.array(input_values(), np.float32)
 
 
@@ -131,7 +131,7 @@ def add_products():
 
 
 def gradients():
-    """The three gradients, by the description in bnbref/exactness.py."""
+    """The three gradients, by the description in bnbref/selfcheck/kernels.py."""
     i = np.arange(700)
     for t, factor in enumerate(np.float32([0, 2**-50, 1])):
         special = np.roll(np.array(GRADIENTS, np.float32), -t)[i // 3 % 9]
@@ -185,7 +185,7 @@ def test_golden_digests_follow_from_the_formulas(derive):
 
 
 def test_every_exact_kernel_is_checked():
-    assert {check.name for check in KERNEL_CHECKS} == {name for name, kernel in REGISTRY.items() if kernel.exact}
+    assert {check.name for check in CHECKS} == {name for name, kernel in REGISTRY.items() if kernel.exact}
     assert {derive.__name__ for derive in DERIVATIONS} == set(GOLDEN)
 
 
@@ -209,9 +209,9 @@ def test_what_belongs_to_the_kit_is_refused(option, capsys):
 
 
 def verdicts(*names):
-    checks = [check for check in KERNEL_CHECKS if check.name in names]
+    checks = [check for check in CHECKS if check.name in names]
     with bnbref.eager():
-        return {result.check.name: result.ok for result in self_check(CPU, compiled=False, checks=checks)}
+        return {result.check.name: result.ok for result in run(checks, CPU, compiled=False)}
 
 
 INT8_SCALES = {
@@ -251,7 +251,7 @@ def test_a_wrong_bit_is_found(monkeypatch, capsys):
 
     monkeypatch.setattr(fourbit.quantize_rows, "definition", wrong)
     assert verdicts("quantize_rows") == {"quantize_rows": False}
-    monkeypatch.setattr("bnbref.exactness.KERNEL_CHECKS", KERNEL_CHECKS[:1])
+    monkeypatch.setattr("bnbref.selfcheck.kernels.CHECKS", CHECKS[:1])
     with bnbref.eager():
-        assert not info.check_self(CPU)
+        assert not info.check_kernels(CPU)
     assert "FAILED: quantize_rows" in capsys.readouterr().out

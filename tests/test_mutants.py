@@ -18,15 +18,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import bnbref
-from bnbref import blockwise, codebooks, exactness, fourbit, int8, linear4bit, nested, selfcheck
+from bnbref import blockwise, codebooks, fourbit, int8, linear4bit, nested
 from bnbref.kernels import REGISTRY, counting, door, encoding, floats, fused, lookup16, ordered
 from bnbref.optim import rules
 from bnbref.optim import step as optim_step
 from bnbref.optim.rules import Coefficients
+from bnbref.selfcheck import digest, example, formats, kernels
 
 CPU = torch.device("cpu")
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-CHECKS = {check.name: check for check in (*exactness.KERNEL_CHECKS, *selfcheck.CHECKS)}
+CHECKS = {check.name: check for check in (*kernels.CHECKS, *formats.CHECKS)}
 
 
 def survives(name: str, formulation: bool, monkeypatch) -> bool:
@@ -35,7 +36,7 @@ def survives(name: str, formulation: bool, monkeypatch) -> bool:
         monkeypatch.setattr(REGISTRY[name], "definition", REGISTRY[name].body)
     check = CHECKS[name]
     with bnbref.eager():
-        return selfcheck.digest(check.run(selfcheck.example(CPU))) == check.golden
+        return digest(check.run(example(CPU))) == check.golden
 
 
 def up(x: float) -> float:
@@ -369,7 +370,7 @@ def test_a_mutant_is_killed(mutant, monkeypatch):
     assert not survives(check, formulation, monkeypatch), f"{check} does not notice: {mutant}"
 
 
-@pytest.mark.parametrize("name", [check.name for check in exactness.KERNEL_CHECKS])
+@pytest.mark.parametrize("name", [check.name for check in kernels.CHECKS])
 @pytest.mark.parametrize("formulation", [False, True])
 def test_without_a_mutant_all_is_well(name, formulation, monkeypatch):
     assert survives(name, formulation, monkeypatch)

@@ -1,4 +1,4 @@
-"""`python -m bnbref qlora`, and the script that calls the same function: a text in, an adapter out, lower held-out perplexity."""
+"""`python -m bnbref qlora`: a text in, an adapter out, lower held-out perplexity."""
 
 import importlib.util
 import json
@@ -41,9 +41,9 @@ def test_the_command_lowers_held_out_perplexity(capsys, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_script_as_it_stands(tmp_path):
+def test_the_command_as_it_stands(tmp_path):
     """In a fresh process, compiled: the numbers of the page on peft."""
-    command = [sys.executable, str(ROOT / "docs" / "examples" / "qlora.py")]
+    command = [sys.executable, "-m", "bnbref", "qlora"]
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     env = {**os.environ, "PYTHONPATH": paths}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from bnbref.codebooks import DYNAMIC, FP4, NF4
-from bnbref.selfcheck import CHECKS, digest, example, kernels_compiled, self_check
+from bnbref.selfcheck import digest, example, kernels_compiled, run
+from bnbref.selfcheck.formats import CHECKS
 
 CPU = torch.device("cpu")
 
@@ -43,7 +44,7 @@ def blocks_of(x, size):
 
 
 def beside_thresholds(x, thresholds, size):
-    """See bnbref/selfcheck.py."""
+    """See bnbref/selfcheck/formats.py."""
     result = []
     for start, block in zip(range(0, len(x), size), blocks_of(x, size), strict=True):
         absmax = max(map(abs, block))
@@ -193,7 +194,7 @@ def test_other_rules_of_rounding_have_other_digests(name, other_rules):
 
 
 def test_every_check_passes_eager_and_compiled():
-    results = list(self_check(CPU, compiled=True, seconds=600))
+    results = list(run(CHECKS, CPU, compiled=True, seconds=600))
     assert [r.check.name for r in results if not r.ok or r.compiled is None] == []
     compiled, _ = kernels_compiled()
     assert {"quantize_rows", "dequantize_rows", "quantize_blocks", "dequantize_blocks", "dequantize_nested"} <= {
@@ -210,4 +211,4 @@ def test_a_wrong_bit_is_found():
 
 
 def test_nothing_is_compiled_after_the_time():
-    assert {r.compiled for r in self_check(CPU, compiled=True, seconds=0)} == {None}
+    assert {r.compiled for r in run(CHECKS, CPU, compiled=True, seconds=0)} == {None}

@@ -4,7 +4,7 @@
     pytest --pyargs bnbref.conformance --backend my.module
     python -m bnbref vectors gen quantize_4bit | yourprogram | python -m bnbref vectors check quantize_4bit
 
-A backend is a module of plain functions, one for each of `operations.OPERATIONS`; one that it lacks is not implemented, not
-wrong. Cases are inputs and what is allowed as their output (cases.py, vectors.py), each result is judged by the rules
-(rules.py), and one that differs is compared with the conventions of known backends (dialects.py).
+A backend is a module of plain functions, one for each of `operations.OPERATIONS`; an operation that it lacks counts as not
+implemented, not as wrong. A case is the arguments of one call and what the rules (specification.py) allow as its results (cases/,
+oracles/). Each result is judged (judge.py), and a wrong one is compared with the conventions of known backends (explain.py).
 """

@@ -1,6 +1,7 @@
 """`python -m bnbref check` and `vectors`: their arguments, and what they run.
 
-Exit status: 0 no failure, 1 something failed, 2 the command could not be run as it was given.
+A function that runs a command returns its exit status: 0 no failure, 1 something failed. Where the command cannot be run as it
+was given, it raises `Refused`, which ends with status 2. What a command needs is imported when it runs.
 """
 
 import argparse
@@ -9,8 +10,12 @@ from pathlib import Path
 from typing import Any
 
 
-def add_commands(commands: Any) -> argparse.ArgumentParser:
-    """Add both to the subparsers of `python -m bnbref`; the parser of `check`, whose `run` the caller sets."""
+class Refused(Exception):
+    """Why a command cannot be run as it was given."""
+
+
+def add_check(commands: Any) -> argparse.ArgumentParser:
+    """Add `check` to the subparsers of `python -m bnbref`; its parser, whose `run` the caller sets."""
     check: argparse.ArgumentParser = commands.add_parser(
         "check", help="are a backend's bits right? Every case of the conformance kit, judged"
     )
@@ -26,102 +31,112 @@ def add_commands(commands: Any) -> argparse.ArgumentParser:
     check.add_argument(
         "--html", type=Path, metavar="FILE", help="write one page with a matrix, failures and error maps"
     )
+    return check
 
+
+def add_vectors(commands: Any) -> None:
+    """Add `vectors` to the subparsers of `python -m bnbref`."""
     vectors = commands.add_parser(
         "vectors", help="the kit's cases as text for programs in any language, and their answers"
     )
     actions = vectors.add_subparsers(metavar="ACTION", required=True)
-    for name, text, run in (
+    for name, help_, run in (
         ("gen", "print the cases of an operation", run_gen),
         ("check", "judge the answers to them on stdin", run_answers),
     ):
-        action = actions.add_parser(name, help=text)
+        action = actions.add_parser(name, help=help_)
         action.add_argument("operation", metavar="OP", help="an operation, such as quantize_4bit")
         action.add_argument("--only", default="", metavar="TEXT", help="only cases whose id contains this")
         action.set_defaults(run=run)
     write = actions.add_parser("write", help="compute all cases anew and write their files")
     write.add_argument("folder", type=Path)
     write.set_defaults(run=run_write)
-    return check
 
 
-def judge(args: argparse.Namespace) -> int:
-    """Run `check`: 0 if nothing failed."""
+def writable(*files: Path | None) -> None:
+    """Raises Refused where the folder of a file does not exist."""
+    for file in files:
+        if file is not None and not file.parent.is_dir():
+            raise Refused(f"cannot write {file}: there is no directory {file.parent}")
+
+
+def usable_device(name: str) -> Any:
+    """The torch.device of that name. Raises Refused where torch does not know it, or cannot use it here."""
     import torch
 
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise Refused(f"--device {name}: torch knows no such device") from None
+    try:
+        torch.zeros(1, device=device).tolist()
+    # torch raises an AssertionError where it has no CUDA
+    except (AssertionError, ImportError, NotImplementedError, RuntimeError):
+        raise Refused(f"--device {name}: torch cannot use it here") from None
+    return device
+
+
+def run_check(args: argparse.Namespace) -> int:
+    """Run the cases on a backend, and write the reports."""
     from bnbref.conformance import backends, page, report, vectors, workers
 
     jobs = 1 if args.jobs is None else args.jobs
     if jobs < 1:
-        return refuse(f"--jobs must be at least 1, got {jobs}")
-    for file in (args.json, args.markdown, args.html):
-        if file is not None and not file.parent.is_dir():
-            return refuse(f"cannot write {file}: there is no directory {file.parent}")
+        raise Refused(f"--jobs must be at least 1, got {jobs}")
+    writable(args.json, args.markdown, args.html)
+    device = usable_device(args.device or "cpu")
     try:
         backend = backends.load(args.backend or "bnbref")
-        device = torch.device(args.device or "cpu")
-        torch.zeros(1, device=device)
-    except (AssertionError, AttributeError, ImportError, RuntimeError, ValueError) as error:
-        return refuse(str(error))
+    except (AttributeError, ImportError, RuntimeError, ValueError) as error:
+        raise Refused(str(error)) from error
     cases = [c for c in vectors.read_all() if args.only in c.id and (c.quick or not args.quick)]
     results = workers.run(args.backend or "bnbref", cases, device, jobs)
     crashed = any(f.kind == "crashed" for r in results for f in r.failures)
     done = report.report(backend, device, results, small=not crashed)  # shrinking would run the backend in this process
-    for file, text in (
+    for file, form in (
         (args.json, report.as_json),
         (args.html, lambda r: page.as_html([r])),
         (args.markdown, lambda r: report.as_markdown([r])),
     ):
         if file is not None:
-            file.write_text(text(done), encoding="utf-8")
+            file.write_text(form(done), encoding="utf-8")
     print(report.as_text(done))
     return 0 if done.ok else 1
 
 
-def _chosen(args: argparse.Namespace) -> list[Any] | int:
+def _chosen(args: argparse.Namespace) -> list[Any]:
     from bnbref.conformance import vectors
     from bnbref.conformance.operations import OPERATIONS
 
     if args.operation not in OPERATIONS:
-        return refuse(f"OP must be one of {', '.join(OPERATIONS)}, got {args.operation!r}")
+        raise Refused(f"OP must be one of {', '.join(OPERATIONS)}, got {args.operation!r}")
     return [case for case in vectors.read(args.operation) if args.only in case.id]
 
 
 def run_gen(args: argparse.Namespace) -> int:
-    """Prints the cases."""
-    from bnbref.conformance import vectors
+    """Print the cases of an operation."""
+    from bnbref.conformance import text
 
-    cases = _chosen(args)
-    if isinstance(cases, int):
-        return cases
-    for line in vectors.as_text(cases):
+    for line in text.as_text(_chosen(args)):
         print(line)
     return 0
 
 
 def run_answers(args: argparse.Namespace) -> int:
-    """0 if there were answers, and all of them are right."""
+    """Judge the answers on stdin: 0 if there were answers, and all of them are right."""
     import torch
 
-    from bnbref.conformance import backends, check, report, vectors
+    from bnbref.conformance import backends, judge, report, text
 
     cases = _chosen(args)
-    if isinstance(cases, int):
-        return cases
     try:
-        answers = vectors.parse_answers(sys.stdin)
+        answers = text.parse_answers(sys.stdin)
     except ValueError as error:
-        return refuse(str(error))
+        raise Refused(str(error)) from error
     unknown = sorted(set(answers) - {case.id for case in cases})
     if unknown:
-        return refuse(f"answers to cases that were not asked: {', '.join(unknown[:3])}")
-    results = []
-    for case in cases:
-        answer = answers.get(case.id)
-        failures = () if answer is None else tuple(check.judge(case, answer))
-        results.append(
-            check.Result(case, "not implemented" if answer is None else "failed" if failures else "passed", failures)
-        )
+        raise Refused(f"answers to cases that were not asked: {', '.join(unknown[:3])}")
+    results = [judge.of_answer(case, answers.get(case.id)) for case in cases]
     program = backends.Backend("your program", {args.operation: print})
     done = report.report(program, torch.device("cpu"), results, small=False)
     print(report.as_text(done))
@@ -129,16 +144,10 @@ def run_answers(args: argparse.Namespace) -> int:
 
 
 def run_write(args: argparse.Namespace) -> int:
-    """Writes the files."""
+    """Compute all cases and write their files."""
     from bnbref.conformance import vectors
 
     if not args.folder.is_dir():
-        return refuse(f"cannot write to {args.folder}: there is no such directory")
+        raise Refused(f"cannot write to {args.folder}: there is no such directory")
     vectors.write(args.folder)
     return 0
-
-
-def refuse(message: str) -> int:
-    """Say on stderr why the command does not run; exit status 2."""
-    print(f"bnbref: error: {message}", file=sys.stderr)
-    return 2

@@ -9,7 +9,7 @@ import torch
 
 from bnbref.conformance import backends, vectors
 from bnbref.conformance.backends import Backend
-from bnbref.conformance.check import Result
+from bnbref.conformance.judge import Result
 from bnbref.conformance.report import Report, broken, report
 
 
@@ -36,7 +36,7 @@ class Run:
         self.results: list[Result] = []
 
     def report(self) -> Report:
-        """Of what has run."""
+        """The report of the cases that have run."""
         return report(self.backend, self.device, self.results, small=False)
 
 
@@ -44,7 +44,7 @@ _RUN = pytest.StashKey[Run]()
 
 
 def the_run(config: pytest.Config) -> Run:
-    """The one of this session."""
+    """The run of this session. Raises pytest.UsageError where its options name no backend, device or file."""
     if _RUN not in config.stash:
         try:
             config.stash[_RUN] = Run(config)

@@ -1,31 +1,16 @@
-"""What known backends do instead: tables and switches, to say of a wrong result whose rule it follows.
+"""What known backends do instead of the reference: tables and switches, and what each of them means in words.
 
-A `Dialect` is the reference with some fields replaced. A result is compared with each replaced field alone, and then with all
-of them, so that an explanation is as narrow as it can be.
+A `Dialect` is the reference with some fields replaced. predictions.py computes what a backend with these conventions returns.
 """
 
-import functools
-import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from bnbref import blockwise
-from bnbref.blockwise import SMALLEST_NORMAL, count_below
-from bnbref.codebooks import DYNAMIC, FP4, NF4, Codebook, four_bit, value_table
-from bnbref.conformance import optimizers
-from bnbref.conformance.cases import Case
-from bnbref.conformance.check import Failure
-from bnbref.conformance.judging import Expected, same, wrong_elements
-from bnbref.conformance.operations import arguments
-from bnbref.conformance.products import product_interval
-from bnbref.kernels import eager
-
-CPU = torch.device("cpu")
+from bnbref.codebooks import FP4, NF4, Codebook
+from bnbref.conformance.oracles.formula import Conventions
 
 _SORTED = (11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3)
 
@@ -48,16 +33,17 @@ NF4_ON_H100 = Codebook(
 
 
 @dataclass(frozen=True)
-class Dialect(optimizers.Conventions):
-    """Conventions of a backend, by default those of the reference; of its optimizers those inherited.
+class Dialect(Conventions):
+    """The conventions of a backend, by default those of the reference. Those of its optimizers are inherited fields.
 
-    nf4, fp4: codebook. ties: of 8-bit codes, "even", "lower", "upper" (by distances), "bins" (the table of 65,536). floor:
-    the least absmax. division: x / absmax for x * (1 / absmax), in all blocks or in a partial last one. small: an absmax
-    below 2^-126 is stored as 0 ("zero"), kept ("keep"), or clamped to 1e-38 ("clamp", in a partial block stored so). large:
-    above 2^126 the reciprocal is 0. zero_block: the code of 0 in all-zero blocks, None for the codebook's. row_scales:
-    index of the scale by row. vector_as_row: a vector comes back as a matrix; row_transposed: one packed byte as a column.
-    int8_constant, int8_float32, int8_2d: 1/16129, products summed in float32, matrices only. bfloat16_nan: rounding to
-    bfloat16 by adding to the bits, NaN too.
+    nf4, fp4: the codebooks. ties: how 8-bit codes are chosen, "even", "lower", "upper" (by distances) or "bins" (by a table of
+    65,536). floor: the least absmax. division: where x / absmax takes the place of x * (1 / absmax), "never", "always" or in
+    the partial last block ("tail"). small: an absmax below 2^-126 is stored as 0 ("zero"), kept ("keep"), or clamped to 1e-38
+    ("clamp"; only a partial block stores the clamped number). large: the reciprocal of an absmax above 2^126 is 0. zero_block:
+    the code in all-zero blocks, None for the codebook's. row_scales: the scale of an element is indexed by its row.
+    vector_as_row: a vector comes back as a matrix of one row. row_transposed: one packed byte comes back as a column.
+    int8_constant: 1/16129. int8_float32: int8 products are summed in float32. int8_2d: only matrices are understood.
+    bfloat16_nan: bfloat16 is rounded by adding to the bits, those of NaN too.
     """
 
     name: str
@@ -88,18 +74,9 @@ BNB_DEFAULT = Dialect(
     int8_float32=True, int8_2d=True, row_transposed=True, norm="undecayed", norm_eps=True, clip_8bit=False,
 )  # fmt: skip
 BNB_CPU = replace(
-    BNB_DEFAULT,
-    name="bnb-cpu",
-    ties="bins",
-    small="keep",
-    row_scales=True,
-    vector_as_row=True,
-    int8_float32=False,
-    bfloat16_nan=True,
-    norm="biased",
-    norm_eps=False,
-    bad_gradient="infinite",
-)
+    BNB_DEFAULT, name="bnb-cpu", ties="bins", small="keep", row_scales=True, vector_as_row=True, int8_float32=False,
+    bfloat16_nan=True, norm="biased", norm_eps=False, bad_gradient="infinite",
+)  # fmt: skip
 BNB_TRITON = Dialect("bnb-triton", division="always", ties="lower")
 
 TORCHAO = Dialect("torchao", floor=1e-12, division="always", ties="upper", bad_gradient="any")
@@ -144,279 +121,3 @@ TEXT: dict[str, Callable[[Any], str]] = {
     }[v],
 }
 """What a field of a dialect that is not the reference's means."""
-
-
-# ---- prediction -----------------------------------------------------------------------------------------------------
-
-
-def _scaled(x: Tensor, blocksize: int, d: Dialect, pad: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Scaled elements, stored absmax, and which elements are in an all-zero block."""
-    flat = F.pad(x.reshape(-1).float(), (0, pad))
-    count = -(-x.numel() // blocksize)
-    blocks = F.pad(flat, (0, count * blocksize - flat.numel())).view(count, blocksize)
-    absmax = blocks.abs().nan_to_num(0.0, posinf=torch.inf).amax(-1)
-    partial = torch.arange(count) == (count - 1 if x.numel() % blocksize else count)
-    absmax = absmax.clamp(min=d.floor)
-    stored, divisor = absmax, absmax
-    if d.small == "zero":
-        stored = divisor = torch.where(absmax >= SMALLEST_NORMAL, absmax, 0.0)
-    elif d.small == "clamp":
-        divisor = absmax.clamp(min=1e-38)
-        stored = torch.where(partial, divisor, absmax)
-    inverse = 1 / divisor
-    if d.small == "zero":
-        inverse = torch.where(divisor > 0, inverse, 0.0)
-    if d.large:
-        inverse = torch.where(inverse < SMALLEST_NORMAL, 0.0, inverse)
-    scaled = blocks * inverse[:, None]
-    by_division = partial[:, None] if d.division == "tail" else torch.tensor(d.division == "always")
-    divided = torch.where(divisor[:, None] > 0, blocks / divisor[:, None], scaled)
-    scaled = torch.where(by_division, divided, scaled)
-    zero = (absmax == 0)[:, None].expand(blocks.shape)
-    return scaled.reshape(-1)[: flat.numel()], stored, zero.reshape(-1)[: flat.numel()]
-
-
-def _eight_bit(scaled: Tensor, values: Tensor, ties: str) -> Tensor:
-    middle = (values[:-1] + values[1:]) / 2
-    if ties == "bins":
-        i = ((((scaled.clamp(-1, 1) + 1) * 0.5) * 65535) + 0.5).nan_to_num(0.0).floor()
-        return count_below(-1 + (2 * i) / 65535, middle).to(torch.uint8)
-    if ties == "upper":
-        down = (torch.searchsorted(values, scaled, right=True) - 1).clamp(min=0)
-        up = (down + 1).clamp(max=values.numel() - 1)
-        return torch.where(scaled - values[down] >= (values[up] - values[down]) * 0.5, up, down).to(torch.uint8)
-    if ties == "even":
-        upper = torch.arange(middle.numel()) % 2 == 1
-        middle = torch.where(upper, middle.nextafter(torch.tensor(-torch.inf)), middle)
-    return count_below(scaled, middle).to(torch.uint8)
-
-
-def _quantize_blockwise(d: Dialect, x: Tensor, values: Tensor, blocksize: int) -> dict[str, Tensor]:
-    scaled, absmax, zero = _scaled(x, blocksize, d)
-    codes = _eight_bit(scaled, values, d.ties)
-    codes = codes if d.zero_block is None else torch.where(zero, d.zero_block, codes)
-    return {"codes": codes.to(torch.uint8).view(x.shape), "absmax": absmax}
-
-
-def _quantize_4bit(d: Dialect, x: Tensor, blocksize: int, quant_type: str) -> dict[str, Tensor]:
-    book = d.fp4 if quant_type == "fp4" else d.nf4
-    scaled, absmax, zero = _scaled(x, blocksize, d, pad=x.numel() % 2)
-    codes = blockwise.encode(scaled, book)
-    codes = codes if d.zero_block is None else torch.where(zero, d.zero_block, codes).to(torch.uint8)
-    return {"packed": codes[0::2] << 4 | codes[1::2], "absmax": absmax}
-
-
-def _quantize_4bit_nested(d: Dialect, x: Tensor, blocksize: int, quant_type: str) -> dict[str, Tensor]:
-    outer = _quantize_4bit(d, x, blocksize, quant_type)
-    offset = outer["absmax"].mean()
-    inner = _quantize_blockwise(d, outer["absmax"] - offset, value_table(DYNAMIC, CPU), 256)
-    return {"packed": outer["packed"], "codes": inner["codes"], "absmax2": inner["absmax"], "offset": offset}
-
-
-def _per_element(d: Dialect, absmax: Tensor, blocksize: int, shape: tuple[int, ...]) -> Tensor:
-    """The scale of each element, in the shape."""
-    total = int(torch.Size(shape).numel())
-    i = torch.arange(total)
-    columns = shape[-1]
-    if d.row_scales and columns % 16 == 0 and blocksize < 2048:
-        i = (i // columns) * (columns // blocksize) + i % columns // blocksize
-    else:
-        i = i // blocksize
-    return absmax[i].view(shape)
-
-
-def _weight(
-    d: Dialect,
-    packed: Tensor,
-    absmax: Tensor,
-    blocksize: int,
-    quant_type: str,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-) -> Tensor:
-    codes = torch.stack((packed >> 4, packed & 15), -1).view(-1)[: torch.Size(shape).numel()]
-    values = value_table(four_bit(quant_type), CPU)[codes.long()].view(shape)
-    return (values * _per_element(d, absmax, blocksize, shape)).to(dtype)
-
-
-def _dequantize_4bit(
-    d: Dialect,
-    packed: Tensor,
-    absmax: Tensor,
-    blocksize: int,
-    quant_type: str,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-) -> dict[str, Tensor]:
-    y = _weight(d, packed, absmax, blocksize, quant_type, shape, dtype)
-    return {"y": y.view(1, -1) if d.vector_as_row and len(shape) == 1 and shape[0] % 2 == 0 else y}
-
-
-def _dequantize_4bit_nested(
-    d: Dialect, packed: Tensor, codes: Tensor, absmax2: Tensor, offset: Tensor, values: Tensor, **rest: Any
-) -> dict[str, Tensor]:
-    absmax = values[codes.long()] * absmax2.repeat_interleave(256)[: codes.numel()] + offset
-    y = _dequantize_4bit(d, packed, absmax, **rest)["y"]
-    return {"y": y.t() if d.row_transposed and packed.numel() == 1 else y}
-
-
-def _dequantize_blockwise(
-    d: Dialect, codes: Tensor, absmax: Tensor, values: Tensor, blocksize: int, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    y = values[codes.long()] * absmax.repeat_interleave(blocksize)[: codes.numel()].view(codes.shape)
-    if d.bfloat16_nan and dtype == torch.bfloat16:
-        bits = y.view(torch.int32).long() & 0xFFFFFFFF
-        rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16 & 0xFFFF
-        return {"y": torch.where(rounded >= 2**15, rounded - 2**16, rounded).to(torch.int16).view(dtype)}
-    return {"y": y.to(dtype)}
-
-
-def _int8_mm_dequant(
-    d: Dialect, product: Tensor, row: Tensor, column: Tensor, dtype: torch.dtype, bias: Tensor | None = None
-) -> dict[str, Tensor]:
-    flat = product.reshape(-1, product.shape[-1])
-    y = flat * (row[:, None] * column) * d.int8_constant
-    y = (y if bias is None else y + bias).to(dtype)
-    return {"y": y if d.int8_2d else y.view(product.shape)}
-
-
-def _int8_matmul(d: Dialect, a: Tensor, b: Tensor) -> dict[str, Tensor]:
-    if d.int8_float32:
-        return {"product": (a.float() @ b.float().t()).to(torch.int32)}
-    return {"product": (a.long() @ b.long().t()).to(torch.int32)}
-
-
-def _int8_quantize(d: Dialect, x: Tensor, threshold: float) -> dict[str, Tensor]:
-    absmax = x.abs().amax(1).float() if d.int8_2d and x.dim() > 2 else x.abs().amax(-1).float().view(-1)
-    scale = absmax.unsqueeze(-1) if d.int8_2d and x.dim() > 2 else absmax.view(*x.shape[:-1], 1)
-    return {"codes": (x * (127.0 / scale)).round().to(torch.int8), "absmax": absmax}
-
-
-def _load_4bit(
-    d: Dialect, packed: Tensor, absmax: Tensor, quant_map: Tensor, state: Tensor, quant_type: str, **nested: Tensor
-) -> dict[str, Tensor]:
-    stored = arguments(json.loads(bytes(state.tolist())))
-    if "nested_absmax" in nested:
-        inner = (
-            nested["nested_quant_map"][absmax.long()] * nested["nested_absmax"].repeat_interleave(256)[: absmax.numel()]
-        )
-        absmax = inner + stored["nested_offset"]
-    return _dequantize_4bit(d, packed, absmax, stored["blocksize"], quant_type, stored["shape"], stored["dtype"])
-
-
-def _within(d: Dialect, operation: str, **given: Any) -> dict[str, Expected]:
-    """What a step with these conventions may return."""
-    if operation == "optimizer_32bit":
-        return optimizers.step_32bit(c=d, **given)
-    floor = float(torch.tensor(d.floor, dtype=torch.float32))
-    return optimizers.step_8bit(c=d, encode=lambda x, values: _eight_bit(x, values, d.ties), floor=floor, **given)
-
-
-def _optimizer(operation: str) -> Callable[..., dict[str, Tensor]]:
-    return lambda d, **given: {name: found.value for name, found in _within(d, operation, **given).items()}
-
-
-PREDICT: dict[str, Callable[..., dict[str, Tensor]]] = {
-    "quantize_blockwise": _quantize_blockwise,
-    "quantize_4bit": _quantize_4bit,
-    "quantize_4bit_nested": _quantize_4bit_nested,
-    "dequantize_blockwise": _dequantize_blockwise,
-    "dequantize_4bit": _dequantize_4bit,
-    "dequantize_4bit_nested": _dequantize_4bit_nested,
-    "int8_quantize": _int8_quantize,
-    "int8_matmul": _int8_matmul,
-    "int8_mm_dequant": _int8_mm_dequant,
-    "load_4bit": _load_4bit,
-    "optimizer_32bit": _optimizer("optimizer_32bit"),
-    "optimizer_8bit": _optimizer("optimizer_8bit"),
-}
-
-"""The operations of which dialects say something; each returns its results by name."""
-
-
-def predict(dialect: Dialect, case: Case) -> Mapping[str, Tensor]:
-    """What a backend with these conventions returns; empty where its conventions say nothing of the operation."""
-    with eager():
-        keywords = {**case.inputs, **arguments(case.params)}
-        try:
-            return PREDICT[case.operation](dialect, **keywords) if case.operation in PREDICT else {}
-        except RuntimeError:  # shapes that the dialect cannot do at all
-            return {}
-
-
-# ---- explanation ----------------------------------------------------------------------------------------------------
-
-
-_OF_OPTIMIZERS = {f.name for f in fields(optimizers.Conventions)}
-
-
-def _concern(case: Case) -> set[str]:
-    """The fields of a dialect that can change the results of a case."""
-    if case.operation in ("gemm_4bit", "gemm_4bit_backward"):
-        return {"row_scales"}
-    if case.operation not in ("optimizer_32bit", "optimizer_8bit"):
-        return set(TEXT) - _OF_OPTIMIZERS
-    k = case.params
-    eight = case.operation == "optimizer_8bit"
-    clipped = k["optimizer"] in optimizers.CLIPPED and k["max_unorm"] > 0
-    when = {
-        "decay_after": k["weight_decay"] > 0,
-        "coupled": k["weight_decay"] > 0,
-        "raw_gradient": eight and k["optimizer"] in ("rmsprop", "adagrad"),
-        "norm": clipped,
-        "norm_eps": clipped,
-        "clip_8bit": clipped and eight,
-        "bad_gradient": not bool(case.inputs["g"].isfinite().all()),
-        "ties": eight,
-        "floor": eight,
-    }
-    return {name for name, can in when.items() if can}
-
-
-def _changes(dialect: Dialect, case: Case) -> Iterator[tuple[str, Dialect]]:
-    """The reference with one field of the dialect that concerns the case, and at last with all of them."""
-    concern = _concern(case)
-    different = [name for name in TEXT if name in concern and getattr(dialect, name) != getattr(REFERENCE, name)]
-    for name in different:
-        value = getattr(dialect, name)
-        changed: dict[str, Any] = {name: value}
-        yield TEXT[name](value), replace(REFERENCE, **changed)
-    if len(different) > 1:
-        yield "all of its conventions together", dialect
-
-
-@functools.lru_cache(maxsize=32)  # asked again for each result of a case, and for each dialect that has the convention
-def _step_allowed(dialect: Dialect, case: Case) -> dict[str, Expected]:
-    with eager():
-        return _within(dialect, case.operation, **case.inputs, **arguments(case.params))
-
-
-def _matches(failure: Failure, dialect: Dialect) -> bool:
-    got, case = failure.got, failure.case
-    if got is None:
-        return False
-    if case.operation in ("gemm_4bit", "gemm_4bit_backward"):
-        k = {**case.inputs, **arguments(case.params)}
-        weight = _weight(dialect, k["packed"], k["absmax"], k["blocksize"], k["quant_type"], k["shape"], got.dtype)
-        left, right = (k["a"], weight) if case.operation == "gemm_4bit" else (k["grad"], weight.t())
-        return wrong_elements(got, product_interval(left, right, k.get("bias"))).numel() == 0
-    if case.operation in ("optimizer_32bit", "optimizer_8bit"):
-        allowed = _step_allowed(dialect, case)
-        return failure.kind == "value" and wrong_elements(got, allowed[failure.output]).numel() == 0
-    y = predict(dialect, case).get(failure.output)
-    if y is None or y.dtype != got.dtype or y.shape != got.shape:
-        return False
-    if failure.kind == "shape":
-        return True
-    return bool(same(y.reshape(-1)[failure.wrong], got.reshape(-1)[failure.wrong]).all())
-
-
-def explain(failure: Failure) -> list[str]:
-    """Whose rule a wrong result follows: "bnb-cpu: codes from a table of 65,536 bins". Empty if nobody's is known."""
-    found: dict[str, list[str]] = {}
-    for dialect in DIALECTS:
-        for text, changed in _changes(dialect, failure.case):
-            if _matches(failure, changed):
-                found.setdefault(text, []).append(dialect.name)
-                break
-    return [f"{', '.join(names)}: {text}" for text, names in found.items()]

@@ -10,11 +10,11 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from bnbref.conformance.check import Failure
-from bnbref.conformance.judging import steps
+from bnbref.conformance.expected import ulps_apart
+from bnbref.conformance.judge import Failure
 from bnbref.conformance.operations import OPERATIONS
-from bnbref.conformance.report import DTYPES, Finding, Report, cell, describe, rows
-from bnbref.conformance.rules import FLAGS, RULES
+from bnbref.conformance.report import DTYPES, Finding, Report, bracketed_issue, cell, describe, rows, versions
+from bnbref.conformance.specification import RULES
 
 _STYLE = """
 :root { color-scheme: light dark; --ok: #1a7f37; --bad: #cf222e; --line: #8886; --none: #8884; }
@@ -70,10 +70,11 @@ def _cell_name(done: Report, operation: str, dtype: str) -> str:
 
 
 def _matrix(reports: Sequence[Report]) -> str:
-    head = "".join(
-        f"<th colspan={len(DTYPES)}>{html.escape(done.backend)}<br><small>{html.escape(_versions(done))}</small></th>"
+    about = [
+        f"{html.escape(done.backend)}<br><small>{html.escape(versions(done))}, {done.device}</small>"
         for done in reports
-    )
+    ]
+    head = "".join(f"<th colspan={len(DTYPES)}>{text}</th>" for text in about)
     second = "".join(f"<th>{dtype}</th>" for _ in reports for dtype in DTYPES)
     body = []
     tables = [(done, dict(rows(done))) for done in reports]
@@ -92,15 +93,11 @@ def _matrix(reports: Sequence[Report]) -> str:
     return f"<div class=scroll><table><tr><th></th>{head}</tr><tr><th></th>{second}</tr>{''.join(body)}</table></div>"
 
 
-def _versions(done: Report) -> str:
-    return ", ".join(f"{name} {version}" for name, version in done.versions.items()) + f", {done.device}"
-
-
 def _article(done: Report, finding: Finding) -> str:
     dtypes = {r.case.id: r.case.dtype for r in done.results}
     cells = sorted({_cell_name(done, finding.operation, dtypes[case]) for case in finding.cases})
     title = f"{finding.rule} {', '.join(finding.flags)}".strip()
-    issues = "".join(f" [{html.escape(FLAGS[f].issue)}]" for f in finding.flags if FLAGS[f].issue)
+    issues = html.escape("".join(map(bracketed_issue, finding.flags)))
     return (
         f'<article data-cells="{html.escape(" ".join(cells))}"><h3>{html.escape(done.backend)}: {html.escape(title)}{issues}</h3>'
         f"<p>{html.escape(RULES[finding.rule].text)}</p>{error_map(finding.original)}{histogram(_alike(done, finding))}"
@@ -112,11 +109,15 @@ def _article(done: Report, finding: Finding) -> str:
 
 # ---- error maps -----------------------------------------------------------------------------------------------------
 
+WIDTH, HEIGHT = 400.0, 60.0
+"""Of the bars of a drawing."""
+
 
 def error_map(failure: Failure) -> str:
-    """Which elements are wrong, from the first to the last, and how far: an inline SVG; empty where no values are wrong.
+    """Draws which elements are wrong, from the first to the last, and how far: an inline SVG; empty where no values are wrong.
 
-    Floats: representable numbers off, on a scale of powers of two. Codes: codes off; packed codes: which bytes.
+    The height of a bar is the logarithm of the distance: in representable numbers of the dtype for floats, in codes for codes. Of
+    packed codes it shows only which bytes are wrong.
     """
     if failure.got is None or failure.kind != "value":
         return ""
@@ -126,16 +127,22 @@ def error_map(failure: Failure) -> str:
         off, unit = (off != 0).long(), "wrong bytes"
     heights = off.double().add(1).log2()
     top = max(float(heights.max()), 1.0)
-    width, height, count = 400.0, 60.0, got.numel()
+    count = got.numel()
     bars = "".join(
-        f"<rect x={width * i / count:.1f} y={height - h:.1f} width={max(width / count, 1):.1f} height={h:.1f} />"
-        for i, h in _bars(failure.wrong, heights, height / top)
+        f"<rect x={WIDTH * i / count:.1f} y={HEIGHT - h:.1f} width={max(WIDTH / count, 1):.1f} height={h:.1f} />"
+        for i, h in _bars(failure.wrong, heights, HEIGHT / top)
     )
     label = f"{failure.case.id}: {failure.output}[0 .. {count - 1}], up to {int(off[failure.wrong].max())} {unit}"
+    return _svg("", f"<g fill=currentColor opacity=.75>{bars}</g>", 11, label)
+
+
+def _svg(kind: str, bars: str, below: int, label: str) -> str:
+    """Bars on a line, and the label so far below it."""
+    text = html.escape(label)
     return (
-        f'<svg viewBox="0 0 {width:.0f} {height + 14:.0f}" role=img aria-label="{html.escape(label)}">'
-        f"<g fill=currentColor opacity=.75>{bars}</g><path d='M0 {height:.0f}H{width:.0f}' stroke=currentColor stroke-width=.5 />"
-        f"<text x=0 y={height + 11:.0f}>{html.escape(label)}</text></svg>"
+        f'<svg{kind} viewBox="0 0 {WIDTH:.0f} {HEIGHT + below + 4:.0f}" role=img aria-label="{text}">'
+        f"{bars}<path d='M0 {HEIGHT:.0f}H{WIDTH:.0f}' stroke=currentColor stroke-width=.5 />"
+        f"<text x=0 y={HEIGHT + below:.0f}>{text}</text></svg>"
     )
 
 
@@ -145,12 +152,12 @@ def _distances(failure: Failure) -> tuple[Tensor, str]:
         raise ValueError(f"{failure.case.id} has no result")
     got, want = failure.got.reshape(-1), failure.case.expected[failure.output].value.reshape(-1)
     if got.dtype.is_floating_point:
-        return steps(got, want), "ulp"
+        return ulps_apart(got, want), "ulp"
     return (got.long() - want.long()).abs(), "codes"
 
 
 def _bars(wrong: Tensor, heights: Tensor, scale: float, most: int = 400) -> Iterable[tuple[int, float]]:
-    """At most so many bars, of neighbours the highest."""
+    """The places and heights of at most so many bars; where elements share a bar, the highest counts."""
     step = -(-heights.numel() // most)
     found: dict[int, float] = {}
     for i in wrong.tolist():
@@ -162,7 +169,7 @@ def _bars(wrong: Tensor, heights: Tensor, scale: float, most: int = 400) -> Iter
 # ---- histograms -----------------------------------------------------------------------------------------------------
 
 _NOT_A_NUMBER = 2**31
-"""The distance of NaN from a number, as `steps` has it."""
+"""The distance of NaN from a number, as `ulps_apart` has it."""
 
 
 def _alike(done: Report, finding: Finding) -> list[Failure]:
@@ -180,8 +187,8 @@ def distances(failures: Sequence[Failure]) -> list[tuple[str, int, int]]:
     Distances are from the expected value: in representable numbers of the dtype (ulp), or in codes.
     """
     off = torch.cat([_distances(f)[0] for f in failures])
-    wrong = torch.zeros(off.numel(), dtype=torch.bool)
-    wrong[torch.cat([f.wrong + start for f, start in zip(failures, _starts(failures), strict=True)])] = True
+    masks = [torch.zeros(0 if f.got is None else f.got.numel()).index_fill(0, f.wrong, 1) for f in failures]
+    wrong = torch.cat(masks) > 0
     nan = off >= _NOT_A_NUMBER
     bucket = torch.where(nan, 33, torch.where(off > 0, off.clamp(min=1).double().log2().floor().long() + 1, 0))
     rows = []
@@ -190,11 +197,6 @@ def distances(failures: Sequence[Failure]) -> list[tuple[str, int, int]]:
         label = "NaN" if i == 33 else "0" if i == 0 else str(2 ** (i - 1)) if i < 12 else f"2^{i - 1}"
         rows.append((label, int(((bucket == i) & wrong).sum()), int(((bucket == i) & ~wrong).sum())))
     return rows
-
-
-def _starts(failures: Sequence[Failure]) -> list[int]:
-    sizes = [0 if f.got is None else f.got.numel() for f in failures]
-    return [sum(sizes[:i]) for i in range(len(sizes))]
 
 
 def histogram(failures: Sequence[Failure]) -> str:
@@ -206,27 +208,21 @@ def histogram(failures: Sequence[Failure]) -> str:
         return ""
     rows, unit = distances(failures), _distances(failures[0])[1]
     most = math.log2(1 + max(wrong + allowed for _, wrong, allowed in rows))
-    width, height = 400.0, 60.0
-    step = min(width / len(rows), 40.0)
+    step = min(WIDTH / len(rows), 40.0)
     every = -(-len(rows) // 12)  # labels that do not run into each other
     parts = []
     for i, (label, wrong, allowed) in enumerate(rows):
         title = f"<title>{label} {unit} off: {wrong} wrong, {allowed} allowed</title>"
         for count, opacity in ((wrong + allowed, 0.25), (wrong, 0.75)):
             if count:
-                h = height * math.log2(1 + count) / most
+                h = HEIGHT * math.log2(1 + count) / most
                 parts.append(
-                    f"<rect x={step * i + 1:.1f} y={height - h:.1f} width={step - 2:.1f} height={h:.1f} opacity={opacity}>"
+                    f"<rect x={step * i + 1:.1f} y={HEIGHT - h:.1f} width={step - 2:.1f} height={h:.1f} opacity={opacity}>"
                     f"{title}</rect>"
                 )
         if i % every == 0 or label == "NaN":
-            parts.append(f"<text x={step * i + 1:.1f} y={height + 10:.0f}>{label}</text>")
+            parts.append(f"<text x={step * i + 1:.1f} y={HEIGHT + 10:.0f}>{label}</text>")
     total = sum(wrong + allowed for _, wrong, allowed in rows)
-    label = (
-        f"{total} elements of {failures[0].output} by distance in {unit}: full bars wrong, pale ones allowed, log scale"
-    )
-    return (
-        f'<svg class=histogram viewBox="0 0 {width:.0f} {height + 26:.0f}" role=img aria-label="{html.escape(label)}">'
-        f"<g fill=currentColor>{''.join(parts)}</g><path d='M0 {height:.0f}H{width:.0f}' stroke=currentColor stroke-width=.5 />"
-        f"<text x=0 y={height + 22:.0f}>{html.escape(label)}</text></svg>"
-    )
+    of = f"{total} elements of {failures[0].output}"
+    label = f"{of} by distance in {unit}: full bars wrong, pale ones allowed, log scale"
+    return _svg(" class=histogram", f"<g fill=currentColor>{''.join(parts)}</g>", 22, label)

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from bnbref.conformance.backends import Backend
-from bnbref.conformance.check import Failure, Result
-from bnbref.conformance.dialects import explain
+from bnbref.conformance.explain import explain
+from bnbref.conformance.judge import Failure, Result
 from bnbref.conformance.operations import OPERATIONS
-from bnbref.conformance.rules import BY_OUTPUT, FLAGS, RULES
 from bnbref.conformance.shrink import shrink
+from bnbref.conformance.specification import FLAGS, RULE_OF_RESULT, RULES
+from bnbref.conformance.text import hex_words
 
 
 class Element(NamedTuple):
@@ -29,7 +30,8 @@ class Element(NamedTuple):
 class Finding:
     """All failures of one cause: they break the same rule, have the same flags and follow the same conventions.
 
-    example: the first of them, shrunk. cases: the ids of all.
+    follows: whose conventions, see explain.py. original: the failure with the smallest input. example: the same, shrunk. cases:
+    the ids of all cases that fail so.
     """
 
     operation: str
@@ -59,7 +61,7 @@ class Report:
 
 
 def report(backend: Backend, device: torch.device, results: Sequence[Result], small: bool = True) -> Report:
-    """The report of a run. small: shrink the input of one failure of each finding."""
+    """The report of a run. small: whether the input of one failure of each finding is shrunk, which runs the backend again."""
     groups: dict[tuple[Any, ...], list[Failure]] = {}
     for result in results:
         # Where a shape is wrong, wrong values of the same result are no second finding.
@@ -67,15 +69,11 @@ def report(backend: Backend, device: torch.device, results: Sequence[Result], sm
         for failure in result.failures:
             if failure.kind == "value" and (failure.output in shapes or (shapes and not explain(failure))):
                 continue
-            rule = {"mutated": "G-2", "dtype": "G-1", "missing": "G-1"}.get(failure.kind, failure.case.rules[0])
-            if failure.kind != "mutated":
-                rule = BY_OUTPUT.get((failure.case.operation, failure.output), rule)
-            flags = ("caller-mutation",) if failure.kind == "mutated" else failure.case.flags
-            key = (failure.case.operation, rule, flags, tuple(explain(failure)))
+            key = (failure.case.operation, *_broken(failure), tuple(explain(failure)))
             groups.setdefault(key, []).append(failure)
     findings = []
     for (operation, rule, flags, follows), failures in groups.items():
-        smallest = min(failures, key=lambda f: sum(t.numel() for t in f.case.inputs.values()))
+        smallest = min(failures, key=_size)
         example = shrink(backend, smallest, device) if small else smallest
         ids = tuple(dict.fromkeys(f.case.id for f in failures))
         findings.append(Finding(operation, rule, flags, follows, example, smallest, ids))
@@ -83,7 +81,18 @@ def report(backend: Backend, device: torch.device, results: Sequence[Result], sm
     return Report(backend.name, str(device), backend.versions, results, findings, seconds)
 
 
-# ---- numbers --------------------------------------------------------------------------------------------------------
+def _broken(failure: Failure) -> tuple[str, tuple[str, ...]]:
+    """The rule that a failure breaks, and its flags."""
+    case = failure.case
+    if failure.kind == "mutated":
+        return "G-2", ("caller-mutation",)
+    rule = "G-1" if failure.kind in ("dtype", "missing") else case.rules[0]
+    return RULE_OF_RESULT.get((case.operation, failure.output), rule), case.flags
+
+
+def _size(failure: Failure) -> int:
+    """How many numbers the inputs of the case have."""
+    return sum(tensor.numel() for tensor in failure.case.inputs.values())
 
 
 def number(x: Tensor) -> str:
@@ -96,18 +105,6 @@ def number(x: Tensor) -> str:
     if x.dtype == torch.float64:
         return f"{value!r} ({struct.pack('>d', value).hex()})"
     return f"{value!r} ({hex_words(x)[0]})"
-
-
-def hex_words(x: Tensor) -> list[str]:
-    """Each element as the hexadecimal word of its bits, most significant digit first.
-
-    >>> hex_words(torch.tensor([1.0, -2.0], dtype=torch.bfloat16))
-    ['3f80', 'c000']
-    """
-    size = x.element_size()
-    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
-    words = x.detach().contiguous().reshape(-1).view(kind).tolist()
-    return [f"{word & (1 << 8 * size) - 1:0{2 * size}x}" for word in words]
 
 
 def elements(failure: Failure, most: int = 3) -> list[Element]:
@@ -137,7 +134,7 @@ def elements(failure: Failure, most: int = 3) -> list[Element]:
 
 
 def inputs_of(failure: Failure, most: int = 8) -> list[str]:
-    """One line for each input: its name and, if there are few, its elements in decimal and hexadecimal."""
+    """A line for each input: its name, and its elements in decimal and hexadecimal if there are at most so many."""
     lines = []
     for name, tensor in failure.case.inputs.items():
         shape = list(tensor.shape)
@@ -153,27 +150,28 @@ def inputs_of(failure: Failure, most: int = 8) -> list[str]:
     return lines + ([params] if params else [])
 
 
-# ---- forms ----------------------------------------------------------------------------------------------------------
-
-
 def describe(finding: Finding) -> str:
-    """A finding on one screen: rule, input, got and want, whose rule it follows, and the story of its flag."""
+    """A finding on one screen: the rule, the input, what came and what is allowed, whose convention it is, the flags' stories."""
     rule, example = RULES[finding.rule], finding.example
-    lines = [f"{finding.cases[0]}" + (f" and {len(finding.cases) - 1} more" if len(finding.cases) > 1 else "")]
-    lines.append(f"  rule     {rule.id}: {rule.text}")
-    lines.append(f"  found    {example.message}")
+    lines = [finding.cases[0] + (f" and {len(finding.cases) - 1} more" if len(finding.cases) > 1 else "")]
+    lines += [f"  rule     {rule.id}: {rule.text}", f"  found    {example.message}"]
     if example is not finding.original:
-        lines.append(
-            f"  shrunk   from {sum(t.numel() for t in finding.original.case.inputs.values())} numbers of input"
-        )
+        lines.append(f"  shrunk   from {_size(finding.original)} numbers of input")
     lines += [f"  input    {line}" for line in inputs_of(example)]
-    for element in elements(example):
-        lines.append(f"  element  {example.output}{list(element.place)}: got {element.got}, want {element.want}")
+    lines += [f"  element  {example.output}{list(e.place)}: got {e.got}, want {e.want}" for e in elements(example)]
     lines += [f"  follows  {text}" for text in finding.follows]
-    for name in finding.flags:
-        issue = f" [{FLAGS[name].issue}]" if FLAGS[name].issue else ""
-        lines.append(f"  flag     {name}: {FLAGS[name].story}{issue}")
+    lines += [f"  flag     {name}: {FLAGS[name].story}{bracketed_issue(name)}" for name in finding.flags]
     return "\n".join(lines)
+
+
+def bracketed_issue(flag: str) -> str:
+    """The number of the bug in bitsandbytes' tracker, in brackets, if it has one."""
+    return f" [{FLAGS[flag].issue}]" if FLAGS[flag].issue else ""
+
+
+def versions(done: Report) -> str:
+    """The versions of what was tested, in a line."""
+    return ", ".join(f"{name} {version}" for name, version in done.versions.items())
 
 
 def counts(results: Iterable[Result]) -> dict[str, int]:
@@ -194,16 +192,11 @@ def broken(done: Report) -> list[str]:
 
 
 def as_text(done: Report) -> str:
-    """For a terminal; the last lines name each broken rule and its flag."""
-    total = counts(done.results)
-    versions = ", ".join(f"{name} {version}" for name, version in done.versions.items())
-    lines = [f"{done.backend} on {done.device} ({versions})", ""]
+    """The report for a terminal; the last lines name each broken rule and its flag."""
+    total = ", ".join(f"{n} {status}" for status, n in counts(done.results).items() if n)
+    lines = [f"{done.backend} on {done.device} ({versions(done)})", ""]
     lines += [describe(finding) + "\n" for finding in done.findings]
-    lines.append(matrix_text(done))
-    lines.append(
-        f"{len(done.results)} cases in {done.seconds:.1f} s: "
-        + ", ".join(f"{n} {status}" for status, n in total.items() if n)
-    )
+    lines += [matrix_text(done), f"{len(done.results)} cases in {done.seconds:.1f} s: {total}"]
     lines += [f"broken: {line}" for line in broken(done)] or ["conforms" if done.ok else "nothing was checked"]
     return "\n".join(lines)
 

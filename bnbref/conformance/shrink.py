@@ -1,6 +1,7 @@
-"""The smallest input that still fails: elements, rows and columns are taken away, what is left is made simple.
+"""The smallest input that still fails: elements, rows and columns are taken away, and what is left is made simple.
 
-Deterministic and greedy: candidates are tried in a fixed order, the first that fails in the same way is kept, until none does.
+The search is greedy and has no randomness. Smaller inputs are tried in a fixed order, and the first that fails in the same way
+takes the place of the input, until none of them fails.
 """
 
 from collections.abc import Iterator
@@ -12,17 +13,17 @@ from torch import Tensor
 
 from bnbref.conformance.backends import Backend
 from bnbref.conformance.cases import Case
-from bnbref.conformance.check import Failure, run_case
-from bnbref.conformance.dialects import explain
+from bnbref.conformance.explain import explain
+from bnbref.conformance.judge import Failure, run_case
 from bnbref.conformance.operations import OPERATIONS
-from bnbref.conformance.optimizers import BLOCKSIZE
+from bnbref.conformance.oracles.steps import BLOCKSIZE
 
 BUDGET = 150
 """How many inputs are tried."""
 
 
 def _without(size: int) -> Iterator[Tensor]:
-    """Indices that stay when a run of a half, a quarter, ... one of `size` elements is removed, the last run first."""
+    """The indices that stay when a run of elements is removed: of half of all, of a quarter, ... of one; the last run first."""
     every, run = torch.arange(size), size // 2
     while run > 0:
         for start in reversed(range(0, size, run)):
@@ -32,13 +33,14 @@ def _without(size: int) -> Iterator[Tensor]:
 
 
 def _vary(case: Case, inputs: dict[str, Tensor], **params: Any) -> Case:
+    """The case with some inputs and parameters replaced, and what is expected computed anew."""
     given, chosen = {**case.inputs, **inputs}, {**case.params, **params}
-    return replace(
-        case, inputs=given, params=chosen, expected=OPERATIONS[case.operation].expect(given, chosen), layout=()
-    )
+    expected = OPERATIONS[case.operation].expect(given, chosen)
+    return replace(case, inputs=given, params=chosen, expected=expected, layout=())
 
 
 def _smaller(case: Case) -> Iterator[Case]:
+    """Cases that are smaller, or simpler."""
     match case.operation:
         case "quantize_blockwise" | "quantize_4bit":
             # One block, then fewer elements of it, its absmax among them: the scaled values stay what they were.
@@ -87,7 +89,7 @@ def _smaller(case: Case) -> Iterator[Case]:
 
 
 def _part(name: str, x: Tensor, kept: Tensor) -> Tensor:
-    """Of an optimizer's argument what belongs to these elements of its first block."""
+    """The part of an optimizer's argument that belongs to the kept elements of its first block."""
     return x if name.startswith("values") else x[:1] if name.startswith("absmax") else x[kept]
 
 
@@ -96,19 +98,11 @@ def shrink(backend: Backend, failure: Failure, device: torch.device) -> Failure:
     best, left, why = failure, BUDGET, explain(failure)
     if not failure.case.derived or failure.kind not in ("value", "raised"):
         return failure
-    found = True
-    while found:
-        found = False
-        for candidate in _smaller(best.case):
-            left -= 1
-            if left < 0:
-                return best
-            same = [
-                f
-                for f in run_case(backend, candidate, device).failures
-                if (f.kind, f.output) == (best.kind, best.output) and explain(f) == why
-            ]
-            if same:
-                best, found = same[0], True
+    candidates = _smaller(best.case)
+    while left > 0 and (candidate := next(candidates, None)) is not None:
+        left -= 1
+        for other in run_case(backend, candidate, device).failures:
+            if (other.kind, other.output) == (best.kind, best.output) and explain(other) == why:
+                best, candidates = other, _smaller(other.case)
                 break
     return best

@@ -1,9 +1,9 @@
-"""Cases in processes of their own: a backend that takes its process with it fails one case, and the others are still judged.
+"""Cases in processes of their own: a backend that ends its process fails one case, and the others are still judged.
 
-    parent   sends the next case of its list to each worker, by number; notices when one is gone
+    parent   sends each worker its next case, and notices when a worker is gone
     worker   loads the backend by name, runs the case, and sends what became of it
 
-Cases of one operation, dtype and parameters go to one worker, as what they compile is the same.
+Cases of one operation with the same dtypes and parameters go to one worker, because they need the same compiled kernels.
 """
 
 import multiprocessing
@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from bnbref.conformance import backends
 from bnbref.conformance.cases import Case
-from bnbref.conformance.check import Failure, Result, run_case
+from bnbref.conformance.judge import Failure, Result, run_case
 
 
 def run(name: str, cases: Sequence[Case], device: torch.device, jobs: int = 1) -> list[Result]:
@@ -84,21 +84,21 @@ class _Worker:
             raise RuntimeError(f"a worker could not load backend {self._of[0]!r}") from None
 
     def end(self) -> None:
-        """Let the process end by itself, for its own processes' sake; one that is busy is not waited for."""
+        """Let the process end by itself, so that it ends the processes that it started. A busy one is killed at once."""
         self.connection.close()
         self.process.join(timeout=0 if self.todo else 10)
         self.process.kill()
         self.process.join()
 
     def begin(self, waiting: deque[deque[int]], cases: Sequence[Case]) -> None:
-        """Send the next case: of those in hand, or of the next ones that wait."""
+        """Send the next case of the group in hand, or else of the next group that waits."""
         if not self.todo and waiting:
             self.todo = waiting.popleft()
         if self.todo:
             self.connection.send_bytes(pickle.dumps(cases[self.todo[0]]))
 
     def result(self, case: Case) -> Result:
-        """What became of the case that was sent. If its process is gone, it failed, and there is a new process."""
+        """What became of the case that was sent. If the process is gone, the case failed, and a new process is started."""
         try:
             status, failures, seconds = pickle.loads(self.connection.recv_bytes())
         except EOFError:

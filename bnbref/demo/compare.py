@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from bnbref.demo import MODEL
+from bnbref.demo import MODEL, Settings
 from bnbref.demo.evaluate import CONTEXT, perplexity, sample
 from bnbref.demo.formats import FORMATS, Format, size
-from bnbref.demo.report import Table, doing, mebibytes, one_line
+from bnbref.demo.report import aligned, doing, mebibytes, one_line
 from bnbref.demo.resources import phase
-from bnbref.demo.settings import Settings
 
 PROMPT = "class collections."
 
@@ -38,27 +37,19 @@ def compare(tokenizer: Any, heldout: Tensor, settings: Settings, device: torch.d
         f"\nHeld-out documentation, {len(heldout)} windows of {CONTEXT} tokens; "
         f"{settings.tokens} tokens written, the likeliest each time.\n"
     )
-    table = Table(COLUMNS)
-    print(table.header())
+    print(aligned(COLUMNS.values(), COLUMNS))
     rows: list[dict[str, Any]] = []
     for kind in FORMATS:
         row = measure(kind, tokenizer, heldout, settings, device)
         rows.append(row)
         row["change"] = row["perplexity"] / rows[0]["perplexity"] - 1
-        print(
-            table.row(
-                kind.name,
-                f"{row['bits']:.3f}",
-                f"{row['bytes']:,}",
-                f"{row['perplexity']:.3f}",
-                "" if row is rows[0] else f"{row['change']:+.2%}",
-                f"{row['tokens_per_second']:.1f}",
-                f"{row['ready']['seconds']:.1f}",
-                f"{row['evaluation']['seconds']:.1f}",
-                mebibytes(max(row[part]["peak"] for part in ("ready", "evaluation", "generation"))),
-            ),
-            flush=True,
-        )
+        peak = max(row[part]["peak"] for part in ("ready", "evaluation", "generation"))
+        cells = (
+            kind.name, f"{row['bits']:.3f}", f"{row['bytes']:,}", f"{row['perplexity']:.3f}",
+            "" if row is rows[0] else f"{row['change']:+.2%}", f"{row['tokens_per_second']:.1f}",
+            f"{row['ready']['seconds']:.1f}", f"{row['evaluation']['seconds']:.1f}", mebibytes(peak),
+        )  # fmt: skip
+        print(aligned(COLUMNS.values(), cells), flush=True)
     print(EXPLAINED.format(layers=rows[0]["layers"], parameters=rows[0]["parameters"]))
     for row in rows:
         print(f"  {row['name']:<11} {one_line(row['text'])}")

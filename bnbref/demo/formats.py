@@ -29,7 +29,7 @@ class Format(NamedTuple):
 
 
 def blocks(n: int, size: int) -> int:
-    """Blocks of n elements, the last one perhaps in part."""
+    """How many blocks n elements take; the last block may be a part of one."""
     return -(-n // size)
 
 
@@ -71,7 +71,7 @@ class Mismatch(RuntimeError):
 
 
 def quantizable(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """The linear layers but the output head: those that are quantized."""
+    """The linear layers that are quantized, by name: all but the output head."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and name != "lm_head":
             yield name, module
@@ -89,7 +89,7 @@ def stored(layer: nn.Linear) -> list[Tensor]:
 
 
 class Size(NamedTuple):
-    """Of the weights that are quantized: how many, of how many numbers, in how many bytes."""
+    """How many weights are quantized, how many parameters they have, and how many bytes they take."""
 
     layers: int
     parameters: int
@@ -102,7 +102,7 @@ class Size(NamedTuple):
 
 
 def size(model: nn.Module, kind: Format) -> Size:
-    """The bytes in memory, layer by layer; `Mismatch` where they are not what the format says."""
+    """The size of a model's quantized weights in memory. Raises `Mismatch` where a layer does not take what the format says."""
     layers = parameters = total = 0
     for name, layer in quantizable(model):
         rows, columns = layer.out_features, layer.in_features

@@ -10,27 +10,14 @@ from typing import Any
 from tqdm import tqdm
 
 
-class Table:
-    """Aligned columns, printed row by row as the numbers come in. The first column is a name, the others are numbers.
+def aligned(widths: Iterable[int], cells: Iterable[str]) -> str:
+    """A line of a table: the first cell is a name, the others are numbers.
 
-    >>> table = Table({"format": 8, "bits": 6})
-    >>> table.header()
-    'format     bits'
-    >>> table.row("nf4", "4.5")
+    >>> aligned((8, 6), ("nf4", "4.5"))
     'nf4         4.5'
     """
-
-    def __init__(self, columns: dict[str, int]) -> None:
-        self.columns = columns
-
-    def header(self) -> str:
-        """The names of the columns."""
-        return self.row(*self.columns)
-
-    def row(self, *cells: str) -> str:
-        """A line of as many cells as there are columns."""
-        first, *rest = zip(cells, self.columns.values(), strict=True)
-        return f"{first[0]:<{first[1]}}" + "".join(f" {cell:>{width}}" for cell, width in rest)
+    (name, width), *rest = zip(cells, widths, strict=True)
+    return f"{name:<{width}}" + "".join(f" {cell:>{width}}" for cell, width in rest)
 
 
 def one_line(text: str, width: int = 100) -> str:

@@ -14,7 +14,7 @@ _CLEAR = Path("/proc/self/clear_refs")
 
 @dataclass
 class Phase:
-    """What a part of the run took. `peak` is in bytes, of this process alone; compilers run in others."""
+    """What a part of the run took. `peak` is in bytes and counts this process alone; compilers run in other processes."""
 
     name: str
     seconds: float = 0.0

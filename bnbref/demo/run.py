@@ -14,13 +14,12 @@ import transformers
 from transformers import AutoTokenizer
 
 import bnbref
-from bnbref.demo import MODEL
+from bnbref.demo import FULL, MODEL, QUICK
 from bnbref.demo.compare import compare
 from bnbref.demo.evaluate import encode, windows
-from bnbref.demo.finetune import qlora
+from bnbref.demo.finetune import finetune
 from bnbref.demo.report import write_json, write_plot
 from bnbref.demo.resources import cpu_seconds
-from bnbref.demo.settings import FULL, QUICK
 from bnbref.info import default_device, describe_device
 from bnbref.kernels import compile_enabled
 from bnbref.kernels.compiler import missing_compiler
@@ -37,7 +36,8 @@ def run(
     """Measure and print everything; what was measured. `Mismatch` where something is not what it must be."""
     start, cpu = time.perf_counter(), cpu_seconds()
     transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft asks for it
+    # What peft and Trainer ask for.
+    warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
     settings = QUICK if quick else FULL
     where = torch.device(device) if device else default_device()
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
@@ -47,7 +47,7 @@ def run(
     print(headline(facts["machine"]), flush=True)
     facts["formats"] = compare(tokenizer, heldout, settings, where)
     with tempfile.TemporaryDirectory() if out is None else contextlib.nullcontext(out) as folder:
-        facts["qlora"] = qlora(tokenizer, heldout, settings, where, Path(folder))
+        facts["qlora"] = finetune(tokenizer, heldout, settings, where, Path(folder))
     facts["seconds"], facts["cpu_seconds"] = time.perf_counter() - start, cpu_seconds() - cpu
     kept = f"; the adapter is in {out}" if out else ""
     print(f"\n{facts['seconds']:.0f} s, {facts['cpu_seconds']:.0f} s of processor time, compilers included{kept}")

@@ -36,11 +36,17 @@ HELD_OUT = 10
 
 @dataclass(frozen=True)
 class Finetuned:
-    """What came of it: held-out perplexities, the loss of each step, trained parameters, bytes of the adapter's folder."""
+    """The model with its adapter, and in numbers what came of it.
 
+    before, after: held-out perplexities. losses: of each step. seconds: of training alone. parameters: that were trained.
+    nbytes: of the adapter's folder.
+    """
+
+    model: Any
     before: float
     after: float
     losses: tuple[float, ...]
+    seconds: float
     parameters: int
     nbytes: int
 
@@ -69,6 +75,15 @@ def dataset_text(name: str, column: str = "text", split: str = "train") -> str:
     return "\n\n".join(rows)
 
 
+def load(model: str, device: torch.device | None = None) -> Any:
+    """The frozen model in NF4 with double quantization; device: transformers' choice if None."""
+    config = BnbRefConfig("nf4", double_quant=True)
+    where = None if device is None else {"": device}
+    return AutoModelForCausalLM.from_pretrained(
+        model, quantization_config=config, dtype=torch.bfloat16, device_map=where
+    )
+
+
 def qlora(
     model: str,
     text: str,
@@ -79,20 +94,23 @@ def qlora(
     length: int = 128,
     lr: float = 2e-3,
     rank: int = 16,
-    targets: Sequence[str] = ATTENTION,
+    targets: Sequence[str] | str = ATTENTION,
+    device: torch.device | None = None,
 ) -> Finetuned:
     """Fine-tune an adapter on a text, and save it in `folder`.
 
-    model: a directory or a name on the hub. steps of `batch` windows of `length` tokens, at a learning rate that warms up to
-    lr and falls as a cosine; LoRA of that rank on the layers called `targets`, in float32; gradient checkpointing;
-    `PagedAdamW8bit`. ValueError for a text that is too short; OSError if there is no such model, or folder cannot be one.
+    model: a directory or a name on the hub. A step takes `batch` windows of `length` tokens, at a learning rate that warms up to
+    lr and falls as a cosine. LoRA of that rank, in float32, on the layers called `targets`, or on "all-linear"; gradient
+    checkpointing; `PagedAdamW8bit`. device: transformers' choice if None.
+
+    Raises ValueError for a text that is too short; OSError if there is no such model, or folder cannot be one.
     """
     folder.mkdir(parents=True, exist_ok=True)
     parts = windows(AutoTokenizer.from_pretrained(model), text, length)
-    config = BnbRefConfig("nf4", double_quant=True)
-    base = AutoModelForCausalLM.from_pretrained(model, quantization_config=config, dtype=torch.bfloat16)
+    base = load(model, device)
     base = prepare_model_for_kbit_training(base)  # norms in float32, gradient checkpointing
-    settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(targets), task_type="CAUSAL_LM")
+    layers = targets if isinstance(targets, str) else list(targets)
+    settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers, task_type="CAUSAL_LM")
     adapted = get_peft_model(base, register_lora(settings))
     args = TrainingArguments(
         output_dir=str(folder),
@@ -106,6 +124,7 @@ def qlora(
         save_strategy="no",
         report_to=[],
         gradient_checkpointing=True,
+        use_cpu=device is not None and device.type == "cpu",
     )
     trainer = Trainer(
         model=adapted,
@@ -117,13 +136,15 @@ def qlora(
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(_Progress)
     before = math.exp(trainer.evaluate()["eval_loss"])
-    trainer.train()
+    training = trainer.train()
     after = math.exp(trainer.evaluate()["eval_loss"])
     adapted.save_pretrained(folder)
     return Finetuned(
+        adapted,
         before,
         after,
         tuple(entry["loss"] for entry in trainer.state.log_history if "loss" in entry),
+        training.metrics["train_runtime"],
         sum(p.numel() for p in adapted.parameters() if p.requires_grad),
         sum(file.stat().st_size for file in folder.iterdir() if file.is_file()),
     )

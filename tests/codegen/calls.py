@@ -15,11 +15,11 @@ from conftest import as_on_gpu
 
 import bnbref
 from bnbref import functional
-from bnbref.exactness import GROUP, KERNEL_CHECKS
 from bnbref.kernels import Kernel
 from bnbref.optim import rules
 from bnbref.optim.update import new_state, step
 from bnbref.selfcheck import example
+from bnbref.selfcheck.kernels import CHECKS, GROUP
 
 CPU = torch.device("cpu")
 X = example(CPU)
@@ -53,7 +53,7 @@ def _bfloat16_parameters() -> None:
 
 def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     """What is called, by name."""
-    for check in KERNEL_CHECKS:
+    for check in CHECKS:
         yield check.name, lambda run=check.run: run(X)
     yield "multiply_row", _rows_times_weight
     yield "bfloat16 parameters", _bfloat16_parameters

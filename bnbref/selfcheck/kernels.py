@@ -1,9 +1,9 @@
-"""`python -m bnbref check --self`: every exact kernel on the inputs that find trouble, against digests that hold everywhere.
+"""Every exact kernel on the inputs that find trouble.
 
-Inputs: all numbers of sixteen bits, NaN and infinities among them; each threshold and the floats beside it, at scales from
-2^-127 to the largest float32; all codes times all scales of sixteen bits; three steps of every optimizer.
+The inputs are all numbers of sixteen bits, NaN and infinities among them; each threshold and the floats beside it, at scales
+from 2^-127 to the largest float32; all codes times all scales of sixteen bits; three steps of every optimizer.
 tests/test_exactness.py derives the digests with numpy and integers. Devices agree about which results are NaN, not about the
-bits of one: they are made one NaN.
+bits of a NaN: before a digest is taken, all of them are made the same.
 """
 
 import math
@@ -14,10 +14,12 @@ from torch import Tensor
 
 from bnbref import blockwise, fourbit, int8, nested
 from bnbref.codebooks import DYNAMIC, DYNAMIC_UNSIGNED, FP4, NF4, value_table
+from bnbref.conformance.backends.reference import RULE_OF
 from bnbref.kernels import ordered
-from bnbref.optim import rules
+from bnbref.optim.rules import Rule
 from bnbref.optim.update import directions, new_state, step
-from bnbref.selfcheck import INT8_THRESHOLDS, Check, Outputs, example
+from bnbref.selfcheck import Check, Outputs, example
+from bnbref.selfcheck.formats import INT8_THRESHOLDS
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 CPU = torch.device("cpu")
@@ -25,16 +27,8 @@ CPU = torch.device("cpu")
 # In a block of absmax 3.77 a division by it has other codes than the product with its reciprocal; 127 / 1.455 and
 # 127 * (1 / 1.455) are two floats; below 2^-126 and 2^-121 a scale is 0.
 SCALES = (
-    2.0**-127,
-    2.0**-126,
-    2.0**-121,
-    1 / 3,
-    1.0,
-    1.4554425477981567,
-    3.7727534770965576,
-    2.0**126,
-    3.4028234663852886e38,
-)
+    2.0**-127, 2.0**-126, 2.0**-121, 1 / 3, 1.0, 1.4554425477981567, 3.7727534770965576, 2.0**126, 3.4028234663852886e38,
+)  # fmt: skip
 
 
 def sixteen_bits(dtype: torch.dtype) -> Tensor:
@@ -156,25 +150,8 @@ def _add_products(x: Tensor) -> Outputs:
 # Two whole blocks and a part of one.
 STEPPED = 700
 GROUP = {
-    "lr": 2.0**-5,
-    "betas": (0.9, 0.95, 0.999),
-    "eps": 1e-7,
-    "weight_decay": 0.1,
-    "alpha": 3.0,
-    "t_alpha": 3,
-    "t_beta3": 4,
-}
-RULES = (
-    rules.SGD(),
-    rules.LARS(),
-    rules.Adam(),
-    rules.LAMB(),
-    rules.Lion(),
-    rules.RMSprop(),
-    rules.Adagrad(),
-    rules.AdEMAMix(),
-)
-
+    "lr": 2.0**-5, "betas": (0.9, 0.95, 0.999), "eps": 1e-7, "weight_decay": 0.1, "alpha": 3.0, "t_alpha": 3, "t_beta3": 4,
+}  # fmt: skip
 GRADIENTS = (0.0, -0.0, 2.0**-149, -(2.0**-130), 2.0**-70, -(2.0**-20), math.nan, math.inf, -math.inf)
 LARGEST = 2.0**63  # of a gradient: what is beyond changes nothing
 FIRST_BLOCK = (0.0, 2.0**-50, 1.0)
@@ -199,7 +176,7 @@ def gradients() -> Iterator[Tensor]:
 
 def _steps(x: Tensor, bits: int) -> Outputs:
     results: list[Tensor] = []
-    for rule in RULES:
+    for rule in RULE_OF.values():
         p, state = _fresh(x, rule, bits)
         for t, g in enumerate(gradients(), 1):
             numbers = rule.coefficients(t, GROUP)
@@ -211,7 +188,7 @@ def _steps(x: Tensor, bits: int) -> Outputs:
 def _directions(x: Tensor, bits: int) -> Outputs:
     """Of the rules that are clipped: the others never ask for their direction alone."""
     results = []
-    for rule in (rule for rule in RULES if rule.clipped):
+    for rule in (rule for rule in RULE_OF.values() if rule.clipped):
         p, state = _fresh(x, rule, bits)
         for t, g in enumerate(gradients(), 1):
             numbers = rule.coefficients(t, GROUP)
@@ -220,7 +197,7 @@ def _directions(x: Tensor, bits: int) -> Outputs:
     return tuple(results)
 
 
-def _fresh(x: Tensor, rule: rules.Rule, bits: int) -> tuple[Tensor, dict[str, Tensor]]:
+def _fresh(x: Tensor, rule: Rule, bits: int) -> tuple[Tensor, dict[str, Tensor]]:
     p = x[:STEPPED].clone()
     return p, new_state(rule, p.shape, bits, 256, lambda _, shape, dtype: p.new_empty(shape, dtype=dtype))
 
@@ -230,7 +207,7 @@ def _hyper(numbers: dict[str, float], x: Tensor) -> Tensor:
 
 
 # By the name of the kernel. Each is run by way of the function for any shape, so that a GPU reads its tables.
-KERNEL_CHECKS = (
+CHECKS = (
     Check("quantize_rows", _quantize_rows, "1e207ce73f994262"),
     Check("dequantize_rows", _dequantize_rows, "5f2ebe7802f5755e"),
     Check("quantize_blocks", _quantize_blocks, "e7ae29887cac5005"),

@@ -1,5 +1,6 @@
 """What the rules allow a result to be, and which of its elements are not."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,13 +18,32 @@ class Also(NamedTuple):
     value: Tensor
 
 
+def also(want: Tensor, others: Sequence[Tensor]) -> Also | None:
+    """The elements in which the others differ from `want`; None where they do not.
+
+    >>> also(torch.tensor([1, 2]), [torch.tensor([1, 3])])
+    Also(where=tensor([1]), value=tensor([3]))
+    """
+    want = want.reshape(-1)
+    flat = [other.reshape(-1) for other in others]
+    pairs = sorted({(i, other[i].item()) for other in flat for i in (other != want).nonzero().view(-1).tolist()})
+    if not pairs:
+        return None
+    return Also(torch.tensor([i for i, _ in pairs]), torch.tensor([v for _, v in pairs], dtype=want.dtype))
+
+
+def where_true(mask: Tensor) -> Tensor | None:
+    """The flat indices of what is true; None where nothing is."""
+    return mask.nonzero().view(-1) if bool(mask.any()) else None
+
+
 @dataclass(frozen=True)
 class Expected:
     """What the rules allow one result to be.
 
-    value, bit for bit but for the sign of zero and the bits of NaN. ulp: how many representable numbers off it may be.
-    also: other values, by element; free: elements (flat indices) that may be anything. pairs: flat indices `[2, m]` of elements
-    that must be equal to each other. low, high: instead of a value an interval, float64.
+    value: what it is, bit for bit but for the sign of zero and the bits of NaN. ulp: by how many representable numbers it may be
+    off. also: further values of some elements. free: flat indices of elements that may be anything. pairs: flat indices `[2, m]`
+    of elements that must be equal to each other. low, high: float64 bounds, where an interval is allowed instead of a value.
     """
 
     value: Tensor
@@ -55,10 +75,10 @@ def same(a: Tensor, b: Tensor) -> Tensor:
     return (a == b) | ((a != a) & (b != b))
 
 
-def steps(a: Tensor, b: Tensor) -> Tensor:
+def ulps_apart(a: Tensor, b: Tensor) -> Tensor:
     """How many representable numbers apart two floating-point tensors of one dtype are, int64; 0 for NaN and NaN.
 
-    >>> steps(torch.tensor([1.0, -0.0]), torch.tensor([1.0000001, 1e-45])).tolist()
+    >>> ulps_apart(torch.tensor([1.0, -0.0]), torch.tensor([1.0000001, 1e-45])).tolist()
     [1, 1]
     """
     kind = torch.int32 if a.dtype == torch.float32 else torch.int16
@@ -79,7 +99,7 @@ def wrong_elements(got: Tensor, expected: Expected) -> Tensor:
     if expected.low is not None and expected.high is not None:
         ok = (flat.double() >= expected.low.reshape(-1)) & (flat.double() <= expected.high.reshape(-1))
     else:
-        ok = steps(flat, want) <= expected.ulp if expected.ulp else same(flat, want)
+        ok = ulps_apart(flat, want) <= expected.ulp if expected.ulp else same(flat, want)
     if expected.also is not None:
         where, value = expected.also
         ok[where[same(flat[where], value)]] = True

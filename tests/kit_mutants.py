@@ -1,4 +1,4 @@
-"""Backends that are wrong on purpose, each in one way: a kit that lets one of them pass has a hole.
+"""Backends that are wrong on purpose, each in one way: a conformance kit that lets one of them pass has a hole.
 
 Some are the reference with one convention of a real backend (dialects.py), some one changed line of code.
 """
@@ -12,9 +12,11 @@ from torch import Tensor
 
 from bnbref import fourbit, int8
 from bnbref.codebooks import DYNAMIC, NF4, value_table
-from bnbref.conformance import dialects
-from bnbref.conformance.backends import Backend, Reference, uncompiled
-from bnbref.conformance.dialects import FP4_BY_MIDPOINTS, REFERENCE, Dialect
+from bnbref.conformance.backends import Backend
+from bnbref.conformance.backends.reference import Reference
+from bnbref.conformance.dialects import FP4_BY_MIDPOINTS, REFERENCE, TEXT, Dialect
+from bnbref.conformance.predictions import PREDICT
+from bnbref.kernels import eager
 
 _REFERENCE = Reference()
 
@@ -28,13 +30,12 @@ class Mutant(NamedTuple):
 
 
 MUTANTS: list[Mutant] = []
-"""Of what goes forwards, and of files. Those of gradients and optimizers are in mutants_training.py."""
+"""Of what goes forwards, and of files. Those of gradients and optimizers are in kit_mutants_training.py."""
 
 
 def mutant(name: str, wrong: str, **functions: Callable[..., Any]) -> Mutant:
     """One that has these functions, uncompiled."""
-    run = {op: uncompiled(function) for op, function in functions.items()}
-    return Mutant(name, wrong, Backend(name, run))
+    return Mutant(name, wrong, Backend(name, functions, within=eager))
 
 
 def right(op: str) -> Callable[..., Any]:
@@ -45,13 +46,13 @@ def right(op: str) -> Callable[..., Any]:
 
 def following(name: str, dialect: Dialect, *operations: str) -> Mutant:
     """The reference with the one convention of a dialect that is not the reference's."""
-    different = next(f for f in dialects.TEXT if getattr(dialect, f) != getattr(REFERENCE, f))
+    different = next(f for f in TEXT if getattr(dialect, f) != getattr(REFERENCE, f))
     functions = {op: _predicted(dialect, op) for op in operations}
-    return mutant(name, dialects.TEXT[different](getattr(dialect, different)), **functions)
+    return mutant(name, TEXT[different](getattr(dialect, different)), **functions)
 
 
 def _predicted(dialect: Dialect, op: str) -> Callable[..., Any]:
-    return lambda **arguments: dialects.PREDICT[op](dialect, **arguments)
+    return lambda **arguments: PREDICT[op](dialect, **arguments)
 
 
 def _add(name: str, wrong: str, **functions: Callable[..., Any]) -> None:
@@ -198,7 +199,7 @@ def _half_offset(absmax2: Tensor, **rest: Any) -> Any:
 
 def _nested_by_64(x: Tensor, blocksize: int, quant_type: str) -> Any:
     packed, absmax = right("quantize_4bit")(x, blocksize, quant_type)
-    codes, absmax2 = right("quantize_blockwise")(absmax - absmax.mean(), value_table(DYNAMIC, dialects.CPU), 64)
+    codes, absmax2 = right("quantize_blockwise")(absmax - absmax.mean(), value_table(DYNAMIC, torch.device("cpu")), 64)
     return packed, codes, absmax2, absmax.mean()
 
 

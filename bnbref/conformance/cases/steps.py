@@ -13,9 +13,13 @@ import torch
 from torch import Tensor
 
 from bnbref.codebooks import DYNAMIC, DYNAMIC_UNSIGNED, Codebook, value_table
-from bnbref.conformance.cases import CPU, Case, cast, make, noise
-from bnbref.conformance.intervals import Interval
-from bnbref.conformance.optimizers import BLOCKSIZE, CLIPPED, COUPLED, REFERENCE, STATES, both, nearest
+from bnbref.conformance.cases import CPU, Case, make
+from bnbref.conformance.cases.inputs import cast, noise
+from bnbref.conformance.oracles.codes import encode_8bit
+from bnbref.conformance.oracles.formula import CLIPPED, COUPLED, STATES
+from bnbref.conformance.oracles.intervals import Interval
+from bnbref.conformance.oracles.steps import BLOCKSIZE, REFERENCE, both
+from bnbref.conformance.oracles.values import each
 
 HYPER: dict[str, Any] = {
     "step": 17, "lr": 0.015625, "beta1": 0.875, "beta2": 0.96875, "beta3": 0.9921875, "alpha": 3.0, "eps": 0.0009765625,
@@ -38,21 +42,27 @@ def _average(count: int, seed: int, square: bool) -> Tensor:
     return x * x + 0.015625 if square else x
 
 
+def _results(case: Case) -> dict[str, Tensor]:
+    """What the case's step gives, for the next step."""
+    return {key: expected.value for key, expected in case.expected.items()}
+
+
 def _squares(name: str) -> list[bool]:
     """Which states are averages of squares."""
     return [name in SQUARES, True, False][: STATES[name]]
-
-
-# ---- 32 bits --------------------------------------------------------------------------------------------------------
 
 
 def _states(name: str, count: int, seed: int) -> dict[str, Tensor]:
     return {f"state{i}": _average(count, seed + i, square) for i, square in enumerate(_squares(name), 1)}
 
 
+def _decay_flag(name: str) -> str:
+    return "coupled-decay" if name in COUPLED else "lion-decay" if name == "lion" else "adam-decay-order"
+
+
 def optimizer_32bit(name: str) -> Iterator[Case]:
     """Cases of one optimizer with float32 state."""
-    decay_flag = "coupled-decay" if name in COUPLED else "adam-decay-order" if name != "lion" else "lion-decay"
+    decay_flag = _decay_flag(name)
 
     def case(
         label: str, rules: str, flags: str = "", count: int = 100, seed: int = 0, dtype: str = "float32",
@@ -65,12 +75,11 @@ def optimizer_32bit(name: str) -> Iterator[Case]:
         return make(f"{name}-{label}", "optimizer_32bit", given, rules, flags, **options, **hyper(name, **changed))
 
     zeros = {key: torch.zeros(100) for key in _states(name, 100, 0)}
-    last = case("step-1", "OS-1", "bias-correction", inputs=zeros, step=1)
-    yield last
-    for t in (2, 3):
-        before = {key: last.expected[key].value for key in ("p", *zeros)}
-        last = case(f"step-{t}", "OS-1", "bias-correction", seed=t, inputs=before, step=t)
-        yield last
+    before = zeros
+    for t, seed in ((1, 0), (2, 2), (3, 3)):
+        made = case(f"step-{t}", "OS-1", "bias-correction", seed=seed, inputs=before, step=t)
+        yield made
+        before = _results(made)
     # Some gradients are zero where the state is not: it decays all the same.
     g = noise(100, 229)
     g[::7] = 0
@@ -106,13 +115,11 @@ def optimizer_32bit(name: str) -> Iterator[Case]:
         yield case("not-clipped", "OS-5", "update-norm", max_unorm=1000.0)
 
 
-# ---- 8 bits ---------------------------------------------------------------------------------------------------------
-
 Coded = dict[str, Tensor]
 
 
-def _books(name: str, unsigned: bool) -> list[Codebook]:
-    """The codebooks of values1 and values2. bitsandbytes has the signed one for squares too, where they are the only state."""
+def _books(unsigned: bool) -> list[Codebook]:
+    """The codebooks of values1 and values2. bitsandbytes codes squares with the signed one too, where they are the only state."""
     return [DYNAMIC_UNSIGNED if unsigned else DYNAMIC, DYNAMIC_UNSIGNED]
 
 
@@ -123,8 +130,7 @@ def _coded(name: str, count: int, seed: int, books: list[Codebook]) -> Coded:
         book = books[1 if i == 2 else 0]
         values = value_table(book, CPU)
         absmax = torch.stack([block.abs().amax() for block in x.split(BLOCKSIZE)])
-        scale = absmax.repeat_interleave(BLOCKSIZE)[:count]
-        made |= {f"state{i}": nearest(x / scale, values), f"absmax{i}": absmax}
+        made |= {f"state{i}": encode_8bit(x / each(absmax, BLOCKSIZE, count), values), f"absmax{i}": absmax}
         if i < 3:
             made[f"values{i}"] = values
     return made
@@ -134,11 +140,8 @@ def _zeros(name: str, count: int, books: list[Codebook]) -> Coded:
     """States before the first step: all zero."""
     made = _coded(name, count, 0, books)
     for i in range(1, STATES[name] + 1):
-        code = books[1 if i == 2 else 0].code_of_zero
-        made |= {
-            f"state{i}": torch.full_like(made[f"state{i}"], code),
-            f"absmax{i}": torch.zeros_like(made[f"absmax{i}"]),
-        }
+        made[f"state{i}"] = torch.full_like(made[f"state{i}"], books[1 if i == 2 else 0].code_of_zero)
+        made[f"absmax{i}"] = torch.zeros_like(made[f"absmax{i}"])
     return made
 
 
@@ -147,7 +150,7 @@ def _is_clear(given: Coded, k: dict[str, Any]) -> Tensor:
     coded = []
     for i in range(1, STATES[k["optimizer"]] + 1):
         values = given[f"values{2 if i == 2 else 1}"]
-        scale = given[f"absmax{i}"].repeat_interleave(BLOCKSIZE)[: given["p"].numel()]
+        scale = each(given[f"absmax{i}"], BLOCKSIZE, given["p"].numel())
         coded.append((values, values[given[f"state{i}"].long()] * scale))
     old = [x for _, x in coded]
     made = both(given["p"], given["g"], old, [Interval.point(x) for x in old], k, REFERENCE, eight=True)
@@ -185,10 +188,8 @@ def _cleared(given: Coded, k: dict[str, Any]) -> Coded:
 
 def optimizer_8bit(name: str) -> Iterator[Case]:
     """Cases of one optimizer with 8-bit state in blocks of 256."""
-    decay_flag = "coupled-decay" if name in COUPLED else "adam-decay-order" if name != "lion" else "lion-decay"
-    if name in SQUARES:
-        decay_flag = "raw-gradient"
-    signed = _books(name, unsigned=False)
+    decay_flag = "raw-gradient" if name in SQUARES else _decay_flag(name)
+    signed = _books(unsigned=False)
 
     def case(
         label: str, rules: str, flags: str = "", count: int = 512, seed: int = 0, dtype: str = "float32",
@@ -204,18 +205,16 @@ def optimizer_8bit(name: str) -> Iterator[Case]:
         given = {"p": noise(count, 301 + seed), "g": g, **_coded(name, count, 303 + seed, books), **(inputs or {})}
         given |= {key: cast(given[key], dtype) for key in ("p", "g")}
         k = hyper(name, **changed)
-        return make(
-            f"{name}-{label}", "optimizer_8bit", _cleared(given, k) if clear else given, rules, flags, **options, **k
-        )
+        given = _cleared(given, k) if clear else given
+        return make(f"{name}-{label}", "optimizer_8bit", given, rules, flags, **options, **k)
 
-    last = case("step-1", "OB-1 OB-2", "bias-correction", inputs=_zeros(name, 512, signed), step=1)
-    yield last
-    for t in (2, 3):
-        results = {key: expected.value for key, expected in last.expected.items()}
-        last = case(f"step-{t}", "OB-1 OB-2", "bias-correction", seed=t, inputs=results, step=t)
-        yield last
-    last = case("resumed", "OB-1 OB-2", "resume", zero=True)
-    yield last
+    before = _zeros(name, 512, signed)
+    for t, seed in ((1, 0), (2, 2), (3, 3)):
+        made = case(f"step-{t}", "OB-1 OB-2", "bias-correction", seed=seed, inputs=before, step=t)
+        yield made
+        before = _results(made)
+    resumed = case("resumed", "OB-1 OB-2", "resume", zero=True)
+    yield resumed
     yield case("usual", "OB-1 OB-2", "", quick=False, **{**USUAL, "weight_decay": 0.0})
     yield case("decay", "OB-3", decay_flag, weight_decay=0.25)
     yield case("scaled", "OB-3", "raw-gradient", gnorm_scale=0.5)
@@ -225,8 +224,7 @@ def optimizer_8bit(name: str) -> Iterator[Case]:
     g = torch.where(half, torch.where(noise(512, 331) < 0, -0.5, 0.5), 0.0)
     first = case("zeros", "OB-4", "zero-state-drift", inputs={**idle, "g": g}, step=1, clear=False)
     yield first
-    results = {key: expected.value for key, expected in first.expected.items()}
-    yield case("zeros-step-2", "OB-4", "zero-state-drift", inputs={**results, "g": g}, step=2, clear=False)
+    yield case("zeros-step-2", "OB-4", "zero-state-drift", inputs={**_results(first), "g": g}, step=2, clear=False)
     nothing = {**_zeros(name, 512, signed), "g": torch.zeros(512)}
     yield case("nothing", "OB-2", "zero-block", inputs=nothing, step=1, clear=False)
     # Gradients over ten decades: the small ones of a block have codes next to that of zero.
@@ -236,7 +234,7 @@ def optimizer_8bit(name: str) -> Iterator[Case]:
     small = {**_zeros(name, 512, signed), "g": tiny}
     yield case("small", "OB-2", "absmax-floor", inputs=small, step=1, eps=2.0**-40)
     for label, value in (("nan", math.nan), ("inf", math.inf)):
-        inputs = {key: x.clone() for key, x in last.inputs.items()}
+        inputs = {key: x.clone() for key, x in resumed.inputs.items()}
         inputs["g"][[5, 300]] = value
         # The largest of their blocks, and larger than before: the new scale is theirs, whatever becomes of the bad element.
         inputs["g"][[9, 310]] = 4.0
@@ -246,7 +244,7 @@ def optimizer_8bit(name: str) -> Iterator[Case]:
     for count in (1, 255, 256, 257, 344):
         yield case(f"size-{count}", "OB-5", "tail-block", count=count, seed=count % 7, quick=count in (257, 344))
     if name in SQUARES:
-        yield case("unsigned", "OB-1 OB-2", "", books=_books(name, unsigned=True))
+        yield case("unsigned", "OB-1 OB-2", "", books=_books(unsigned=True))
     if name == "ademamix":
         yield case("scales", "OB-5", "second-average-scale", count=300, seed=5)
     if name in ("adam", "momentum"):
@@ -256,7 +254,7 @@ def optimizer_8bit(name: str) -> Iterator[Case]:
         yield case("clipped", "OB-7", "clip-lost", max_unorm=0.0625)
 
 
-def all_optimizers() -> Iterator[Case]:
+def step_cases() -> Iterator[Case]:
     """Every case, 32 bits first."""
     for name in STATES:
         yield from optimizer_32bit(name)

@@ -1,8 +1,8 @@
 """Train the demo model: a small Llama that writes Python documentation, from text that every CPython carries.
 
-    python -m bnbref.demo.train_model --out DIR --device cuda
+    python benchmarks/demo_model.py --out DIR --device cuda
 
-The text (corpus.py) differs a little between Python versions, so the held-out text is written beside the weights, and
+The text (demo_corpus.py) differs a little between Python versions, so the held-out text is written beside the weights, and
 perplexity is measured on that file. The corpus is small (3 MB, a million tokens): what limits the model is overfitting.
 Against that stand dropout, weight decay, an average over the last steps, and the checkpoint chosen by held-out loss.
 """
@@ -18,12 +18,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from demo_corpus import documents, split
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from bnbref.demo.corpus import documents, split
 from bnbref.demo.evaluate import CONTEXT, encode, next_token_loss, perplexity, sample, windows
 
 END = "<|endoftext|>"  # between documents, in training and in heldout.txt
@@ -147,9 +147,7 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The defaults are the model in `bnbref/demo/model`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bnbref.demo.train_model", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python benchmarks/demo_model.py", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="where the model is written")
     parser.add_argument("--corpus", type=Path, help="JSON Lines file of documents to read, or to write")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

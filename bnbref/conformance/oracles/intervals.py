@@ -1,8 +1,8 @@
 """Intervals that contain the result of a float32 formula in every order of its operations, fused or not.
 
-Every operation on float64 bounds is widened by four unit roundoffs of float32, twice what the operation and one that a backend
-has more may lose, and by the smallest normal number, as what is subnormal may be flushed to zero. A product by 0 or 1 and a
-sum with 0 are exact in any formulation, and stay so here: zero stays zero.
+The bounds are float64. After every operation they are widened by four unit roundoffs of float32, twice what this operation and
+one more of a backend's own may lose; and by the smallest normal number, because a backend may flush subnormal numbers to zero.
+A product by 0 or 1 and a sum with 0 are exact in any formulation, so their bounds are not widened: zero stays zero.
 """
 
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class Interval:
 
     @classmethod
     def near(cls, x: float, error: float) -> "Interval":
-        """x and what is not farther from it than the error."""
+        """All numbers that are not farther from x than the error."""
         value = torch.tensor(x, dtype=torch.float64)
         return cls(value - error, value + error)
 
@@ -54,7 +54,7 @@ class Interval:
         return _exact_where(self.is_zero() | other.is_one(), quotient, quotient.widened(SMALLEST))
 
     def sqrt(self) -> "Interval":
-        """Of what is not negative."""
+        """The square root; negative bounds count as 0."""
         root = Interval(self.low.clamp(min=0).sqrt(), self.high.clamp(min=0).sqrt())
         return _exact_where(self.is_zero(), root, root.widened(0.0))
 
@@ -68,11 +68,11 @@ class Interval:
         return Interval(torch.maximum(self.low, -self.high).clamp(min=0) + 0.0, largest)
 
     def is_zero(self) -> Tensor:
-        """Where it is the number 0."""
+        """Where both bounds are 0."""
         return (self.low == 0) & (self.high == 0)
 
     def is_one(self) -> Tensor:
-        """Where it is the number 1."""
+        """Where both bounds are 1."""
         return (self.low == 1) & (self.high == 1)
 
     def widened(self, absolute: float, relative: float = SLACK) -> "Interval":

@@ -5,12 +5,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from kit_mutants import Mutant, following, mutant, right
 from torch import Tensor
 
 from bnbref import int8
 from bnbref.conformance.dialects import REFERENCE
-from bnbref.conformance.mutants import Mutant, following, mutant, right
-from bnbref.conformance.optimizers import BLOCKSIZE
+from bnbref.conformance.oracles.steps import BLOCKSIZE
 
 MUTANTS: list[Mutant] = []
 """All of them."""

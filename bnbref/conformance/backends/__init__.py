@@ -1,0 +1,104 @@
+"""Backends under test: bnbref itself, the real bitsandbytes in two ways, torchao, or any module of your own.
+
+A backend is a module, an object or a mapping with functions that are called as `operations` says. A function that is missing is
+not implemented; where one has no answer to a single case it raises `Unsupported`.
+"""
+
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
+from typing import Any
+
+from bnbref.conformance.operations import OPERATIONS
+
+KNOWN = {
+    "bnbref": "bnbref.conformance.backends.reference",
+    "bnbref-eager": "bnbref.conformance.backends.reference",
+    "bitsandbytes": "bnbref.conformance.backends.bitsandbytes",
+    "bitsandbytes-default": "bnbref.conformance.backends.bitsandbytes_default",
+    "torchao": "bnbref.conformance.backends.torchao",
+}
+"""The backends that come with the kit: each a module with a function `backend(name)`."""
+
+
+class Unsupported(NotImplementedError):
+    """The backend has no answer to this case, and says so: neither passed nor failed."""
+
+
+class Backend:
+    """A named set of functions. `versions` says what was tested.
+
+    >>> sorted(Backend("mine", {"int8_matmul": lambda a, b: a @ b}).functions)
+    ['int8_matmul']
+    """
+
+    def __init__(
+        self,
+        name: str,
+        functions: object,
+        packages: Sequence[str] = (),
+        within: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        """functions: a mapping, or an object (a module), of the operations' names. within: makes the context of each call.
+
+        Raises ValueError where there is none of the operations.
+        """
+        find = functions.get if isinstance(functions, Mapping) else functools.partial(_attribute, functions)
+        found = {op: find(op) for op in OPERATIONS}
+        self.name = name
+        self.functions = {op: _in_context(function, within) for op, function in found.items() if callable(function)}
+        if not self.functions:
+            raise ValueError(f"backend {name!r} has none of the operations {', '.join(OPERATIONS)}")
+        self.versions = {package: _version(package) for package in ("torch", *packages)}
+
+
+def _attribute(functions: object, name: str) -> Any:
+    return getattr(functions, name, None)
+
+
+def _in_context(function: Callable[..., Any], within: Callable[[], AbstractContextManager[Any]]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with within():
+            return function(*args, **kwargs)
+
+    return run
+
+
+def _version(package: str) -> str:
+    # The module's own word first: a fork may have the module's name under a distribution of another.
+    found = getattr(importlib.import_module(package), "__version__", None)
+    return str(found) if found else importlib.metadata.version(package)
+
+
+def require(package: str) -> Any:
+    """The module of that name. Raises ValueError where it is not installed."""
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(f"backend {package!r} needs the package {package}, which is not installed")
+    return importlib.import_module(package)
+
+
+def load(name: str) -> Backend:
+    """A backend of the kit by its name, or the module `package.module`, or `package.module:attribute`.
+
+    Raises ValueError for a name that is neither, or that has no operations; ImportError where the module cannot be imported.
+
+    >>> load("bnbref").name
+    'bnbref'
+    """
+    if name in KNOWN:
+        made: Backend = importlib.import_module(KNOWN[name]).backend(name)
+        return made
+    module_name, _, attribute = name.partition(":")
+    try:
+        module: ModuleType = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name != module_name.partition(".")[0] and error.name != module_name:
+            raise
+        raise ValueError(f"backend must be one of {sorted(KNOWN)} or a module, got {name!r}: {error}") from error
+    found = getattr(module, attribute) if attribute else module
+    return found if isinstance(found, Backend) else Backend(name, found)

@@ -1,0 +1,116 @@
+"""bnbref, compiled where it can be ("bnbref") or not at all ("bnbref-eager")."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnbref import blockwise, fourbit, functional, int8, linear4bit, linear8bit, nn
+from bnbref.codebooks import DYNAMIC, four_bit
+from bnbref.conformance.backends import Backend
+from bnbref.conformance.backends.public_names import PublicNames
+from bnbref.conformance.oracles.steps import BLOCKSIZE
+from bnbref.kernels import eager
+from bnbref.optim import rules
+from bnbref.optim import update as stepping
+from bnbref.quant_state import QuantState
+
+RULE_OF: dict[str, rules.Rule] = {
+    "momentum": rules.SGD(), "lars": rules.LARS(), "adam": rules.Adam(), "lamb": rules.LAMB(), "lion": rules.Lion(),
+    "rmsprop": rules.RMSprop(), "adagrad": rules.Adagrad(), "ademamix": rules.AdEMAMix(),
+}  # fmt: skip
+"""The rule of each optimizer, by the name that bitsandbytes' operators have for it."""
+
+
+class _SignedRMSprop(rules.RMSprop):
+    codebooks = (DYNAMIC, DYNAMIC)
+
+
+class _SignedAdagrad(rules.Adagrad):
+    codebooks = (DYNAMIC, DYNAMIC)
+
+
+SIGNED_RULE_OF: dict[str, rules.Rule] = {"rmsprop": _SignedRMSprop(), "adagrad": _SignedAdagrad()}
+"""The rules whose only state is an average of squares, with the signed codebook that bitsandbytes has for it."""
+
+
+class Reference(PublicNames):
+    """Every operation, by bnbref's functions."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            SimpleNamespace(
+                functional=functional, nn=nn, matmul_4bit=linear4bit.matmul_4bit, matmul=linear8bit.matmul,
+                MatmulLtState=linear8bit.MatmulLtState,
+            )
+        )  # fmt: skip
+
+    def quantize_blockwise(self, x: Tensor, values: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+        codes, state = functional.quantize_blockwise(x, values, blocksize=blocksize)
+        return codes, state.absmax
+
+    def dequantize_blockwise(
+        self, codes: Tensor, absmax: Tensor, values: Tensor, blocksize: int, dtype: torch.dtype
+    ) -> Tensor:
+        return blockwise.dequantize(codes, absmax, values, blocksize, dtype)
+
+    def quantize_4bit(self, x: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, Tensor]:
+        packed, absmax = fourbit.quantize(x, four_bit(quant_type), blocksize)
+        return packed.view(-1), absmax
+
+    def dequantize_4bit(self, packed: Tensor, absmax: Tensor, quant_type: str, **arguments: Any) -> Tensor:
+        return fourbit.dequantize(packed, absmax, four_bit(quant_type), **arguments)
+
+    def gemm_4bit(
+        self, a: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, shape: Sequence[int], **arguments: Any
+    ) -> Tensor:
+        state = QuantState(absmax, shape=torch.Size(shape), dtype=a.dtype, **arguments)
+        return linear4bit.matmul_4bit(a, packed.view(-1, 1), state, bias=bias)
+
+    def int8_quantize(self, x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+        codes, absmax, mask = int8.quantize(x, threshold)
+        return codes, absmax, torch.empty(0, dtype=torch.int64) if mask is None else mask.nonzero().view(-1)
+
+    def int8_matmul(self, a: Tensor, b: Tensor) -> Tensor:
+        return int8.multiply(a, b)
+
+    def int8_mm_dequant(
+        self, product: Tensor, row: Tensor, column: Tensor, bias: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        y = int8.dequantize_int8_product(int8.in_rows(product), row, column, bias, None, dtype=dtype)
+        return y.view(product.shape)
+
+    def int8_dequantize(self, codes: Tensor, absmax: Tensor) -> Tensor:
+        return int8.dequantize(codes, absmax)
+
+    def optimizer_32bit(self, p: Tensor, g: Tensor, optimizer: str, **arguments: Any) -> dict[str, Tensor]:
+        return self._step(RULE_OF[optimizer], p, g, **arguments)
+
+    def optimizer_8bit(
+        self, p: Tensor, g: Tensor, optimizer: str, values1: Tensor, values2: Tensor | None, **arguments: Any
+    ) -> dict[str, Tensor]:
+        rule = RULE_OF[optimizer]
+        if bool((values1 < 0).any()):
+            rule = SIGNED_RULE_OF.get(optimizer, rule)
+        return self._step(rule, p, g, **arguments)
+
+    def _step(self, rule: rules.Rule, p: Tensor, g: Tensor, *, step: int, max_unorm: float, gnorm_scale: float,
+              **arguments: Any) -> dict[str, Tensor]:  # fmt: skip
+        state = {key: x for key, x in arguments.items() if isinstance(x, Tensor)}
+        betas = tuple(arguments[f"beta{i}"] for i in (1, 2, 3))
+        numbers = rule.coefficients(step, {**arguments, "betas": betas, "t_alpha": None, "t_beta3": None})
+        hyper = torch.tensor(list(numbers.values()), dtype=torch.float32, device=p.device)
+        # A step is made in place: of copies.
+        made = {"p": p.clone(), **{key: x.clone() for key, x in state.items()}}
+        g = g if gnorm_scale == 1 else g * gnorm_scale
+        max_norm = max_unorm if rule.clipped else 0.0
+        stepping.step(rule, made["p"], g, made, numbers, hyper, blocksize=BLOCKSIZE, max_norm=max_norm)
+        return made
+
+
+def backend(name: str) -> Backend:
+    """bnbref, under one of its two names."""
+    return Backend(name, Reference(), ("bnbref",), within=eager if name == "bnbref-eager" else nullcontext)

@@ -1,0 +1,71 @@
+"""torchao's optimizers: the blockwise 8 bits, and AdamW with them. (Its NF4 tensor left the package before 0.18.)"""
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnbref.conformance.backends import Backend, Unsupported, require
+from bnbref.conformance.oracles.steps import BLOCKSIZE
+
+
+class TorchAO:
+    """What torchao has of the operations."""
+
+    def __init__(self) -> None:
+        require("torchao")
+        self.quant: Any = importlib.import_module("torchao.optim.quant_utils")
+        self.adam: Any = importlib.import_module("torchao.optim.adam")
+        self.state: Any = importlib.import_module("torchao.optim.subclass_8bit")
+
+    def quantize_blockwise(self, x: Tensor, values: Tensor, blocksize: int) -> Any:
+        _whole_blocks(x, blocksize)
+        # Optimizer states are float32, and contiguous.
+        scaled, absmax = self.quant.scale_tensor(x.float().contiguous(), blocksize)
+        return self.quant.quantize_8bit_with_qmap(scaled, values), absmax
+
+    def dequantize_blockwise(
+        self, codes: Tensor, absmax: Tensor, values: Tensor, blocksize: int, dtype: torch.dtype
+    ) -> Any:
+        _whole_blocks(codes, blocksize)
+        return self.quant.dequant_with_qmap(codes, values, absmax).to(dtype)
+
+    def optimizer_32bit(self, p: Tensor, g: Tensor, **k: Any) -> dict[str, Any]:
+        made = {"p": p.clone(), "state1": k["state1"].clone(), "state2": _second(k, "state2")}
+        self._adamw(made["p"], g, made["state1"], made["state2"], k)
+        return made
+
+    def optimizer_8bit(self, p: Tensor, g: Tensor, **k: Any) -> dict[str, Any]:
+        _whole_blocks(p, BLOCKSIZE)
+        p, codes2, absmax2 = p.clone(), _second(k, "state2"), _second(k, "absmax2")
+        first = self.state.OptimState8bit(k["state1"].clone(), k["absmax1"].clone(), k["values1"], True)
+        second = self.state.OptimState8bit(codes2, absmax2, k["values2"], False)
+        self._adamw(p, g, first, second, k)
+        return {"p": p, "state1": first.codes, "absmax1": first.scale, "state2": second.codes, "absmax2": second.scale}
+
+    def _adamw(self, p: Tensor, g: Tensor, first: Tensor, second: Tensor, k: Mapping[str, Any]) -> None:
+        if k["gnorm_scale"] != 1:
+            raise Unsupported("torchao's step does not scale the gradient")
+        step, lr = (torch.tensor(float(k[name]), device=p.device) for name in ("step", "lr"))
+        self.adam.single_param_adam(p, g, step, first, second, None, lr, k["beta1"], k["beta2"], k["weight_decay"], k["eps"],
+                                    IS_ADAMW=True, BF16_STOCHASTIC_ROUND=False)  # fmt: skip
+
+
+def _whole_blocks(x: Tensor, blocksize: int) -> None:
+    if x.numel() % blocksize or x.numel() == 0:
+        raise Unsupported("torchao keeps states of whole blocks alone in 8 bits")
+
+
+def _second(k: Mapping[str, Any], name: str) -> Tensor:
+    """A copy of what Adam has beside its first average."""
+    if k["optimizer"] != "adam":
+        raise Unsupported("torchao has Adam")
+    copy: Tensor = k[name].clone()
+    return copy
+
+
+def backend(name: str) -> Backend:
+    """torchao. Raises ValueError where it is not installed."""
+    return Backend(name, TorchAO(), ("torchao",))

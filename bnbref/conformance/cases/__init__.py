@@ -1,0 +1,73 @@
+"""The cases: inputs chosen where wrong implementations show, each with the rules it tests and the bugs it was made from.
+
+Everything is integers, powers of two and neighbours of thresholds; noise is a hash of the index. So the cases are the same bytes
+on every machine, and where absmax is a power of two, scaling is exact in any formulation and the expected codes are unique.
+
+inputs.py makes the numbers; codes.py, values.py, sums.py and steps.py have the cases of the operations that the oracles of the
+same names judge.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnbref.conformance.expected import Expected
+from bnbref.conformance.operations import OPERATIONS
+from bnbref.conformance.specification import FLAGS, RULES
+
+CPU = torch.device("cpu")
+DTYPES = ("float32", "float16", "bfloat16")
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One call of an operation, and what may come out of it.
+
+    id: `operation/name`. params: arguments that are no tensors, as JSON values. layout: the inputs that are given as transposes
+    of contiguous tensors. may_refuse: an exception is as good as the result. quick: part of the short run. derived: the
+    expectation is what the operation's oracle says of these inputs, nothing more or less, so that the inputs may be varied.
+    """
+
+    id: str
+    operation: str
+    params: Mapping[str, Any]
+    inputs: Mapping[str, Tensor]
+    expected: Mapping[str, Expected]
+    rules: tuple[str, ...]
+    flags: tuple[str, ...] = ()
+    layout: tuple[str, ...] = ()
+    may_refuse: bool = False
+    quick: bool = True
+    derived: bool = True
+
+    def __post_init__(self) -> None:
+        unknown = [r for r in self.rules if r not in RULES] + [f for f in self.flags if f not in FLAGS]
+        if unknown:
+            raise ValueError(f"case {self.id} refers to rules or flags that do not exist: {unknown}")
+
+    @property
+    def dtype(self) -> str:
+        """The dtype that the case is about: of what is quantized or multiplied, else of the result."""
+        given = next((self.inputs[name] for name in ("x", "a", "p", "grad") if name in self.inputs), None)
+        about = given if given is not None else self.expected["y"].value
+        return str(about.dtype).removeprefix("torch.")
+
+
+def make(
+    name: str, operation: str, inputs: Mapping[str, Tensor], rules: str, flags: str = "",
+    expected: Mapping[str, Expected] | None = None, layout: tuple[str, ...] = (), may_refuse: bool = False, quick: bool = True,
+    **params: Any,
+) -> Case:  # fmt: skip
+    """A case. rules, flags: their names, between blanks. expected: by the oracle of the operation, if not given.
+
+    Raises ValueError for a rule or a flag that does not exist.
+    """
+    wanted = OPERATIONS[operation].expect(inputs, params) if expected is None else expected
+    return Case(
+        f"{operation}/{name}", operation, params, dict(inputs), wanted, tuple(rules.split()), tuple(flags.split()),
+        layout, may_refuse, quick, expected is None,
+    )  # fmt: skip

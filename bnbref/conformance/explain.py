@@ -1,0 +1,95 @@
+"""Whose convention a wrong result follows.
+
+The result is compared with what each convention alone predicts, and then with all conventions of a dialect, so that an
+explanation is as narrow as it can be.
+"""
+
+import functools
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from typing import Any
+
+from bnbref.conformance.cases import Case
+from bnbref.conformance.dialects import DIALECTS, REFERENCE, TEXT, Dialect
+from bnbref.conformance.expected import Expected, same, wrong_elements
+from bnbref.conformance.judge import Failure
+from bnbref.conformance.operations import arguments
+from bnbref.conformance.oracles.formula import CLIPPED, Conventions
+from bnbref.conformance.oracles.sums import product_interval
+from bnbref.conformance.predictions import predict, step_within, weight
+from bnbref.kernels import eager
+
+_OF_OPTIMIZERS = {f.name for f in fields(Conventions)}
+_PRODUCTS = ("gemm_4bit", "gemm_4bit_backward")
+_STEPS = ("optimizer_32bit", "optimizer_8bit")
+
+
+def _concern(case: Case) -> set[str]:
+    """The fields of a dialect that can change the results of a case."""
+    if case.operation in _PRODUCTS:
+        return {"row_scales"}
+    if case.operation not in _STEPS:
+        return set(TEXT) - _OF_OPTIMIZERS
+    k = case.params
+    eight = case.operation == "optimizer_8bit"
+    clipped = k["optimizer"] in CLIPPED and k["max_unorm"] > 0
+    when = {
+        "decay_after": k["weight_decay"] > 0,
+        "coupled": k["weight_decay"] > 0,
+        "raw_gradient": eight and k["optimizer"] in ("rmsprop", "adagrad"),
+        "norm": clipped,
+        "norm_eps": clipped,
+        "clip_8bit": clipped and eight,
+        "bad_gradient": not bool(case.inputs["g"].isfinite().all()),
+        "ties": eight,
+        "floor": eight,
+    }
+    return {name for name, can in when.items() if can}
+
+
+def _changes(dialect: Dialect, case: Case) -> Iterator[tuple[str, Dialect]]:
+    """The reference with one field of the dialect that concerns the case, and at last with all of them."""
+    concern = _concern(case)
+    different = [name for name in TEXT if name in concern and getattr(dialect, name) != getattr(REFERENCE, name)]
+    for name in different:
+        changed: dict[str, Any] = {name: getattr(dialect, name)}
+        yield TEXT[name](changed[name]), replace(REFERENCE, **changed)
+    if len(different) > 1:
+        yield "all of its conventions together", dialect
+
+
+@functools.lru_cache(maxsize=32)  # asked again for each result of a case, and for each dialect that has the convention
+def _step_allowed(dialect: Dialect, case: Case) -> dict[str, Expected]:
+    with eager():
+        return step_within(dialect, case.operation, **case.inputs, **arguments(case.params))
+
+
+def _matches(failure: Failure, dialect: Dialect) -> bool:
+    got, case = failure.got, failure.case
+    if got is None:
+        return False
+    if case.operation in _PRODUCTS:
+        k = {**case.inputs, **arguments(case.params)}
+        matrix = weight(dialect, k["packed"], k["absmax"], k["blocksize"], k["quant_type"], k["shape"], got.dtype)
+        left, right = (k["a"], matrix) if case.operation == "gemm_4bit" else (k["grad"], matrix.t())
+        return wrong_elements(got, product_interval(left, right, k.get("bias"))).numel() == 0
+    if case.operation in _STEPS:
+        allowed = _step_allowed(dialect, case)
+        return failure.kind == "value" and wrong_elements(got, allowed[failure.output]).numel() == 0
+    y = predict(dialect, case).get(failure.output)
+    if y is None or y.dtype != got.dtype or y.shape != got.shape:
+        return False
+    if failure.kind == "shape":
+        return True
+    return bool(same(y.reshape(-1)[failure.wrong], got.reshape(-1)[failure.wrong]).all())
+
+
+def explain(failure: Failure) -> list[str]:
+    """Whose rule a wrong result follows: "bnb-cpu: codes from a table of 65,536 bins". Empty if nobody's is known."""
+    found: dict[str, list[str]] = {}
+    for dialect in DIALECTS:
+        for text, changed in _changes(dialect, failure.case):
+            if _matches(failure, changed):
+                found.setdefault(text, []).append(dialect.name)
+                break
+    return [f"{', '.join(names)}: {text}" for text, names in found.items()]

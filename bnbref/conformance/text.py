@@ -1,0 +1,107 @@
+"""Cases and answers as lines of text, for a pipe to a program in any language.
+
+One case is a line of words for each of its parts. A tensor is its name, dtype, number of dimensions, dimensions, and the
+hexadecimal words of its elements' bits.
+
+    case quantize_4bit/nf4-size-2
+    param blocksize 64
+    param quant_type nf4
+    tensor x float32 1 2 3f800000 3ecccccd
+    end
+
+The answer has the same form: the case, its results as tensors, or `unsupported`, and an end.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnbref.conformance.cases import Case
+from bnbref.conformance.vectors import DTYPES, from_bytes
+
+
+def hex_words(x: Tensor) -> list[str]:
+    """Each element as the hexadecimal word of its bits, most significant digit first.
+
+    >>> hex_words(torch.tensor([1.0, -2.0], dtype=torch.bfloat16))
+    ['3f80', 'c000']
+    """
+    size = x.element_size()
+    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
+    words = x.detach().contiguous().reshape(-1).view(kind).tolist()
+    return [f"{word & (1 << 8 * size) - 1:0{2 * size}x}" for word in words]
+
+
+def _word(value: Any) -> str:
+    """A parameter: `true` and `false`, lists with commas and without blanks."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def tensor_line(name: str, tensor: Tensor) -> str:
+    """A tensor as a line of text: name, dtype, number of dimensions, dimensions, elements.
+
+    >>> tensor_line("x", torch.tensor([[1.0, -2.0]]))
+    'tensor x float32 2 1 2 3f800000 c0000000'
+    """
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return " ".join(["tensor", name, dtype, str(tensor.dim()), *map(str, tensor.shape), *hex_words(tensor)])
+
+
+def parse_tensor(line: str) -> tuple[str, Tensor]:
+    """The name and the tensor of a line. Raises ValueError where it is not as long as its shape, or of another dtype.
+
+    >>> parse_tensor("tensor x int8 1 2 01 ff")
+    ('x', tensor([ 1, -1], dtype=torch.int8))
+    """
+    _, name, kind, dims, *rest = line.split()
+    dtype: Any = getattr(torch, kind, None)
+    if dtype not in DTYPES.values():
+        raise ValueError(
+            f"dtype of tensor {name} must be one of torch's {sorted(map(str, DTYPES.values()))}, got {kind!r}"
+        )
+    shape = [int(n) for n in rest[: int(dims)]]
+    words = rest[int(dims) :]
+    if len(words) != math.prod(shape):
+        raise ValueError(f"tensor {name} of shape {shape} must have {math.prod(shape)} elements, got {len(words)}")
+    data = b"".join(int(word, 16).to_bytes(dtype.itemsize, "little") for word in words)
+    return name, from_bytes(data, dtype, shape)
+
+
+def as_text(cases: Iterable[Case]) -> Iterator[str]:
+    """The lines of the cases, for a program to answer."""
+    for case in cases:
+        yield f"case {case.id}"
+        yield from (f"param {name} {_word(value)}" for name, value in case.params.items())
+        yield from (tensor_line(name, tensor) for name, tensor in case.inputs.items())
+        yield "end"
+
+
+def parse_answers(lines: Iterable[str]) -> dict[str, dict[str, Tensor] | None]:
+    """Results by case; None for `unsupported`. Raises ValueError with the number of a line that is none of an answer."""
+    found: dict[str, dict[str, Tensor] | None] = {}
+    current: str | None = None
+    for number, line in enumerate(lines, 1):
+        word = line.split(maxsplit=1)[0] if line.strip() else ""
+        try:
+            if word == "case":
+                current = line.split()[1]
+                found[current] = {}
+            elif word == "unsupported" and current is not None:
+                found[current] = None
+            elif word == "tensor" and current is not None:
+                name, tensor = parse_tensor(line)
+                results = found[current]
+                if results is not None:
+                    results[name] = tensor
+            elif word == "end":
+                current = None
+            elif word:
+                raise ValueError(f"expected case, tensor, unsupported or end, got {word!r}")
+        except (ValueError, IndexError, OverflowError) as error:
+            raise ValueError(f"line {number}: {error}") from error
+    return found
