@@ -335,19 +335,7 @@ GROUP = {
 }
 
 
-RULES: tuple[rules.Rule, ...] = tuple(
-    rule()
-    for rule in (
-        rules.SGD,
-        rules.LARS,
-        rules.Adam,
-        rules.LAMB,
-        rules.Lion,
-        rules.RMSprop,
-        rules.Adagrad,
-        rules.AdEMAMix,
-    )
-)
+RULES: tuple[rules.Rule, ...] = tuple(rules.RULES.values())
 
 
 @st.composite

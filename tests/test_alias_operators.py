@@ -18,6 +18,7 @@ from bnbref import functional, int8
 from bnbref.integrations import bitsandbytes_extras as extras
 from bnbref.integrations import bitsandbytes_finder as finder
 from bnbref.integrations import bitsandbytes_ops as ops
+from bnbref.optim import rules
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.usefixtures("eager")
@@ -175,7 +176,7 @@ def test_updates_are_those_of_the_classes(name, bits):
         assert torch.equal(mine, p), t
 
 
-@pytest.mark.parametrize("name", extras.SIGNED_RULES)
+@pytest.mark.parametrize("name", rules.SIGNED_RULES)
 def test_bitsandbytes_own_classes_code_a_sum_of_squares_with_a_sign(name):
     """The same step; the state is coded by the map with a sign, whose zero is code 127."""
     cls, options = FAMILIES[name]

@@ -13,7 +13,7 @@ from torch import Tensor, library, nn
 
 from bnbref import int8
 from bnbref.blockwise import block_count, check_blocksize
-from bnbref.codebooks import DYNAMIC, value_table
+from bnbref.codebooks import value_table
 from bnbref.linear4bit import matmul_4bit
 from bnbref.linear8bit import matmul
 from bnbref.optim import rules
@@ -148,33 +148,8 @@ def batched_igemm(
     return igemm(A, B, out, transposed_A, transposed_B)
 
 
-RULES: Mapping[str, rules.Rule] = {
-    "adagrad": rules.Adagrad(),
-    "adam": rules.Adam(),
-    "ademamix": rules.AdEMAMix(),
-    "lamb": rules.LAMB(),
-    "lars": rules.LARS(),
-    "lion": rules.Lion(),
-    "momentum": rules.SGD(),
-    "rmsprop": rules.RMSprop(),
-}
 BLOCKSIZE = 256
 """Of the 8-bit states of bitsandbytes."""
-
-
-class SignedAdagrad(rules.Adagrad):
-    """Adagrad as bitsandbytes' class codes its state: by the map with a sign, which a sum of squares does not need."""
-
-    codebooks = (DYNAMIC, DYNAMIC)
-
-
-class SignedRMSprop(rules.RMSprop):
-    """RMSprop as bitsandbytes' class codes its state, see `SignedAdagrad`."""
-
-    codebooks = (DYNAMIC, DYNAMIC)
-
-
-SIGNED_RULES: Mapping[str, rules.Rule] = {"adagrad": SignedAdagrad(), "rmsprop": SignedRMSprop()}
 
 
 def optimizer_update_32bit(
@@ -247,8 +222,8 @@ def _update(
     max_norm: float,
     skip_zeros: bool,
 ) -> None:
-    if name not in RULES:
-        raise ValueError(f"optimizer_name must be one of {sorted(RULES)}, got {name!r}")
+    if name not in rules.RULES:
+        raise ValueError(f"optimizer_name must be one of {sorted(rules.RULES)}, got {name!r}")
     if skip_zeros:
         raise NotImplementedError("skip_zeros must be False: a zero gradient is a gradient, here as in bitsandbytes")
     if g.shape != p.shape or g.device != p.device:
@@ -257,9 +232,13 @@ def _update(
         raise ValueError(f"p must be contiguous, as it is updated in place, got strides {p.stride()}")
     if p.numel() == 0:
         return
-    rule = RULES[name]
-    if scales is not None and name in SIGNED_RULES and _is_map(scales[0][1], SIGNED_RULES[name], rule.states[0]):
-        rule = SIGNED_RULES[name]
+    rule = rules.RULES[name]
+    if (
+        scales is not None
+        and name in rules.SIGNED_RULES
+        and _is_map(scales[0][1], rules.SIGNED_RULES[name], rule.states[0])
+    ):
+        rule = rules.SIGNED_RULES[name]
     state: dict[str, Tensor] = {}
     for s in rule.states:
         stacked = s.key in rule.stacked

@@ -260,3 +260,28 @@ class AdEMAMix(Rule):
         m2 = c.b3 * m2 + c.not_b3 * g
         v = c.b2 * v + c.not_b2 * (g * g)
         return (m1 / c.unbias + c.alpha * m2) / (self.sqrt(v) / c.root + c.eps), m1, m2, v
+
+
+RULES: dict[str, Rule] = {
+    "momentum": SGD(),
+    "lars": LARS(),
+    "adam": Adam(),
+    "lamb": LAMB(),
+    "lion": Lion(),
+    "rmsprop": RMSprop(),
+    "adagrad": Adagrad(),
+    "ademamix": AdEMAMix(),
+}
+"""Every rule of the package by the name that bitsandbytes' operators have for it: what proofs, kit and alias walk."""
+
+
+class _SignedRMSprop(RMSprop):
+    codebooks = (DYNAMIC, DYNAMIC)
+
+
+class _SignedAdagrad(Adagrad):
+    codebooks = (DYNAMIC, DYNAMIC)
+
+
+SIGNED_RULES: dict[str, Rule] = {"rmsprop": _SignedRMSprop(), "adagrad": _SignedAdagrad()}
+"""The rules whose only state is an average of squares, with the signed codebook that bitsandbytes has for it."""

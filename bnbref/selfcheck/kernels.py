@@ -14,9 +14,8 @@ from torch import Tensor
 
 from bnbref import blockwise, fourbit, int8, nested
 from bnbref.codebooks import DYNAMIC, DYNAMIC_UNSIGNED, FP4, NF4, value_table
-from bnbref.conformance.backends.reference import RULE_OF
 from bnbref.kernels import ordered
-from bnbref.optim.rules import Rule
+from bnbref.optim.rules import RULES, Rule
 from bnbref.optim.update import directions, new_state, step
 from bnbref.selfcheck import Check, Outputs, example
 from bnbref.selfcheck.formats import INT8_THRESHOLDS
@@ -176,7 +175,7 @@ def gradients() -> Iterator[Tensor]:
 
 def _steps(x: Tensor, bits: int) -> Outputs:
     results: list[Tensor] = []
-    for rule in RULE_OF.values():
+    for rule in RULES.values():
         p, state = _fresh(x, rule, bits)
         for t, g in enumerate(gradients(), 1):
             numbers = rule.coefficients(t, GROUP)
@@ -188,7 +187,7 @@ def _steps(x: Tensor, bits: int) -> Outputs:
 def _directions(x: Tensor, bits: int) -> Outputs:
     """Of the rules that are clipped: the others never ask for their direction alone."""
     results = []
-    for rule in (rule for rule in RULE_OF.values() if rule.clipped):
+    for rule in (rule for rule in RULES.values() if rule.clipped):
         p, state = _fresh(x, rule, bits)
         for t, g in enumerate(gradients(), 1):
             numbers = rule.coefficients(t, GROUP)

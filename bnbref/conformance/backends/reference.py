@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bnbref import blockwise, fourbit, functional, int8, linear4bit, linear8bit, nn
-from bnbref.codebooks import DYNAMIC, four_bit
+from bnbref.codebooks import four_bit
 from bnbref.conformance.backends import Backend
 from bnbref.conformance.backends.public_names import PublicNames
 from bnbref.conformance.oracles.steps import BLOCKSIZE
@@ -17,24 +17,6 @@ from bnbref.kernels import eager
 from bnbref.optim import rules
 from bnbref.optim import update as stepping
 from bnbref.quant_state import QuantState
-
-RULE_OF: dict[str, rules.Rule] = {
-    "momentum": rules.SGD(), "lars": rules.LARS(), "adam": rules.Adam(), "lamb": rules.LAMB(), "lion": rules.Lion(),
-    "rmsprop": rules.RMSprop(), "adagrad": rules.Adagrad(), "ademamix": rules.AdEMAMix(),
-}  # fmt: skip
-"""The rule of each optimizer, by the name that bitsandbytes' operators have for it."""
-
-
-class _SignedRMSprop(rules.RMSprop):
-    codebooks = (DYNAMIC, DYNAMIC)
-
-
-class _SignedAdagrad(rules.Adagrad):
-    codebooks = (DYNAMIC, DYNAMIC)
-
-
-SIGNED_RULE_OF: dict[str, rules.Rule] = {"rmsprop": _SignedRMSprop(), "adagrad": _SignedAdagrad()}
-"""The rules whose only state is an average of squares, with the signed codebook that bitsandbytes has for it."""
 
 
 class Reference(PublicNames):
@@ -87,14 +69,14 @@ class Reference(PublicNames):
         return int8.dequantize(codes, absmax)
 
     def optimizer_32bit(self, p: Tensor, g: Tensor, optimizer: str, **arguments: Any) -> dict[str, Tensor]:
-        return self._step(RULE_OF[optimizer], p, g, **arguments)
+        return self._step(rules.RULES[optimizer], p, g, **arguments)
 
     def optimizer_8bit(
         self, p: Tensor, g: Tensor, optimizer: str, values1: Tensor, values2: Tensor | None, **arguments: Any
     ) -> dict[str, Tensor]:
-        rule = RULE_OF[optimizer]
+        rule = rules.RULES[optimizer]
         if bool((values1 < 0).any()):
-            rule = SIGNED_RULE_OF.get(optimizer, rule)
+            rule = rules.SIGNED_RULES.get(optimizer, rule)
         return self._step(rule, p, g, **arguments)
 
     def _step(self, rule: rules.Rule, p: Tensor, g: Tensor, *, step: int, max_unorm: float, gnorm_scale: float,
