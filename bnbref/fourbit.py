@@ -18,6 +18,7 @@ from torch import Tensor
 from bnbref.blockwise import (
     FLOATS,
     absmax_of_lanes,
+    as_bytes,
     block_count,
     check_blocksize,
     check_device,
@@ -359,7 +360,7 @@ def dequantize(
         raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
     n = math.prod(shape)
     blocksize = check_blocksize(blocksize, n)
-    codes = packed.detach().reshape(-1).view(torch.uint8)
+    codes = as_bytes(packed)
     if codes.numel() != -(-n // 2):
         raise ValueError(f"packed must hold {-(-n // 2)} bytes for shape {tuple(shape)}, got {codes.numel()}")
     if absmax.numel() != block_count(n, blocksize):

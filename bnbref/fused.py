@@ -6,10 +6,11 @@ under which the compiled bits are the eager bits. Where the fast form is not the
 
     call                                      what runs
     ----------------------------------------  -------------------------------------------------
-    normally                                  the formulation, compiled, one kernel per variant
+    normally                                  the formulation, compiled, one kernel per variant; autocast is off
     inside somebody's torch.compile / export  the formulation, inlined into their graph
     `bnbref.eager()` or BNBREF_COMPILE=0      the definition
-    meta and fake tensors, dispatch modes     the definition, so that the mode sees plain operations
+    meta and fake tensors, dispatch modes,    the definition, so that the mode sees plain operations
+    `torch.func`, `torch.jit.trace`
     no C++ compiler, no triton                the definition, after one warning
 
 A kernel that updates tensors is a pure function all the same: what it returns is copied into the arguments that
@@ -86,9 +87,42 @@ def compile_enabled() -> bool:
     return _eager_depth == 0 and os.environ.get("BNBREF_COMPILE", "1") != "0"
 
 
+def transforming() -> bool:
+    """Whether tensors wrap tensors or have a tangent: `torch.func`, `torch.autograd.forward_ad`."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
 def tracing() -> bool:
     """Whether operations are being recorded by somebody: then no tensor made now may outlive the call (no caches)."""
-    return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
+    return (
+        torch.compiler.is_compiling()
+        or _get_current_dispatch_mode() is not None
+        or torch.jit.is_tracing()
+        or transforming()
+    )
+
+
+def differentiated(*tensors: Tensor | None) -> bool:
+    """Whether a function of these needs its own derivative. A program of `torch.jit.trace` could not be saved with one."""
+    if not torch.compiler.is_compiling():
+        if torch.jit.is_tracing():
+            return False
+        if transforming():
+            return True
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Inside, operations on x's device have the dtypes that are written down, whatever the caller's autocast says.
+
+    >>> with torch.autocast("cpu", dtype=torch.bfloat16), without_autocast(torch.ones(1)):
+    ...     (torch.ones(1, 1) @ torch.ones(1, 1)).dtype
+    torch.float32
+    """
+    kind = x.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return contextlib.nullcontext()
+    return torch.autocast(kind, enabled=False)
 
 
 def _cxx() -> str:
@@ -136,9 +170,7 @@ def _warn_once(device_type: str, reason: str) -> None:
 
 
 def _can_compile(tensors: list[Tensor | None]) -> bool:
-    if not compile_enabled() or _get_current_dispatch_mode() is not None:
-        return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:  # vmap, grad and the like: tensors that wrap tensors
+    if not compile_enabled() or tracing():
         return False
     device_type = next(t.device.type for t in tensors if t is not None)
     if device_type == "meta" or any(t is not None and type(t) is not Tensor for t in tensors):
@@ -220,7 +252,8 @@ class Kernel(Generic[P, R]):
         return values[:-1] + values[-1:] * (count - len(values) + 1) if self._variadic else values[:count]
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        with torch.no_grad():
+        first = next(t for t in args if isinstance(t, Tensor))
+        with torch.no_grad(), without_autocast(first):
             if torch.compiler.is_compiling():
                 inlined: R = _sealed(self.body(*map(_sealed, args), **kwargs))
                 return self._written_into(args, inlined)

@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor
 
 from bnbref.blockwise import check_device, check_float, reciprocal
-from bnbref.fused import fused
+from bnbref.fused import fused, transforming, without_autocast
 
 # Below this 127 * (1 / absmax) is no float32 any more; such a row is stored as a row of zeros.
 SMALLEST_ABSMAX = 2.0**-121
@@ -86,6 +86,24 @@ def in_rows(x: Tensor) -> Tensor:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
+def own(result: Tensor) -> Tensor:
+    """The same memory as a tensor that is no view. What a function of autograd returns may be changed in place only then."""
+    if torch.jit.is_tracing():  # which would take the shape for a constant
+        return result
+    return torch.ops.aten._unsafe_view(result, result.shape)  # type: ignore[no-any-return]
+
+
+def plain(weight: Tensor) -> Tensor:
+    """The same memory as a plain tensor, also of a quantized parameter, which watches what is done to it."""
+    if transforming() and not weight.is_floating_point() and torch._C._functorch.is_batchedtensor(weight):
+        raise ValueError(
+            "the weight of a product must be one weight, got the codes of several under vmap: each has scales of its own. "
+            "Call the layers in turn"
+        )
+    with torch._C.DisableTorchFunctionSubclass():
+        return weight.detach()
+
+
 def quantize(x: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
     """Row-wise int8 of a tensor `[..., columns]`, its rows' absmax, and which columns hold an outlier.  Exact.
 
@@ -140,6 +158,8 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
     rows = in_rows(a)
     if rows.numel() == 0 or b.numel() == 0:
         product = torch.zeros(rows.shape[0], b.shape[0], dtype=torch.int32, device=a.device)
+    elif transforming():  # vmap knows float products
+        product = _multiply_in_float32(rows, b)
     elif a.device.type == "cpu" and _CPU_PRODUCT_IS_EXACT and b.shape[1] > 1:  # for k = 1 it returns what was in memory
         product = torch._int_mm(rows, b.t())
     elif a.device.type == "cuda":
@@ -160,5 +180,6 @@ def _multiply_on_cuda(a: Tensor, b: Tensor) -> Tensor:
 def _multiply_in_float32(a: Tensor, b: Tensor) -> Tensor:
     """Anywhere: float32 products of 1024 columns at a time, each exact, added as integers."""
     parts = zip(a.split(EXACT_IN_FLOAT32, 1), b.split(EXACT_IN_FLOAT32, 1), strict=True)
-    products = [(left.float() @ right.float().t()).to(torch.int32) for left, right in parts]
+    with without_autocast(a):
+        products = [(left.float() @ right.float().t()).to(torch.int32) for left, right in parts]
     return torch.stack(products).sum(0, dtype=torch.int32)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bnbref import int8
 from bnbref.blockwise import check_device
-from bnbref.fused import tracing
+from bnbref.fused import differentiated, tracing, without_autocast
 
 
 @dataclass
@@ -51,36 +51,67 @@ def product(a: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None, thres
     """`A @ W^T + bias` for `A [..., k]` and an int8 weight `[n, k]` with absmax `[n]`: see the head of this file."""
     rows = int8.in_rows(a)
     q, row_absmax, columns = int8.quantize(rows, threshold)
-    outliers = None if columns is None else _outlier_product(rows, columns, codes, absmax)
+    with without_autocast(a):
+        outliers = None if columns is None else _outlier_product(rows, columns, codes, absmax)
     y = int8.dequantize_int8_product(int8.multiply(q, codes), row_absmax, absmax, bias, outliers, dtype=a.dtype)
-    return y.view(*a.shape[:-1], codes.shape[0])
+    return int8.own(y.view(*a.shape[:-1], codes.shape[0]))
 
 
-class _MatMul8bit(torch.autograd.Function):
-    """A float weight may be given beside its codes: it then receives the gradient that the float product would give it."""
+class _TracedMatMul8bit(torch.autograd.Function):
+    """A float weight may be given beside its codes: it then receives the gradient that the float product would give it.
+
+    The codes are attributes and not saved tensors: they have no gradient, and so may be tensors of inference mode.
+    """
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(
-        ctx: Any, a: Tensor, weight: Tensor | None, codes: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float
+        a: Tensor, weight: Tensor | None, codes: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float
     ) -> Tensor:
-        needs_a = a if weight is not None and weight.requires_grad else None
-        ctx.save_for_backward(codes, absmax, needs_a)
-        ctx.bias_dtype = None if bias is None else bias.dtype
         return product(a, codes, absmax, bias, threshold)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        a, weight, ctx.codes, ctx.absmax, bias, _ = inputs
+        ctx.save_for_backward(a if weight is not None and weight.requires_grad else None)
+        ctx.bias_dtype = None if bias is None else bias.dtype
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        codes, absmax, a = ctx.saved_tensors
+        (a,) = ctx.saved_tensors
         grad_a = grad_weight = grad_bias = None
         rows = int8.in_rows(grad)
-        if ctx.needs_input_grad[0]:
-            grad_a = grad @ int8.dequantize(codes, absmax, grad.dtype)
-        if ctx.needs_input_grad[1]:
-            grad_weight = rows.t() @ int8.in_rows(a)
-        if ctx.needs_input_grad[4]:
-            grad_bias = rows.sum(0, dtype=ctx.bias_dtype)
+        with without_autocast(grad):
+            if ctx.needs_input_grad[0]:
+                grad_a = grad @ int8.dequantize(ctx.codes, ctx.absmax, grad.dtype)
+            if ctx.needs_input_grad[1]:
+                grad_weight = rows.t() @ int8.in_rows(a)
+            if ctx.needs_input_grad[4]:
+                grad_bias = rows.sum(0, dtype=ctx.bias_dtype)
         return grad_a, grad_weight, None, None, grad_bias, None
+
+
+class _MatMul8bit(_TracedMatMul8bit):
+    """The same with a derivative in forward mode, which torch.compile would not trace."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _TracedMatMul8bit.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(inputs[0])
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        a, weight, _, _, bias, _ = tangents
+        parts = []
+        if a is not None:
+            parts.append(a @ int8.dequantize(ctx.codes, ctx.absmax, a.dtype).t())
+        if weight is not None:
+            parts.append(ctx.saved_tensors[0] @ weight.t())
+        if bias is not None:
+            parts.append(bias)
+        return sum(parts[1:], parts[0])
 
 
 def matmul(
@@ -107,12 +138,16 @@ def matmul(
     weight: Tensor | None = None
     if B.dtype != torch.int8:
         weight = B
-        codes, absmax, _ = int8.quantize(B)
+        codes, absmax, _ = int8.quantize(int8.plain(B))
     elif state.CB is not None and state.SCB is not None:
-        codes, absmax = state.CB, state.SCB
+        codes, absmax = int8.plain(state.CB), state.SCB
     else:
         raise ValueError("B is int8, but state.CB or state.SCB is None: its scales are unknown")
     if A.dim() < 1 or A.shape[-1] != codes.shape[1]:
         raise ValueError(f"B must be [n, k] with k the last size of A, got {tuple(codes.shape)} and {tuple(A.shape)}")
-    result: Tensor = _MatMul8bit.apply(A, weight, codes, absmax, bias, threshold)  # type: ignore[no-untyped-call]
+    if differentiated(A, weight, bias):
+        function = _TracedMatMul8bit if torch.compiler.is_compiling() else _MatMul8bit
+        result: Tensor = function.apply(A, weight, codes, absmax, bias, threshold)  # type: ignore[no-untyped-call]
+    else:
+        result = product(A, codes, absmax, bias, threshold)
     return result if out is None else out.copy_(result)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnbref import fourbit, int8, nested
+from bnbref.blockwise import as_bytes
 from bnbref.codebooks import Codebook
 from bnbref.linear4bit import dequantize
 from bnbref.nn.layer import EightBitLayer, FourBitLayer, QuantizedLayer
@@ -98,7 +99,7 @@ class Embedding4bit(_QuantizedEmbedding, FourBitLayer, nn.Embedding):
         dim, blocksize = self.embedding_dim, present(state.blocksize, "blocksize")
         if dim % 2 != 0:  # rows share bytes
             return F.embedding(input, dequantize(self.weight, state, self.dtype))
-        rows = self.weight.detach().reshape(-1).view(torch.uint8).view(-1, dim // 2)
+        rows = as_bytes(self.weight).view(-1, dim // 2)
         codes = F.embedding(input, rows)
         piece = math.gcd(dim, blocksize)
         start = input.long()[..., None] * dim + torch.arange(0, dim, piece, device=input.device)
