@@ -45,20 +45,6 @@ def in_rows(x: Tensor, width: int) -> Tensor:
     return flat.view(rows, width)
 
 
-def as_bytes(codes: Tensor) -> Tensor:
-    """Packed codes of any storage dtype as flat uint8.
-
-    >>> as_bytes(torch.tensor([[1.0]]))
-    tensor([  0,   0, 128,  63], dtype=torch.uint8)
-    """
-    flat = codes.detach().reshape(-1)
-    if flat.dtype == torch.uint8:
-        return flat
-    if torch.jit.is_tracing():  # it records `view(dtype)` as an operator that does not exist
-        raise NotImplementedError(f"torch.jit.trace needs codes of quant_storage torch.uint8, got {flat.dtype}")
-    return flat.view(torch.uint8)
-
-
 def block_count(numel: int, blocksize: int) -> int:
     """Blocks that hold `numel` elements, the last one perhaps in part."""
     return -(-numel // blocksize)

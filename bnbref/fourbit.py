@@ -18,7 +18,6 @@ from torch import Tensor
 from bnbref.blockwise import (
     FLOATS,
     absmax_of_lanes,
-    as_bytes,
     block_count,
     check_blocksize,
     check_device,
@@ -35,6 +34,7 @@ from bnbref.blockwise import (
     tuned,
 )
 from bnbref.codebooks import Codebook, threshold_table, value_table
+from bnbref.context import as_bytes
 from bnbref.fused import fused
 from bnbref.lut16 import lookup16, scaled16_bits
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bnbref import blockwise, codebooks, fourbit, int8
 from bnbref.codebooks import DYNAMIC, FOUR_BIT, Codebook, dynamic, four_bit, value_table
+from bnbref.context import own
 from bnbref.linear4bit import dequantize as _dequantize_weight
 from bnbref.linear4bit import matmul_4bit
 from bnbref.quant_state import QuantState, nested_state, present
@@ -180,7 +181,7 @@ def dequantize_blockwise(
         quant_state = QuantState(absmax, code=values, blocksize=blocksize, dtype=torch.float32)
     values = _pad_to_256(present(quant_state.code, "code")).to(A.device)
     dtype, blocksize = present(quant_state.dtype, "dtype"), present(quant_state.blocksize, "blocksize")
-    result = int8.own(blockwise.dequantize(A, quant_state.scales(), values, blocksize, dtype))
+    result = own(blockwise.dequantize(A, quant_state.scales(), values, blocksize, dtype))
     return result if out is None else out.copy_(result)
 
 
@@ -247,7 +248,7 @@ def dequantize_4bit(
             raise ValueError("dequantize_4bit needs quant_state, or both absmax and out")
         blocksize = 64 if blocksize is None else blocksize
         quant_state = QuantState(absmax, shape=out.shape, blocksize=blocksize, quant_type=quant_type, dtype=out.dtype)
-    result = int8.own(_dequantize_weight(A, quant_state, present(quant_state.dtype, "dtype")))
+    result = own(_dequantize_weight(A, quant_state, present(quant_state.dtype, "dtype")))
     if out is not None:
         result = out.copy_(result)
     return result.t() if A.dim() == 2 and A.shape[0] == 1 and A.shape[1] > 1 else result
@@ -389,5 +390,5 @@ def int8_mm_dequant(
     y = int8.dequantize_int8_product(
         int8.in_rows(A), row_stats.reshape(-1), col_stats.reshape(-1), bias, None, dtype=torch.float16
     )
-    result = int8.own(y.view(A.shape))
+    result = own(y.view(A.shape))
     return result if out is None else out.copy_(result)

@@ -37,6 +37,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from bnbref.context import transforming, without_autocast
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -87,11 +89,6 @@ def compile_enabled() -> bool:
     return _eager_depth == 0 and os.environ.get("BNBREF_COMPILE", "1") != "0"
 
 
-def transforming() -> bool:
-    """Whether tensors wrap tensors or have a tangent: `torch.func`, `torch.autograd.forward_ad`."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
-
-
 def tracing() -> bool:
     """Whether operations are being recorded by somebody: then no tensor made now may outlive the call (no caches)."""
     return (
@@ -100,29 +97,6 @@ def tracing() -> bool:
         or torch.jit.is_tracing()
         or transforming()
     )
-
-
-def differentiated(*tensors: Tensor | None) -> bool:
-    """Whether a function of these needs its own derivative. A program of `torch.jit.trace` could not be saved with one."""
-    if not torch.compiler.is_compiling():
-        if torch.jit.is_tracing():
-            return False
-        if transforming():
-            return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Inside, operations on x's device have the dtypes that are written down, whatever the caller's autocast says.
-
-    >>> with torch.autocast("cpu", dtype=torch.bfloat16), without_autocast(torch.ones(1)):
-    ...     (torch.ones(1, 1) @ torch.ones(1, 1)).dtype
-    torch.float32
-    """
-    kind = x.device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):
-        return contextlib.nullcontext()
-    return torch.autocast(kind, enabled=False)
 
 
 def _cxx() -> str:

@@ -14,7 +14,8 @@ from einops import rearrange
 from torch import Tensor
 
 from bnbref.blockwise import check_device, check_float, reciprocal
-from bnbref.fused import fused, transforming, without_autocast
+from bnbref.context import transforming, without_autocast
+from bnbref.fused import fused
 
 # Below this 127 * (1 / absmax) is no float32 any more; such a row is stored as a row of zeros.
 SMALLEST_ABSMAX = 2.0**-121
@@ -84,24 +85,6 @@ def in_rows(x: Tensor) -> Tensor:
     """`[..., columns]` -> `[rows, columns]`, also where one of the two is 0."""
     # Not Size.numel(), which turns a symbolic size into the number of the example.
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-
-
-def own(result: Tensor) -> Tensor:
-    """The same memory as a tensor that is no view. What a function of autograd returns may be changed in place only then."""
-    if torch.jit.is_tracing():  # which would take the shape for a constant
-        return result
-    return torch.ops.aten._unsafe_view(result, result.shape)  # type: ignore[no-any-return]
-
-
-def plain(weight: Tensor) -> Tensor:
-    """The same memory as a plain tensor, also of a quantized parameter, which watches what is done to it."""
-    if transforming() and not weight.is_floating_point() and torch._C._functorch.is_batchedtensor(weight):
-        raise ValueError(
-            "the weight of a product must be one weight, got the codes of several under vmap: each has scales of its own. "
-            "Call the layers in turn"
-        )
-    with torch._C.DisableTorchFunctionSubclass():
-        return weight.detach()
 
 
 def quantize(x: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -15,10 +15,11 @@ from einops import rearrange
 from torch import Tensor
 
 from bnbref import fourbit, ordered
-from bnbref.blockwise import as_bytes, check_device, reads_tables
+from bnbref.blockwise import check_device, reads_tables
 from bnbref.codebooks import Codebook, value_table
-from bnbref.fused import compile_enabled, differentiated, fused, tracing, without_autocast
-from bnbref.int8 import in_rows, own, plain
+from bnbref.context import as_autocast, as_bytes, differentiated, own, plain, transforming, without_autocast
+from bnbref.fused import compile_enabled, fused, tracing
+from bnbref.int8 import in_rows
 from bnbref.lut16 import rounded, scaled16
 from bnbref.quant_state import QuantState, present
 
@@ -163,18 +164,13 @@ def _product(a: Tensor, packed: Tensor, bias: Tensor | None, state: QuantState, 
     return own(_in_order(a, weight.t(), bias) if in_order else F.linear(a, weight, bias))
 
 
-class _TracedMatMul4Bit(torch.autograd.Function):
+class _MatMul4Bit(torch.autograd.Function):
     """The codes are an attribute and not saved tensors: they have no gradient, and so may be tensors of inference mode."""
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(a: Tensor, packed: Tensor, bias: Tensor | None, state: QuantState, in_order: bool) -> Tensor:
+    def forward(ctx: Any, a: Tensor, packed: Tensor, bias: Tensor | None, state: QuantState, in_order: bool) -> Tensor:
+        ctx.packed, ctx.state, ctx.in_order = packed, state, in_order
         return _product(a, packed, bias, state, in_order)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.packed, _, ctx.state, ctx.in_order = inputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -190,14 +186,24 @@ class _TracedMatMul4Bit(torch.autograd.Function):
         return grad_a, None, grad_bias, None, None
 
 
-class _MatMul4Bit(_TracedMatMul4Bit):
-    """The same with a derivative in forward mode, which torch.compile would not trace."""
+class _TransformedMatMul4Bit(torch.autograd.Function):
+    """The same for `torch.func` and forward mode. Calling it costs more, and torch.compile would not trace it."""
+
+    generate_vmap_rule = True
+    forward = staticmethod(_product)
+    backward = _MatMul4Bit.backward
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.packed, _, ctx.state, ctx.in_order = inputs
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor | None:
         a, _, bias, *_ = tangents
-        y = None if a is None else _product(a, ctx.packed, None, ctx.state, ctx.in_order)
-        return bias if y is None else y if bias is None else y + bias
+        if a is None:
+            return bias
+        y = _product(a, ctx.packed, None, ctx.state, ctx.in_order)
+        return y if bias is None else y + bias
 
 
 def _in_order(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -228,17 +234,15 @@ def matmul_4bit(
         raise ValueError(
             f"B must be a weight [n, k] with k the last size of A, got {tuple(shape)} and {tuple(A.shape)}"
         )
-    check_device("A", A, B=B, bias=bias)
-    kind = A.device.type
-    if kind != "meta" and torch.is_autocast_enabled(kind) and A.is_floating_point() and A.dtype != torch.float64:
-        A = A.to(torch.get_autocast_dtype(kind))
+    codes = plain(B)
+    check_device("A", A, B=codes, bias=bias)
+    A = as_autocast(A)
     if bias is not None:
         bias = bias.to(A.dtype)
-    codes = plain(B)
     in_order = ordered.batch_invariant_enabled()
     with without_autocast(A):
         if differentiated(A, bias):
-            function = _TracedMatMul4Bit if torch.compiler.is_compiling() else _MatMul4Bit
+            function = _TransformedMatMul4Bit if transforming() else _MatMul4Bit
             result: Tensor = function.apply(A, codes, bias, quant_state, in_order)  # type: ignore[no-untyped-call]
         elif not in_order and _is_row_for_kernel(A, quant_state):
             result = _product_of_row(A.detach(), codes, quant_state, bias)

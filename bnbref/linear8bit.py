@@ -17,7 +17,8 @@ from torch import Tensor
 
 from bnbref import int8
 from bnbref.blockwise import check_device
-from bnbref.fused import differentiated, tracing, without_autocast
+from bnbref.context import differentiated, own, plain, transforming, without_autocast
+from bnbref.fused import tracing
 
 
 @dataclass
@@ -54,28 +55,21 @@ def product(a: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None, thres
     with without_autocast(a):
         outliers = None if columns is None else _outlier_product(rows, columns, codes, absmax)
     y = int8.dequantize_int8_product(int8.multiply(q, codes), row_absmax, absmax, bias, outliers, dtype=a.dtype)
-    return int8.own(y.view(*a.shape[:-1], codes.shape[0]))
+    return own(y.view(*a.shape[:-1], codes.shape[0]))
 
 
-class _TracedMatMul8bit(torch.autograd.Function):
+class _MatMul8bit(torch.autograd.Function):
     """A float weight may be given beside its codes: it then receives the gradient that the float product would give it.
 
     The codes are attributes and not saved tensors: they have no gradient, and so may be tensors of inference mode.
     """
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(
-        a: Tensor, weight: Tensor | None, codes: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float
+        ctx: Any, a: Tensor, weight: Tensor | None, codes: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float
     ) -> Tensor:
+        _keep(ctx, a, weight, codes, absmax, bias)
         return product(a, codes, absmax, bias, threshold)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        a, weight, ctx.codes, ctx.absmax, bias, _ = inputs
-        ctx.save_for_backward(a if weight is not None and weight.requires_grad else None)
-        ctx.bias_dtype = None if bias is None else bias.dtype
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -93,25 +87,39 @@ class _TracedMatMul8bit(torch.autograd.Function):
         return grad_a, grad_weight, None, None, grad_bias, None
 
 
-class _MatMul8bit(_TracedMatMul8bit):
-    """The same with a derivative in forward mode, which torch.compile would not trace."""
+def _keep(
+    ctx: Any, a: Tensor, weight: Tensor | None, codes: Tensor, absmax: Tensor, bias: Tensor | None
+) -> None:
+    ctx.codes, ctx.absmax = codes, absmax
+    ctx.save_for_backward(a if weight is not None and weight.requires_grad else None)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+class _TransformedMatMul8bit(torch.autograd.Function):
+    """The same for `torch.func` and forward mode. Calling it costs more, and torch.compile would not trace it."""
+
+    generate_vmap_rule = True
+    backward = _MatMul8bit.backward
+
+    @staticmethod
+    def forward(
+        a: Tensor, weight: Tensor | None, codes: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float
+    ) -> Tensor:
+        return product(a, codes, absmax, bias, threshold)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _TracedMatMul8bit.setup_context(ctx, inputs, output)
+        _keep(ctx, *inputs[:5])
         ctx.save_for_forward(inputs[0])
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor | None:
         a, weight, _, _, bias, _ = tangents
-        parts = []
-        if a is not None:
-            parts.append(a @ int8.dequantize(ctx.codes, ctx.absmax, a.dtype).t())
+        y = None if a is None else a @ int8.dequantize(ctx.codes, ctx.absmax, a.dtype).t()
         if weight is not None:
-            parts.append(ctx.saved_tensors[0] @ weight.t())
-        if bias is not None:
-            parts.append(bias)
-        return sum(parts[1:], parts[0])
+            by_weight = ctx.saved_tensors[0] @ weight.t()
+            y = by_weight if y is None else y + by_weight
+        return y if bias is None else bias if y is None else y + bias
 
 
 def matmul(
@@ -134,19 +142,20 @@ def matmul(
     """
     state = state or MatmulLtState()
     threshold = threshold if threshold > 0 else state.threshold
-    check_device("A", A, B=B, bias=bias)
+    memory = plain(B)
+    check_device("A", A, B=memory, bias=bias)
     weight: Tensor | None = None
-    if B.dtype != torch.int8:
+    if memory.dtype != torch.int8:
         weight = B
-        codes, absmax, _ = int8.quantize(int8.plain(B))
+        codes, absmax, _ = int8.quantize(memory)
     elif state.CB is not None and state.SCB is not None:
-        codes, absmax = int8.plain(state.CB), state.SCB
+        codes, absmax = plain(state.CB), state.SCB
     else:
         raise ValueError("B is int8, but state.CB or state.SCB is None: its scales are unknown")
     if A.dim() < 1 or A.shape[-1] != codes.shape[1]:
         raise ValueError(f"B must be [n, k] with k the last size of A, got {tuple(codes.shape)} and {tuple(A.shape)}")
     if differentiated(A, weight, bias):
-        function = _TracedMatMul8bit if torch.compiler.is_compiling() else _MatMul8bit
+        function = _TransformedMatMul8bit if transforming() else _MatMul8bit
         result: Tensor = function.apply(A, weight, codes, absmax, bias, threshold)  # type: ignore[no-untyped-call]
     else:
         result = product(A, codes, absmax, bias, threshold)

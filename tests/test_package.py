@@ -28,6 +28,7 @@ ROOMS = (
     ("bnbref.blockwise",),
     ("bnbref.codebooks",),
     ("bnbref.fused", "bnbref.lut16"),
+    ("bnbref.context",),
 )
 
 HEAVY = ("transformers", "peft", "accelerate", "torch._dynamo", "torch._inductor")

@@ -15,9 +15,9 @@ from torch import Tensor, library
 from bnbref import functional, int8
 from bnbref.blockwise import FLOATS, block_count, check_float
 from bnbref.codebooks import FOUR_BIT, value_table
+from bnbref.context import without_autocast
 from bnbref.fourbit import dequantize as dequantize_packed
 from bnbref.fourbit import quantize as quantize_packed
-from bnbref.fused import without_autocast
 from bnbref.integrations import bitsandbytes_extras as extras
 from bnbref.linear4bit import matmul_4bit
 from bnbref.nested import dequantize as dequantize_scales

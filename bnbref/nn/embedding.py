@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnbref import fourbit, int8, nested
-from bnbref.blockwise import as_bytes
 from bnbref.codebooks import Codebook
+from bnbref.context import as_bytes, plain
 from bnbref.linear4bit import dequantize
 from bnbref.nn.layer import EightBitLayer, FourBitLayer, QuantizedLayer
 from bnbref.nn.params import Int8Params, Params4bit, QuantizedParameter
@@ -161,7 +161,7 @@ class Embedding8bit(_QuantizedEmbedding, EightBitLayer, nn.Embedding):
         absmax = self._absmax
         if absmax is None:
             raise RuntimeError(f"the table of {self} is not quantized yet: move the layer to a device, .to(device)")
-        rows = F.embedding(input, self.weight.detach())
+        rows = F.embedding(input, plain(self.weight))
         flat = int8.dequantize(rows.view(-1, self.embedding_dim), absmax[input.reshape(-1)], self.dtype)
         return flat.view(rows.shape)
 
