@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_NOTHING = contextlib.nullcontext()
+
 
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Inside, operations on x's device have the dtypes that are written down, whatever the caller's autocast says.
@@ -23,7 +25,7 @@ def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """
     kind = x.device.type
     if kind == "meta" or not torch.is_autocast_enabled(kind):
-        return contextlib.nullcontext()
+        return _NOTHING
     return torch.autocast(kind, enabled=False)
 
 
@@ -57,7 +59,7 @@ def differentiated(*tensors: Tensor | None) -> bool:
 
 def own(result: Tensor) -> Tensor:
     """The same memory as a tensor that is no view: of views that were made unseen autograd allows no change in place."""
-    if torch.jit.is_tracing():  # which would take the shape for a constant
+    if torch.jit.is_tracing() or not result._is_view():  # jit.trace would take the shape for a constant
         return result
     return torch.ops.aten._unsafe_view(result, result.shape)  # type: ignore[no-any-return]
 

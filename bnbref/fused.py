@@ -226,8 +226,7 @@ class Kernel(Generic[P, R]):
         return values[:-1] + values[-1:] * (count - len(values) + 1) if self._variadic else values[:count]
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        first = next(t for t in args if isinstance(t, Tensor))
-        with torch.no_grad(), without_autocast(first):
+        with torch.no_grad(), without_autocast(args[0]):  # type: ignore[arg-type]
             if torch.compiler.is_compiling():
                 inlined: R = _sealed(self.body(*map(_sealed, args), **kwargs))
                 return self._written_into(args, inlined)
