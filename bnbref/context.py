@@ -1,10 +1,10 @@
 """What torch may be doing around a call of ours, and what a call does about it.
 
-    autocast                              off inside: dtypes are the ones that are written down
-    torch.func, torch.autograd.forward_ad plain operations, and a derivative of ours where rounding has none
-    torch.jit.trace                       plain operations, no derivative of ours: a program that is saved cannot hold it
-    no_grad, inference_mode               nothing is a view of what autograd has not seen, so that it may be changed in place
-    a subclass of Tensor as a weight      is taken for its memory
+autocast                              off inside: dtypes are the ones that are written down
+torch.func, torch.autograd.forward_ad plain operations, and a derivative of ours where rounding has none
+torch.jit.trace                       plain operations, no derivative of ours: a program that is saved cannot hold it
+no_grad, inference_mode               nothing is a view of what autograd has not seen, so that it may be changed in place
+a subclass of Tensor as a weight      is taken for its memory
 """
 
 import contextlib
@@ -50,7 +50,7 @@ def transforming() -> bool:
 def differentiated(*tensors: Tensor | None) -> bool:
     """Whether a function of these needs the derivative that we give it."""
     if not torch.compiler.is_compiling():
-        if torch.jit.is_tracing():
+        if torch._C._is_tracing():
             return False
         if transforming():
             return True
@@ -59,7 +59,7 @@ def differentiated(*tensors: Tensor | None) -> bool:
 
 def own(result: Tensor) -> Tensor:
     """The same memory as a tensor that is no view: of views that were made unseen autograd allows no change in place."""
-    if torch.jit.is_tracing() or not result._is_view():  # jit.trace would take the shape for a constant
+    if torch._C._is_tracing() or not result._is_view():  # jit.trace would take the shape for a constant
         return result
     return torch.ops.aten._unsafe_view(result, result.shape)  # type: ignore[no-any-return]
 
@@ -84,6 +84,6 @@ def as_bytes(codes: Tensor) -> Tensor:
     flat = plain(codes).reshape(-1)
     if flat.dtype == torch.uint8:
         return flat
-    if torch.jit.is_tracing():  # it records `view(dtype)` as an operator that does not exist
+    if torch._C._is_tracing():  # it records `view(dtype)` as an operator that does not exist
         raise NotImplementedError(f"torch.jit.trace needs codes of quant_storage torch.uint8, got {flat.dtype}")
     return flat.view(torch.uint8)

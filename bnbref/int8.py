@@ -14,8 +14,8 @@ from einops import rearrange
 from torch import Tensor
 
 from bnbref.blockwise import check_device, check_float, reciprocal
-from bnbref.context import transforming, without_autocast
-from bnbref.fused import fused
+from bnbref.context import plain, transforming, without_autocast
+from bnbref.kernels import fused
 
 # Below this 127 * (1 / absmax) is no float32 any more; such a row is stored as a row of zeros.
 SMALLEST_ABSMAX = 2.0**-121
@@ -124,7 +124,7 @@ def dequantize(codes: Tensor, absmax: Tensor, dtype: torch.dtype = torch.float32
             f"and {tuple(absmax.shape)}"
         )
     check_device("codes", codes, absmax=absmax)
-    return dequantize_int8_rows(codes.detach(), absmax.detach().float(), dtype=dtype)
+    return dequantize_int8_rows(plain(codes), absmax.detach().float(), dtype=dtype)
 
 
 def multiply(a: Tensor, b: Tensor) -> Tensor:

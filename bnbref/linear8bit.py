@@ -18,7 +18,7 @@ from torch import Tensor
 from bnbref import int8
 from bnbref.blockwise import check_device
 from bnbref.context import differentiated, own, plain, transforming, without_autocast
-from bnbref.fused import tracing
+from bnbref.kernels import tracing
 
 
 @dataclass
@@ -87,9 +87,7 @@ class _MatMul8bit(torch.autograd.Function):
         return grad_a, grad_weight, None, None, grad_bias, None
 
 
-def _keep(
-    ctx: Any, a: Tensor, weight: Tensor | None, codes: Tensor, absmax: Tensor, bias: Tensor | None
-) -> None:
+def _keep(ctx: Any, a: Tensor, weight: Tensor | None, codes: Tensor, absmax: Tensor, bias: Tensor | None) -> None:
     ctx.codes, ctx.absmax = codes, absmax
     ctx.save_for_backward(a if weight is not None and weight.requires_grad else None)
     ctx.bias_dtype = None if bias is None else bias.dtype

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from bnbref.context import plain
 
-_OPERATORS = {f"__i{name}__" for name in "add sub mul truediv floordiv mod pow and or xor lshift rshift".split()}
+_BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
+_OPERATORS = {f"__i{name}__" for name in _BINARY}
 _COPIES = {"copy_": 1, "_foreach_copy_": 1, "__setitem__": 2}  # and which argument is the source
 _NO_WRITES = {"requires_grad_", "detach_", "share_memory_", "rename_"}
-_ARITHMETIC = {"norm_except_dim", *(
-    form.format(name) for name in "add sub mul div lerp addcmul addcdiv".split() for form in ("{}", "_foreach_{}")
-), *(form.format(name) for name in "add sub mul truediv".split() for form in ("__{}__", "__r{}__"))}  # fmt: skip
+_NAMES = ("add", "sub", "mul", "div", "lerp", "addcmul", "addcdiv")
+_ARITHMETIC = {"norm_except_dim", *_NAMES, *(f"_foreach_{name}" for name in _NAMES)}
+_ARITHMETIC |= {f"__{side}{name}__" for name in _BINARY[:4] for side in ("", "r")}
 
 
 class Watched:
