@@ -31,6 +31,8 @@ class QuantizedLayer(nn.Module):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Assigning a weight comes here too."""
+        if name != "weight" and isinstance(param, QuantizedParameter) and param.holds_codes():
+            raise TypeError(f"the weight of {self} holds codes and cannot be pruned or normalized: {name} would be codes")
         super().register_parameter(name, param)
         if name == "weight":
             self._remember(param)
