@@ -69,7 +69,6 @@ WRITES = {
     "foreach": lambda p: torch._foreach_mul_([p], 0.5),
     "foreach lerp": lambda p: torch._foreach_lerp_([ones(p), p.detach()][1:], [ones(p)], 0.5),
     "foreach copy": lambda p: torch._foreach_copy_([p], [ones(p)]),
-    "set_": lambda p: p.set_(ones(p)),
 }
 
 
@@ -78,13 +77,15 @@ WRITES = {
 def test_a_write_by_value_is_refused_and_changes_nothing(make, how):
     layer = make()
     before = raw_weight(layer)
-    refusal = r"takes the codes of a quantized \w+ for numbers|are codes in torch\.\w+, got|int8 codes are assigned with"
-    with torch.no_grad(), pytest.raises(TypeError, match=refusal):
+    refusal = (
+        r"takes the codes of a quantized \w+ for numbers|are codes in torch\.\w+, got|int8 codes are assigned with"
+    )
+    with torch.no_grad(), pytest.raises((TypeError, ValueError), match=refusal):
         WRITES[how](layer.weight)
     assert raw_weight(layer) == before
 
 
-@pytest.mark.parametrize("how", sorted(set(WRITES) - {"set_"}))
+@pytest.mark.parametrize("how", sorted(WRITES))
 def test_a_weight_that_is_not_quantized_yet_is_written(how):
     for weight in (Params4bit(torch.zeros(4, 64)), Int8Params(torch.zeros(4, 64), has_fp16_weights=True)):
         before = weight.detach().clone()
@@ -114,7 +115,7 @@ def test_the_average_of_codes_is_refused(make, averaged):
     model = nn.Sequential(make(), nn.Linear(32, 2))
     average = AveragedModel(model, **averaged)
     before = raw_weight(average.module[0])
-    with pytest.raises(TypeError, match="takes the codes of a quantized"):
+    with pytest.raises(ValueError, match="takes the codes of a quantized"):
         for _ in range(2):
             average.update_parameters(model)
     assert raw_weight(average.module[0]) == before
@@ -145,7 +146,7 @@ MACHINERY = {
 @pytest.mark.parametrize("how", MACHINERY)
 @pytest.mark.filterwarnings("ignore:.*weight_norm")
 def test_what_would_rewrite_a_weight_is_refused_by_name(make, how):
-    with pytest.raises(TypeError, match="takes the codes of a quantized|cannot be pruned"):
+    with pytest.raises((TypeError, ValueError), match="takes the codes of a quantized|cannot be (pruned|parametrized)"):
         MACHINERY[how](make())
 
 
@@ -187,7 +188,7 @@ def test_a_piece_keeps_what_it_codes(make, cut, n):
     pieces = CUTS[cut](weight, n)
     assert raw(torch.cat([piece.data for piece in pieces])) == raw(weight.data)
     whole, start = values(weight).reshape(-1), 0
-    for piece in pieces:
+    for piece in filter(len, pieces):
         count = piece.nbytes * (1 if isinstance(weight, Int8Params) else 2)
         if isinstance(piece, type(weight)):
             assert raw(values(piece).reshape(-1)) == raw(whole[start : start + count])
@@ -207,7 +208,11 @@ def test_detached_codes_are_saved_and_copied_as_plain_tensors(make):
     file = io.BytesIO()
     torch.save({"weight": codes, **layer.state_dict()}, file)
     file.seek(0)
-    for other in (torch.load(file, weights_only=True)["weight"], copy.deepcopy(codes), pickle.loads(pickle.dumps(codes))):
+    for other in (
+        torch.load(file, weights_only=True)["weight"],
+        copy.deepcopy(codes),
+        pickle.loads(pickle.dumps(codes)),
+    ):
         assert (type(other), raw(other)) == (torch.Tensor, want)
 
 

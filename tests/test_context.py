@@ -327,7 +327,9 @@ def test_traced_saved_and_loaded(layer, double):
     if not isinstance(layer, nn.Embedding) and double:
         x = x.expand(2, *x.shape)
     if getattr(layer.weight, "quant_storage", torch.uint8) != torch.uint8:
-        with pytest.raises(NotImplementedError, match=r"torch\.jit\.trace needs codes of quant_storage torch\.uint8, got"):
+        with pytest.raises(
+            NotImplementedError, match=r"torch\.jit\.trace needs codes of quant_storage torch\.uint8, got"
+        ):
             torch.jit.trace(layer, x, check_trace=False)
         return
     file = io.BytesIO()

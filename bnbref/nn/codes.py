@@ -2,7 +2,8 @@
 
     weight.add_(x), weight.lerp_(..), weight[0] = 1, weight.copy_(floats), nn.init.normal_(weight), torch._foreach_mul_(..)
 
-would leave bytes that code something else, without an error. They raise a TypeError, and so does arithmetic whose result
+would leave bytes that code something else, without an error. They raise a ValueError (a TypeError would be lost in an
+operator, which takes it for NotImplemented), and so does arithmetic whose result
 would look like codes (where the bytes are kept in a float dtype). What moves bytes is allowed: copies of codes into codes,
 views, comparisons, everything that reads.
 """
@@ -84,9 +85,10 @@ def _check(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if all(isinstance(tensor, Tensor) and tensor.dtype == written[0].dtype for tensor in sources):
             return
     if not written and name in _ARITHMETIC:
-        written = [t for value in args for t in _codes_in(value) if t.is_floating_point()]
+        of_any_dtype = name == "norm_except_dim"  # the first thing that weight_norm does
+        written = [t for value in args for t in _codes_in(value) if of_any_dtype or t.is_floating_point()]
     if written:
         kind = next((type(t).__name__ for t in written if not isinstance(t, Codes)), "weight")
-        raise TypeError(
+        raise ValueError(
             f"{name} takes the codes of a quantized {kind} for numbers: dequantize it, compute, and quantize the result anew"
         )
