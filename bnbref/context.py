@@ -42,15 +42,22 @@ def as_autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(kind))
 
 
+def jit_tracing() -> bool:
+    """Whether `torch.jit.trace` records."""
+    return not torch.compiler.is_compiling() and torch._C._is_tracing()
+
+
 def transforming() -> bool:
     """Whether tensors wrap tensors or have a tangent: `torch.func`, `torch.autograd.forward_ad`."""
+    if torch.compiler.is_compiling():
+        return False
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
 def differentiated(*tensors: Tensor | None) -> bool:
     """Whether a function of these needs the derivative that we give it."""
     if not torch.compiler.is_compiling():
-        if torch._C._is_tracing():
+        if jit_tracing():
             return False
         if transforming():
             return True
@@ -59,8 +66,8 @@ def differentiated(*tensors: Tensor | None) -> bool:
 
 def own(result: Tensor) -> Tensor:
     """The same memory as a tensor that is no view: of views that were made unseen autograd allows no change in place."""
-    if torch._C._is_tracing() or not result._is_view():  # jit.trace would take the shape for a constant
-        return result
+    if jit_tracing() or not (torch.compiler.is_compiling() or result._is_view()):
+        return result  # jit.trace would take the shape for a constant
     return torch.ops.aten._unsafe_view(result, result.shape)  # type: ignore[no-any-return]
 
 
@@ -84,6 +91,6 @@ def as_bytes(codes: Tensor) -> Tensor:
     flat = plain(codes).reshape(-1)
     if flat.dtype == torch.uint8:
         return flat
-    if torch._C._is_tracing():  # it records `view(dtype)` as an operator that does not exist
+    if jit_tracing():  # it records `view(dtype)` as an operator that does not exist
         raise NotImplementedError(f"torch.jit.trace needs codes of quant_storage torch.uint8, got {flat.dtype}")
     return flat.view(torch.uint8)

@@ -208,7 +208,7 @@ def test_no_product_keeps_a_dense_weight():
     layer, x = linear4(256, 64, quant_type="nf4", bias=False), inputs(2, 64).requires_grad_()
     for product in (layer, lambda x: gemv_4bit(x, layer.weight, state=layer.quant_state)):
         kept = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t):
             product(x)
         assert sum(kept) < 256 * 64
 

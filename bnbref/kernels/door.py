@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from bnbref.context import transforming, without_autocast
+from bnbref.context import jit_tracing, transforming, without_autocast
 from bnbref.kernels.compiler import missing_compiler, options_for
 
 P = ParamSpec("P")
@@ -86,7 +86,7 @@ def tracing() -> bool:
 
 
 def _recorded_outside() -> bool:
-    return _get_current_dispatch_mode() is not None or torch._C._is_tracing() or transforming()
+    return _get_current_dispatch_mode() is not None or jit_tracing() or transforming()
 
 
 @functools.cache

@@ -38,11 +38,13 @@ class Watched:
     ) -> Any:
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
+            if torch.compiler.is_compiling():
+                return func(*args, **kwargs)
             name = getattr(func, "__name__", "")
             if name != "__get__":
                 _check(name.partition(".")[0], args, kwargs)
             result = func(*args, **kwargs)
-            if torch.compiler.is_compiling() or not args or not isinstance(args[0], Watched):
+            if not args or not isinstance(args[0], Watched):
                 return result
             return args[0].result_of(name, result)
 
