@@ -313,8 +313,9 @@ def test_codes_of_several_layers_are_refused(make):
     ensemble = [make(), make(seed=1)]
     with torch.no_grad():
         parameters, _ = stack_module_state(ensemble)
+    x = inputs(5, 64)
     with pytest.raises(ValueError, match="a quantized weight must be one weight, got the codes of several under vmap"):
-        vmap(lambda p: functional_call(ensemble[0], p, (inputs(5, 64),)))(parameters)
+        vmap(lambda p: functional_call(ensemble[0], p, (x,)))(parameters)
 
 
 # ---- torch.jit ------------------------------------------------------------------------------------------------------
