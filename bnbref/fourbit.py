@@ -27,6 +27,7 @@ from bnbref.blockwise import (
     reciprocal,
 )
 from bnbref.codebooks import Codebook, value_table
+from bnbref.context import as_bytes
 from bnbref.kernels import fused
 
 
@@ -110,7 +111,7 @@ def dequantize(
         raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
     n = math.prod(shape)
     blocksize = check_blocksize(blocksize, n)
-    codes = packed.detach().reshape(-1).view(torch.uint8)
+    codes = as_bytes(packed)
     if codes.numel() != -(-n // 2):
         raise ValueError(f"packed must hold {-(-n // 2)} bytes for shape {tuple(shape)}, got {codes.numel()}")
     check_scales("absmax", absmax, n, blocksize)

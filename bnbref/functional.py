@@ -13,7 +13,9 @@ from torch import Tensor
 
 from bnbref import blockwise, codebooks, fourbit, int8
 from bnbref.codebooks import DYNAMIC, FOUR_BIT, Codebook, dynamic, four_bit, value_table
+from bnbref.context import own
 from bnbref.linear4bit import dequantize as _dequantize_weight
+from bnbref.linear4bit import matmul_4bit
 from bnbref.quant_state import QuantState, nested_state, present
 
 __all__ = [
@@ -124,11 +126,6 @@ def _pad_to_256(code: Tensor) -> Tensor:
     return F.pad(code, (0, 256 - code.numel()))
 
 
-def _no_view(result: Tensor) -> Tensor:
-    """The same memory as a tensor of its own: peft adds a delta with a gradient to it in place, which no view would allow."""
-    return torch.ops.aten._unsafe_view(result, result.shape)  # type: ignore[no-any-return]
-
-
 # ---- eight bits, blockwise ------------------------------------------------------------------------------------------
 
 
@@ -189,7 +186,7 @@ def dequantize_blockwise(
         quant_state = QuantState(absmax, code=values, blocksize=blocksize, dtype=torch.float32)
     values = _pad_to_256(present(quant_state.code, "code")).to(A.device)
     dtype, blocksize = present(quant_state.dtype, "dtype"), present(quant_state.blocksize, "blocksize")
-    result = _no_view(blockwise.dequantize(A, quant_state.scales(), values, blocksize, dtype))
+    result = own(blockwise.dequantize(A, quant_state.scales(), values, blocksize, dtype))
     return result if out is None else out.copy_(result)
 
 
@@ -256,7 +253,7 @@ def dequantize_4bit(
             raise ValueError("dequantize_4bit needs quant_state, or both absmax and out")
         blocksize = 64 if blocksize is None else blocksize
         quant_state = QuantState(absmax, shape=out.shape, blocksize=blocksize, quant_type=quant_type, dtype=out.dtype)
-    result = _no_view(_dequantize_weight(A, quant_state, present(quant_state.dtype, "dtype")))
+    result = own(_dequantize_weight(A, quant_state, present(quant_state.dtype, "dtype")))
     if out is not None:
         result = out.copy_(result)
     return result.t() if A.dim() == 2 and A.shape[0] == 1 and A.shape[1] > 1 else result
@@ -328,9 +325,7 @@ def gemv_4bit(
         raise ValueError(
             "transposed_A and transposed_B must be False: B is a weight [n, k] and multiplies from the right"
         )
-    blockwise.check_device("A", A, B=B)
-    result = F.linear(A, _dequantize_weight(B, state, A.dtype))
-    return result if out is None else out.copy_(result)
+    return matmul_4bit(A, B, state, out)
 
 
 # ---- int8 -----------------------------------------------------------------------------------------------------------
@@ -397,7 +392,8 @@ def int8_mm_dequant(
         if stats.dtype != torch.float32:
             raise ValueError(f"{name} must be float32, got {stats.dtype}")
     blockwise.check_device("A", A, row_stats=row_stats, col_stats=col_stats, bias=bias)
-    result = int8.dequantize_int8_product(
+    y = int8.dequantize_int8_product(
         int8.in_rows(A), row_stats.reshape(-1), col_stats.reshape(-1), bias, None, dtype=torch.float16
-    ).view(A.shape)
+    )
+    result = own(y.view(A.shape))
     return result if out is None else out.copy_(result)

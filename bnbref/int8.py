@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor
 
 from bnbref.blockwise import check_device, check_float, reciprocal
+from bnbref.context import plain, transforming, without_autocast
 from bnbref.kernels import fused
 
 # Below this 127 * (1 / absmax) is no float32 any more; such a row is stored as a row of zeros.
@@ -123,7 +124,7 @@ def dequantize(codes: Tensor, absmax: Tensor, dtype: torch.dtype = torch.float32
             f"and {tuple(absmax.shape)}"
         )
     check_device("codes", codes, absmax=absmax)
-    return dequantize_int8_rows(codes.detach(), absmax.detach().float(), dtype=dtype)
+    return dequantize_int8_rows(plain(codes), absmax.detach().float(), dtype=dtype)
 
 
 def multiply(a: Tensor, b: Tensor) -> Tensor:
@@ -140,6 +141,8 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
     rows = in_rows(a)
     if rows.numel() == 0 or b.numel() == 0:
         product = torch.zeros(rows.shape[0], b.shape[0], dtype=torch.int32, device=a.device)
+    elif transforming():  # vmap knows float products
+        product = _multiply_in_float32(rows, b)
     elif a.device.type == "cpu" and _CPU_PRODUCT_IS_EXACT and b.shape[1] > 1:  # for k = 1 it returns what was in memory
         product = torch._int_mm(rows, b.t())
     elif a.device.type == "cuda":
@@ -160,5 +163,6 @@ def _multiply_on_cuda(a: Tensor, b: Tensor) -> Tensor:
 def _multiply_in_float32(a: Tensor, b: Tensor) -> Tensor:
     """Anywhere: float32 products of 1024 columns at a time, each exact, added as integers."""
     parts = zip(a.split(EXACT_IN_FLOAT32, 1), b.split(EXACT_IN_FLOAT32, 1), strict=True)
-    products = [(left.float() @ right.float().t()).to(torch.int32) for left, right in parts]
+    with without_autocast(a):
+        products = [(left.float() @ right.float().t()).to(torch.int32) for left, right in parts]
     return torch.stack(products).sum(0, dtype=torch.int32)

@@ -17,6 +17,7 @@ from torch import Tensor
 from bnbref import fourbit
 from bnbref.blockwise import check_device
 from bnbref.codebooks import Codebook
+from bnbref.context import as_autocast, as_bytes, differentiated, own, plain, transforming, without_autocast
 from bnbref.int8 import in_rows
 from bnbref.kernels import compile_enabled, fused, ordered, tracing
 from bnbref.quant_state import QuantState, present
@@ -69,14 +70,13 @@ def _is_row_for_kernel(a: Tensor, state: QuantState) -> bool:
         and min(n, k) >= 4
         and compile_enabled()
         and not tracing()
-        and not torch.is_autocast_enabled(a.device.type)
     )
 
 
 def _product_of_row(a: Tensor, packed: Tensor, state: QuantState, bias: Tensor | None) -> Tensor:
     n, k = present(state.shape, "shape")
     blocksize = present(state.blocksize, "blocksize")
-    codes = packed.reshape(-1).view(torch.uint8).view(n, k // 2)
+    codes = as_bytes(packed).view(n, k // 2)
     scales = state.scales().view(n, k // blocksize)
     if a.device.type != "cpu":
         columns = a.reshape(k // 8, 8).t().contiguous()
@@ -91,29 +91,51 @@ def _product_of_row(a: Tensor, packed: Tensor, state: QuantState, bias: Tensor |
 # ---- any rows -------------------------------------------------------------------------------------------------------
 
 
+def _product(a: Tensor, packed: Tensor, bias: Tensor | None, state: QuantState, in_order: bool) -> Tensor:
+    weight = dequantize(packed, state, a.dtype)
+    return own(_in_order(a, weight.t(), bias) if in_order else F.linear(a, weight, bias))
+
+
 class _MatMul4Bit(torch.autograd.Function):
+    """The codes are an attribute and not saved tensors: they have no gradient, and so may be tensors of inference mode."""
+
     @staticmethod
     def forward(ctx: Any, a: Tensor, packed: Tensor, bias: Tensor | None, state: QuantState, in_order: bool) -> Tensor:
-        ctx.save_for_backward(packed)
-        ctx.state, ctx.in_order = state, in_order
-        if in_order:
-            if torch.is_autocast_enabled(a.device.type):
-                a = a.to(torch.get_autocast_dtype(a.device.type))
-            return _in_order(a, dequantize(packed, state, a.dtype).t(), bias)
-        return F.linear(a, dequantize(packed, state, a.dtype), bias)
+        ctx.packed, ctx.state, ctx.in_order = packed, state, in_order
+        return _product(a, packed, bias, state, in_order)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        (packed,) = ctx.saved_tensors
         multiply = _in_order if ctx.in_order else torch.matmul
         grad_a = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_a = multiply(grad, dequantize(packed, ctx.state, grad.dtype))
-        if ctx.needs_input_grad[2]:
-            rows = in_rows(grad)
-            grad_bias = multiply(rows.new_ones(1, len(rows)), rows)[0] if ctx.in_order else rows.sum(0)
+        with without_autocast(grad):
+            if ctx.needs_input_grad[0]:
+                grad_a = multiply(grad, dequantize(ctx.packed, ctx.state, grad.dtype))
+            if ctx.needs_input_grad[2]:
+                rows = in_rows(grad)
+                grad_bias = multiply(rows.new_ones(1, len(rows)), rows)[0] if ctx.in_order else rows.sum(0)
         return grad_a, None, grad_bias, None, None
+
+
+class _TransformedMatMul4Bit(torch.autograd.Function):
+    """The same for `torch.func` and forward mode. Calling it costs more, and torch.compile would not trace it."""
+
+    generate_vmap_rule = True
+    forward = staticmethod(_product)
+    backward = _MatMul4Bit.backward
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.packed, _, ctx.state, ctx.in_order = inputs
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor | None:
+        a, _, bias, *_ = tangents
+        if a is None:
+            return bias
+        y = _product(a, ctx.packed, None, ctx.state, ctx.in_order)
+        return y if bias is None else y + bias
 
 
 def _in_order(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -144,14 +166,18 @@ def matmul_4bit(
         raise ValueError(
             f"B must be a weight [n, k] with k the last size of A, got {tuple(shape)} and {tuple(A.shape)}"
         )
-    check_device("A", A, B=B, bias=bias)
+    codes = plain(B)
+    check_device("A", A, B=codes, bias=bias)
+    A = as_autocast(A)
     if bias is not None:
         bias = bias.to(A.dtype)
-    needs_grad = torch.is_grad_enabled() and (A.requires_grad or (bias is not None and bias.requires_grad))
-    result: Tensor
     in_order = ordered.batch_invariant_enabled()
-    if not in_order and not needs_grad and _is_row_for_kernel(A, quant_state):
-        result = _product_of_row(A.detach(), B.detach(), quant_state, bias)
-    else:
-        result = _MatMul4Bit.apply(A, B.detach(), bias, quant_state, in_order)  # type: ignore[no-untyped-call]
+    with without_autocast(A):
+        if differentiated(A, bias):
+            function = _TransformedMatMul4Bit if transforming() else _MatMul4Bit
+            result: Tensor = function.apply(A, codes, bias, quant_state, in_order)  # type: ignore[no-untyped-call]
+        elif not in_order and _is_row_for_kernel(A, quant_state):
+            result = _product_of_row(A.detach(), codes, quant_state, bias)
+        else:
+            result = _product(A, codes, bias, quant_state, in_order)
     return result if out is None else out.copy_(result)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bnbref import int8
 from bnbref.blockwise import check_device
+from bnbref.context import differentiated, own, plain, transforming, without_autocast
 from bnbref.kernels import tracing
 
 
@@ -51,36 +52,72 @@ def product(a: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None, thres
     """`A @ W^T + bias` for `A [..., k]` and an int8 weight `[n, k]` with absmax `[n]`: see the head of this file."""
     rows = int8.in_rows(a)
     q, row_absmax, columns = int8.quantize(rows, threshold)
-    outliers = None if columns is None else _outlier_product(rows, columns, codes, absmax)
+    with without_autocast(a):
+        outliers = None if columns is None else _outlier_product(rows, columns, codes, absmax)
     y = int8.dequantize_int8_product(int8.multiply(q, codes), row_absmax, absmax, bias, outliers, dtype=a.dtype)
-    return y.view(*a.shape[:-1], codes.shape[0])
+    return own(y.view(*a.shape[:-1], codes.shape[0]))
 
 
 class _MatMul8bit(torch.autograd.Function):
-    """A float weight may be given beside its codes: it then receives the gradient that the float product would give it."""
+    """A float weight may be given beside its codes: it then receives the gradient that the float product would give it.
+
+    The codes are attributes and not saved tensors: they have no gradient, and so may be tensors of inference mode.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, a: Tensor, weight: Tensor | None, codes: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float
     ) -> Tensor:
-        needs_a = a if weight is not None and weight.requires_grad else None
-        ctx.save_for_backward(codes, absmax, needs_a)
-        ctx.bias_dtype = None if bias is None else bias.dtype
+        _keep(ctx, a, weight, codes, absmax, bias)
         return product(a, codes, absmax, bias, threshold)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        codes, absmax, a = ctx.saved_tensors
+        (a,) = ctx.saved_tensors
         grad_a = grad_weight = grad_bias = None
         rows = int8.in_rows(grad)
-        if ctx.needs_input_grad[0]:
-            grad_a = grad @ int8.dequantize(codes, absmax, grad.dtype)
-        if ctx.needs_input_grad[1]:
-            grad_weight = rows.t() @ int8.in_rows(a)
-        if ctx.needs_input_grad[4]:
-            grad_bias = rows.sum(0, dtype=ctx.bias_dtype)
+        with without_autocast(grad):
+            if ctx.needs_input_grad[0]:
+                grad_a = grad @ int8.dequantize(ctx.codes, ctx.absmax, grad.dtype)
+            if ctx.needs_input_grad[1]:
+                grad_weight = rows.t() @ int8.in_rows(a)
+            if ctx.needs_input_grad[4]:
+                grad_bias = rows.sum(0, dtype=ctx.bias_dtype)
         return grad_a, grad_weight, None, None, grad_bias, None
+
+
+def _keep(ctx: Any, a: Tensor, weight: Tensor | None, codes: Tensor, absmax: Tensor, bias: Tensor | None) -> None:
+    ctx.codes, ctx.absmax = codes, absmax
+    ctx.save_for_backward(a if weight is not None and weight.requires_grad else None)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+class _TransformedMatMul8bit(torch.autograd.Function):
+    """The same for `torch.func` and forward mode. Calling it costs more, and torch.compile would not trace it."""
+
+    generate_vmap_rule = True
+    backward = _MatMul8bit.backward
+
+    @staticmethod
+    def forward(
+        a: Tensor, weight: Tensor | None, codes: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float
+    ) -> Tensor:
+        return product(a, codes, absmax, bias, threshold)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _keep(ctx, *inputs[:5])
+        ctx.save_for_forward(inputs[0])
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor | None:
+        a, weight, _, _, bias, _ = tangents
+        y = None if a is None else a @ int8.dequantize(ctx.codes, ctx.absmax, a.dtype).t()
+        if weight is not None:
+            by_weight = ctx.saved_tensors[0] @ weight.t()
+            y = by_weight if y is None else y + by_weight
+        return y if bias is None else bias if y is None else y + bias
 
 
 def matmul(
@@ -103,16 +140,21 @@ def matmul(
     """
     state = state or MatmulLtState()
     threshold = threshold if threshold > 0 else state.threshold
-    check_device("A", A, B=B, bias=bias)
+    memory = plain(B)
+    check_device("A", A, B=memory, bias=bias)
     weight: Tensor | None = None
-    if B.dtype != torch.int8:
+    if memory.dtype != torch.int8:
         weight = B
-        codes, absmax, _ = int8.quantize(B)
+        codes, absmax, _ = int8.quantize(memory)
     elif state.CB is not None and state.SCB is not None:
-        codes, absmax = state.CB, state.SCB
+        codes, absmax = plain(state.CB), state.SCB
     else:
         raise ValueError("B is int8, but state.CB or state.SCB is None: its scales are unknown")
     if A.dim() < 1 or A.shape[-1] != codes.shape[1]:
         raise ValueError(f"B must be [n, k] with k the last size of A, got {tuple(codes.shape)} and {tuple(A.shape)}")
-    result: Tensor = _MatMul8bit.apply(A, weight, codes, absmax, bias, threshold)  # type: ignore[no-untyped-call]
+    if differentiated(A, weight, bias):
+        function = _TransformedMatMul8bit if transforming() else _MatMul8bit
+        result: Tensor = function.apply(A, weight, codes, absmax, bias, threshold)  # type: ignore[no-untyped-call]
+    else:
+        result = product(A, codes, absmax, bias, threshold)
     return result if out is None else out.copy_(result)

@@ -28,6 +28,7 @@ ROOMS = (
     ("bnbref.blockwise",),
     ("bnbref.codebooks",),
     ("bnbref.kernels",),
+    ("bnbref.context",),
 )
 
 # The workshop below the book is its door. What makes a definition fast knows the definition, and nobody imports it but the door.

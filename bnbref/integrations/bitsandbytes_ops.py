@@ -10,16 +10,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, library
 
 from bnbref import functional, int8
 from bnbref.blockwise import FLOATS, block_count, check_float
 from bnbref.codebooks import FOUR_BIT, value_table
+from bnbref.context import without_autocast
 from bnbref.fourbit import dequantize as dequantize_packed
 from bnbref.fourbit import quantize as quantize_packed
 from bnbref.integrations import bitsandbytes_extras as extras
+from bnbref.linear4bit import matmul_4bit
 from bnbref.nested import dequantize as dequantize_scales
+from bnbref.quant_state import QuantState
 
 SCHEMAS = {
     "dequantize_4bit": "(Tensor A, Tensor absmax, int blocksize, str quant_type, int[] shape, ScalarType dtype) -> Tensor",
@@ -61,7 +63,7 @@ def _dequantize_4bit(
 
 
 def _dequantize_blockwise(A: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype) -> Tensor:
-    state = functional.QuantState(absmax, code=code, blocksize=blocksize, dtype=dtype)
+    state = QuantState(absmax, code=code, blocksize=blocksize, dtype=dtype)
     return functional.dequantize_blockwise(A, state)
 
 
@@ -83,7 +85,10 @@ def _gemm_4bit(
         absmax = dequantize_scales(absmax_8bit, absmax, absmax_code, absmax_offset, 256)
     if len(shapeB) != 2 or A.shape[-1:] != torch.Size(shapeB[1:]):
         raise ValueError(f"shapeB must be [n, k] with k the last size of A, got {list(shapeB)} and {tuple(A.shape)}")
-    return F.linear(A, _dequantize_4bit(B, absmax, blocksize, quant_type, shapeB, A.dtype), bias)
+    _check_4bit(quant_type, A.dtype)
+    state = QuantState(absmax, shape=torch.Size(shapeB), blocksize=blocksize, quant_type=quant_type)
+    with without_autocast(A):  # as the schema has it, the result has A's dtype
+        return matmul_4bit(A, B, state, bias=bias)
 
 
 def _gemv_4bit(A: Tensor, B: Tensor, shapeB: Sequence[int], absmax: Tensor, code: Tensor, blocksize: int) -> Tensor:
@@ -130,7 +135,8 @@ def _int8_mixed_scaled_mm(
     rows = int8.in_rows(A)
     if outlier_cols is not None and outlier_cols.numel() > 0:
         columns = rows[:, outlier_cols].contiguous()
-        outliers = columns @ int8.dequantize(CB[:, outlier_cols].contiguous(), SCB.reshape(-1), A.dtype).t()
+        with without_autocast(A):
+            outliers = columns @ int8.dequantize(CB[:, outlier_cols].contiguous(), SCB.reshape(-1), A.dtype).t()
     product = int8.multiply(int8.in_rows(CA), CB)
     y = int8.dequantize_int8_product(product, SCA.reshape(-1), SCB.reshape(-1), bias, outliers, dtype=A.dtype)
     return y.view(*A.shape[:-1], CB.shape[0]), columns

@@ -9,8 +9,11 @@ paper. Where another form is faster, a file of the workshop attaches it by the k
     normally                                  the formulation, compiled, one kernel per variant
     inside somebody's torch.compile / export  the formulation, inlined into their graph
     `bnbref.eager()` or BNBREF_COMPILE=0      the definition
-    meta and fake tensors, dispatch modes     the definition, so that the mode sees plain operations
+    meta and fake tensors, dispatch modes,    the definition, so that the mode sees plain operations
+    `torch.func`, `torch.jit.trace`
     no C++ compiler, no triton                the definition, after one warning
+
+Whatever runs, autocast is off in it.
 
 A kernel that updates tensors is a pure function all the same: what it returns is copied into the arguments that
 `writes` names, by the compiled code itself where Inductor can do that in one pass.
@@ -32,6 +35,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from bnbref.context import jit_tracing, transforming, without_autocast
 from bnbref.kernels.compiler import missing_compiler, options_for
 
 P = ParamSpec("P")
@@ -78,15 +82,11 @@ def compile_enabled() -> bool:
 
 def tracing() -> bool:
     """Whether operations are being recorded by somebody: then no tensor made now may outlive the call (no caches)."""
-    return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
+    return torch.compiler.is_compiling() or _recorded_outside()
 
 
-def _may_compile() -> bool:
-    return (
-        compile_enabled()
-        and _get_current_dispatch_mode() is None
-        and torch._C._functorch.peek_interpreter_stack() is None  # vmap, grad and the like: tensors that wrap tensors
-    )
+def _recorded_outside() -> bool:
+    return _get_current_dispatch_mode() is not None or jit_tracing() or transforming()
 
 
 @functools.cache
@@ -253,18 +253,18 @@ class Kernel(Generic[P, R]):
     def __call__(self, *args: P.args, **constants: P.kwargs) -> R:
         if torch.compiler.is_compiling():
             return self._inlined(args, constants)
-        if not _may_compile():
+        if not compile_enabled() or _recorded_outside():
             return self._uncompiled(args, constants)
         key = _layout(args, constants)
         call = self._calls.get(key)
         return self._first_call(key, args, constants) if call is None else call(args)
 
     def _inlined(self, args: Sequence[Any], constants: Mapping[str, Any]) -> R:
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast(args[0]):
             return self._copied(args, _sealed(self.body(*map(_sealed, args), **constants)))
 
     def _uncompiled(self, args: Sequence[Any], constants: Mapping[str, Any]) -> R:
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast(args[0]):
             return self._copied(args, self.definition(*args, **constants))
 
     def _copied(self, args: Sequence[Any], results: R) -> R:
@@ -285,7 +285,7 @@ class Kernel(Generic[P, R]):
             _warn_once(device_type, reason)
             return self._uncompiled(args, constants)
         call: Callable[[Sequence[Any]], R] | None
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast(args[0]):
             piece = self.formulation.piece if device_type == "cpu" else None
             if piece is None:
                 result, call = self._through_dynamo(device_type, args, constants, writes=any(self._written))

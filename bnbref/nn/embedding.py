@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from bnbref import fourbit, int8, nested
 from bnbref.codebooks import Codebook
+from bnbref.context import as_bytes, plain
 from bnbref.linear4bit import dequantize
 from bnbref.nn.layer import EightBitLayer, FourBitLayer, QuantizedLayer
 from bnbref.nn.params import Int8Params, Params4bit, QuantizedParameter
@@ -98,7 +99,7 @@ class Embedding4bit(_QuantizedEmbedding, FourBitLayer, nn.Embedding):
         dim, blocksize = self.embedding_dim, present(state.blocksize, "blocksize")
         if dim % 2 != 0:  # rows share bytes
             return F.embedding(input, dequantize(self.weight, state, self.dtype))
-        rows = self.weight.detach().reshape(-1).view(torch.uint8).view(-1, dim // 2)
+        rows = as_bytes(self.weight).view(-1, dim // 2)
         codes = F.embedding(input, rows)
         piece = math.gcd(dim, blocksize)
         start = input.long()[..., None] * dim + torch.arange(0, dim, piece, device=input.device)
@@ -160,7 +161,7 @@ class Embedding8bit(_QuantizedEmbedding, EightBitLayer, nn.Embedding):
         absmax = self._absmax
         if absmax is None:
             raise RuntimeError(f"the table of {self} is not quantized yet: move the layer to a device, .to(device)")
-        rows = F.embedding(input, self.weight.detach())
+        rows = F.embedding(input, plain(self.weight))
         flat = int8.dequantize(rows.view(-1, self.embedding_dim), absmax[input.reshape(-1)], self.dtype)
         return flat.view(rows.shape)
 

@@ -31,9 +31,18 @@ class QuantizedLayer(nn.Module):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Assigning a weight comes here too."""
+        if name != "weight" and isinstance(param, QuantizedParameter) and param.holds_codes():
+            raise TypeError(
+                f"the weight of {self} holds codes and cannot be pruned or normalized: {name} would be codes"
+            )
         super().register_parameter(name, param)
         if name == "weight":
             self._remember(param)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "parametrizations" and "weight" not in self._parameters:
+            raise TypeError(f"the weight of a {type(self).__name__} cannot be parametrized: it holds codes")
+        super().__setattr__(name, value)
 
     def _remember(self, weight: Tensor | None) -> None:
         """Keep the scales of a weight that has some."""

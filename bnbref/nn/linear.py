@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bnbref.codebooks import Codebook
+from bnbref.context import plain
 from bnbref.linear4bit import matmul_4bit
 from bnbref.linear8bit import MatmulLtState, matmul
 from bnbref.nn.layer import EightBitLayer, FourBitLayer
@@ -184,11 +185,11 @@ class Linear8bitLt(EightBitLayer, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in_features]` -> `[..., out_features]` in x's dtype."""
-        weight, threshold = self.weight, self.state.threshold
+        weight, threshold = plain(self.weight), self.state.threshold
         if weight.dtype != torch.int8:
-            return matmul(x, weight, threshold=threshold, bias=self.bias)
+            return matmul(x, self.weight, threshold=threshold, bias=self.bias)
         absmax = self._absmax
         if absmax is None:
             raise RuntimeError(f"the int8 weight of {self} has no scales: weight.SCB is None")
-        state = MatmulLtState(weight.detach(), absmax, threshold=threshold, has_fp16_weights=False)
-        return matmul(x, weight.detach(), state=state, bias=self.bias)
+        state = MatmulLtState(weight, absmax, threshold=threshold, has_fp16_weights=False)
+        return matmul(x, weight, state=state, bias=self.bias)

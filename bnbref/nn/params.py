@@ -10,6 +10,7 @@ A quantized weight has no dtype that could be cast: its elements are bytes in a 
 """
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -20,11 +21,14 @@ from bnbref import int8
 from bnbref.codebooks import Codebook, four_bit
 from bnbref.functional import quantize_4bit
 from bnbref.kernels import tracing
+from bnbref.nn.codes import Watched
 from bnbref.quant_state import QuantState
 
 Self = TypeVar("Self", bound="QuantizedParameter")
 
 _DATA: Any = torch.Tensor.data
+
+_CUTS = {"chunk", "split", "split_with_sizes", "tensor_split", "narrow", "view", "reshape", "flatten", "__getitem__"}
 
 
 def in_bytes(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
@@ -39,27 +43,59 @@ def in_bytes(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
     return moved.view(tensor.dtype).view(tensor.shape)
 
 
-class QuantizedParameter(nn.Parameter):
-    """How a parameter with attributes moves, and is copied, pickled and shared."""
+class QuantizedParameter(Watched, nn.Parameter):
+    """How a parameter with attributes moves, and is copied, pickled, shared and cut."""
 
     @property
     def data(self) -> Tensor:
         """The codes, or the float weight, as a plain tensor. Assigning such a parameter takes over its scales."""
-        return _DATA.__get__(self)  # type: ignore[no-any-return]
+        with torch._C.DisableTorchFunctionSubclass():
+            return _DATA.__get__(self)  # type: ignore[no-any-return]
 
     # nn.Module moves a parameter by `param.data = fn(param)`; without its attributes that would be half a move.
     @data.setter
     def data(self, value: Tensor) -> None:
-        self._check_assigned(value)
-        _DATA.__set__(self, value)
+        if self.holds_codes() and not isinstance(value, QuantizedParameter):
+            self._check_assigned(value)
+        with torch._C.DisableTorchFunctionSubclass():
+            _DATA.__set__(self, value)
         if isinstance(value, QuantizedParameter):
             self.__dict__.update(value.__dict__)
 
     def _check_assigned(self, value: Tensor) -> None:
-        """Refuse data that can only be a mistake."""
+        """TypeError for a plain tensor that cannot take the place of the codes."""
+        raise NotImplementedError
 
-    def holds_codes(self) -> bool:
-        """Whether the data is quantized."""
+    def requires_grad_(self: Self, requires_grad: bool = True) -> Self:
+        """Codes have no gradient. They stay frozen, so that `model.requires_grad_()` sets all that can be trained."""
+        if requires_grad and self.holds_codes():
+            warnings.warn(
+                "a quantized weight stays frozen: its codes are no numbers that a gradient could change. Train an adapter",
+                stacklevel=2,
+            )
+            return self
+        super().requires_grad_(requires_grad)
+        return self
+
+    def result_of(self, name: str, result: Any) -> Any:
+        """What the function of this name returns for this tensor: a piece of the codes keeps what it codes."""
+        if name not in _CUTS or not self.holds_codes():
+            return super().result_of(name, result)
+        if isinstance(result, (list, tuple)):
+            return type(result)(map(self._piece, result))
+        return self._piece(result)
+
+    def _piece(self, view: Any) -> Any:
+        same_dtype = isinstance(view, Tensor) and view.dtype == self.dtype
+        if not same_dtype or not view.is_contiguous() or view.numel() == 0:
+            return view
+        if view.numel() == self.numel():
+            return self._like_this(view)
+        scales = self._scales_of_piece(view, view.storage_offset() - self.storage_offset())
+        return view if scales is None else self._like_this(view, **scales)
+
+    def _scales_of_piece(self, view: Tensor, first: int) -> dict[str, Any] | None:
+        """The scales of a contiguous view that begins at the element `first`; None if it holds a part of a block."""
         raise NotImplementedError
 
     def unquantized(self: Self, weight: Tensor) -> Self:
@@ -302,6 +338,28 @@ class Params4bit(QuantizedParameter):
     def _scales(self, function: Callable[[Tensor], Tensor]) -> dict[str, Any]:
         return {"quant_state": None if self.quant_state is None else self.quant_state.map(function)}
 
+    def _check_assigned(self, value: Tensor) -> None:
+        if value.dtype != self.dtype:
+            raise TypeError(
+                f"the data of a quantized Params4bit are codes in {self.dtype}, got {value.dtype}: assign a Params4bit, or "
+                "set bnb_quantized to False first, so that the float weight is quantized by the next move to a device"
+            )
+
+    def _scales_of_piece(self, view: Tensor, first: int) -> dict[str, Any] | None:
+        state = self.quant_state
+        if state is None or state.shape is None or state.blocksize is None:
+            return None
+        start, n = 2 * first * view.itemsize, state.shape.numel()
+        stop = min(start + 2 * view.nbytes, n)
+        if start % state.blocksize != 0 or (stop % state.blocksize != 0 and stop != n):
+            return None
+        row = state.shape[1:].numel()
+        rows = (start % row, stop % row) == (0, 0)
+        shape = torch.Size([(stop - start) // row, *state.shape[1:]] if rows else [stop - start])
+        absmax = state.scales()[start // state.blocksize : -(-stop // state.blocksize)].clone()
+        own = QuantState(absmax, shape, state.code, state.blocksize, state.quant_type, state.dtype)
+        return {"quant_state": own, "compress_statistics": False}
+
     absmax = _of_state("absmax")
     code = _of_state("code")
     quant_map = _of_state("code")
@@ -354,15 +412,17 @@ class Int8Params(QuantizedParameter):
     @CB.setter
     def CB(self, value: Tensor | None) -> None:
         if value is not None:
-            _DATA.__set__(self, value)
+            if value.dtype != torch.int8:
+                raise TypeError(f"CB must be int8 codes, got {value.dtype}")
+            with torch._C.DisableTorchFunctionSubclass():
+                _DATA.__set__(self, value)
 
     def _check_assigned(self, value: Tensor) -> None:
-        # peft merges `(codes + delta.to(int8))` into a layer that it takes for a float one: nothing changes, and all is well.
-        if self.holds_codes() and value.dtype == torch.int8 and not isinstance(value, Int8Params):
-            raise TypeError(
-                "int8 codes are assigned with their scales: assign an Int8Params. peft needs to know this layer to merge "
-                "an adapter into it: bnbref.integrations.peft.register_lora(config)"
-            )
+        # peft merges `codes + delta` into a layer that it takes for a float one.
+        raise TypeError(
+            f"int8 codes are assigned with their scales: assign an Int8Params, not a tensor of {value.dtype}. peft needs to "
+            "know this layer to merge an adapter into it: bnbref.integrations.peft.register_lora(config)"
+        )
 
     def holds_codes(self) -> bool:
         """Whether the data is int8."""
@@ -381,3 +441,10 @@ class Int8Params(QuantizedParameter):
 
     def _scales(self, function: Callable[[Tensor], Tensor]) -> dict[str, Any]:
         return {"SCB": None if self.SCB is None else function(self.SCB)}
+
+    def _scales_of_piece(self, view: Tensor, first: int) -> dict[str, Any] | None:
+        columns = self.shape[-1]
+        if self.SCB is None or first % columns != 0 or view.shape[1:] != self.shape[1:]:
+            return None
+        row = first // columns
+        return {"SCB": self.SCB[row : row + view.shape[0]].clone()}

@@ -1,0 +1,96 @@
+"""What torch may be doing around a call of ours, and what a call does about it.
+
+autocast                              off inside: dtypes are the ones that are written down
+torch.func, torch.autograd.forward_ad plain operations, and a derivative of ours where rounding has none
+torch.jit.trace                       plain operations, no derivative of ours: a program that is saved cannot hold it
+no_grad, inference_mode               nothing is a view of what autograd has not seen, so that it may be changed in place
+a subclass of Tensor as a weight      is taken for its memory
+"""
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_NOTHING = contextlib.nullcontext()
+
+
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Inside, operations on x's device have the dtypes that are written down, whatever the caller's autocast says.
+
+    >>> with torch.autocast("cpu", dtype=torch.bfloat16), without_autocast(torch.ones(1)):
+    ...     (torch.ones(1, 1) @ torch.ones(1, 1)).dtype
+    torch.float32
+    """
+    kind = x.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return _NOTHING
+    return torch.autocast(kind, enabled=False)
+
+
+def as_autocast(x: Tensor) -> Tensor:
+    """x in the dtype that autocast would give to an argument of a product.
+
+    >>> with torch.autocast("cpu", dtype=torch.bfloat16):
+    ...     as_autocast(torch.ones(1)).dtype, as_autocast(torch.ones(1, dtype=torch.float64)).dtype
+    (torch.bfloat16, torch.float64)
+    """
+    kind = x.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind) or not x.is_floating_point() or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
+
+
+def jit_tracing() -> bool:
+    """Whether `torch.jit.trace` records."""
+    return not torch.compiler.is_compiling() and torch._C._is_tracing()
+
+
+def transforming() -> bool:
+    """Whether tensors wrap tensors or have a tangent: `torch.func`, `torch.autograd.forward_ad`."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+def differentiated(*tensors: Tensor | None) -> bool:
+    """Whether a function of these needs the derivative that we give it."""
+    if not torch.compiler.is_compiling():
+        if jit_tracing():
+            return False
+        if transforming():
+            return True
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def own(result: Tensor) -> Tensor:
+    """The same memory as a tensor that is no view: of views that were made unseen autograd allows no change in place."""
+    if jit_tracing() or not (torch.compiler.is_compiling() or result._is_view()):
+        return result  # jit.trace would take the shape for a constant
+    return torch.ops.aten._unsafe_view(result, result.shape)  # type: ignore[no-any-return]
+
+
+def plain(weight: Tensor) -> Tensor:
+    """The same memory as a plain tensor, also of a quantized parameter, which watches what is done to it."""
+    if transforming() and not weight.is_floating_point() and torch._C._functorch.is_batchedtensor(weight):
+        raise ValueError(
+            "a quantized weight must be one weight, got the codes of several under vmap: each has scales of its own. "
+            "Call the layers in turn"
+        )
+    with torch._C.DisableTorchFunctionSubclass():
+        return weight.detach()
+
+
+def as_bytes(codes: Tensor) -> Tensor:
+    """Packed codes of any storage dtype as flat uint8.
+
+    >>> as_bytes(torch.tensor([[1.0]]))
+    tensor([  0,   0, 128,  63], dtype=torch.uint8)
+    """
+    flat = plain(codes).reshape(-1)
+    if flat.dtype == torch.uint8:
+        return flat
+    if jit_tracing():  # it records `view(dtype)` as an operator that does not exist
+        raise NotImplementedError(f"torch.jit.trace needs codes of quant_storage torch.uint8, got {flat.dtype}")
+    return flat.view(torch.uint8)

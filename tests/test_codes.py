@@ -1,0 +1,262 @@
+"""Codes are no numbers: writes by value are refused, and what moves bytes goes on working."""
+
+import copy
+import io
+import itertools
+import pickle
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from layers import BF16, F32, linear4, linear8, raw, raw_weight, unquantized
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import bnbref
+from bnbref import int8
+from bnbref.functional import dequantize_4bit
+from bnbref.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
+
+
+@pytest.fixture(autouse=True)
+def _eager():
+    with bnbref.eager():
+        yield
+
+
+LAYERS = {
+    "nf4": lambda: linear4(quant_type="nf4", compress_statistics=False),
+    "fp4 nested in bf16": lambda: linear4(compress_statistics=True, quant_storage=BF16),
+    "int8": linear8,
+}
+each_layer = pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+
+
+def ones(p):
+    return torch.ones(p.shape, dtype=F32)
+
+
+def setitem(p):
+    p[0] = 1
+
+
+def iadd(p):
+    p += ones(p)
+
+
+def assign(p):
+    p.data = ones(p)
+
+
+WRITES = {
+    "add_": lambda p: p.add_(ones(p)),
+    "iadd": iadd,
+    "mul_": lambda p: p.mul_(0.5),
+    "lerp_": lambda p: p.lerp_(ones(p), 0.5),
+    "copy_": lambda p: p.copy_(ones(p)),
+    "detach": lambda p: p.detach().copy_(ones(p)),
+    "detach, zero_": lambda p: p.detach().zero_(),
+    "setitem": setitem,
+    "data": assign,
+    "normal_": lambda p: p.normal_(),
+    "fill_": lambda p: p.fill_(1),
+    "init": lambda p: nn.init.normal_(p),
+    "init.zeros_": lambda p: nn.init.zeros_(p),
+    "clamp_": lambda p: torch.clamp_(p, 0, 1),
+    "out": lambda p: torch.add(ones(p), 1, out=p),
+    "foreach": lambda p: torch._foreach_mul_([p], 0.5),
+    "foreach lerp": lambda p: torch._foreach_lerp_([ones(p), p.detach()][1:], [ones(p)], 0.5),
+    "foreach copy": lambda p: torch._foreach_copy_([p], [ones(p)]),
+}
+
+
+@each_layer
+@pytest.mark.parametrize("how", WRITES)
+def test_a_write_by_value_is_refused_and_changes_nothing(make, how):
+    layer = make()
+    before = raw_weight(layer)
+    refusal = (
+        r"takes the codes of a quantized \w+ for numbers|are codes in torch\.\w+, got|int8 codes are assigned with"
+    )
+    with torch.no_grad(), pytest.raises((TypeError, ValueError), match=refusal):
+        WRITES[how](layer.weight)
+    assert raw_weight(layer) == before
+
+
+@pytest.mark.parametrize("how", sorted(WRITES))
+def test_a_weight_that_is_not_quantized_yet_is_written(how):
+    for weight in (Params4bit(torch.zeros(4, 64)), Int8Params(torch.zeros(4, 64), has_fp16_weights=True)):
+        before = weight.detach().clone()
+        with torch.no_grad():
+            WRITES[how](weight)
+        assert how in ("mul_", "foreach", "detach, zero_", "init.zeros_", "clamp_") or not torch.equal(weight, before)
+
+
+@each_layer
+def test_codes_are_copied_into_codes(make):
+    layer, other = make(), make()
+    with torch.no_grad():
+        layer.weight.copy_(other.weight)
+        layer.weight.copy_(other.weight.data)
+        layer.weight.detach().copy_(other.weight.detach())
+        torch._foreach_copy_([layer.weight], [other.weight.data])
+    assert raw_weight(layer) == raw_weight(other)
+    if isinstance(layer, Linear4bit):
+        layer.weight.data = other.weight.data
+    assert raw_weight(layer) == raw_weight(other)
+
+
+@each_layer
+@pytest.mark.parametrize("averaged", [{}, {"multi_avg_fn": get_ema_multi_avg_fn(0.9)},
+                                      {"avg_fn": lambda a, b, n: 0.5 * a + 0.5 * b}], ids=["swa", "ema", "avg_fn"])  # fmt: skip
+def test_the_average_of_codes_is_refused(make, averaged):
+    model = nn.Sequential(make(), nn.Linear(32, 2))
+    average = AveragedModel(model, **averaged)
+    before = raw_weight(average.module[0])
+    average.update_parameters(model)  # the first time it copies codes into codes
+    with pytest.raises(ValueError, match="takes the codes of a quantized"):
+        average.update_parameters(model)
+    assert raw_weight(average.module[0]) == before
+
+
+def _init(module):
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+
+
+class Double(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+MACHINERY = {
+    "apply": lambda layer: nn.Sequential(layer).apply(_init),
+    "reset_parameters": lambda layer: layer.reset_parameters(),
+    "prune": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+    "prune randomly": lambda layer: prune.random_unstructured(layer, "weight", 0.5),
+    "weight_norm": lambda layer: parametrizations.weight_norm(layer),
+    "old weight_norm": lambda layer: nn.utils.weight_norm(layer),
+    "parametrization": lambda layer: parametrize.register_parametrization(layer, "weight", Double()),
+}
+
+
+@each_layer
+@pytest.mark.parametrize("how", MACHINERY)
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+def test_what_would_rewrite_a_weight_is_refused_by_name(make, how):
+    with pytest.raises(
+        (TypeError, ValueError), match=r"takes the codes of a quantized|cannot be (pruned|parametrized)"
+    ):
+        MACHINERY[how](make())
+
+
+@each_layer
+def test_requires_grad_of_a_module_sets_what_can_be_trained(make):
+    model = nn.Sequential(make(), nn.Linear(32, 2)).requires_grad_(False)
+    with pytest.warns(UserWarning, match="a quantized weight stays frozen"):
+        model.requires_grad_()
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"0.bias", "1.weight", "1.bias"}
+    assert unquantized(model[0]).requires_grad_().weight.requires_grad
+
+
+# ---- pieces ---------------------------------------------------------------------------------------------------------
+
+
+def values(weight):
+    if isinstance(weight, Int8Params):
+        return int8.dequantize(weight.data, weight.SCB)
+    return dequantize_4bit(weight.data, weight.quant_state).reshape(-1)
+
+
+CUTS = {
+    "chunk": lambda p, n: p.chunk(n),
+    "torch.chunk": torch.chunk,
+    "split": lambda p, n: p.split(-(-len(p) // n)),
+    "torch.split": lambda p, n: torch.split(p, -(-len(p) // n)),
+    "split sizes": lambda p, n: p.split([n, len(p) - n]),
+    "tensor_split": torch.tensor_split,
+    "slice": lambda p, n: [p[: len(p) // n], p[len(p) // n :]],
+    "narrow": lambda p, n: [p.narrow(0, 0, len(p) // n), p.narrow(0, len(p) // n, len(p) - len(p) // n)],
+    "view": lambda p, n: [p.view(p.shape)],
+}
+
+
+@given(make=st.sampled_from(sorted(LAYERS)), cut=st.sampled_from(sorted(CUTS)), n=st.integers(1, 9))
+def test_a_piece_keeps_what_it_codes(make, cut, n):
+    weight = LAYERS[make]().weight
+    pieces = CUTS[cut](weight, n)
+    assert raw(torch.cat([piece.data for piece in pieces])) == raw(weight.data)
+    whole, start = values(weight).reshape(-1), 0
+    for piece in filter(len, pieces):
+        count = piece.nbytes * (1 if isinstance(weight, Int8Params) else 2)
+        if isinstance(piece, type(weight)):
+            assert raw(values(piece).reshape(-1)) == raw(whole[start : start + count])
+        else:  # a part of a block, which has no scale of its own
+            assert isinstance(weight, Params4bit)
+            assert start % 64 or count % 64
+        start += count
+
+
+# ---- copies and files -----------------------------------------------------------------------------------------------
+
+
+@each_layer
+def test_detached_codes_are_saved_and_copied_as_plain_tensors(make):
+    layer = make()
+    codes, want = layer.weight.detach(), raw(layer.weight.data)
+    file = io.BytesIO()
+    torch.save({"weight": codes, **layer.state_dict()}, file)
+    file.seek(0)
+    for other in (
+        torch.load(file, weights_only=True)["weight"],
+        copy.deepcopy(codes),
+        pickle.loads(pickle.dumps(codes)),
+    ):
+        assert (type(other), raw(other)) == (torch.Tensor, want)
+
+
+@each_layer
+@pytest.mark.parametrize("swap", [True, False])
+def test_modules_move_and_load_with_swapped_parameters(make, swap):
+    layer, before = make(), torch.__future__.get_swap_module_params_on_conversion()
+    want = raw_weight(layer)
+    torch.__future__.set_swap_module_params_on_conversion(swap)
+    try:
+        for move in (nn.Module.half, nn.Module.float, nn.Module.double, nn.Module.cpu):
+            assert raw_weight(move(copy.deepcopy(layer))) == want
+        fresh = unquantized(layer)
+        fresh.load_state_dict(layer.state_dict(), assign=True)
+        assert raw_weight(fresh) == want
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
+
+
+# ---- modules of torch that read weights -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor|The PyTorch API of nested tensors")
+def test_an_encoder_does_not_take_its_fast_path(bits, norm_first):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True, norm_first=norm_first)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=not norm_first).eval()
+    for inner, name in itertools.product(model.layers, ("linear1", "linear2")):
+        old = getattr(inner, name)
+        make = Linear4bit if bits == 4 else lambda k, n: Linear8bitLt(k, n, has_fp16_weights=False)
+        new = make(old.in_features, old.out_features)
+        new.load_state_dict(old.state_dict())
+        setattr(inner, name, new.to("cpu"))
+    x = torch.randn(2, 5, 64)
+    for mask in (None, torch.tensor([[False] * 5, [False] * 3 + [True] * 2])):
+        want = model(x, src_key_padding_mask=mask)
+        for guard in (torch.no_grad, torch.inference_mode):
+            with guard():
+                got = model(x, src_key_padding_mask=mask)
+            n = x.shape[1] if mask is None else 3
+            assert torch.allclose(got[:, :n], want[:, :n], rtol=1e-5, atol=1e-5)
+    frozen = model.requires_grad_(False)
+    assert torch.allclose(frozen(x), model(x))
