@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
+from transformers.utils import is_peft_available
 
 from bnbref import int8
 from bnbref.integrations.experts import dequantize_experts, is_experts, load_offloaded, parametrize_experts
@@ -158,6 +159,10 @@ class BnbRefHfQuantizer(HfQuantizer):  # type: ignore[misc]
         names = [*quantized, *_quantized_weights(model)]
         model._weight_conversions = [c for c in self.conversions if not _undoing(c, names)]
         _set_flags(model)
+        if is_peft_available():
+            from bnbref.integrations.peft_parameters import adapt_peft
+
+            adapt_peft()
         setattr(model, REASONS, self.reasons)
         self._log(report(model))
         return model
