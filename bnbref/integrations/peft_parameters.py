@@ -99,7 +99,9 @@ class ParamWrapper(lora.ParamWrapper):  # type: ignore[misc]
         if not new:
             return
         if steps.original.is_meta:
-            raise ValueError(f"{self.parameter_name!r} is offloaded: merge into a model that was loaded without offloading")
+            raise ValueError(
+                f"{self.parameter_name!r} is offloaded: merge into a model that was loaded without offloading"
+            )
         packed, state = before = self._before or (steps.original.data, steps[0].quant_state)
         weight = Params4bit(
             packed,
@@ -151,7 +153,9 @@ def _wrapping(original: Any) -> Any:
         base = target.get_base_layer() if isinstance(target, tuners_utils.BaseTunerLayer) else target
         if isinstance(base, QuantizedLayer) and parameter_name == "weight":
             name = kwargs.get("target_name")
-            raise ValueError(f"target_parameters: {name} is the packed weight of {base}: name the layer in target_modules")
+            raise ValueError(
+                f"target_parameters: {name} is the packed weight of {base}: name the layer in target_modules"
+            )
         wrapper = ParamWrapper if parameter_name in _quantized(base) else None
         if wrapper is None:
             return original(target, adapter_name, config=config, parameter_name=parameter_name, **kwargs)
@@ -162,9 +166,7 @@ def _wrapping(original: Any) -> Any:
 
 def _finding(original: Any) -> Any:
     @functools.wraps(original)
-    def inject(
-        self: Any, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
-    ) -> list[str]:
+    def inject(self: Any, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool) -> list[str]:
         """Parameters of modules of which one is quantized, in the order of their wrappers; then all others."""
         targets = set(peft_config.target_parameters)
         modules = {path: module for path, module in model.named_modules() if _quantized(module)}
