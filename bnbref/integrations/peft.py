@@ -32,6 +32,8 @@ __all__ = ["LoraLinear", "register_lora"]
 class LoraLinear(lora.Linear):  # type: ignore[misc]
     """peft's LoRA of a linear layer, on a layer of bnbref's: see the head of this file."""
 
+    merges_quantized = True
+
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
         super().__init__(base_layer, adapter_name, config=config, **kwargs)
         self.fan_in_fan_out = False  # a quantized Conv1D of GPT-2 is an ordinary linear layer
@@ -39,7 +41,7 @@ class LoraLinear(lora.Linear):  # type: ignore[misc]
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
         """Add an adapter."""
-        if config.use_dora or config.init_lora_weights not in (True, False, "gaussian", "orthogonal", "eva"):
+        if config.use_dora or config.init_lora_weights not in (True, False, "gaussian", "eva"):
             what = "use_dora=True" if config.use_dora else f"init_lora_weights={config.init_lora_weights!r}"
             raise ValueError(
                 f"{what} reads weights through bitsandbytes: on bnbref's layers it needs the alias for that"

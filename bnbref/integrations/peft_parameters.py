@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from bnbref import int8
+from bnbref.integrations.peft_checks import check_merge, check_targets
 from bnbref.linear4bit import dequantize
 from bnbref.nn import Params4bit
 from bnbref.nn.layer import QuantizedLayer
@@ -142,9 +143,25 @@ def _quantized(module: nn.Module) -> dict[str, Any]:
 
 @functools.cache
 def adapt_peft() -> None:
-    """Let peft's LoRA find parameters that are quantized by themselves, and give each its own wrapper."""
+    """Let peft's LoRA find parameters that are quantized by themselves and wrap them; refuse what reads codes. Once."""
+    base = tuners_utils.BaseTuner
+    base.inject_adapter, base._check_merge_allowed = _checking(base.inject_adapter, base._check_merge_allowed)
     tuners_utils.BaseTuner._inject_parameters = _finding(tuners_utils.BaseTuner._inject_parameters)
     lora_model.dispatch_default = _wrapping(lora_model.dispatch_default)
+
+
+def _checking(inject: Any, merge_allowed: Any) -> tuple[Any, Any]:
+    @functools.wraps(inject)
+    def inject_adapter(self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        check_targets(self, model, self.peft_config[adapter_name])
+        inject(self, model, adapter_name, *args, **kwargs)
+
+    @functools.wraps(merge_allowed)
+    def check_merge_allowed(self: Any) -> None:
+        merge_allowed(self)
+        check_merge(self)
+
+    return inject_adapter, check_merge_allowed
 
 
 def _wrapping(original: Any) -> Any:
