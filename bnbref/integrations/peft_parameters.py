@@ -189,7 +189,7 @@ def _finding(original: Any) -> Any:
         modules = {path: module for path, module in model.named_modules() if _quantized(module)}
         found: list[tuple[str, str, str]] = []
         for path, module in modules.items():
-            own = [*module.parametrizations, *(name for name, _ in module.named_parameters(recurse=False))]  # type: ignore[misc]
+            own = [*module.parametrizations, *(name for name, _ in module.named_parameters(recurse=False))]
             found += [(path, name, f"{path.replace('.base_layer', '')}.{name}") for name in own]
         found = [(path, name, key) for path, name, key in found if any(f".{key}".endswith(f".{t}") for t in targets)]
         for path, name, key in found:
@@ -211,8 +211,9 @@ def _finding(original: Any) -> Any:
         others = copy.copy(peft_config)
         others.target_parameters = sorted(targets - {f"{path}.{name}" for path, name, _ in found})
         names = [key for _, _, key in found]
-        return names + original(
+        names += original(
             self, peft_config=others, model=model, adapter_name=adapter_name, low_cpu_mem_usage=low_cpu_mem_usage
         )
+        return names
 
     return inject
