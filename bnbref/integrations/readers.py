@@ -30,8 +30,9 @@ def read_by_others(model: nn.Module) -> dict[str, str]:
     """
     found = {}
     for path, module in model.named_modules():
-        for name in _reads(type(module)):
-            found[f"{path}.{name}" if path else name] = type(module).__name__
+        cls: Any = type(module)
+        for name in _reads(cls):
+            found[f"{path}.{name}" if path else name] = cls.__name__
     return found
 
 
