@@ -163,12 +163,6 @@ def _check_4bit(name: str, packed: Tensor, group: Mapping[str, Tensor]) -> Quant
             f"{name} must be {n_bytes} bytes [bytes / itemsize, 1] of uint8 or floats for the shape "
             f"{list(state.shape or ())}, got {packed.nbytes} bytes, {_describe(packed)}"
         )
-    for key in sorted(group.keys() & {"absmax", "nested_absmax"}):
-        _check_scales(f"{name}.{key}", group[key])
-    if state.offset is not None and group["absmax"].numel():
-        largest = group["nested_absmax"].max().item() * group["nested_quant_map"].abs().max().item()
-        if not largest + abs(state.offset.item()) <= torch.finfo(torch.float32).max:
-            raise ValueError(f"{name}: its scales overflow float32")
     return state
 
 
@@ -182,15 +176,11 @@ def _check_int8(name: str, codes: Tensor, group: Mapping[str, Tensor]) -> None:
     scales, layout = group["SCB"], group.get("weight_format")  # layers older than weight_format have rows too
     if scales.dtype != torch.float32 or scales.shape != codes.shape[:1]:
         raise ValueError(f"{_scb(name)} must be float32 [{codes.shape[0]}], got {_describe(scales)}")
-    _check_scales(_scb(name), scales)
+    if not bool((scales.isfinite() & (scales >= 0)).all()):
+        raise ValueError(f"{_scb(name)} has scales that are NaN, infinite or negative")
     if layout is not None and (layout.dtype != torch.uint8 or layout.numel() != 1 or layout.item() != 0):
         got = f"{_describe(layout)} {layout.flatten()[:1].tolist()}"
         raise ValueError(f"{_scb(name, 'weight_format')} must be uint8 0 (rows, the only layout left), got {got}")
-
-
-def _check_scales(key: str, scales: Tensor) -> None:
-    if scales.is_floating_point() and not bool((scales.isfinite() & (scales >= 0)).all()):
-        raise ValueError(f"{key} has scales that are NaN, infinite or negative")
 
 
 # ---- read -----------------------------------------------------------------------------------------------------------

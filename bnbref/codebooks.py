@@ -185,6 +185,20 @@ def value_table(codebook: Codebook, device: torch.device) -> Tensor:
     return _table(codebook, True, device)
 
 
+def is_table_of(values: Tensor, codebook: Codebook) -> bool:
+    """Whether a table that came with codes is `value_table(codebook)`, as some torch computed it: within 2^-19 of each value.
+
+    Writers compute the dynamic map with torch's linspace, whose edges on [0.1, 1] differ by 2^-23 at most where there is no fused
+    multiply-add; relative to 0.1 that is less than 2^-19. Values that are neighbours differ by 1 % or more.
+
+    >>> is_table_of(value_table(NF4, torch.device("cpu")), NF4), is_table_of(value_table(NF4, torch.device("cpu")).flip(0), NF4)
+    (True, False)
+    """
+    own = value_table(codebook, torch.device("cpu"))
+    found = values.detach().to("cpu", torch.float32)
+    return found.shape == own.shape and bool(((found - own).abs() <= own.abs() * 2.0**-19).all())
+
+
 def threshold_table(codebook: Codebook, device: torch.device) -> Tensor:
     """`codebook.thresholds` as a float32 tensor."""
     return _table(codebook, False, device)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bnbref import nested
 from bnbref.blockwise import block_count
-from bnbref.codebooks import DYNAMIC, FOUR_BIT, Codebook, four_bit, value_table
+from bnbref.codebooks import DYNAMIC, FOUR_BIT, Codebook, four_bit, is_table_of, value_table
 
 T = TypeVar("T")
 
@@ -160,7 +160,9 @@ class QuantState:
     def from_dict(cls, qs_dict: Mapping[str, Any], device: torch.device | str) -> "QuantState":
         """A state from its dict, packed or not; prefixes of keys up to the last dot are dropped.
 
-        Everything is checked: keys, types, block counts, finite scales, the codebook. ValueError says what is wrong.
+        Everything is checked: keys, types, block counts, scales that no magnitude can be, and that both tables are those of the
+        codebooks that quantize so: `quant_type` for the weight, the dynamic map for its scales. ValueError says what is wrong.
+        What nothing else in the dict contradicts is believed: a blocksize that gives as many blocks, the value of the offset.
         """
         fields = _unpack(qs_dict)
         nested_keys = [key for key in _NESTED_KEYS if key in fields]
@@ -189,18 +191,27 @@ class QuantState:
         offset, state2 = None, None
         if nested_keys:
             _check_blocksize("nested_blocksize", fields["nested_blocksize"], absmax.numel())
+            _require(
+                fields["nested_blocksize"] == nested.BLOCKSIZE, "nested_blocksize", 256, fields["nested_blocksize"]
+            )
             _require(fields["nested_dtype"] == "float32", "nested_dtype", "float32", fields["nested_dtype"])
             value = fields["nested_offset"]
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
             _require(is_number and abs(value) <= _LARGEST, "nested_offset", "a finite float32 number", value)
-            inner_blocks = block_count(absmax.numel(), fields["nested_blocksize"])
+            _require(value >= 0, "nested_offset", "the mean of magnitudes, at least 0", value)
             offset = torch.tensor(float(value), dtype=torch.float32, device=device)
-            state2 = cls(
-                absmax=_tensor(fields, "nested_absmax", torch.float32, inner_blocks).to(device),
-                code=_tensor(fields, "nested_quant_map", torch.float32, 256).to(device),
-                blocksize=fields["nested_blocksize"],
-                dtype=torch.float32,
-            )
+            inner = _tensor(fields, "nested_absmax", torch.float32, block_count(absmax.numel(), nested.BLOCKSIZE))
+            _check_scales("nested_absmax", inner)
+            code2 = _tensor(fields, "nested_quant_map", torch.float32, 256)
+            if code2.device.type != "meta" and not is_table_of(code2, DYNAMIC):
+                raise ValueError(
+                    "nested_quant_map is not the dynamic map, by which scales are coded: codes mean other scales"
+                )
+            if inner.numel() and not inner.is_meta and not (inner.max() * code2.max()).item() + value <= _LARGEST:
+                raise ValueError("nested_absmax and nested_offset give scales that overflow float32")
+            state2 = cls(inner.to(device), code=code2.to(device), blocksize=nested.BLOCKSIZE, dtype=torch.float32)
+        else:
+            _check_scales("absmax", absmax)
         return cls(
             absmax=absmax.to(device),
             shape=shape,
@@ -274,6 +285,11 @@ def _tensor(fields: Mapping[str, Any], name: str, dtype: torch.dtype, numel: int
     if dtype.is_floating_point and value.device.type != "meta" and not bool(value.isfinite().all()):
         raise ValueError(f"{name} has NaN or infinite elements")
     return value
+
+
+def _check_scales(name: str, scales: Tensor) -> None:
+    if scales.device.type != "meta" and not bool((scales >= 0).all()):
+        raise ValueError(f"{name} has scales that are negative")
 
 
 def _require(condition: bool, name: str, allowed: Any, value: Any) -> None:

@@ -521,8 +521,8 @@ absmax too short: q.weight: absmax must be torch.uint8 with 64 elements, got tor
 absmax of floats: q.weight: absmax must be torch.uint8 with 64 elements, got torch.float32 (64,)
 nested_absmax too long: q.weight: nested_absmax must be torch.float32 with 1 elements, got torch.float32 (2,)
 nested_absmax NaN: q.weight: nested_absmax has NaN or infinite elements
-nested_absmax negative: q.weight.nested_absmax has scales that are NaN, infinite or negative
-scales overflow: q.weight: its scales overflow float32
+nested_absmax negative: q.weight: nested_absmax has scales that are negative
+scales overflow: q.weight: nested_absmax and nested_offset give scales that overflow float32
 nested_quant_map infinite: q.weight: nested_quant_map has NaN or infinite elements
 quant_map of another type: q.weight: quant_map is not the codebook 'nf4': [1.0, 0.7229568362236023,
     0.5626170039176941, 0.44070982933044434, 0.33791524171829224, 0.24611230194568634, 0.16093020141124725,
@@ -566,7 +566,7 @@ blocksize larger than all: q.weight: blocksize must be an integer from 1 to 4096
 nested_blocksize larger than all: q.weight: nested_blocksize must be an integer from 1 to 4096, got
     1099511627776
 blocksize not whole: q.weight: blocksize must be an integer from 1 to 4096, got 64.0
-nested_blocksize: q.weight: nested_absmax must be torch.float32 with 4 elements, got torch.float32 (1,)
+nested_blocksize: q.weight: nested_blocksize must be 256, got 16
 nested_dtype: q.weight: nested_dtype must be float32, got 'float16'
 nested_offset NaN: q.weight: nested_offset must be a finite float32 number, got nan
 nested_offset beyond float32: q.weight: nested_offset must be a finite float32 number, got 1e+39

@@ -528,7 +528,7 @@ absmax must be torch.uint8 with 40 elements, got torch.uint8 (41,)
 nested_absmax must be torch.float32 with 1 elements, got torch.float32 (2,)
 nested_absmax has NaN or infinite elements
 nested_blocksize must be an integer from 1 to 4096, got 0
-nested_absmax must be torch.float32 with 2 elements, got torch.float32 (1,)
+nested_blocksize must be 256, got 39
 nested_blocksize must be an integer from 1 to 4096, got '256'
 nested_dtype must be float32, got 'float16'
 nested_offset must be a finite float32 number, got nan

@@ -20,19 +20,19 @@ import torch
 from peft import LoraConfig
 from peft.tuners import lora
 from peft.tuners.tuners_utils import check_adapters_to_merge
-from torch import Tensor, nn
+from torch import nn
 
-from bnbref import int8
-from bnbref.linear4bit import dequantize
-from bnbref.nn import Linear4bit, Linear8bitLt, Params4bit
+from bnbref.integrations.peft_parameters import adapt_peft, added
+from bnbref.nn import Linear4bit, Linear8bitLt
 from bnbref.nn.layer import QuantizedLayer
-from bnbref.nn.params import QuantizedParameter
 
 __all__ = ["LoraLinear", "register_lora"]
 
 
 class LoraLinear(lora.Linear):  # type: ignore[misc]
     """peft's LoRA of a linear layer, on a layer of bnbref's: see the head of this file."""
+
+    merges_quantized = True
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
         super().__init__(base_layer, adapter_name, config=config, **kwargs)
@@ -41,7 +41,7 @@ class LoraLinear(lora.Linear):  # type: ignore[misc]
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
         """Add an adapter."""
-        if config.use_dora or config.init_lora_weights not in (True, False, "gaussian", "orthogonal", "eva"):
+        if config.use_dora or config.init_lora_weights not in (True, False, "gaussian", "eva"):
             what = "use_dora=True" if config.use_dora else f"init_lora_weights={config.init_lora_weights!r}"
             raise ValueError(
                 f"{what} reads weights through bitsandbytes: on bnbref's layers it needs the alias for that"
@@ -65,7 +65,7 @@ class LoraLinear(lora.Linear):  # type: ignore[misc]
             raise ValueError(f"lora_bias=True, but {base} has no bias to merge the adapter's into")
         bias: Any = None if base.bias is None else base.bias.detach().clone()
         weight, bias = self._before or (base.weight, bias)
-        base.weight = _sum(weight, [self.get_delta_weight(name) for name in adapters])
+        base.weight = added(weight, [self.get_delta_weight(name) for name in adapters])
         if biases:
             base.bias.data = bias + torch.stack(biases).sum(0).detach()
         self._before = (weight, bias)
@@ -89,19 +89,6 @@ def _is_quantized(layer: nn.Module) -> bool:
     return isinstance(layer, QuantizedLayer)
 
 
-def _sum(weight: Any, deltas: list[Tensor]) -> QuantizedParameter:
-    """A quantized weight and float matrices: one float32 sum, quantized like the weight."""
-    four_bit = isinstance(weight, Params4bit)
-    state = weight.quant_state if four_bit else weight.SCB
-    total = (dequantize if four_bit else int8.dequantize)(weight.data, state, torch.float32)
-    for delta in deltas:
-        total = total + delta.detach().to(total)
-    merged: Any = weight.unquantized(total).to(weight.device)
-    if four_bit:
-        merged.quant_state.dtype = state.dtype  # what the weight was before it was first quantized, as files record it
-    return merged  # type: ignore[no-any-return]
-
-
 def register_lora(config: LoraConfig) -> LoraConfig:
     """Let LoRA of this config treat bnbref's layers as what they are; returns the config.
 
@@ -111,3 +98,6 @@ def register_lora(config: LoraConfig) -> LoraConfig:
         raise TypeError(f"config must be a peft.LoraConfig, got {type(config).__name__}: other tuners need the alias")
     config._register_custom_module({Linear4bit: LoraLinear, Linear8bitLt: LoraLinear})
     return config
+
+
+adapt_peft()

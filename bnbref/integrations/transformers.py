@@ -18,6 +18,7 @@ importing this module takes over by itself.
 import functools
 import importlib.util
 import inspect
+import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -28,12 +29,15 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers import auto, register_quantization_config, register_quantizer
 
 from bnbref.integrations.experts import quantized_parameters
-from bnbref.integrations.inventory import report
+from bnbref.integrations.inventory import REASONS, report
 from bnbref.integrations.transformers_config import COMPUTE_DTYPE, METHOD, BnbRefConfig
-from bnbref.integrations.transformers_quantizer import BnbRefHfQuantizer
+from bnbref.integrations.transformers_quantizer import BnbRefHfQuantizer, dequantized, dtype_of
 from bnbref.nn import Params4bit
+from bnbref.nn.layer import QuantizedLayer
 
 __all__ = ["BnbRefConfig", "BnbRefHfQuantizer", "register", "report", "restore", "take_over_bitsandbytes"]
+
+logger = logging.getLogger(__name__)
 
 _METHODS = ("bitsandbytes_4bit", "bitsandbytes_8bit")
 _undo: list[Callable[[], None]] = []
@@ -45,6 +49,8 @@ def register() -> None:
         register_quantization_config(METHOD)(BnbRefConfig)
         register_quantizer(METHOD)(BnbRefHfQuantizer)
         PreTrainedModel.num_parameters = _counting(PreTrainedModel.num_parameters)
+        PreTrainedModel._get_resized_lm_head = _resizing(PreTrainedModel._get_resized_lm_head)
+        PreTrainedModel._get_resized_embeddings = _not_resizing(PreTrainedModel._get_resized_embeddings)
 
 
 def take_over_bitsandbytes() -> bool:
@@ -114,6 +120,38 @@ def _counting(original: Callable[..., int]) -> Callable[..., int]:
         return sum(map(math.prod, shapes))
 
     return num_parameters
+
+
+def _resizing(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`resize_token_embeddings` of a model with a quantized head: a new head in float, its old rows the values of the codes."""
+
+    @functools.wraps(original)
+    def get_resized_lm_head(self: Any, old: Any, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(old, QuantizedLayer):
+            return original(self, old, new_num_tokens, *args, **kwargs)
+        if new_num_tokens in (None, old.out_features):
+            return old
+        name = next(name for name, module in self.named_modules() if module is old)
+        getattr(self, REASONS, {})[name] = "resized"
+        logger.warning("%s was quantized; resized to %d tokens it is float", name, new_num_tokens)
+        plain = dequantized(name, old, dtype_of(self.config.dtype))
+        return original(self, plain, new_num_tokens, *args, **kwargs)
+
+    return get_resized_lm_head
+
+
+def _not_resizing(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def get_resized_embeddings(
+        self: Any, old: Any, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        if isinstance(old, QuantizedLayer) and new_num_tokens not in (None, old.num_embeddings):
+            raise ValueError(
+                f"{old} is packed: put a float embedding in its place to resize it to {new_num_tokens} tokens"
+            )
+        return original(self, old, new_num_tokens, *args, **kwargs)
+
+    return get_resized_embeddings
 
 
 register()

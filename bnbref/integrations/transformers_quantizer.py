@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
+from transformers.utils import is_peft_available
 
 from bnbref import int8
 from bnbref.integrations.experts import dequantize_experts, is_experts, load_offloaded, parametrize_experts
 from bnbref.integrations.inventory import REASONS, Report, report
+from bnbref.integrations.readers import read_by_others
 from bnbref.integrations.transformers_config import METHOD, BnbRefConfig
 from bnbref.integrations.transformers_loading import (
     Identity,
@@ -83,8 +85,12 @@ class BnbRefHfQuantizer(HfQuantizer):  # type: ignore[misc]
         patterns = self.get_modules_to_not_convert(model, self.spec.skip_modules, model._keep_in_fp32_modules)
         candidates = {name: m for name, m in model.named_modules() if is_linear(m) or is_experts(m)}
         tied = {key.removesuffix(".weight"): other for key, other in model.all_tied_weights_keys.items()}
+        readers = read_by_others(model)
         for name, module in candidates.items():
             reason = f"tied to {tied[name]}" if name in tied else _skipped(name, patterns, skip)
+            if reason is None and name in readers and not self.pre_quantized:
+                reason = f"{readers[name]} reads its weight by itself"
+                logger.warning("%s stays as it is. %s", name, reason)
             if reason is not None:
                 self.reasons[name] = reason
             elif is_linear(module):
@@ -158,6 +164,10 @@ class BnbRefHfQuantizer(HfQuantizer):  # type: ignore[misc]
         names = [*quantized, *_quantized_weights(model)]
         model._weight_conversions = [c for c in self.conversions if not _undoing(c, names)]
         _set_flags(model)
+        if is_peft_available():
+            from bnbref.integrations.peft_parameters import adapt_peft
+
+            adapt_peft()
         setattr(model, REASONS, self.reasons)
         self._log(report(model))
         return model
@@ -197,10 +207,10 @@ class BnbRefHfQuantizer(HfQuantizer):  # type: ignore[misc]
         return ({**model.state_dict(), **offloaded} if offloaded else None), {}
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
-        old, dtype = _dtype(model.config.dtype), _dtype(dtype)
+        old, dtype = dtype_of(model.config.dtype), dtype_of(dtype)
         for name, module in list(model.named_modules()):
             if isinstance(module, QuantizedLayer) and not isinstance(module, nn.Embedding):
-                model.set_submodule(name, _dequantized(name, module, dtype))
+                model.set_submodule(name, dequantized(name, module, dtype))
         dequantize_experts(model, dtype)
         # What was not quantized was loaded in the model's dtype, or kept in float32 by the model.
         for parameter in model.parameters():
@@ -213,7 +223,7 @@ class BnbRefHfQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
 
-def _dtype(dtype: torch.dtype | str) -> torch.dtype:
+def dtype_of(dtype: torch.dtype | str) -> torch.dtype:
     """Saving a model makes the dtype in its config a string."""
     return getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
 
@@ -265,7 +275,8 @@ def _set_flags(model: Any) -> None:
         model.quantization_method = "bitsandbytes"
 
 
-def _dequantized(name: str, layer: Any, dtype: torch.dtype) -> nn.Module:
+def dequantized(name: str, layer: Any, dtype: torch.dtype) -> nn.Module:
+    """The plain layer of the values of a quantized one, with its hooks of accelerate."""
     weight: Tensor = layer.weight
     if weight.is_meta:
         raise ValueError(f"{name} is offloaded: load the model without offloading to dequantize it")

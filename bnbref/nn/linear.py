@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from bnbref.codebooks import Codebook
 from bnbref.context import plain
@@ -71,6 +72,9 @@ class Linear4bit(FourBitLayer, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in_features]` -> `[..., out_features]` in x's dtype."""
         state = self.quant_state
+        if state is None and not isinstance(self.weight, Params4bit) and self.weight.is_floating_point():
+            # Tied to a float weight: transformers puts a model's embedding into its output head.
+            return F.linear(x.to(self.weight.dtype), self.weight, self.bias).to(x.dtype)
         if state is None:
             raise RuntimeError(f"the weight of {self} is not quantized yet: move the layer to a device, .to(device)")
         dtype = x.dtype if self.compute_dtype is None else self.compute_dtype

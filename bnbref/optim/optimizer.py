@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bnbref import blockwise
 from bnbref.blockwise import block_count, check_blocksize, check_float
-from bnbref.codebooks import value_table
+from bnbref.codebooks import DYNAMIC, DYNAMIC_UNSIGNED, is_table_of, value_table
 from bnbref.optim import paging
 from bnbref.optim.equation import Equation, check, layout, numbers, write_down
 from bnbref.optim.rules import Rule, State, absmax_key, qmap_key
@@ -322,7 +322,8 @@ class Optimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: Mapping[str, Any], move_to_device: bool = True) -> None:
         """Load what `state_dict` of this class or of bitsandbytes' gave, wrapped or not.
 
-        States are copied to where this optimizer keeps its own. Codes of another codebook are decoded and encoded again.
+        States are copied to where this optimizer keeps its own. Codes of the other dynamic map (bitsandbytes keeps squares with
+        the signed one) are decoded and encoded again; a map of other values is refused.
         """
         if not move_to_device:
             raise ValueError("move_to_device must be True: a state is where its parameter is, or paged")
@@ -368,6 +369,8 @@ class Optimizer(torch.optim.Optimizer):
             tensor = part(first)
             if tensor.numel() != p.numel():
                 raise ValueError(f"saved {first} has {tensor.numel()} elements, its parameter has {p.numel()}")
+            if tensor.dtype != torch.uint8 and not tensor.is_floating_point():
+                raise ValueError(f"saved {first} must be uint8 codes or floats, got {tensor.dtype}")
             if tensor.dtype != torch.uint8:
                 state[s.key] = empty(s.key, shape, torch.float32).copy_(mine(tensor))
                 continue
@@ -388,11 +391,17 @@ class Optimizer(torch.optim.Optimizer):
                 f"saved absmax has {absmax.numel()} scales for {codes.numel()} codes: not blocks of {blocksize}; "
                 f"blocksize=... must be that of the optimizer that saved it"
             )
+        if not absmax.is_floating_point() or not bool((absmax.isfinite() & (absmax >= 0)).all()):
+            raise ValueError(f"saved {absmax_key(state.key)} has scales that are no floats, NaN, infinite or negative")
         book = self.rule.codebook(state)
-        own = value_table(book, codes.device)
-        if values is None or torch.equal(values.to(own), own):
+        if values is None or is_table_of(values, book):
             return codes, absmax
-        decoded = blockwise.dequantize(codes, absmax, values.to(own), blocksize, torch.float32)
+        if not any(is_table_of(values, known) for known in (*self.rule.codebooks, DYNAMIC, DYNAMIC_UNSIGNED)):
+            raise ValueError(
+                f"saved {_qmap_key(state.key)} is no map of {self.rule!r}, nor a dynamic map: its codes mean nothing"
+            )
+        values = values.to(codes.device, torch.float32)
+        decoded = blockwise.dequantize(codes, absmax, values, blocksize, torch.float32)
         return blockwise.quantize(decoded, book, blocksize)
 
 

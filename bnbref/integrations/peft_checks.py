@@ -1,0 +1,105 @@
+"""What peft's tuners can do over packed weights: the rest is refused by the layer's name, before anything is trained or merged.
+
+A tuner of peft takes any subclass of `nn.Linear`. If it computes with the layer's output alone, it trains as over a float layer.
+If it reads `layer.weight` it finds codes: most then fail inside of torch, some compute with int8 codes as if they were numbers.
+`tests/test_peft_tuners.py` goes through all tuners there are: one that is not listed here is refused.
+"""
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+from peft.tuners import tuners_utils
+from torch import nn
+
+from bnbref.integrations import bitsandbytes_finder
+from bnbref.integrations.experts import quantized_parameters
+from bnbref.nn import Linear4bit, Linear8bitLt
+from bnbref.nn.layer import QuantizedLayer
+
+TRAIN = frozenset(
+    ("BEFT", "BOFT", "C3A", "FOURIERFT", "GRALORA", "LILY", "LORA", "MISS", "OFT", "ROAD", "VBLORA", "VERA", "WAVEFT")
+)
+"""Tuners that read the output of a layer and not its weight."""
+
+TRAIN_UNDER_THE_ALIAS = TRAIN | {"ADALORA", "HIRA", "IA3", "PVERA", "RANDLORA", "SHIRA"}
+"""And those for which peft has layers of their own over bitsandbytes'."""
+
+MERGE_UNDER_THE_ALIAS = frozenset(("BOFT", "HIRA", "LORA", "MISS", "OFT", "ROAD", "SHIRA", "VERA"))
+"""Tuners that dequantize a weight of bitsandbytes', add to it, and quantize it."""
+
+
+def _alias() -> bool:
+    return bitsandbytes_finder.current() is not None
+
+
+def _names(layers: Iterable[str]) -> str:
+    names = list(layers)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _ends_with(path: str, names: Iterable[str]) -> bool:
+    return any(f".{path}".endswith(f".{name}") for name in names)
+
+
+def check_targets(tuner: Any, model: nn.Module, config: Any) -> None:
+    """ValueError if an adapter of this config would read the weight of a quantized layer, or train it."""
+    layers = {path.replace(".base_layer", ""): m for path, m in model.named_modules() if isinstance(m, QuantizedLayer)}
+    holders = {name.rpartition(".")[0].replace(".base_layer", "") for name, *_ in quantized_parameters(model)}
+    trained = [path for path in (*layers, *sorted(holders)) if _ends_with(path, config.modules_to_save or ())]
+    if trained:
+        raise ValueError(
+            f"modules_to_save: {_names(trained)} is quantized: load the model with it in skip_modules to train it"
+        )
+    tokens = getattr(config, "trainable_token_indices", None)
+    if tokens:
+        embedding = getattr(model, "get_input_embeddings", lambda: None)()
+        found = [
+            p for p, m in layers.items() if (_ends_with(p, tokens) if isinstance(tokens, dict) else m is embedding)
+        ]
+        if found:
+            raise ValueError(f"trainable_token_indices: {_names(found)} is quantized: its rows are packed")
+    kind, option = config.peft_type.value, _reading(config)
+    allowed = TRAIN_UNDER_THE_ALIAS if _alias() else TRAIN
+    if not layers or (kind in allowed and option is None) or getattr(config, "target_modules", None) is None:
+        return
+    config = tuners_utils._maybe_include_all_linear_layers(copy.copy(config), model)
+    found = [path for path in layers if tuner._check_target_module_exists(config, path)]
+    if found:
+        what = f"{kind} with {option}" if option and kind in allowed else kind
+        raise ValueError(
+            f"{what} reads the weight of {_names(found)}, which is packed. Over bnbref's layers a tuner must be one of "
+            f"{', '.join(sorted(allowed))}, LORA without such options; or dequantize the model first"
+        )
+
+
+def _reading(config: Any) -> str | None:
+    """The option of a tuner that does not read weights by itself, with which it does."""
+    init: Any = getattr(config, "init_lora_weights", True)
+    known = (True, False, "gaussian", "eva", *(("olora", "loftq") if _alias() else ()))
+    if init not in known:
+        return f"init_lora_weights={init!r}"
+    if getattr(config, "use_dora", False) and not _alias():
+        return "use_dora=True"
+    if config.peft_type.value == "MISS" and config.init_weights == "bat" and not _alias():
+        return "init_weights='bat'"
+    return None
+
+
+def check_merge(tuner: Any) -> None:
+    """ValueError if an adapter would be merged into a quantized layer by code that does not know it."""
+    kinds = {config.peft_type.value for config in tuner.peft_config.values()}
+    known = _alias() and kinds <= MERGE_UNDER_THE_ALIAS
+    layers = [
+        path
+        for path, m in tuner.model.named_modules()
+        if isinstance(m, tuners_utils.BaseTunerLayer)
+        and isinstance(m.get_base_layer(), QuantizedLayer)
+        and not getattr(m, "merges_quantized", False)
+        and not (known and isinstance(m.get_base_layer(), (Linear4bit, Linear8bitLt)))
+    ]
+    if layers:
+        raise ValueError(
+            f"{', '.join(sorted(kinds))} cannot be merged into {_names(layers)}, whose weights are packed: keep the adapter "
+            "beside them, dequantize the model first, or, for LoRA, call bnbref.integrations.peft.register_lora(config)"
+        )

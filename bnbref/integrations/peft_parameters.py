@@ -1,0 +1,219 @@
+"""LoRA on parameters that are quantized by themselves: peft's `target_parameters` on the experts of a mixture.
+
+    LoraConfig(target_parameters=["experts.gate_up_proj", "experts.down_proj"])        as for a float model
+
+Such a parameter is behind a parametrization (`bnbref.nn.parametrize`). In modules with parametrizations peft finds no parameter
+by the end of its name, takes the values without the adapter from torch's cache, and merges into a temporary tensor. `adapt_peft`
+lets it find them, and gives them a wrapper of their own. It is called where bnbref's quantizer has loaded a model, and by
+`import bnbref.integrations.peft`.
+
+Merging is one rounding and unmerging is exact, as for layers: see `bnbref.integrations.peft`.
+"""
+
+import copy
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from peft.tuners import lora, tuners_utils
+from peft.tuners.lora import layer as lora_layer
+from peft.tuners.lora import model as lora_model
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from bnbref import int8
+from bnbref.integrations.peft_checks import check_merge, check_targets
+from bnbref.linear4bit import dequantize
+from bnbref.nn import Params4bit
+from bnbref.nn.layer import QuantizedLayer
+from bnbref.nn.parametrize import Bnb4bitParametrization
+from bnbref.nn.params import QuantizedParameter
+from bnbref.quant_state import QuantState
+
+__all__ = ["ParamWrapper", "adapt_peft", "added"]
+
+
+def added(weight: Any, deltas: list[Tensor]) -> QuantizedParameter:
+    """A quantized weight and float tensors of its shape: one float32 sum, quantized like the weight.  Exact."""
+    four_bit = isinstance(weight, Params4bit)
+    state = weight.quant_state if four_bit else weight.SCB
+    total = (dequantize if four_bit else int8.dequantize)(weight.data, state, torch.float32)
+    for delta in deltas:
+        total = total + delta.detach().to(total)
+    merged: Any = weight.unquantized(total).to(weight.device)
+    if four_bit:
+        merged.quant_state.dtype = state.dtype  # what the weight was before it was first quantized, as files record it
+    return merged  # type: ignore[no-any-return]
+
+
+class ParamWrapper(lora.ParamWrapper):  # type: ignore[misc]
+    """peft's LoRA of one parameter of a module, where that parameter is quantized. peft asks for it by this name."""
+
+    _before: tuple[Tensor, QuantState] | None = None
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
+        """Add an adapter."""
+        if config.init_lora_weights not in (True, False, "gaussian", "eva"):
+            raise ValueError(
+                f"init_lora_weights={config.init_lora_weights!r} reads the weight of a layer: for {self.parameter_name!r} of "
+                f"{type(self.get_base_layer()).__name__} it must be True, False, 'gaussian' or 'eva'"
+            )
+        super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
+
+    def _steps(self) -> Any:
+        """What reading the parameter runs, None if it was dequantized meanwhile."""
+        return _quantized(self.get_base_layer()).get(self.parameter_name)
+
+    def get_param(self) -> Tensor:
+        """The values without adapters: not from torch's cache, which the wrapper of another parameter has switched on."""
+        steps = self._steps()
+        return super().get_param() if steps is None else steps[0](steps.original)  # type: ignore[no-any-return]
+
+    @contextmanager
+    def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
+        steps, adapters = self._steps(), [name for name in active_adapters if name in self.lora_A]
+        if steps is None or not adapters:
+            with super()._activate_lora(active_adapters):
+                yield
+            return
+        if len(adapters) == 1 and self.num_experts > 1:
+            step: nn.Module = lora_layer._LoraFactorsProxy(*self.get_delta_factors(adapters[0]))
+        else:
+            step = lora_layer._LoraParameterProxy(sum(map(self.get_delta_weight, adapters)))
+        steps.append(step)
+        try:
+            with parametrize.cached():
+                yield
+        finally:
+            del steps[-1]
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add adapters to the values, and quantize the sum. ValueError if it is not finite, whatever `safe_merge`."""
+        steps = self._steps()
+        if steps is None:
+            super().merge(safe_merge, adapter_names)
+            return
+        new = [n for n in tuners_utils.check_adapters_to_merge(self, adapter_names) if n in self.lora_A]
+        if not new:
+            return
+        if steps.original.is_meta:
+            raise ValueError(
+                f"{self.parameter_name!r} is offloaded: merge into a model that was loaded without offloading"
+            )
+        packed, state = before = self._before or (steps.original.data, steps[0].quant_state)
+        weight = Params4bit(
+            packed,
+            quant_state=state,
+            blocksize=state.blocksize,
+            compress_statistics=state.nested,
+            quant_type=state.quant_type,
+            quant_storage=packed.dtype,
+            bnb_quantized=True,
+        )
+        deltas = [self.get_delta_weight(name) for name in [*self.merged_adapters, *new]]
+        merged: Any = added(weight, deltas)
+        self._put(merged.data, merged.quant_state)
+        self._before = before
+        self.merged_adapters.extend(new)
+
+    def unmerge(self) -> None:
+        """The values as they were before merging, bit for bit."""
+        if self._steps() is None or self._before is None:
+            super().unmerge()
+            return
+        self._put(*self._before)
+        self._before = None
+        self.merged_adapters.clear()
+
+    def _put(self, packed: Tensor, state: QuantState) -> None:
+        steps = self._steps()
+        device = steps.original.device
+        steps.original.data = packed.to(device)
+        steps[0].quant_state = state.map(lambda t: t.to(device))
+
+
+def _quantized(module: nn.Module) -> dict[str, Any]:
+    """The parametrizations of a module's own parameters that are quantized, by name."""
+    found = getattr(module, "parametrizations", {})
+    return {name: steps for name, steps in found.items() if isinstance(steps[0], Bnb4bitParametrization)}
+
+
+@functools.cache
+def adapt_peft() -> None:
+    """Let peft's LoRA find parameters that are quantized by themselves and wrap them; refuse what reads codes. Once."""
+    base = tuners_utils.BaseTuner
+    base.inject_adapter, base._check_merge_allowed = _checking(base.inject_adapter, base._check_merge_allowed)
+    tuners_utils.BaseTuner._inject_parameters = _finding(tuners_utils.BaseTuner._inject_parameters)
+    lora_model.dispatch_default = _wrapping(lora_model.dispatch_default)
+
+
+def _checking(inject: Any, merge_allowed: Any) -> tuple[Any, Any]:
+    @functools.wraps(inject)
+    def inject_adapter(self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        check_targets(self, model, self.peft_config[adapter_name])
+        inject(self, model, adapter_name, *args, **kwargs)
+
+    @functools.wraps(merge_allowed)
+    def check_merge_allowed(self: Any) -> None:
+        merge_allowed(self)
+        check_merge(self)
+
+    return inject_adapter, check_merge_allowed
+
+
+def _wrapping(original: Any) -> Any:
+    @functools.wraps(original)
+    def dispatch(target: Any, adapter_name: str, config: Any, parameter_name: str | None = None, **kwargs: Any) -> Any:
+        base = target.get_base_layer() if isinstance(target, tuners_utils.BaseTunerLayer) else target
+        if isinstance(base, QuantizedLayer) and parameter_name == "weight":
+            name = kwargs.get("target_name")
+            raise ValueError(
+                f"target_parameters: {name} is the packed weight of {base}: name the layer in target_modules"
+            )
+        wrapper = ParamWrapper if parameter_name in _quantized(base) else None
+        if wrapper is None:
+            return original(target, adapter_name, config=config, parameter_name=parameter_name, **kwargs)
+        return wrapper(target, adapter_name, parameter_name=parameter_name, config=config, **kwargs)
+
+    return dispatch
+
+
+def _finding(original: Any) -> Any:
+    @functools.wraps(original)
+    def inject(self: Any, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool) -> list[str]:
+        """Parameters of modules of which one is quantized, in the order of their wrappers; then all others."""
+        targets = set(peft_config.target_parameters)
+        modules = {path: module for path, module in model.named_modules() if _quantized(module)}
+        found: list[tuple[str, str, str]] = []
+        for path, module in modules.items():
+            own = [*module.parametrizations, *(name for name, _ in module.named_parameters(recurse=False))]
+            found += [(path, name, f"{path.replace('.base_layer', '')}.{name}") for name in own]
+        found = [(path, name, key) for path, name, key in found if any(f".{key}".endswith(f".{t}") for t in targets)]
+        for path, name, key in found:
+            parent, target, target_name = tuners_utils._get_submodules(model, path)
+            wrapped = model.get_submodule(key.removesuffix(f".{name}"))
+            while isinstance(wrapped, lora.ParamWrapper) and wrapped.parameter_name != name:
+                wrapped = wrapped.base_layer
+            self._check_target_module_compatiblity(peft_config, model, target_name)
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                self._create_and_replace(
+                    peft_config,
+                    adapter_name,
+                    wrapped if isinstance(wrapped, lora.ParamWrapper) else target,
+                    target_name,
+                    parent,
+                    current_key=key,
+                    parameter_name=name,
+                )
+        others = copy.copy(peft_config)
+        others.target_parameters = sorted(targets - {f"{path}.{name}" for path, name, _ in found})
+        names = [key for _, _, key in found]
+        names += original(
+            self, peft_config=others, model=model, adapter_name=adapter_name, low_cpu_mem_usage=low_cpu_mem_usage
+        )
+        return names
+
+    return inject
