@@ -193,12 +193,11 @@ class Read(_Conversion):
     def __init__(self, hf_quantizer: Any, target: str = "weight") -> None:
         super().__init__(hf_quantizer)
         self.target = target
-        names = {"": "weight"} | {f".{stat}": f"weight.{stat}" for stat in stats()}
-        # Patterns of transformers match anywhere in a name: these match whole names alone, so not `in_proj_weight`.
-        self.sources = {rf"\b{re.escape(target + name)}$": entry for name, entry in names.items()}
+        names = {target: "weight"} | {f"{target}.{stat}": f"weight.{stat}" for stat in stats()}
         if target == "weight":
-            # Of some models transformers calls "P" in the file what is "P.weight" in the model, "P.SCB" included.
-            self.sources |= {rf"\b(?:weight\.)?{name}$": name for name in ("SCB", "weight_format")}
+            names |= {"SCB": "SCB", "weight_format": "weight_format"}
+        # Patterns of transformers match anywhere in a name: these match whole names alone, so not `in_proj_weight`.
+        self.sources = {rf"\b{re.escape(name)}$": entry for name, entry in names.items()}
         """Patterns for the names in a file; the names beside a weight as layers call them."""
 
     def converter(self) -> WeightConverter:

@@ -159,6 +159,10 @@ class BnbRefHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for name, module in list(model.named_modules()):
             if isinstance(module, QuantizedLayer) and not module.weight.is_meta and not _is_quantized(module):
+                if module.weight.shape != module._shape():
+                    raise ValueError(
+                        f"{name}.weight has no scales: transformers renames them on loading, but not their weight"
+                    )
                 self.reasons[name] = "not in the checkpoint: newly initialized"
                 plain = plain_layer(module, module.weight.data)
                 if not was_conv1d(module):
