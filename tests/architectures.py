@@ -3,8 +3,8 @@
     build("llama")                a model whose every number is random: the config is shrunk by rules, not by a list
     quantize(model, ...)          what must hold of it, quantized, saved and loaded, asserted; a cell of the table
 
-python tests/architectures.py            the table of docs/content/architectures.md
-python tests/architectures.py --all      one line for each architecture of transformers, as far as it can be built
+python tests/architectures.py            writes the table of docs/content/architectures.md anew, for the names that are in it
+python tests/architectures.py NAME       prints lines; --all: of each architecture of transformers, as far as it can be built
 """
 
 import collections
@@ -36,20 +36,34 @@ CONFIGS = {
     "int8": BnbRefConfig("int8"),
 }
 
-NAMES = """
-llama llama4 mistral mixtral qwen2 qwen2_moe qwen3 qwen3_moe gemma2 gemma3 phi3 phimoe falcon gpt2 gpt_neox gptj gpt_bigcode opt bloom
-mpt olmo2 olmoe cohere2 granite granitemoe stablelm starcoder2 deepseek_v3 dbrx gpt_oss jetmoe jamba bamba mamba2 falcon_mamba rwkv
-codegen xglm bert roberta deberta-v2 distilbert electra modernbert xlnet albert fnet t5 longt5 umt5 bart pegasus marian m2m_100
-whisper speech_to_text wav2vec2 hubert wavlm seamless_m4t vit deit dinov2 beit swin convnext siglip clip vitmatte detr yolos
-gemma3n llava idefics idefics3 qwen2_vl qwen2_5_vl paligemma pixtral mllama aria blip-2 blip git vilt lfm2_vl inkling2_text
-""".split()
-"""The rows of the table: every kind of model, and those that were read wrong once."""
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "content" / "architectures.md"
+
+
+def table() -> dict[str, str]:
+    """The lines of the page, by architecture: every kind of model, and those that were read wrong once."""
+    lines = PAGE.read_text(encoding="utf-8").splitlines()
+    return {line.split("`")[1]: line for line in lines if line.startswith("| `")}
+
 
 # ---- small configs --------------------------------------------------------------------------------------------------
 
 # Which model of an architecture: that of the first of these tasks that it has. Text alone comes last where there is more.
-TASKS = ("IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "MASKED_LM", "CTC")
-TASKS += ("AUDIO_CLASSIFICATION", "IMAGE_CLASSIFICATION", "OBJECT_DETECTION", "TEXT_TO_WAVEFORM", "SEQUENCE_CLASSIFICATION")
+TASKS = (
+    "IMAGE_TEXT_TO_TEXT",
+    "MULTIMODAL_LM",
+    "CAUSAL_LM",
+    "SEQ_TO_SEQ_CAUSAL_LM",
+    "SPEECH_SEQ_2_SEQ",
+    "MASKED_LM",
+    "CTC",
+)
+TASKS += (
+    "AUDIO_CLASSIFICATION",
+    "IMAGE_CLASSIFICATION",
+    "OBJECT_DETECTION",
+    "TEXT_TO_WAVEFORM",
+    "SEQUENCE_CLASSIFICATION",
+)
 
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers")
 
@@ -141,9 +155,13 @@ def inputs(model: Any) -> dict[str, Tensor]:
     if main == "pixel_values":
         vision = getattr(config, "vision_config", config)
         size = getattr(vision, "image_size", None) or 32
-        given[main] = torch.randn(1, getattr(vision, "num_channels", 3), *([size] * 2 if isinstance(size, int) else size))
+        given[main] = torch.randn(
+            1, getattr(vision, "num_channels", 3), *([size] * 2 if isinstance(size, int) else size)
+        )
     if main == "input_features":
-        given[main] = torch.randn(1, getattr(config, "num_mel_bins", 80), 2 * getattr(config, "max_source_positions", 64))
+        given[main] = torch.randn(
+            1, getattr(config, "num_mel_bins", 80), 2 * getattr(config, "max_source_positions", 64)
+        )
     if main == "input_values":
         given[main] = torch.randn(1, 800)
     return given
@@ -279,32 +297,31 @@ def rows(model_type: str, names: Any = tuple(CONFIGS)) -> dict[str, Row]:
 
 # ---- the table ------------------------------------------------------------------------------------------------------
 
-HEAD = (
-    "| architecture | model | quantized: 4 bits, int8 | left as they are, in 4 bits | outputs after reload |",
-    "|---|---|---|---|---|",
-)
-
 
 def line(model_type: str) -> str:
     """A row of the table."""
     found = rows(model_type)
     assert len({(row.quantized, row.left) for name, row in found.items() if name != "int8"}) == 1
-    four = found["nf4"]
-    left = ", ".join(f"{reason} {count}" for reason, count in four.left)
+    quantized = f"{found['nf4'].quantized}, {found['int8'].quantized}"
+    left = ", ".join(f"{reason} {count}" for reason, count in found["nf4"].left)
     said = ", ".join(sorted({row.outputs for row in found.values()}))
-    return f"| `{model_type}` | {model_class(model_type).__name__} | {four.quantized}, {found['int8'].quantized} | {left} | {said} |"
+    return f"| `{model_type}` | {model_class(model_type).__name__} | {quantized} | {left} | {said} |"
 
 
 def main() -> None:
-    """Prints a line for each architecture that can be built; on the other stream, why one cannot."""
+    """Writes the table, or prints the line of each architecture that can be built; on the other stream, why one cannot."""
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.disable()
     warnings.simplefilter("ignore")
+    if not sys.argv[1:]:
+        page = PAGE.read_text(encoding="utf-8")
+        for name, old in table().items():
+            page = page.replace(old, line(name))
+        PAGE.write_text(page, encoding="utf-8")
+        return
     everything = [name for name in CONFIG_MAPPING if name in modeling_auto.MODEL_MAPPING_NAMES]
-    for name in HEAD if "--all" not in sys.argv else ():
-        print(name)
-    for name in everything if "--all" in sys.argv else sys.argv[1:] or NAMES:
+    for name in everything if sys.argv[1:] == ["--all"] else sys.argv[1:]:
         try:
             print(line(name), flush=True)
         except Exception as error:

@@ -9,10 +9,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -280,12 +280,14 @@ word = st.sampled_from(["weight", "in_proj_weight", "weight_proj", "weight_ih_l0
 path = st.lists(word, min_size=1, max_size=3).map(".".join)
 
 
-@settings(max_examples=10)
-@given(st.lists(path, min_size=1, max_size=4, unique=True), st.lists(path, min_size=1, max_size=3, unique=True), st.data())
+@hypothesis.settings(max_examples=10)
+@hypothesis.given(
+    st.lists(path, min_size=1, max_size=4, unique=True), st.lists(path, min_size=1, max_size=3, unique=True), st.data()
+)
 def test_parameters_and_layers_come_back_whatever_their_names_are(parameters, layers, data):
     every = [*parameters, *layers]
-    assume(not any(a != b and f"{b}.".startswith(f"{a}.") for a in every for b in every))
-    assume(len(set(every)) == len(every))
+    hypothesis.assume(not any(a != b and f"{b}.".startswith(f"{a}.") for a in every for b in every))
+    hypothesis.assume(len(set(every)) == len(every))
     config = data.draw(st.sampled_from([CASES["nf4"], CASES["int8"]]))
     with tempfile.TemporaryDirectory() as folder:
         plain = Named(NamedConfig(parameters, layers))
@@ -305,7 +307,7 @@ def test_parameters_and_layers_come_back_whatever_their_names_are(parameters, la
 
 @pytest.mark.parametrize("case", ["nf4", "bfloat16 storage"])
 def test_a_layer_whose_name_transformers_changes_is_refused(case, tmp_path):
-    """"weight_g" is what weight norm called its parameter once."""
+    """ "weight_g" is what weight norm called its parameter once."""
     Named(NamedConfig([], ["conv.weight_g"])).save_pretrained(tmp_path / "plain")
     model = Named.from_pretrained(tmp_path / "plain", quantization_config=CASES[case])
     model.save_pretrained(tmp_path / "a")
@@ -448,8 +450,8 @@ def test_a_name_that_skips_nothing_is_said(caplog):
 class Spelled(nn.Linear):
     """As Falcon spells it."""
 
-    def forward(self, input):
-        hidden = input @ self.weight.T
+    def forward(self, x):
+        hidden = x @ self.weight.T
         return hidden if self.bias is None else hidden + self.bias
 
 
@@ -461,7 +463,9 @@ FORWARDS = {
     "a factor": lambda self, x: 2 * F.linear(x, self.weight, self.bias),
     "dropout": lambda self, x: F.dropout(F.linear(x, self.weight, self.bias), 0.5, self.training),
     "a tuple": lambda self, x: (F.linear(x, self.weight, self.bias), x),
-    "float32": lambda self, x: F.linear(x.float(), self.weight.float(), None if self.bias is None else self.bias.float()),
+    "float32": lambda self, x: F.linear(
+        x.float(), self.weight.float(), None if self.bias is None else self.bias.float()
+    ),
     "no bias": lambda self, x: F.linear(x, self.weight) + 1,
     "transposed": lambda self, x: F.linear(x, self.weight.flip(0), self.bias),
     "more arguments": lambda self, x, scale: scale * F.linear(x, self.weight, self.bias),
@@ -596,15 +600,18 @@ def test_ignore_mismatched_sizes(name, quantized, case, models, ids, tmp_path, c
     layer = model.get_submodule(path)
     assert type(layer) is (nn.Linear if name == "bert" else Conv1D)
     assert {p.name: p.reason for p in report(model).skipped}[f"{path}.weight"].startswith("another shape")
-    assert isinstance(model.get_submodule(path.replace("classifier", "bert.pooler.dense").replace("mlp.c_fc", "attn.c_attn")), (Linear4bit, Linear8bitLt))
+    assert isinstance(
+        model.get_submodule(path.replace("classifier", "bert.pooler.dense").replace("mlp.c_fc", "attn.c_attn")),
+        (Linear4bit, Linear8bitLt),
+    )
     assert layer.weight.std() < 0.1
     assert logits(model, ids).isfinite().all()
 
 
 def test_experts_of_another_shape(models, ids, tmp_path):
     load(models["mixtral"], BnbRefConfig()).save_pretrained(tmp_path)
-    for source, given in ((models["mixtral"], BnbRefConfig()), (tmp_path, None)):
-        model = load(source, given, intermediate_size=32, ignore_mismatched_sizes=True)
+    for source, config in ((models["mixtral"], BnbRefConfig()), (tmp_path, None)):
+        model = load(source, config, intermediate_size=32, ignore_mismatched_sizes=True)
         assert not any("experts" in p.name for p in report(model).quantized)
         assert model.model.layers[0].mlp.experts.down_proj.shape == (4, 64, 32)
         assert logits(model, ids).isfinite().all()
@@ -709,7 +716,13 @@ def test_experts_can_be_skipped_and_are_with_int8(models, ids, tmp_path):
 
 def test_experts_that_stayed_float_come_back(tmp_path):
     """Of Llama 4 transformers makes a module of each expert, if the file says "bitsandbytes", and looks for other names."""
-    small = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "intermediate_size_mlp": 96, "num_hidden_layers": 2}
+    small = {
+        "vocab_size": 128,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "intermediate_size_mlp": 96,
+        "num_hidden_layers": 2,
+    }
     small |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 2}
     torch.manual_seed(0)
     plain = transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(**small, pad_token_id=0)).eval()
@@ -738,7 +751,10 @@ def test_experts_that_stayed_float_come_back(tmp_path):
     folder = tmp_path / "apart"
     folder.mkdir()
     save_file({key: t.clone() for key, t in plain.state_dict().items()}, folder / "model.safetensors", {"format": "pt"})
-    config = plain.config.to_dict() | {"architectures": ["Llama4ForCausalLM"], "quantization_config": BnbRefConfig(double_quant=False).to_dict()}
+    config = plain.config.to_dict() | {
+        "architectures": ["Llama4ForCausalLM"],
+        "quantization_config": BnbRefConfig(double_quant=False).to_dict(),
+    }
     (folder / "config.json").write_text(json.dumps(config, default=str))
     model = load(folder, dtype=torch.float32)
     assert isinstance(model.model.layers[1].feed_forward.experts[1].up_proj, Linear4bit)

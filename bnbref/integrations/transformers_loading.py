@@ -55,19 +55,23 @@ def _only_linear(module: nn.Linear) -> bool:
     extra = module._parameters.keys() - {"weight", "bias"}
     if extra or module._buffers or module._modules or module._forward_hooks or module._forward_pre_hooks:
         return False
-    probe = object.__new__(type(module))
+    probe: Any = object.__new__(type(module))
     with torch.device("cpu"):
         for dtype, training in itertools.product((torch.float32, torch.bfloat16), (False, True)):
             weight = torch.tensor([[1, -2, 3, 5], [-7, 4, 0, 2], [6, 1, -1, -3]], dtype=dtype)
             bias = None if module.bias is None else torch.tensor([8, -5, 3], dtype=dtype)
             x = torch.tensor([[[2, -1, 0, 3], [-4, 5, 1, 7]]], dtype=dtype)
             probe.__dict__ = module.__dict__ | {"in_features": 4, "out_features": 3, "training": training}
-            probe._parameters = {"weight": weight, "bias": bias}  # type: ignore[assignment]
+            probe._parameters = {"weight": weight, "bias": bias}
             try:
                 found = type(module).forward(probe, x)
             except Exception:  # whatever a forward raises that wants more than x, or another shape
                 return False
-            if not isinstance(found, Tensor) or found.dtype != dtype or not torch.equal(found, F.linear(x, weight, bias)):
+            if (
+                not isinstance(found, Tensor)
+                or found.dtype != dtype
+                or not torch.equal(found, F.linear(x, weight, bias))
+            ):
                 return False
     return True
 
@@ -259,7 +263,9 @@ class Read(_Conversion):
 def _shape(entries: Mapping[str, Tensor]) -> tuple[int, ...]:
     """The shape of a quantized weight, from its entries in a state dict; ValueError if it is not whole."""
     # Of older files the layer knows more than one `weight_format`.
-    return Checkpoint({name: value for name, value in entries.items() if name != "weight_format"}).entries["weight"].shape
+    return (
+        Checkpoint({name: value for name, value in entries.items() if name != "weight_format"}).entries["weight"].shape
+    )
 
 
 def _first(value: Any) -> Tensor:
