@@ -276,8 +276,8 @@ def check(plain: Any, source: Path, config: BnbRefConfig, compare: bool) -> Row:
 
 def why(reason: str) -> str:
     """A reason of the report in a few words."""
-    if match := re.match(r".*parameter of (\w+), |(\w+), not an nn", reason):
-        return f"`{match[1] or match[2]}`"
+    if match := re.match(r".*parameter of (\w+), |(\w+), not an nn|(\w+) reads its weight", reason):
+        return f"`{match[1] or match[2]}`" if match[3] is None else f"read by `{match[3]}`"
     return "tied" if reason.startswith(("to ", "tied to ")) else re.split(r"[:,]", reason)[0]
 
 

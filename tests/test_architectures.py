@@ -5,8 +5,8 @@ import pytest
 hf = pytest.importorskip("bnbref.integrations.transformers")
 architectures = pytest.importorskip("architectures")
 
-# One of each kind: packed projections, weight norm, experts, layers of their own kind, transposed ones, codes cast by the model.
-FEW = ("llama4", "gemma3", "wav2vec2", "falcon", "gpt2", "jetmoe", "longt5", "siglip")
+# One of each kind: packed projections, weight norm, experts, layers of their own kind, transposed ones, parts kept in float32.
+FEW = ("llama4", "gemma3", "wav2vec2", "falcon", "gpt2", "jetmoe", "t5", "siglip")
 
 
 @pytest.fixture(autouse=True)
