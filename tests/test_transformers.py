@@ -573,6 +573,10 @@ def test_a_new_head_on_a_quantized_file(case, models, ids, tmp_path):
     assert torch.equal(logits(kind.from_pretrained(tmp_path / "b"), ids), logits(model, ids))
 
 
+@pytest.mark.skipif(
+    not hasattr(transformers.quantizers.base.HfQuantizer, "get_new_dtype"),
+    reason="this version of transformers takes any shape beside a quantizer, and loading raises",
+)
 @pytest.mark.parametrize("case", ["nf4", "bfloat16 storage", "int8"])
 @pytest.mark.parametrize("quantized", [False, True], ids=["on the fly", "from a quantized file"])
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
@@ -608,6 +612,10 @@ def test_ignore_mismatched_sizes(name, quantized, case, models, ids, tmp_path, c
     assert logits(model, ids).isfinite().all()
 
 
+@pytest.mark.skipif(
+    not hasattr(transformers.quantizers.base.HfQuantizer, "get_new_dtype"),
+    reason="this version of transformers takes any shape beside a quantizer, and loading raises",
+)
 def test_experts_of_another_shape(models, ids, tmp_path):
     load(models["mixtral"], BnbRefConfig()).save_pretrained(tmp_path)
     for source, config in ((models["mixtral"], BnbRefConfig()), (tmp_path, None)):

@@ -23,6 +23,7 @@ from bnbref.integrations.experts import dequantize_experts, is_experts, load_off
 from bnbref.integrations.inventory import REASONS, Report, report
 from bnbref.integrations.transformers_config import METHOD, BnbRefConfig
 from bnbref.integrations.transformers_loading import (
+    ANOTHER_SHAPE,
     Identity,
     Quantize,
     Read,
@@ -138,6 +139,9 @@ class BnbRefHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def leave(self, model: Any, name: str, reason: str) -> None:
         """Let a parameter that was to be quantized be a float one; its layer a plain one."""
+        if reason == ANOTHER_SHAPE and not hasattr(HfQuantizer, "get_new_dtype"):
+            # Beside a quantizer, older versions of transformers take any shape.
+            raise ValueError(f"{name} has another shape in the checkpoint")
         path = name.rpartition(".")[0]
         if name in self.fused:
             del self.fused[name]
