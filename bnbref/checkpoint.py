@@ -240,6 +240,18 @@ def _safetensors() -> Any:
     return safetensors
 
 
+def keys(path: str | os.PathLike[str]) -> list[str]:
+    """The names in one file of a checkpoint; nothing is checked but that the file can be read.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write(f"{folder}/a.safetensors", {"q.weight": torch.eye(2)}, "int8", where=lambda name: True)
+    ...     keys(f"{folder}/a.safetensors")
+    ['q.SCB', 'q.weight', 'q.weight_format']
+    """
+    return sorted(_load(Path(path)))
+
+
 def _load(path: Path) -> dict[str, Tensor]:
     if path.suffix in (".bin", ".pt", ".pth"):
         return _load_torch(path)

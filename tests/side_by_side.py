@@ -101,6 +101,13 @@ def leave_codes_alone() -> None:
     Linear4bit._apply = _apply
 
 
+def undo_reading() -> None:
+    from transformers.core_model_loading import _IdentityOp
+    from transformers.integrations.bitsandbytes import Bnb4bitDeserialize, Bnb8bitDeserialize
+
+    Bnb4bitDeserialize.reverse_op = Bnb8bitDeserialize.reverse_op = property(lambda self: _IdentityOp())
+
+
 def keep_scales_off_meta() -> None:
     from bitsandbytes.functional import QuantState
 
@@ -215,6 +222,10 @@ CORRECTIONS: dict[str, Correction] = {
         "accelerate moves int8 weights to device 0 to quantize them; bnbref takes the CPU where there is no such device.",
         cpu_is_device_0,
     ),
+    "undoing": Correction(
+        "transformers cannot undo the reading of quantized weights, which saving them again asks for; with the alias it can.",
+        undo_reading,
+    ),
 }  # fmt: skip
 
 REASONS: dict[str, tuple[str, ...]] = {
@@ -234,6 +245,7 @@ REASONS: dict[str, tuple[str, ...]] = {
     "cpu_offload: int8": ("int8 scaling",),
     "disk_offload: int8": ("int8 scaling",),
     "load_and_quantize_model: int8": ("GPU 0",),
+    "save a checkpoint again: nf4_nested": ("undoing",),
     "LoRA, losses and gradients: int8": ("int8 product",),
     "LoRA, a float16 model computing in bfloat16: NF4": ("two roundings",),
     "DoRA, losses and gradients: int8": ("scales lost", "int8 product"),
@@ -289,7 +301,6 @@ OF_CALLS: dict[str, tuple[str, ...]] = {
 """The same of the snippets that begin so."""
 
 FAIL: dict[str, str] = {
-    "save a checkpoint again: nf4_nested": "transformers cannot; `patch_hf=True` can",
     "dequantize after save_pretrained: NF4": "transformers cannot; `patch_hf=True` can",
     "device_map with a disk: NF4, double": "transformers refuses; `patch_hf=True` can",
     "device_map with a disk: int8": "transformers refuses; `patch_hf=True` can",

@@ -1,5 +1,6 @@
 """Unmodified transformers, peft and accelerate on `import bitsandbytes`, which is bnbref: each flow once, on the CPU."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -121,9 +122,40 @@ def test_saved_and_loaded(kind, ids, tmp_path):
         assert torch.equal(again.state_dict()[name], tensor), name
 
 
+@pytest.mark.parametrize("kind", ["nf4_nested", "nf4_plain", "int8"])
+def test_models_that_transformers_loads_quantized_are_saved_again(kind, tmp_path):
+    """On bitsandbytes itself transformers raises NotImplementedError."""
+    model = AutoModelForCausalLM.from_pretrained(FIXTURES / kind)
+    assert type(model.hf_quantizer).__module__.startswith("transformers.")
+    model.save_pretrained(tmp_path)
+    names = ("model.safetensors",)
+    assert [name for name in names if (tmp_path / name).read_bytes() != (FIXTURES / kind / name).read_bytes()] == []
+
+
+def test_transformers_is_as_before_without_the_alias():
+    """Whether it was imported before the alias, or after."""
+    code = """
+import sys
+import bnbref
+first = "{first}"
+if first == "transformers":
+    import transformers.integrations.bitsandbytes
+bnbref.install_as_bitsandbytes(force=True)
+from transformers.core_model_loading import ConversionOps
+from transformers.integrations import bitsandbytes as theirs
+kinds = (theirs.Bnb4bitDeserialize, theirs.Bnb8bitDeserialize)
+assert all(kind(None).reverse_op.convert({{1: 2}}) == {{1: 2}} for kind in kinds)
+bnbref.uninstall_as_bitsandbytes()
+assert all(kind.reverse_op is ConversionOps.reverse_op for kind in kinds)
+"""
+    for first in ("transformers", "the alias"):
+        done = subprocess.run([sys.executable, "-c", code.format(first=first)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
 @each_kind
 def test_patched_models_are_saved_again_and_dequantized(kind, ids, tmp_path, patched):
-    """Both fail in transformers' own quantizer, also on bitsandbytes."""
+    """In transformers' own quantizer the second fails, also on bitsandbytes."""
     model = AutoModelForCausalLM.from_pretrained(FIXTURES / kind, dtype=torch.float32)
     want = logits(model, ids)
     model.save_pretrained(tmp_path)

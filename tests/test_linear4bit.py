@@ -78,6 +78,14 @@ def test_what_is_not_quantized_is_not_multiplied(device):
         Linear4bit(64, 2, device=device)(torch.ones(64, device=device))
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool])
+@pytest.mark.parametrize("compute_dtype", [None, BF16])
+def test_activations_that_were_cast_to_the_dtype_of_codes_are_refused(dtype, compute_dtype):
+    layer = Linear4bit(64, 2, compute_dtype=compute_dtype).to("cpu")
+    with pytest.raises(TypeError, match=rf"x must be floating, got {dtype}: .* torch.uint8, .* skip_modules"):
+        layer(torch.ones(3, 64).to(dtype))
+
+
 # ---- nothing is left behind -----------------------------------------------------------------------------------------
 
 

@@ -3,12 +3,17 @@
 import importlib.util
 import json
 import logging
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -23,6 +28,9 @@ from bnbref.nn import Linear4bit, Linear8bitLt
 transformers = pytest.importorskip("transformers")
 accelerate = pytest.importorskip("accelerate")
 hf = pytest.importorskip("bnbref.integrations.transformers")
+
+is_linear = pytest.importorskip("bnbref.integrations.transformers_loading").is_linear
+SequentialLlama4TextExperts = transformers.quantizers.base.SequentialLlama4TextExperts
 
 AutoModel, AutoModelForCausalLM = transformers.AutoModel, transformers.AutoModelForCausalLM
 BitsAndBytesConfig, BnbRefConfig = transformers.BitsAndBytesConfig, hf.BnbRefConfig
@@ -233,6 +241,97 @@ def test_what_the_checkpoint_says_of_a_layer_holds(tmp_path, ids):
         assert reasons[f"{Q}.weight"] == "float in the checkpoint"
 
 
+class NamedConfig(transformers.PreTrainedConfig):
+    model_type = "bnbref_named"
+
+    def __init__(self, parameters=(), layers=(), **kwargs):
+        self.parameters, self.layers = list(parameters), list(layers)
+        super().__init__(**kwargs)
+
+
+class Named(transformers.PreTrainedModel):
+    """Linear layers and plain parameters by any names."""
+
+    config_class = NamedConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        for path in config.layers:
+            self.place(path, nn.Linear(64, 8))
+        for path in config.parameters:
+            self.place(path, nn.Parameter(torch.zeros(3, 2)))
+        self.head = nn.Linear(64, 4)
+        self.post_init()
+
+    def place(self, path, value):
+        parent, *rest = self, *path.split(".")
+        for name in rest[:-1]:
+            if not hasattr(parent, name):
+                parent.register_module(name, nn.Module())
+            parent = getattr(parent, name)
+        setattr(parent, rest[-1], value)
+
+    def _init_weights(self, module):
+        for parameter in module.parameters(recurse=False):
+            transformers.initialization.ones_(parameter)
+
+
+word = st.sampled_from(["weight", "in_proj_weight", "weight_proj", "weight_ih_l0", "weights", "g", "proj", "original0"])
+path = st.lists(word, min_size=1, max_size=3).map(".".join)
+
+
+@hypothesis.settings(max_examples=10)
+@hypothesis.given(
+    st.lists(path, min_size=1, max_size=4, unique=True), st.lists(path, min_size=1, max_size=3, unique=True), st.data()
+)
+def test_parameters_and_layers_come_back_whatever_their_names_are(parameters, layers, data):
+    every = [*parameters, *layers]
+    hypothesis.assume(not any(a != b and f"{b}.".startswith(f"{a}.") for a in every for b in every))
+    hypothesis.assume(len(set(every)) == len(every))
+    config = data.draw(st.sampled_from([CASES["nf4"], CASES["int8"]]))
+    with tempfile.TemporaryDirectory() as folder:
+        plain = Named(NamedConfig(parameters, layers))
+        for k, parameter in enumerate(plain.parameters()):
+            nn.init.normal_(parameter, mean=k)
+        plain.save_pretrained(f"{folder}/plain")
+        model = Named.from_pretrained(f"{folder}/plain", quantization_config=config)
+        assert len(report(model).quantized) == len(layers) + 1  # and the head
+        model.save_pretrained(f"{folder}/a")
+        again = Named.from_pretrained(f"{folder}/a")
+        for name in parameters:
+            assert torch.equal(again.get_parameter(name), plain.get_parameter(name))
+        assert all(torch.equal(t, again.state_dict()[name]) for name, t in model.state_dict().items())
+        again.save_pretrained(f"{folder}/b")
+        assert same_files(f"{folder}/a", f"{folder}/b")
+
+
+@pytest.mark.parametrize("case", ["nf4", "bfloat16 storage"])
+def test_a_layer_whose_name_transformers_changes_is_refused(case, tmp_path):
+    """ "weight_g" is what weight norm called its parameter once."""
+    Named(NamedConfig([], ["conv.weight_g"])).save_pretrained(tmp_path / "plain")
+    model = Named.from_pretrained(tmp_path / "plain", quantization_config=CASES[case])
+    model.save_pretrained(tmp_path / "a")
+    with pytest.raises((ValueError, RuntimeError), match=r"conv.weight_g\.weight has no scales"):
+        Named.from_pretrained(tmp_path / "a")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_dtypes_are_those_of_the_float_model(dtype, tmp_path):
+    """T5 keeps "wo" in float32, for float16 alone."""
+    small = {"vocab_size": 128, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 1, "num_heads": 4}
+    plain = transformers.T5ForConditionalGeneration(transformers.T5Config(**small))
+    plain.save_pretrained(tmp_path / "plain")
+    kind = type(plain)
+    kind.from_pretrained(tmp_path / "plain", quantization_config=BnbRefConfig()).save_pretrained(tmp_path / "a")
+    want = {name: p.dtype for name, p in kind.from_pretrained(tmp_path / "plain", dtype=dtype).named_parameters()}
+    model = kind.from_pretrained(tmp_path / "a", dtype=dtype)
+    quantized = {p.name for p in report(model).quantized}
+    found = {name: p.dtype for name, p in model.named_parameters()}
+    assert {name: found[name] for name in want if name not in quantized} == {
+        name: dtype for name, dtype in want.items() if name not in quantized
+    }
+
+
 # ---- quantize, save, load, save -------------------------------------------------------------------------------------
 
 CASES = {
@@ -348,6 +447,68 @@ def test_a_name_that_skips_nothing_is_said(caplog):
     ]
 
 
+class Spelled(nn.Linear):
+    """As Falcon spells it."""
+
+    def forward(self, x):
+        hidden = x @ self.weight.T
+        return hidden if self.bias is None else hidden + self.bias
+
+
+class Inherits(nn.Linear):
+    """Nothing of its own."""
+
+
+FORWARDS = {
+    "a factor": lambda self, x: 2 * F.linear(x, self.weight, self.bias),
+    "dropout": lambda self, x: F.dropout(F.linear(x, self.weight, self.bias), 0.5, self.training),
+    "a tuple": lambda self, x: (F.linear(x, self.weight, self.bias), x),
+    "float32": lambda self, x: F.linear(
+        x.float(), self.weight.float(), None if self.bias is None else self.bias.float()
+    ),
+    "no bias": lambda self, x: F.linear(x, self.weight) + 1,
+    "transposed": lambda self, x: F.linear(x, self.weight.flip(0), self.bias),
+    "more arguments": lambda self, x, scale: scale * F.linear(x, self.weight, self.bias),
+    "groups": lambda self, x: F.linear(x.unflatten(-1, (8, -1)).flatten(-2), self.weight, self.bias),
+    "rows": lambda self, x: F.linear(x - x.mean(-1, keepdim=True), self.weight, self.bias),
+}
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_subclass_that_does_nothing_else_is_a_linear_layer(device, bias):
+    for kind in (Spelled, Inherits):
+        layer = kind(64, 32, bias=bias, device=device)
+        before = dict(layer.__dict__)
+        assert is_linear(layer)
+        assert layer.__dict__ == before
+    for name, forward in FORWARDS.items():
+        kind = type("Own", (nn.Linear,), {"forward": forward})
+        assert not is_linear(kind(64, 32, bias=bias, device=device)), name
+    for change in (
+        lambda layer: layer.register_buffer("scale", torch.ones(1)),
+        lambda layer: layer.register_parameter("scale", nn.Parameter(torch.ones(1))),
+        lambda layer: layer.register_module("norm", nn.Identity()),
+        lambda layer: layer.register_forward_hook(lambda *args: None),
+    ):
+        layer = Inherits(64, 32, bias=bias, device=device)
+        change(layer)
+        assert not is_linear(layer)
+    assert not is_linear(nn.MultiheadAttention(64, 4).out_proj)
+
+
+def test_falcon_is_quantized(ids, tmp_path):
+    small = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    transformers.FalconForCausalLM(transformers.FalconConfig(**small)).save_pretrained(tmp_path / "plain")
+    model = load(tmp_path / "plain", BnbRefConfig())
+    assert len(report(model).quantized) == 8
+    model.save_pretrained(tmp_path / "a")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    assert torch.equal(logits(again, ids), logits(model, ids))
+    model.dequantize()
+    assert len(report(model).quantized) == 0
+
+
 class Twice(nn.Linear):
     """A linear layer of its own kind."""
 
@@ -397,6 +558,71 @@ def test_a_new_head_is_a_plain_layer(models, ids):
     assert type(model.score) is nn.Linear
     assert logits(model, ids).isfinite().all()
     assert {p.name: p.reason for p in report(model).skipped}["score.weight"].startswith("not in the checkpoint")
+
+
+@pytest.mark.parametrize("case", ["nf4", "int8"])
+def test_a_new_head_on_a_quantized_file(case, models, ids, tmp_path):
+    load(models["gpt2"], CASES[case]).save_pretrained(tmp_path / "a")
+    kind = transformers.AutoModelForSequenceClassification
+    model = kind.from_pretrained(tmp_path / "a")
+    assert type(model.score) is nn.Linear
+    assert type(model.score.weight) is nn.Parameter
+    assert model.score.weight.dtype == torch.bfloat16
+    assert logits(model, ids).isfinite().all()
+    model.save_pretrained(tmp_path / "b")
+    assert torch.equal(logits(kind.from_pretrained(tmp_path / "b"), ids), logits(model, ids))
+
+
+@pytest.mark.skipif(
+    not hasattr(transformers.quantizers.base.HfQuantizer, "get_new_dtype"),
+    reason="this version of transformers takes any shape beside a quantizer, and loading raises",
+)
+@pytest.mark.parametrize("case", ["nf4", "bfloat16 storage", "int8"])
+@pytest.mark.parametrize("quantized", [False, True], ids=["on the fly", "from a quantized file"])
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_ignore_mismatched_sizes(name, quantized, case, models, ids, tmp_path, caplog, monkeypatch):
+    """What has another shape in the file is made anew, in float, and the rest is quantized; without the option it is named."""
+    if name == "bert":
+        small = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
+        config = transformers.BertConfig(vocab_size=128, max_position_embeddings=64, num_labels=3, **small)
+        model, changed, path = transformers.BertForSequenceClassification(config), {"num_labels": 7}, "classifier"
+    else:
+        model, path = AutoModelForCausalLM.from_pretrained(models["gpt2"]), "transformer.h.1.mlp.c_fc"
+        changed = {"n_inner": 64}  # of [64, 256], transposed: a square, and neither its transpose nor its half
+    model.save_pretrained(tmp_path / "plain")
+    kind, given = type(model), {"quantization_config": CASES[case]}
+    source = tmp_path / "plain"
+    if quantized:
+        source = tmp_path / "quantized"
+        kind.from_pretrained(tmp_path / "plain", **given).save_pretrained(source)
+        given = {}
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"), caplog.at_level(logging.WARNING):
+        kind.from_pretrained(source, **given, **changed)
+    assert path.rpartition(".")[2] in caplog.text
+    model = kind.from_pretrained(source, ignore_mismatched_sizes=True, **given, **changed)
+    layer = model.get_submodule(path)
+    assert type(layer) is (nn.Linear if name == "bert" else Conv1D)
+    assert {p.name: p.reason for p in report(model).skipped}[f"{path}.weight"].startswith("another shape")
+    assert isinstance(
+        model.get_submodule(path.replace("classifier", "bert.pooler.dense").replace("mlp.c_fc", "attn.c_attn")),
+        (Linear4bit, Linear8bitLt),
+    )
+    assert layer.weight.std() < 0.1
+    assert logits(model, ids).isfinite().all()
+
+
+@pytest.mark.skipif(
+    not hasattr(transformers.quantizers.base.HfQuantizer, "get_new_dtype"),
+    reason="this version of transformers takes any shape beside a quantizer, and loading raises",
+)
+def test_experts_of_another_shape(models, ids, tmp_path):
+    load(models["mixtral"], BnbRefConfig()).save_pretrained(tmp_path)
+    for source, config in ((models["mixtral"], BnbRefConfig()), (tmp_path, None)):
+        model = load(source, config, intermediate_size=32, ignore_mismatched_sizes=True)
+        assert not any("experts" in p.name for p in report(model).quantized)
+        assert model.model.layers[0].mlp.experts.down_proj.shape == (4, 64, 32)
+        assert logits(model, ids).isfinite().all()
 
 
 def test_a_base_model_of_a_checkpoint_with_a_head(models, ids, tmp_path):
@@ -494,6 +720,63 @@ def test_experts_can_be_skipped_and_are_with_int8(models, ids, tmp_path):
         model.save_pretrained(tmp_path)
         assert config_of(tmp_path)["quantization_config"]["quant_method"] == "bitsandbytes"
         assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path), ids), logits(model, ids))
+
+
+def test_experts_that_stayed_float_come_back(tmp_path):
+    """Of Llama 4 transformers makes a module of each expert, if the file says "bitsandbytes", and looks for other names."""
+    small = {
+        "vocab_size": 128,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "intermediate_size_mlp": 96,
+        "num_hidden_layers": 2,
+    }
+    small |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 2}
+    torch.manual_seed(0)
+    plain = transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(**small, pad_token_id=0)).eval()
+    for parameter in plain.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    plain.save_pretrained(tmp_path / "plain")
+    ids = torch.arange(3, 11)[None]
+    for config in (BnbRefConfig("int8"), BnbRefConfig(skip_modules=["experts", "lm_head"])):
+        model = load(tmp_path / "plain", config, dtype=torch.float32)
+        model.save_pretrained(tmp_path / "a")
+        assert config_of(tmp_path / "a")["quantization_config"]["quant_method"] == "bnbref"
+        files = edited_config(tmp_path / "a", model.hf_quantizer.spec)
+        for again in (load(tmp_path / "a", dtype=torch.float32), load(files, dtype=torch.float32)):
+            assert torch.equal(logits(again, ids), logits(model, ids))
+            assert type(again.model.layers[1].feed_forward.experts).__name__ == "Llama4TextExperts"
+
+    # A file that has them apart: as bitsandbytes writes a model whose experts were exchanged before it was quantized.
+    apart = SequentialLlama4TextExperts
+    for layer in plain.model.layers:
+        layer.feed_forward.experts = apart(plain.config)
+    for name, layer in list(plain.named_modules()):
+        if type(layer) is nn.Linear and name != "lm_head":
+            new = Linear4bit(layer.in_features, layer.out_features, bias=layer.bias is not None)
+            new.weight.data = layer.weight.data
+            plain.set_submodule(name, new.to("cpu"))
+    folder = tmp_path / "apart"
+    folder.mkdir()
+    save_file({key: t.clone() for key, t in plain.state_dict().items()}, folder / "model.safetensors", {"format": "pt"})
+    config = plain.config.to_dict() | {
+        "architectures": ["Llama4ForCausalLM"],
+        "quantization_config": BnbRefConfig(double_quant=False).to_dict(),
+    }
+    (folder / "config.json").write_text(json.dumps(config, default=str))
+    model = load(folder, dtype=torch.float32)
+    assert isinstance(model.model.layers[1].feed_forward.experts[1].up_proj, Linear4bit)
+    assert torch.equal(logits(model, ids), logits(plain, ids))
+
+
+def edited_config(path, spec):
+    """A copy of a checkpoint whose config says "bitsandbytes", as earlier versions wrote it."""
+    other = path.with_name(f"{path.name} bitsandbytes")
+    shutil.copytree(path, other, dirs_exist_ok=True)
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"] = spec._to_bitsandbytes()
+    (other / "config.json").write_text(json.dumps(config))
+    return other
 
 
 # ---- devices --------------------------------------------------------------------------------------------------------

@@ -86,6 +86,8 @@ def uninstall_as_bitsandbytes() -> None:
     _renamed.clear()
     while _patches:
         _patches.pop()()
+    while _mended:
+        del _mended.pop().reverse_op
     _refresh_caches()
     while _bound:
         module, value = _bound.pop()
@@ -183,6 +185,26 @@ def _bind() -> None:
         if module is not None and getattr(module, "bnb", None) is None:
             _bound.append((module, getattr(module, "bnb", _ABSENT)))
             module.bnb = importlib.import_module(NAME)
+    if finder.MENDED in sys.modules:
+        mend(sys.modules[finder.MENDED])
+
+
+_mended: list[Any] = []
+"""Classes of transformers that can be undone, which they cannot by themselves."""
+
+
+def mend(module: Any) -> None:
+    """Let transformers save again what its own quantizer has loaded quantized.
+
+    Saving undoes the conversions of loading. Reading codes and scales needs no undoing, because they are saved as they are
+    in the state dict; transformers leaves that out, and `save_pretrained` raises NotImplementedError.
+    """
+    from transformers.core_model_loading import ConversionOps, _IdentityOp
+
+    for cls in (module.Bnb4bitDeserialize, module.Bnb8bitDeserialize):
+        if cls.reverse_op is ConversionOps.reverse_op:
+            cls.reverse_op = property(lambda self: _IdentityOp())
+            _mended.append(cls)
 
 
 # ---- start-up hook --------------------------------------------------------------------------------------------------

@@ -46,6 +46,10 @@ MODULES = (
 """The modules of bitsandbytes that are served, less its name."""
 
 
+MENDED = "transformers.integrations.bitsandbytes"
+"""A module that is not ours: see `bitsandbytes_alias.mend`."""
+
+
 class Finder(importlib.metadata.DistributionFinder):
     """Finds the modules of bitsandbytes and its distribution; nothing is written to disk.
 
@@ -61,7 +65,9 @@ class Finder(importlib.metadata.DistributionFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """A spec for each of `MODULES`."""
+        """A spec for each of `MODULES`, and one for the module of transformers that is mended once it is imported."""
+        if fullname == MENDED:
+            return _then_mend(importlib.machinery.PathFinder.find_spec(fullname, path, target))
         top, _, rest = fullname.partition(".")
         if top != NAME or rest not in MODULES:
             return None
@@ -79,6 +85,20 @@ class Finder(importlib.metadata.DistributionFinder):
         name = None if context is None else context.name
         if name is None or name.replace("_", "-").lower() == NAME:
             yield Distribution(self.version)
+
+
+def _then_mend(spec: importlib.machinery.ModuleSpec | None) -> importlib.machinery.ModuleSpec | None:
+    """The same spec; who loads the module mends it, too."""
+    loader: Any = None if spec is None else spec.loader
+    if loader is not None:
+        execute = loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            importlib.import_module("bnbref.integrations.bitsandbytes_alias").mend(module)
+
+        loader.exec_module = exec_module
+    return spec
 
 
 class Loader(importlib.abc.Loader):

@@ -8,28 +8,30 @@ of one module; they are quantized as parameters, behind a parametrization. Every
 import copy
 import logging
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import WeightConverter
-from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION, HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 from transformers.utils import is_peft_available
 
 from bnbref import int8
+from bnbref.checkpoint import keys
 from bnbref.integrations.experts import dequantize_experts, is_experts, load_offloaded, parametrize_experts
 from bnbref.integrations.inventory import REASONS, Report, report
 from bnbref.integrations.readers import read_by_others
 from bnbref.integrations.transformers_config import METHOD, BnbRefConfig
 from bnbref.integrations.transformers_loading import (
+    ANOTHER_SHAPE,
     Identity,
     Quantize,
     Read,
     is_linear,
     plain_layer,
     quantized_layer,
-    stats,
     was_conv1d,
 )
 from bnbref.linear4bit import dequantize
@@ -59,6 +61,8 @@ class BnbRefHfQuantizer(HfQuantizer):  # type: ignore[misc]
         """Why a module or parameter was left as it is."""
         self.conversions: list[Any] = []
         """What transformers did to the tensors of the checkpoint."""
+        self.files: Sequence[str] = ()
+        """The files of the checkpoint."""
 
     # ---- before loading ---------------------------------------------------------------------------------------------
 
@@ -78,6 +82,16 @@ class BnbRefHfQuantizer(HfQuantizer):  # type: ignore[misc]
         if accelerator.type == "mps":
             return {"": "mps"}
         return {"": torch.device(accelerator.type, torch.accelerator.current_device_index())}
+
+    def preprocess_model(self, model: Any, dtype: Any = None, **kwargs: Any) -> None:
+        """Exchange the modules of a model, before its weights are read."""
+        self.files = kwargs.get("checkpoint_files") or ()
+        super().preprocess_model(model, dtype=dtype, **kwargs)
+
+    def _convert_model_for_quantization(self, model: Any) -> None:
+        """For files of bitsandbytes transformers takes some experts apart. Here that depends on what is in the file."""
+        if _exchanged(model) and any(re.search(r"\bexperts\.\d+\.", key) for path in self.files for key in keys(path)):
+            super()._convert_model_for_quantization(model)
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         self.spec.model_dtype = model.config.dtype
@@ -126,26 +140,39 @@ class BnbRefHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def get_weight_conversions(self) -> list[Any]:
         """`Read` for the weights of layers, and for each kind of parameter that is quantized by itself."""
-        # Longest first: older versions of transformers take the first name that matches.
-        names = ["weight_format", *(f"weight.{stat}" for stat in stats()), "SCB", "weight"]
-        conversions = [WeightConverter(names, "weight", [Read(self)])]
-        for target in sorted({".".join(name.split(".")[-2:]) for name in self.fused}):
-            names = [*(f"{target}.{stat}" for stat in stats()), target]
-            conversions.append(WeightConverter(names, target, [Read(self, target)]))
-        return conversions
+        targets = {".".join(name.split(".")[-2:]) for name in self.fused if not name.endswith(".weight")}
+        return [Read(self, target).converter() for target in ("weight", *sorted(targets))]
+
+    def leave(self, model: Any, name: str, reason: str) -> None:
+        """Let a parameter that was to be quantized be a float one; its layer a plain one."""
+        if reason == ANOTHER_SHAPE and not hasattr(HfQuantizer, "get_new_dtype"):
+            # Beside a quantizer, older versions of transformers take any shape.
+            raise ValueError(f"{name} has another shape in the checkpoint")
+        path = name.rpartition(".")[0]
+        if name in self.fused:
+            del self.fused[name]
+            self.reasons[name] = reason
+        else:
+            self.reasons[path] = reason
+            model.set_submodule(path, plain_layer(model.get_submodule(path)))
 
     def cast(self, model: Any, name: str, value: Tensor) -> Tensor:
-        """A float tensor of the checkpoint in the dtype that the model was asked for."""
-        kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
-        if not value.is_floating_point() or any(re.search(pattern, name) for pattern in kept):
+        """A float tensor of the checkpoint in the dtype in which transformers would load it."""
+        if not value.is_floating_point():
             return value
-        return value.to(model.get_parameter_or_buffer(name).dtype)
+        plan = model._get_dtype_plan(model.config.dtype).items()
+        kept = next((dtype for pattern, dtype in plan if re.search(pattern.replace("*", ".*"), name)), None)
+        return value.to(kept or model.get_parameter_or_buffer(name).dtype)
 
     # ---- after loading ----------------------------------------------------------------------------------------------
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for name, module in list(model.named_modules()):
             if isinstance(module, QuantizedLayer) and not module.weight.is_meta and not _is_quantized(module):
+                if module.weight.shape != module._shape():
+                    raise ValueError(
+                        f"{name}.weight has no scales: transformers renames them on loading, but not their weight"
+                    )
                 self.reasons[name] = "not in the checkpoint: newly initialized"
                 plain = plain_layer(module, module.weight.data)
                 if not was_conv1d(module):
@@ -155,7 +182,7 @@ class BnbRefHfQuantizer(HfQuantizer):  # type: ignore[misc]
         self.reasons |= dict.fromkeys(self.fused.keys() - quantized.keys(), "float in the checkpoint")
         for name, state in quantized.items():
             parametrize_experts(model, name, state, model.config.dtype)
-        if quantized:
+        if quantized or _exchanged(model):
             self.spec.checkpoint_format = METHOD
             self.quantization_config = model.config.quantization_config = self.spec
         # Without `Read`: codes and scales are saved as they are in the state dict, there is nothing to undo.
@@ -237,6 +264,11 @@ def _skipped(name: str, patterns: list[str], skip: list[str]) -> str | None:
         if pattern in skip:
             return f"skip_modules: {pattern!r}"
     return "kept by default: output head, tied weights, last layer, or kept in float32 by the model"
+
+
+def _exchanged(model: nn.Module) -> bool:
+    """Whether transformers exchanges modules of this model if a file says "bitsandbytes", and then looks for other names."""
+    return any(type(module).__name__ in MODULES_TO_PATCH_FOR_QUANTIZATION for module in model.modules())
 
 
 def _is_quantized(layer: QuantizedLayer) -> bool:

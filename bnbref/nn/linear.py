@@ -77,6 +77,11 @@ class Linear4bit(FourBitLayer, nn.Linear):
             return F.linear(x.to(self.weight.dtype), self.weight, self.bias).to(x.dtype)
         if state is None:
             raise RuntimeError(f"the weight of {self} is not quantized yet: move the layer to a device, .to(device)")
+        if not x.is_floating_point():
+            raise TypeError(
+                f"x must be floating, got {x.dtype}: code that casts it to the dtype of the weight, whose codes are "
+                f"{self.weight.dtype}, cannot have this layer quantized; name it in skip_modules"
+            )
         dtype = x.dtype if self.compute_dtype is None else self.compute_dtype
         return matmul_4bit(x.to(dtype), self.weight, state, bias=self.bias).to(x.dtype)
 
