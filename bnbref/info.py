@@ -31,7 +31,12 @@ def info(seconds: float = 10.0) -> bool:
 
 def default_device() -> torch.device:
     """The accelerator, or the CPU where there is none."""
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
+    return available_accelerator() or torch.device("cpu")
+
+
+def available_accelerator() -> torch.device | None:
+    """The accelerator that this build of torch is for, if the machine has one: a CUDA build runs without a GPU, too."""
+    return torch.accelerator.current_accelerator(check_available=True)
 
 
 def section(title: str, rows: list[tuple[str, str]]) -> None:
@@ -81,7 +86,7 @@ def devices() -> list[tuple[str, str]]:
     rows = [("cpu", describe_device(torch.device("cpu")))]
     for i in range(torch.cuda.device_count()):
         rows.append((f"cuda:{i}", describe_device(torch.device("cuda", i))))
-    accelerator = torch.accelerator.current_accelerator()
+    accelerator = available_accelerator()
     if accelerator is not None and accelerator.type != "cuda":
         rows.append((accelerator.type, f"{torch.accelerator.device_count()} available"))
     return rows
