@@ -185,6 +185,7 @@ def run_qlora(args: argparse.Namespace) -> int:
     if args.plot is not None and not args.plot.parent.is_dir():
         return refuse(f"cannot write {args.plot}: there is no directory {args.plot.parent}")
     from bnbref.demo import MODEL
+    from bnbref.info import compute_dtype, default_device
     from bnbref.integrations.qlora import ATTENTION, dataset_text, qlora
 
     try:
@@ -194,7 +195,7 @@ def run_qlora(args: argparse.Namespace) -> int:
             text = args.text.read_text(encoding="utf-8") if args.text else inspect.getsource(argparse)
         found = qlora(
             args.model or str(MODEL), text, args.out, steps=args.steps, batch=args.batch, length=args.length, lr=args.lr,
-            rank=args.rank, targets=args.targets or ATTENTION,
+            rank=args.rank, targets=args.targets or ATTENTION, dtype=compute_dtype(default_device()),
         )  # fmt: skip
     except (OSError, ValueError) as error:
         return refuse(str(error))

@@ -11,10 +11,11 @@ from transformers import AutoModelForCausalLM
 
 from bnbref.demo import MODEL
 from bnbref.demo.evaluate import CONTEXT, perplexity, sample
-from bnbref.demo.formats import FORMATS, Format, size
+from bnbref.demo.formats import FORMATS, Format, plain, size
 from bnbref.demo.report import Table, doing, mebibytes, one_line
 from bnbref.demo.resources import phase
 from bnbref.demo.settings import Settings
+from bnbref.info import compute_dtype
 
 PROMPT = "class collections."
 
@@ -22,7 +23,7 @@ PROMPT = "class collections."
 def load(kind: Format, device: torch.device) -> Any:
     """The demo model in a format, as any user loads a model."""
     return AutoModelForCausalLM.from_pretrained(
-        MODEL, dtype=torch.bfloat16, quantization_config=kind.config(), device_map={"": device}
+        MODEL, dtype=compute_dtype(device), quantization_config=kind.config(), device_map={"": device}
     )
 
 
@@ -41,7 +42,7 @@ def compare(tokenizer: Any, heldout: Tensor, settings: Settings, device: torch.d
     table = Table(COLUMNS)
     print(table.header())
     rows: list[dict[str, Any]] = []
-    for kind in FORMATS:
+    for kind in (plain(compute_dtype(device)), *FORMATS):
         row = measure(kind, tokenizer, heldout, settings, device)
         rows.append(row)
         row["change"] = row["perplexity"] / rows[0]["perplexity"] - 1

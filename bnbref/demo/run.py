@@ -22,7 +22,7 @@ from bnbref.demo.report import write_json, write_plot
 from bnbref.demo.resources import cpu_seconds
 from bnbref.demo.settings import FULL, QUICK
 from bnbref.fused import compile_enabled, missing_compiler
-from bnbref.info import default_device, describe_device
+from bnbref.info import compute_dtype, default_device, describe_device
 
 
 def run(
@@ -66,6 +66,7 @@ def machine(device: torch.device) -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "device": describe_device(device),
+        "dtype": str(compute_dtype(device)).removeprefix("torch."),
         "kernels": "compiled" if missing is None else f"eager: {missing}",
     }
 
@@ -73,4 +74,4 @@ def machine(device: torch.device) -> dict[str, str]:
 def headline(facts: dict[str, str]) -> str:
     """Two lines of it."""
     versions = ", ".join(f"{name} {facts[name]}" for name in ("bnbref", "torch", "transformers"))
-    return f"{versions}\n{facts['device']}; kernels {facts['kernels']}"
+    return f"{versions}\n{facts['device']}; computed in {facts['dtype']}, kernels {facts['kernels']}"

@@ -80,17 +80,18 @@ def qlora(
     lr: float = 2e-3,
     rank: int = 16,
     targets: Sequence[str] = ATTENTION,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Finetuned:
     """Fine-tune an adapter on a text, and save it in `folder`.
 
     model: a directory or a name on the hub. steps of `batch` windows of `length` tokens, at a learning rate that warms up to
-    lr and falls as a cosine; LoRA of that rank on the layers called `targets`, in float32; gradient checkpointing;
+    lr and falls as a cosine; LoRA of that rank on the layers called `targets`, in float32; all else in dtype; gradient checkpointing;
     `PagedAdamW8bit`. ValueError for a text that is too short; OSError if there is no such model, or folder cannot be one.
     """
     folder.mkdir(parents=True, exist_ok=True)
     parts = windows(AutoTokenizer.from_pretrained(model), text, length)
     config = BnbRefConfig("nf4", double_quant=True)
-    base = AutoModelForCausalLM.from_pretrained(model, quantization_config=config, dtype=torch.bfloat16)
+    base = AutoModelForCausalLM.from_pretrained(model, quantization_config=config, dtype=dtype)
     base = prepare_model_for_kbit_training(base)  # norms in float32, gradient checkpointing
     settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(targets), task_type="CAUSAL_LM")
     adapted = get_peft_model(base, register_lora(settings))
