@@ -60,7 +60,7 @@ def pytest_make_collect_report(
 
 @pytest.fixture(scope="session")
 def as_written() -> None:
-    """Skips where a digest of bfloat16 products and attention, of the fixtures' shapes and enough to show an order, is another."""
+    """Skips where products and attention in bfloat16, enough of them to show an order of sums, have another digest."""
     n = torch.arange(64 * 32 * 128)
     x = (((n * n * 31 + n * 17) % 8191 - 4095) / 512).bfloat16().view(64, 32, 128)
     weight, heads = x[:8].reshape(256, 128), x[:4].view(2, 4, 16, 4, 32).transpose(2, 3).reshape(8, 4, 16, 32)

@@ -7,9 +7,10 @@ What is asserted, and where it holds:
     where bfloat16 is computed  the logits are those that bitsandbytes gave, to the bit; for int8: with its own constants
     as on the writer's CPU
 
-The last needs the same bits from two operations of ATen that neither library has a hand in (`as_written` asks them), found by
-replaying every operation of the model under other instruction sets: `mm` in bfloat16, which oneDNN computes from AVX512 on and ATen
-below (6 of 163,840 elements differ, by one ulp), and the CPU's flash attention (AVX2 and AVX512 agree, scalar code differs).
+The last needs the same bits from two operations of ATen that neither library has a hand in, and the fixture `as_written` asks
+them. They were found by replaying every operation of the model under other instruction sets: `mm` in bfloat16, which oneDNN
+computes from AVX512 on and ATen below (6 of 163,840 elements differ, by one ulp), and the CPU's flash attention (AVX2 and
+AVX512 agree, scalar code differs).
 Every other operation, and any number of threads, gives the same bits. One ulp in one element is then 0.01 in the logits.
 """
 
