@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -217,6 +218,30 @@ def test_all_that_is_imported_is_declared():
 )
 def test_imports_are_found(source, found):
     assert list(foreign_imports(ast.parse(source))) == found
+
+
+def test_a_built_wheel_installs_alone(tmp_path):
+    pytest.importorskip("hatchling", reason="hatchling is not installed: pip install 'bnbref[test]'")
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
+    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT], check=True)
+    (wheel,) = tmp_path.glob("bnbref-*.whl")
+    site = tmp_path / "site"
+    subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", site, wheel], check=True)
+    shipped = {path.relative_to(PACKAGE) for path in PACKAGE.rglob("*") if path.is_file() and path.suffix != ".pyc"}
+    plugin = Path("conformance/plugin/pytest_bnbref.py")  # a module of its own: see pyproject.toml
+    assert {path.relative_to(site / "bnbref") for path in (site / "bnbref").rglob("*")} >= shipped - {plugin}
+    assert (site / plugin.name).exists()
+    code = """
+import importlib.metadata, bnbref, bnbref.cli
+assert importlib.metadata.version("bnbref") == bnbref.__version__
+assert bnbref.cli.main(["info"]) == 0
+print(bnbref.__file__)
+"""
+    environment = os.environ | {"PYTHONPATH": str(site), "BNBREF_COMPILE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path, env=environment
+    )
+    assert done.stdout.splitlines()[-1] == str(site / "bnbref" / "__init__.py")
 
 
 def test_public_names_exist():

@@ -85,8 +85,9 @@ def qlora(
     """Fine-tune an adapter on a text, and save it in `folder`.
 
     model: a directory or a name on the hub. steps of `batch` windows of `length` tokens, at a learning rate that warms up to
-    lr and falls as a cosine; LoRA of that rank on the layers called `targets`, in float32; all else in dtype; gradient checkpointing;
-    `PagedAdamW8bit`. ValueError for a text that is too short; OSError if there is no such model, or folder cannot be one.
+    lr and falls as a cosine; LoRA of that rank on the layers called `targets`, in float32, all else in dtype; gradient
+    checkpointing; `PagedAdamW8bit`. ValueError for a text that is too short; OSError if there is no such model, or folder
+    cannot be one.
     """
     folder.mkdir(parents=True, exist_ok=True)
     parts = windows(AutoTokenizer.from_pretrained(model), text, length)
