@@ -174,7 +174,8 @@ def table(results: list[dict[str, Any]]) -> str:
         if "error" in result:
             cells += [f"not run: {result['error']}", "", "", ""]
         else:
-            cells += [result["info"].partition(":")[0], f"{result['passed']}", f"{sum(result['skipped'].values())}"]
+            cells += [result["info"].partition(":")[0], f"{result['passed']}"]
+            cells += ["; ".join(f"{n}: {why.removeprefix('Skipped: ')}" for why, n in result["skipped"].items()) or "0"]
             cells += ["; ".join(f"`{f['test'].rpartition('.')[2]}`: {f['why'][:100]}" for f in result["failed"]) or "0"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
