@@ -11,6 +11,7 @@ What `pip install torch` brings is the build of the package index in use: on Lin
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -153,12 +154,18 @@ def outcomes(report: Path) -> dict[str, Any]:
         for child in case
         if child.tag in ("failure", "error")
     ]
-    skipped = [child.get("message") or "" for case in cases for child in case if child.tag == "skipped"]
+    skipped = [why_skipped(child) for case in cases for child in case if child.tag == "skipped"]
     return {
         "passed": len(cases) - len(failed) - len(skipped),
         "failed": failed,
         "skipped": {why: skipped.count(why) for why in sorted(set(skipped))},
     }
+
+
+def why_skipped(element: ElementTree.Element) -> str:
+    """The reason: of a file that is skipped as a whole it stands in the text alone."""
+    whole = re.search(r"Skipped: (.*)'\)$", element.text or "")
+    return whole[1] if whole else element.get("message") or ""
 
 
 def table(results: list[dict[str, Any]]) -> str:
