@@ -29,7 +29,7 @@ import bnbref.functional as F
 import bnbref.nn
 from bnbref import blockwise, fourbit, int8, nested
 from bnbref.codebooks import DYNAMIC, DYNAMIC_UNSIGNED, FP4, INT4, NF4, linear, value_table
-from bnbref.fused import REGISTRY
+from bnbref.kernels import REGISTRY
 
 try:
     import bitsandbytes as bnb

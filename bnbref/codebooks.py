@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bnbref.fused import tracing
+from bnbref.kernels import tracing
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from bnbref import blockwise, fourbit, int8, nested, ordered
+from bnbref import blockwise, fourbit, int8, nested
 from bnbref.codebooks import DYNAMIC, DYNAMIC_UNSIGNED, FP4, NF4, value_table
+from bnbref.kernels import ordered
 from bnbref.optim import rules
 from bnbref.optim.state import directions, new_state, step
 from bnbref.selfcheck import INT8_THRESHOLDS, Check, Outputs, example

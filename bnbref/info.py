@@ -13,8 +13,9 @@ import torch
 from tqdm import tqdm
 
 import bnbref
-from bnbref import lut16, selfcheck
-from bnbref.fused import compile_enabled, missing_compiler
+from bnbref import selfcheck
+from bnbref.kernels import compile_enabled, lookup16
+from bnbref.kernels.compiler import missing_compiler
 from bnbref.selfcheck import Check, Result, kernels_compiled, self_check
 
 OPTIONAL = ("triton", "transformers", "peft", "accelerate", "bitsandbytes")
@@ -112,7 +113,7 @@ def kernels(device: torch.device) -> list[tuple[str, str]]:
         rows.append((kind, "compiled by Inductor" if (off or missing) is None else f"eager: {off or missing}"))
     if compile_enabled() and missing_compiler("cpu") is None:
         with tqdm(total=1, desc="torch tries the C++ compiler", bar_format="{desc} ...", leave=False, disable=None):
-            rows.append(("4-bit values", lut16.lowering()))
+            rows.append(("4-bit values", lookup16.lowering()))
     return rows
 
 

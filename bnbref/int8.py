@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor
 
 from bnbref.blockwise import check_device, check_float, reciprocal
-from bnbref.fused import fused
+from bnbref.kernels import fused
 
 # Below this 127 * (1 / absmax) is no float32 any more; such a row is stored as a row of zeros.
 SMALLEST_ABSMAX = 2.0**-121

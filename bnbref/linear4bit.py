@@ -14,12 +14,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from bnbref import fourbit, ordered
-from bnbref.blockwise import check_device, reads_tables
-from bnbref.codebooks import Codebook, value_table
-from bnbref.fused import compile_enabled, fused, tracing
+from bnbref import fourbit
+from bnbref.blockwise import check_device
+from bnbref.codebooks import Codebook
 from bnbref.int8 import in_rows
-from bnbref.lut16 import rounded, scaled16
+from bnbref.kernels import compile_enabled, fused, ordered, tracing
 from bnbref.quant_state import QuantState, present
 
 
@@ -32,31 +31,21 @@ def dequantize(packed: Tensor, state: QuantState, dtype: torch.dtype) -> Tensor:
 # ---- one row --------------------------------------------------------------------------------------------------------
 
 
-def _fast_sum(*dtypes: torch.dtype | None, **constants: Any) -> dict[str, Any]:
-    # The order of the sum is the compiler's anyway, so it may fuse: 0.52 ms instead of 0.76 for bfloat16.
-    return {"cpp.enable_floating_point_contract_flag": "fast"}
-
-
-def _wide_search(*dtypes: torch.dtype | None, **constants: Any) -> dict[str, Any]:
-    return {
-        "max_autotune_pointwise": True,
-        "emulate_precision_casts": False,
-    }  # more block sizes than Inductor would try
-
-
-@fused(dynamic={"packed": (0,), "absmax": (0,), "bias": (0,)}, cpu=_fast_sum, gpu=_wide_search, exact=False)
+@fused(dynamic={"packed": (0,), "absmax": (0,), "bias": (0,)}, exact=False)
 def multiply_row(
     a: Tensor,
     packed: Tensor,
     absmax: Tensor,
     bias: Tensor | None = None,
-    table: Tensor | None = None,
     *,
     blocksize: int,
     codebook: Codebook,
     dtype: torch.dtype,
 ) -> Tensor:
-    """`[p, k/p]`; uint8 `[n, k/2]`; float32 `[n, blocks]`; `[n]` -> dtype `[n]`.  a[i, j] is column `p * j + i`.
+    """A row of activations times a 4-bit weight, dtype `[n]`.
+
+    a: the activations `[p, k/p]`, where `a[i, j]` is column `p * j + i`. packed: codes, uint8 `[n, k/2]`. absmax: scales,
+    float32 `[n, blocks]`. bias: `[n]`.
 
     Bounded: the products with the weight in `dtype`, each exact or fused, summed in float32 in the compiler's order; with u
     = 2^-24 and v the unit roundoff of dtype, |y - exact| <= k u / (1 - k u) * sum |a w| + v |exact|.
@@ -67,61 +56,6 @@ def multiply_row(
     y = torch.mv(first, columns[0])
     for place, part in enumerate(rest, 1):
         y = y + torch.mv(part, columns[place])
-    return (y if bias is None else y + bias.float()).to(dtype)
-
-
-def _multiply_by_words(
-    a: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    table: Tensor | None,
-    blocksize: int,
-    codebook: Codebook,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Eight codes a lane, for GPUs; p is 8."""
-    words = rearrange(packed.view(torch.int32), "n (b w) -> n b w", w=blocksize // 8)
-    scale = rearrange(absmax, "n b -> n b 1")
-    columns = rearrange(a, "p (b w) -> p b w", w=blocksize // 8).float()
-
-    def product(place: int) -> Tensor:
-        codes = words >> (8 * (place // 2) + 4 * (1 - place % 2))
-        weight = rounded(fourbit.decode_nibble(codes, table, codebook) * scale, dtype)
-        return weight * columns[place]
-
-    total = product(0)
-    for place in range(1, 8):
-        total = total + product(place)
-    return total.sum((1, 2))
-
-
-# A byte a lane, as in decoding; the rows of the weight in two halves, so that two sums are under way at a time: 0.50 ms
-# for 4096 x 4096 in bfloat16 on an EPYC with two threads, where dequantizing and multiplying takes 3.
-@multiply_row.formulation
-def _(
-    a: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    bias: Tensor | None = None,
-    table: Tensor | None = None,
-    *,
-    blocksize: int,
-    codebook: Codebook,
-    dtype: torch.dtype,
-) -> Tensor:
-    if a.shape[0] == 8:
-        y = _multiply_by_words(a, packed, absmax, table, blocksize, codebook, dtype)
-    else:
-        even, odd = rearrange(a.float(), "two (b s) -> two b s", s=blocksize // 2)
-        n = packed.shape[0] // 2
-        halves = []
-        for rows, scales in ((packed[:n], absmax[:n]), (packed[n:], absmax[n:])):
-            codes = rearrange(rows.to(torch.int32), "n (b s) -> n b s", s=blocksize // 2)
-            scale = rearrange(scales, "n b -> n b 1")
-            values = fourbit.sixteen(codebook)
-            first, second = scaled16(codes >> 4, scale, values, dtype), scaled16(codes, scale, values, dtype)
-            halves.append((first * even).sum((1, 2)) + (second * odd).sum((1, 2)))
-        y = torch.cat(halves)
     return (y if bias is None else y + bias.float()).to(dtype)
 
 
@@ -144,15 +78,13 @@ def _product_of_row(a: Tensor, packed: Tensor, state: QuantState, bias: Tensor |
     blocksize = present(state.blocksize, "blocksize")
     codes = packed.reshape(-1).view(torch.uint8).view(n, k // 2)
     scales = state.scales().view(n, k // blocksize)
-    table: Tensor | None = None
-    if reads_tables(a.device):
+    if a.device.type != "cpu":
         columns = a.reshape(k // 8, 8).t().contiguous()
-        table = value_table(state.codebook, a.device)
         if codes.storage_offset() % 4 != 0:
             codes = codes.clone()  # the kernel reads words
     else:
         columns = a.float().view(k // 2, 2).t().contiguous()
-    y = multiply_row(columns, codes, scales, bias, table, blocksize=blocksize, codebook=state.codebook, dtype=a.dtype)
+    y = multiply_row(columns, codes, scales, bias, blocksize=blocksize, codebook=state.codebook, dtype=a.dtype)
     return y.view(*a.shape[:-1], n)
 
 

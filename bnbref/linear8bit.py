@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bnbref import int8
 from bnbref.blockwise import check_device
-from bnbref.fused import tracing
+from bnbref.kernels import tracing
 
 
 @dataclass

@@ -6,13 +6,14 @@
 Source: Dettmers et al., QLoRA (2305.14314), section 3: 0.5 bit a parameter for the scales becomes 0.127.
 """
 
+import torch
 from einops import rearrange
 from torch import Tensor
 
 from bnbref import blockwise
-from bnbref.blockwise import block_count, check_blocksize, decode_options, in_rows, look_up
+from bnbref.blockwise import check_blocksize, check_scales, first, in_rows
 from bnbref.codebooks import DYNAMIC
-from bnbref.fused import fused
+from bnbref.kernels import fused
 
 BLOCKSIZE = 256
 
@@ -31,10 +32,10 @@ def quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return codes, absmax2, offset
 
 
-@fused(dynamic={"codes": (0,), "absmax": (0,)}, cpu=decode_options)
+@fused(dynamic={"codes": (0,), "absmax": (0,)})
 def dequantize_nested(codes: Tensor, absmax: Tensor, values: Tensor, offset: Tensor) -> Tensor:
     """uint8 `[blocks, blocksize]`, float32 `[blocks]`, `[256]`, `[]` -> float32 `[blocks, blocksize]`.  Exact."""
-    return look_up(values, codes) * rearrange(absmax, "b -> b 1") + offset
+    return values[codes.to(torch.int32)] * rearrange(absmax, "b -> b 1") + offset
 
 
 def dequantize(codes: Tensor, absmax2: Tensor, values: Tensor, offset: Tensor, blocksize: int = BLOCKSIZE) -> Tensor:
@@ -45,12 +46,8 @@ def dequantize(codes: Tensor, absmax2: Tensor, values: Tensor, offset: Tensor, b
     >>> dequantize(*quantize(torch.tensor([1.0, 3.0]))[:2], value_table(DYNAMIC, torch.device("cpu")), torch.tensor(2.0))
     tensor([1.0070, 3.0000])
     """
-    if absmax2.numel() != block_count(codes.numel(), blocksize):
-        raise ValueError(
-            f"absmax2 must have one scale per block: {block_count(codes.numel(), blocksize)} for {codes.numel()} codes "
-            f"in blocks of {blocksize}, got {absmax2.numel()}"
-        )
+    check_scales("absmax2", absmax2, codes.numel(), blocksize)
     blocksize = check_blocksize(blocksize, codes.numel())
     scales = in_rows(absmax2, 1).view(-1)
     out = dequantize_nested(in_rows(codes, blocksize), scales, values, offset)
-    return out.view(-1)[: codes.numel()].view(codes.shape)
+    return first(out, codes.numel()).view(codes.shape)

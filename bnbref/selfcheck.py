@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bnbref import functional, int8
 from bnbref.codebooks import DYNAMIC, FP4, NF4, Codebook
-from bnbref.fused import REGISTRY, eager
+from bnbref.kernels import REGISTRY, eager
 
 Outputs = tuple[Tensor, ...]
 

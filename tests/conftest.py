@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Generator, Iterator
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 import bnbref
 from bnbref.integrations.bitsandbytes_alias import as_bitsandbytes
+from bnbref.kernels import counting, decoding, encoding, floats
 
 # No deadline: the first example of a kernel compiles it. `mode` does not change from one example to the next.
 settings.register_profile(
@@ -134,6 +136,18 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     terminalreporter.write_line(
         f"{'all':<62} {sum(t.inputs for t in proven):>15,} {sum(t.seconds for t in proven):>8.1f}"
     )
+
+
+# ---- formulations for GPUs ------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def as_on_gpu() -> Iterator[None]:
+    """Inside, formulations take their way for GPUs, whatever the device of their tensors."""
+    with contextlib.ExitStack() as stack:
+        for module in (counting, decoding, encoding, floats):
+            stack.enter_context(mock.patch.object(module, "is_gpu", return_value=True))
+        yield
 
 
 # ---- modes ----------------------------------------------------------------------------------------------------------

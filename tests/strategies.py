@@ -18,11 +18,9 @@ from conftest import pasted
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bnbref import blockwise
-from bnbref.codebooks import AF4, DYNAMIC, DYNAMIC_UNSIGNED, FP4, NF4, Codebook, linear, threshold_table, value_table
+from bnbref.codebooks import AF4, DYNAMIC, DYNAMIC_UNSIGNED, FP4, NF4, Codebook, linear, value_table
 from bnbref.fourbit import row_blocks
 from bnbref.optim import rules
-from bnbref.optim import state as optim_state
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 CPU = torch.device("cpu")
@@ -198,8 +196,7 @@ def _quantize_blocks(dtype: torch.dtype, codebook: Codebook, blocksize: int) -> 
     def cases(draw: st.DrawFn, rows: Blocks) -> Case:
         n = draw(rows)
         x = draw(flat(codebook, blocksize, dtype, st.just(n))).view(n, blocksize)
-        carry = blockwise.carry_table(codebook, CPU)
-        return Case((x, threshold_table(codebook, CPU), carry.entries), {"first_cell": carry.first_cell})
+        return Case((x,), {"codebook": codebook})
 
     return cases
 
@@ -399,12 +396,10 @@ def _step_blocks(
             states.append(draw(_some_integers(torch.uint8, count)).view(n, blocksize))
             states.append(draw(_float_state(False, n)))
         p, g = p.view(n, blocksize), g.view(n, blocksize)
-        tables = optim_state.tables(rule, CPU)
         if direction:
-            return Case((p, g, hyper, *tables.values, *states), constants)
+            return Case((p, g, hyper, *states), constants)
         random = None if random is None else random.view(n, blocksize)
-        pairs = [t for pair in zip(tables.values, tables.ranks, strict=True) for t in pair]
-        return Case((p, g, hyper, random, *pairs, *states), {**constants, "first_cells": tables.first_cells})
+        return Case((p, g, hyper, random, *states), constants)
 
     return cases
 

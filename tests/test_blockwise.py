@@ -295,7 +295,7 @@ codebook 'fp4' is not in the order of its values; 8-bit codes are ranks
 codebook 'down' is not in the order of its values; 8-bit codes are ranks
 codes must be uint8, got torch.float32
 dtype must be float32, float16 or bfloat16, got torch.float64
-absmax must have one scale per block: 2 for 8 codes in blocks of 4, got 3
-absmax must have one scale per block: 2 for 8 codes in blocks of 4, got 1
+absmax must have one scale per block: 2 for 8 elements in blocks of 4, got 3
+absmax must have one scale per block: 2 for 8 elements in blocks of 4, got 1
 blocksize must be a positive integer, got 0""",
     )

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from bnbref.fused import REGISTRY
+from bnbref.kernels import REGISTRY
 
 TESTS = Path(__file__).parent
 

@@ -13,7 +13,7 @@ from test_selfcheck import input_values
 import bnbref
 from bnbref import cli, fourbit, info, int8
 from bnbref.exactness import GRADIENTS, GROUP, KERNEL_CHECKS, SCALES, between_codes
-from bnbref.fused import REGISTRY
+from bnbref.kernels import REGISTRY
 from bnbref.selfcheck import self_check
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16

@@ -25,9 +25,12 @@ from torch import Tensor
 
 import bnbref
 from bnbref import blockwise, fourbit, int8
-from bnbref.blockwise import carry_table, count_below, count_by_carry, rank_table
-from bnbref.codebooks import AF4, DYNAMIC, DYNAMIC_UNSIGNED, FP4, INT4, NF4, Codebook, threshold_table, value_table
-from bnbref.fused import Kernel
+from bnbref.blockwise import encode
+from bnbref.codebooks import AF4, DYNAMIC, DYNAMIC_UNSIGNED, FP4, INT4, NF4, Codebook, value_table
+from bnbref.kernels import REGISTRY, Kernel
+from bnbref.kernels.counting import code_by_table, code_table
+from bnbref.kernels.door import Formulation
+from bnbref.kernels.encoding import code_by_tree
 
 CPU = torch.device("cpu")
 CHUNK = 2**23  # all floats of one sign and exponent
@@ -160,11 +163,22 @@ def prove(
     theorems.record(theorem, seen, time.perf_counter() - begun)
 
 
-def kernel(definition: Function, formulation: Function, cpu=None) -> Function:
-    """A kernel of one argument, compiled by the one door; it is not registered."""
-    made = Kernel(definition, {"x": (0,)}, cpu or (lambda *dtypes, **constants: {}), True)
-    made.body = formulation
-    return made
+class Unregistered(Kernel):
+    """A kernel of one argument, compiled by the one door, with a formulation of its own."""
+
+    def __init__(self, definition: Function, formulation: Formulation) -> None:
+        super().__init__(definition, {"x": (0,)})
+        self.own = formulation
+
+    @property
+    def formulation(self) -> Formulation:
+        return self.own
+
+
+def kernel(definition: Function, body: Function, like: str | None = None) -> Function:
+    """A kernel with this body, and with the options of a kernel that is registered."""
+    cpu = None if like is None else REGISTRY[like].formulation.options("cpu", (F32,), {})
+    return Unregistered(definition, Formulation(body, cpu=cpu))
 
 
 def eagerly(function: Function) -> Function:
@@ -186,9 +200,9 @@ EIGHT_BIT = {"dynamic_signed": DYNAMIC, "dynamic_unsigned": DYNAMIC_UNSIGNED}
 @pytest.mark.parametrize("book", [NF4, FP4, AF4, INT4], ids=lambda book: book.name)
 def test_four_bit_codes(book: Codebook, theorems):
     def definition(x: Tensor) -> Tensor:
-        return fourbit.encode(x, book)
+        return encode(x, book)
 
-    tree = kernel(definition, lambda x: fourbit._code_by_tree(x, book).to(torch.uint8), fourbit._encode_options)
+    tree = kernel(definition, lambda x: code_by_tree(x, book).to(torch.uint8), "quantize_rows")
     modes = [eagerly(definition), tree] if book in (NF4, FP4) else [tree]
     how = "eager and compiled" if len(modes) == 2 else "compiled"
     prove(theorems, f"{book.name} codes: {how}", modes, codes_of(book.name).part)
@@ -198,32 +212,21 @@ def test_four_bit_codes(book: Codebook, theorems):
 @pytest.mark.parametrize("name", EIGHT_BIT)
 def test_eight_bit_codes(name: str, theorems):
     book = EIGHT_BIT[name]
-    thresholds, carry = threshold_table(book, CPU), carry_table(book, CPU)
-    assert carry.first_cell is not None
 
     def definition(x: Tensor) -> Tensor:
-        return count_below(x, thresholds).to(torch.uint8)
+        return encode(x, book)
 
-    def formulation(x: Tensor) -> Tensor:
-        return count_by_carry(x, carry.entries, carry.first_cell).to(torch.uint8)
-
-    looked_up = kernel(definition, formulation, blockwise._encode_options)
-    prove(theorems, f"{book.name} codes: eager and compiled", [eagerly(definition), looked_up], codes_of(name).part)
+    prove(theorems, f"{book.name} codes: eager", [eagerly(definition)], codes_of(name).part)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["nf4", "fp4", *EIGHT_BIT])
 def test_codes_by_cell(name: str, device: torch.device, theorems):
-    """The tables that GPUs read, for what a scaled element can be: a number or NaN, as 1 / infinity is 0."""
-    if name in EIGHT_BIT:
-        tables = rank_table(EIGHT_BIT[name], device)
-        by_cell = blockwise._count_in_cells
-    else:
-        cells = fourbit.code_table({"nf4": NF4, "fp4": FP4}[name], device)
-        tables = None if cells is None else (cells,)
-        by_cell = fourbit._encode_by_cell
-    assert tables is not None
-    compiled = kernel(forbidden, lambda x: by_cell(x, *tables).to(torch.uint8))
+    """The tables of codes, for what a scaled element can be: a number or NaN, as 1 / infinity is 0."""
+    bits, like = (8, "quantize_blocks") if name in EIGHT_BIT else (4, None)
+    table = code_table({"nf4": NF4, "fp4": FP4, **EIGHT_BIT}[name], device, bits)
+    assert table is not None
+    compiled = kernel(forbidden, lambda x: code_by_table(x, table, bits).to(torch.uint8), like)
     steps = codes_of(name)
 
     def without_infinity(codes: Tensor, start: int) -> Tensor:
@@ -235,7 +238,7 @@ def test_codes_by_cell(name: str, device: torch.device, theorems):
     def want(start: int, stop: int) -> Tensor:
         return without_infinity(steps.part(start, stop), start)
 
-    prove(theorems, f"{name} codes by the tables for GPUs", [finite], want, device=device)
+    prove(theorems, f"{name} codes by table", [finite], want, device=device)
 
 
 def forbidden(x: Tensor) -> Tensor:

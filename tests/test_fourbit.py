@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from strategies import BF16, F16, F32, LAYOUTS, laid_out, neighbours, scales, tensors
 
 from bnbref import fourbit
+from bnbref.blockwise import encode
 from bnbref.codebooks import AF4, FOUR_BIT, FP4, INT4, NF4
 
 DTYPES = (F32, BF16, F16)
@@ -112,7 +113,7 @@ def test_every_sixteen_bit_float_by_the_encoder():
         every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).float()
         for name, book in FOUR_BIT.items():
             want = torch.from_numpy(second.encode(name, every.numpy())).to(torch.uint8)
-            assert torch.equal(fourbit.encode(every, book), want), (name, dtype)
+            assert torch.equal(encode(every, book), want), (name, dtype)
 
 
 @pytest.mark.parametrize("name", FOUR_BIT)
@@ -280,7 +281,7 @@ def test_all_zero_blocks_decode_to_zero(mode):
 
 def test_int4_has_two_zeros():
     x = torch.tensor([-1.0, -1e-9, 0.0, 1e-9, 1 / 14, 1.0])
-    assert fourbit.encode(x, INT4).tolist() == [15, 8, 8, 7, 7, 0]
+    assert encode(x, INT4).tolist() == [15, 8, 8, 7, 7, 0]
     assert AF4.values[0] == 1.0
 
 

@@ -4,9 +4,12 @@ import math
 
 import pytest
 import torch
+from conftest import as_on_gpu
 
 from bnbref import blockwise, fourbit, linear4bit
-from bnbref.codebooks import AF4, DYNAMIC, DYNAMIC_UNSIGNED, FP4, INT4, NF4, linear, threshold_table, value_table
+from bnbref.blockwise import encode
+from bnbref.codebooks import AF4, DYNAMIC, DYNAMIC_UNSIGNED, FP4, INT4, NF4, linear
+from bnbref.kernels.counting import code_by_table, code_table, float_of
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -33,29 +36,19 @@ def bits(x):
     return x.contiguous().view(torch.uint8)
 
 
-@pytest.mark.parametrize("book", FOUR_BIT, ids=lambda book: book.name)
-def test_codes_of_cells(book):
-    table = fourbit.code_table(book, CPU)
-    t = torch.tensor([*book.thresholds, 0.0, 1.0, 1e-45, 2.0**-126])
+@pytest.mark.parametrize(
+    ("book", "bits"), [*((b, 4) for b in FOUR_BIT), *((b, 8) for b in EIGHT_BIT)], ids=lambda x: getattr(x, "name", x)
+)
+def test_codes_of_cells(book, bits):
+    table = code_table(book, CPU, bits)
+    t = torch.tensor([*book.thresholds, 0.0, -0.0, 1.0, 1e-45, 2.0**-126])
     t = torch.cat([t, t.nextafter(torch.tensor(2.0)), t.nextafter(torch.tensor(-2.0))])
     cells = torch.arange(table.numel()) << (32 - (table.numel().bit_length() - 1))
-    edges = torch.cat([blockwise.float_of(cells), blockwise.float_of(cells - 1)])
+    edges = torch.cat([float_of(cells), float_of(cells - 1)])
     x = torch.cat(
         [t, -t, edges[edges.abs() < math.inf], torch.rand(10**5) * 2 - 1, torch.tensor([math.nan, -math.nan])]
     )
-    assert torch.equal(fourbit._encode_by_cell(x, table), fourbit.encode(x, book).to(torch.int32))
-
-
-@pytest.mark.parametrize("book", EIGHT_BIT, ids=lambda book: book.name)
-def test_ranks_of_cells(book):
-    cells, bounds = blockwise.rank_table(book, CPU)
-    t = threshold_table(book, CPU)
-    t = torch.cat([t, torch.tensor([0.0, -0.0, 1e-45, 1.0]), torch.rand(10**5)])
-    t = torch.cat([t, t.nextafter(torch.tensor(2.0)), t.nextafter(torch.tensor(-2.0))])
-    x = torch.cat([t, -t, torch.tensor([math.nan])])
-    assert torch.equal(
-        blockwise._count_in_cells(x, cells, bounds), blockwise.count_below(x, threshold_table(book, CPU))
-    )
+    assert torch.equal(code_by_table(x, table, bits), encode(x, book).to(torch.int32))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -65,19 +58,19 @@ def test_four_bit(book, dtype, blocksize):
     width = blocksize * fourbit.row_blocks(blocksize)
     x = nasty(40, width, dtype, book.thresholds)
     constants = {"blocksize": blocksize, "codebook": book}
-    if blocksize % fourbit.lane_elements(dtype) == 0:  # the others are given no table
-        want = fourbit.quantize_rows.definition(x, **constants)
-        got = fourbit.quantize_rows.body(x, fourbit.code_table(book, CPU), **constants)
-        assert torch.equal(got[0], want[0])
-        assert torch.equal(got[1], want[1])
+    want = fourbit.quantize_rows.definition(x, **constants)
+    with as_on_gpu():
+        got = fourbit.quantize_rows.body(x, **constants)
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(got[1], want[1])
     packed = torch.arange(256, dtype=torch.uint8).repeat(blocksize)[: 8 * width].view(-1, width // 2)
     scales = torch.rand(packed.shape[0], fourbit.row_blocks(blocksize)) * 2
     scales[:3] = torch.tensor([math.nan, math.inf, 1e-41])[:, None]
     want = fourbit.dequantize_rows.definition(packed, scales, **constants, dtype=dtype)
-    for table in (None, value_table(book, CPU)) if dtype != torch.float32 else ():
-        got = fourbit._decode_bytes(packed, scales, table, blocksize, book, dtype)
-        assert torch.equal(got.isnan(), want.isnan())
-        assert torch.equal(bits(got.nan_to_num(1.5)), bits(want.nan_to_num(1.5)))
+    with as_on_gpu():
+        got = fourbit.dequantize_rows.body(packed, scales, **constants, dtype=dtype)
+    assert torch.equal(got.isnan(), want.isnan())
+    assert torch.equal(bits(got.nan_to_num(1.5)), bits(want.nan_to_num(1.5)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -85,11 +78,9 @@ def test_four_bit(book, dtype, blocksize):
 @pytest.mark.parametrize("blocksize", [256, 24])
 def test_eight_bit(book, dtype, blocksize):
     x = nasty(200, blocksize, dtype, book.thresholds)
-    thresholds = threshold_table(book, CPU)
-    carry = blockwise.carry_table(book, CPU)
-    want = blockwise.quantize_blocks.definition(x, thresholds, carry.entries, first_cell=carry.first_cell)
-    ranks = blockwise.rank_table(book, CPU)
-    got = blockwise.quantize_blocks.body(x, thresholds, carry.entries, *ranks, first_cell=carry.first_cell)
+    want = blockwise.quantize_blocks.definition(x, codebook=book)
+    with as_on_gpu():
+        got = blockwise.quantize_blocks.body(x, codebook=book)
     assert torch.equal(got[0], want[0])
     assert torch.equal(got[1], want[1])
 
@@ -109,8 +100,9 @@ def test_a_row_by_words(dtype, with_bias):
     # k products and the bias, summed in float32 in some order, and one rounding to dtype of at most 1.01 times the size.
     bound = 1.01 * ((k + 1) * 2.0**-24 + torch.finfo(dtype).eps / 2) * size
     columns = a.view(-1, 8).t().contiguous()
+    with as_on_gpu():
+        on_gpu = linear4bit.multiply_row.body(columns, packed, absmax, bias, **constants)
     for run in (linear4bit.multiply_row.definition, linear4bit.multiply_row.body):
-        for table in (None, value_table(NF4, CPU)):
-            got = run(columns, packed, absmax, bias, table, **constants)
+        for got in (on_gpu, run(columns, packed, absmax, bias, **constants)):
             assert got.dtype == dtype
             assert ((got.double() - exact).abs() <= bound).all()

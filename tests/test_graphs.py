@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 import bnbref
 from bnbref import blockwise, fourbit, int8
 from bnbref.codebooks import DYNAMIC, NF4
-from bnbref.fused import REGISTRY, Kernel
+from bnbref.kernels import REGISTRY, Kernel
 
 BF16 = torch.bfloat16
 
@@ -112,7 +112,7 @@ HOST_READS = {
 
 @pytest.mark.parametrize("read", HOST_READS)
 def test_a_kernel_that_looks_is_found(read):
-    kernel = Kernel(HOST_READS[read], {}, dict, True)
+    kernel = Kernel(HOST_READS[read], {})
     x = torch.ones(4)
     with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
         traced_on_cpu(kernel, [x], {})

@@ -5,6 +5,7 @@ A mutant of a definition is one of eager and compiled alike, so that only a seco
 uncompiled in the definition's place, on the same inputs.
 """
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable
@@ -17,14 +18,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import bnbref
-from bnbref import blockwise, codebooks, exactness, fourbit, int8, linear4bit, lut16, nested, ordered, selfcheck
-from bnbref.fused import REGISTRY
+from bnbref import blockwise, codebooks, exactness, fourbit, int8, linear4bit, nested, selfcheck
+from bnbref.kernels import REGISTRY, counting, door, encoding, floats, fused, lookup16, ordered
 from bnbref.optim import rules
 from bnbref.optim import state as optim_state
 from bnbref.optim.rules import Coefficients
 
 CPU = torch.device("cpu")
-F32, BF16 = torch.float32, torch.bfloat16
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 CHECKS = {check.name: check for check in (*exactness.KERNEL_CHECKS, *selfcheck.CHECKS)}
 
 
@@ -54,8 +55,20 @@ def replaced(function):
     return lambda right: lambda *args, **kwargs: function(right, *args, **kwargs)
 
 
-def with_book(kernel, i):
-    return replaced(lambda right, *args, codebook, **rest: right(*args, codebook=moved(codebook, i), **rest))
+def with_book(i):
+    """A formulation that is given a codebook with one threshold an ulp higher."""
+    return lambda right, *args, codebook, **rest: right(*args, codebook=moved(codebook, i), **rest)
+
+
+def with_body(function):
+    """A formulation whose body is another, which is given the right one first."""
+
+    def change(right):
+        wrong = copy.copy(right)
+        wrong.body = lambda *args, **constants: function(right.body, *args, **constants)
+        return wrong
+
+    return change
 
 
 def swap_nibbles(right, rows, *tables, **constants):
@@ -112,59 +125,65 @@ MUTANTS = {
         False,
     ),
     "4-bit tie goes up": (
-        fourbit,
+        blockwise,
         "count_below",
         replaced(lambda f, x, t: f(x.nextafter(torch.tensor(math.inf)), t)),
         "quantize_rows",
         False,
     ),
     "4-bit NaN is the highest": (
-        fourbit,
+        blockwise,
         "count_below",
         replaced(lambda f, x, t: torch.bucketize(x, t)),
         "quantize_rows",
         False,
     ),
     "x / absmax": (fourbit.quantize_rows, "definition", replaced(quotient), "quantize_rows", False),
-    "swapped nibbles": (fourbit.quantize_rows, "body", replaced(swap_nibbles), "quantize_rows", True),
+    "swapped nibbles": (
+        door._FORMULATIONS,
+        "quantize_rows",
+        with_body(swap_nibbles),
+        "quantize_rows",
+        True,
+    ),
     "tree: first threshold an ulp off": (
-        fourbit.quantize_rows,
-        "body",
-        with_book("quantize_rows", 0),
+        door._FORMULATIONS,
+        "quantize_rows",
+        with_body(with_book(0)),
         "quantize_rows",
         True,
     ),
     "tree: last threshold an ulp off": (
-        fourbit.quantize_rows,
-        "body",
-        with_book("quantize_rows", -1),
+        door._FORMULATIONS,
+        "quantize_rows",
+        with_body(with_book(-1)),
         "quantize_rows",
         True,
     ),
     "tree: even element gets the odd one's place": (
-        fourbit,
-        "split_pairs",
+        encoding,
+        "in_pairs",
         replaced(lambda f, x: f(x)[::-1]),
         "quantize_rows",
         True,
     ),
     "float16 subnormals flushed": (
-        fourbit,
-        "_half_bits",
-        replaced(lambda f, w: torch.where(w & 0x7C000000 == 0, 0.0, f(w))),
+        floats,
+        "widen",
+        replaced(lambda f, w, dtype: torch.where(w & 0x7C00 == 0, 0.0, f(w, dtype)) if dtype == F16 else f(w, dtype)),
         "quantize_rows",
         True,
     ),
     "a dropped sign": (
-        fourbit,
+        encoding,
         "_select",
         replaced(lambda f, bit, high, low: f(bit & (high != 8.0), high, low)),
         "quantize_rows",
         True,
     ),
     "decode truncates to bfloat16": (
-        lut16,
-        "_rounded_bits",
+        lookup16,
+        "rounded_bits",
         replaced(lambda f, x, dtype: x.view(torch.int32) >> 16 & 0xFFFF if dtype == BF16 else f(x, dtype)),
         "dequantize_rows",
         True,
@@ -314,8 +333,8 @@ MUTANTS = {
     ),
     "8-bit state: decoded with its reciprocal": (
         optim_state,
-        "_decode",
-        replaced(lambda f, codes, absmax, values: f(codes, 1 / (1 / absmax), values)),
+        "decode_states",
+        replaced(lambda f, states, values: f([x if i % 2 == 0 else 1 / (1 / x) for i, x in enumerate(states)], values)),
         "direction_blocks",
         False,
     ),
@@ -343,7 +362,10 @@ MUTANTS = {
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_a_mutant_is_killed(mutant, monkeypatch):
     where, name, change, check, formulation = MUTANTS[mutant]
-    monkeypatch.setattr(where, name, change(getattr(where, name)))
+    if isinstance(where, dict):
+        monkeypatch.setitem(where, name, change(where[name]))
+    else:
+        monkeypatch.setattr(where, name, change(getattr(where, name)))
     assert not survives(check, formulation, monkeypatch), f"{check} does not notice: {mutant}"
 
 
@@ -387,17 +409,18 @@ def test_strategies_find_each_threshold_that_is_an_ulp_off(book):
         assert "Case(bits(torch.float32, (" in message
 
 
-def test_strategies_find_a_carry_that_is_an_ulp_off():
+def test_strategies_find_a_switch_that_is_an_ulp_off():
     """One entry in sixteen of the table for 8 bits: its threshold is below itself."""
     kernel, variant = blockwise.quantize_blocks, strategies._quantize_blocks(F32, codebooks.DYNAMIC, 256)
-    table = blockwise.carry_table(codebooks.DYNAMIC, CPU)
-    holds_one = (table.entries & 0xFFFF != 0).nonzero().view(-1)
-    for cell in holds_one[::16].tolist():
+    table = counting.code_table(codebooks.DYNAMIC, CPU)
+    changes = (table >> 24 != table << 8 >> 24).nonzero().view(-1)
+    assert len(changes) == len(codebooks.DYNAMIC.thresholds)
+    for cell in changes[::16].tolist():
 
         def mutant(case, cell=cell):
-            x, thresholds, entries = case.args
-            wrong = entries.index_add(0, torch.tensor([cell]), torch.tensor([1], dtype=entries.dtype))
-            return kernel.body(x, thresholds, wrong, **case.kwargs), kernel.definition(*case.args, **case.kwargs)
+            wrong = table.index_add(0, torch.tensor([cell]), torch.tensor([-1], dtype=table.dtype))
+            got = kernel.formulation(case.args, (wrong,), case.kwargs)
+            return got, kernel.definition(*case.args, **case.kwargs)
 
         assert failure_of(variant, mutant) is not None, f"entry {cell}"
 
@@ -413,7 +436,7 @@ def test_a_pasted_failure_is_the_input():
 def test_a_kernel_without_a_strategy_is_noticed():
     from test_proof import test_every_kernel_has_a_strategy
 
-    kernel = bnbref.fused.fused(dynamic={"x": (0,)})
+    kernel = fused(dynamic={"x": (0,)})
     try:
 
         @kernel

@@ -134,5 +134,5 @@ def test_errors():
     with pytest.raises(ValueError) as caught:
         nested.dequantize(codes, torch.ones(1), VALUES, torch.tensor(0.0))
     assert_expected_inline(
-        str(caught.value), """absmax2 must have one scale per block: 2 for 257 codes in blocks of 256, got 1"""
+        str(caught.value), """absmax2 must have one scale per block: 2 for 257 elements in blocks of 256, got 1"""
     )

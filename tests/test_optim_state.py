@@ -10,7 +10,7 @@ from torch import nn
 
 from bnbref import functional, optim
 from bnbref.codebooks import linear
-from bnbref.fused import REGISTRY
+from bnbref.kernels import REGISTRY
 from bnbref.optim import rules
 from bnbref.optim.optimizer import WRAPPED
 from bnbref.optim.state import absmax_key, new_state, step

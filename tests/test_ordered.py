@@ -9,7 +9,7 @@ from torch import library
 
 import bnbref
 from bnbref import functional as F
-from bnbref import ordered
+from bnbref.kernels import ordered
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 

@@ -19,7 +19,7 @@ from bnbref import blockwise, fourbit, functional, int8, linear4bit, linear8bit,
 from bnbref.codebooks import DYNAMIC, four_bit, value_table
 from bnbref.conformance.operations import OPERATIONS, quant_state
 from bnbref.conformance.optimizers import BLOCKSIZE
-from bnbref.fused import eager
+from bnbref.kernels import eager
 from bnbref.optim import rules
 from bnbref.optim import state as stepping
 from bnbref.quant_state import BLOB, QuantState

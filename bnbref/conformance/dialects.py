@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bnbref import fourbit
+from bnbref import blockwise
 from bnbref.blockwise import SMALLEST_NORMAL, count_below
 from bnbref.codebooks import DYNAMIC, FP4, NF4, Codebook, four_bit, value_table
 from bnbref.conformance import optimizers
@@ -23,7 +23,7 @@ from bnbref.conformance.check import Failure
 from bnbref.conformance.judging import Expected, same, wrong_elements
 from bnbref.conformance.operations import arguments
 from bnbref.conformance.products import product_interval
-from bnbref.fused import eager
+from bnbref.kernels import eager
 
 CPU = torch.device("cpu")
 
@@ -201,7 +201,7 @@ def _quantize_blockwise(d: Dialect, x: Tensor, values: Tensor, blocksize: int) -
 def _quantize_4bit(d: Dialect, x: Tensor, blocksize: int, quant_type: str) -> dict[str, Tensor]:
     book = d.fp4 if quant_type == "fp4" else d.nf4
     scaled, absmax, zero = _scaled(x, blocksize, d, pad=x.numel() % 2)
-    codes = fourbit.encode(scaled, book)
+    codes = blockwise.encode(scaled, book)
     codes = codes if d.zero_block is None else torch.where(zero, d.zero_block, codes).to(torch.uint8)
     return {"packed": codes[0::2] << 4 | codes[1::2], "absmax": absmax}
 

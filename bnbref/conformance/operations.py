@@ -45,7 +45,7 @@ from bnbref.blockwise import SMALLEST_NORMAL, reciprocal
 from bnbref.codebooks import DYNAMIC, Codebook, four_bit, value_table
 from bnbref.conformance import optimizers, products
 from bnbref.conformance.judging import UNIT, Also, Expected
-from bnbref.fused import eager
+from bnbref.kernels import eager
 from bnbref.quant_state import BLOB, QuantState
 
 Tensors = Mapping[str, Tensor]
@@ -144,7 +144,7 @@ def _expect_4bit(x: Tensor, blocksize: int, quant_type: str, zero_block: bool) -
     packed = packed.view(-1)
     s = _scale(x, absmax, blocksize, pad=x.numel() % 2)
     codes = torch.stack((packed >> 4, packed & 15), -1).view(-1)
-    others = _alternatives(s, lambda scaled: fourbit.encode(scaled, book), codes, zero_block)
+    others = _alternatives(s, lambda scaled: blockwise.encode(scaled, book), codes, zero_block)
     if book.sign_bit:
         minus_zero = s.flat.signbit() & (s.flat == 0)
         others.append(torch.where(minus_zero, codes + len(book.values) // 2, codes))

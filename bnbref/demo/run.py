@@ -21,8 +21,9 @@ from bnbref.demo.finetune import qlora
 from bnbref.demo.report import write_json, write_plot
 from bnbref.demo.resources import cpu_seconds
 from bnbref.demo.settings import FULL, QUICK
-from bnbref.fused import compile_enabled, missing_compiler
 from bnbref.info import compute_dtype, default_device, describe_device
+from bnbref.kernels import compile_enabled
+from bnbref.kernels.compiler import missing_compiler
 
 
 def run(

@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 from bnbref.checkpoint import Checkpoint
 from bnbref.codebooks import Codebook, four_bit
 from bnbref.functional import quantize_4bit
-from bnbref.fused import tracing
+from bnbref.kernels import tracing
 from bnbref.linear4bit import dequantize
 from bnbref.nn.params import check_finite, in_bytes
 from bnbref.quant_state import QuantState, present

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from bnbref import int8
 from bnbref.codebooks import Codebook, four_bit
 from bnbref.functional import quantize_4bit
-from bnbref.fused import tracing
+from bnbref.kernels import tracing
 from bnbref.quant_state import QuantState
 
 Self = TypeVar("Self", bound="QuantizedParameter")

@@ -12,7 +12,6 @@ Each is one kernel per (rule, dtype), which writes into the parameter and its st
 NaN, infinite or beyond 2^63 stays as it was, parameter and state; so does its code, unless its block's absmax grows.
 """
 
-import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -21,18 +20,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from bnbref.blockwise import (
-    block_count,
-    carry_table,
-    check_blocksize,
-    count_below,
-    count_by_carry,
-    look_up,
-    magnitude,
-    reciprocal,
-)
-from bnbref.codebooks import threshold_table, value_table
-from bnbref.fused import compile_enabled, fused, tracing
+from bnbref.blockwise import block_count, check_blocksize, encode, magnitude, reciprocal
+from bnbref.codebooks import value_table
+from bnbref.kernels import fused
 from bnbref.optim.rules import Coefficients, Rule
 from bnbref.optim.sharding import Shard, complete, total
 
@@ -64,10 +54,6 @@ def _rounded(x: Tensor, dtype: torch.dtype, noise: Tensor | None) -> Tensor:
     return torch.where(x.abs() < torch.inf, bits.view(torch.float32), x).to(dtype)
 
 
-def _decode(codes: Tensor, absmax: Tensor, values: Tensor) -> Tensor:
-    return look_up(values, codes) * rearrange(absmax, "b -> b 1")
-
-
 # ---- kernels --------------------------------------------------------------------------------------------------------
 
 
@@ -88,140 +74,79 @@ def direction_elements(
     return _advance(rule, names, p, g, states, hyper)[2]
 
 
-def _block_options(*_: Any, **constants: Any) -> dict[str, Any]:
-    # AdamW on 16.7M float32 on an EPYC, one thread: 71 ms with 256-bit vectors, 83 with 512-bit ones, 191 with scalar code.
-    return {"cpp.simdlen": 256}
-
-
-# Rows of 256 that a CPU takes at a time: what is to be copied back, 6 MB for float32 and two states, stays in its cache.
-_PIECE = 4096
-
 _BY_ROWS = {"p": (0,), "g": (0,), "noise": (0,), "states": (0,)}
 
 
-@fused(dynamic=_BY_ROWS, cpu=_block_options, writes=("p", "states"), piece=_PIECE)
+@fused(dynamic=_BY_ROWS, writes=("p", "states"))
 def step_blocks(
+    p: Tensor, g: Tensor, hyper: Tensor, noise: Tensor | None, *states: Tensor, rule: Rule, names: tuple[str, ...]
+) -> tuple[Tensor, ...]:
+    """New p `[blocks, blocksize]`, then of each state uint8 codes `[blocks, blocksize]` and float32 absmax `[blocks]`.  Exact."""
+    values = [value_table(rule.codebook(state), p.device) for state in rule.states]
+    results = advance_blocks(p, g, hyper, noise, states, rule, names, lambda i, codes: values[i][codes.to(torch.int32)])
+    codes = [encode(x, rule.codebook(state)) for x, state in zip(results.scaled, rule.states, strict=True)]
+    return results.p, *itertools.chain.from_iterable(zip(codes, results.absmax, strict=True))
+
+
+class Advanced(NamedTuple):
+    """A step of blocks before its states are encoded: the new p, and of each state the scaled elements and the scales."""
+
+    p: Tensor
+    scaled: list[Tensor]
+    absmax: list[Tensor]
+
+
+def advance_blocks(
     p: Tensor,
     g: Tensor,
     hyper: Tensor,
     noise: Tensor | None,
-    values: Tensor,
-    ranks: Tensor,
-    values_unsigned: Tensor,
-    ranks_unsigned: Tensor,
-    *states: Tensor,
+    states: Sequence[Tensor],
     rule: Rule,
     names: tuple[str, ...],
-    first_cells: tuple[int, int] | None,
-) -> tuple[Tensor, ...]:
-    """New p `[blocks, blocksize]`, then of each state uint8 codes `[blocks, blocksize]` and float32 absmax `[blocks]`.  Exact.
-
-    values, ranks, first_cells: of the two codebooks, see `tables`; the definition counts the thresholds themselves.
-    """
-
-    def count(scaled: Tensor, signed: bool) -> Tensor:
-        return count_below(scaled, threshold_table(rule.codebooks[0 if signed else 1], p.device))
-
-    return _step_blocks(p, g, hyper, noise, states, (values, values_unsigned), count, rule, names)
-
-
-@step_blocks.formulation
-def _(
-    p: Tensor,
-    g: Tensor,
-    hyper: Tensor,
-    noise: Tensor | None,
-    values: Tensor,
-    ranks: Tensor,
-    values_unsigned: Tensor,
-    ranks_unsigned: Tensor,
-    *states: Tensor,
-    rule: Rule,
-    names: tuple[str, ...],
-    first_cells: tuple[int, int] | None,
-) -> tuple[Tensor, ...]:
-    def count(scaled: Tensor, signed: bool) -> Tensor:
-        table = ranks if signed else ranks_unsigned
-        return (
-            count_below(scaled, table)
-            if first_cells is None
-            else count_by_carry(scaled, table, first_cells[0 if signed else 1])
-        )
-
-    return _step_blocks(p, g, hyper, noise, states, (values, values_unsigned), count, rule, names)
-
-
-def _step_blocks(
-    p: Tensor,
-    g: Tensor,
-    hyper: Tensor,
-    noise: Tensor | None,
-    states: tuple[Tensor, ...],
-    values: tuple[Tensor, Tensor],
-    count: Callable[[Tensor, bool], Tensor],
-    rule: Rule,
-    names: tuple[str, ...],
-) -> tuple[Tensor, ...]:
-    finite, p_new, _, new = _advance(rule, names, p, g, _decoded(states, values, rule), hyper)
-    results = [_rounded(p_new, p.dtype, noise)]
-    for x, before, state in zip(new, states[1::2], rule.states, strict=True):
+    values: Callable[[int, Tensor], Tensor],
+) -> Advanced:
+    """A step of states that are decoded by `values(number of the state, codes)`."""
+    scales = states[1::2]
+    finite, p_new, _, new = _advance(rule, names, p, g, decode_states(states, values), hyper)
+    out = Advanced(_rounded(p_new, p.dtype, noise), [], [])
+    for x, before in zip(new, scales, strict=True):
         # An element that stays holds its block's absmax where it was, lest it move by the rounding of another scale.
         absmax = torch.where(finite, magnitude(x), rearrange(before, "b -> b 1")).amax(-1)
-        results += [count(x * rearrange(reciprocal(absmax), "b -> b 1"), state.signed).to(torch.uint8), absmax]
-    return tuple(results)
+        out.absmax.append(absmax)
+        out.scaled.append(x * rearrange(reciprocal(absmax), "b -> b 1"))
+    return out
 
 
-def _decoded(states: tuple[Tensor, ...], values: tuple[Tensor, Tensor], rule: Rule) -> list[Tensor]:
-    pairs = zip(states[::2], states[1::2], rule.states, strict=True)
-    return [_decode(codes, absmax, values[0 if state.signed else 1]) for codes, absmax, state in pairs]
+def decode_states(states: Sequence[Tensor], values: Callable[[int, Tensor], Tensor]) -> list[Tensor]:
+    """The states in float32, of codes and scales in turns."""
+    pairs = enumerate(zip(states[::2], states[1::2], strict=True))
+    return [values(i, codes) * rearrange(absmax, "b -> b 1") for i, (codes, absmax) in pairs]
 
 
-@fused(dynamic={"p": (0,), "g": (0,), "states": (0,)}, cpu=_block_options)
+@fused(dynamic={"p": (0,), "g": (0,), "states": (0,)})
 def direction_blocks(
+    p: Tensor, g: Tensor, hyper: Tensor, *states: Tensor, rule: Rule, names: tuple[str, ...]
+) -> Tensor:
+    """The direction that `step_blocks` would take, float32 `[blocks, blocksize]`.  Exact."""
+    values = [value_table(rule.codebook(state), p.device) for state in rule.states]
+    return direction_of_blocks(p, g, hyper, states, rule, names, lambda i, codes: values[i][codes.to(torch.int32)])
+
+
+def direction_of_blocks(
     p: Tensor,
     g: Tensor,
     hyper: Tensor,
-    values: Tensor,
-    values_unsigned: Tensor,
-    *states: Tensor,
+    states: Sequence[Tensor],
     rule: Rule,
     names: tuple[str, ...],
+    values: Callable[[int, Tensor], Tensor],
 ) -> Tensor:
-    """The direction that `step_blocks` would take, float32 `[blocks, blocksize]`.  Exact."""
-    return _advance(rule, names, p, g, _decoded(states, (values, values_unsigned), rule), hyper)[2]
+    """The direction with states that are decoded by `values(number of the state, codes)`."""
+    return _advance(rule, names, p, g, decode_states(states, values), hyper)[2]
 
 
 # ---- tensors of any shape -------------------------------------------------------------------------------------------
-
-
-class Tables(NamedTuple):
-    """What a kernel needs of the signed and the unsigned codebook, on one device."""
-
-    values: tuple[Tensor, Tensor]
-    ranks: tuple[Tensor, Tensor]
-    first_cells: tuple[int, int] | None
-
-
-def tables(rule: Rule, device: torch.device) -> Tables:
-    """Of the rule's two codebooks; for a trace, which may not keep tensors, with thresholds instead of carry tables."""
-    if not tracing() and compile_enabled():
-        return _carry_tables(rule, device)
-    return _threshold_tables(rule, device)
-
-
-def _threshold_tables(rule: Rule, device: torch.device) -> Tables:
-    signed, unsigned = rule.codebooks
-    values = (value_table(signed, device), value_table(unsigned, device))
-    return Tables(values, (threshold_table(signed, device), threshold_table(unsigned, device)), None)
-
-
-@functools.cache
-def _carry_tables(rule: Rule, device: torch.device) -> Tables:
-    plain = _threshold_tables(rule, device)
-    signed, unsigned = (carry_table(book, device) for book in rule.codebooks)
-    if signed.first_cell is None or unsigned.first_cell is None:  # two thresholds share a cell
-        return plain
-    return Tables(plain.values, (signed.entries, unsigned.entries), (signed.first_cell, unsigned.first_cell))
 
 
 def new_state(
@@ -318,10 +243,8 @@ def step(
 
 
 def _call(part: list[Any], rule: Rule, names: tuple[str, ...], hyper: Tensor) -> None:
-    (values, values_u), (ranks, ranks_u), first_cells = tables(rule, hyper.device)
     p, g, noise, *states = part
-    both = (values, ranks, values_u, ranks_u)
-    step_blocks(p, g, hyper, noise, *both, *states, rule=rule, names=names, first_cells=first_cells)
+    step_blocks(p, g, hyper, noise, *states, rule=rule, names=names)
 
 
 def directions(
@@ -344,11 +267,10 @@ def directions(
     if not eight:
         return direction_elements(flat[0], flat[1], hyper, *flat[3:], rule=rule, names=names)
     blocksize = check_blocksize(blocksize, p.numel() if shard is None else shard.numel)
-    values = tables(rule, p.device).values
     us = []
     for piece in _pieces(flat, blocksize, shard):
         parts = _in_blocks(piece, _codes_of_zero(rule), blocksize)
-        u = [direction_blocks(*part[:2], hyper, *values, *part[3:], rule=rule, names=names) for part, _ in parts]
+        u = [direction_blocks(*part[:2], hyper, *part[3:], rule=rule, names=names) for part, _ in parts]
         us.append(torch.cat([x.view(-1) for x in u])[: piece[0].numel()])
     return torch.cat(us)
 

@@ -11,11 +11,12 @@ from typing import Any
 from unittest import mock
 
 import torch
+from conftest import as_on_gpu
 
 import bnbref
-from bnbref import blockwise, fourbit, functional, linear4bit
+from bnbref import functional
 from bnbref.exactness import GROUP, KERNEL_CHECKS
-from bnbref.fused import Kernel
+from bnbref.kernels import Kernel
 from bnbref.optim import rules
 from bnbref.optim.state import new_state, step
 from bnbref.selfcheck import example
@@ -60,16 +61,16 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
 
 @contextlib.contextmanager
 def calls_go_to(run: Callable[[Kernel[..., Any], list[Any], Any], Any]) -> Iterator[None]:
-    """Inside, what a function would give a kernel on a GPU is given to `run`: tables, and no cutting into pieces.
+    """Inside, what a function would give a kernel on a GPU is given to `run`.
 
     The tensors stay on the CPU.
     """
-    tables = [mock.patch.object(room, "reads_tables", return_value=True) for room in (blockwise, fourbit, linear4bit)]
-    pieces = mock.patch.object(Kernel, "_in_pieces", return_value=False)
-    ran = mock.patch.object(Kernel, "_run", run)
-    with contextlib.ExitStack() as stack:
-        for patch in (*tables, pieces, ran):
-            stack.enter_context(patch)
+
+    def call(kernel: Kernel[..., Any], *args: Any, **constants: Any) -> Any:
+        result = run(kernel, list(args), constants)
+        return tuple(kernel.written(args)) if kernel.written(args) else result
+
+    with as_on_gpu(), mock.patch.object(Kernel, "__call__", call):
         yield
 
 
@@ -85,7 +86,7 @@ def run_asked(run: Callable[[Kernel[..., Any], list[Any], Any], Any]) -> None:
 def variant(name: str, args: Sequence[Any], constants: Mapping[str, Any]) -> str:
     """A kernel's name, the dtypes that it reads and its constants, as in "quantize_rows float32 nf4 64"."""
     floats = [t.dtype for t in args if t is not None and t.dim() > 0][:1]
-    seen = [*floats, *(value for key, value in constants.items() if key not in ("names", "first_cells", "first_cell"))]
+    seen = [*floats, *(value for key, value in constants.items() if key != "names")]
     optional = [f"{sum(t is not None for t in args)} tensors"]
     words = [str(getattr(value, "name", value)).removeprefix("torch.") for value in seen]
     return " ".join([name, *words, *optional])

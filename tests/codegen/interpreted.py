@@ -26,7 +26,7 @@ from torch._inductor.runtime import triton_helpers
 from torch._inductor.runtime.triton_heuristics import GridExpr
 
 from bnbref import fourbit
-from bnbref.fused import Kernel
+from bnbref.kernels import Kernel
 
 np.seterr(all="ignore")  # infinities and NaN are made on purpose
 Builder = interpreter.InterpreterBuilder
@@ -113,11 +113,13 @@ def loaded(source: str) -> pretend.Call:
 
 def interpret(kernel: Kernel[..., Any], tensors: Sequence[Any], constants: Any) -> Any:
     """What the kernel would return on a GPU; what it writes to is written to."""
-    fakes = pretend.on_gpu(tensors)
+    tables = kernel.tables(*tensors, **constants)
+    fakes, fake_tables = pretend.on_gpu(tensors), pretend.on_gpu(tables)
     REAL.clear()
-    REAL.update({f.untyped_storage()._cdata: t for f, t in zip(fakes, tensors, strict=True) if f is not None})
-    results = pretend.generate(kernel, fakes, constants, loaded)
-    return tuple(kernel.written(tensors)) if any(kernel._written) else results
+    pairs = zip([*fakes, *fake_tables], [*tensors, *tables], strict=True)
+    REAL.update({f.untyped_storage()._cdata: t for f, t in pairs if f is not None})
+    results = pretend.generate(kernel, fakes, fake_tables, constants, loaded)
+    return tuple(kernel.written(tensors)) if kernel.written(tensors) else results
 
 
 def bound(
@@ -125,7 +127,6 @@ def bound(
     packed: torch.Tensor,
     absmax: torch.Tensor,
     bias: torch.Tensor,
-    table: Any,
     *,
     dtype: torch.dtype,
     **constants: Any,

@@ -5,8 +5,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from bnbref import ordered
-from bnbref.fused import REGISTRY, Kernel, fused
+from bnbref.kernels import REGISTRY, Kernel, formulation, fused, ordered
 
 ROWS = {"x": (0,), "y": (0,)}
 
@@ -17,16 +16,22 @@ def right(x: Tensor, y: Tensor) -> Tensor:
     return (x * y + y) / x
 
 
-@fused(dynamic=ROWS, gpu=lambda *dtypes, **constants: {"emulate_precision_casts": False})
+@fused(dynamic=ROWS)
 def contracted(x: Tensor, y: Tensor) -> Tensor:
     """A product and a sum, rounded once."""
     return x * y + y
 
 
-@fused(dynamic=ROWS, gpu=lambda *dtypes, **constants: {"eager_numerics.division_rounding": False})
+formulation("contracted", gpu={"emulate_precision_casts": False})(contracted.definition)
+
+
+@fused(dynamic=ROWS)
 def approximate(x: Tensor, y: Tensor) -> Tensor:
     """A quotient of 2 ulp."""
     return x / y
+
+
+formulation("approximate", gpu={"eager_numerics.division_rounding": False})(approximate.definition)
 
 
 @fused(dynamic=ROWS)

@@ -31,7 +31,7 @@ from torch._inductor.graph import GraphLowering
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from triton.backends.compiler import GPUTarget
 
-from bnbref.fused import Kernel
+from bnbref.kernels import Kernel
 
 TARGET = GPUTarget("cuda", 90, 32)
 CUDA = torch.device("cuda", 0)
@@ -164,8 +164,12 @@ def on_gpu(tensors: Sequence[Tensor | None], sizes: Sequence[Sequence[int]] | No
         return [None if t is None else fake(i, t) for i, t in enumerate(tensors)]
 
 
-def generate(kernel: Kernel[..., Any], fakes: list[Any], constants: Any, load: Callable[[str], Call]) -> Any:
-    """Call a kernel by its own door on fake tensors of the GPU; what Inductor writes is given to `load` in place of a GPU.
+def generate(
+    kernel: Kernel[..., Any], fakes: list[Any], tables: list[Any], constants: Any, load: Callable[[str], Call]
+) -> Any:
+    """Call a kernel by its own door on fake tensors of the GPU, its tables too.
+
+    What Inductor writes is given to `load` in place of a GPU.
 
     `load(source)` returns what is called with the inputs of the generated code.
     """
@@ -180,5 +184,9 @@ def generate(kernel: Kernel[..., Any], fakes: list[Any], constants: Any, load: C
 
         return SimpleNamespace(call=call, __file__=None, runner=None)
 
-    with mock.patch.object(GraphLowering, "compile_to_module", to_module), _mode():
-        return kernel._first_call(object(), fakes, constants)
+    with (
+        mock.patch.object(GraphLowering, "compile_to_module", to_module),
+        mock.patch.object(type(kernel), "tables", return_value=tuple(tables)),
+        _mode(),
+    ):
+        return kernel._through_dynamo("cuda", fakes, constants, writes=bool(kernel.written(fakes)))[0]

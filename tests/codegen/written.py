@@ -14,7 +14,8 @@ import triton
 from torch._inductor.codecache import PyCodeCache
 from triton.compiler import ASTSource
 
-from bnbref.fused import _LARGE, Kernel
+from bnbref.kernels import Kernel
+from bnbref.kernels.door import _LARGE
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -39,7 +40,8 @@ def source_of(kernel: Kernel[..., Any], tensors: list[Any], constants: Any) -> s
         () if t is None else [n * factor if i in d and n > 1 else n for i, n in enumerate(t.shape)] for t, d in dims
     ]
     try:
-        pretend.generate(kernel, pretend.on_gpu(tensors, sizes), constants, stop)
+        tables = pretend.on_gpu(kernel.tables(*tensors, **constants))
+        pretend.generate(kernel, pretend.on_gpu(tensors, sizes), tables, constants, stop)
     except Written as written:
         return str(written)
     raise RuntimeError(f"kernel {kernel.name!r} ran without being compiled")

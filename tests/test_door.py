@@ -17,10 +17,10 @@ from expecttest import assert_expected_inline
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import bnbref
-from bnbref import blockwise, fourbit, fused, int8, nested
+from bnbref import blockwise, fourbit, int8, nested
 from bnbref import functional as F
 from bnbref.codebooks import DYNAMIC, NF4, Codebook, value_table
-from bnbref.fused import REGISTRY
+from bnbref.kernels import REGISTRY, fused
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -45,9 +45,9 @@ def fresh(name: str) -> Codebook:
 
 @pytest.fixture
 def through_dynamo():
-    """No shortcut of an earlier test, which may have compiled under another default dtype: Dynamo looks at every layout."""
+    """No call of an earlier test is kept, which may have compiled under another default dtype: Dynamo looks at every layout."""
     for kernel in REGISTRY.values():
-        kernel._shortcuts.clear()
+        kernel._calls.clear()
 
 
 # ---- one compilation for all shapes ---------------------------------------------------------------------------------
@@ -362,18 +362,18 @@ def test_registering():
 
     messages = []
     try:
-        kernel = fused.fused(dynamic={"x": (0,)})(double)
+        kernel = fused(dynamic={"x": (0,)})(double)
         assert REGISTRY["double"] is kernel
         assert kernel.__doc__ == "Twice."
         assert kernel.__name__ == "double"
         assert kernel(torch.ones(5)).tolist() == [2.0] * 5
         with pytest.raises(ValueError) as caught:
-            fused.fused(dynamic={})(double)
+            fused(dynamic={})(double)
         messages.append(str(caught.value))
     finally:
         del REGISTRY["double"]
     with pytest.raises(ValueError) as caught:
-        fused.fused(dynamic={"y": (0,)})(double)
+        fused(dynamic={"y": (0,)})(double)
     messages.append(str(caught.value))
     assert "double" not in REGISTRY
     assert_expected_inline(

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import library
 
-from bnbref import lut16
+from bnbref.kernels import lookup16
+from bnbref.kernels.floats import widen
 
 TABLE = tuple(
     torch.tensor(
@@ -76,28 +77,28 @@ def compiled(f, width=None, **options):
 def test_the_definition_is_the_definition():
     q = codes(1000)
     want = torch.tensor([TABLE[int(c) & 15] for c in q])
-    assert same(lut16.gather16(q, TABLE), want)
-    assert same(lut16.tree16(q, TABLE), want)
-    assert same(lut16.lookup16(q, TABLE), want)
+    assert same(lookup16.gather16(q, TABLE), want)
+    assert same(lookup16.tree16(q, TABLE), want)
+    assert same(lookup16.lookup16(q, TABLE), want)
 
 
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8, torch.int16])
 def test_lookup_compiled(width, dtype):
-    f = compiled(lambda q: lut16.lookup16(q, TABLE), width)
+    f = compiled(lambda q: lookup16.lookup16(q, TABLE), width)
     for length in (0, 1, 16, 37) if dtype == torch.int32 else (37,):  # test_every_length_with_one_kernel has the others
         torch._dynamo.reset()
         q = codes(length).to(dtype)
-        assert same(f(q), lut16.gather16(q, TABLE)), length
+        assert same(f(q), lookup16.gather16(q, TABLE)), length
 
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_every_length_with_one_kernel(width):
-    f = compiled(lambda q: lut16.lookup16(q, TABLE), width)
+    f = compiled(lambda q: lookup16.lookup16(q, TABLE), width)
     for length in range(2, 71):
         q = codes(length)
         torch._dynamo.mark_dynamic(q, 0)
-        assert same(f(q), lut16.gather16(q, TABLE)), length
+        assert same(f(q), lookup16.gather16(q, TABLE)), length
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -108,10 +109,10 @@ def test_scaled_compiled(width, dtype):
 
     def f(q, s):
         column, each = s[:, None], s[:, None] + torch.zeros_like(q, dtype=torch.float32)
-        return [g(q, a, TABLE, dtype) for g in (lut16.scaled16, lut16.scaled16_bits) for a in (column, each)] + [
-            lut16.scaled16(q[:, :1].contiguous(), each, TABLE, dtype),
-            lut16.scaled16(q, each, TABLE, dtype).to(torch.bfloat16),
-            lut16.scaled16_bits(q, column, TABLE, dtype).to(torch.int16),
+        return [g(q, a, TABLE, dtype) for g in (lookup16.scaled16, lookup16.scaled16_bits) for a in (column, each)] + [
+            lookup16.scaled16(q[:, :1].contiguous(), each, TABLE, dtype),
+            lookup16.scaled16(q, each, TABLE, dtype).to(torch.bfloat16),
+            lookup16.scaled16_bits(q, column, TABLE, dtype).to(torch.int16),
         ]
 
     for lanes in (32, 37, 5):
@@ -119,7 +120,7 @@ def test_scaled_compiled(width, dtype):
         q = codes(len(scale), lanes)
         for i, (got, want) in enumerate(zip(compiled(f, width)(q, scale), f(q, scale), strict=False)):
             if want.dtype in (torch.int32, torch.int16):  # bits: a NaN is any NaN
-                keep = (lut16.gather16(q, TABLE) * scale[:, None]).isnan().logical_not()
+                keep = (lookup16.gather16(q, TABLE) * scale[:, None]).isnan().logical_not()
                 assert torch.equal(got[keep], want[keep]), (i, lanes)
                 assert got.dtype == want.dtype
                 view = (
@@ -139,41 +140,41 @@ def test_scaled_is_two_roundings(dtype):
     """Against float64: the product of two float32 is exact there, so one rounding to float32 and one to T are the formula."""
     q, scale = codes(64, 16), torch.rand(64, 1, generator=torch.Generator().manual_seed(0)) * 10
     want = (torch.tensor(TABLE).double()[(q & 15).long()] * scale.double()).float().to(dtype)
-    assert same(lut16.scaled16(q, scale, TABLE, dtype), want.float())
+    assert same(lookup16.scaled16(q, scale, TABLE, dtype), want.float())
     kind = torch.int32 if dtype == torch.float32 else torch.int16
-    assert torch.equal(lut16.scaled16_bits(q, scale, TABLE, dtype).to(kind), want.view(kind))
+    assert torch.equal(lookup16.scaled16_bits(q, scale, TABLE, dtype).to(kind), want.view(kind))
 
 
 def test_the_bits_of_every_float16_and_bfloat16_widen():
     pattern = torch.arange(65536, dtype=torch.int32)
     for dtype in (torch.float16, torch.bfloat16):
         want = pattern.to(torch.int16).view(dtype).float()
-        for f in (lut16._widen, compiled(lut16._widen)):
+        for f in (widen, compiled(widen)):
             assert same(f(pattern, dtype), want)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_plain_operations_give_the_same_bits(dtype, monkeypatch):
     """Where no lowering is to be had."""
-    monkeypatch.setattr(lut16, "_chosen", f"{lut16._PLAIN}: by the test")
+    monkeypatch.setattr(lookup16, "_chosen", f"{lookup16._PLAIN}: by the test")
     q, scale = codes(len(SCALES) - 1, 33), torch.tensor(SCALES[:-1])[:, None]
 
     def f(q, s):
-        return (lut16.lookup16(q, TABLE), lut16.scaled16(q, s, TABLE, dtype))
+        return (lookup16.lookup16(q, TABLE), lookup16.scaled16(q, s, TABLE, dtype))
 
     for got, want in zip(compiled(f)(q, scale), f(q, scale), strict=False):
         assert same(got, want)
-    assert lut16.lowering() == "plain tensor operations: by the test"
+    assert lookup16.lowering() == "plain tensor operations: by the test"
 
 
 def test_unexpected_internals_are_said(monkeypatch):
     from torch._inductor import lowering as lowerings
 
-    monkeypatch.setattr(lut16, "_chosen", None)
+    monkeypatch.setattr(lookup16, "_chosen", None)
     monkeypatch.delattr(lowerings, "make_pointwise")
-    assert not lut16.enable()
-    assert lut16.lowering().startswith("plain tensor operations")
-    assert "make_pointwise" in lut16.lowering()
+    assert not lookup16.enable()
+    assert lookup16.lowering().startswith("plain tensor operations")
+    assert "make_pointwise" in lookup16.lowering()
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "eager", "inductor"])
@@ -182,7 +183,7 @@ def test_inside_the_users_compile(backend):
     q, scale = codes(3, 32), torch.tensor([[0.5], [2.0], [3.0]])
 
     def f(q, s):
-        return lut16.lookup16(q, TABLE) + lut16.scaled16(q >> 4, s, TABLE, torch.bfloat16)
+        return lookup16.lookup16(q, TABLE) + lookup16.scaled16(q >> 4, s, TABLE, torch.bfloat16)
 
     assert same(torch.compile(f, backend=backend, fullgraph=True)(q, scale), f(q, scale))
 
@@ -190,11 +191,11 @@ def test_inside_the_users_compile(backend):
 def test_the_lowering_is_in_the_code():
     from torch._inductor.utils import run_and_get_code
 
-    if lut16.lowering() != "vpermps":
-        pytest.skip(lut16.lowering())
-    _, (code, *_) = run_and_get_code(compiled(lambda q: lut16.lookup16(q, TABLE)), codes(64, 64))
+    if lookup16.lowering() != "vpermps":
+        pytest.skip(lookup16.lowering())
+    _, (code, *_) = run_and_get_code(compiled(lambda q: lookup16.lookup16(q, TABLE)), codes(64, 64))
     assert "_mm512_permutexvar_ps" in code
-    _, (code, *_) = run_and_get_code(compiled(lambda q: lut16.lookup16(q, TABLE), 256), codes(64, 64))
+    _, (code, *_) = run_and_get_code(compiled(lambda q: lookup16.lookup16(q, TABLE), 256), codes(64, 64))
     assert "_mm256_permutevar8x32_ps" in code
 
 
@@ -202,7 +203,7 @@ def test_the_default_dtype_does_not_matter():
     q, scale = codes(2, 64), torch.tensor([[0.3], [7.0]])
 
     def f(q, s):
-        return (lut16.lookup16(q, TABLE), lut16.tree16(q, TABLE), lut16.scaled16(q, s, TABLE, torch.float16))
+        return (lookup16.lookup16(q, TABLE), lookup16.tree16(q, TABLE), lookup16.scaled16(q, s, TABLE, torch.float16))
 
     want = f(q, scale)
     torch.set_default_dtype(torch.bfloat16)
@@ -218,15 +219,15 @@ def test_fake_tensors():
 
     with FakeTensorMode():
         q, scale = torch.empty(3, 5, dtype=torch.int32), torch.empty(3, 1)
-        assert lut16.lookup16(q, TABLE).shape == (3, 5)
-        assert lut16.scaled16(q, scale, TABLE, torch.bfloat16).dtype == torch.float32
+        assert lookup16.lookup16(q, TABLE).shape == (3, 5)
+        assert lookup16.scaled16(q, scale, TABLE, torch.bfloat16).dtype == torch.float32
         assert torch.ops.bnbref.scaled16(q, scale, TABLE, torch.bfloat16, True, 512).dtype == torch.int32
 
 
 def test_an_exported_program_does_not_need_bnbref():
     class Decode(torch.nn.Module):
         def forward(self, q, s):
-            return lut16.lookup16(q, TABLE), lut16.scaled16(q, s, TABLE, torch.bfloat16)
+            return lookup16.lookup16(q, TABLE), lookup16.scaled16(q, s, TABLE, torch.bfloat16)
 
     q, scale = codes(4, 32), torch.tensor([[0.5], [2.0], [3.0], [4.0]])
     for strict in (False, True):
@@ -244,7 +245,7 @@ def test_operators_are_sound():
 
 
 def test_importing_is_light():
-    code = "import sys, bnbref.lut16; print([m for m in ('torch._dynamo', 'torch._inductor') if m in sys.modules])"
+    code = "import sys, bnbref.kernels.lookup16; print([m for m in ('torch._dynamo', 'torch._inductor') if m in sys.modules])"
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )
@@ -252,8 +253,8 @@ def test_importing_is_light():
 
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="table"):
-        lut16.lookup16(codes(4), TABLE[:15])
+        lookup16.lookup16(codes(4), TABLE[:15])
     with pytest.raises(ValueError, match="dtype"):
-        lut16.scaled16(codes(4), torch.ones(4), TABLE, torch.float64)
+        lookup16.scaled16(codes(4), torch.ones(4), TABLE, torch.float64)
     with pytest.raises(TypeError, match="scale"):
-        lut16.scaled16(codes(4), torch.ones(4, dtype=torch.float16), TABLE, torch.float32)
+        lookup16.scaled16(codes(4), torch.ones(4, dtype=torch.float16), TABLE, torch.float32)

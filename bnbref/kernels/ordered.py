@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, library
 
-from bnbref.fused import fused
+from bnbref.kernels.door import fused
 
 WIDTH = 64  # products that are added as a tree
 

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
+from bnbref.kernels.floats import rounded, rounded_bits
+
 Table = tuple[float, ...]
 
 _AVX512 = "vpermps"
@@ -60,37 +62,6 @@ def tree16(codes: Tensor, table: Table) -> Tensor:
         high = (codes & bit) != 0
         row = [torch.where(high, odd, even) for even, odd in zip(row[::2], row[1::2], strict=True)]
     return row[0]
-
-
-def rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """float32 rounded to `dtype`, as float32 again; also where Inductor would elide `.to(dtype).float()`.  Exact.
-
-    >>> rounded(torch.tensor([1.01]), torch.bfloat16)
-    tensor([1.0078])
-    """
-    if dtype == torch.float32:
-        return value
-    if not torch.compiler.is_compiling():
-        return value.to(dtype).float()
-    return _widen(value.to(dtype).view(torch.int16).to(torch.int32), dtype)  # a bit cast is never elided
-
-
-def _rounded_bits(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """float32 rounded to `dtype`: its bits in the low end of an int32."""
-    if dtype == torch.float32:
-        return value.view(torch.int32)
-    return value.to(dtype).view(torch.int16).to(torch.int32) & 0xFFFF
-
-
-def _widen(pattern: Tensor, dtype: torch.dtype) -> Tensor:
-    """The float32 value of the bfloat16 or float16 in the lower half of an int32."""
-    if dtype == torch.bfloat16:
-        return (pattern << 16).view(torch.float32)
-    placed = ((pattern << 13) & 0x0FFFFFFF) | (
-        (pattern << 16) & -2147483648
-    )  # float16's fields where float32 has them ...
-    value = placed.view(torch.float32) * 2.0**112  # ... and its bias: an exact product
-    return torch.where((pattern & 0x7C00) == 0x7C00, (placed | 0x7F800000).view(torch.float32), value)
 
 
 # ---- what the package calls -----------------------------------------------------------------------------------------
@@ -138,7 +109,7 @@ def _scaled(codes: Tensor, scale: Tensor, table: Table, dtype: torch.dtype, bits
         native: Tensor = torch.ops.bnbref.scaled16(codes.to(torch.int32), scale, table, dtype, bits, enable())
         return native
     value = tree16(codes, table) if torch.compiler.is_compiling() else gather16(codes, table)
-    return _rounded_bits(value * scale, dtype) if bits else rounded(value * scale, dtype)
+    return rounded_bits(value * scale, dtype) if bits else rounded(value * scale, dtype)
 
 
 def _check(table: Table) -> None:
@@ -172,7 +143,7 @@ def _(codes: Tensor, table: list[float], width: int) -> Tensor:
 @library.impl(_operators, "scaled16", "CompositeExplicitAutograd")
 def _(codes: Tensor, scale: Tensor, table: list[float], dtype: torch.dtype, bits: bool, width: int) -> Tensor:
     value = gather16(codes, tuple(table)) * scale
-    return (_rounded_bits(value, dtype) if bits else rounded(value, dtype)).contiguous()
+    return (rounded_bits(value, dtype) if bits else rounded(value, dtype)).contiguous()
 
 
 @library.register_fake("bnbref::scaled16", lib=_operators)  # type: ignore[untyped-decorator]

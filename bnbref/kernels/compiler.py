@@ -1,0 +1,89 @@
+"""What a compiler needs on this machine, and the options under which its code has the bits of the eager operations."""
+
+import functools
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Triton contracts a*b+c into one rounding, divides with an error of 2 ulp and drops the rounding of a 16-bit float between two
+# operations, unless told not to.
+_GPU_OPTIONS = {
+    "emulate_precision_casts": True,
+    "eager_numerics.division_rounding": True,
+    "eager_numerics.disable_ftz": True,
+    "assert_indirect_indexing": False,
+}
+
+TUNED = {"coordinate_descent_tuning": True}
+"""An option of kernels that only move memory: time more block sizes on a GPU, for some seconds of the first call."""
+
+
+def is_gpu(x: Tensor) -> bool:
+    """Whether a formulation takes its way for GPUs: look-ups in memory, and wide loads. Tests pretend that it does on a CPU."""
+    return x.device.type != "cpu"
+
+
+def _cxx() -> str:
+    """The C++ compiler that Inductor will use."""
+    return os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+
+
+@functools.cache
+def missing_compiler(device_type: str) -> str | None:
+    """What Inductor lacks on this machine to compile for a device type; None if nothing."""
+    if device_type == "cpu":
+        if shutil.which(_cxx()) is None:
+            return f"no C++ compiler ({_cxx()!r} is not on the PATH; set CXX or install g++)"
+        if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+            return "no Python.h (install Python's development headers)"
+        return None
+    if device_type in ("cuda", "xpu"):
+        return None if importlib.util.find_spec("triton") else "no triton (pip install triton)"
+    return f"no Inductor backend that was ever tried with bnbref on device type {device_type!r}"
+
+
+@functools.cache
+def _prepare_cpu() -> dict[str, Any]:
+    """Options common to all kernels on CPU, and what is done once per process before the first compilation."""
+    from torch._inductor import config
+
+    from bnbref.kernels import lookup16
+
+    # To learn which vector instructions compiler and CPU share, Inductor builds and loads three libraries, which takes
+    # seconds. torch asks the CPU itself, and compilers of this age know them all.
+    version = subprocess.run([_cxx(), "-dumpversion"], capture_output=True, text=True, check=True).stdout
+    major = version.strip().partition(".")[0]
+    known = config.cpp.vec_isa_ok is None and int(major) >= 11 and not torch.cpu._is_amx_fp16_supported()
+    options: dict[str, Any] = {"cpp.vec_isa_ok": True} if known else {}
+    with config.patch(options):
+        lookup16.enable()
+    return {"assert_indirect_indexing": False, **options}
+
+
+def options_for(device_type: str, own: Mapping[str, Any], large: bool) -> dict[str, Any]:
+    """Inductor's options for a kernel on a device, over them its own.
+
+    large: whether the variant is the one for large tensors.
+    """
+    if device_type != "cpu":
+        options = {**_GPU_OPTIONS, **own}
+        if not large:  # seconds of a first call that a small tensor never earns back
+            options.pop("coordinate_descent_tuning", None)
+        return options
+    options = {**_prepare_cpu(), **own}
+    widest = {"AVX512": 512, "AVX2": 256}.get(torch.backends.cpu.get_cpu_capability())
+    # A narrower width is chosen below AVX512 only; elsewhere Inductor would take an unknown one to mean scalar code. And
+    # its cache does not ask for what instructions code was made (ATEN_CPU_CAPABILITY, a home that machines share): it
+    # does ask for options, so the width is always one of them.
+    if options.get("cpp.simdlen") != 1 and (widest != 512 or "cpp.simdlen" not in options):
+        options["cpp.simdlen"] = widest
+    return options

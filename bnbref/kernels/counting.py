@@ -1,0 +1,108 @@
+"""Thresholds counted by one look-up and one comparison, for encoders of many values.
+
+The upper bits of a float32 are its cell, and its code changes at most once in a cell. The entry of a cell has the code of
+the smaller magnitudes in it, the code of the larger ones, and the lower bits of the last of the smaller ones:
+
+    entry = high << (32 - c) | low << (32 - 2c) | switch            c bits a code, cells of 32 - 2c bits or fewer
+
+What it replaces and gains is a row of the table in docs/content/reading.md.
+"""
+
+import functools
+import math
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from bnbref.blockwise import count_below, encode, magnitude, reciprocal
+from bnbref.codebooks import Codebook, threshold_table
+from bnbref.kernels.compiler import TUNED, is_gpu
+from bnbref.kernels.door import formulation, tracing
+from bnbref.kernels.floats import absmax_of_lanes, in_lanes, look_up
+
+_SMALLEST_TABLE, _LARGEST_TABLE = 9, 16  # bits of a cell's number
+
+
+def float_of(pattern: Tensor) -> Tensor:
+    """The float32 with the lower 32 bits of an int64."""
+    return torch.where(pattern >= 2**31, pattern - 2**32, pattern).to(torch.int32).view(torch.float32)
+
+
+@functools.cache
+def code_table(codebook: Codebook, device: torch.device, code_bits: int = 8) -> Tensor | None:
+    """The int32 entries of all cells, the fewest that hold: `encode` of finite x or NaN by `code_by_table`.
+
+    code_bits: c, 4 or 8. None for a codebook whose code changes twice in one of 2^16 cells.
+    """
+    thresholds = threshold_table(codebook, torch.device("cpu"))
+    for bits in range(max(_SMALLEST_TABLE, 2 * code_bits), _LARGEST_TABLE + 1):
+        size = 32 - bits
+        first = torch.arange(2**bits, dtype=torch.int64, device="cpu") << size
+        last = first | (2**size - 1)
+        special = (first >> 23 & 255) == 255  # infinities and NaN: read as NaN
+
+        def number(pattern: Tensor, special: Tensor = special) -> Tensor:
+            return float_of(pattern).masked_fill(special, math.nan)
+
+        def place(pattern: Tensor) -> Tensor:
+            """What the code is made of: in a cell it rises or falls with the magnitude, and stays where the code does."""
+            x = number(pattern)
+            if not codebook.sign_bit:
+                return count_below(x, thresholds)
+            return 2 * count_below(x.abs(), thresholds) + (x < 0)  # -0.0 is not below 0
+
+        switch, beyond = first, last + 1  # by bisection: the last magnitude that has the place of the first
+        for _ in range(size):
+            middle = (switch + beyond) >> 1
+            same = place(middle) == place(first)
+            switch, beyond = torch.where(same, middle, switch), torch.where(same, beyond, middle)
+        if torch.equal(place(torch.minimum(beyond, last)), place(last)):
+            low, high = (encode(number(pattern), codebook).long() for pattern in (first, last))
+            entry = high << (32 - code_bits) | low << (32 - 2 * code_bits) | switch & (1 << size) - 1
+            return float_of(entry & 0xFFFFFFFF).view(torch.int32).to(device)
+    return None
+
+
+def code_by_table(scaled: Tensor, table: Tensor, code_bits: int = 8) -> Tensor:
+    """`encode` of finite x or NaN, as int32."""
+    size = 33 - table.numel().bit_length()  # of a cell, in bits
+    pattern, below = scaled.view(torch.int32), (1 << size) - 1
+    entry = look_up(table, pattern >> size & (table.numel() - 1))
+    above = (pattern & below) > (entry & below)
+    return torch.where(above, entry >> (32 - code_bits), entry >> (32 - 2 * code_bits)) & (1 << code_bits) - 1
+
+
+# ---- quantize_blocks ------------------------------------------------------------------------------------------------
+
+
+def _tables(blocks: Tensor, *, codebook: Codebook) -> tuple[Tensor]:
+    """Of the codes, or where there can be none of the thresholds: a trace keeps no tensors."""
+    table = None if tracing() else code_table(codebook, blocks.device)
+    return (threshold_table(codebook, blocks.device) if table is None else table,)
+
+
+def count(scaled: Tensor, table: Tensor) -> Tensor:
+    """Codes by what `_tables` gave, as integers."""
+    return count_below(scaled, table) if table.dtype == torch.float32 else code_by_table(scaled, table)
+
+
+def _options(blocks: torch.dtype | None, **constants: Any) -> dict[str, Any]:
+    # Of float32 vectors of 256 bits are the faster ones (table "vector widths").
+    return {"cpp.simdlen": 256} if blocks == torch.float32 else {}
+
+
+@formulation("quantize_blocks", tables=_tables, cpu=_options, gpu=TUNED)
+def _(blocks: Tensor, tables: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    (table,) = tables
+    if is_gpu(blocks) and blocks.shape[1] % 4 == 0 and table.dtype == torch.int32:
+        # A lane holds four elements. With eight, Inductor tries configurations that take minutes to compile.
+        lanes = [x.squeeze(1) for x in in_lanes(blocks, blocks.shape[1], 4)]
+        absmax = absmax_of_lanes(lanes)
+        scale = rearrange(reciprocal(absmax), "b -> b 1")
+        one, two, three, four = (code_by_table(x * scale, table) for x in lanes)
+        return (one | two << 8 | three << 16 | four << 24).view(torch.uint8), absmax
+    x = blocks.float()
+    absmax = magnitude(x).amax(-1)
+    return count(x * rearrange(reciprocal(absmax), "b -> b 1"), table).to(torch.uint8), absmax

@@ -1,0 +1,488 @@
+"""The one door to torch.compile, and the registry of kernels.
+
+A kernel is a pure function of tensors. `@fused` registers it; calling it runs it compiled by Inductor, with options under
+which the compiled bits are the eager bits. What `@fused` decorates is the *definition*, which a reader checks against the
+paper. Where another form is faster, a file of the workshop attaches it by the kernel's name: `@formulation("name")`.
+
+    call                                      what runs
+    ----------------------------------------  -------------------------------------------------
+    normally                                  the formulation, compiled, one kernel per variant
+    inside somebody's torch.compile / export  the formulation, inlined into their graph
+    `bnbref.eager()` or BNBREF_COMPILE=0      the definition
+    meta and fake tensors, dispatch modes     the definition, so that the mode sees plain operations
+    no C++ compiler, no triton                the definition, after one warning
+
+A kernel that updates tensors is a pure function all the same: what it returns is copied into the arguments that
+`writes` names, by the compiled code itself where Inductor can do that in one pass.
+"""
+
+import contextlib
+import functools
+import importlib
+import inspect
+import itertools
+import os
+import threading
+import types
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Generic, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from bnbref.kernels.compiler import missing_compiler, options_for
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Options = Mapping[str, Any] | Callable[..., Mapping[str, Any]]
+
+REGISTRY: dict[str, "Kernel[..., Any]"] = {}
+"""Every kernel of the package by name: what the proofs walk."""
+
+# A GPU kernel's block sizes are chosen by timing its first call: a tensor of a few thousand elements must not choose them
+# for one of millions (on an H100 half of the bandwidth). So each variant exists twice there, for small and for large.
+_LARGE = 2**22
+
+_MOST_CALLS = 1024
+
+# Inductor fuses loops and splits work for the size that it expects of a dynamic dimension, and keeps the code on disk for
+# all sizes. On CPU it is told one, lest a small first tensor decide for a large one: 19 ms instead of 9 for 16.7M to NF4.
+# On GPUs it guards what it decides by size, and a guard that holds for the typical size alone is an error.
+_TYPICAL_SIZE = 2**16
+
+_eager_depth = 0
+
+
+@contextlib.contextmanager
+def eager() -> Iterator[None]:
+    """Run every kernel uncompiled inside the block, in all threads of the process.
+
+    >>> import bnbref
+    >>> with bnbref.eager():
+    ...     packed, state = bnbref.functional.quantize_4bit(torch.ones(64))
+    """
+    global _eager_depth
+    _eager_depth += 1
+    try:
+        yield
+    finally:
+        _eager_depth -= 1
+
+
+def compile_enabled() -> bool:
+    """Whether kernels are to be compiled: not inside `eager()`, and BNBREF_COMPILE is not 0."""
+    return _eager_depth == 0 and os.environ.get("BNBREF_COMPILE", "1") != "0"
+
+
+def tracing() -> bool:
+    """Whether operations are being recorded by somebody: then no tensor made now may outlive the call (no caches)."""
+    return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
+
+
+def _may_compile() -> bool:
+    return (
+        compile_enabled()
+        and _get_current_dispatch_mode() is None
+        and torch._C._functorch.peek_interpreter_stack() is None  # vmap, grad and the like: tensors that wrap tensors
+    )
+
+
+@functools.cache
+def _warn_once(device_type: str, reason: str) -> None:
+    warnings.warn(
+        f"bnbref runs uncompiled on {device_type}: {reason}. The bits are the same, the speed is not.", stacklevel=4
+    )
+
+
+# ---- formulations ---------------------------------------------------------------------------------------------------
+
+
+class Formulation:
+    """What is compiled in place of a definition.
+
+    body: takes the tensors of the kernel, those of its constants that it names, and `tables` where there are any. Two calls
+    that differ in other constants share a variant.
+    """
+
+    def __init__(
+        self,
+        body: Callable[..., Any],
+        tables: Callable[..., tuple[Tensor, ...]] | None = None,
+        cpu: Options | None = None,
+        gpu: Options | None = None,
+        piece: int | None = None,
+    ) -> None:
+        self.body, self.tables, self.piece = body, tables, piece
+        self._options = cpu or {}, gpu or {}
+        parameters = inspect.signature(body).parameters.values()
+        self.constants = tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "tables")
+
+    def __call__(self, tensors: Sequence[Any], tables: tuple[Tensor, ...], constants: Mapping[str, Any]) -> Any:
+        own = {name: constants[name] for name in self.constants if name in constants}
+        return self.body(*tensors, **own) if self.tables is None else self.body(*tensors, tables=tables, **own)
+
+    def options(self, device_type: str, dtypes: Sequence[Any], constants: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Those of its own on a device."""
+        own = self._options[device_type != "cpu"]
+        return own(*dtypes, **constants) if callable(own) else own
+
+
+_FORMULATIONS: dict[str, Formulation] = {}
+
+
+def _load_formulations() -> None:
+    importlib.import_module("bnbref.kernels.formulations")
+
+
+# As torch.compiler.assume_constant_result does, without importing torch._dynamo: an import is nothing to be traced.
+_load_formulations._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def formulation(
+    name: str,
+    *,
+    tables: Callable[..., tuple[Tensor, ...]] | None = None,
+    cpu: Options | None = None,
+    gpu: Options | None = None,
+    piece: int | None = None,
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorator: what is compiled in place of the definition of the kernel of that name, with the same bits.
+
+    tables: given the tensors and the constants of a call, what the body needs beside them; it reaches the body as `tables`,
+    and is kept as long as calls of that layout are. cpu: Inductor's options on CPUs, or a function that gives them for the
+    dtypes of the tensors and the constants; gpu: likewise on GPUs. piece: on a CPU that many rows at a time are computed and
+    copied, because Inductor fuses a reduction with what follows only if nothing is written in place, and the copy stays in the
+    cache.
+    """
+
+    def attach(body: Callable[P, R]) -> Callable[P, R]:
+        _FORMULATIONS[name] = Formulation(body, tables, cpu, gpu, piece)
+        return body
+
+    return attach
+
+
+# ---- kernels --------------------------------------------------------------------------------------------------------
+
+
+def _signature(tensor: Tensor | None, dynamic: tuple[int, ...]) -> Any:
+    """What a variant is specialised on: Dynamo always does so on sizes 0 and 1."""
+    if tensor is None:
+        return None
+    return tensor.dtype, tuple(min(n, 2) if dim in dynamic else n for dim, n in enumerate(tensor.shape))
+
+
+def _layout(args: Sequence[Any], constants: Mapping[str, Any]) -> Any:
+    """All that Dynamo and Inductor look at: what holds for a call holds for the next one with the same layout."""
+    tensors = [None if t is None else (type(t), t.device, t.dtype, t.shape, t.stride()) for t in args]
+    return torch.get_num_threads(), *tensors, *constants.items()
+
+
+def _sealed(value: Any) -> Any:
+    """The same 16-bit floats with a bit cast on the way: part of somebody's graph, that is no rounding to leave out.
+
+    By default Inductor drops the rounding of x.to(bfloat16).float(); so what their graph rounded before a kernel, or a
+    kernel rounded before their graph goes on in float32, would have other bits than eagerly.
+    """
+    if isinstance(value, tuple):
+        return tuple(map(_sealed, value))
+    if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16):
+        return (value.view(torch.int16) | 0).view(value.dtype)  # without the operation the two views cancel
+    return value
+
+
+class Kernel(Generic[P, R]):
+    """A registered function: positional arguments are tensors (or None), keyword arguments compile-time constants.
+
+    A variant is compiled for each (device type, dtypes, static sizes, constants), and serves all sizes above 1 of the
+    dimensions in `dynamic`. What it runs for tensors of some layout is kept: the next such call is one look-up.
+    """
+
+    def __init__(
+        self,
+        definition: Callable[P, R],
+        dynamic: Mapping[str, tuple[int, ...]],
+        exact: bool = True,
+        writes: Sequence[str] = (),
+    ) -> None:
+        self.name = definition.__name__
+        self.definition = definition
+        self._plain = Formulation(definition)
+        self.exact = exact
+        self.variants: dict[Any, Callable[..., R]] = {}
+        self._calls: dict[Any, Callable[[Sequence[Any]], R]] = {}
+        parameters = inspect.signature(definition).parameters
+        for label, names in (("dynamic", dynamic), ("writes", writes)):
+            unknown = set(names) - set(parameters)
+            if unknown:
+                raise ValueError(f"{label} names no argument of kernel {self.name!r}: {sorted(unknown)}")
+        positional = [p for p in parameters.values() if p.kind is not inspect.Parameter.KEYWORD_ONLY]
+        self._dynamic = tuple(dynamic.get(p.name, ()) for p in positional)
+        self._written = tuple(p.name in writes for p in positional)
+        self._variadic = bool(positional) and positional[-1].kind is inspect.Parameter.VAR_POSITIONAL
+        functools.update_wrapper(self, definition)
+
+    @property
+    def formulation(self) -> Formulation:
+        """What is compiled: what the workshop attached to the kernel's name, else the definition."""
+        _load_formulations()
+        return _FORMULATIONS.get(self.name, self._plain)
+
+    def tables(self, *args: Any, **constants: Any) -> tuple[Tensor, ...]:
+        """What the formulation needs beside the arguments of a call."""
+        tables = self.formulation.tables
+        return () if tables is None else tables(*args, **constants)
+
+    def body(self, *args: P.args, **constants: P.kwargs) -> R:
+        """The formulation, not compiled."""
+        result: R = self.formulation(args, self.tables(*args, **constants), constants)
+        return result
+
+    def written(self, args: Sequence[Any]) -> list[Any]:
+        """The arguments that a call writes to, in their order."""
+        return list(itertools.compress(args, self._for_each(self._written, len(args))))
+
+    def _for_each(self, values: tuple[Any, ...], count: int) -> tuple[Any, ...]:
+        """One value for each of `count` arguments: that of `*rest` for all that it takes."""
+        return values[:-1] + values[-1:] * (count - len(values) + 1) if self._variadic else values[:count]
+
+    # ---- a call -----------------------------------------------------------------------------------------------------
+
+    def __call__(self, *args: P.args, **constants: P.kwargs) -> R:
+        if torch.compiler.is_compiling():
+            return self._inlined(args, constants)
+        if not _may_compile():
+            return self._uncompiled(args, constants)
+        key = _layout(args, constants)
+        call = self._calls.get(key)
+        return self._first_call(key, args, constants) if call is None else call(args)
+
+    def _inlined(self, args: Sequence[Any], constants: Mapping[str, Any]) -> R:
+        with torch.no_grad():
+            return self._copied(args, _sealed(self.body(*map(_sealed, args), **constants)))
+
+    def _uncompiled(self, args: Sequence[Any], constants: Mapping[str, Any]) -> R:
+        with torch.no_grad():
+            return self._copied(args, self.definition(*args, **constants))
+
+    def _copied(self, args: Sequence[Any], results: R) -> R:
+        """What a call returns: the results, or the arguments that now hold them."""
+        if not any(self._written):
+            return results
+        targets = self.written(args)
+        torch._foreach_copy_(targets, list(results))  # type: ignore[call-overload]
+        return tuple(targets)  # type: ignore[return-value]
+
+    def _first_call(self, key: Any, args: Sequence[Any], constants: Mapping[str, Any]) -> R:
+        device_type = next(t.device.type for t in args if t is not None)
+        plain = all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in args)
+        if device_type == "meta" or not plain:
+            return self._uncompiled(args, constants)
+        reason = missing_compiler(device_type)
+        if reason is not None:
+            _warn_once(device_type, reason)
+            return self._uncompiled(args, constants)
+        call: Callable[[Sequence[Any]], R] | None
+        with torch.no_grad():
+            piece = self.formulation.piece if device_type == "cpu" else None
+            if piece is None:
+                result, call = self._through_dynamo(device_type, args, constants, writes=any(self._written))
+            else:
+                call = functools.partial(self._in_pieces, piece, constants)
+                result = call(args)
+        if call is not None:
+            if len(self._calls) >= _MOST_CALLS:
+                self._calls.clear()
+            self._calls[key] = call
+        return result
+
+    def _in_pieces(self, most: int, constants: Mapping[str, Any], args: Sequence[Any]) -> R:
+        """The call for at most so many rows at a time, of all arguments whose first dimension is dynamic."""
+        by_rows = [t is not None and 0 in dims for t, dims in self._with_dynamic(args)]
+        rows = next(len(t) for t, sliced in zip(args, by_rows, strict=True) if sliced)
+        count = max(1, -(-rows // most))
+        for i in range(count):
+            part = slice(rows * i // count, rows * (i + 1) // count)
+            piece = args if count == 1 else [t[part] if s else t for t, s in zip(args, by_rows, strict=True)]
+            key = ("piece", *_layout(piece, constants))
+            call = self._calls.get(key)
+            with torch.no_grad():
+                if call is not None:
+                    results = call(piece)
+                else:
+                    results, call = self._through_dynamo("cpu", piece, constants, writes=False)
+                    if call is not None:
+                        self._calls[key] = call
+                self._copied(piece, results)
+        return tuple(self.written(args))  # type: ignore[return-value]
+
+    # ---- the first call of a layout ---------------------------------------------------------------------------------
+
+    def _with_dynamic(self, tensors: Sequence[Any]) -> list[tuple[Tensor | None, tuple[int, ...]]]:
+        return list(zip(tensors, self._for_each(self._dynamic, len(tensors)), strict=True))
+
+    def _through_dynamo(
+        self, device_type: str, args: Sequence[Any], constants: Mapping[str, Any], writes: bool
+    ) -> tuple[R, Callable[[Sequence[Any]], R] | None]:
+        """By way of Dynamo, which finds or compiles the code for these sizes: the result, and what gives the next one at once."""
+        formulation, tables = self.formulation, self.tables(*args, **constants)
+        # Fresh aliases: Dynamo's mark of a dynamic size stays on the tensor that bears it, which is the caller's. And a
+        # parameter is a plain tensor to the compiled code.
+        tensors = [None if t is None else t.detach() for t in args]
+        dynamic = self._with_dynamic(tensors)
+        named = {name: constants[name] for name in formulation.constants if name in constants}
+        key = (device_type, *(_signature(t, dims) for t, dims in dynamic), *named.items())
+        key = (*key, *(_signature(t, ()) for t in tables), writes)
+        large = device_type != "cpu" and max(t.numel() for t in tensors if t is not None) >= _LARGE
+        if large:
+            key = (*key, "large")
+        variant = self.variants.get(key)
+        if variant is None:
+            dtypes = [None if t is None else t.dtype for t in tensors]
+            options = options_for(device_type, formulation.options(device_type, dtypes, constants), large)
+            into = self.written(range(len(dtypes))) if writes else []
+            variant = self.variants[key] = _compiled(self.name, formulation, len(tensors), into, constants, options)
+        hint = _TYPICAL_SIZE if device_type == "cpu" else None
+        for tensor, dims in dynamic:
+            if tensor is not None:
+                for dim in dims:
+                    if tensor.shape[dim] > 1:  # Dynamo always specialises sizes 0 and 1
+                        torch._dynamo.mark_dynamic(tensor, dim, hint_override=hint)
+        everything = [*tensors, *tables]
+        with _recorded() as ran:
+            result = variant(*everything)
+        targets = self._for_each(self._written, len(args)) if writes else ()
+        call = _direct(ran, everything, len(args), result, tuple(i for i, w in enumerate(targets) if w))
+        return (tuple(self.written(args)) if writes else result), call  # type: ignore[return-value]
+
+
+def _compiled(
+    name: str,
+    formulation: Formulation,
+    count: int,
+    into: Sequence[int],
+    constants: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> Callable[..., Any]:
+    """A formulation of `count` tensors, and tables after them, compiled; its results are copied into the arguments `into`."""
+
+    def call(*tensors: Any) -> Any:
+        results = formulation(tensors[:count], tensors[count:], constants)
+        if not into:
+            return results
+        for place, value in zip(into, results, strict=True):
+            tensors[place].copy_(value)
+        return ()
+
+    def inductor(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
+        from torch._inductor.compile_fx import compile_fx
+
+        return compile_fx(graph, example_inputs, config_patches=dict(options))
+
+    # Dynamo counts recompilations per code object and gives up at eight: each variant gets a code object to itself.
+    code = call.__code__.replace(co_name=name)
+    own = types.FunctionType(code, call.__globals__, name, call.__defaults__, call.__closure__)
+    return torch.compile(own, fullgraph=True, dynamic=False, backend=inductor)
+
+
+# ---- every later call -----------------------------------------------------------------------------------------------
+
+_recording = threading.RLock()
+
+
+@contextlib.contextmanager
+def _recorded() -> Iterator[list[tuple[Any, list[Any], Any]]]:
+    """What Inductor's code was called with by this thread inside the block, and what it returned."""
+    from torch._inductor.output_code import CompiledFxGraph
+
+    ran: list[tuple[Any, list[Any], Any]] = []
+    original, thread = CompiledFxGraph.__call__, threading.get_ident()
+
+    def record(graph: Any, inputs: Any) -> Any:
+        given = list(inputs)  # the code empties the list
+        outputs = original(graph, inputs)
+        if threading.get_ident() == thread:
+            ran.append((graph, given, outputs))
+        return outputs
+
+    with _recording:
+        CompiledFxGraph.__call__ = record  # type: ignore[assignment,method-assign]
+        try:
+            yield ran
+        finally:
+            CompiledFxGraph.__call__ = original  # type: ignore[method-assign]
+
+
+def _direct(
+    ran: list[tuple[Any, list[Any], Any]], tensors: Sequence[Any], count: int, result: Any, written: tuple[int, ...]
+) -> Callable[[Sequence[Any]], Any] | None:
+    """Inductor's code itself, for calls whose tensors have just these sizes, strides, dtypes and devices.
+
+    Dynamo's guards and AOTAutograd's wrapper take ten times as long as a look-up, more than many a kernel. What they look at is
+    the same again when the layout is. None if an input or output of the code is not one of the function's.
+    """
+    if len(ran) != 1:
+        return None
+    graph, inputs, outputs = ran[0]
+    place = {id(t): i for i, t in enumerate(tensors) if t is not None}
+    if any(isinstance(value, Tensor) and id(value) not in place for value in inputs):
+        return None
+    # Arguments by their place; tables, and the sizes that Dynamo made arguments, as they are.
+    template = [(place[id(v)], None) if place.get(id(v), count) < count else (None, v) for v in inputs]
+    code = graph.current_callable
+    if written:
+
+        def update(args: Sequence[Any]) -> Any:
+            code([value if i is None else args[i] for i, value in template])
+            targets = tuple(args[i] for i in written)
+            torch.autograd.graph.increment_version(targets)
+            return targets
+
+        return update
+    produced = {id(value): i for i, value in enumerate(outputs)}
+    several = isinstance(result, tuple)
+    wanted = result if several else (result,)
+    if any(id(value) not in produced for value in wanted):
+        return None
+    order = [produced[id(value)] for value in wanted]
+
+    def call(args: Sequence[Any]) -> Any:
+        values = code([value if i is None else args[i] for i, value in template])
+        return tuple([values[i] for i in order]) if several else values[order[0]]
+
+    return call
+
+
+def fused(
+    *, dynamic: Mapping[str, tuple[int, ...]], exact: bool = True, writes: Sequence[str] = ()
+) -> Callable[[Callable[P, R]], Kernel[P, R]]:
+    """Register a pure function as a kernel; calling it runs it compiled.
+
+    dynamic: for each tensor argument the dimensions that vary between calls. exact: whether compiled and eager give the same
+    bits; only a kernel that adds up floats may say no, and it says by how much. writes: arguments that take the results, in
+    order.
+
+    >>> @fused(dynamic={"x": (0,)})
+    ... def twice(x: Tensor) -> Tensor:
+    ...     return x + x
+    >>> twice(torch.ones(3))
+    tensor([2., 2., 2.])
+    >>> @fused(dynamic={"x": (0,)}, writes=("x",))
+    ... def double(x: Tensor) -> tuple[Tensor]:
+    ...     return (x + x,)
+    >>> y = torch.ones(3)
+    >>> double(y)[0] is y, y
+    (True, tensor([2., 2., 2.]))
+    >>> del REGISTRY["twice"], REGISTRY["double"]
+    """
+
+    def register(definition: Callable[P, R]) -> Kernel[P, R]:
+        kernel = Kernel(definition, dynamic, exact, writes)
+        if kernel.name in REGISTRY:
+            raise ValueError(f"a kernel named {kernel.name!r} is registered already")
+        REGISTRY[kernel.name] = kernel
+        return kernel
+
+    return register
