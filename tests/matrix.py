@@ -218,10 +218,10 @@ def main() -> int:
             results[name] = measure(rows[name], wheel)
             print(table([results[name]]).splitlines()[-1], flush=True)
             file.write_text(json.dumps(results, indent=1), encoding="utf-8")
-    found = [results[name] for name in rows if name in results]
     if args.write:
-        write(found)
-    return int(any("error" in result or result["failed"] for result in found))
+        absent = {name: {"name": name, "what": row.what, "error": "not yet"} for name, row in rows.items()}
+        write([*(absent | results).values()])
+    return int(any("error" in result or result["failed"] for result in results.values()))
 
 
 if __name__ == "__main__":
