@@ -9,7 +9,7 @@ PIP_INSTALL = -m pip install --disable-pip-version-check -c constraints.txt
 # Nothing here needs the network once it is installed: the demo model is part of the package.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help demo test proofs bench docs lint clean
+.PHONY: help demo test matrix proofs bench docs lint clean
 .NOTPARALLEL:
 
 help:  ## this list
@@ -20,6 +20,9 @@ demo: $(VENV)/.with-hf  ## quantize a small model, and see what changes
 
 test: $(VENV)/.with-test  ## all tests, doctests and code blocks of the pages, without the exhaustive proofs (JOBS=2)
 	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+
+matrix:  ## the fast suite in fresh environments: versions of Python, torch and transformers, other CPUs; into docs/content/matrix.md
+	$(PYTHON) tests/matrix.py --write $(ARGS)
 
 proofs: $(VENV)/.with-test  ## the exhaustive proofs: every float32, every float16, every bfloat16; a table at the end
 	$(VENV)/bin/python -m pytest -m slow $(ARGS)

@@ -174,6 +174,7 @@ def run_qlora(args: argparse.Namespace) -> int:
         raise Refused(f"--lr must be positive, got {args.lr}")
     writable(args.plot)
     from bnbref.demo import MODEL
+    from bnbref.info import compute_dtype, default_device
     from bnbref.integrations.qlora import ATTENTION, dataset_text, qlora
 
     try:
@@ -183,7 +184,7 @@ def run_qlora(args: argparse.Namespace) -> int:
             text = args.text.read_text(encoding="utf-8") if args.text else inspect.getsource(argparse)
         found = qlora(
             args.model or str(MODEL), text, args.out, steps=args.steps, batch=args.batch, length=args.length, lr=args.lr,
-            rank=args.rank, targets=args.targets or ATTENTION,
+            rank=args.rank, targets=args.targets or ATTENTION, dtype=compute_dtype(default_device()),
         )  # fmt: skip
     except (OSError, ValueError) as error:
         raise Refused(str(error)) from error

@@ -32,7 +32,22 @@ def info(seconds: float = 10.0) -> bool:
 
 def default_device() -> torch.device:
     """The accelerator, or the CPU where there is none."""
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
+    return available_accelerator() or torch.device("cpu")
+
+
+def available_accelerator() -> torch.device | None:
+    """The accelerator that this build of torch is for, if the machine has one: a CUDA build runs without a GPU, too."""
+    return torch.accelerator.current_accelerator(check_available=True)
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the CPU has instructions for products in bfloat16; without them they take up to four times those in float32."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """What a small model computes in soonest: bfloat16, but float32 on a CPU without instructions for it."""
+    return torch.float32 if device.type == "cpu" and not multiplies_bfloat16() else torch.bfloat16
 
 
 def section(title: str, rows: list[tuple[str, str]]) -> None:
@@ -73,7 +88,8 @@ def describe_device(device: torch.device) -> str:
         return f"{gpu.name}, {gpu.total_memory / 2**30:.1f} GiB, capability {gpu.major}.{gpu.minor}"
     if device.type == "cpu":
         threads = torch.get_num_threads()
-        return f"{processor()}, {torch.backends.cpu.get_cpu_capability()}, {threads} thread{'s' * (threads > 1)}"
+        instructions = torch.backends.cpu.get_cpu_capability() + ("" if multiplies_bfloat16() else " without bfloat16")
+        return f"{processor()}, {instructions}, {threads} thread{'s' * (threads > 1)}"
     return str(device)
 
 
@@ -82,7 +98,7 @@ def devices() -> list[tuple[str, str]]:
     rows = [("cpu", describe_device(torch.device("cpu")))]
     for i in range(torch.cuda.device_count()):
         rows.append((f"cuda:{i}", describe_device(torch.device("cuda", i))))
-    accelerator = torch.accelerator.current_accelerator()
+    accelerator = available_accelerator()
     if accelerator is not None and accelerator.type != "cuda":
         rows.append((accelerator.type, f"{torch.accelerator.device_count()} available"))
     return rows

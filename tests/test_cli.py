@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from expecttest import assert_expected_inline
 
 import bnbref
@@ -24,7 +25,14 @@ def uncompiled(monkeypatch):
 
 @pytest.fixture
 def no_gpu(monkeypatch):
-    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda *args, **kwargs: None)
+    """A torch that is built for CUDA, as package indexes give by default, on a machine without a GPU."""
+
+    def current(check_available=False):
+        return None if check_available else torch.device("cuda")
+
+    monkeypatch.setattr("torch.accelerator.current_accelerator", current)
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: 0)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
 
 
@@ -89,7 +97,8 @@ FAILED: nf4. This installation does not compute the reference formats.
 def test_info_names_versions_and_this_processor(monkeypatch):
     rows = dict(info.versions())
     assert rows["bnbref"] == bnbref.__version__
-    assert rows["transformers"] == importlib.metadata.version("transformers")
+    monkeypatch.setattr(info, "OPTIONAL", ("hypothesis",))
+    assert dict(info.versions())["hypothesis"] == importlib.metadata.version("hypothesis")
     monkeypatch.setattr(info, "OPTIONAL", ("no-such-package",))
     assert dict(info.versions())["no-such-package"] == "not installed"
     assert info.processor()
@@ -123,11 +132,13 @@ def test_info_is_light():
     ],
 )
 def test_demo_refuses(argv, message, capsys):
+    pytest.importorskip("transformers")
     assert main(argv) == 2
     assert capsys.readouterr().err == message
 
 
 def test_demo_says_what_to_install(capsys, monkeypatch):
+    pytest.importorskip("transformers")
     find_spec = importlib.util.find_spec
     absent = {"peft", "matplotlib"}
     monkeypatch.setattr(
@@ -154,23 +165,25 @@ def test_no_command(capsys):
 
 @pytest.mark.usefixtures("uncompiled", "no_gpu")
 def test_demo(capsys, tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
     monkeypatch.setattr("bnbref.demo.run.QUICK", Settings(windows=2, tokens=4, steps=8))
     assert main(["demo", "--quick", "--json", f"{tmp_path}/facts.json", "--out", f"{tmp_path}/adapter"]) == 0
     out = capsys.readouterr().out
     table = re.findall(r"^(\S+(?: nested)? +[\d.]+ +[\d,]+) ", out, re.MULTILINE)
+    facts = json.loads((tmp_path / "facts.json").read_text())
+    plain = {"bfloat16": "bf16         16.000  9,043,968", "float32": "f32          32.000 18,087,936"}
+    assert table.pop(0) == plain[facts["machine"]["dtype"]]
     assert_expected_inline(
         "\n".join(table),
         """\
-bf16         16.000  9,043,968
 int8          8.109  4,583,424
 nf4           4.500  2,543,616
 nf4 nested    4.127  2,332,920
 fp4           4.500  2,543,616""",
     )
 
-    facts = json.loads((tmp_path / "facts.json").read_text())
     rows = {row["name"]: row for row in facts["formats"]}
-    assert [*rows] == ["bf16", "int8", "nf4", "nf4 nested", "fp4"]
+    assert [*rows][1:] == ["int8", "nf4", "nf4 nested", "fp4"]
     # The model card has +0.02 % for int8 and about +1 % for four bits, on sixty windows instead of these two.
     assert abs(rows["int8"]["change"]) < 0.002
     assert all(0 < rows[name]["change"] < 0.03 for name in ("nf4", "nf4 nested", "fp4"))
@@ -181,3 +194,14 @@ fp4           4.500  2,543,616""",
     assert len(qlora["losses"]) == facts["settings"]["steps"]
     assert qlora["reload_difference"] == 0
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_a_cpu_without_bfloat16_computes_in_float32(monkeypatch):
+    formats = pytest.importorskip("bnbref.demo.formats")
+    for there, dtype, name, size in ((True, torch.bfloat16, "bf16", 2), (False, torch.float32, "f32", 4)):
+        monkeypatch.setattr(info, "multiplies_bfloat16", lambda there=there: there)
+        assert info.compute_dtype(torch.device("cpu")) == dtype
+        assert info.compute_dtype(torch.device("cuda")) == torch.bfloat16
+        plain = formats.plain(dtype)
+        assert (plain.name, plain.bytes_of(3, 5)) == (name, 15 * size)
+        assert (" without bfloat16" in info.describe_device(torch.device("cpu"))) != there

@@ -7,9 +7,10 @@ What is asserted, and where it holds:
     where bfloat16 is computed  the logits are those that bitsandbytes gave, to the bit; for int8: with its own constants
     as on the writer's CPU
 
-The last needs the same bits from two operations of ATen that neither library has a hand in, found by replaying every
-operation of the model under other instruction sets: `mm` in bfloat16, which oneDNN computes from AVX512 on and ATen
-below (6 of 163,840 elements differ, by one ulp), and the CPU's flash attention (AVX2 and AVX512 agree, scalar code differs).
+The last needs the same bits from two operations of ATen that neither library has a hand in, and the fixture `as_written` asks
+them. They were found by replaying every operation of the model under other instruction sets: `mm` in bfloat16, which oneDNN
+computes from AVX512 on and ATen below (6 of 163,840 elements differ, by one ulp), and the CPU's flash attention (AVX2 and
+AVX512 agree, scalar code differs).
 Every other operation, and any number of threads, gives the same bits. One ulp in one element is then 0.01 in the logits.
 """
 
@@ -33,9 +34,6 @@ THRESHOLD = 6.0  # of the int8 model, see its config.json
 
 U = 2.0**-24  # unit roundoff of float32
 V = 2.0**-8  # and of bfloat16
-
-AS_WRITTEN = torch.backends.cpu.get_cpu_capability() != "DEFAULT" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-as_written = pytest.mark.skipif(not AS_WRITTEN, reason="bfloat16 products or attention have other bits on this CPU")
 
 
 def plain_model(kind):
@@ -107,7 +105,7 @@ def test_4bit_is_the_plain_model_with_dequantized_weights(kind, mode):
         assert torch.equal(logits(quantized_model(kind, assign), kind), want)
 
 
-@as_written
+@pytest.mark.usefixtures("as_written")
 @pytest.mark.parametrize("kind", FOUR_BIT)
 def test_4bit_gives_the_logits_of_bitsandbytes(kind, mode):
     assert torch.equal(logits(quantized_model(kind), kind), reference(kind)["plain"])
@@ -154,7 +152,7 @@ class TheirLinear8bit(nn.Module):
         return y.to(x.dtype).view(*x.shape[:-1], -1)
 
 
-@as_written
+@pytest.mark.usefixtures("as_written")
 def test_int8_gives_the_logits_of_bitsandbytes_with_its_constants():
     model = replace_linears(quantized_model("int8"), TheirLinear8bit, Linear8bitLt)
     assert torch.equal(logits(model, "int8"), reference("int8")["plain"])

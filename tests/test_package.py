@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -148,12 +149,112 @@ def test_no_assert(module):
     assert not lines, f"{module}, lines {lines}: `python -O` removes asserts; raise ValueError, TypeError, RuntimeError"
 
 
-def test_version_is_the_one_in_pyproject():
-    import bnbref
+# ---- what is imported is what pyproject.toml declares ---------------------------------------------------------------
 
-    written = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
-    assert written is not None
-    assert bnbref.__version__ == written[1]
+# What only these may import is an extra's; all the rest of the package runs with the dependencies alone. pytest loads three.
+GUESTS = ("bnbref.integrations", "bnbref.demo", "bnbref.conformance.conftest", "bnbref.conformance.test_backend",
+          "bnbref.conformance.plugin")  # fmt: skip
+FOLDERS = ("bnbref", "tests", "benchmarks", "docs")
+BROUGHT = {"griffe", "tokenizers", "triton"}  # by mkdocstrings, by transformers, by a torch for GPUs
+
+
+def project():
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 does not read TOML")
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def names_of(requirements):
+    """How the packages of requirements are imported; an extra of ours is left out."""
+    return {re.split(r"[^\w-]", r)[0].replace("-", "_") for r in requirements} - {"bnbref"}
+
+
+def foreign_imports(tree: ast.Module) -> Iterator[tuple[str, bool]]:
+    """(package, whether the module cannot be imported without it) of every import that is neither Python's nor ours."""
+    at_once = {id(node) for node in tree.body}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names = [node.module or ""]
+        elif (  # import_module("matplotlib.pyplot"), importorskip("numpy")
+            isinstance(node, ast.Call)
+            and ast.unparse(node.func).rpartition(".")[2] in ("import_module", "importorskip")
+            and isinstance(node.args[0], ast.Constant)
+        ):
+            names = [node.args[0].value]
+        elif isinstance(node, ast.Attribute) and node.attr in ("numpy", "from_numpy"):  # of a tensor, of torch
+            yield "numpy", True
+            continue
+        else:
+            continue
+        for name in names:
+            package = name.partition(".")[0]
+            if package not in sys.stdlib_module_names | {"bnbref"}:
+                yield package, id(node) in at_once
+
+
+def test_the_package_needs_its_dependencies_and_no_other():
+    imported = {
+        package
+        for module in SOURCES
+        if not module.startswith(GUESTS)
+        for package, at_once in foreign_imports(tree_of(module))
+        if at_once
+    }
+    assert imported == names_of(project()["dependencies"])
+
+
+def test_all_that_is_imported_is_declared():
+    declared = project()
+    known = names_of(declared["dependencies"]).union(*map(names_of, declared["optional-dependencies"].values()))
+    ours = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
+    known |= BROUGHT | {path.stem for path in ours} | {path.parent.name for path in ours}
+    undeclared = {
+        (package, str(path.relative_to(ROOT)))
+        for path in ours
+        for package, _ in foreign_imports(ast.parse(path.read_text(encoding="utf-8")))
+        if package not in known
+    }
+    assert undeclared == set()
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("import os, numpy.linalg", [("numpy", True)]),
+        ("from typing_extensions import Unpack", [("typing_extensions", True)]),
+        ("def f():\n    import peft", [("peft", False)]),
+        ("from . import codebooks", []),
+        ("def f(x):\n    return x.numpy()", [("numpy", True)]),
+        ("x = importlib.import_module('matplotlib.pyplot')", [("matplotlib", False)]),
+    ],
+)
+def test_imports_are_found(source, found):
+    assert list(foreign_imports(ast.parse(source))) == found
+
+
+def test_a_built_wheel_installs_alone(tmp_path):
+    pytest.importorskip("hatchling", reason="hatchling is not installed: pip install 'bnbref[test]'")
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
+    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT], check=True)
+    (wheel,) = tmp_path.glob("bnbref-*.whl")
+    site = tmp_path / "site"
+    subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", site, wheel], check=True)
+    shipped = {path.relative_to(PACKAGE) for path in PACKAGE.rglob("*") if path.is_file() and path.suffix != ".pyc"}
+    plugin = Path("conformance/plugin/pytest_bnbref.py")  # a module of its own: see pyproject.toml
+    assert {path.relative_to(site / "bnbref") for path in (site / "bnbref").rglob("*")} >= shipped - {plugin}
+    assert (site / plugin.name).exists()
+    code = """
+import importlib.metadata, bnbref, bnbref.cli
+assert importlib.metadata.version("bnbref") == bnbref.__version__
+assert bnbref.cli.main(["info"]) == 0
+print(bnbref.__file__)
+"""
+    environment = os.environ | {"PYTHONPATH": str(site), "BNBREF_COMPILE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path, env=environment
+    )
+    assert done.stdout.splitlines()[-1] == str(site / "bnbref" / "__init__.py")
 
 
 def test_public_names_exist():

@@ -49,9 +49,6 @@ INT8 = BitsAndBytesConfig(load_in_8bit=True)
 CONFIGS = {"nf4_nested": NESTED, "nf4_plain": NF4, "int8": INT8}
 each_checkpoint = pytest.mark.parametrize("kind", CONFIGS)
 
-# bfloat16 products and attention have the bits of the reference logits on such a CPU: see test_models.py.
-AS_WRITTEN = torch.backends.cpu.get_cpu_capability() != "DEFAULT" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch):
@@ -132,7 +129,7 @@ def same_files(a, b):
 # ---- checkpoints of bitsandbytes ------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not AS_WRITTEN, reason="bfloat16 products or attention have other bits on this CPU")
+@pytest.mark.usefixtures("as_written")
 @pytest.mark.parametrize("kind", ["nf4_nested", "nf4_plain"])
 def test_checkpoints_of_bitsandbytes_give_its_logits(kind):
     reference = load_file(FIXTURES / kind / "reference.safetensors")

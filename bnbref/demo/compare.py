@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from bnbref.demo import MODEL, Settings
 from bnbref.demo.evaluate import CONTEXT, perplexity, sample
-from bnbref.demo.formats import FORMATS, Format, size
+from bnbref.demo.formats import FORMATS, Format, plain, size
 from bnbref.demo.report import aligned, doing, mebibytes, one_line
 from bnbref.demo.resources import phase
+from bnbref.info import compute_dtype
 
 PROMPT = "class collections."
 
@@ -21,7 +22,7 @@ PROMPT = "class collections."
 def load(kind: Format, device: torch.device) -> Any:
     """The demo model in a format, as any user loads a model."""
     return AutoModelForCausalLM.from_pretrained(
-        MODEL, dtype=torch.bfloat16, quantization_config=kind.config(), device_map={"": device}
+        MODEL, dtype=compute_dtype(device), quantization_config=kind.config(), device_map={"": device}
     )
 
 
@@ -39,7 +40,7 @@ def compare(tokenizer: Any, heldout: Tensor, settings: Settings, device: torch.d
     )
     print(aligned(COLUMNS.values(), COLUMNS))
     rows: list[dict[str, Any]] = []
-    for kind in FORMATS:
+    for kind in (plain(compute_dtype(device)), *FORMATS):
         row = measure(kind, tokenizer, heldout, settings, device)
         rows.append(row)
         row["change"] = row["perplexity"] / rows[0]["perplexity"] - 1

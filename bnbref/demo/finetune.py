@@ -22,6 +22,7 @@ from bnbref.demo.evaluate import encode, perplexity, sample, windows
 from bnbref.demo.formats import Mismatch
 from bnbref.demo.report import mebibytes, one_line
 from bnbref.demo.resources import phase
+from bnbref.info import compute_dtype
 from bnbref.integrations.peft import register_lora
 from bnbref.integrations.qlora import load, qlora
 
@@ -49,12 +50,13 @@ def finetune(tokenizer: Any, heldout: Tensor, settings: Settings, device: torch.
         flush=True,
     )
     unseen = windows(encode(tokenizer, source(UNSEEN)), WINDOW)[: 4 * settings.windows].to(device)
-    base = prepare_model_for_kbit_training(load(str(MODEL), device), use_gradient_checkpointing=False)
+    dtype = compute_dtype(device)
+    base = prepare_model_for_kbit_training(load(str(MODEL), device, dtype), use_gradient_checkpointing=False)
     before, text_before = measure(base, tokenizer, unseen, heldout, settings, "before")
     with phase("training") as training:
         found = qlora(
             str(MODEL), source(MODULES), folder, steps=settings.steps, batch=BATCH, length=WINDOW, rank=RANK,
-            targets="all-linear", device=device,
+            targets="all-linear", device=device, dtype=dtype,
         )  # fmt: skip
     after, text_after = measure(found.model, tokenizer, unseen, heldout, settings, "after")
     count = min(10, settings.steps // 4)

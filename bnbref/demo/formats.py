@@ -1,6 +1,6 @@
 """The formats of the demo: how `from_pretrained` is asked for each, and how many bytes a layer then takes.
 
-    bf16              2 n                                  n = rows * columns, the elements of a weight
+    bf16, f32         2 n, 4 n                             n = rows * columns, the elements of a weight
     int8              n + 4 rows                           a float32 scale for each row
     nf4, fp4          n / 2 + 4 b                          b = n / 64 blocks, a float32 scale for each
     nf4, nested       n / 2 + b + 4 (b / 256) + 4          8 bits a scale, 256 of which share a float32; their mean
@@ -11,6 +11,7 @@ Counts are rounded up. The value tables (64 bytes for codes, 1,024 for nested sc
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from bnbref.integrations.transformers import BnbRefConfig
@@ -54,16 +55,19 @@ def four_bit_nested(rows: int, columns: int) -> int:
     return blocks(n, 2) + scales + 4 * blocks(scales, NESTED_BLOCKSIZE) + 4
 
 
+def plain(dtype: torch.dtype) -> Format:
+    """What the others are compared with: the model as it is, in bfloat16 or float32."""
+    name = {torch.bfloat16: "bf16", torch.float32: "f32"}[dtype]
+    return Format(name, lambda: None, lambda rows, columns: dtype.itemsize * rows * columns)
+
+
 FORMATS = (
-    Format("bf16", lambda: None, lambda rows, columns: 2 * rows * columns),
     Format("int8", lambda: BnbRefConfig("int8", threshold=6.0), lambda rows, columns: rows * columns + 4 * rows),
     Format("nf4", lambda: BnbRefConfig("nf4", double_quant=False), four_bit),
     Format("nf4 nested", lambda: BnbRefConfig("nf4", double_quant=True), four_bit_nested),
     Format("fp4", lambda: BnbRefConfig("fp4", double_quant=False), four_bit),
 )
-"""In the order in which they are shown. The first is what the others are compared with."""
-
-NF4_NESTED = FORMATS[3]
+"""In the order in which they are shown."""
 
 
 class Mismatch(RuntimeError):

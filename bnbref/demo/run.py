@@ -20,7 +20,7 @@ from bnbref.demo.evaluate import encode, windows
 from bnbref.demo.finetune import finetune
 from bnbref.demo.report import write_json, write_plot
 from bnbref.demo.resources import cpu_seconds
-from bnbref.info import default_device, describe_device
+from bnbref.info import compute_dtype, default_device, describe_device
 from bnbref.kernels import compile_enabled
 from bnbref.kernels.compiler import missing_compiler
 
@@ -67,6 +67,7 @@ def machine(device: torch.device) -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "device": describe_device(device),
+        "dtype": str(compute_dtype(device)).removeprefix("torch."),
         "kernels": "compiled" if missing is None else f"eager: {missing}",
     }
 
@@ -74,4 +75,4 @@ def machine(device: torch.device) -> dict[str, str]:
 def headline(facts: dict[str, str]) -> str:
     """Two lines of it."""
     versions = ", ".join(f"{name} {facts[name]}" for name in ("bnbref", "torch", "transformers"))
-    return f"{versions}\n{facts['device']}; kernels {facts['kernels']}"
+    return f"{versions}\n{facts['device']}; computed in {facts['dtype']}, kernels {facts['kernels']}"

@@ -75,13 +75,11 @@ def dataset_text(name: str, column: str = "text", split: str = "train") -> str:
     return "\n\n".join(rows)
 
 
-def load(model: str, device: torch.device | None = None) -> Any:
-    """The frozen model in NF4 with double quantization; device: transformers' choice if None."""
+def load(model: str, device: torch.device | None = None, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """The frozen model in NF4 with double quantization, all else in dtype; device: transformers' choice if None."""
     config = BnbRefConfig("nf4", double_quant=True)
     where = None if device is None else {"": device}
-    return AutoModelForCausalLM.from_pretrained(
-        model, quantization_config=config, dtype=torch.bfloat16, device_map=where
-    )
+    return AutoModelForCausalLM.from_pretrained(model, quantization_config=config, dtype=dtype, device_map=where)
 
 
 def qlora(
@@ -96,18 +94,19 @@ def qlora(
     rank: int = 16,
     targets: Sequence[str] | str = ATTENTION,
     device: torch.device | None = None,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Finetuned:
     """Fine-tune an adapter on a text, and save it in `folder`.
 
     model: a directory or a name on the hub. A step takes `batch` windows of `length` tokens, at a learning rate that warms up to
     lr and falls as a cosine. LoRA of that rank, in float32, on the layers called `targets`, or on "all-linear"; gradient
-    checkpointing; `PagedAdamW8bit`. device: transformers' choice if None.
+    checkpointing; `PagedAdamW8bit`. device: transformers' choice if None. dtype: of all that is neither quantized nor trained.
 
     Raises ValueError for a text that is too short; OSError if there is no such model, or folder cannot be one.
     """
     folder.mkdir(parents=True, exist_ok=True)
     parts = windows(AutoTokenizer.from_pretrained(model), text, length)
-    base = load(model, device)
+    base = load(model, device, dtype)
     base = prepare_model_for_kbit_training(base)  # norms in float32, gradient checkpointing
     layers = targets if isinstance(targets, str) else list(targets)
     settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers, task_type="CAUSAL_LM")

@@ -14,6 +14,7 @@ Everywhere else (another device, another instruction set, a torch whose internal
 tensor operations give the same bits, more slowly.  `lowering()` says which.
 """
 
+import struct
 from typing import Any
 
 import torch
@@ -214,7 +215,7 @@ def _register() -> str:
 
     def declare(table: Table, dtype: torch.dtype, bits: bool, scaled: bool) -> str:
         """The name of an operation of Inductor; those take tensor elements only, so all the rest is in the name."""
-        name = f"bnbref16_{str(dtype)[6:]}_{bits:d}{scaled:d}_{torch.tensor(table, dtype=torch.float32).numpy().tobytes().hex()}"
+        name = f"bnbref16_{str(dtype)[6:]}_{bits:d}{scaled:d}_{struct.pack('<16f', *table).hex()}"
         if hasattr(CppOverrides, name):
             return name
         result = torch.int32 if bits else torch.float32

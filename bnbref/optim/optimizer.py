@@ -398,7 +398,7 @@ class Optimizer(torch.optim.Optimizer):
             return codes, absmax
         if not any(is_table_of(values, known) for known in (*self.rule.codebooks, DYNAMIC, DYNAMIC_UNSIGNED)):
             raise ValueError(
-                f"saved {_qmap_key(state.key)} is no map of {self.rule!r}, nor a dynamic map: its codes mean nothing"
+                f"saved {qmap_key(state.key)} is no map of {self.rule!r}, nor a dynamic map: its codes mean nothing"
             )
         values = values.to(codes.device, torch.float32)
         decoded = blockwise.dequantize(codes, absmax, values, blocksize, torch.float32)
