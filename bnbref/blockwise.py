@@ -45,6 +45,18 @@ def in_rows(x: Tensor, width: int) -> Tensor:
     return flat.view(rows, width)
 
 
+def cut(padded: Tensor, numel: int) -> Tensor:
+    """The first `numel` elements, flat: `in_rows` undone.
+
+    A copy where there was padding. A view would keep it: `torch.save` writes whole storages, safetensors refuses such views.
+
+    >>> cut(in_rows(torch.ones(3), 2), 3).untyped_storage().nbytes()
+    12
+    """
+    flat = padded.view(-1)
+    return flat if flat.numel() == numel else flat[:numel].clone()
+
+
 def block_count(numel: int, blocksize: int) -> int:
     """Blocks that hold `numel` elements, the last one perhaps in part."""
     return -(-numel // blocksize)
@@ -351,7 +363,7 @@ def quantize(x: Tensor, codebook: Codebook, blocksize: int) -> tuple[Tensor, Ten
     codes, absmax = quantize_blocks(
         in_rows(x, blocksize), thresholds, carry.entries, *ranks, first_cell=carry.first_cell
     )
-    return codes.view(-1)[: x.numel()].view(x.shape), absmax[: block_count(x.numel(), blocksize)]
+    return cut(codes, x.numel()).view(x.shape), cut(absmax, block_count(x.numel(), blocksize))
 
 
 def dequantize(codes: Tensor, absmax: Tensor, values: Tensor, blocksize: int, dtype: torch.dtype) -> Tensor:
@@ -374,4 +386,4 @@ def dequantize(codes: Tensor, absmax: Tensor, values: Tensor, blocksize: int, dt
     blocks = in_rows(codes, blocksize)
     scales = in_rows(absmax.float(), 1).view(-1)
     out = dequantize_blocks(blocks, scales, values, dtype=dtype)
-    return out.view(-1)[: codes.numel()].view(codes.shape)
+    return cut(out, codes.numel()).view(codes.shape)

@@ -23,6 +23,7 @@ from bnbref.blockwise import (
     check_device,
     check_float,
     count_below,
+    cut,
     float_cells,
     float_of,
     in_lanes,
@@ -342,8 +343,7 @@ def quantize(
     by_cell = reads_tables(x.device) and blocksize % lane_elements(x.dtype) == 0
     cells = (code_table(codebook, x.device),) if by_cell else ()
     packed, absmax = quantize_rows(rows, *cells, blocksize=blocksize, codebook=codebook)
-    packed = packed.view(-1)[:n_bytes].view(quant_storage).view(-1, 1)
-    return packed, absmax.view(-1)[: block_count(n, blocksize)]
+    return cut(packed, n_bytes).view(quant_storage).view(-1, 1), cut(absmax, block_count(n, blocksize))
 
 
 def dequantize(
@@ -375,4 +375,4 @@ def dequantize(
     if dtype != torch.float32 and reads_tables(codes.device):
         values = (value_table(codebook, codes.device),)
     out = dequantize_rows(rows, scales, *values, blocksize=blocksize, codebook=codebook, dtype=dtype)
-    return out.view(-1)[:n].view(torch.Size(shape))
+    return cut(out, n).view(torch.Size(shape))

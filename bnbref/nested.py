@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor
 
 from bnbref import blockwise
-from bnbref.blockwise import block_count, check_blocksize, decode_options, in_rows, look_up
+from bnbref.blockwise import block_count, check_blocksize, cut, decode_options, in_rows, look_up
 from bnbref.codebooks import DYNAMIC
 from bnbref.fused import fused
 
@@ -53,4 +53,4 @@ def dequantize(codes: Tensor, absmax2: Tensor, values: Tensor, offset: Tensor, b
     blocksize = check_blocksize(blocksize, codes.numel())
     scales = in_rows(absmax2, 1).view(-1)
     out = dequantize_nested(in_rows(codes, blocksize), scales, values, offset)
-    return out.view(-1)[: codes.numel()].view(codes.shape)
+    return cut(out, codes.numel()).view(codes.shape)
