@@ -19,6 +19,7 @@ BLOB = "quant_state.bitsandbytes__"
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _LARGEST = torch.finfo(torch.float32).max
+_ANY_SIZE = 2**63 - 1
 _NESTED_KEYS = ("nested_absmax", "nested_quant_map", "nested_blocksize", "nested_dtype", "nested_offset")
 _PLAIN_KEYS = ("absmax", "quant_map", "quant_type", "blocksize", "dtype", "shape")
 
@@ -161,6 +162,12 @@ class QuantState:
         """A state from its dict, packed or not; prefixes of keys up to the last dot are dropped.
 
         Everything is checked: keys, types, block counts, finite scales, the codebook. ValueError says what is wrong.
+        quant_type None is a state of `quantize_blockwise`, whose 256 values may be any.
+
+        >>> from bnbref.functional import quantize_blockwise
+        >>> state = quantize_blockwise(torch.ones(64))[1]
+        >>> QuantState.from_dict(state.as_dict(), device="cpu") == state
+        True
         """
         fields = _unpack(qs_dict)
         nested_keys = [key for key in _NESTED_KEYS if key in fields]
@@ -168,8 +175,8 @@ class QuantState:
         _require(set(fields) == expected, "keys of a quant state", sorted(expected), sorted(fields))
 
         quant_type, blocksize, shape = fields["quant_type"], fields["blocksize"], fields["shape"]
-        known_type = isinstance(quant_type, str) and quant_type in FOUR_BIT
-        _require(known_type, "quant_type", sorted(FOUR_BIT), quant_type)
+        known_type = quant_type is None or (isinstance(quant_type, str) and quant_type in FOUR_BIT)
+        _require(known_type, "quant_type", f"{sorted(FOUR_BIT)} or None, for 8 bits", quant_type)
         if shape is not None:
             ok = isinstance(shape, (list, tuple, torch.Size)) and all(type(n) is int and n >= 0 for n in shape)
             _require(ok and math.prod(shape) < 2**63, "shape", "a list of sizes", shape)
@@ -177,18 +184,21 @@ class QuantState:
         known_dtype = isinstance(fields["dtype"], str) and fields["dtype"] in _DTYPES
         _require(known_dtype, "dtype", sorted(_DTYPES), fields["dtype"])
 
-        code = _tensor(fields, "quant_map", torch.float32, 16)
-        known = value_table(four_bit(quant_type), torch.device("cpu"))
-        # By value, not by bits: writers differ in the sign of FP4's second zero.
-        if code.device.type != "meta" and not bool((code.cpu() == known).all()):
-            raise ValueError(f"quant_map is not the codebook {quant_type!r}: {code.tolist()}")
+        code = _tensor(fields, "quant_map", torch.float32, 256 if quant_type is None else 16)
+        if quant_type is not None:
+            known = value_table(four_bit(quant_type), torch.device("cpu"))
+            # By value, not by bits: writers differ in the sign of FP4's second zero.
+            if code.device.type != "meta" and not bool((code.cpu() == known).all()):
+                raise ValueError(f"quant_map is not the codebook {quant_type!r}: {code.tolist()}")
 
-        _check_blocksize("blocksize", blocksize, 0 if shape is None else math.prod(shape))
+        # A state of 8 bits does not say of how many elements it is.
+        of_any = _ANY_SIZE if quant_type is None else 0
+        _check_blocksize("blocksize", blocksize, of_any if shape is None else math.prod(shape))
         blocks = None if shape is None else block_count(math.prod(shape), blocksize)
         absmax = _tensor(fields, "absmax", torch.uint8 if nested_keys else torch.float32, blocks)
         offset, state2 = None, None
         if nested_keys:
-            _check_blocksize("nested_blocksize", fields["nested_blocksize"], absmax.numel())
+            _check_blocksize("nested_blocksize", fields["nested_blocksize"], max(of_any, absmax.numel()))
             _require(fields["nested_dtype"] == "float32", "nested_dtype", "float32", fields["nested_dtype"])
             value = fields["nested_offset"]
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -156,9 +156,30 @@ def test_refusals(name, arguments, message):
         make(name, [parameter()], **arguments)
 
 
-def test_what_bitsandbytes_removed_is_unknown():
-    with pytest.raises(TypeError, match="percentile_clipping"):
-        optim.Adam8bit([parameter()], percentile_clipping=5)
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.filterwarnings("ignore:paged state")
+def test_what_bitsandbytes_took_until_0_49_may_say_what_holds(name):
+    optimizer = make(name, [parameter()], percentile_clipping=100, block_wise=True)
+    optimizer.step()
+    with pytest.raises(ValueError, match=f"percentile_clipping of {name} must be 100, which clips nothing, got 5"):
+        make(name, [parameter()], percentile_clipping=5)
+    with pytest.raises(ValueError, match=f"block_wise of {name} must be True, got False"):
+        make(name, [parameter()], block_wise=False)
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.filterwarnings("ignore:paged state")
+def test_settings_are_read_where_bitsandbytes_has_them(name):
+    args = make(name, [parameter()], min_8bit_size=16).args
+    expected = 8 if "8bit" in name else 32
+    assert (args.optim_bits, args.min_8bit_size, args.is_paged) == (expected, 16, name.startswith("Paged"))
+    assert (args.skip_zeros, args.percentile_clipping, args.block_wise) == (False, 100, True)
+    assert (args.max_unorm > 0) == ("LARS" in name or "LAMB" in name)
+    with pytest.raises(AttributeError):
+        args.optim_bits = 8  # it would change nothing
+
+
+def test_sgd_needs_momentum():
     with pytest.raises(NotImplementedError, match=r"torch\.optim\.SGD"):
         optim.SGD([parameter()], lr=0.1)
 

@@ -209,6 +209,12 @@ class FourBitLayer(QuantizedLayer):
             destination |= {f"{prefix}weight.{key}": value for key, value in state.as_dict(packed=True).items()}
 
 
+def _scales_of(weight: Tensor) -> Tensor | None:
+    """The absmax of the rows of an int8 weight, None also where `Int8Params.to` has put none of length 0."""
+    absmax: Tensor | None = getattr(weight, "SCB", None)
+    return None if absmax is None or absmax.shape != weight.shape[:1] else absmax
+
+
 class EightBitLayer(QuantizedLayer):
     """A layer with an `Int8Params`."""
 
@@ -217,11 +223,11 @@ class EightBitLayer(QuantizedLayer):
     @property
     def _absmax(self) -> Tensor | None:
         """The absmax of the rows of an int8 weight."""
-        own: Tensor | None = getattr(self.weight, "SCB", None)
+        own = _scales_of(self.weight)
         return self._remembered if own is None and self.weight.dtype == torch.int8 else own
 
     def _remember(self, weight: Tensor | None) -> None:
-        if isinstance(weight, Int8Params) and weight.SCB is not None:
+        if isinstance(weight, Int8Params) and _scales_of(weight) is not None:
             self._remembered = weight.SCB
 
     def _restore(self, weight: nn.Parameter) -> None:

@@ -6,9 +6,9 @@ Arguments that bitsandbytes accepts and ignores are refused here if they would c
 
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from typing_extensions import Unpack
@@ -25,6 +25,8 @@ class Options(TypedDict, total=False):
     page_bytes: int
     stochastic_rounding: bool
     generator: torch.Generator | None
+    percentile_clipping: int
+    block_wise: bool
 
 
 class PagedOptions(Options, total=False):
@@ -33,8 +35,50 @@ class PagedOptions(Options, total=False):
     is_paged: bool
 
 
+class Args(NamedTuple):
+    """`optimizer.args`, where code for bitsandbytes looks for the settings. To be read only."""
+
+    optim_bits: int
+    min_8bit_size: int
+    max_unorm: float
+    is_paged: bool
+    skip_zeros: bool = False
+    percentile_clipping: int = 100
+    block_wise: bool = True
+
+
 class Family(Optimizer):
-    """Base of the named optimizers."""
+    """Base of the named optimizers.
+
+    percentile_clipping and block_wise, which bitsandbytes took until 0.49, may say what always holds: 100 and True.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        rule: rules.Rule,
+        defaults: Mapping[str, Any],
+        *,
+        percentile_clipping: int = 100,
+        block_wise: bool = True,
+        **options: Any,
+    ) -> None:
+        if percentile_clipping != 100:
+            raise ValueError(
+                f"percentile_clipping of {type(self).__name__} must be 100, which clips nothing, got "
+                f"{percentile_clipping!r}: clip gradients before the step, by torch.nn.utils.clip_grad_norm_"
+            )
+        if not block_wise:
+            raise ValueError(
+                f"block_wise of {type(self).__name__} must be True, got {block_wise!r}: states in 8 bits are blockwise"
+            )
+        super().__init__(params, rule, defaults, **options)
+
+    @property
+    def args(self) -> Args:
+        """The settings, as bitsandbytes has them."""
+        own = {name: self._own[name] for name in ("optim_bits", "min_8bit_size", "max_unorm")}
+        return Args(**own, is_paged=self.is_paged)
 
     def __init_subclass__(
         cls, *, bits: int | None = None, paged: bool = False, keeps: tuple[str, ...] = (), **kwargs: Any
