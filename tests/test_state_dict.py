@@ -335,6 +335,22 @@ def test_what_the_file_says_holds():
         assert into.quant_state.dtype == dtype
 
 
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("make", [lambda: Linear8bitLt(8, 4, has_fp16_weights=False), lambda: Linear4bit(8, 4)])
+def test_a_weight_that_is_tied_to_a_float_one_is_loaded_as_one(make, assign):
+    layer, table = make(), nn.Embedding(4, 8)
+    layer.weight = table.weight
+    assert list(layer.state_dict()) == ["weight", "bias"]
+    values = torch.randn(4, 8)
+    layer.load_state_dict({"weight": values, "bias": torch.ones(4)}, assign=assign)
+    assert torch.equal(layer.weight, values)
+    assert layer.weight.requires_grad
+    assert assign or layer.weight is table.weight
+    for file in (linear8(4, 8).state_dict(), linear4(4, 8).state_dict()):
+        with pytest.raises(RuntimeError, match="weight is a Parameter, not a quantized parameter"):
+            layer.load_state_dict(file)
+
+
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 

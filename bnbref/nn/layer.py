@@ -129,7 +129,17 @@ class QuantizedLayer(nn.Module):
     def _load_weight(self, entries: Mapping[str, Tensor], assign: bool) -> None:
         old = self.weight
         if not isinstance(old, QuantizedParameter):
-            raise TypeError(f"weight is a {type(old).__name__}, not a quantized parameter: load before it is wrapped")
+            data = entries.get("weight", old).detach()
+            if len(entries) > 1 or not data.is_floating_point() or not data.shape == old.shape == self._shape():
+                raise TypeError(
+                    f"weight is a {type(old).__name__}, not a quantized parameter: load before it is wrapped or tied"
+                )
+            if assign:  # tied to a float weight, and loaded as one
+                self.weight = nn.Parameter(data, old.requires_grad)
+            else:
+                with torch.no_grad():
+                    old.copy_(data)
+            return
         if old.device.type == "meta" and not assign:
             raise ValueError("weight is on the meta device: load_state_dict needs assign=True")
         for name, value in entries.items():
