@@ -170,27 +170,28 @@ def test_accelerate_loads_and_quantizes(ids):
 
 
 def small():
-    """A model whose layers have 64 and 96 rows, on meta."""
+    """Two layers to quantize, and a head."""
+    return torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.Linear(96, 64, bias=False), torch.nn.Linear(64, 8))
+
+
+def accelerate_loads(path, device_map, offload=None):
+    """The small model in int8, from a folder or a file."""
+    from accelerate.utils import BnbQuantizationConfig, load_and_quantize_model
+
+    config = BnbQuantizationConfig(load_in_8bit=True, torch_dtype=torch.float32, skip_modules=["2"])
     with accelerate.init_empty_weights():
-        return torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.Linear(96, 64, bias=False), torch.nn.Linear(64, 8))
+        empty = small()
+    return load_and_quantize_model(empty, config, str(path), device_map, offload_folder=offload)
 
 
 @pytest.mark.parametrize("device_map", [{"": "cpu"}, {"0": "cpu", "1": "disk", "2": "cpu"}])
 def test_accelerate_loads_the_int8_that_it_saved(device_map, tmp_path):
-    from accelerate.utils import BnbQuantizationConfig, load_and_quantize_model
-
-    def load(folder, device_map):
-        config = BnbQuantizationConfig(load_in_8bit=True, torch_dtype=torch.float32, skip_modules=["2"])
-        return load_and_quantize_model(
-            small(), config, str(tmp_path / folder), device_map, offload_folder=str(tmp_path / "offload")
-        )
-
     torch.manual_seed(0)
     accelerator = accelerate.Accelerator(cpu=True)
-    accelerator.save_model(small().to_empty(device="cpu").apply(lambda m: getattr(m, "reset_parameters", int)()), tmp_path / "float")
-    model = load("float", {"": "cpu"})
+    accelerator.save_model(small(), tmp_path / "float")
+    model = accelerate_loads(tmp_path / "float", {"": "cpu"})
     accelerator.save_model(model, tmp_path / "int8")
-    again = load("int8", device_map)
+    again = accelerate_loads(tmp_path / "int8", device_map, str(tmp_path / "offload"))
     x = torch.randn(3, 64)
     assert torch.equal(again(x), model(x))
     if device_map == {"": "cpu"}:
@@ -200,13 +201,13 @@ def test_accelerate_loads_the_int8_that_it_saved(device_map, tmp_path):
 
 
 def test_int8_whose_scales_accelerate_did_not_find(tmp_path):
-    from accelerate.utils import BnbQuantizationConfig, load_and_quantize_model
     from safetensors.torch import save_file
 
-    save_file({f"{i}.weight": torch.ones(n, k, dtype=torch.int8) for i, n, k in ((0, 96, 64), (1, 64, 96))}
-              | {"0.bias": torch.ones(96), "2.weight": torch.ones(8, 64), "2.bias": torch.ones(8)}, tmp_path / "model.safetensors")  # fmt: skip
-    config = BnbQuantizationConfig(load_in_8bit=True, torch_dtype=torch.float32, skip_modules=["2"])
-    model = load_and_quantize_model(small(), config, str(tmp_path), {"": "cpu"})
+    codes = {
+        name: p.to(torch.int8) if name in ("0.weight", "1.weight") else p for name, p in small().state_dict().items()
+    }
+    save_file(codes, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model = accelerate_loads(tmp_path, {"": "cpu"})
     with pytest.raises(RuntimeError, match=r"the int8 weight of .* has no scales: weight\.SCB is None"):
         model(torch.ones(1, 64))
 

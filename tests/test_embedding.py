@@ -143,6 +143,5 @@ def test_the_stable_one_normalises_in_the_dtype_of_the_norm():
 def test_rows_that_are_no_whole_blocks_are_logged(dim, logged, caplog):
     with caplog.at_level("WARNING", logger="bnbref"):
         EmbeddingNF4(3, dim)
-    assert caplog.messages == [
-        f"embedding_dim {dim} is no multiple of the block size 64: this will lead to slow inference"
-    ] * logged
+    message = f"embedding_dim {dim} is no multiple of the block size 64: this will lead to slow inference"
+    assert caplog.messages == [message] * logged

@@ -176,7 +176,9 @@ def test_functional_is_the_room_below(quant_type, n, double, blocksize):
         assert same_bits(got, fourbit.dequantize(packed, state.scales(), FOUR_BIT[quant_type], blocksize, (n,), F32))
 
 
-@given(st.integers(0, 300), st.booleans(), st.sampled_from([1, 7, 64, 256]), st.sampled_from([torch.uint8, torch.int16, F32]))
+@given(
+    st.integers(0, 300), st.booleans(), st.sampled_from([1, 7, 64]), st.sampled_from([torch.uint8, torch.int16, F32])
+)
 def test_results_own_exactly_their_bytes(n, double, blocksize, storage):
     """No view of padded memory: torch.save writes whole storages, safetensors refuses such views."""
     x = ramp(n if (n + 1) // 2 % storage.itemsize == 0 else 8 * n)

@@ -61,7 +61,8 @@ def test_it_is_the_float_product_with_the_dequantized_weight(layer, shape, dtype
 def test_a_weight_that_was_quantized_as_k_n_is_turned(n, k, rows, dtype, nested, biased, in_order):
     """bitsandbytes takes it, with this warning; values and gradients are those of the float product."""
     packed, state = quantize_4bit(inputs(k, n), quant_type="nf4", compress_statistics=nested)
-    x, bias = inputs(*rows, k, dtype=dtype).requires_grad_(), inputs(n, dtype=dtype).requires_grad_() if biased else None
+    x = inputs(*rows, k, dtype=dtype).requires_grad_()
+    bias = inputs(n, dtype=dtype).requires_grad_() if biased else None
     weight = dequantize(packed, state, dtype).t()
     with bnbref.batch_invariant() if in_order else contextlib.nullcontext():
         with pytest.warns(DeprecationWarning, match=r"quantized as \[k, n\]"):

@@ -112,7 +112,7 @@ _renamed: dict[type, str] = {}
 
 
 def fill(module: ModuleType, version: str) -> None:
-    """Give a module of bitsandbytes its names and its submodules: `bnb.nn.modules` is there after `import bitsandbytes as bnb`."""
+    """Give a module of bitsandbytes its names and its submodules: `bnb.nn.modules` is there after `import bitsandbytes`."""
     names = SURFACE[module.__name__.removeprefix(NAME).removeprefix(".")]
     for name, source in names.items():
         home, _, attribute = source.partition(":")
