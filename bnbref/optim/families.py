@@ -77,8 +77,8 @@ class Family(Optimizer):
     @property
     def args(self) -> Args:
         """The settings, as bitsandbytes has them."""
-        own = {name: self._own[name] for name in ("optim_bits", "min_8bit_size", "max_unorm")}
-        return Args(**own, is_paged=self.is_paged)
+        own: Mapping[str, Any] = self._own
+        return Args(own["optim_bits"], own["min_8bit_size"], own["max_unorm"], self.is_paged)
 
     def __init_subclass__(
         cls, *, bits: int | None = None, paged: bool = False, keeps: tuple[str, ...] = (), **kwargs: Any
@@ -117,7 +117,7 @@ def _fix(cls: type[Family], fixed: dict[str, Any]) -> None:
 
     init.__signature__ = signature  # type: ignore[attr-defined]
     init.__qualname__ = f"{cls.__qualname__}.__init__"
-    cls.__init__ = init  # type: ignore[method-assign, assignment]
+    cls.__init__ = init  # type: ignore[method-assign]
     cls.__doc__ = f"{cls.__doc__}\n\n{family.__doc__}"
 
 
