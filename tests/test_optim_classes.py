@@ -179,6 +179,18 @@ def test_settings_are_read_where_bitsandbytes_has_them(name):
         args.optim_bits = 8  # it would change nothing
 
 
+def test_a_manager_that_is_initialized_again_has_forgotten_all(monkeypatch):
+    manager = optim.GlobalOptimManager.get_instance()
+    for name in ("_of_parameter", "_of_module"):
+        monkeypatch.setattr(manager, name, copy.copy(getattr(manager, name)))
+    layer = nn.Linear(64, 64)
+    manager.override_config(layer.weight, "optim_bits", 8)
+    manager.register_module_override(layer, "bias", {"lr": 0.5})
+    assert len(manager.overrides()) >= 2
+    manager.initialize()
+    assert len(manager.overrides()) == 0
+
+
 def test_sgd_needs_momentum():
     with pytest.raises(NotImplementedError, match=r"torch\.optim\.SGD"):
         optim.SGD([parameter()], lr=0.1)
