@@ -8,7 +8,7 @@ import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, ClassVar, NamedTuple, TypedDict
 
 import torch
 from typing_extensions import Unpack
@@ -91,6 +91,8 @@ class Family(Optimizer):
             _fix(cls, {**({"optim_bits": bits} if bits else {}), **({"is_paged": True} if paged else {})})
 
     _keeps: tuple[str, ...] = ()
+    _placeholders: ClassVar[Mapping[str, Any]] = {}
+    """What bitsandbytes' variants have in their signatures and ignore: Adam8bit says optim_bits=32, and refuses anything else."""
 
 
 def _fix(cls: type[Family], fixed: dict[str, Any]) -> None:
@@ -110,8 +112,7 @@ def _fix(cls: type[Family], fixed: dict[str, Any]) -> None:
         del bound["self"]
         given = {**bound.pop("options", {}), **bound}
         for name, value in fixed.items():
-            # bitsandbytes' Adam8bit has optim_bits=32 in its signature, and refuses anything else.
-            if given.get(name, value) not in (value, 32 if name == "optim_bits" else False):
+            if given.get(name, value) not in (value, cls._placeholders.get(name, value)):
                 raise ValueError(f"{name} of {cls.__name__} is {value}, got {given[name]!r}")
         family.__init__(self, **{**given, **fixed})  # type: ignore[misc]
 
@@ -151,6 +152,8 @@ class Adam(Family, keeps=("optim_bits", "is_paged")):
 
     Kingma & Ba (1412.6980); Loshchilov & Hutter (1711.05101). `AdamW` differs in the default of weight_decay alone.
     """
+
+    _placeholders: ClassVar[Mapping[str, Any]] = {"optim_bits": 32, "is_paged": False}
 
     def __init__(
         self,
