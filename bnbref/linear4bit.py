@@ -7,6 +7,7 @@ for the length of one product; the backward pass dequantizes anew. A single row 
 is multiplied straight from the codes.
 """
 
+import warnings
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ def _is_row_for_kernel(a: Tensor, state: QuantState) -> bool:
     n, k = present(state.shape, "shape")
     blocksize = present(state.blocksize, "blocksize")
     return (
-        a.numel() == k
+        a.numel() == a.shape[-1] == k
         and a.device.type in ("cpu", "cuda")
         and (k % blocksize, blocksize % 32, n % 2) == (0, 0, 0)
         and min(n, k) >= 4
@@ -91,8 +92,14 @@ def _product_of_row(a: Tensor, packed: Tensor, state: QuantState, bias: Tensor |
 # ---- any rows -------------------------------------------------------------------------------------------------------
 
 
+def _weight(packed: Tensor, state: QuantState, dtype: torch.dtype, k: int) -> Tensor:
+    """The weight as `[n, k]`, also where `[k, n]` was quantized."""
+    weight = dequantize(packed, state, dtype)
+    return weight if weight.shape[1] == k else weight.t()
+
+
 def _product(a: Tensor, packed: Tensor, bias: Tensor | None, state: QuantState, in_order: bool) -> Tensor:
-    weight = dequantize(packed, state, a.dtype)
+    weight = _weight(packed, state, a.dtype, a.shape[-1])
     return own(_in_order(a, weight.t(), bias) if in_order else F.linear(a, weight, bias))
 
 
@@ -101,7 +108,7 @@ class _MatMul4Bit(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, packed: Tensor, bias: Tensor | None, state: QuantState, in_order: bool) -> Tensor:
-        ctx.packed, ctx.state, ctx.in_order = packed, state, in_order
+        ctx.packed, ctx.state, ctx.in_order, ctx.k = packed, state, in_order, a.shape[-1]
         return _product(a, packed, bias, state, in_order)
 
     @staticmethod
@@ -111,7 +118,7 @@ class _MatMul4Bit(torch.autograd.Function):
         grad_a = grad_bias = None
         with without_autocast(grad):
             if ctx.needs_input_grad[0]:
-                grad_a = multiply(grad, dequantize(ctx.packed, ctx.state, grad.dtype))
+                grad_a = multiply(grad, _weight(ctx.packed, ctx.state, grad.dtype, ctx.k))
             if ctx.needs_input_grad[2]:
                 rows = in_rows(grad)
                 grad_bias = multiply(rows.new_ones(1, len(rows)), rows)[0] if ctx.in_order else rows.sum(0)
@@ -127,7 +134,8 @@ class _TransformedMatMul4Bit(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.packed, _, ctx.state, ctx.in_order = inputs
+        a, ctx.packed, _, ctx.state, ctx.in_order = inputs
+        ctx.k = a.shape[-1]
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor | None:
@@ -149,7 +157,7 @@ def matmul_4bit(
     """`A @ W^T + bias` for a packed 4-bit weight, differentiable in A and bias.
 
     A `[..., k]`, B the packed weight, quant_state of shape `[n, k]`, bias `[n]`; returns `[..., n]` in A's dtype,
-    under autocast in autocast's.
+    under autocast in autocast's. A weight that was quantized as `[k, n]` is taken too, with a DeprecationWarning.
     Bounded: the weight is exact in A's dtype; the product is the device's, accumulated in float32, so that with u the unit
     roundoff of float32 and v that of the output dtype |y - exact| <= k u / (1 - k u) * sum |a w| + v |exact|.
     Inside `bnbref.batch_invariant()` exact: the order of the sum is written down.
@@ -162,9 +170,15 @@ def matmul_4bit(
     if quant_state is None:
         raise ValueError("quant_state is required: it holds the scales and the shape of B")
     shape = present(quant_state.shape, "shape")
-    if len(shape) != 2 or A.dim() < 1 or A.shape[-1] != shape[1]:
+    if len(shape) != 2 or A.dim() < 1 or A.shape[-1] not in shape:
         raise ValueError(
             f"B must be a weight [n, k] with k the last size of A, got {tuple(shape)} and {tuple(A.shape)}"
+        )
+    if A.shape[-1] != shape[1] and not tracing():
+        warnings.warn(
+            f"the weight was quantized as [k, n], {list(shape)}, and is turned in every product: quantize it as [n, k]",
+            DeprecationWarning,
+            stacklevel=2,
         )
     codes = plain(B)
     check_device("A", A, B=codes, bias=bias)

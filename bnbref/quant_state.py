@@ -19,6 +19,7 @@ BLOB = "quant_state.bitsandbytes__"
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _LARGEST = torch.finfo(torch.float32).max
+_ANY_SIZE = 2**63 - 1
 _NESTED_KEYS = ("nested_absmax", "nested_quant_map", "nested_blocksize", "nested_dtype", "nested_offset")
 _PLAIN_KEYS = ("absmax", "quant_map", "quant_type", "blocksize", "dtype", "shape")
 
@@ -163,6 +164,12 @@ class QuantState:
         Everything is checked: keys, types, block counts, scales that no magnitude can be, and that both tables are those of the
         codebooks that quantize so: `quant_type` for the weight, the dynamic map for its scales. ValueError says what is wrong.
         What nothing else in the dict contradicts is believed: a blocksize that gives as many blocks, the value of the offset.
+        quant_type None is a state of `quantize_blockwise`, whose 256 values may be any.
+
+        >>> from bnbref.functional import quantize_blockwise
+        >>> state = quantize_blockwise(torch.ones(64))[1]
+        >>> QuantState.from_dict(state.as_dict(), device="cpu") == state
+        True
         """
         fields = _unpack(qs_dict)
         nested_keys = [key for key in _NESTED_KEYS if key in fields]
@@ -170,8 +177,8 @@ class QuantState:
         _require(set(fields) == expected, "keys of a quant state", sorted(expected), sorted(fields))
 
         quant_type, blocksize, shape = fields["quant_type"], fields["blocksize"], fields["shape"]
-        known_type = isinstance(quant_type, str) and quant_type in FOUR_BIT
-        _require(known_type, "quant_type", sorted(FOUR_BIT), quant_type)
+        known_type = quant_type is None or (isinstance(quant_type, str) and quant_type in FOUR_BIT)
+        _require(known_type, "quant_type", f"{sorted(FOUR_BIT)} or None, for 8 bits", quant_type)
         if shape is not None:
             ok = isinstance(shape, (list, tuple, torch.Size)) and all(type(n) is int and n >= 0 for n in shape)
             _require(ok and math.prod(shape) < 2**63, "shape", "a list of sizes", shape)
@@ -179,28 +186,30 @@ class QuantState:
         known_dtype = isinstance(fields["dtype"], str) and fields["dtype"] in _DTYPES
         _require(known_dtype, "dtype", sorted(_DTYPES), fields["dtype"])
 
-        code = _tensor(fields, "quant_map", torch.float32, 16)
-        known = value_table(four_bit(quant_type), torch.device("cpu"))
-        # By value, not by bits: writers differ in the sign of FP4's second zero.
-        if code.device.type != "meta" and not bool((code.cpu() == known).all()):
-            raise ValueError(f"quant_map is not the codebook {quant_type!r}: {code.tolist()}")
+        code = _tensor(fields, "quant_map", torch.float32, 256 if quant_type is None else 16)
+        if quant_type is not None:
+            known = value_table(four_bit(quant_type), torch.device("cpu"))
+            # By value, not by bits: writers differ in the sign of FP4's second zero.
+            if code.device.type != "meta" and not bool((code.cpu() == known).all()):
+                raise ValueError(f"quant_map is not the codebook {quant_type!r}: {code.tolist()}")
 
-        _check_blocksize("blocksize", blocksize, 0 if shape is None else math.prod(shape))
+        # A state of 8 bits does not say of how many elements it is.
+        of_any = _ANY_SIZE if quant_type is None else 0
+        _check_blocksize("blocksize", blocksize, of_any if shape is None else math.prod(shape))
         blocks = None if shape is None else block_count(math.prod(shape), blocksize)
         absmax = _tensor(fields, "absmax", torch.uint8 if nested_keys else torch.float32, blocks)
         offset, state2 = None, None
         if nested_keys:
-            _check_blocksize("nested_blocksize", fields["nested_blocksize"], absmax.numel())
-            _require(
-                fields["nested_blocksize"] == nested.BLOCKSIZE, "nested_blocksize", 256, fields["nested_blocksize"]
-            )
+            inner_size = fields["nested_blocksize"]
+            _check_blocksize("nested_blocksize", inner_size, max(of_any, absmax.numel()))
+            _require(quant_type is None or inner_size == nested.BLOCKSIZE, "nested_blocksize", 256, inner_size)
             _require(fields["nested_dtype"] == "float32", "nested_dtype", "float32", fields["nested_dtype"])
             value = fields["nested_offset"]
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
             _require(is_number and abs(value) <= _LARGEST, "nested_offset", "a finite float32 number", value)
             _require(value >= 0, "nested_offset", "the mean of magnitudes, at least 0", value)
             offset = torch.tensor(float(value), dtype=torch.float32, device=device)
-            inner = _tensor(fields, "nested_absmax", torch.float32, block_count(absmax.numel(), nested.BLOCKSIZE))
+            inner = _tensor(fields, "nested_absmax", torch.float32, block_count(absmax.numel(), inner_size))
             _check_scales("nested_absmax", inner)
             code2 = _tensor(fields, "nested_quant_map", torch.float32, 256)
             if code2.device.type != "meta" and not is_table_of(code2, DYNAMIC):
@@ -209,7 +218,7 @@ class QuantState:
                 )
             if inner.numel() and not inner.is_meta and not (inner.max() * code2.max()).item() + value <= _LARGEST:
                 raise ValueError("nested_absmax and nested_offset give scales that overflow float32")
-            state2 = cls(inner.to(device), code=code2.to(device), blocksize=nested.BLOCKSIZE, dtype=torch.float32)
+            state2 = cls(inner.to(device), code=code2.to(device), blocksize=inner_size, dtype=torch.float32)
         else:
             _check_scales("absmax", absmax)
         return cls(

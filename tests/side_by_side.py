@@ -26,6 +26,7 @@ from torch import Tensor, library
 ROOT = Path(__file__).resolve().parent.parent
 STORED = Path(__file__).parent / "data" / "side_by_side.json"
 PAGE = ROOT / "docs" / "content" / "side-by-side.md"
+SUITES = Path(__file__).parent / "data" / "suites_of_others.md"
 
 # ---- corrections of the real bitsandbytes ---------------------------------------------------------------------------
 
@@ -537,7 +538,7 @@ def page(facts: Mapping[str, Any]) -> str:
     ):
         lines += [f"## {title}", "", "| | bitsandbytes | bnbref | difference | reasons |", "|---|---|---|---|---|"]
         lines += [line(row, numbers) for row in part] + [""]
-    return "\n".join(lines)
+    return "\n".join([*lines, SUITES.read_text(encoding="utf-8")])
 
 
 def line(row: Row, numbers: Mapping[str, int]) -> str:

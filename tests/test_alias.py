@@ -54,6 +54,22 @@ def test_every_module_is_found_and_imported(bitsandbytes, module):
     assert importlib.import_module(name).__name__ == name
 
 
+def test_every_module_is_an_attribute_after_the_import_alone():
+    """`bnb.nn.modules.Params4bit`, in the tests of transformers and in peft; bitsandbytes has two modules under a second name."""
+    code = """
+import operator
+import bnbref
+bnbref.install_as_bitsandbytes(force=True)
+import bitsandbytes as bnb
+from bnbref.integrations.bitsandbytes_finder import MODULES
+for module in MODULES[1:]:
+    assert operator.attrgetter(module)(bnb).__name__ == f"bitsandbytes.{module}"
+assert bnb.modules is bnb.nn.modules and bnb.adam is bnb.optim.adam
+assert bnb.nn.modules.Params4bit is bnb.nn.Params4bit is bnbref.nn.Params4bit
+"""
+    assert run(code) == []
+
+
 def test_classes_are_the_same_objects(bitsandbytes):
     import bitsandbytes.optim.adamw
 

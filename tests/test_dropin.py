@@ -203,6 +203,49 @@ def test_accelerate_loads_and_quantizes(ids):
     assert logits(model, ids).isfinite().all()
 
 
+def small():
+    """Two layers to quantize, and a head."""
+    return torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.Linear(96, 64, bias=False), torch.nn.Linear(64, 8))
+
+
+def accelerate_loads(path, device_map, offload=None):
+    """The small model in int8, from a folder or a file."""
+    from accelerate.utils import BnbQuantizationConfig, load_and_quantize_model
+
+    config = BnbQuantizationConfig(load_in_8bit=True, torch_dtype=torch.float32, skip_modules=["2"])
+    with accelerate.init_empty_weights():
+        empty = small()
+    return load_and_quantize_model(empty, config, str(path), device_map, offload_folder=offload)
+
+
+@pytest.mark.parametrize("device_map", [{"": "cpu"}, {"0": "cpu", "1": "disk", "2": "cpu"}])
+def test_accelerate_loads_the_int8_that_it_saved(device_map, tmp_path):
+    torch.manual_seed(0)
+    accelerator = accelerate.Accelerator(cpu=True)
+    accelerator.save_model(small(), tmp_path / "float")
+    model = accelerate_loads(tmp_path / "float", {"": "cpu"})
+    accelerator.save_model(model, tmp_path / "int8")
+    again = accelerate_loads(tmp_path / "int8", device_map, str(tmp_path / "offload"))
+    x = torch.randn(3, 64)
+    assert torch.equal(again(x), model(x))
+    if device_map == {"": "cpu"}:
+        want, got = model.state_dict(), again.state_dict()
+        assert want.keys() == got.keys()
+        assert all(torch.equal(got[key], value) for key, value in want.items())
+
+
+def test_int8_whose_scales_accelerate_did_not_find(tmp_path):
+    from safetensors.torch import save_file
+
+    codes = {
+        name: p.to(torch.int8) if name in ("0.weight", "1.weight") else p for name, p in small().state_dict().items()
+    }
+    save_file(codes, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model = accelerate_loads(tmp_path, {"": "cpu"})
+    with pytest.raises(RuntimeError, match=r"the int8 weight of .* has no scales: weight\.SCB is None"):
+        model(torch.ones(1, 64))
+
+
 # ---- peft -----------------------------------------------------------------------------------------------------------
 
 LORA = {

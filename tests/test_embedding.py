@@ -137,3 +137,11 @@ def test_the_stable_one_normalises_in_the_dtype_of_the_norm():
     ids = torch.arange(10)
     assert raw(table(ids)) == raw(F.layer_norm(table.weight.float(), (16,)).to(BF16))
     assert table.half()(ids).dtype == F16
+
+
+@pytest.mark.parametrize(("dim", "logged"), [(64, False), (128, False), (65, True), (96, True), (32, True)])
+def test_rows_that_are_no_whole_blocks_are_logged(dim, logged, caplog):
+    with caplog.at_level("WARNING", logger="bnbref"):
+        EmbeddingNF4(3, dim)
+    message = f"embedding_dim {dim} is no multiple of the block size 64: this will lead to slow inference"
+    assert caplog.messages == [message] * logged

@@ -176,6 +176,33 @@ def test_functional_is_the_room_below(quant_type, n, double, blocksize):
         assert same_bits(got, fourbit.dequantize(packed, state.scales(), FOUR_BIT[quant_type], blocksize, (n,), F32))
 
 
+@given(
+    st.integers(0, 300), st.booleans(), st.sampled_from([1, 7, 64]), st.sampled_from([torch.uint8, torch.int16, F32])
+)
+def test_results_own_exactly_their_bytes(n, double, blocksize, storage):
+    """No view of padded memory: torch.save writes whole storages, safetensors refuses such views."""
+    x = ramp(n if (n + 1) // 2 % storage.itemsize == 0 else 8 * n)
+    with running("eager"):
+        packed, state = F.quantize_4bit(
+            x, quant_type="nf4", compress_statistics=double, blocksize=blocksize, quant_storage=storage
+        )
+        codes, state8 = F.quantize_blockwise(x, blocksize=blocksize, nested=double)
+        results = [packed, *state.tensors(), state.scales(), F.dequantize_4bit(packed, state)]
+        results += [codes, *state8.tensors(), state8.scales(), F.dequantize_blockwise(codes, state8)]
+        results += [t for t in F.int8_vectorwise_quant(x.view(-1, 1)) if t is not None]
+    assert [t.untyped_storage().nbytes() for t in results] == [t.nbytes for t in results]
+
+
+def test_compiled_results_own_exactly_their_bytes():
+    x = ramp(5, 13)
+    with running("compiled"):
+        packed, state = F.quantize_4bit(x, quant_type="nf4", compress_statistics=True)
+        codes, state8 = F.quantize_blockwise(x, blocksize=64)
+        results = [packed, *state.tensors(), F.dequantize_4bit(packed, state)]
+        results += [codes, *state8.tensors(), F.dequantize_blockwise(codes, state8)]
+    assert [t.untyped_storage().nbytes() for t in results] == [t.nbytes for t in results]
+
+
 # ---- eight bits -----------------------------------------------------------------------------------------------------
 
 
@@ -332,6 +359,40 @@ def test_to_a_dict_and_back(name, packed):
     assert before.keys() == as_dict.keys(), "the caller's dict is not emptied"
 
 
+@given(
+    st.integers(0, 300), st.sampled_from([1, 64, 4096, 5000]), st.booleans(), st.sampled_from([F32, torch.float16]),
+    st.sampled_from([None, F.create_fp8_map(True, 4, 3), F.create_linear_map(), torch.tensor([-1.0, 0.0, 1.0])]),
+)  # fmt: skip
+def test_a_state_of_8_bits_to_a_dict_and_back(n, blocksize, double, dtype, code):
+    with running("eager"):
+        codes, state = F.quantize_blockwise(ramp(n).to(dtype), code=code, blocksize=blocksize, nested=double)
+        for packed in (False, True):  # without a quant_type there is nothing to pack it under
+            as_dict = {f"exp_avg.{key}": value for key, value in state.as_dict(packed=packed).items()}
+            again = QuantState.from_dict(as_dict, device="cpu")
+            assert again == state
+            assert same_bits(F.dequantize_blockwise(codes, again), F.dequantize_blockwise(codes, state))
+
+
+def test_a_state_of_8_bits_is_none_of_a_4_bit_weight():
+    with running("eager"):
+        codes, state = F.quantize_blockwise(ramp(64, 64), blocksize=8192)
+    module = torch.nn.Module()
+    module.weight = torch.nn.Parameter(codes, requires_grad=False)
+    stats = {**state.as_dict(), "shape": (64, 128)}
+    refusals = [
+        message(bnbref.nn.Params4bit.from_prequantized, codes, state.as_dict()),
+        message(bnbref.nn.parametrize.replace_parameter_4bit_prequantized, module, "weight", stats),
+        message(bnbref.matmul_4bit, ramp(1, 128), codes, QuantState.from_dict(stats, "cpu")),
+    ]
+    assert_expected_inline(
+        "\n".join(refusals),
+        """\
+quant_type must be one of ['af4', 'fp4', 'int4', 'nf4'] or a Codebook of at most 16 values, got None
+quant_type must be one of ['af4', 'fp4', 'int4', 'nf4'] or a Codebook of at most 16 values, got None
+quant_type is None: this QuantState is not one of a 4-bit tensor""",
+    )
+
+
 def test_the_keys_and_the_blob():
     plain, double = (states()[name].as_dict(packed=True) for name in ("plain", "double"))
     assert list(plain) == ["absmax", "quant_map", "quant_state.bitsandbytes__nf4"]
@@ -466,9 +527,9 @@ a quant state needs exactly one key 'quant_state.bitsandbytes__<quant_type>' or 
 keys of a quant state must be ['absmax', 'blocksize', 'dtype', 'quant_map', 'quant_type', 'shape'], got ['blocksize', 'dtype', 'quant_map', 'quant_type', 'shape']
 keys of a quant state must be ['absmax', 'blocksize', 'dtype', 'quant_map', 'quant_type', 'shape'], got ['absmax', 'blocksize', 'dtype', 'extra', 'quant_map', 'quant_type', 'shape']
 keys of a quant state must be ['absmax', 'blocksize', 'dtype', 'nested_absmax', 'nested_blocksize', 'nested_dtype', 'nested_offset', 'nested_quant_map', 'quant_map', 'quant_type', 'shape'], got ['absmax', 'blocksize', 'dtype', 'nested_absmax', 'quant_map', 'quant_type', 'shape']
-quant_type must be [formats], got 'nf5'
-quant_type must be [formats], got ['nf4']
-quant_type must be [formats], got None
+quant_type must be [formats] or None, for 8 bits, got 'nf5'
+quant_type must be [formats] or None, for 8 bits, got ['nf4']
+quant_map must be torch.float32 with 256 elements, got torch.float32 (16,)
 blocksize must be an integer from 1 to 4096, got 0
 blocksize must be an integer from 1 to 4096, got 64.0
 blocksize must be an integer from 1 to 4096, got True

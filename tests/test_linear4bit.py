@@ -1,6 +1,8 @@
 """Linear4bit: which product it is, in which dtype, and that nothing is left behind; compiled and exported."""
 
+import contextlib
 import copy
+import warnings
 
 import pytest
 import torch
@@ -12,10 +14,11 @@ from layers import BF16, F16, F32, fill, linear4, linear4_layers, raw, raw_state
 from torch import nn
 
 import bnbref
+from bnbref import ordered
 from bnbref.codebooks import Codebook
-from bnbref.functional import dequantize_4bit
+from bnbref.functional import dequantize_4bit, quantize_4bit
 from bnbref.linear4bit import dequantize
-from bnbref.nn import Linear4bit, LinearFP4, LinearNF4, Params4bit
+from bnbref.nn import Linear4bit, LinearFP4, LinearNF4, Params4bit, linear
 
 
 @pytest.fixture(params=["eager"], autouse=True)
@@ -49,6 +52,54 @@ def test_it_is_the_float_product_with_the_dequantized_weight(layer, shape, dtype
     bias = None if layer.bias is None else layer.bias.to(inner)
     assert raw(y) == raw(F.linear(x.to(inner), weight_of(layer, inner), bias).to(dtype))
     assert y.dtype == dtype
+
+
+@given(
+    n=st.sampled_from([1, 5, 96]), k=st.sampled_from([2, 7, 64]), rows=st.sampled_from([(), (0,), (1,), (3,), (2, 3)]),
+    dtype=st.sampled_from([F32, BF16, F16]), nested=st.booleans(), biased=st.booleans(), in_order=st.booleans(),
+)  # fmt: skip
+def test_a_weight_that_was_quantized_as_k_n_is_turned(n, k, rows, dtype, nested, biased, in_order):
+    """bitsandbytes takes it, with this warning; values and gradients are those of the float product."""
+    packed, state = quantize_4bit(inputs(k, n), quant_type="nf4", compress_statistics=nested)
+    x = inputs(*rows, k, dtype=dtype).requires_grad_()
+    bias = inputs(n, dtype=dtype).requires_grad_() if biased else None
+    weight = dequantize(packed, state, dtype).t()
+    with bnbref.batch_invariant() if in_order else contextlib.nullcontext():
+        with pytest.warns(DeprecationWarning, match=r"quantized as \[k, n\]"):
+            y = bnbref.matmul_4bit(x, packed.t(), state, bias=bias)
+        flat = x.detach().reshape(-1, k)
+        want = ordered.product(flat, weight.t(), bias).view(*rows, n) if in_order else F.linear(x, weight, bias)
+        assert raw(y) == raw(want)
+        grad = inputs(*rows, n, dtype=dtype, seed=1)
+        y.backward(grad)
+        product = ordered.product(grad.reshape(-1, n), weight).view(*rows, k) if in_order else grad @ weight
+    assert raw(x.grad) == raw(product)
+    assert bias is None or bias.grad.shape == (n,)
+
+
+def test_a_square_weight_is_n_k():
+    packed, state = quantize_4bit(inputs(64, 64), quant_type="nf4")
+    x = inputs(3, 64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert raw(bnbref.matmul_4bit(x, packed, state)) == raw(F.linear(x, dequantize(packed, state, F32)))
+    with pytest.raises(ValueError, match=r"B must be a weight \[n, k\].*got \(64, 64\) and \(3, 63\)"):
+        bnbref.matmul_4bit(x[:, 1:], packed, state)
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16])
+def test_float32_products_of_16_bit_activations_are_logged_once(dtype, caplog):
+    linear._say_slow.cache_clear()
+    with caplog.at_level("WARNING", logger="bnbref"):
+        linear4(compute_dtype=dtype)(inputs(2, 64, dtype=dtype))
+        linear4()(inputs(2, 64, dtype=dtype))
+        linear4(compute_dtype=F32)(inputs(2, 64))
+        assert not caplog.messages
+        for layer in (linear4(compute_dtype=F32), linear4(compute_dtype=F32)):
+            layer(inputs(2, 64, dtype=dtype))
+    [message] = caplog.messages
+    assert message.startswith(f"Input type into Linear4bit is {dtype}, but compute_dtype=torch.float32")
+    assert "slow inference or training" in message
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])

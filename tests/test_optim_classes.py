@@ -138,6 +138,9 @@ def test_every_class_steps_copies_and_pickles(name):
         ("Adam", {"amsgrad": True}, "amsgrad of Adam"),
         ("AdamW8bit", {"optim_bits": 16}, "optim_bits of AdamW8bit is 8, got 16"),
         ("AdamW", {"optim_bits": 4}, "optim_bits must be 8 or 32, got 4"),
+        ("Adagrad8bit", {"optim_bits": 32}, "optim_bits of Adagrad8bit is 8, got 32"),
+        ("Lion8bit", {"optim_bits": 32}, "optim_bits of Lion8bit is 8, got 32"),
+        ("PagedLion", {"is_paged": False}, "is_paged of PagedLion is True, got False"),
         ("AdamW", {"lr": -1.0}, "lr must not be negative"),
         ("AdamW", {"betas": (0.9, 1.0)}, "betas must lie in"),
         ("AdamW", {"args": object()}, "args of AdamW must be left"),
@@ -294,9 +297,42 @@ def test_settings_of_another_kind(name):
             optim.AdamW([parameter()], **{name: value})
 
 
-def test_what_bitsandbytes_removed_is_unknown():
-    with pytest.raises(TypeError, match="percentile_clipping"):
-        optim.Adam8bit([parameter()], percentile_clipping=5)
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.filterwarnings("ignore:paged state")
+def test_what_bitsandbytes_took_until_0_49_may_say_what_holds(name):
+    optimizer = make(name, [parameter()], percentile_clipping=100, block_wise=True)
+    optimizer.step()
+    with pytest.raises(ValueError, match=f"percentile_clipping of {name} must be 100, which clips nothing, got 5"):
+        make(name, [parameter()], percentile_clipping=5)
+    with pytest.raises(ValueError, match=f"block_wise of {name} must be True, got False"):
+        make(name, [parameter()], block_wise=False)
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.filterwarnings("ignore:paged state")
+def test_settings_are_read_where_bitsandbytes_has_them(name):
+    args = make(name, [parameter()], min_8bit_size=16).args
+    expected = 8 if "8bit" in name else 32
+    assert (args.optim_bits, args.min_8bit_size, args.is_paged) == (expected, 16, name.startswith("Paged"))
+    assert (args.skip_zeros, args.percentile_clipping, args.block_wise) == (False, 100, True)
+    assert (args.max_unorm > 0) == ("LARS" in name or "LAMB" in name)
+    with pytest.raises(AttributeError):
+        args.optim_bits = 8  # it would change nothing
+
+
+def test_a_manager_that_is_initialized_again_has_forgotten_all(monkeypatch):
+    manager = optim.GlobalOptimManager.get_instance()
+    for name in ("_of_parameter", "_of_module"):
+        monkeypatch.setattr(manager, name, copy.copy(getattr(manager, name)))
+    layer = nn.Linear(64, 64)
+    manager.override_config(layer.weight, "optim_bits", 8)
+    manager.register_module_override(layer, "bias", {"lr": 0.5})
+    assert len(manager.overrides()) >= 2
+    manager.initialize()
+    assert len(manager.overrides()) == 0
+
+
+def test_sgd_needs_momentum():
     with pytest.raises(NotImplementedError, match=r"torch\.optim\.SGD"):
         optim.SGD([parameter()], lr=0.1)
 

@@ -1,6 +1,7 @@
 """State dicts: bitsandbytes' keys and bytes, loaded whole or refused."""
 
 import itertools
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,12 @@ from expecttest import assert_expected_inline
 from hypothesis import given
 from hypothesis import strategies as st
 from layers import BF16, F16, F32, argument, fill, layers, linear4, linear8, raw, raw_weight, unquantized
-from safetensors.torch import load_file
+from safetensors.torch import load_file, load_model, save_model
 from torch import nn
 
 import bnbref
 from bnbref.nn import Embedding8bit, Linear4bit, Linear8bitLt
+from bnbref.nn.parametrize import replace_parameter_4bit
 
 CHECKPOINTS = Path(__file__).parent / "fixtures" / "checkpoints"
 
@@ -331,3 +333,46 @@ def test_what_the_file_says_holds():
         into.load_state_dict(layer.state_dict())
         assert raw_weight(into) == raw_weight(layer)
         assert into.quant_state.dtype == dtype
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("make", [lambda: Linear8bitLt(8, 4, has_fp16_weights=False), lambda: Linear4bit(8, 4)])
+def test_a_weight_that_is_tied_to_a_float_one_is_loaded_as_one(make, assign):
+    layer, table = make(), nn.Embedding(4, 8)
+    layer.weight = table.weight
+    assert list(layer.state_dict()) == ["weight", "bias"]
+    values = torch.randn(4, 8)
+    layer.load_state_dict({"weight": values, "bias": torch.ones(4)}, assign=assign)
+    assert torch.equal(layer.weight, values)
+    assert layer.weight.requires_grad
+    assert assign or layer.weight is table.weight
+    for file in (linear8(4, 8).state_dict(), linear4(4, 8).state_dict()):
+        with pytest.raises(RuntimeError, match="weight is a Parameter, not a quantized parameter"):
+            layer.load_state_dict(file)
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+@given(layers())
+def test_state_dicts_hold_no_views_of_longer_storages(layer):
+    """safetensors refuses to save such views, and torch.save writes all that is behind them."""
+    for value in layer.state_dict().values():
+        assert value.untyped_storage().nbytes() == value.nbytes
+    model = nn.Sequential(layer)
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(model, f"{folder}/model.safetensors")
+        fresh = nn.Sequential(unquantized(layer).to("cpu"))
+        assert load_model(fresh, f"{folder}/model.safetensors") == (set(), [])
+    assert raws(fresh.state_dict()) == raws(model.state_dict())
+
+
+@given(
+    st.sampled_from([(3, 5, 7), (2, 64), (1, 1), (4, 16, 64)]), st.booleans(), st.sampled_from([16, 64, 100]),
+)  # fmt: skip
+def test_neither_do_those_of_parametrized_modules(shape, nested, blocksize):
+    module = nn.Module()
+    module.up = nn.Parameter(torch.linspace(-1, 1, torch.Size(shape).numel()).view(shape))
+    replace_parameter_4bit(module, "up", compress_statistics=nested, blocksize=blocksize)
+    for value in module.state_dict().values():
+        assert value.untyped_storage().nbytes() == value.nbytes

@@ -114,7 +114,7 @@ _renamed: dict[type, str] = {}
 
 
 def fill(module: ModuleType, version: str) -> None:
-    """Give a module of bitsandbytes its names, and the top one its submodules, as an import of bitsandbytes does."""
+    """Give a module of bitsandbytes its names and its submodules: `bnb.nn.modules` is there after `import bitsandbytes`."""
     names = SURFACE[module.__name__.removeprefix(NAME).removeprefix(".")]
     for name, source in names.items():
         home, _, attribute = source.partition(":")
@@ -126,12 +126,10 @@ def fill(module: ModuleType, version: str) -> None:
     if module.__name__ == NAME:
         setattr(module, "__version__", version)  # noqa: B010
         bitsandbytes_ops.define()
-    if module.__name__ in (NAME, f"{NAME}.optim"):
-        depth = module.__name__.count(".") + 1
-        for child in SURFACE:
-            full = f"{NAME}.{child}"
-            if child and full.startswith(f"{module.__name__}.") and full.count(".") == depth:
-                importlib.import_module(full)
+    for child in SURFACE:
+        parent, _, _ = f"{NAME}.{child}".rpartition(".")
+        if child and parent == module.__name__:
+            importlib.import_module(f"{NAME}.{child}")
 
 
 def _missing_from(module: str) -> Any:

@@ -41,7 +41,9 @@ _PRODUCTS = _from("bnbref", "MatmulLtState matmul matmul_4bit")
 _FORMATS = "INVERSE_LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING"
 
 SURFACE: dict[str, dict[str, str]] = {
-    "": _PRODUCTS | _from(EXTRAS, "features supported_torch_devices"),
+    "": _PRODUCTS
+    | _from(EXTRAS, "features supported_torch_devices")
+    | {"modules": "bitsandbytes.nn:modules", "adam": "bitsandbytes.optim:adam"},
     "_ops": _from(EXTRAS, "register_fake register_kernel"),
     "autograd": {},
     "autograd._functions": _PRODUCTS | _from(EXTRAS, "MatMul4Bit MatMul8bitFp MatMul8bitLt"),

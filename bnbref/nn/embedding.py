@@ -9,6 +9,7 @@ Tables are quantized by `.to(device)`, saved and loaded like the weight of a lin
 that of the float table and follows the casts of the module, `.half()` for one, as `nn.Embedding` does.
 """
 
+import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +26,8 @@ from bnbref.nn.layer import EightBitLayer, FourBitLayer, QuantizedLayer
 from bnbref.nn.params import Int8Params, Params4bit, QuantizedParameter
 from bnbref.optim import GlobalOptimManager
 from bnbref.quant_state import QuantState, present
+
+logger = logging.getLogger(__name__)
 
 
 class _QuantizedEmbedding(QuantizedLayer):
@@ -90,6 +93,12 @@ class Embedding4bit(_QuantizedEmbedding, FourBitLayer, nn.Embedding):
         self.weight = Params4bit(
             self.weight, compress_statistics=compress_statistics, quant_type=quant_type, quant_storage=quant_storage
         )
+        if embedding_dim % self.weight.blocksize != 0:
+            logger.warning(
+                "embedding_dim %d is no multiple of the block size %d: this will lead to slow inference",
+                embedding_dim,
+                self.weight.blocksize,
+            )
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         """int `[...]` -> `[..., embedding_dim]` in `dtype`."""

@@ -138,7 +138,17 @@ class QuantizedLayer(nn.Module):
     def _load_weight(self, entries: Mapping[str, Tensor], assign: bool) -> None:
         old = self.weight
         if not isinstance(old, QuantizedParameter):
-            raise TypeError(f"weight is a {type(old).__name__}, not a quantized parameter: load before it is wrapped")
+            data = entries.get("weight", old).detach()
+            if len(entries) > 1 or not data.is_floating_point() or not data.shape == old.shape == self._shape():
+                raise TypeError(
+                    f"weight is a {type(old).__name__}, not a quantized parameter: load before it is wrapped or tied"
+                )
+            if assign:  # tied to a float weight, and loaded as one
+                self.weight = nn.Parameter(data, old.requires_grad)
+            else:
+                with torch.no_grad():
+                    old.copy_(data)
+            return
         if old.device.type == "meta" and not assign:
             raise ValueError("weight is on the meta device: load_state_dict needs assign=True")
         for name, value in entries.items():
@@ -218,6 +228,12 @@ class FourBitLayer(QuantizedLayer):
             destination |= {f"{prefix}weight.{key}": value for key, value in state.as_dict(packed=True).items()}
 
 
+def _scales_of(weight: Tensor) -> Tensor | None:
+    """The absmax of the rows of an int8 weight, None also where `Int8Params.to` has put none of length 0."""
+    absmax: Tensor | None = getattr(weight, "SCB", None)
+    return None if absmax is None or absmax.shape != weight.shape[:1] else absmax
+
+
 class EightBitLayer(QuantizedLayer):
     """A layer with an `Int8Params`."""
 
@@ -226,11 +242,11 @@ class EightBitLayer(QuantizedLayer):
     @property
     def _absmax(self) -> Tensor | None:
         """The absmax of the rows of an int8 weight."""
-        own: Tensor | None = getattr(self.weight, "SCB", None)
+        own = _scales_of(self.weight)
         return self._remembered if own is None and self.weight.dtype == torch.int8 else own
 
     def _remember(self, weight: Tensor | None) -> None:
-        if isinstance(weight, Int8Params) and weight.SCB is not None:
+        if isinstance(weight, Int8Params) and _scales_of(weight) is not None:
             self._remembered = weight.SCB
 
     def _restore(self, weight: nn.Parameter) -> None:

@@ -7,6 +7,8 @@ Both take activations of any rank and return their dtype, and neither changes an
 product, never in place. Float weights are quantized by `.to(device)`.
 """
 
+import functools
+import logging
 from typing import Any
 
 import torch
@@ -15,10 +17,24 @@ from torch.nn import functional as F
 
 from bnbref.codebooks import Codebook
 from bnbref.context import plain
+from bnbref.kernels import tracing
 from bnbref.linear4bit import matmul_4bit
 from bnbref.linear8bit import MatmulLtState, matmul
 from bnbref.nn.layer import EightBitLayer, FourBitLayer
 from bnbref.nn.params import Int8Params, Params4bit
+
+logger = logging.getLogger(__name__)
+
+
+@functools.cache
+def _say_slow(dtype: torch.dtype) -> None:
+    """Once for each dtype of activations."""
+    logger.warning(
+        "Input type into Linear4bit is %s, but compute_dtype=torch.float32: this will lead to slow inference or training. "
+        "bnb_4bit_compute_dtype=%s computes in the input's dtype.",
+        dtype,
+        dtype,
+    )
 
 
 class Linear4bit(FourBitLayer, nn.Linear):
@@ -83,6 +99,8 @@ class Linear4bit(FourBitLayer, nn.Linear):
                 f"{self.weight.dtype}, cannot have this layer quantized; name it in skip_modules"
             )
         dtype = x.dtype if self.compute_dtype is None else self.compute_dtype
+        if dtype == torch.float32 != x.dtype and not tracing():
+            _say_slow(x.dtype)
         return matmul_4bit(x.to(dtype), self.weight, state, bias=self.bias).to(x.dtype)
 
 

@@ -33,6 +33,7 @@ class Bnb4bitParametrization(nn.Module):
 
     def __init__(self, quant_state: QuantState) -> None:
         super().__init__()
+        four_bit(quant_state.quant_type)
         self.quant_state = quant_state
         self.dtype: torch.dtype = present(quant_state.dtype, "dtype")
         self.kept: list[Tensor] | None = None

@@ -300,19 +300,20 @@ class Params4bit(QuantizedParameter):
             raise ValueError(
                 f"data must hold {n_bytes} bytes for a weight of shape {tuple(state.shape or ())}, got {data.nbytes}"
             )
-        if module is not None:
-            module.quant_state = state  # type: ignore[assignment]
-        return cls(
+        weight = cls(
             data,
             requires_grad,
             quant_state=state,
             blocksize=state.blocksize,
             compress_statistics=state.nested,
-            quant_type=str(state.quant_type),
+            quant_type=state.quant_type,
             quant_storage=data.dtype,
             module=module,
             bnb_quantized=True,
         )
+        if module is not None:
+            module.quant_state = state  # type: ignore[assignment]
+        return weight
 
     def holds_codes(self) -> bool:
         """Whether the data is packed."""
@@ -427,6 +428,14 @@ class Int8Params(QuantizedParameter):
     def holds_codes(self) -> bool:
         """Whether the data is int8."""
         return self.dtype == torch.int8
+
+    def to(self, *args: Any, **kwargs: Any) -> "Int8Params":
+        """As any quantized parameter."""
+        moved = super().to(*args, **kwargs)
+        # accelerate reads codes, moves them `.to(0).to("cpu")` and then their scales, which it sets only after that.
+        if args == (0,) and moved.holds_codes() and moved.SCB is None:
+            moved.SCB = torch.empty(0, device=moved.device)
+        return moved
 
     def unquantized(self, weight: Tensor) -> "Int8Params":
         """A float weight."""

@@ -6,9 +6,9 @@ Arguments that bitsandbytes accepts and ignores are refused here if they would c
 
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, ClassVar, NamedTuple, TypedDict
 
 import torch
 from typing_extensions import Unpack
@@ -30,6 +30,8 @@ class Options(TypedDict, total=False):
     fused: bool | None
     capturable: bool
     differentiable: bool
+    percentile_clipping: int
+    block_wise: bool
 
 
 class PagedOptions(Options, total=False):
@@ -38,8 +40,50 @@ class PagedOptions(Options, total=False):
     is_paged: bool
 
 
+class Args(NamedTuple):
+    """`optimizer.args`, where code for bitsandbytes looks for the settings. To be read only."""
+
+    optim_bits: int
+    min_8bit_size: int
+    max_unorm: float
+    is_paged: bool
+    skip_zeros: bool = False
+    percentile_clipping: int = 100
+    block_wise: bool = True
+
+
 class Family(Optimizer):
-    """Base of the named optimizers."""
+    """Base of the named optimizers.
+
+    percentile_clipping and block_wise, which bitsandbytes took until 0.49, may say what always holds: 100 and True.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        rule: rules.Rule,
+        defaults: Mapping[str, Any],
+        *,
+        percentile_clipping: int = 100,
+        block_wise: bool = True,
+        **options: Any,
+    ) -> None:
+        if percentile_clipping != 100:
+            raise ValueError(
+                f"percentile_clipping of {type(self).__name__} must be 100, which clips nothing, got "
+                f"{percentile_clipping!r}: clip gradients before the step, by torch.nn.utils.clip_grad_norm_"
+            )
+        if not block_wise:
+            raise ValueError(
+                f"block_wise of {type(self).__name__} must be True, got {block_wise!r}: states in 8 bits are blockwise"
+            )
+        super().__init__(params, rule, defaults, **options)
+
+    @property
+    def args(self) -> Args:
+        """The settings, as bitsandbytes has them."""
+        own: Mapping[str, Any] = self._own
+        return Args(own["optim_bits"], own["min_8bit_size"], own["max_unorm"], self.is_paged)
 
     def __init_subclass__(
         cls, *, bits: int | None = None, paged: bool = False, keeps: tuple[str, ...] = (), **kwargs: Any
@@ -52,6 +96,8 @@ class Family(Optimizer):
             _fix(cls, {**({"optim_bits": bits} if bits else {}), **({"is_paged": True} if paged else {})})
 
     _keeps: tuple[str, ...] = ()
+    _placeholders: ClassVar[Mapping[str, Any]] = {}
+    """What bitsandbytes' variants have in their signatures and ignore: Adam8bit says optim_bits=32, and refuses anything else."""
 
 
 def _fix(cls: type[Family], fixed: dict[str, Any]) -> None:
@@ -71,14 +117,13 @@ def _fix(cls: type[Family], fixed: dict[str, Any]) -> None:
         del bound["self"]
         given = {**bound.pop("options", {}), **bound}
         for name, value in fixed.items():
-            # bitsandbytes' Adam8bit has optim_bits=32 in its signature, and refuses anything else.
-            if given.get(name, value) not in (value, 32 if name == "optim_bits" else False):
+            if given.get(name, value) not in (value, cls._placeholders.get(name, value)):
                 raise ValueError(f"{name} of {cls.__name__} is {value}, got {given[name]!r}")
         family.__init__(self, **{**given, **fixed})  # type: ignore[misc]
 
     init.__signature__ = signature  # type: ignore[attr-defined]
     init.__qualname__ = f"{cls.__qualname__}.__init__"
-    cls.__init__ = init  # type: ignore[method-assign, assignment]
+    cls.__init__ = init  # type: ignore[method-assign]
     cls.__doc__ = f"{cls.__doc__}\n\n{family.__doc__}"
 
 
@@ -112,6 +157,8 @@ class Adam(Family, keeps=("optim_bits", "is_paged")):
 
     Kingma & Ba (1412.6980); Loshchilov & Hutter (1711.05101). `AdamW` differs in the default of weight_decay alone.
     """
+
+    _placeholders: ClassVar[Mapping[str, Any]] = {"optim_bits": 32, "is_paged": False}
 
     def __init__(
         self,

@@ -77,9 +77,13 @@ class GlobalOptimManager:
         """The manager of this process."""
         if cls._instance is None:
             cls._instance = cls.__new__(cls)
-            cls._instance._of_parameter = WeakIdKeyDictionary()
-            cls._instance._of_module = weakref.WeakKeyDictionary()
+            cls._instance.initialize()
         return cls._instance
+
+    def initialize(self) -> None:
+        """Forget all settings."""
+        self._of_parameter = WeakIdKeyDictionary()
+        self._of_module = weakref.WeakKeyDictionary()
 
     _of_parameter: WeakIdKeyDictionary
     _of_module: "weakref.WeakKeyDictionary[nn.Module, dict[str, dict[str, Any]]]"
