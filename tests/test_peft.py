@@ -100,7 +100,7 @@ def test_adapters_train_and_are_loaded_again(kind, registered, ids, tmp_path):
     model = peft.prepare_model_for_kbit_training(
         quantized(kind, torch.bfloat16), gradient_checkpointing_kwargs={"use_reentrant": False}
     )
-    assert model.is_activation_checkpointing
+    assert model.is_gradient_checkpointing
     assert {p.dtype for p in model.parameters()} == {torch.float32, torch.int8 if kind == "int8" else torch.uint8}
     before = codes(model)
     model = peft.get_peft_model(model, config(registered)).train()

@@ -167,7 +167,31 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+@contextlib.contextmanager
+def low_precision() -> Iterator[None]:
+    """Float32 products may be made of bfloat16."""
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 CONTEXTS = {
+    "autocast to bfloat16": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "autocast to float16": lambda: torch.autocast("cpu", dtype=torch.float16),
+    "float32 products of less precision": low_precision,
+    "deterministic algorithms": deterministic,
+    "anomaly detection": lambda: torch.autograd.set_detect_anomaly(True),
     "default dtype bfloat16": default_dtype,
     "default device meta": lambda: torch.device("meta"),
     "inference mode": torch.inference_mode,

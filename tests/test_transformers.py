@@ -269,8 +269,10 @@ class Named(transformers.PreTrainedModel):
         setattr(parent, rest[-1], value)
 
     def _init_weights(self, module):
+        from transformers import initialization
+
         for parameter in module.parameters(recurse=False):
-            transformers.initialization.ones_(parameter)
+            initialization.ones_(parameter)
 
 
 word = st.sampled_from(["weight", "in_proj_weight", "weight_proj", "weight_ih_l0", "weights", "g", "proj", "original0"])

@@ -46,8 +46,9 @@ def code_by_tree(scaled: Tensor, codebook: Codebook) -> Tensor:
     for level in range(depth):
         stride = size >> level
         bits.append(x > _choose(bits, thresholds[stride // 2 - 1 :: stride], x))
-    order = range(size) if codebook.order is None else codebook.order
-    code = _choose(bits, [float(code) for code in order], x)
+    order = codebook.order or range(size)
+    codes = [float(code) for code in order] + [0.0] * (size - len(order))
+    code = _choose(bits, codes, x)
     if codebook.sign_bit:
         code = code + _select(scaled < 0, float(len(codebook.values) // 2), 0.0)
     return code
