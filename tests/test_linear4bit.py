@@ -14,9 +14,9 @@ from layers import BF16, F16, F32, fill, linear4, linear4_layers, raw, raw_state
 from torch import nn
 
 import bnbref
-from bnbref import ordered
 from bnbref.codebooks import Codebook
 from bnbref.functional import dequantize_4bit, quantize_4bit
+from bnbref.kernels import ordered
 from bnbref.linear4bit import dequantize
 from bnbref.nn import Linear4bit, LinearFP4, LinearNF4, Params4bit, linear
 
