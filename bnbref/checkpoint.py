@@ -35,7 +35,6 @@ from tqdm import tqdm
 from bnbref import fourbit, int8
 from bnbref.blockwise import FLOATS, check_float
 from bnbref.codebooks import four_bit, value_table
-from bnbref.linear4bit import dequantize
 from bnbref.quant_state import BLOB, QuantState, nested_state, present
 
 _NESTED = {"nested_absmax", "nested_quant_map"}
@@ -115,7 +114,7 @@ class Checkpoint:
             return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
         if entry.format == "int8":
             return int8.dequantize(tensor, self._tensors[_scb(name)].to(device), dtype or entry.dtype)
-        return dequantize(tensor, self._states[name].map(lambda t: t.to(device)), dtype or entry.dtype)
+        return self._states[name].map(lambda t: t.to(device)).dequantize(tensor, dtype or entry.dtype)
 
 
 # ---- what a whole weight is -----------------------------------------------------------------------------------------

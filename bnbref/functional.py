@@ -14,7 +14,6 @@ from torch import Tensor
 from bnbref import blockwise, codebooks, fourbit, int8
 from bnbref.codebooks import DYNAMIC, FOUR_BIT, Codebook, dynamic, four_bit, value_table
 from bnbref.context import own
-from bnbref.linear4bit import dequantize as _dequantize_weight
 from bnbref.linear4bit import matmul_4bit
 from bnbref.quant_state import QuantState, nested_state, present
 
@@ -253,7 +252,7 @@ def dequantize_4bit(
             raise ValueError("dequantize_4bit needs quant_state, or both absmax and out")
         blocksize = 64 if blocksize is None else blocksize
         quant_state = QuantState(absmax, shape=out.shape, blocksize=blocksize, quant_type=quant_type, dtype=out.dtype)
-    result = own(_dequantize_weight(A, quant_state, present(quant_state.dtype, "dtype")))
+    result = own(quant_state.dequantize(A, present(quant_state.dtype, "dtype")))
     if out is not None:
         result = out.copy_(result)
     return result.t() if A.dim() == 2 and A.shape[0] == 1 and A.shape[1] > 1 else result
@@ -393,7 +392,7 @@ def int8_mm_dequant(
             raise ValueError(f"{name} must be float32, got {stats.dtype}")
     blockwise.check_device("A", A, row_stats=row_stats, col_stats=col_stats, bias=bias)
     y = int8.dequantize_int8_product(
-        int8.in_rows(A), row_stats.reshape(-1), col_stats.reshape(-1), bias, None, dtype=torch.float16
+        int8.as_matrix(A), row_stats.reshape(-1), col_stats.reshape(-1), bias, None, dtype=torch.float16
     )
     result = own(y.view(A.shape))
     return result if out is None else out.copy_(result)

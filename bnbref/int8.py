@@ -81,7 +81,7 @@ def dequantize_int8_rows(codes: Tensor, absmax: Tensor, *, dtype: torch.dtype) -
     return (codes.float() * rearrange(absmax, "r -> r 1") * RECIPROCAL_127).to(dtype)
 
 
-def in_rows(x: Tensor) -> Tensor:
+def as_matrix(x: Tensor) -> Tensor:
     """`[..., columns]` -> `[rows, columns]`, also where one of the two is 0."""
     # Not Size.numel(), which turns a symbolic size into the number of the example.
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
@@ -108,7 +108,7 @@ def quantize(x: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor 
         empty = torch.zeros(x.shape[-1], dtype=torch.bool, device=x.device)
         rows = x.shape[:-1].numel()
         return x.to(torch.int8), x.new_zeros(rows, dtype=torch.float32), empty if threshold > 0 else None
-    codes, absmax, columns = quantize_int8_rows(in_rows(x.detach()), threshold=float(threshold))
+    codes, absmax, columns = quantize_int8_rows(as_matrix(x.detach()), threshold=float(threshold))
     return codes.view(x.shape), absmax, columns if threshold > 0 else None
 
 
@@ -138,7 +138,7 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
     if b.dim() != 2 or a.dim() < 1 or a.shape[-1] != b.shape[1]:
         raise ValueError(f"a must be [..., k] and b [n, k], got {tuple(a.shape)} and {tuple(b.shape)}")
     check_device("a", a, b=b)
-    rows = in_rows(a)
+    rows = as_matrix(a)
     if rows.numel() == 0 or b.numel() == 0:
         product = torch.zeros(rows.shape[0], b.shape[0], dtype=torch.int32, device=a.device)
     elif transforming():  # vmap knows float products

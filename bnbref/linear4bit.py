@@ -19,16 +19,9 @@ from bnbref import fourbit
 from bnbref.blockwise import check_device
 from bnbref.codebooks import Codebook
 from bnbref.context import as_autocast, as_bytes, differentiated, own, plain, transforming, without_autocast
-from bnbref.int8 import in_rows
+from bnbref.int8 import as_matrix
 from bnbref.kernels import compile_enabled, fused, ordered, tracing
 from bnbref.quant_state import QuantState, present
-
-
-def dequantize(packed: Tensor, state: QuantState, dtype: torch.dtype) -> Tensor:
-    """The weight in a dtype: one rounding from the float32 product of value and scale.  Exact."""
-    blocksize, shape = present(state.blocksize, "blocksize"), present(state.shape, "shape")
-    return fourbit.dequantize(packed, state.scales(), state.codebook, blocksize, shape, dtype)
-
 
 # ---- one row --------------------------------------------------------------------------------------------------------
 
@@ -94,7 +87,7 @@ def _product_of_row(a: Tensor, packed: Tensor, state: QuantState, bias: Tensor |
 
 def _weight(packed: Tensor, state: QuantState, dtype: torch.dtype, k: int) -> Tensor:
     """The weight as `[n, k]`, also where `[k, n]` was quantized."""
-    weight = dequantize(packed, state, dtype)
+    weight = state.dequantize(packed, dtype)
     return weight if weight.shape[1] == k else weight.t()
 
 
@@ -120,7 +113,7 @@ class _MatMul4Bit(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 grad_a = multiply(grad, _weight(ctx.packed, ctx.state, grad.dtype, ctx.k))
             if ctx.needs_input_grad[2]:
-                rows = in_rows(grad)
+                rows = as_matrix(grad)
                 grad_bias = multiply(rows.new_ones(1, len(rows)), rows)[0] if ctx.in_order else rows.sum(0)
         return grad_a, None, grad_bias, None, None
 
@@ -148,7 +141,7 @@ class _TransformedMatMul4Bit(torch.autograd.Function):
 
 def _in_order(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """`[..., k] @ [k, n] + bias` in the fixed order, one rounding to the dtype of a."""
-    return ordered.product(in_rows(a), b, bias).view(*a.shape[:-1], b.shape[1])
+    return ordered.product(as_matrix(a), b, bias).view(*a.shape[:-1], b.shape[1])
 
 
 def matmul_4bit(

@@ -50,7 +50,7 @@ def _outlier_product(a: Tensor, columns: Tensor, codes: Tensor, absmax: Tensor) 
 
 def product(a: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
     """`A @ W^T + bias` for `A [..., k]` and an int8 weight `[n, k]` with absmax `[n]`: see the head of this file."""
-    rows = int8.in_rows(a)
+    rows = int8.as_matrix(a)
     q, row_absmax, columns = int8.quantize(rows, threshold)
     with without_autocast(a):
         outliers = None if columns is None else _outlier_product(rows, columns, codes, absmax)
@@ -76,12 +76,12 @@ class _MatMul8bit(torch.autograd.Function):
         (grad,) = grads
         (a,) = ctx.saved_tensors
         grad_a = grad_weight = grad_bias = None
-        rows = int8.in_rows(grad)
+        rows = int8.as_matrix(grad)
         with without_autocast(grad):
             if ctx.needs_input_grad[0]:
                 grad_a = grad @ int8.dequantize(ctx.codes, ctx.absmax, grad.dtype)
             if ctx.needs_input_grad[1]:
-                grad_weight = rows.t() @ int8.in_rows(a)
+                grad_weight = rows.t() @ int8.as_matrix(a)
             if ctx.needs_input_grad[4]:
                 grad_bias = rows.sum(0, dtype=ctx.bias_dtype)
         return grad_a, grad_weight, None, None, grad_bias, None

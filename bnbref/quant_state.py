@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from bnbref import nested
+from bnbref import fourbit, nested
 from bnbref.blockwise import block_count
 from bnbref.codebooks import DYNAMIC, FOUR_BIT, Codebook, four_bit, is_table_of, value_table
 
@@ -90,6 +90,19 @@ class QuantState:
             return self.absmax.float()
         code, blocksize = present(self.state2.code, "state2.code"), present(self.state2.blocksize, "state2.blocksize")
         return nested.dequantize(self.absmax, self.state2.absmax, code, present(self.offset, "offset"), blocksize)
+
+    def dequantize(self, packed: Tensor, dtype: torch.dtype) -> Tensor:
+        """The weight in a dtype: one rounding from the float32 product of value and scale.  Exact.
+
+        Raises ValueError where the state does not say what that needs: blocksize, shape or 4-bit quant_type.
+
+        >>> from bnbref.functional import quantize_4bit
+        >>> packed, state = quantize_4bit(torch.tensor([1.0, -2.0]), quant_type="nf4")
+        >>> state.dequantize(packed, torch.float32)
+        tensor([ 0.8814, -2.0000])
+        """
+        blocksize, shape = present(self.blocksize, "blocksize"), present(self.shape, "shape")
+        return fourbit.dequantize(packed, self.scales(), self.codebook, blocksize, shape, dtype)
 
     def tensors(self) -> list[Tensor]:
         """Every tensor of the state."""

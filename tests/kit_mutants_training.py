@@ -227,11 +227,11 @@ def _half_weight(grad: Tensor, absmax: Tensor, **rest: Any) -> Any:
 
 def _wrong_statistics(a: Tensor, weight: Tensor, grad: Tensor) -> Any:
     """grad_weight of a gradient that is quantized by rows and scaled back by columns, as on CUDA."""
-    rows = int8.in_rows(grad)
+    rows = int8.as_matrix(grad)
     codes, _, _ = int8.quantize(rows)
     grad_a, _ = right("int8_backward")(a, weight, grad)
     scaled = codes.float() * rows.float().abs().amax(0) / 127
-    return grad_a, (scaled.t() @ int8.in_rows(a).float()).to(a.dtype)
+    return grad_a, (scaled.t() @ int8.as_matrix(a).float()).to(a.dtype)
 
 
 def _unscaled(a: Tensor, weight: Tensor, grad: Tensor) -> Any:

@@ -109,5 +109,7 @@ def test_two_ranks_by_accelerate_launch(alone, tmp_path):
 )
 def test_two_ranks_are_one_process(launcher, how, storage, alone, tmp_path):
     if (how, storage) == ("fsdp2", "uint8") and torch.__version__ < "2.13":
-        pytest.skip("FSDP2 of this torch shards no parameter that could not require a gradient: bytes need a float storage")
+        pytest.skip(
+            "FSDP2 of this torch shards no parameter that could not require a gradient: bytes need a float storage"
+        )
     check(on_two(launcher, how, storage, tmp_path), storage, tmp_path, alone)

@@ -12,7 +12,6 @@ from layers import BF16, F16, F32, embeddings, fill, raw, raw_weight
 from torch import nn
 
 from bnbref import int8
-from bnbref.linear4bit import dequantize
 from bnbref.nn import Embedding, Embedding4bit, Embedding8bit, EmbeddingFP4, EmbeddingNF4, StableEmbedding
 from bnbref.nn.embedding import scales_at
 
@@ -28,7 +27,7 @@ def whole(table):
     """The whole table, dequantized by the definition."""
     if isinstance(table, Embedding8bit):
         return int8.dequantize(table.weight.data, table.weight.SCB, table.dtype)
-    return dequantize(table.weight.data, table.quant_state, table.dtype)
+    return table.quant_state.dequantize(table.weight.data, table.dtype)
 
 
 @given(table=embeddings(), shape=st.sampled_from([(), (0,), (4,), (2, 3), (2, 0)]), seed=st.integers(0, 9))

@@ -387,8 +387,8 @@ def test_a_state_of_8_bits_is_none_of_a_4_bit_weight():
     assert_expected_inline(
         "\n".join(refusals),
         """\
-quant_type must be one of ['af4', 'fp4', 'int4', 'nf4'] or a Codebook of at most 16 values, got None
-quant_type must be one of ['af4', 'fp4', 'int4', 'nf4'] or a Codebook of at most 16 values, got None
+quant_type must be one of [formats] or a Codebook of at most 16 values, got None
+quant_type must be one of [formats] or a Codebook of at most 16 values, got None
 quant_type is None: this QuantState is not one of a 4-bit tensor""",
     )
 

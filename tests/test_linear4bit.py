@@ -17,7 +17,6 @@ import bnbref
 from bnbref.codebooks import Codebook
 from bnbref.functional import dequantize_4bit, quantize_4bit
 from bnbref.kernels import ordered
-from bnbref.linear4bit import dequantize
 from bnbref.nn import Linear4bit, LinearFP4, LinearNF4, Params4bit, linear
 
 
@@ -30,7 +29,7 @@ def kernels(request):
 
 def weight_of(layer, dtype):
     """The dequantized weight in a dtype, as the definition has it: one rounding from the float32 product."""
-    return dequantize(layer.weight.data, layer.quant_state, dtype)
+    return layer.quant_state.dequantize(layer.weight.data, dtype)
 
 
 def inputs(*shape, dtype=F32, seed=0):
@@ -63,7 +62,7 @@ def test_a_weight_that_was_quantized_as_k_n_is_turned(n, k, rows, dtype, nested,
     packed, state = quantize_4bit(inputs(k, n), quant_type="nf4", compress_statistics=nested)
     x = inputs(*rows, k, dtype=dtype).requires_grad_()
     bias = inputs(n, dtype=dtype).requires_grad_() if biased else None
-    weight = dequantize(packed, state, dtype).t()
+    weight = state.dequantize(packed, dtype).t()
     with bnbref.batch_invariant() if in_order else contextlib.nullcontext():
         with pytest.warns(DeprecationWarning, match=r"quantized as \[k, n\]"):
             y = bnbref.matmul_4bit(x, packed.t(), state, bias=bias)
@@ -82,7 +81,7 @@ def test_a_square_weight_is_n_k():
     x = inputs(3, 64)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert raw(bnbref.matmul_4bit(x, packed, state)) == raw(F.linear(x, dequantize(packed, state, F32)))
+        assert raw(bnbref.matmul_4bit(x, packed, state)) == raw(F.linear(x, state.dequantize(packed, F32)))
     with pytest.raises(ValueError, match=r"B must be a weight \[n, k\].*got \(64, 64\) and \(3, 63\)"):
         bnbref.matmul_4bit(x[:, 1:], packed, state)
 

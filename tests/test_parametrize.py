@@ -15,10 +15,10 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
-import bnbref
 from bnbref.functional import dequantize_4bit, quantize_4bit
 from bnbref.nn import parametrize as four_bit
 from bnbref.nn import replace_parameter_4bit, replace_parameter_4bit_prequantized
+from bnbref.quant_state import QuantState
 
 
 @pytest.fixture(params=["eager"], autouse=True)
@@ -196,12 +196,14 @@ def reads(monkeypatch):
     """A weak reference to each dequantized tensor."""
     made = []
 
+    right = QuantState.dequantize
+
     def counting(*args):
-        values = bnbref.linear4bit.dequantize(*args)
+        values = right(*args)
         made.append(weakref.ref(values))
         return values
 
-    monkeypatch.setattr(four_bit, "dequantize", counting)
+    monkeypatch.setattr(QuantState, "dequantize", counting)
     return made
 
 

@@ -10,7 +10,6 @@ from torch import nn
 
 import bnbref
 from bnbref import functional, int8
-from bnbref.linear4bit import dequantize
 from bnbref.nn import Linear4bit, Linear8bitLt
 
 transformers = pytest.importorskip("transformers")
@@ -77,7 +76,7 @@ def logits(model, ids):
 def values(layer):
     """The weight of a quantized layer as float32."""
     if isinstance(layer, Linear4bit):
-        return dequantize(layer.weight, layer.quant_state, torch.float32)
+        return layer.quant_state.dequantize(layer.weight, torch.float32)
     return int8.dequantize(layer.weight.data, layer.weight.SCB, torch.float32)
 
 

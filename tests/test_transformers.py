@@ -22,7 +22,6 @@ import bnbref
 from bnbref import functional, int8
 from bnbref.codebooks import FOUR_BIT, Codebook
 from bnbref.integrations import report
-from bnbref.linear4bit import dequantize
 from bnbref.nn import Linear4bit, Linear8bitLt
 
 transformers = pytest.importorskip("transformers")
@@ -370,7 +369,7 @@ def test_dequantize(name, dtype, quant_type, models, ids, tmp_path):
     if quant_type == "int8":
         weight = int8.dequantize(layer.weight.data, layer.weight.SCB, want)
     else:
-        weight = dequantize(layer.weight, layer.quant_state, want)  # straight to that dtype: one rounding
+        weight = layer.quant_state.dequantize(layer.weight, want)  # straight to that dtype: one rounding
     quantized = logits(model, ids)
     plain = model.dequantize() if dtype is None else model.dequantize(dtype)
     layer = plain.get_submodule(path)

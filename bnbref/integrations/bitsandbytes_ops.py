@@ -106,7 +106,7 @@ def _int8_mm_dequant(
     if A.dtype != torch.int32:
         raise ValueError(f"A must be int32, got {A.dtype}")
     y = int8.dequantize_int8_product(
-        int8.in_rows(A), row_stats.reshape(-1), col_stats.reshape(-1), bias, None, dtype=dtype or torch.float16
+        int8.as_matrix(A), row_stats.reshape(-1), col_stats.reshape(-1), bias, None, dtype=dtype or torch.float16
     )
     return y.view(A.shape)
 
@@ -132,12 +132,12 @@ def _int8_mixed_scaled_mm(
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     outliers, columns = None, A.new_empty(0)
-    rows = int8.in_rows(A)
+    rows = int8.as_matrix(A)
     if outlier_cols is not None and outlier_cols.numel() > 0:
         columns = rows[:, outlier_cols].contiguous()
         with without_autocast(A):
             outliers = columns @ int8.dequantize(CB[:, outlier_cols].contiguous(), SCB.reshape(-1), A.dtype).t()
-    product = int8.multiply(int8.in_rows(CA), CB)
+    product = int8.multiply(int8.as_matrix(CA), CB)
     y = int8.dequantize_int8_product(product, SCA.reshape(-1), SCB.reshape(-1), bias, outliers, dtype=A.dtype)
     return y.view(*A.shape[:-1], CB.shape[0]), columns
 

@@ -26,7 +26,6 @@ from torch.nn.utils import parametrize
 
 from bnbref import int8
 from bnbref.integrations.peft_checks import check_merge, check_targets
-from bnbref.linear4bit import dequantize
 from bnbref.nn import Params4bit
 from bnbref.nn.layer import QuantizedLayer
 from bnbref.nn.parametrize import Bnb4bitParametrization
@@ -40,7 +39,8 @@ def added(weight: Any, deltas: list[Tensor]) -> QuantizedParameter:
     """A quantized weight and float tensors of its shape: one float32 sum, quantized like the weight.  Exact."""
     four_bit = isinstance(weight, Params4bit)
     state = weight.quant_state if four_bit else weight.SCB
-    total = (dequantize if four_bit else int8.dequantize)(weight.data, state, torch.float32)
+    codes = weight.data
+    total = state.dequantize(codes, torch.float32) if four_bit else int8.dequantize(codes, state, torch.float32)
     for delta in deltas:
         total = total + delta.detach().to(total)
     merged: Any = weight.unquantized(total).to(weight.device)

@@ -34,7 +34,6 @@ from bnbref.integrations.transformers_loading import (
     quantized_layer,
     was_conv1d,
 )
-from bnbref.linear4bit import dequantize
 from bnbref.nn import Linear4bit, Linear8bitLt
 from bnbref.nn.layer import QuantizedLayer
 from bnbref.nn.params import QuantizedParameter
@@ -313,7 +312,7 @@ def dequantized(name: str, layer: Any, dtype: torch.dtype) -> nn.Module:
     if weight.is_meta:
         raise ValueError(f"{name} is offloaded: load the model without offloading to dequantize it")
     if isinstance(layer, Linear4bit):
-        new = plain_layer(layer, dequantize(weight, present(layer.quant_state, "quant_state"), dtype))
+        new = plain_layer(layer, present(layer.quant_state, "quant_state").dequantize(weight, dtype))
     else:
         new = plain_layer(layer, int8.dequantize(weight, layer.state.SCB, dtype))
     hook = layer.__dict__.get("_hf_hook")

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from bnbref import fourbit, int8, nested
 from bnbref.codebooks import Codebook
 from bnbref.context import as_bytes, plain
-from bnbref.linear4bit import dequantize
 from bnbref.nn.layer import EightBitLayer, FourBitLayer, QuantizedLayer
 from bnbref.nn.params import Int8Params, Params4bit, QuantizedParameter
 from bnbref.optim import GlobalOptimManager
@@ -107,7 +106,7 @@ class Embedding4bit(_QuantizedEmbedding, FourBitLayer, nn.Embedding):
             raise RuntimeError(f"the table of {self} is not quantized yet: move the layer to a device, .to(device)")
         dim, blocksize = self.embedding_dim, present(state.blocksize, "blocksize")
         if dim % 2 != 0:  # rows share bytes
-            return F.embedding(input, dequantize(self.weight, state, self.dtype))
+            return F.embedding(input, state.dequantize(self.weight, self.dtype))
         rows = as_bytes(self.weight).view(-1, dim // 2)
         codes = F.embedding(input, rows)
         piece = math.gcd(dim, blocksize)

@@ -20,7 +20,6 @@ from bnbref.checkpoint import Checkpoint
 from bnbref.codebooks import Codebook, four_bit
 from bnbref.functional import quantize_4bit
 from bnbref.kernels import tracing
-from bnbref.linear4bit import dequantize
 from bnbref.nn.params import check_finite, in_bytes
 from bnbref.quant_state import QuantState, present
 
@@ -46,7 +45,7 @@ class Bnb4bitParametrization(nn.Module):
             return kept[0]
         # accelerate, offloading, moves the module's parameters and buffers to where they are used, and no scales.
         state = self.quant_state.map(lambda t: t.to(packed.device))
-        values = dequantize(packed, state, self.dtype)
+        values = state.dequantize(packed, self.dtype)
         if kept is not None:
             kept.append(values)
         return values

@@ -62,7 +62,7 @@ class Reference(PublicNames):
     def int8_mm_dequant(
         self, product: Tensor, row: Tensor, column: Tensor, bias: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
-        y = int8.dequantize_int8_product(int8.in_rows(product), row, column, bias, None, dtype=dtype)
+        y = int8.dequantize_int8_product(int8.as_matrix(product), row, column, bias, None, dtype=dtype)
         return y.view(product.shape)
 
     def int8_dequantize(self, codes: Tensor, absmax: Tensor) -> Tensor:

@@ -113,7 +113,7 @@ def quantize_4bit_nested(x: Tensor, blocksize: int, quant_type: str) -> dict[str
 def int8_quantize(x: Tensor, threshold: float) -> dict[str, Expected]:
     """Rules I8."""
     codes, absmax, mask = int8.quantize(x, threshold)
-    rows = int8.in_rows(x).float()
+    rows = int8.as_matrix(x).float()
     scaled = rows * (reciprocal(absmax) * 127.0)[:, None]
     flat = codes.view(rows.shape)
     inexact = ((127.0 / absmax).frexp().mantissa != 0.5)[:, None] & (flat != 0)

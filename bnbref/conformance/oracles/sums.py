@@ -44,7 +44,7 @@ def gemm_4bit_backward(grad: Tensor, packed: Tensor, absmax: Tensor, **rest: Any
 def int8_backward(a: Tensor, weight: Tensor, grad: Tensor) -> dict[str, Expected]:
     """Rules IB; the bounds are derived there."""
     codes, absmax, _ = int8.quantize(weight)
-    rows, inputs = int8.in_rows(grad), int8.in_rows(a)
+    rows, inputs = int8.as_matrix(grad), int8.as_matrix(a)
     g, x = rows.double().abs(), inputs.double().abs()
     # Of each column half a step of 127, and a little for its scale in float16.
     g_off, x_off = (t.amax(0) / 253 for t in (g, x))

@@ -74,7 +74,7 @@ def int8_mm_dequant(
     product: Tensor, row: Tensor, column: Tensor, dtype: torch.dtype, bias: Tensor | None = None
 ) -> dict[str, Expected]:
     """Rules ID; the bound is derived there."""
-    y = int8.dequantize_int8_product(int8.in_rows(product), row, column, bias, None, dtype=dtype).view(product.shape)
+    y = int8.dequantize_int8_product(int8.as_matrix(product), row, column, bias, None, dtype=dtype).view(product.shape)
     scaled = product.double() * (row.double()[:, None] * column.double() / 16129).view(product.shape)
     added = torch.zeros(()).double() if bias is None else bias.double()
     exact, single, unit = scaled + added, 2.0**-24, UNIT[dtype]
