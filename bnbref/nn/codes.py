@@ -23,6 +23,8 @@ _NO_WRITES = {"requires_grad_", "detach_", "share_memory_", "rename_"}
 _NAMES = ("add", "sub", "mul", "div", "lerp", "addcmul", "addcdiv")
 _ARITHMETIC = {"norm_except_dim", *_NAMES, *(f"_foreach_{name}" for name in _NAMES)}
 _ARITHMETIC |= {f"__{side}{name}__" for name in _BINARY[:4] for side in ("", "r")}
+# What multiplies by a weight without asking its layer, as nn.MultiheadAttention does with its out_proj's.
+_PRODUCTS = {"linear", "matmul", "mm", "multi_head_attention_forward", "__matmul__", "__rmatmul__"}
 
 
 class Watched:
@@ -86,8 +88,8 @@ def _check(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         sources = source if isinstance(source, (list, tuple)) else [source]
         if all(isinstance(tensor, Tensor) and tensor.dtype == written[0].dtype for tensor in sources):
             return
-    if not written and name in _ARITHMETIC:
-        of_any_dtype = name == "norm_except_dim"  # the first thing that weight_norm does
+    if not written and name in _ARITHMETIC | _PRODUCTS:
+        of_any_dtype = name in _PRODUCTS or name == "norm_except_dim"  # the first thing that weight_norm does
         written = [t for value in args for t in _codes_in(value) if of_any_dtype or t.is_floating_point()]
     if written:
         kind = next((type(t).__name__ for t in written if not isinstance(t, Codes)), "weight")
