@@ -335,6 +335,29 @@ def test_no_gradient_and_no_version():
     assert torch.is_grad_enabled()
 
 
+def test_negative_views():
+    """Their memory holds the other sign, and what was compiled for plain tensors of that layout must not read it."""
+    x, absmax = ramp(256).view(4, 64), torch.linspace(1, 2, 4)
+    codes = torch.arange(256).to(torch.uint8).view(4, 64)
+    for negative in (False, True, False):
+        y, scales = (torch._neg_view(-t) if negative else t for t in (x, absmax))
+        assert y.is_neg() == negative
+        assert same_bits(fourbit.quantize(y, NF4, 64)[0], fourbit.quantize(x, NF4, 64)[0])
+        decoded = REGISTRY["dequantize_blocks"](codes, scales, value_table(DYNAMIC, CPU), dtype=F32)
+        assert same_bits(decoded[:, -1], scales * value_table(DYNAMIC, CPU)[codes[:, -1].long()])
+
+
+def test_constants_that_are_equal_and_not_the_same():
+    @fused(dynamic={"x": (0,)})
+    def times(x: torch.Tensor, *, k: float) -> torch.Tensor:
+        return x.to(torch.int32) * k
+
+    try:
+        assert [times(ramp(5), k=k).dtype for k in (1, 1.0, True, 1)] == [torch.int32, F32, torch.int32, torch.int32]
+    finally:
+        del REGISTRY["times"]
+
+
 # ---- threads --------------------------------------------------------------------------------------------------------
 
 

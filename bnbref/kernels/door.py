@@ -176,8 +176,8 @@ def _signature(tensor: Tensor | None, dynamic: tuple[int, ...]) -> Any:
 
 def _layout(args: Sequence[Any], constants: Mapping[str, Any]) -> Any:
     """All that Dynamo and Inductor look at: what holds for a call holds for the next one with the same layout."""
-    tensors = [None if t is None else (type(t), t.device, t.dtype, t.shape, t.stride()) for t in args]
-    return torch.get_num_threads(), *tensors, *constants.items()
+    tensors = [None if t is None else (type(t), t.device, t.dtype, t.shape, t.stride(), t.is_neg()) for t in args]
+    return torch.get_num_threads(), *tensors, *constants.items(), *map(type, constants.values())  # 1 is no 1.0, True no 1
 
 
 def _sealed(value: Any) -> Any:
@@ -277,7 +277,8 @@ class Kernel(Generic[P, R]):
 
     def _first_call(self, key: Any, args: Sequence[Any], constants: Mapping[str, Any]) -> R:
         device_type = next(t.device.type for t in args if t is not None)
-        plain = all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in args)
+        # Inductor would read the memory of a negative view as it is.
+        plain = all(t is None or (type(t) in (Tensor, torch.nn.Parameter) and not t.is_neg()) for t in args)
         if device_type == "meta" or not plain:
             return self._uncompiled(args, constants)
         reason = missing_compiler(device_type)
@@ -333,7 +334,7 @@ class Kernel(Generic[P, R]):
         tensors = [None if t is None else t.detach() for t in args]
         dynamic = self._with_dynamic(tensors)
         named = {name: constants[name] for name in formulation.constants if name in constants}
-        key = (device_type, *(_signature(t, dims) for t, dims in dynamic), *named.items())
+        key = (device_type, *(_signature(t, dims) for t, dims in dynamic), *named.items(), *map(type, named.values()))
         key = (*key, *(_signature(t, ()) for t in tables), writes)
         large = device_type != "cpu" and max(t.numel() for t in tensors if t is not None) >= _LARGE
         if large:
