@@ -378,6 +378,44 @@ def test_threads():
             assert all(same_bits(one, expected) for one in got)
 
 
+FIRST_CALLS = """
+import threading, torch
+from bnbref import functional as F
+
+barrier, failed = threading.Barrier(2), []
+
+def work(function):
+    barrier.wait()
+    try:
+        function(torch.ones(640))
+    except Exception as error:
+        failed.append(error)
+
+threads = [threading.Thread(target=work, args=(function,)) for function in (F.quantize_4bit, F.quantize_blockwise)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+from torch._inductor.output_code import CompiledFxGraph
+print(failed, CompiledFxGraph.__call__.__module__)
+"""
+
+
+def test_first_calls_of_a_process_in_threads():
+    """They import torch's compiler, which two threads cannot do at once, and leave it as it was."""
+    done = subprocess.run([sys.executable, "-c", FIRST_CALLS], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[] torch._inductor.output_code\n", done.stdout + done.stderr
+
+
+def test_more_threads_than_dynamo_would_recompile():
+    """What Dynamo guards beside tensors may take as many values as somebody likes."""
+    before = torch.get_num_threads()
+    try:
+        for threads in range(1, 11):
+            torch.set_num_threads(threads)
+            blockwise.dequantize(torch.zeros(64, dtype=torch.uint8), torch.ones(2), value_table(DYNAMIC, CPU), 32, F32)
+    finally:
+        torch.set_num_threads(before)
+
+
 # ---- the registry ---------------------------------------------------------------------------------------------------
 
 

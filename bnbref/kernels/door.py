@@ -51,12 +51,17 @@ _LARGE = 2**22
 
 _MOST_CALLS = 1024
 
+_NO_LIMIT = 2**31
+
 # Inductor fuses loops and splits work for the size that it expects of a dynamic dimension, and keeps the code on disk for
 # all sizes. On CPU it is told one, lest a small first tensor decide for a large one: 19 ms instead of 9 for 16.7M to NF4.
 # On GPUs it guards what it decides by size, and a guard that holds for the typical size alone is an error.
 _TYPICAL_SIZE = 2**16
 
 _eager_depth = 0
+
+# One at a time: two threads cannot import torch's compiler at once, nor both exchange its `__call__` and put it back.
+_first_calls = threading.RLock()
 
 
 @contextlib.contextmanager
@@ -286,7 +291,7 @@ class Kernel(Generic[P, R]):
             _warn_once(device_type, reason)
             return self._uncompiled(args, constants)
         call: Callable[[Sequence[Any]], R] | None
-        with torch.no_grad(), without_autocast(args[0]):
+        with _first_calls, torch.no_grad(), without_autocast(args[0]):
             piece = self.formulation.piece if device_type == "cpu" else None
             if piece is None:
                 result, call = self._through_dynamo(device_type, args, constants, writes=any(self._written))
@@ -313,7 +318,8 @@ class Kernel(Generic[P, R]):
                 if call is not None:
                     results = call(piece)
                 else:
-                    results, call = self._through_dynamo("cpu", piece, constants, writes=False)
+                    with _first_calls:
+                        results, call = self._through_dynamo("cpu", piece, constants, writes=False)
                     if call is not None:
                         self._calls[key] = call
                 self._copied(piece, results)
@@ -328,6 +334,7 @@ class Kernel(Generic[P, R]):
         self, device_type: str, args: Sequence[Any], constants: Mapping[str, Any], writes: bool
     ) -> tuple[R, Callable[[Sequence[Any]], R] | None]:
         """By way of Dynamo, which finds or compiles the code for these sizes: the result, and what gives the next one at once."""
+        importlib.import_module("torch._dynamo")  # and then torch._inductor: as torch.compile does, maybe in another thread
         formulation, tables = self.formulation, self.tables(*args, **constants)
         # Fresh aliases: Dynamo's mark of a dynamic size stays on the tensor that bears it, which is the caller's. And a
         # parameter is a plain tensor to the compiled code.
@@ -352,7 +359,8 @@ class Kernel(Generic[P, R]):
                     if tensor.shape[dim] > 1:  # Dynamo always specialises sizes 0 and 1
                         torch._dynamo.mark_dynamic(tensor, dim, hint_override=hint)
         everything = [*tensors, *tables]
-        with _recorded() as ran:
+        # A device, a number of threads, a default dtype are compiled for anew, as often as somebody asks.
+        with _recorded() as ran, torch._dynamo.config.patch(recompile_limit=_NO_LIMIT, accumulated_recompile_limit=_NO_LIMIT):
             result = variant(*everything)
         targets = self._for_each(self._written, len(args)) if writes else ()
         call = _direct(ran, everything, len(args), result, tuple(i for i, w in enumerate(targets) if w))
@@ -390,9 +398,6 @@ def _compiled(
 
 # ---- every later call -----------------------------------------------------------------------------------------------
 
-_recording = threading.RLock()
-
-
 @contextlib.contextmanager
 def _recorded() -> Iterator[list[tuple[Any, list[Any], Any]]]:
     """What Inductor's code was called with by this thread inside the block, and what it returned."""
@@ -408,12 +413,11 @@ def _recorded() -> Iterator[list[tuple[Any, list[Any], Any]]]:
             ran.append((graph, given, outputs))
         return outputs
 
-    with _recording:
-        CompiledFxGraph.__call__ = record  # type: ignore[assignment,method-assign]
-        try:
-            yield ran
-        finally:
-            CompiledFxGraph.__call__ = original  # type: ignore[method-assign]
+    CompiledFxGraph.__call__ = record  # type: ignore[assignment,method-assign]
+    try:
+        yield ran
+    finally:
+        CompiledFxGraph.__call__ = original  # type: ignore[method-assign]
 
 
 def _direct(
