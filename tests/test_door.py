@@ -203,6 +203,19 @@ def test_without_a_compiler_it_says_so_once_and_has_the_same_bits(digest):
         "\n".join(said).replace("clang++", "g++"),
         """bnbref runs uncompiled on cpu: no C++ compiler ('g++' is not on the PATH; set CXX or install g++). The bits are the same, the speed is not.""",
     )
+    # One that is there and does not run; and torch.compile switched off by its own variable.
+    missing, *said = probe(CXX="false")
+    assert missing == digest
+    assert_expected_inline(
+        "\n".join(said),
+        """bnbref runs uncompiled on cpu: no C++ compiler ('false' does not run). The bits are the same, the speed is not.""",
+    )
+    missing, *said = probe(TORCH_COMPILE_DISABLE="1")
+    assert missing == digest
+    assert_expected_inline(
+        "\n".join(said),
+        """bnbref runs uncompiled on cpu: TORCH_COMPILE_DISABLE=1 switches torch.compile off. The bits are the same, the speed is not.""",
+    )
 
 
 def test_compiled_it_has_the_same_bits(digest):

@@ -12,6 +12,7 @@ paper. Where another form is faster, a file of the workshop attaches it by the k
     meta and fake tensors, dispatch modes,    the definition, so that the mode sees plain operations
     `torch.func`, `torch.jit.trace`
     no C++ compiler, no triton                the definition, after one warning
+    TORCH_COMPILE_DISABLE=1                   the same
 
 Whatever runs, autocast is off in it.
 
