@@ -183,12 +183,8 @@ def _signature(tensor: Tensor | None, dynamic: tuple[int, ...]) -> Any:
 def _layout(args: Sequence[Any], constants: Mapping[str, Any]) -> Any:
     """All that Dynamo and Inductor look at: what holds for a call holds for the next one with the same layout."""
     tensors = [None if t is None else (type(t), t.device, t.dtype, t.shape, t.stride(), t.is_neg()) for t in args]
-    return (
-        torch.get_num_threads(),
-        *tensors,
-        *constants.items(),
-        *map(type, constants.values()),
-    )  # 1 is no 1.0, True no 1
+    kinds = map(type, constants.values())  # 1 is equal to 1.0 and to True
+    return torch.get_num_threads(), *tensors, *constants.items(), *kinds
 
 
 def _sealed(value: Any) -> Any:
@@ -340,9 +336,8 @@ class Kernel(Generic[P, R]):
         self, device_type: str, args: Sequence[Any], constants: Mapping[str, Any], writes: bool
     ) -> tuple[R, Callable[[Sequence[Any]], R] | None]:
         """By way of Dynamo, which finds or compiles the code for these sizes: the result, and what gives the next one at once."""
-        importlib.import_module(
-            "torch._dynamo"
-        )  # and then torch._inductor: as torch.compile does, maybe in another thread
+        # Before torch._inductor: the order in which another thread may be importing them for its own torch.compile.
+        importlib.import_module("torch._dynamo")
         formulation, tables = self.formulation, self.tables(*args, **constants)
         # Fresh aliases: Dynamo's mark of a dynamic size stays on the tensor that bears it, which is the caller's. And a
         # parameter is a plain tensor to the compiled code.
@@ -368,10 +363,8 @@ class Kernel(Generic[P, R]):
                         torch._dynamo.mark_dynamic(tensor, dim, hint_override=hint)
         everything = [*tensors, *tables]
         # A device, a number of threads, a default dtype are compiled for anew, as often as somebody asks.
-        with (
-            _recorded() as ran,
-            torch._dynamo.config.patch(recompile_limit=_NO_LIMIT, accumulated_recompile_limit=_NO_LIMIT),
-        ):
+        unlimited = torch._dynamo.config.patch(recompile_limit=_NO_LIMIT, accumulated_recompile_limit=_NO_LIMIT)
+        with _recorded() as ran, unlimited:
             result = variant(*everything)
         targets = self._for_each(self._written, len(args)) if writes else ()
         call = _direct(ran, everything, len(args), result, tuple(i for i, w in enumerate(targets) if w))
