@@ -203,6 +203,19 @@ def test_without_a_compiler_it_says_so_once_and_has_the_same_bits(digest):
         "\n".join(said).replace("clang++", "g++"),
         """bnbref runs uncompiled on cpu: no C++ compiler ('g++' is not on the PATH; set CXX or install g++). The bits are the same, the speed is not.""",
     )
+    # One that is there and does not run; and torch.compile switched off by its own variable.
+    missing, *said = probe(CXX="false")
+    assert missing == digest
+    assert_expected_inline(
+        "\n".join(said),
+        """bnbref runs uncompiled on cpu: no C++ compiler ('false' does not run). The bits are the same, the speed is not.""",
+    )
+    missing, *said = probe(TORCH_COMPILE_DISABLE="1")
+    assert missing == digest
+    assert_expected_inline(
+        "\n".join(said),
+        """bnbref runs uncompiled on cpu: TORCH_COMPILE_DISABLE=1 switches torch.compile off. The bits are the same, the speed is not.""",
+    )
 
 
 def test_compiled_it_has_the_same_bits(digest):
@@ -335,6 +348,29 @@ def test_no_gradient_and_no_version():
     assert torch.is_grad_enabled()
 
 
+def test_negative_views():
+    """Their memory holds the other sign, and what was compiled for plain tensors of that layout must not read it."""
+    x, absmax = ramp(256).view(4, 64), torch.linspace(1, 2, 4)
+    codes = torch.arange(256).to(torch.uint8).view(4, 64)
+    for negative in (False, True, False):
+        y, scales = (torch._neg_view(-t) if negative else t for t in (x, absmax))
+        assert y.is_neg() == negative
+        assert same_bits(fourbit.quantize(y, NF4, 64)[0], fourbit.quantize(x, NF4, 64)[0])
+        decoded = REGISTRY["dequantize_blocks"](codes, scales, value_table(DYNAMIC, CPU), dtype=F32)
+        assert same_bits(decoded[:, -1], scales * value_table(DYNAMIC, CPU)[codes[:, -1].long()])
+
+
+def test_constants_that_are_equal_and_not_the_same():
+    @fused(dynamic={"x": (0,)})
+    def times(x: torch.Tensor, *, k: float) -> torch.Tensor:
+        return x.to(torch.int32) * k
+
+    try:
+        assert [times(ramp(5), k=k).dtype for k in (1, 1.0, True, 1)] == [torch.int32, F32, torch.int32, torch.int32]
+    finally:
+        del REGISTRY["times"]
+
+
 # ---- threads --------------------------------------------------------------------------------------------------------
 
 
@@ -353,6 +389,44 @@ def test_threads():
     with concurrent.futures.ThreadPoolExecutor(len(inputs)) as pool:
         for got, expected in zip(pool.map(work, inputs), want, strict=True):
             assert all(same_bits(one, expected) for one in got)
+
+
+FIRST_CALLS = """
+import threading, torch
+from bnbref import functional as F
+
+barrier, failed = threading.Barrier(2), []
+
+def work(function):
+    barrier.wait()
+    try:
+        function(torch.ones(640))
+    except Exception as error:
+        failed.append(error)
+
+threads = [threading.Thread(target=work, args=(function,)) for function in (F.quantize_4bit, F.quantize_blockwise)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+from torch._inductor.output_code import CompiledFxGraph
+print(failed, CompiledFxGraph.__call__.__module__)
+"""
+
+
+def test_first_calls_of_a_process_in_threads():
+    """They import torch's compiler, which two threads cannot do at once, and leave it as it was."""
+    done = subprocess.run([sys.executable, "-c", FIRST_CALLS], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[] torch._inductor.output_code\n", done.stdout + done.stderr
+
+
+def test_more_threads_than_dynamo_would_recompile():
+    """What Dynamo guards beside tensors may take as many values as somebody likes."""
+    before = torch.get_num_threads()
+    try:
+        for threads in range(1, 11):
+            torch.set_num_threads(threads)
+            blockwise.dequantize(torch.zeros(64, dtype=torch.uint8), torch.ones(2), value_table(DYNAMIC, CPU), 32, F32)
+    finally:
+        torch.set_num_threads(before)
 
 
 # ---- the registry ---------------------------------------------------------------------------------------------------

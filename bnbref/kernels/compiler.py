@@ -38,11 +38,23 @@ def _cxx() -> str:
 
 
 @functools.cache
+def _cxx_version() -> int | None:
+    """The major version of that compiler; None if it does not run."""
+    done = subprocess.run([_cxx(), "-dumpversion"], capture_output=True, text=True, check=False)
+    major = done.stdout.strip().partition(".")[0]
+    return int(major) if done.returncode == 0 and major.isdecimal() else None
+
+
+@functools.cache
 def missing_compiler(device_type: str) -> str | None:
     """What Inductor lacks on this machine to compile for a device type; None if nothing."""
+    if os.environ.get("TORCH_COMPILE_DISABLE") == "1":
+        return "TORCH_COMPILE_DISABLE=1 switches torch.compile off"
     if device_type == "cpu":
         if shutil.which(_cxx()) is None:
             return f"no C++ compiler ({_cxx()!r} is not on the PATH; set CXX or install g++)"
+        if _cxx_version() is None:
+            return f"no C++ compiler ({_cxx()!r} does not run)"
         if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
             return "no Python.h (install Python's development headers)"
         return None
@@ -60,9 +72,7 @@ def _prepare_cpu() -> dict[str, Any]:
 
     # To learn which vector instructions compiler and CPU share, Inductor builds and loads three libraries, which takes
     # seconds. torch asks the CPU itself, and compilers of this age know them all.
-    version = subprocess.run([_cxx(), "-dumpversion"], capture_output=True, text=True, check=True).stdout
-    major = version.strip().partition(".")[0]
-    known = config.cpp.vec_isa_ok is None and int(major) >= 11 and not torch.cpu._is_amx_fp16_supported()
+    known = config.cpp.vec_isa_ok is None and (_cxx_version() or 0) >= 11 and not torch.cpu._is_amx_fp16_supported()
     options: dict[str, Any] = {"cpp.vec_isa_ok": True} if known else {}
     with config.patch(options):
         lookup16.enable()

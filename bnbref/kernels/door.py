@@ -12,6 +12,7 @@ paper. Where another form is faster, a file of the workshop attaches it by the k
     meta and fake tensors, dispatch modes,    the definition, so that the mode sees plain operations
     `torch.func`, `torch.jit.trace`
     no C++ compiler, no triton                the definition, after one warning
+    TORCH_COMPILE_DISABLE=1                   the same
 
 Whatever runs, autocast is off in it.
 
@@ -51,12 +52,17 @@ _LARGE = 2**22
 
 _MOST_CALLS = 1024
 
+_NO_LIMIT = 2**31
+
 # Inductor fuses loops and splits work for the size that it expects of a dynamic dimension, and keeps the code on disk for
 # all sizes. On CPU it is told one, lest a small first tensor decide for a large one: 19 ms instead of 9 for 16.7M to NF4.
 # On GPUs it guards what it decides by size, and a guard that holds for the typical size alone is an error.
 _TYPICAL_SIZE = 2**16
 
 _eager_depth = 0
+
+# One at a time: two threads cannot import torch's compiler at once, nor both exchange its `__call__` and put it back.
+_first_calls = threading.RLock()
 
 
 @contextlib.contextmanager
@@ -176,8 +182,9 @@ def _signature(tensor: Tensor | None, dynamic: tuple[int, ...]) -> Any:
 
 def _layout(args: Sequence[Any], constants: Mapping[str, Any]) -> Any:
     """All that Dynamo and Inductor look at: what holds for a call holds for the next one with the same layout."""
-    tensors = [None if t is None else (type(t), t.device, t.dtype, t.shape, t.stride()) for t in args]
-    return torch.get_num_threads(), *tensors, *constants.items()
+    tensors = [None if t is None else (type(t), t.device, t.dtype, t.shape, t.stride(), t.is_neg()) for t in args]
+    kinds = map(type, constants.values())  # 1 is equal to 1.0 and to True
+    return torch.get_num_threads(), *tensors, *constants.items(), *kinds
 
 
 def _sealed(value: Any) -> Any:
@@ -277,7 +284,8 @@ class Kernel(Generic[P, R]):
 
     def _first_call(self, key: Any, args: Sequence[Any], constants: Mapping[str, Any]) -> R:
         device_type = next(t.device.type for t in args if t is not None)
-        plain = all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in args)
+        # Inductor would read the memory of a negative view as it is.
+        plain = all(t is None or (type(t) in (Tensor, torch.nn.Parameter) and not t.is_neg()) for t in args)
         if device_type == "meta" or not plain:
             return self._uncompiled(args, constants)
         reason = missing_compiler(device_type)
@@ -285,7 +293,7 @@ class Kernel(Generic[P, R]):
             _warn_once(device_type, reason)
             return self._uncompiled(args, constants)
         call: Callable[[Sequence[Any]], R] | None
-        with torch.no_grad(), without_autocast(args[0]):
+        with _first_calls, torch.no_grad(), without_autocast(args[0]):
             piece = self.formulation.piece if device_type == "cpu" else None
             if piece is None:
                 result, call = self._through_dynamo(device_type, args, constants, writes=any(self._written))
@@ -312,7 +320,8 @@ class Kernel(Generic[P, R]):
                 if call is not None:
                     results = call(piece)
                 else:
-                    results, call = self._through_dynamo("cpu", piece, constants, writes=False)
+                    with _first_calls:
+                        results, call = self._through_dynamo("cpu", piece, constants, writes=False)
                     if call is not None:
                         self._calls[key] = call
                 self._copied(piece, results)
@@ -327,13 +336,15 @@ class Kernel(Generic[P, R]):
         self, device_type: str, args: Sequence[Any], constants: Mapping[str, Any], writes: bool
     ) -> tuple[R, Callable[[Sequence[Any]], R] | None]:
         """By way of Dynamo, which finds or compiles the code for these sizes: the result, and what gives the next one at once."""
+        # Before torch._inductor: the order in which another thread may be importing them for its own torch.compile.
+        importlib.import_module("torch._dynamo")
         formulation, tables = self.formulation, self.tables(*args, **constants)
         # Fresh aliases: Dynamo's mark of a dynamic size stays on the tensor that bears it, which is the caller's. And a
         # parameter is a plain tensor to the compiled code.
         tensors = [None if t is None else t.detach() for t in args]
         dynamic = self._with_dynamic(tensors)
         named = {name: constants[name] for name in formulation.constants if name in constants}
-        key = (device_type, *(_signature(t, dims) for t, dims in dynamic), *named.items())
+        key = (device_type, *(_signature(t, dims) for t, dims in dynamic), *named.items(), *map(type, named.values()))
         key = (*key, *(_signature(t, ()) for t in tables), writes)
         large = device_type != "cpu" and max(t.numel() for t in tensors if t is not None) >= _LARGE
         if large:
@@ -351,7 +362,9 @@ class Kernel(Generic[P, R]):
                     if tensor.shape[dim] > 1:  # Dynamo always specialises sizes 0 and 1
                         torch._dynamo.mark_dynamic(tensor, dim, hint_override=hint)
         everything = [*tensors, *tables]
-        with _recorded() as ran:
+        # A device, a number of threads, a default dtype are compiled for anew, as often as somebody asks.
+        unlimited = torch._dynamo.config.patch(recompile_limit=_NO_LIMIT, accumulated_recompile_limit=_NO_LIMIT)
+        with _recorded() as ran, unlimited:
             result = variant(*everything)
         targets = self._for_each(self._written, len(args)) if writes else ()
         call = _direct(ran, everything, len(args), result, tuple(i for i, w in enumerate(targets) if w))
@@ -389,8 +402,6 @@ def _compiled(
 
 # ---- every later call -----------------------------------------------------------------------------------------------
 
-_recording = threading.RLock()
-
 
 @contextlib.contextmanager
 def _recorded() -> Iterator[list[tuple[Any, list[Any], Any]]]:
@@ -407,12 +418,11 @@ def _recorded() -> Iterator[list[tuple[Any, list[Any], Any]]]:
             ran.append((graph, given, outputs))
         return outputs
 
-    with _recording:
-        CompiledFxGraph.__call__ = record  # type: ignore[assignment,method-assign]
-        try:
-            yield ran
-        finally:
-            CompiledFxGraph.__call__ = original  # type: ignore[method-assign]
+    CompiledFxGraph.__call__ = record  # type: ignore[assignment,method-assign]
+    try:
+        yield ran
+    finally:
+        CompiledFxGraph.__call__ = original  # type: ignore[method-assign]
 
 
 def _direct(
