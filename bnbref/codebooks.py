@@ -87,8 +87,8 @@ class Codebook:
         if self.sign_bit and any(-a != b for a, b in zip(self.values, self.values[ranks:], strict=False)):
             raise ValueError(f"the second half of the values of codebook {self.name!r} must be the first, negative")
         by_rank = [self.values[code] for code in self.order or range(ranks)]
-        # A threshold may lie one ulp below the lower value: `ties="even"` puts it there if the values are neighbouring floats, whose
-        # midpoint is rounded to the lower one, and the tie goes to the upper one.
+        # A threshold may lie one ulp below the lower value: `ties="even"` puts it there if the values are neighbouring floats,
+        # their midpoint is rounded to the lower one, and the tie goes to the upper one.
         below = _float32(by_rank[:-1]).nextafter(_float32(-math.inf)).tolist()
         for a, t, b in zip(below, self.thresholds, by_rank[1:], strict=True):
             if not a <= t <= b:
