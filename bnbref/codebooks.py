@@ -22,15 +22,17 @@ from bnbref.kernels import tracing
 
 @dataclass(frozen=True, eq=False)
 class Codebook:
-    """The values of a format by code, and the thresholds between them: floats, each exactly a float32.
+    """A format: its values by code, and the thresholds between them. All are floats, each of them exactly a float32.
 
         rank = number of thresholds strictly below x            code = order[rank]
 
-    With `sign_bit` the thresholds lie on the magnitude, and the upper half of the codes are the negative numbers:
+    order: the code of each rank; None if code and rank are the same. sign_bit: whether a code is a sign and a magnitude. Then
+    the thresholds lie between magnitudes, and the upper half of the codes are the negative numbers:
 
         rank = number of thresholds strictly below |x|          code = order[rank] + (len(values) / 2 if x < 0 else 0)
 
-    No threshold is below NaN, so its rank is 0. `order` is None where code and rank are the same.
+    No threshold is below NaN, so its rank is 0. source: where the numbers come from. Raises ValueError for tables that break a
+    rule of docs/content/codebooks.md.
 
     >>> Codebook.nearest("ternary", [-1, 0, 1]).thresholds
     (-0.5, 0.5)
@@ -74,8 +76,8 @@ class Codebook:
                     f"order of codebook {self.name!r} must be a permutation of {ranks} ranks of at most 16 values"
                 )
         self._check_ranks(ranks)
-        # By their bits: -0.0 is equal to 0.0, and decodes to another float. Codebooks are keys of every kernel call; hashing 511
-        # floats each time would cost more than the look-up.
+        # Compared by the bits of its numbers, because -0.0 is equal to 0.0 and yet decodes to another float. The hash is kept:
+        # codebooks are in the key of every kernel call, and hashing 511 floats each time would cost more than the look-up.
         identity = (self.name, *map(_words, (self.values, self.thresholds)), self.order, self.sign_bit)
         object.__setattr__(self, "_identity", identity)
         object.__setattr__(self, "_hash", hash(identity))
@@ -85,7 +87,8 @@ class Codebook:
         if self.sign_bit and any(-a != b for a, b in zip(self.values, self.values[ranks:], strict=False)):
             raise ValueError(f"the second half of the values of codebook {self.name!r} must be the first, negative")
         by_rank = [self.values[code] for code in self.order or range(ranks)]
-        # An ulp below the lower one is where a tie between neighbouring floats goes to the upper one.
+        # A threshold may lie one ulp below the lower value: `ties="even"` puts it there if the values are neighbouring floats,
+        # their midpoint is rounded to the lower one, and the tie goes to the upper one.
         below = _float32(by_rank[:-1]).nextafter(_float32(-math.inf)).tolist()
         for a, t, b in zip(below, self.thresholds, by_rank[1:], strict=True):
             if not a <= t <= b:
@@ -95,7 +98,7 @@ class Codebook:
                 )
 
     def __reduce__(self) -> tuple[object, ...]:
-        # By what it is made of: hashes of strings are those of one process.
+        # A pickle holds what the codebook is made of and not its hash, which includes that of a string: another in each process.
         return type(self), (self.name, self.values, self.thresholds, self.order, self.sign_bit, self.source)
 
     def __eq__(self, other: object) -> bool:
@@ -106,12 +109,12 @@ class Codebook:
 
     @property
     def bits(self) -> int:
-        """4 if a code fits into a nibble, else 8."""
+        """How many bits a code is stored in: 4 if it fits into a nibble, else 8."""
         return 4 if len(self.values) <= 16 else 8
 
     @functools.cached_property
     def code_of_zero(self) -> int:
-        """The code of 0.0, which pads odd tails and fills all-zero blocks."""
+        """The code of 0.0. All-zero blocks consist of it, and it fills the last nibble after an odd number of elements."""
         rank = sum(t < 0.0 for t in self.thresholds)
         return rank if self.order is None else self.order[rank]
 
@@ -119,9 +122,11 @@ class Codebook:
     def nearest(
         cls, name: str, values: Sequence[float], ties: Literal["lower", "even"] = "lower", source: str = ""
     ) -> "Codebook":
-        """Nearest value: thresholds at the float32 midpoints `fl(fl(a + b) / 2)` of sorted values.
+        """The codebook that rounds to the nearest value: its thresholds are the float32 midpoints `fl(fl(a + b) / 2)`.
 
-        A tie goes to the lower code, or to the even code: where that is the upper one the threshold moves one ulp down.
+        values: sorted numbers. ties: a number on a midpoint gets the lower code ("lower") or the even one ("even"). If the even
+        code is the upper one, the threshold is one ulp below the midpoint. Raises ValueError for values that are not sorted, or
+        are not in [-1, 1].
 
         >>> Codebook.nearest("ternary", [-1, 0, 1], ties="even").thresholds
         (-0.5, 0.4999999701976776)
@@ -152,20 +157,21 @@ def _words(values: Sequence[float]) -> bytes:
 
 
 def _float32(values: float | Sequence[float]) -> Tensor:
-    """On CPU and in float32, whatever the default device and dtype are: models are loaded under other ones."""
+    """A float32 tensor on the CPU. Both are named, because models are loaded under other default devices and dtypes."""
     return torch.tensor(values, dtype=torch.float32, device="cpu")
 
 
 def linspace(start: float, end: float, points: int) -> Tensor:
-    """float32 `torch.linspace` with fused steps, as it is on CPUs with AVX: from the start, from the end in the upper half.
+    """What float32 `torch.linspace` returns on CPUs with AVX, computed so that every CPU gives the same: float32 `[points]`.
 
-    torch itself rounds once more where it has no fused multiply-add, and 42 values of the dynamic map would differ.
+    The lower half is counted from the start and the upper half from the end, each point by one fused multiply-add. On a CPU
+    without that instruction torch itself rounds once more, and 42 values of the dynamic map are others.
 
     >>> linspace(0.0, 1.0, 3)
     tensor([0.0000, 0.5000, 1.0000])
     """
     edges = _float32([start, end])
-    step = ((edges[1] - edges[0]) / max(points - 1, 1)).double()  # in doubles the products are exact, the sums nearly
+    step = ((edges[1] - edges[0]) / max(points - 1, 1)).double()  # in float64 products are exact, and sums nearly so
     index = torch.arange(points, dtype=torch.float64, device="cpu")
     upper = edges[1].double() - step * (points - 1 - index)
     return torch.where(index < points // 2, edges[0].double() + step * index, upper).float()
@@ -186,10 +192,11 @@ def value_table(codebook: Codebook, device: torch.device) -> Tensor:
 
 
 def is_table_of(values: Tensor, codebook: Codebook) -> bool:
-    """Whether a table that came with codes is `value_table(codebook)`, as some torch computed it: within 2^-19 of each value.
+    """Whether a table of values that was stored with codes is that of a codebook: each value within a relative 2^-19 of its own.
 
-    Writers compute the dynamic map with torch's linspace, whose edges on [0.1, 1] differ by 2^-23 at most where there is no fused
-    multiply-add; relative to 0.1 that is less than 2^-19. Values that are neighbours differ by 1 % or more.
+    It need not have the same bits, because the writer's torch may have computed the dynamic map without fused multiply-adds. Its
+    linspace on [0.1, 1] then differs by 2^-23 at most, which relative to 0.1 is less than 2^-19. Neighbouring values of a map
+    differ by 1 % or more.
 
     >>> is_table_of(value_table(NF4, torch.device("cpu")), NF4), is_table_of(value_table(NF4, torch.device("cpu")).flip(0), NF4)
     (True, False)
@@ -200,7 +207,7 @@ def is_table_of(values: Tensor, codebook: Codebook) -> bool:
 
 
 def threshold_table(codebook: Codebook, device: torch.device) -> Tensor:
-    """`codebook.thresholds` as a float32 tensor."""
+    """`codebook.thresholds` as a float32 tensor on a device."""
     return _table(codebook, False, device)
 
 
@@ -285,7 +292,8 @@ INT4 = _descending(
 
 
 class Formats(dict[str, Codebook]):
-    """4-bit codebooks by name. A name keeps its codebook: what was quantized under it would decode to other values."""
+    """4-bit codebooks by name. Setting another codebook under a name that has one raises ValueError: what was quantized under
+    that name would decode to other values."""
 
     def __setitem__(self, name: str, book: Codebook) -> None:
         if four_bit(book).name != name or not name.replace("_", "x").isalnum():
@@ -300,7 +308,7 @@ FOUR_BIT: dict[str, Codebook] = Formats({book.name: book for book in (NF4, FP4, 
 
 
 def four_bit(quant_type: str | Codebook) -> Codebook:
-    """The 4-bit codebook of that name; a codebook is returned as it is.
+    """The 4-bit codebook called `quant_type`; a codebook is returned as it is. ValueError if there is none, or it has 8 bits.
 
     >>> four_bit("nf4") is NF4
     True
@@ -317,12 +325,15 @@ def four_bit(quant_type: str | Codebook) -> Codebook:
 
 @functools.cache
 def dynamic(signed: bool = True, max_exponent_bits: int = 7, total_bits: int = 8) -> Codebook:
-    """Dynamic tree quantization: the exponent's length varies, what it leaves is a linear fraction.
+    """Dynamic tree quantization: the number of exponent bits varies, and the bits that remain are a linear fraction.
 
         10^(i - e + 1) * midpoints of linspace(0.1, 1, 2^(i + total - 1 - e) + 1),    i = 0 .. e - 1,   and 0 and 1
 
-    (one fraction bit more where there is no sign). Source: Dettmers, 8-Bit Approximations for Parallelism in Deep
-    Learning (1511.04561), section 2.2; Dettmers et al. (2110.02861), section 1.3.
+    with e = max_exponent_bits and total = total_bits, and both signs. Unsigned, the sign bit is one more bit of the fraction.
+    Raises ValueError unless 1 <= max_exponent_bits <= total_bits and 2 <= total_bits <= 8.
+
+    Source: Dettmers, 8-Bit Approximations for Parallelism in Deep Learning (1511.04561), section 2.2; Dettmers et al.
+    (2110.02861), section 1.3.
 
     >>> dynamic().values[127], dynamic().values[255], dynamic(signed=False).values[0]
     (0.0, 1.0, 0.0)
@@ -355,14 +366,15 @@ DYNAMIC = dynamic()
 
 DYNAMIC_UNSIGNED = dynamic(signed=False)
 """The 8-bit codebook of states that are never negative."""
-# Constants, because code that Dynamo or a fake mode traces can read a table but not make one.
+# Both are made at import, because code that is traced by Dynamo or runs under fake tensors can read a codebook but not make one.
 
 
 @functools.cache
 def linear(signed: bool = True, total_bits: int = 8, add_zero: bool = True) -> Codebook:
-    """Equal steps from -1 (or 0) to 1 in float32, `linspace`; with a sign and `add_zero` one code is spent on 0.
+    """Values in equal steps, by `linspace`: from -1 to 1, or from 0 to 1 if unsigned.
 
-    bitsandbytes' signed map has beside its 0 a 3.7e-9, which is what float32 linspace gives for the middle.
+    add_zero: whether one code of a signed map of 8 bits is spent on 0; of fewer bits it always is. bitsandbytes' signed map has
+    beside that 0 a 3.7e-9, which is what float32 linspace gives for the middle. Raises ValueError unless 2 <= total_bits <= 8.
 
     >>> linear(signed=False, total_bits=2).thresholds
     (0.1666666716337204, 0.4999999701976776, 0.8333333134651184)
@@ -378,11 +390,12 @@ def linear(signed: bool = True, total_bits: int = 8, add_zero: bool = True) -> C
 
 @functools.cache
 def fp8(signed: bool = True, exponent_bits: int = 5, precision_bits: int = 2) -> Codebook:
-    """A small float with that many exponent and mantissa bits, scaled so that its largest value is 1.
+    """The small floats of e = exponent_bits and p = precision_bits, scaled so that the largest is 1. With E and M the two fields:
 
         2^(bias + 1 - E) * (1 + M / 2^p)   for E > 0,        2^-bias * M / 2^p   for E = 0,      bias = 2^(e - 1)
 
-    (a larger exponent field is a smaller value: bitsandbytes' convention). Not an OCP FP8 format.
+    So a larger exponent field is a smaller value: this is bitsandbytes' convention, and not an OCP FP8 format. Raises ValueError
+    for more than 8 bits, the sign included.
 
     >>> len(fp8(True, 4, 3).values), fp8(True, 4, 3).values[-1]
     (256, 1.0)
@@ -406,9 +419,10 @@ def fp8(signed: bool = True, exponent_bits: int = 5, precision_bits: int = 2) ->
 
 @functools.cache
 def normal(offset: float = 0.9677083, use_extra_value: bool = True) -> Codebook:
-    """Quantiles of N(0, 1) scaled to 1, zero included: the derivation of NF4 (QLoRA, 2305.14314, equation 4).
+    """The derivation of NF4 (QLoRA, 2305.14314, equation 4): zero, and quantiles of N(0, 1), scaled so that the largest is 1.
 
-    Without the extra value the negative side has as many values as the positive one, 15 in all.
+    offset: the probability of the largest quantile; ValueError unless it is between 0.5 and 1. use_extra_value: the positive side
+    has eight values and the negative one seven; otherwise both have seven, 15 values in all.
 
     >>> normal().values == NF4.values
     True

@@ -267,6 +267,10 @@ def test_what_multiplies_by_a_weight_without_its_layer_is_refused(kind):
     layer = kind(64, 64, **({} if kind is bnbref.nn.Linear4bit else {"has_fp16_weights": False})).to("cpu")
     attention, x = nn.MultiheadAttention(64, 4), torch.ones(1, 2, 64)
     attention.out_proj = layer
-    for product in (lambda: attention(x, x, x), lambda: nn.functional.linear(x, layer.weight), lambda: x @ layer.weight):
+    for product in (
+        lambda: attention(x, x, x),
+        lambda: nn.functional.linear(x, layer.weight),
+        lambda: x @ layer.weight,
+    ):
         with pytest.raises(ValueError, match="takes the codes of a quantized (Params4bit|Int8Params) for numbers"):
             product()

@@ -24,11 +24,15 @@ _GPU_OPTIONS = {
 }
 
 TUNED = {"coordinate_descent_tuning": True}
-"""An option of kernels that only move memory: time more block sizes on a GPU, for some seconds of the first call."""
+"""An option of kernels that are bound by memory: on a GPU Inductor times more block sizes, for some seconds of the first call
+(docs: How to read the code, table "choices of the door")."""
 
 
 def is_gpu(x: Tensor) -> bool:
-    """Whether a formulation takes its way for GPUs: look-ups in memory, and wide loads. Tests pretend that it does on a CPU."""
+    """Whether a formulation takes its way for GPUs, which is look-ups in memory and wide loads.
+
+    A function of its own, because tests replace it to take that way on a CPU.
+    """
     return x.device.type != "cpu"
 
 
@@ -65,13 +69,13 @@ def missing_compiler(device_type: str) -> str | None:
 
 @functools.cache
 def _prepare_cpu() -> dict[str, Any]:
-    """Options common to all kernels on CPU, and what is done once per process before the first compilation."""
+    """Prepares Inductor for CPUs, once per process, and returns the options that all kernels share there."""
     from torch._inductor import config
 
     from bnbref.kernels import lookup16
 
-    # To learn which vector instructions compiler and CPU share, Inductor builds and loads three libraries, which takes
-    # seconds. torch asks the CPU itself, and compilers of this age know them all.
+    # To learn which vector instructions the compiler and the CPU share, Inductor builds and loads three libraries, which takes
+    # seconds. It need not: torch asks the CPU itself, and a compiler from GCC 11 on knows all of these instructions but AMX-FP16.
     known = config.cpp.vec_isa_ok is None and (_cxx_version() or 0) >= 11 and not torch.cpu._is_amx_fp16_supported()
     options: dict[str, Any] = {"cpp.vec_isa_ok": True} if known else {}
     with config.patch(options):
@@ -80,7 +84,7 @@ def _prepare_cpu() -> dict[str, Any]:
 
 
 def options_for(device_type: str, own: Mapping[str, Any], large: bool) -> dict[str, Any]:
-    """Inductor's options for a kernel on a device, over them its own.
+    """Inductor's options for a kernel: those of the device type, overridden by the kernel's own.
 
     large: whether the variant is the one for large tensors.
     """
@@ -91,9 +95,9 @@ def options_for(device_type: str, own: Mapping[str, Any], large: bool) -> dict[s
         return options
     options = {**_prepare_cpu(), **own}
     widest = {"AVX512": 512, "AVX2": 256}.get(torch.backends.cpu.get_cpu_capability())
-    # A narrower width is chosen below AVX512 only; elsewhere Inductor would take an unknown one to mean scalar code. And
-    # its cache does not ask for what instructions code was made (ATEN_CPU_CAPABILITY, a home that machines share): it
-    # does ask for options, so the width is always one of them.
+    # A kernel's own width counts on CPUs with AVX512 only: elsewhere it may be a width that Inductor does not know, for which it
+    # writes scalar code. The width is always among the options, because Inductor's cache on disk tells options apart, but not the
+    # instruction sets that code was made for (a directory shared by machines, or another ATEN_CPU_CAPABILITY).
     if options.get("cpp.simdlen") != 1 and (widest != 512 or "cpp.simdlen" not in options):
         options["cpp.simdlen"] = widest
     return options

@@ -1,11 +1,14 @@
 """Thresholds counted by one look-up and one comparison, for encoders of many values.
 
-The upper bits of a float32 are its cell, and its code changes at most once in a cell. The entry of a cell has the code of
-the smaller magnitudes in it, the code of the larger ones, and the lower bits of the last of the smaller ones:
+Floats that share their upper bits are a cell. Cells are chosen so small that the code changes at most once in each. The table
+has one int32 entry for each cell, which holds the code of the smaller magnitudes in it (`low`), the code of the larger ones
+(`high`), and the lower bits of the largest magnitude whose code is still `low` (`switch`):
 
-    entry = high << (32 - c) | low << (32 - 2c) | switch            c bits a code, cells of 32 - 2c bits or fewer
+    entry = high << (32 - c) | low << (32 - 2c) | switch
 
-What it replaces and gains is a row of the table in docs/content/reading.md.
+A code has c bits, and the lower bits of a float are at most 32 - 2c, so that all three fit.
+
+What this replaces and gains: docs/content/reading.md, table "formulations".
 """
 
 import functools
@@ -21,7 +24,7 @@ from bnbref.kernels.compiler import TUNED, is_gpu
 from bnbref.kernels.door import formulation, tracing
 from bnbref.kernels.floats import absmax_of_lanes, in_lanes, look_up
 
-_SMALLEST_TABLE, _LARGEST_TABLE = 9, 16  # bits of a cell's number
+_SMALLEST_TABLE, _LARGEST_TABLE = 9, 16  # upper bits of a float that number its cell: a table has 2^9 to 2^16 entries
 
 
 def float_of(pattern: Tensor) -> Tensor:
@@ -31,9 +34,9 @@ def float_of(pattern: Tensor) -> Tensor:
 
 @functools.cache
 def code_table(codebook: Codebook, device: torch.device, code_bits: int = 8) -> Tensor | None:
-    """The int32 entries of all cells, the fewest that hold: `encode` by `code_by_table`.
+    """The table by which `code_by_table` does what `encode` does: int32 `[cells]`, with as few cells as will do.
 
-    code_bits: c, 4 or 8. None for a codebook whose code changes twice in one of 2^16 cells.
+    code_bits: c above, 4 or 8. Returns None for a codebook whose code changes twice even in one of 2^16 cells.
     """
     thresholds = threshold_table(codebook, torch.device("cpu"))
     for bits in range(max(_SMALLEST_TABLE, 2 * code_bits), _LARGEST_TABLE + 1):
@@ -42,13 +45,14 @@ def code_table(codebook: Codebook, device: torch.device, code_bits: int = 8) -> 
         last = first | (2**size - 1)
 
         def place(pattern: Tensor) -> Tensor:
-            """What the code is made of: in a cell it rises or falls with the magnitude, and stays where the code does."""
+            """The place of a float among the thresholds. It changes where the code does; and it is monotonic in the magnitude
+            within a cell, which the code itself need not be."""
             x = float_of(pattern)
             if not codebook.sign_bit:
                 return count_below(x, thresholds)
             return 2 * count_below(x.abs(), thresholds) + (x < 0)  # -0.0 is not below 0
 
-        switch, beyond = first, last + 1  # by bisection: the last magnitude that has the place of the first
+        switch, beyond = first, last + 1  # by bisection: the largest magnitude of a cell with the place of the smallest
         for _ in range(size):
             middle = (switch + beyond) >> 1
             same = place(middle) == place(first)
@@ -61,7 +65,7 @@ def code_table(codebook: Codebook, device: torch.device, code_bits: int = 8) -> 
 
 
 def code_by_table(scaled: Tensor, table: Tensor, code_bits: int = 8) -> Tensor:
-    """`encode` by the table of its codebook, as int32.  Exact for every float32."""
+    """The codes that `encode` would give, as int32, by the `code_table` of the codebook.  Exact for every float32."""
     size = 33 - table.numel().bit_length()  # of a cell, in bits
     pattern, below = scaled.view(torch.int32), (1 << size) - 1
     entry = look_up(table, pattern >> size & (table.numel() - 1))
@@ -73,18 +77,19 @@ def code_by_table(scaled: Tensor, table: Tensor, code_bits: int = 8) -> Tensor:
 
 
 def _tables(blocks: Tensor, *, codebook: Codebook) -> tuple[Tensor]:
-    """Of the codes, or where there can be none of the thresholds: a trace keeps no tensors."""
+    """The code table; or the thresholds, if the codebook has no such table, or in a trace, in which no tensor may be cached."""
     table = None if tracing() else code_table(codebook, blocks.device)
     return (threshold_table(codebook, blocks.device) if table is None else table,)
 
 
 def count(scaled: Tensor, table: Tensor) -> Tensor:
-    """Codes by what `_tables` gave, as integers."""
+    """The codes of scaled elements as integers, by a code table (int32) or by thresholds (float32)."""
     return count_below(scaled, table) if table.dtype == torch.float32 else code_by_table(scaled, table)
 
 
 def _options(blocks: torch.dtype | None, **constants: Any) -> dict[str, Any]:
-    # Of float32 vectors of 256 bits are the faster ones (table "vector widths").
+    # For float32, vectors of 256 bits are the faster ones; for 16-bit floats the widest (docs: How to read the code, table
+    # "vector widths").
     return {"cpp.simdlen": 256} if blocks == torch.float32 else {}
 
 
@@ -92,7 +97,7 @@ def _options(blocks: torch.dtype | None, **constants: Any) -> dict[str, Any]:
 def _(blocks: Tensor, tables: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     (table,) = tables
     if is_gpu(blocks) and blocks.shape[1] % 4 == 0 and table.dtype == torch.int32:
-        # A lane holds four elements. With eight, Inductor tries configurations that take minutes to compile.
+        # A lane holds four elements. With eight, Inductor tries configurations of the kernel that take minutes to compile.
         lanes = [x.squeeze(1) for x in in_lanes(blocks, blocks.shape[1], 4)]
         absmax = absmax_of_lanes(lanes)
         scale = rearrange(reciprocal(absmax), "b -> b 1")

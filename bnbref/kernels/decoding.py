@@ -1,9 +1,10 @@
-"""Decoders: several codes in one load, their values looked up, scaled and stored in the order of the output.
+"""Decoders: several codes are loaded at once, their values are looked up, scaled, and stored in the order of the output.
 
-    a byte a lane     both its codes are scaled, rounded and joined in one integer, so that the store is contiguous
-    words             sixteen codes of four bits to 64 bits, shifted out in the order of the output
+    by bytes     a lane takes one byte. The two values of its codes are scaled, rounded to 16 bits and joined in one integer,
+                 so that the store is contiguous. For outputs of 16 bits.
+    by words     a word of 64 bits has sixteen codes, which are shifted out in the order of the output. For float32.
 
-Each is the faster one for its dtypes; the table in docs/content/reading.md says by how much.
+Each is the faster one for its outputs: docs/content/reading.md, table "formulations".
 """
 
 from typing import Any
@@ -25,12 +26,12 @@ WORD = 16  # codes in 64 bits
 
 
 def sixteen(codebook: Codebook) -> tuple[float, ...]:
-    """The values, zeros after them: four bits can say no more."""
+    """The values of a 4-bit codebook, padded by zeros to sixteen, one for each code that four bits can hold."""
     return codebook.values + (0.0,) * (16 - len(codebook.values))
 
 
 def value_tables(packed: Tensor, *_: Tensor | None, codebook: Codebook, **constants: Any) -> tuple[Tensor, ...]:
-    """The values in memory, on GPUs; none in a trace, which keeps no tensors."""
+    """On a GPU the values of the codebook in memory. None on a CPU, and none in a trace, in which no tensor may be cached."""
     return (value_table(codebook, packed.device),) if is_gpu(packed) and not tracing() else ()
 
 
@@ -60,7 +61,7 @@ def _(
         return _by_bytes(packed, absmax, tables, blocksize, codebook, dtype)
     lane = torch.arange(WORD, device=packed.device)
     shift = (lane >> 1) * 8 + (1 - (lane & 1)) * 4  # 4, 0, 12, 8, 20, ...
-    # In registers on GPUs too: of float32 the store is what takes the time.
+    # The values are in registers on GPUs too, not in a table: for float32 the store takes the time, whatever the look-up does.
     value = lookup16((packed.view(torch.int64)[:, :, None] >> shift).to(torch.int32), sixteen(codebook))
     if blocksize % WORD == 0:
         blocks = rearrange(value, "n (b w) s -> n b w s", w=blocksize // WORD)
@@ -75,7 +76,8 @@ def _(
 
 
 def _by_gathers(*_: Any, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    # Scalar code, which GCC vectorises to gathers; but it leaves the conversion to 16 bits scalar (table "vector widths").
+    # Scalar code, which GCC turns into vectors with gathers. It leaves a conversion to 16 bits scalar, so there Inductor writes
+    # the vectors (docs: How to read the code, table "vector widths").
     return {"cpp.simdlen": 1} if dtype == torch.float32 else {}
 
 

@@ -46,17 +46,20 @@ Options = Mapping[str, Any] | Callable[..., Mapping[str, Any]]
 REGISTRY: dict[str, "Kernel[..., Any]"] = {}
 """Every kernel of the package by name: what the proofs walk."""
 
-# A GPU kernel's block sizes are chosen by timing its first call: a tensor of a few thousand elements must not choose them
-# for one of millions (on an H100 half of the bandwidth). So each variant exists twice there, for small and for large.
+# On a GPU, Inductor chooses the block sizes of a kernel by timing its first call. A tensor of a few thousand elements must not
+# choose them for one of millions, so each variant exists twice there: for tensors below this many elements, and for the others
+# (docs: How to read the code, table "choices of the door").
 _LARGE = 2**22
 
+# Layouts of arguments whose calls a kernel keeps; when there are more it forgets them all and begins anew.
 _MOST_CALLS = 1024
 
 _NO_LIMIT = 2**31
 
-# Inductor fuses loops and splits work for the size that it expects of a dynamic dimension, and keeps the code on disk for
-# all sizes. On CPU it is told one, lest a small first tensor decide for a large one: 19 ms instead of 9 for 16.7M to NF4.
-# On GPUs it guards what it decides by size, and a guard that holds for the typical size alone is an error.
+# Inductor decides by the size that it expects of a dynamic dimension how loops are fused and work is split, and keeps that code
+# on disk for all sizes. On a CPU it is told this size, so that a small first tensor does not decide for large ones (table
+# "choices of the door"). On a GPU it is not: there Inductor guards what it has decided by size, and a guard that holds for
+# this size but not for the actual one is an error.
 _TYPICAL_SIZE = 2**16
 
 _eager_depth = 0
@@ -87,7 +90,8 @@ def compile_enabled() -> bool:
 
 
 def tracing() -> bool:
-    """Whether operations are being recorded by somebody: then no tensor made now may outlive the call (no caches)."""
+    """Whether somebody records operations (a trace, a dispatch mode). A tensor that is made now is then part of the recording,
+    and must not be kept in a cache."""
     return torch.compiler.is_compiling() or _recorded_outside()
 
 
@@ -106,10 +110,10 @@ def _warn_once(device_type: str, reason: str) -> None:
 
 
 class Formulation:
-    """What is compiled in place of a definition.
+    """What is compiled in place of a definition, with the options of its compilation.
 
-    body: takes the tensors of the kernel, those of its constants that it names, and `tables` where there are any. Two calls
-    that differ in other constants share a variant.
+    body: a function of the kernel's tensors, of `tables` where the formulation has them, and of those constants of the kernel
+    that it names as keywords. Two calls that differ only in constants that it does not name share a compiled variant.
     """
 
     def __init__(
@@ -130,7 +134,7 @@ class Formulation:
         return self.body(*tensors, **own) if self.tables is None else self.body(*tensors, tables=tables, **own)
 
     def options(self, device_type: str, dtypes: Sequence[Any], constants: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Those of its own on a device."""
+        """The options for Inductor that this formulation has of its own for a device type."""
         own = self._options[device_type != "cpu"]
         return own(*dtypes, **constants) if callable(own) else own
 
@@ -154,12 +158,14 @@ def formulation(
     gpu: Options | None = None,
     piece: int | None = None,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorator: what is compiled in place of the definition of the kernel of that name, with the same bits.
+    """Decorator: the function is compiled in place of the definition of the kernel called `name`, whose bits it has.
 
-    tables: given the tensors and the constants of a call, what the body needs beside them; it reaches the body as `tables`,
-    and is kept as long as calls of that layout are. cpu: Inductor's options on CPUs, or a function that gives them for the
-    dtypes of the tensors and the constants; gpu: likewise on GPUs. piece: on a CPU that many rows at a time are computed and
-    copied, because Inductor fuses a reduction with what follows only if nothing is written in place, and the copy stays in the
+    tables: a function of the tensors and the constants of a call. It returns the tensors that the decorated function needs beside
+    them, which receives them as `tables`. They are kept as long as the call of that layout is.
+    cpu: Inductor's options on CPUs, or a function that returns them, given the dtypes of the tensors and the constants.
+    gpu: the same on GPUs.
+    piece: how many rows a CPU computes at a time of a kernel that writes into its arguments. Inductor fuses a reduction with
+    what follows it only if nothing is written in place. So the results are computed apart and copied, few enough to stay in the
     cache.
     """
 
@@ -174,24 +180,25 @@ def formulation(
 
 
 def _signature(tensor: Tensor | None, dynamic: tuple[int, ...]) -> Any:
-    """What a variant is specialised on: Dynamo always does so on sizes 0 and 1."""
+    """What a variant is specialised on: the dtype, the sizes that are not dynamic, and of dynamic sizes whether they are 0 or 1,
+    which Dynamo always specialises."""
     if tensor is None:
         return None
     return tensor.dtype, tuple(min(n, 2) if dim in dynamic else n for dim, n in enumerate(tensor.shape))
 
 
 def _layout(args: Sequence[Any], constants: Mapping[str, Any]) -> Any:
-    """All that Dynamo and Inductor look at: what holds for a call holds for the next one with the same layout."""
+    """All of a call that Dynamo and Inductor look at. Calls with equal layouts run the same compiled code."""
     tensors = [None if t is None else (type(t), t.device, t.dtype, t.shape, t.stride(), t.is_neg()) for t in args]
     kinds = map(type, constants.values())  # 1 is equal to 1.0 and to True
     return torch.get_num_threads(), *tensors, *constants.items(), *kinds
 
 
 def _sealed(value: Any) -> Any:
-    """The same 16-bit floats with a bit cast on the way: part of somebody's graph, that is no rounding to leave out.
+    """The same value, or tuple of values; tensors of 16-bit floats pass through a bit cast, which keeps their rounding.
 
-    By default Inductor drops the rounding of x.to(bfloat16).float(); so what their graph rounded before a kernel, or a
-    kernel rounded before their graph goes on in float32, would have other bits than eagerly.
+    By default Inductor computes x.to(bfloat16).float() without the rounding. Where a kernel is part of somebody's graph, it would
+    leave out the rounding of what enters the kernel, or of what leaves it, and the bits would not be those of an eager call.
     """
     if isinstance(value, tuple):
         return tuple(map(_sealed, value))
@@ -203,8 +210,11 @@ def _sealed(value: Any) -> Any:
 class Kernel(Generic[P, R]):
     """A registered function: positional arguments are tensors (or None), keyword arguments compile-time constants.
 
-    A variant is compiled for each (device type, dtypes, static sizes, constants), and serves all sizes above 1 of the
-    dimensions in `dynamic`. What it runs for tensors of some layout is kept: the next such call is one look-up.
+    A variant is compiled for each combination of device type, dtypes, static sizes and constants. It serves all sizes above 1 of
+    the dimensions in `dynamic`. The compiled code that a call has run is kept under the layout of its arguments, so that the next
+    call with that layout finds it by one look-up.
+
+    definition: what `@fused` decorated. body: the formulation, not compiled. variants: the compiled formulations.
     """
 
     def __init__(
@@ -238,7 +248,7 @@ class Kernel(Generic[P, R]):
         return _FORMULATIONS.get(self.name, self._plain)
 
     def tables(self, *args: Any, **constants: Any) -> tuple[Tensor, ...]:
-        """What the formulation needs beside the arguments of a call."""
+        """The tensors that the formulation needs beside the arguments of this call; none if it needs none."""
         tables = self.formulation.tables
         return () if tables is None else tables(*args, **constants)
 
@@ -248,11 +258,11 @@ class Kernel(Generic[P, R]):
         return result
 
     def written(self, args: Sequence[Any]) -> list[Any]:
-        """The arguments that a call writes to, in their order."""
+        """Those of the arguments that a call writes to, in their order."""
         return list(itertools.compress(args, self._for_each(self._written, len(args))))
 
     def _for_each(self, values: tuple[Any, ...], count: int) -> tuple[Any, ...]:
-        """One value for each of `count` arguments: that of `*rest` for all that it takes."""
+        """One value for each of `count` arguments, from one for each parameter; that of a last parameter `*rest` is repeated."""
         return values[:-1] + values[-1:] * (count - len(values) + 1) if self._variadic else values[:count]
 
     # ---- a call -----------------------------------------------------------------------------------------------------
@@ -307,7 +317,7 @@ class Kernel(Generic[P, R]):
         return result
 
     def _in_pieces(self, most: int, constants: Mapping[str, Any], args: Sequence[Any]) -> R:
-        """The call for at most so many rows at a time, of all arguments whose first dimension is dynamic."""
+        """A call in pieces of at most `most` rows: every argument whose first dimension is dynamic is cut along it."""
         by_rows = [t is not None and 0 in dims for t, dims in self._with_dynamic(args)]
         rows = next(len(t) for t, sliced in zip(args, by_rows, strict=True) if sliced)
         count = max(1, -(-rows // most))
@@ -335,12 +345,15 @@ class Kernel(Generic[P, R]):
     def _through_dynamo(
         self, device_type: str, args: Sequence[Any], constants: Mapping[str, Any], writes: bool
     ) -> tuple[R, Callable[[Sequence[Any]], R] | None]:
-        """By way of Dynamo, which finds or compiles the code for these sizes: the result, and what gives the next one at once."""
+        """A call by way of Dynamo, which finds or compiles the code for these sizes.
+
+        Returns the result, and the function that makes the next call of this layout without Dynamo, or None if there can be none.
+        """
         # Before torch._inductor: the order in which another thread may be importing them for its own torch.compile.
         importlib.import_module("torch._dynamo")
         formulation, tables = self.formulation, self.tables(*args, **constants)
-        # Fresh aliases: Dynamo's mark of a dynamic size stays on the tensor that bears it, which is the caller's. And a
-        # parameter is a plain tensor to the compiled code.
+        # Aliases of the arguments, because Dynamo marks dynamic sizes on the tensor itself, and the argument is the caller's. The
+        # alias of a parameter is a plain tensor too, so that parameters and tensors share a variant.
         tensors = [None if t is None else t.detach() for t in args]
         dynamic = self._with_dynamic(tensors)
         named = {name: constants[name] for name in formulation.constants if name in constants}
@@ -379,7 +392,10 @@ def _compiled(
     constants: Mapping[str, Any],
     options: Mapping[str, Any],
 ) -> Callable[..., Any]:
-    """A formulation of `count` tensors, and tables after them, compiled; its results are copied into the arguments `into`."""
+    """A compiled function of `count` tensors followed by tables, which runs the formulation.
+
+    into: the places of the arguments into which the results are copied; if it is empty, the results are returned.
+    """
 
     def call(*tensors: Any) -> Any:
         results = formulation(tensors[:count], tensors[count:], constants)
@@ -405,7 +421,7 @@ def _compiled(
 
 @contextlib.contextmanager
 def _recorded() -> Iterator[list[tuple[Any, list[Any], Any]]]:
-    """What Inductor's code was called with by this thread inside the block, and what it returned."""
+    """A list that grows by (code, inputs, outputs) whenever this thread runs Inductor's code inside the block."""
     from torch._inductor.output_code import CompiledFxGraph
 
     ran: list[tuple[Any, list[Any], Any]] = []
@@ -430,8 +446,9 @@ def _direct(
 ) -> Callable[[Sequence[Any]], Any] | None:
     """Inductor's code itself, for calls whose tensors have just these sizes, strides, dtypes and devices.
 
-    Dynamo's guards and AOTAutograd's wrapper take ten times as long as a look-up, more than many a kernel. What they look at is
-    the same again when the layout is. None if an input or output of the code is not one of the function's.
+    This skips Dynamo's guards and AOTAutograd's wrapper, which take longer than many a kernel (table "choices of the door").
+    It may, because everything that they look at is in the layout. Returns None if the code has an input that is no argument and
+    no table of the function, or if a result of the function is no output of the code.
     """
     if len(ran) != 1:
         return None
@@ -439,7 +456,7 @@ def _direct(
     place = {id(t): i for i, t in enumerate(tensors) if t is not None}
     if any(isinstance(value, Tensor) and id(value) not in place for value in inputs):
         return None
-    # Arguments by their place; tables, and the sizes that Dynamo made arguments, as they are.
+    # Of each input of the code: the place of the argument that it was; or, of a table or a size, the value itself.
     template = [(place[id(v)], None) if place.get(id(v), count) < count else (None, v) for v in inputs]
     code = graph.current_callable
     if written:
@@ -470,9 +487,9 @@ def fused(
 ) -> Callable[[Callable[P, R]], Kernel[P, R]]:
     """Register a pure function as a kernel; calling it runs it compiled.
 
-    dynamic: for each tensor argument the dimensions that vary between calls. exact: whether compiled and eager give the same
-    bits; only a kernel that adds up floats may say no, and it says by how much. writes: arguments that take the results, in
-    order.
+    dynamic: by the name of an argument, its dimensions that vary between calls. exact: whether compiled and eager calls give the
+    same bits; False is for kernels that add up floats, whose docstrings then state a bound. writes: names of the arguments into
+    which the results are copied, in order. Raises ValueError for a name that no argument has, and for a second kernel of a name.
 
     >>> @fused(dynamic={"x": (0,)})
     ... def twice(x: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
-"""The encoder of four bits: on CPUs a tree of comparisons in registers, on GPUs a look-up in few cache lines.
+"""The encoder of four bits: on CPUs a tree of comparisons in registers, on GPUs one look-up in a small table.
 
-One integer load gives both elements of a byte. Four comparisons decide the code, and nothing leaves the vector registers.
-That is fifty operations an element, at half rate on a GPU, where the one look-up of `counting` costs a fraction of it.
+On a CPU one integer load gives the two elements of a byte. Four comparisons find the code of each: the first compares with the
+middle threshold, and each result selects the threshold that the next one compares with. Nothing leaves the vector registers.
+Comparisons and selections are about fifty operations an element. A GPU does them at half its rate, and there the look-up of
+`counting` takes a fraction of the time: docs/content/reading.md, table "formulations".
 """
 
 import math
@@ -20,14 +22,14 @@ from bnbref.kernels.floats import absmax_of_lanes, in_lanes, in_pairs
 
 
 def _select(bit: Tensor, upper: Tensor | float, lower: Tensor | float) -> Tensor:
-    # torch.where of two Python floats would have the default dtype, which is bfloat16 while transformers loads a model.
+    # A tensor, as torch.where of two Python floats has the default dtype, which is bfloat16 while transformers loads a model.
     if not isinstance(upper, Tensor):
         upper = torch.full((), upper, dtype=torch.float32, device=bit.device)
     return torch.where(bit, upper, lower)
 
 
 def _choose(bits: Sequence[Tensor], leaves: Sequence[float], like: Tensor) -> Tensor:
-    """The leaf that the bits, most significant first, number."""
+    """The leaf whose number has these bits, the most significant one first."""
     row: list[Tensor | float] = list(leaves)
     for bit in bits:
         half = len(row) // 2
@@ -36,11 +38,11 @@ def _choose(bits: Sequence[Tensor], leaves: Sequence[float], like: Tensor) -> Te
 
 
 def code_by_tree(scaled: Tensor, codebook: Codebook) -> Tensor:
-    """`encode` by binary decision, the code as float32."""
+    """The codes that `encode` would give, as float32 numbers, by a binary search in registers.  Exact."""
     x = scaled.abs() if codebook.sign_bit else scaled
     depth = len(codebook.thresholds).bit_length()
     size = 2**depth
-    # No number is above inf, so that a table with fewer thresholds is a tree with unreachable leaves.
+    # Padded by infinities to a full tree: no number is above infinity, so that the leaves beyond it are never reached.
     thresholds = [*codebook.thresholds, *(math.inf,) * (size - 1 - len(codebook.thresholds))]
     bits: list[Tensor] = []
     for level in range(depth):
@@ -55,7 +57,7 @@ def code_by_tree(scaled: Tensor, codebook: Codebook) -> Tensor:
 
 
 def lane_elements(dtype: torch.dtype) -> int:
-    """Elements that a lane encodes: 16 bytes of them."""
+    """How many elements a lane encodes: as many as 16 bytes hold."""
     return 16 // dtype.itemsize
 
 
@@ -78,7 +80,8 @@ def _tables(rows: Tensor, *, blocksize: int, codebook: Codebook) -> tuple[Tensor
     return () if table is None else (table,)
 
 
-# Vectors of 256 bits: comparisons leave AVX512's mask registers and come back (table "vector widths").
+# Vectors of 256 bits, because comparisons of 512 bits go through AVX512's mask registers and back (docs: How to read the code,
+# table "vector widths").
 @formulation("quantize_rows", tables=_tables, cpu={"cpp.simdlen": 256}, gpu=TUNED)
 def _(rows: Tensor, *, tables: tuple[Tensor, ...], blocksize: int, codebook: Codebook) -> tuple[Tensor, Tensor]:
     if tables:
@@ -88,7 +91,7 @@ def _(rows: Tensor, *, tables: tuple[Tensor, ...], blocksize: int, codebook: Cod
         sizes = torch.maximum(magnitude(even), magnitude(odd))
         absmax = rearrange(sizes, "n (b s) -> n b s", s=blocksize // 2).amax(-1)
         scale_even = scale_odd = reciprocal(absmax)[:, :, None].expand(-1, -1, blocksize // 2).flatten(1)
-    else:  # pairs straddle blocks
+    else:  # the two elements of a byte may lie in two blocks
         absmax = magnitude(rearrange(rows.float(), "n (b s) -> n b s", s=blocksize)).amax(-1)
         scale = reciprocal(absmax)[:, :, None].expand(-1, -1, blocksize).flatten(1)
         scale_even, scale_odd = scale[:, 0::2], scale[:, 1::2]

@@ -1,4 +1,7 @@
-"""One row times a 4-bit weight, straight from the codes: what decoding a token needs."""
+"""The product of one row and a 4-bit weight, computed from the codes without a dequantized weight in memory.
+
+Generating a token is a sequence of such products. What this gains: docs/content/reading.md, table "formulations".
+"""
 
 from typing import Any
 
@@ -26,7 +29,7 @@ def _by_words(
     codebook: Codebook,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Eight codes a lane, for GPUs; a is `[8, k/8]`."""
+    """For GPUs: a lane takes a word of eight codes. a: activations `[8, k/8]`, where `a[i, j]` is column `8 * j + i`."""
     words = rearrange(packed.view(torch.int32), "n (b w) -> n b w", w=blocksize // 8)
     scale = rearrange(absmax, "n b -> n b 1")
     columns = rearrange(a, "p (b w) -> p b w", w=blocksize // 8).float()
@@ -47,7 +50,8 @@ def _by_words(
 def _by_halves(
     a: Tensor, packed: Tensor, absmax: Tensor, blocksize: int, codebook: Codebook, dtype: torch.dtype
 ) -> Tensor:
-    """A byte a lane, and the rows of the weight in two halves, so that two sums are under way at a time; a is `[2, k/2]`."""
+    """For CPUs: a lane takes a byte of two codes. The rows of the weight are taken in two halves, so that two sums are under way
+    at a time. a: activations `[2, k/2]`, where `a[i, j]` is column `2 * j + i`."""
     even, odd = rearrange(a.float(), "two (b s) -> two b s", s=blocksize // 2)
     n, values = packed.shape[0] // 2, sixteen(codebook)
     halves = []
@@ -62,7 +66,7 @@ def _by_halves(
 @formulation(
     "multiply_row",
     tables=_tables,
-    # The order of the sum is the compiler's anyway, so it may fuse products and sums.
+    # The kernel is bounded: the order of its sum is the compiler's, so it may fuse products and sums to one rounding as well.
     cpu={"cpp.enable_floating_point_contract_flag": "fast"},
     gpu={"max_autotune_pointwise": True, "emulate_precision_casts": False},  # more block sizes than Inductor would try
 )

@@ -1,7 +1,8 @@
-"""Floats as the integers that their bits are: several in one load, widened, rounded and compared without leaving registers.
+"""Floats handled as the integers that their bits are: several are loaded at once, widened, rounded and compared in registers.
 
-A thread is given several neighbouring elements in words of 32 or 64 bits. Then its loads and stores are wide, a block is
-reduced mostly inside of threads, and what two elements share, a byte of two codes, is made where both are.
+A lane is what one thread of a GPU, or one place of a CPU's vector, computes. It is given several neighbouring elements in a word
+of 32 or 64 bits. Then loads and stores are wide, a block is reduced mostly inside of lanes, and a byte of two codes is
+made by the lane that has both.
 """
 
 import torch
@@ -12,7 +13,7 @@ from bnbref.kernels.compiler import is_gpu
 
 
 def look_up(table: Tensor, index: Tensor) -> Tensor:
-    """`table[index]`, for an index that is never negative: of a gather Inductor does not ask whether it is."""
+    """`table[index]` for indices that are never negative. Written as a gather, for which Inductor does not check that."""
     return table.gather(0, index.to(torch.int64).reshape(-1)).reshape(index.shape)
 
 
@@ -30,22 +31,23 @@ def widen(pattern: Tensor, dtype: torch.dtype) -> Tensor:
         return (pattern << 16).view(torch.float32)
     if is_gpu(pattern):
         return pattern.to(torch.int16).view(dtype).float()
-    # Inductor's vectors for CPUs have no cast to float16's bits: exponent and mantissa where float32 has them, and the
-    # difference of the two biases by a product, which is exact because float32's subnormals hold float16's.
+    # Inductor's vectors for CPUs cannot reinterpret an integer as a float16. So exponent and mantissa are shifted to where
+    # float32 has them. The exponent is then too small by 112, the difference of the two biases, which the product with 2^112
+    # mends. It is exact for float16's subnormals too, which are float32 subnormals before it.
     placed = (pattern << 13) & 0x0FFFFFFF | (pattern << 16) & -(2**31)
     value = placed.view(torch.float32) * 2.0**112
     return torch.where((pattern & 0x7C00) == 0x7C00, (placed | 0x7F800000).view(torch.float32), value)
 
 
 def rounded_bits(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """float32 rounded to `dtype`: its bits in the low end of an int32, zeros above.  Exact."""
+    """A float32 rounded to `dtype`: the bits of the result in the lower end of an int32, with zeros above them.  Exact."""
     if dtype == torch.float32:
         return value.view(torch.int32)
     return value.to(dtype).view(torch.int16).to(torch.int32) & 0xFFFF
 
 
 def rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """float32 rounded to `dtype`, as float32 again; also where Inductor would leave out `.to(dtype).float()`.  Exact.
+    """A float32 rounded to `dtype` and widened again, also where Inductor would leave out `.to(dtype).float()`.  Exact.
 
     >>> rounded(torch.tensor([1.01]), torch.bfloat16)
     tensor([1.0078])
@@ -54,14 +56,14 @@ def rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
         return value
     if not torch.compiler.is_compiling():
         return value.to(dtype).float()
-    return widen(value.to(dtype).view(torch.int16), dtype)  # a bit cast is never left out
+    return widen(value.to(dtype).view(torch.int16), dtype)  # Inductor never leaves out a bit cast
 
 
 # ---- several in one load --------------------------------------------------------------------------------------------
 
 
 def in_pairs(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The even and the odd elements of each row as float32, without a load of stride two."""
+    """The even and the odd elements of each row as float32. Both come from one load of words, instead of two with stride two."""
     if rows.dtype == torch.float32:
         words = rows.view(torch.int64)
         return words.to(torch.int32).view(torch.float32), (words >> 32).to(torch.int32).view(torch.float32)
@@ -70,7 +72,9 @@ def in_pairs(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def in_lanes(rows: Tensor, blocksize: int, elements: int) -> list[Tensor]:
-    """`[rows, blocks * blocksize]` -> `elements` float32 tensors `[rows, blocks, blocksize / elements]`, in order.
+    """The rows dealt to lanes of `elements` neighbours each: a list with the first element of every lane, the second, and so on.
+
+    rows: `[rows, blocks * blocksize]`. Returns `elements` tensors, float32 `[rows, blocks, blocksize / elements]`.
 
     >>> in_lanes(torch.arange(8.0)[None], 8, 4)
     [tensor([[[0., 4.]]]), tensor([[[1., 5.]]]), tensor([[[2., 6.]]]), tensor([[[3., 7.]]])]
@@ -85,8 +89,11 @@ def in_lanes(rows: Tensor, blocksize: int, elements: int) -> list[Tensor]:
 
 
 def absmax_of_lanes(lanes: list[Tensor]) -> Tensor:
-    """`magnitude(x).amax(-1)` over all lanes, on the bits: floats without sign are in the order of integers."""
-    # Adding 2^23 - 1 takes NaN, above infinity, over the top: the least of all integers.
+    """`magnitude(x).amax(-1)` over all lanes of a block.  Exact.
+
+    Computed on the bits: of two floats without their sign, the larger one is the larger integer too.
+    """
+    # The patterns of NaN are those above infinity. Adding 2^23 - 1 makes just them overflow to negative integers, which lose.
     keys = [(x.view(torch.int32) & 0x7FFFFFFF) + 0x007FFFFF for x in lanes]
     while len(keys) > 1:
         keys = [torch.maximum(one, other) for one, other in zip(keys[::2], keys[1::2], strict=True)]

@@ -1,4 +1,4 @@
-"""Imports every file that attaches a formulation to a kernel's name: what the door does before it first compiles."""
+"""Imports every file that attaches a formulation to a kernel's name. The door imports this when it first needs one."""
 
 from bnbref.kernels import counting, decoding, encoding, few_rows, steps
 

@@ -56,7 +56,7 @@ def tree16(codes: Tensor, table: Table) -> Tensor:
     >>> torch.equal(tree16(codes, tuple(range(16))), gather16(codes, tuple(range(16))))
     True
     """
-    # float32 scalars, not Python floats: where(mask, 1.0, 0.0) has the *default* dtype, bfloat16 while transformers loads a model
+    # Tensors, because torch.where of two Python floats has the default dtype, which is bfloat16 while transformers loads a model.
     row = [torch.full((), value, dtype=torch.float32, device=codes.device) for value in table]
     for bit in (1, 2, 4, 8):
         high = (codes & bit) != 0
@@ -91,7 +91,7 @@ def scaled16(codes: Tensor, scale: Tensor, table: Table, dtype: torch.dtype) -> 
 
 
 def scaled16_bits(codes: Tensor, scale: Tensor, table: Table, dtype: torch.dtype) -> Tensor:
-    """The bits of `scaled16`'s dtype in an int32, zeros above: two of them make a word of output.  Exact.
+    """The bits of what `scaled16` rounds to, in the lower end of an int32 with zeros above: two make a word of output.  Exact.
 
     >>> scaled16_bits(torch.tensor([15], dtype=torch.int32), torch.tensor([1.0]), (0.0,) * 15 + (-1.0,), torch.bfloat16) == 0xBF80
     tensor([True])
@@ -118,7 +118,8 @@ def _check(table: Table) -> None:
 
 
 def _native(codes: Tensor) -> bool:
-    """Eager needs no operator, and an exported program must run where bnbref is not installed."""
+    """Whether to call our operator, which Inductor knows as shuffles: when compiling for a CPU that has them. An eager call has
+    nothing from it, and an exported program must run where bnbref is not installed."""
     return (
         torch.compiler.is_compiling()
         and not torch.compiler.is_exporting()
@@ -162,10 +163,11 @@ def lowering() -> str:
 
 
 def enable() -> int:
-    """Register the lowerings with Inductor, once per process; the width of their vectors in bits.
+    """Registers the lowerings with Inductor, once per process, and returns the width of their vectors in bits.
 
-    0 where that cannot be: then plain operations are compiled. This imports `torch._inductor`, so it is left to the first
-    compilation. The width is an argument of the operators, because Inductor's cache on disk does not tell CPUs apart.
+    Returns 0 where they cannot be registered; then plain operations are compiled. It imports `torch._inductor`, and is therefore
+    called by the first compilation, not at import. The width is an argument of the operators, because Inductor's cache on disk
+    does not tell CPUs apart.
     """
     global _chosen
     if _chosen is None:
@@ -181,7 +183,7 @@ enable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _width(isa: Any) -> int:
-    """Vector bits of an x86 instruction set that has the shuffles, else 0."""
+    """How many bits the vectors of an instruction set have, if it is one of x86 with the shuffles, else 0."""
     width = int(isa.bit_width()) if isa else 0
     return width if {512: "avx512", 256: "avx2"}.get(width, "?") in str(isa) else 0
 
@@ -214,7 +216,8 @@ def _register() -> str:
         getattr(owner, name)
 
     def declare(table: Table, dtype: torch.dtype, bits: bool, scaled: bool) -> str:
-        """The name of an operation of Inductor; those take tensor elements only, so all the rest is in the name."""
+        """Makes an operation of Inductor and returns its name. Operations take elements of tensors only, so that everything else
+        (the table, the dtype) must be part of the name."""
         name = f"bnbref16_{str(dtype)[6:]}_{bits:d}{scaled:d}_{struct.pack('<16f', *table).hex()}"
         if hasattr(CppOverrides, name):
             return name
@@ -319,7 +322,7 @@ def _vector_code(q: Any, scale: Any, table: Table, dtype: torch.dtype, bits: boo
     each = [
         f"one({q}[{i}], {0 if scale is None else f'{scale}[{i}]' if scale.is_vec else scale})" for i in range(count)
     ]
-    # operator[] and a default constructor: what VectorizedN has for every count
+    # By operator[] and the default constructor, which VectorizedN has for every count.
     fill = " ".join(f"all[{i}] = {part};" for i, part in enumerate(each))
     return f"[&] {{ auto one = {one}; at::vec::VectorizedN<{'int32_t' if bits else 'float'},{count}> all; {fill} return all; }}()"
 
@@ -332,7 +335,8 @@ def _rounding_code(value: str, dtype: torch.dtype, bits: bool, width: int) -> st
     if dtype == torch.float16:
         half = f"{m}_cvtps_ph({value}, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)"
         return f"{m}_castsi{width}_ps({m}_cvtepu16_epi32({half}))" if bits else f"{m}_cvtph_ps({half})"
-    # bfloat16 in integers (vcvtneps2bf16 flushes subnormals): add half an ulp, less one where the last kept bit is even
+    # bfloat16 is rounded with integers, because the instruction for it, vcvtneps2bf16, flushes subnormals: half an ulp is added,
+    # less one where the last bit that is kept is 0.
     word = f"{m}_castps_{si}(v)"
     odd = f"{m}_and_{si}({m}_srli_epi32({word}, 16), {m}_set1_epi32(1))"
     sum_ = f"{m}_add_epi32({word}, {m}_add_epi32({m}_set1_epi32(32767), {odd}))"

@@ -55,7 +55,10 @@ def batch_invariant_enabled() -> bool:
 
 @fused(dynamic={"total": (0, 1), "a": (0,), "b": (1,)})
 def add_products(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """float32 `[m, n]`, `[m, 64]`, `[64, n]` -> `[m, n]`: total + the tree of the 64 products.  Exact."""
+    """`total` plus the tree of 64 products, float32 `[m, n]`.  Exact.
+
+    total: float32 `[m, n]`. a: float32 `[m, 64]`. b: float32 `[64, n]`.
+    """
 
     def tree(first: int, count: int) -> Tensor:
         if count == 1:
@@ -65,8 +68,8 @@ def add_products(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return total + tree(0, b.shape[0])
 
 
-# Beside n columns this many of zeros: 64 rows that begin a multiple of 4096 bytes apart would share one set of a CPU's
-# cache, and 4096 x 4096 take three times as long.
+# This many columns of zeros are put beside the n columns: 64 rows that begin a multiple of 4096 bytes apart would share one set
+# of a CPU's cache (docs: How to read the code, table "formulations").
 _APART = 16
 
 _operators = library.Library("bnbref", "FRAGMENT")
@@ -76,7 +79,7 @@ _operators.define("ordered_product(Tensor a, Tensor b, Tensor? bias) -> Tensor",
 @library.impl(_operators, "ordered_product", "CompositeExplicitAutograd")
 def _(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     (m, k), n = a.shape, b.shape[1]
-    # Zeros after the last column, and at least two rows: Dynamo would compile once more for one.
+    # Padded by zeros to whole trees of columns, and to at least two rows, because Dynamo would compile once more for one row.
     columns = F.pad(a.float(), (0, -k % WIDTH, 0, max(2 - m, 0)))
     total = columns.new_zeros(columns.shape[0], n + _APART)
     slab = columns.new_zeros(WIDTH, n + _APART)
@@ -88,7 +91,7 @@ def _(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
         slab[: len(rows), :n].copy_(rows)
         total = add_products(total, left, slab)
     y = total[:m, :n] if bias is None else total[:m, :n] + bias.float()
-    return y.to(a.dtype).contiguous()  # as the fake one below is: a graph is compiled for its strides
+    return y.to(a.dtype).contiguous()  # as the fake implementation below says: graphs are compiled for those strides
 
 
 @library.register_fake("bnbref::ordered_product", lib=_operators)  # type: ignore[untyped-decorator]

@@ -1,4 +1,6 @@
-"""Optimizer steps with 8-bit states: values and codes by look-up, and on CPUs as many rows at a time as a cache holds."""
+"""Optimizer steps with 8-bit states: values and codes are found by look-up, and a CPU takes as many rows at a time as its cache
+holds. What this gains: docs/content/reading.md, table "formulations".
+"""
 
 from typing import Any
 
@@ -11,10 +13,11 @@ from bnbref.kernels.floats import look_up
 from bnbref.optim.rules import Rule
 from bnbref.optim.step import advance, advance_blocks, decoded
 
-# Rows of 256 that a CPU takes at a time: what is to be copied back, 6 MB for float32 and two states, stays in its cache.
+# How many rows, of 256 elements, a CPU takes at a time. What is then to be copied back stays in its cache: 6 MB for a float32
+# parameter and two states.
 _PIECE = 4096
 
-# Vectors of 256 bits (table "vector widths").
+# Vectors of 256 bits are the fastest (docs: How to read the code, table "vector widths").
 _CPU = {"cpp.simdlen": 256}
 
 
@@ -23,7 +26,7 @@ def _values(p: Tensor, *_: Tensor | None, rule: Rule, **constants: Any) -> tuple
 
 
 def _values_and_codes(p: Tensor, *_: Tensor | None, rule: Rule, **constants: Any) -> tuple[Tensor, ...]:
-    """Of each state the values; then of each one what `count` takes."""
+    """The values of the codebook of each state; then, again for each state, the table that `count` takes."""
     books = [rule.codebook(state) for state in rule.states]
     codes = [None if tracing() else code_table(book, p.device) for book in books]
     tables = [threshold_table(b, p.device) if t is None else t for b, t in zip(books, codes, strict=True)]

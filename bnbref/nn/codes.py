@@ -2,10 +2,10 @@
 
     weight.add_(x), weight.lerp_(..), weight[0] = 1, weight.copy_(floats), nn.init.normal_(weight), torch._foreach_mul_(..)
 
-would leave bytes that code something else, without an error. They raise a ValueError (a TypeError would be lost in an
-operator, which takes it for NotImplemented), and so does arithmetic whose result
-would look like codes (where the bytes are kept in a float dtype). What moves bytes is allowed: copies of codes into codes,
-views, comparisons, everything that reads.
+would leave bytes that code something else, without an error. So they raise a ValueError. (Not a TypeError, which torch's
+operators turn into NotImplemented, so that its message is lost.) If the bytes are kept in a float dtype, arithmetic raises it
+too, because the result would look like codes. What moves or reads bytes is allowed: copies of codes into codes, views,
+comparisons.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ from bnbref.context import plain
 
 _BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
 _OPERATORS = {f"__i{name}__" for name in _BINARY}
-_COPIES = {"copy_": 1, "_foreach_copy_": 1, "__setitem__": 2}  # and which argument is the source
+_COPIES = {"copy_": 1, "_foreach_copy_": 1, "__setitem__": 2}  # by name, which argument is the source
 _NO_WRITES = {"requires_grad_", "detach_", "share_memory_", "rename_"}
 _NAMES = ("add", "sub", "mul", "div", "lerp", "addcmul", "addcdiv")
 _ARITHMETIC = {"norm_except_dim", *_NAMES, *(f"_foreach_{name}" for name in _NAMES)}
@@ -51,17 +51,17 @@ class Watched:
             return args[0].result_of(name, result)
 
     def result_of(self, name: str, result: Any) -> Any:
-        """What the function of this name returns for this tensor."""
+        """What the function called `name`, applied to this tensor, is to return in place of `result`."""
         if name == "detach" and self.holds_codes():
-            return result.as_subclass(Codes)  # or a write to it would go unseen
+            return result.as_subclass(Codes)  # so that writes to what was detached are noticed too
         return result
 
 
 class Codes(Watched, Tensor):
-    """The codes of a quantized weight, detached from it; copied or pickled they are a plain tensor."""
+    """The codes of a quantized weight, detached from it. A copy or a pickle of them is a plain tensor."""
 
     def holds_codes(self) -> bool:
-        """They are."""
+        """Always True."""
         return True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
@@ -89,7 +89,7 @@ def _check(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if all(isinstance(tensor, Tensor) and tensor.dtype == written[0].dtype for tensor in sources):
             return
     if not written and name in _ARITHMETIC | _PRODUCTS:
-        of_any_dtype = name in _PRODUCTS or name == "norm_except_dim"  # the first thing that weight_norm does
+        of_any_dtype = name in _PRODUCTS or name == "norm_except_dim"  # the first function that weight_norm calls
         written = [t for value in args for t in _codes_in(value) if of_any_dtype or t.is_floating_point()]
     if written:
         kind = next((type(t).__name__ for t in written if not isinstance(t, Codes)), "weight")

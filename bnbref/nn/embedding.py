@@ -1,12 +1,13 @@
-"""Embeddings with a table in four or eight bits, and those whose optimizer state stays in 32 bits.
+"""Embeddings with a table in four or eight bits, and float embeddings whose optimizer state stays in 32 bits.
 
-Only the rows that are looked up are dequantized. A row of four-bit codes need not be whole blocks: it is split into
-pieces of gcd(row, block) elements, each of which lies in one block,
+Only the rows that are looked up are dequantized. A row of four-bit codes may begin or end inside a block. So it is split into
+pieces of gcd(embedding_dim, blocksize) elements, each of which lies in one block:
 
     scale of piece j of row i = absmax[(i * embedding_dim + j * piece) // blocksize]
 
-Tables are quantized by `.to(device)`, saved and loaded like the weight of a linear layer. Rows come out in `dtype`, which is
-that of the float table and follows the casts of the module, `.half()` for one, as `nn.Embedding` does.
+A table is quantized by `.to(device)`, and saved and loaded like the weight of a linear layer. Rows come out in the layer's
+`dtype`, which is that of the float table and follows the casts of the module, `.half()` for example, as the table of
+`nn.Embedding` does.
 """
 
 import logging
@@ -44,7 +45,7 @@ class _QuantizedEmbedding(QuantizedLayer):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_QuantizedEmbedding":
         dtype = self.dtype
         super()._apply(fn, recurse)
-        self.dtype = fn(torch.empty(0, dtype=dtype, device="cpu")).dtype  # what a float table would have become
+        self.dtype = fn(torch.empty(0, dtype=dtype, device="cpu")).dtype  # the dtype that a float table would have now
         return self
 
     def _shape(self) -> tuple[int, int]:
@@ -52,7 +53,7 @@ class _QuantizedEmbedding(QuantizedLayer):
 
 
 def scales_at(state: QuantState, index: Tensor) -> Tensor:
-    """The float32 scales of some blocks, shaped like `index`: what `state.scales()[index]` would be.  Exact.
+    """The float32 scales of the blocks that `index` names: `state.scales()[index]`, without computing the others.  Exact.
 
     >>> from bnbref.functional import quantize_4bit
     >>> scales_at(quantize_4bit(torch.arange(4.0), blocksize=2)[1], torch.tensor([1, 1, 0]))
@@ -100,12 +101,12 @@ class Embedding4bit(_QuantizedEmbedding, FourBitLayer, nn.Embedding):
             )
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        """int `[...]` -> `[..., embedding_dim]` in `dtype`."""
+        """The rows that `input` names: integers `[...]` -> `[..., embedding_dim]` in the layer's `dtype`."""
         state = self.quant_state
         if state is None:
             raise RuntimeError(f"the table of {self} is not quantized yet: move the layer to a device, .to(device)")
         dim, blocksize = self.embedding_dim, present(state.blocksize, "blocksize")
-        if dim % 2 != 0:  # rows share bytes
+        if dim % 2 != 0:  # a byte may belong to two rows
             return F.embedding(input, state.dequantize(self.weight, self.dtype))
         rows = as_bytes(self.weight).view(-1, dim // 2)
         codes = F.embedding(input, rows)
@@ -165,7 +166,7 @@ class Embedding8bit(_QuantizedEmbedding, EightBitLayer, nn.Embedding):
         self.weight = Int8Params(self.weight, requires_grad=False)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        """int `[...]` -> `[..., embedding_dim]` in `dtype`."""
+        """The rows that `input` names: integers `[...]` -> `[..., embedding_dim]` in the layer's `dtype`."""
         absmax = self._absmax
         if absmax is None:
             raise RuntimeError(f"the table of {self} is not quantized yet: move the layer to a device, .to(device)")
@@ -178,7 +179,7 @@ class Embedding8bit(_QuantizedEmbedding, EightBitLayer, nn.Embedding):
 
 
 class Embedding(nn.Embedding):
-    """`nn.Embedding`, initialised by Xavier, whose optimizer state stays in 32 bits: see `optim_bits`."""
+    """`nn.Embedding` with Xavier initialisation, whose optimizer state stays in 32 bits: see `optim_bits`."""
 
     optim_bits = 32
     """Bits of the optimizer state of this module's weight, whatever the optimizer's default is."""
@@ -212,14 +213,14 @@ class Embedding(nn.Embedding):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._override()  # a copy is another module
+        self._override()  # a copy is another module, for which nothing is registered yet
 
     def _override(self) -> None:
         manager = GlobalOptimManager.get_instance()
         manager.register_module_override(self, "weight", {"optim_bits": self.optim_bits})
 
     def reset_parameters(self) -> None:
-        """Xavier-uniform, and zeros at padding_idx."""
+        """Fills the table with Xavier-uniform numbers, and its row `padding_idx` with zeros."""
         nn.init.xavier_uniform_(self.weight)
         self._fill_padding_idx_with_zero()
 
@@ -232,6 +233,9 @@ class StableEmbedding(Embedding):
         self.norm = nn.LayerNorm(embedding_dim, device=self.weight.device)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        """int `[...]` -> `[..., embedding_dim]`; the norm is computed in its own dtype."""
+        """The normalised rows that `input` names: integers `[...]` -> `[..., embedding_dim]` in the dtype of the table.
+
+        The norm is computed in the dtype of its own weight.
+        """
         rows = super().forward(input)
         return self.norm(rows.to(self.norm.weight.dtype)).to(self.weight.dtype)  # type: ignore[no-any-return]

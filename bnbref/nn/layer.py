@@ -1,16 +1,16 @@
-"""What a layer with a quantized weight does when it is moved, saved and loaded, whatever it computes.
+"""What every layer with a quantized weight does when it is moved, saved and loaded; what it computes is elsewhere.
 
-A weight may lose its attributes, because FSDP replaces it by a view or a DTensor; so the layer remembers the scales
-that its weight came with, and uses them where the weight has none.
+FSDP replaces a weight by a view or a DTensor, which loses the weight's attributes and the scales among them. So the layer
+remembers the scales that its weight came with, and uses them when the weight has none.
 
-Loading is whole or refused. `load_state_dict` takes, whether strict or not,
+A weight is loaded whole or not at all. `load_state_dict`, strict or not, makes of the weight
 
     checkpoint      layer is float          layer is quantized          layer is on meta, assign=True
     float           copied                  quantized, as by `.to`      float
-    quantized       quantized, as in it     quantized, as in it         quantized, as in it
+    quantized       quantized, as there     quantized, as there         quantized, as there
 
-and raises for a quantized weight without its scales, for scales without the weight, for scales that do not fit. What
-the file says (quant_type, blocksize, nesting, storage) holds, not what the layer was constructed with.
+and raises for a quantized weight without its scales, for scales without the weight, and for scales that do not fit it.
+"As there": the quant_type, blocksize, nesting and storage of the checkpoint hold, not those of the constructor.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,7 +30,7 @@ class QuantizedLayer(nn.Module):
     weight: Tensor
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Assigning a weight comes here too."""
+        """As of `nn.Module`, and remembers the scales of a weight. An assignment, `layer.weight = ...`, calls it too."""
         if name != "weight" and isinstance(param, QuantizedParameter) and param.holds_codes():
             raise TypeError(
                 f"the weight of {self} holds codes and cannot be pruned or normalized: {name} would be codes"
@@ -45,7 +45,7 @@ class QuantizedLayer(nn.Module):
         super().__setattr__(name, value)
 
     def _remember(self, weight: Tensor | None) -> None:
-        """Keep the scales of a weight that has some."""
+        """Keeps the scales of the weight, if it has some."""
         raise NotImplementedError
 
     def _move_remembered(self, function: Callable[[Tensor], Tensor]) -> None:
@@ -56,22 +56,24 @@ class QuantizedLayer(nn.Module):
         raise NotImplementedError
 
     def _is_of_weight(self, name: str) -> bool:
-        """Whether a key of a state dict, less the prefix, is the weight's or of its scales."""
+        """Whether a key of a state dict, without the layer's prefix, belongs to the weight or its scales."""
         raise NotImplementedError
 
     def _read(self, entries: Mapping[str, Tensor]) -> QuantizedParameter | None:
-        """The weight of a state dict if it is quantized there, None if it is float; ValueError if it is not whole."""
+        """The quantized weight that the entries of a state dict make; None if they are a float weight. ValueError if something
+        is missing or does not fit."""
         raise NotImplementedError
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """From a pickle. In one of bitsandbytes the weight is a plain parameter, its attributes still on it."""
+        """Restores the layer from a pickle. In bitsandbytes' pickles the weight is a plain parameter that has the attributes of a
+        quantized one."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         weight = self._parameters.get("weight")
         if weight is not None and not isinstance(weight, QuantizedParameter):
             self._restore(weight)
 
     def _restore(self, weight: nn.Parameter) -> None:
-        """Make a quantized parameter of a plain one that has its attributes."""
+        """Makes the weight a quantized parameter again, from a plain one that has the attributes of one."""
         raise NotImplementedError
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLayer":
@@ -93,7 +95,7 @@ class QuantizedLayer(nn.Module):
         return self
 
     def _replace(self, new: QuantizedParameter) -> None:
-        """Make `new` the weight; the parameter stays the same object if it can, for those who share it."""
+        """Makes `new` the weight. If torch allows, the parameter stays the same object, which other modules may share."""
         weight = self.weight
         if torch._has_compatible_shallow_copy_type(weight, new):
             weight.grad = None
@@ -143,7 +145,7 @@ class QuantizedLayer(nn.Module):
                 raise TypeError(
                     f"weight is a {type(old).__name__}, not a quantized parameter: load before it is wrapped or tied"
                 )
-            if assign:  # tied to a float weight, and loaded as one
+            if assign:  # the weight is tied to a float one, and loaded as such
                 self.weight = nn.Parameter(data, old.requires_grad)
             else:
                 with torch.no_grad():
@@ -152,7 +154,7 @@ class QuantizedLayer(nn.Module):
         if old.device.type == "meta" and not assign:
             raise ValueError("weight is on the meta device: load_state_dict needs assign=True")
         for name, value in entries.items():
-            if not isinstance(value, Tensor) and name != "weight_format":  # which was a word once
+            if not isinstance(value, Tensor) and name != "weight_format":  # in old files that one is a string
                 raise ValueError(f"{name} must be a tensor, got {type(value).__name__}")
         new = self._read(entries)
         if new is None:
@@ -184,12 +186,12 @@ class FourBitLayer(QuantizedLayer):
 
     @property
     def quant_state(self) -> QuantState | None:
-        """The scales of the weight; None while it is not quantized."""
+        """What the weight is dequantized by, its scales among it; None while the weight is not quantized."""
         weight = self.weight
         state: QuantState | None = getattr(weight, "quant_state", None)
         if state is not None:
             return state
-        # A float weight has no scales, even where another one had some; what lost its attributes is packed, one wide.
+        # A float weight has no scales, even if the weight before it had some. A packed one without attributes is `[bytes, 1]`.
         lost = not isinstance(weight, Params4bit) and weight.shape[-1:] == (1,)
         return self._remembered if lost else None
 
@@ -229,7 +231,7 @@ class FourBitLayer(QuantizedLayer):
 
 
 def _scales_of(weight: Tensor) -> Tensor | None:
-    """The absmax of the rows of an int8 weight, None also where `Int8Params.to` has put none of length 0."""
+    """The absmax of each row of an int8 weight. None if it has none, or has the empty placeholder of `Int8Params.to`."""
     absmax: Tensor | None = getattr(weight, "SCB", None)
     return None if absmax is None or absmax.shape != weight.shape[:1] else absmax
 
@@ -241,7 +243,7 @@ class EightBitLayer(QuantizedLayer):
 
     @property
     def _absmax(self) -> Tensor | None:
-        """The absmax of the rows of an int8 weight."""
+        """The absmax of each row of an int8 weight: the weight's own or, if it lost them, those that are remembered."""
         own = _scales_of(self.weight)
         return self._remembered if own is None and self.weight.dtype == torch.int8 else own
 

@@ -3,8 +3,8 @@
     Linear4bit      y = x @ W~^T + b,    W~ dequantized for each product                     QLoRA (2305.14314)
     Linear8bitLt    y = x @ W~^T + b,    int8 product, outlier columns of x in its own dtype   LLM.int8() (2208.07339)
 
-Both take activations of any rank and return their dtype, and neither changes anything: the bias is cast for the
-product, never in place. Float weights are quantized by `.to(device)`.
+Both take activations of any rank and return their dtype. A forward changes nothing of the layer: the bias is cast for the
+product, never in place. A float weight is quantized by `.to(device)`.
 """
 
 import functools
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 @functools.cache
 def _say_slow(dtype: torch.dtype) -> None:
-    """Once for each dtype of activations."""
+    """Warns that a product in float32 is slow, once for each dtype of activations."""
     logger.warning(
         "Input type into Linear4bit is %s, but compute_dtype=torch.float32: this will lead to slow inference or training. "
         "bnb_4bit_compute_dtype=%s computes in the input's dtype.",
@@ -40,8 +40,9 @@ def _say_slow(dtype: torch.dtype) -> None:
 class Linear4bit(FourBitLayer, nn.Linear):
     """`nn.Linear` with a `Params4bit`. Bounded: see `bnbref.matmul_4bit`.
 
-    compute_dtype: of the product; the activation's if None. compress_statistics: quantize the scales too. quant_type: a
-    name, or a Codebook of at most 16 values; to be saved, it must be entered in `bnbref.codebooks.FOUR_BIT`.
+    compute_dtype: the dtype of the product; None for that of the activations. compress_statistics: whether the scales are
+    quantized too. quant_type: the name of a codebook, or a Codebook of at most 16 values. To be saved, it must be in
+    `bnbref.codebooks.FOUR_BIT`. quant_storage: the dtype of the tensor that holds the packed bytes.
 
     >>> import bnbref
     >>> layer = Linear4bit(64, 2, bias=False, quant_type="nf4")
@@ -78,7 +79,7 @@ class Linear4bit(FourBitLayer, nn.Linear):
         return self.out_features, self.in_features
 
     def extra_repr(self) -> str:
-        """`nn.Linear`'s, and the format."""
+        """What `nn.Linear` prints, and the format of the weight."""
         weight = self.weight
         own = (
             f", quant_type={weight.quant_type}, blocksize={weight.blocksize}" if isinstance(weight, Params4bit) else ""
@@ -86,10 +87,13 @@ class Linear4bit(FourBitLayer, nn.Linear):
         return f"{super().extra_repr()}{own}, compute_dtype={self.compute_dtype}"
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., in_features]` -> `[..., out_features]` in x's dtype."""
+        """x `[..., in_features]` -> `[..., out_features]` in the dtype of x.
+
+        Raises RuntimeError if the weight is not quantized yet, and TypeError if x is not floating.
+        """
         state = self.quant_state
         if state is None and not isinstance(self.weight, Params4bit) and self.weight.is_floating_point():
-            # Tied to a float weight: transformers puts a model's embedding into its output head.
+            # The weight is tied to a float one: transformers makes a model's embedding the weight of its output head.
             return F.linear(x.to(self.weight.dtype), self.weight, self.bias).to(x.dtype)
         if state is None:
             raise RuntimeError(f"the weight of {self} is not quantized yet: move the layer to a device, .to(device)")
@@ -141,7 +145,8 @@ class LinearNF4(Linear4bit):
 
 
 class _LayerState(MatmulLtState):
-    """The `MatmulLtState` of a layer. CB and SCB are its weight's; an SCB assigned here counts if that has none."""
+    """The `MatmulLtState` of a layer. CB and SCB are those of the layer's weight; an SCB that is assigned here is used if the
+    weight has none."""
 
     def __init__(self, parameters: dict[str, Any], threshold: float, has_fp16_weights: bool) -> None:
         self._parameters = parameters
@@ -160,7 +165,7 @@ class _LayerState(MatmulLtState):
 
     @property
     def SCB(self) -> Tensor | None:
-        """The absmax of the weight's rows."""
+        """The absmax of each row of the weight."""
         own: Tensor | None = getattr(self._parameters["weight"], "SCB", None)
         return self.remembered if own is None else own
 
@@ -172,9 +177,9 @@ class _LayerState(MatmulLtState):
 class Linear8bitLt(EightBitLayer, nn.Linear):
     """`nn.Linear` with an `Int8Params`. Exact without outliers, else bounded: see `bnbref.matmul`.
 
-    has_fp16_weights: keep a float weight, train it, and quantize it anew in each product. Otherwise `.to(device)`
-    quantizes; a layer that was never moved multiplies by the codes that it would have.
-    threshold: magnitudes of x from which on a column is an outlier; 0 for none.
+    has_fp16_weights: whether the weight stays float, can be trained, and is quantized anew in each product. If not, `.to(device)`
+    quantizes it; before that, the layer multiplies by the codes that the move would give.
+    threshold: a column of x that holds a magnitude of at least this is an outlier, and multiplied in floats; 0 for no outliers.
     """
 
     def __init__(
@@ -211,7 +216,7 @@ class Linear8bitLt(EightBitLayer, nn.Linear):
         return self.out_features, self.in_features
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., in_features]` -> `[..., out_features]` in x's dtype."""
+        """x `[..., in_features]` -> `[..., out_features]` in the dtype of x. RuntimeError if the int8 weight has no scales."""
         weight, threshold = plain(self.weight), self.state.threshold
         if weight.dtype != torch.int8:
             return matmul(x, self.weight, threshold=threshold, bias=self.bias)

@@ -1,12 +1,13 @@
-"""Any parameter of any module in four bits: experts `[experts, n, k]`, say, that no Linear4bit could replace.
+"""Any parameter of any module in four bits: for example the `[experts, n, k]` of a mixture of experts, which is no Linear4bit.
 
     replace_parameter_4bit(experts, "gate_up_proj")        experts.gate_up_proj is now dequantized whenever it is read
 
-A `torch.nn.utils.parametrize` does it, so that the module's code needs no change. Its state dict has bitsandbytes' keys,
-`gate_up_proj`, `gate_up_proj.absmax` and so on, and is loaded from them, or from a float parameter, which is quantized.
+It is done by `torch.nn.utils.parametrize`, so that the module's code needs no change. The module's state dict has bitsandbytes'
+keys (`gate_up_proj`, `gate_up_proj.absmax` and so on). It is loaded from these, or from a float parameter, which is then
+quantized.
 
-Code that reads the parameter again and again (once for each expert) dequantizes it once: from the beginning of the
-module's forward to its end, errors included, the values are kept, and not a moment longer.
+A forward may read the parameter many times, once for each expert. The values are dequantized at the first time and kept until the
+forward ends, by a return or by an exception.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -25,9 +26,9 @@ from bnbref.quant_state import QuantState, present
 
 
 class Bnb4bitParametrization(nn.Module):
-    """Packed codes -> values: `dtype(fl(values[code] * absmax))`, without gradient.  Exact.
+    """Makes values of packed codes, `dtype(fl(values[code] * absmax))`, without gradient.  Exact.
 
-    dtype: of the parameter that was quantized; it follows the casts of the module as a float parameter would.
+    dtype: that of the parameter that was quantized. It follows the casts of the module as the dtype of a float parameter would.
     """
 
     def __init__(self, quant_state: QuantState) -> None:
@@ -36,14 +37,14 @@ class Bnb4bitParametrization(nn.Module):
         self.quant_state = quant_state
         self.dtype: torch.dtype = present(quant_state.dtype, "dtype")
         self.kept: list[Tensor] | None = None
-        """The values, during the forward of the module that has the parameter; None outside of it."""
+        """During a forward of the module that has the parameter: a list with the values, once they are made. Else None."""
 
     def forward(self, packed: Tensor) -> Tensor:
-        """The parameter."""
+        """The values of the parameter, from its packed codes."""
         kept = None if tracing() else self.kept
         if kept:
             return kept[0]
-        # accelerate, offloading, moves the module's parameters and buffers to where they are used, and no scales.
+        # When accelerate offloads, it moves the module's parameters and buffers to where they are used, but not these scales.
         state = self.quant_state.map(lambda t: t.to(packed.device))
         values = state.dequantize(packed, self.dtype)
         if kept is not None:
@@ -64,7 +65,9 @@ def replace_parameter_4bit(
     quant_type: str | Codebook = "nf4",
     blocksize: int | None = None,
 ) -> None:
-    """Quantize a parameter of a module to four bits, where it is. Reading it gives its values in its dtype.  Exact.
+    """Quantizes a parameter of a module to four bits, on its device. Reading it then gives its values in its dtype.  Exact.
+
+    Raises AttributeError or TypeError if the module has no such parameter, and ValueError if the parameter has NaN or infinities.
 
     >>> import bnbref
     >>> experts = nn.Module()
@@ -87,9 +90,10 @@ def replace_parameter_4bit(
 def replace_parameter_4bit_prequantized(
     module: nn.Module, param_name: str, qs_dict: Mapping[str, Any], device: torch.device | str | None = None
 ) -> None:
-    """The same for a parameter that holds packed codes already; qs_dict is what is beside it in a state dict.
+    """The same for a parameter that holds packed codes already.
 
-    device: where codes and scales are to be; by default where the codes are. ValueError says what does not fit.
+    qs_dict: what is beside the codes in a state dict (`absmax`, `quant_map` and so on). device: where codes and scales are to be;
+    by default where the codes are. Raises ValueError if the codes are too few or too many, or qs_dict is not whole.
     """
     packed = _parameter(module, param_name).detach()
     packed = packed.to(packed.device if device is None else device)
@@ -118,7 +122,7 @@ def _parametrize(module: nn.Module, name: str, packed: Tensor, state: QuantState
     parametrize.register_parametrization(module, name, Bnb4bitParametrization(state), unsafe=True)
     if first:
         module.register_forward_pre_hook(_keep)
-        # Activation checkpointing ends a forward by an exception, which must not leave the values behind.
+        # Always called, because activation checkpointing ends a forward by an exception, which must not leave the values behind.
         module.register_forward_hook(_forget, always_call=True)
         module.register_state_dict_post_hook(_save)
         module.register_load_state_dict_pre_hook(_load)
@@ -166,7 +170,7 @@ def _load(
     unexpected_keys: list[str],
     error_msgs: list[str],
 ) -> None:
-    """Put the keys where the parametrization looks for them; refuse what is not whole."""
+    """Renames the keys to those that the parametrization looks for; an error message for each parameter that is not whole."""
     assign = local_metadata.get("assign_to_params_buffers", False)
     for name, steps, step in _parametrized(module):
         keys = [key for key in state_dict if key == f"{prefix}{name}" or key.startswith(f"{prefix}{name}.")]

@@ -1,12 +1,12 @@
-"""Quantized parameters: codes in the tensor, their scales beside it as plain attributes.
+"""Quantized parameters: a parameter whose data are codes, with their scales as plain attributes.
 
     float weight  --.to(device)-->  quantized weight  --.to(device)-->  quantized weight elsewhere
 
-The move to a device quantizes a weight that is not quantized yet; a move to meta never does. `.to` leaves the parameter
-it is called on alone and returns a new one, with scales of its own. The Hugging Face libraries rebuild parameters as
-`cls(data, **old.__dict__)`, so every attribute is named like the constructor's keyword.
+A move to a device, `.to(device)`, quantizes a weight that is not quantized yet; a move to the meta device does not. `.to` returns
+a new parameter with scales of its own and does not change the old one. The Hugging Face libraries rebuild parameters as
+`cls(data, **old.__dict__)`, so every attribute has the name of the constructor's keyword.
 
-A quantized weight has no dtype that could be cast: its elements are bytes in a container. Casts are refused.
+The elements of a quantized weight are bytes, in a tensor of some dtype. A cast of them would be wrong, and is refused.
 """
 
 import copy
@@ -32,7 +32,7 @@ _CUTS = {"chunk", "split", "split_with_sizes", "tensor_split", "narrow", "view",
 
 
 def in_bytes(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
-    """`function` of a tensor seen as its bytes: it can move them or share them, and cannot cast them by value.
+    """Applies `function` to the bytes of a tensor, so that it can move or share them but not cast them; TypeError if it tries.
 
     >>> in_bytes(lambda t: t.half() if t.is_floating_point() else t.clone(), torch.tensor([1.5]))
     tensor([1.5000])
@@ -44,15 +44,15 @@ def in_bytes(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
 
 
 class QuantizedParameter(Watched, nn.Parameter):
-    """How a parameter with attributes moves, and is copied, pickled, shared and cut."""
+    """A parameter whose attributes follow it when it is moved, copied, pickled, shared and cut into pieces."""
 
     @property
     def data(self) -> Tensor:
-        """The codes, or the float weight, as a plain tensor. Assigning such a parameter takes over its scales."""
+        """The codes, or the float weight, as a plain tensor. Assigning another quantized parameter takes over its scales too."""
         with torch._C.DisableTorchFunctionSubclass():
             return _DATA.__get__(self)  # type: ignore[no-any-return]
 
-    # nn.Module moves a parameter by `param.data = fn(param)`; without its attributes that would be half a move.
+    # nn.Module moves a parameter by `param.data = fn(param)`. Without the attributes that would be half a move.
     @data.setter
     def data(self, value: Tensor) -> None:
         if self.holds_codes() and not isinstance(value, QuantizedParameter):
@@ -63,11 +63,12 @@ class QuantizedParameter(Watched, nn.Parameter):
             self.__dict__.update(value.__dict__)
 
     def _check_assigned(self, value: Tensor) -> None:
-        """TypeError for a plain tensor that cannot take the place of the codes."""
+        """Raises TypeError if a plain tensor cannot take the place of the codes."""
         raise NotImplementedError
 
     def requires_grad_(self: Self, requires_grad: bool = True) -> Self:
-        """Codes have no gradient. They stay frozen, so that `model.requires_grad_()` sets all that can be trained."""
+        """As of Tensor; but codes have no gradient and stay frozen, with a warning. It is no error, so that
+        `model.requires_grad_()` works and sets all that can be trained."""
         if requires_grad and self.holds_codes():
             warnings.warn(
                 "a quantized weight stays frozen: its codes are no numbers that a gradient could change. Train an adapter",
@@ -78,7 +79,7 @@ class QuantizedParameter(Watched, nn.Parameter):
         return self
 
     def result_of(self, name: str, result: Any) -> Any:
-        """What the function of this name returns for this tensor: a piece of the codes keeps what it codes."""
+        """The result of the function called `name`; pieces of the codes (a chunk, a slice) get the scales of their blocks."""
         if name not in _CUTS or not self.holds_codes():
             return super().result_of(name, result)
         if isinstance(result, (list, tuple)):
@@ -95,31 +96,31 @@ class QuantizedParameter(Watched, nn.Parameter):
         return view if scales is None else self._like_this(view, **scales)
 
     def _scales_of_piece(self, view: Tensor, first: int) -> dict[str, Any] | None:
-        """The scales of a contiguous view that begins at the element `first`; None if it holds a part of a block."""
+        """The scales of a contiguous view that begins at element `first`, by attribute; None if a block is only partly in it."""
         raise NotImplementedError
 
     def unquantized(self: Self, weight: Tensor) -> Self:
-        """A float weight, to be quantized as this one was."""
+        """A parameter with this float weight, which a move will quantize in the format of this one."""
         raise NotImplementedError
 
     def _quantized(self: Self, weight: Tensor) -> Self:
         raise NotImplementedError
 
     def _scales(self, function: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-        """The attributes that hold tensors, `function` applied to each."""
+        """The attributes that hold scales, by name, with `function` applied to each tensor."""
         raise NotImplementedError
 
     def _like_this(self: Self, data: Tensor, **changed: Any) -> Self:
-        # accelerate writes its keywords into the __dict__ that it has just read.
+        # requires_grad replaces what may be in __dict__ under that name: accelerate writes its keywords there.
         attributes = {**self.__dict__, **changed, "requires_grad": self.requires_grad and data.is_floating_point()}
         return type(self)(data, **attributes)
 
     def to(self: Self, *args: Any, **kwargs: Any) -> Self:
-        """Move, and quantize a float weight that is moved to any device but meta.
+        """Moves the parameter. A float weight that is moved to a device, the meta device excepted, is quantized there.
 
-        ValueError if that weight has NaN or infinite elements, TypeError for a cast of a quantized weight.
+        Raises ValueError if that weight has NaN or infinite elements, and TypeError for a cast of a quantized weight.
         """
-        # accelerate, offloading int8 weights, moves them to device 0 and back to the CPU, also where there is no device 0.
+        # When accelerate offloads int8 weights, it moves them to device 0 and back to the CPU, even if there is no device 0.
         if args and type(args[0]) is int and not torch.accelerator.is_available():
             args = ("cpu", *args[1:])
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
@@ -130,7 +131,7 @@ class QuantizedParameter(Watched, nn.Parameter):
                     "not numbers. Dequantize it, or cast the activations"
                 )
             moved = self.data.to(*args, **kwargs)
-            # Offloading frees the weight; the scales are small and needed to load it again.
+            # The move to meta is how offloading frees a weight. The scales stay: they are small, and needed to load it again.
             meta = moved.device.type == "meta"
             return self._like_this(moved, **({} if meta else self._scales(lambda t: t.to(moved.device))))
         moved = self.data.to(*args, **kwargs)
@@ -139,7 +140,7 @@ class QuantizedParameter(Watched, nn.Parameter):
         return self._quantized(moved)
 
     def applied(self: Self, function: Callable[[Tensor], Tensor]) -> Self:
-        """What `nn.Module._apply(function)` is to make of this parameter, attributes included."""
+        """The parameter, with its attributes, that `nn.Module._apply(function)` is to put in the place of this one."""
         if self.holds_codes():
             moved = in_bytes(function, self.data)
             meta = moved.device.type == "meta"
@@ -176,7 +177,7 @@ class QuantizedParameter(Watched, nn.Parameter):
         return self.to(torch.float64)
 
     def share_memory_(self: Self) -> Self:
-        """Move codes and scales to shared memory, in place."""
+        """Moves codes and scales to shared memory, in place."""
         super().share_memory_()  # type: ignore[no-untyped-call]
         self._scales(lambda t: t.share_memory_())
         return self
@@ -206,7 +207,7 @@ def _rebuild(cls: type[QuantizedParameter], data: Tensor, requires_grad: bool) -
 
 
 def check_finite(name: str, weight: Tensor, quant_type: str) -> None:
-    """ValueError if a weight that is to be quantized has NaN or infinite elements."""
+    """Raises ValueError if a weight that is to be quantized has NaN or infinite elements."""
     if weight.numel() == 0 or weight.device.type == "meta" or tracing():
         return
     low, high = weight.aminmax()  # both are NaN if any element is
@@ -221,7 +222,7 @@ def check_finite(name: str, weight: Tensor, quant_type: str) -> None:
 
 
 def _of_state(name: str, nested: bool = False) -> Any:
-    """A read-only view of a field of the quant state: FSDP resolves the keys of a state dict by getattr."""
+    """A read-only property for a field of the quant state, because FSDP finds what a key of a state dict names by getattr."""
 
     def get(self: "Params4bit") -> Any:
         state = self.quant_state
@@ -235,10 +236,10 @@ def _of_state(name: str, nested: bool = False) -> Any:
 
 
 class Params4bit(QuantizedParameter):
-    """A weight in four bits: packed codes `[bytes / itemsize, 1]` of quant_storage, and their `quant_state`.
+    """A weight in four bits: packed codes, `[bytes / itemsize, 1]` in the dtype `quant_storage`, and their `quant_state`.
 
-    bnb_quantized: whether data is packed; set it to False on a float weight to have the next `.to(device)` quantize.
-    blocksize: 64 by default. module: a layer whose attribute `quant_state` is to be set when this weight is quantized.
+    bnb_quantized: whether the data is packed codes. If it is False, the next `.to(device)` quantizes. blocksize: 64 by default.
+    module: a layer whose attribute `quant_state` is set when this weight is quantized.
 
     >>> weight = Params4bit(torch.eye(8), quant_type="nf4", compress_statistics=False).to("cpu")
     >>> weight.shape, weight.dtype, weight.quant_state.shape, weight.absmax
@@ -266,7 +267,7 @@ class Params4bit(QuantizedParameter):
         bnb_quantized: bool = False,
         **kwargs: Any,
     ) -> "Params4bit":
-        """Keywords that are unknown are ignored: rebuilding from `__dict__` passes what others left there."""
+        """Unknown keywords are ignored: rebuilding from `__dict__` passes whatever other libraries left there."""
         four_bit(quant_type)
         data = torch.empty(0) if data is None else data
         self = torch.Tensor._make_subclass(cls, data.detach(), requires_grad)
@@ -289,9 +290,10 @@ class Params4bit(QuantizedParameter):
         module: nn.Module | None = None,
         **kwargs: Any,
     ) -> "Params4bit":
-        """A weight from its packed codes and what is beside them in a state dict, on `device` (data's by default).
+        """A weight from its packed codes, `data`, and what is beside them in a state dict, `quantized_stats`.
 
-        Everything but the bytes follows the stats. ValueError says what does not fit together.
+        device: where both are to be; by default where the codes are. quant_type, blocksize, nesting and shape are those of
+        quantized_stats. Raises ValueError if they are not whole, or do not fit the number of bytes.
         """
         data = data.detach().to(data.device if device is None else device)
         state = QuantState.from_dict(quantized_stats, device=data.device)
@@ -316,11 +318,11 @@ class Params4bit(QuantizedParameter):
         return weight
 
     def holds_codes(self) -> bool:
-        """Whether the data is packed."""
+        """Whether the data is packed codes."""
         return self.bnb_quantized
 
     def unquantized(self, weight: Tensor) -> "Params4bit":
-        """A float weight with the same type, blocksize, nesting and storage."""
+        """A parameter with this float weight, and the quant_type, blocksize, nesting and storage of this one."""
         return self._like_this(weight, quant_state=None, bnb_quantized=False)
 
     def _quantized(self, weight: Tensor) -> "Params4bit":
@@ -379,7 +381,7 @@ class Params4bit(QuantizedParameter):
 class Int8Params(QuantizedParameter):
     """A weight in eight bits: int8 codes `[n, k]`, and `SCB`, the float32 absmax of each row `[n]`.
 
-    CB is the data, if that is int8. has_fp16_weights: the weight stays float, whatever it is moved to.
+    CB: the codes, which are the data if that is int8. has_fp16_weights: whether the weight stays float when it is moved.
 
     >>> weight = Int8Params(torch.tensor([[1.0, -0.5]]), requires_grad=False).to("cpu")
     >>> weight.CB, weight.SCB
@@ -398,7 +400,7 @@ class Int8Params(QuantizedParameter):
         SCB: Tensor | None = None,
         **kwargs: Any,
     ) -> "Int8Params":
-        """CB, which is the data wherever it is int8, is taken to be just that. Unknown keywords are ignored."""
+        """The argument CB is not looked at: the codes are `data`, wherever that is int8. Unknown keywords are ignored."""
         data = torch.empty(0) if data is None else data
         self = torch.Tensor._make_subclass(cls, data.detach(), requires_grad and data.is_floating_point())
         self.has_fp16_weights = has_fp16_weights
@@ -407,7 +409,7 @@ class Int8Params(QuantizedParameter):
 
     @property
     def CB(self) -> Tensor | None:
-        """The codes, None if the weight is float. Assigning them sets the data; assigning None does nothing."""
+        """The codes; None if the weight is float. Assigning codes sets the data; assigning None does nothing."""
         return self.data if self.dtype == torch.int8 else None
 
     @CB.setter
@@ -430,15 +432,16 @@ class Int8Params(QuantizedParameter):
         return self.dtype == torch.int8
 
     def to(self, *args: Any, **kwargs: Any) -> "Int8Params":
-        """As any quantized parameter."""
+        """As `QuantizedParameter.to`."""
         moved = super().to(*args, **kwargs)
-        # accelerate reads codes, moves them `.to(0).to("cpu")` and then their scales, which it sets only after that.
+        # accelerate calls `.to(0).to("cpu")` on codes that it has read, and then moves their `SCB`, which it sets only
+        # afterwards. So codes without scales get an empty placeholder.
         if args == (0,) and moved.holds_codes() and moved.SCB is None:
             moved.SCB = torch.empty(0, device=moved.device)
         return moved
 
     def unquantized(self, weight: Tensor) -> "Int8Params":
-        """A float weight."""
+        """A parameter with this float weight, without scales."""
         return self._like_this(weight, SCB=None)
 
     def _quantized(self, weight: Tensor) -> "Int8Params":

@@ -23,8 +23,8 @@ from bnbref.codebooks import value_table
 from bnbref.kernels import fused
 from bnbref.optim.rules import Coefficients, Rule
 
-# The square of a larger one is no float32. (To look at the new state instead makes Inductor write it to memory: 4 times
-# the time of Adam in 8 bits.)
+# The square of a larger gradient is no float32. The gradient is asked and not the new state, which Inductor would then write to
+# memory (docs: How to read the code, table "formulations").
 LARGEST_GRADIENT = 2.0**63
 
 ByState = Callable[[int, Tensor], Tensor]
