@@ -272,5 +272,5 @@ def test_what_multiplies_by_a_weight_without_its_layer_is_refused(kind):
         lambda: nn.functional.linear(x, layer.weight),
         lambda: x @ layer.weight,
     ):
-        with pytest.raises(ValueError, match="takes the codes of a quantized (Params4bit|Int8Params) for numbers"):
+        with pytest.raises(ValueError, match=r"takes the codes of a quantized (Params4bit|Int8Params) for numbers"):
             product()

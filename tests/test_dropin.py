@@ -129,6 +129,10 @@ def test_models_that_transformers_loads_quantized_are_saved_again(kind, tmp_path
     """On bitsandbytes itself transformers raises NotImplementedError."""
     model = AutoModelForCausalLM.from_pretrained(FIXTURES / kind)
     assert type(model.hf_quantizer).__module__.startswith("transformers.")
+    if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23):
+        with pytest.raises(NotImplementedError):
+            model.save_pretrained(tmp_path)
+        return
     model.save_pretrained(tmp_path)
     names = ("model.safetensors",)
     assert [name for name in names if (tmp_path / name).read_bytes() != (FIXTURES / kind / name).read_bytes()] == []

@@ -309,8 +309,13 @@ def test_a_layer_whose_name_transformers_changes_is_refused(case, tmp_path):
     Named(NamedConfig([], ["conv.weight_g"])).save_pretrained(tmp_path / "plain")
     model = Named.from_pretrained(tmp_path / "plain", quantization_config=CASES[case])
     model.save_pretrained(tmp_path / "a")
-    with pytest.raises((ValueError, RuntimeError), match=r"conv.weight_g\.weight has no scales"):
-        Named.from_pretrained(tmp_path / "a")
+    renames = "weight_g" not in "".join(load_file(tmp_path / "a" / "model.safetensors"))
+    if renames:
+        with pytest.raises((ValueError, RuntimeError), match=r"conv.weight_g\.weight has no scales"):
+            Named.from_pretrained(tmp_path / "a")
+    else:  # transformers 5.17 leaves the name as it is
+        again = Named.from_pretrained(tmp_path / "a").state_dict()
+        assert all(torch.equal(t, again[name]) for name, t in model.state_dict().items())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

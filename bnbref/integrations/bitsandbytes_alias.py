@@ -191,14 +191,21 @@ _mended: list[Any] = []
 """Classes of transformers that can be undone, which they cannot by themselves."""
 
 
+# Before, what undoes a conversion gives the first name of its pattern to every weight (seen in 5.17): left to raise.
+_UNDOES_BY_NAME = (5, 23)
+
+
 def mend(module: Any) -> None:
     """Let transformers save again what its own quantizer has loaded quantized.
 
     Saving undoes the conversions of loading. Reading codes and scales needs no undoing, because they are saved as they are
     in the state dict; transformers leaves that out, and `save_pretrained` raises NotImplementedError.
     """
+    import transformers
     from transformers.core_model_loading import ConversionOps, _IdentityOp
 
+    if tuple(map(int, transformers.__version__.split(".")[:2])) < _UNDOES_BY_NAME:
+        return
     for cls in (module.Bnb4bitDeserialize, module.Bnb8bitDeserialize):
         if cls.reverse_op is ConversionOps.reverse_op:
             cls.reverse_op = property(lambda self: _IdentityOp())
