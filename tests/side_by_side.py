@@ -42,7 +42,7 @@ def kernels(*names: str) -> Callable[[], None]:
     """bnbref's kernels in the place of bitsandbytes' own."""
 
     def register() -> None:
-        from bnbref.integrations.bitsandbytes_ops import KERNELS
+        from bnbref.integrations.bitsandbytes.ops import KERNELS
 
         for name in names:
             library.register_kernel(f"bitsandbytes::{name}", "cpu", KERNELS[name])
@@ -137,7 +137,7 @@ def code_squares_without_a_sign() -> None:
 
 
 def bound_the_step() -> None:
-    from bnbref.integrations import bitsandbytes_extras as extras
+    from bnbref.integrations.bitsandbytes import extras
 
     def update(
         name: str, g: Tensor, p: Tensor, state1: Tensor, state2: Any, b1: float, b2: float, b3: float, alpha: float,

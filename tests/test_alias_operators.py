@@ -15,9 +15,7 @@ from torch import library
 
 import bnbref
 from bnbref import functional, int8
-from bnbref.integrations import bitsandbytes_extras as extras
-from bnbref.integrations import bitsandbytes_finder as finder
-from bnbref.integrations import bitsandbytes_ops as ops
+from bnbref.integrations.bitsandbytes import extras, finder, ops
 from bnbref.optim import rules
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -329,7 +327,7 @@ def test_kernels_in_the_real_bitsandbytes():
 
 @pytest.mark.parametrize("devices", ["gpu9", "cpu,cuda:0"])
 def test_a_backend_for_a_device_that_there_is_not(monkeypatch, devices):
-    from bnbref.integrations.bitsandbytes_backend import register
+    from bnbref.integrations.bitsandbytes.backend import register
 
     monkeypatch.setenv("BNBREF_BACKEND_FOR", devices)
     with pytest.raises(ValueError, match="BNBREF_BACKEND_FOR must name types of devices"):

@@ -6,7 +6,7 @@
 `docs/surface.py` makes the table of the documentation from these and compares them with bitsandbytes, where it is installed.
 """
 
-EXTRAS = "bnbref.integrations.bitsandbytes_extras"
+EXTRAS = "bnbref.integrations.bitsandbytes.extras"
 
 _OPTIMIZERS = {
     "adagrad": "Adagrad Adagrad8bit Adagrad32bit",

@@ -5,9 +5,9 @@
 Such a parameter is behind a parametrization (`bnbref.nn.parametrize`). In modules with parametrizations peft finds no parameter
 by the end of its name, takes the values without the adapter from torch's cache, and merges into a temporary tensor. `adapt_peft`
 lets it find them, and gives them a wrapper of their own. It is called where bnbref's quantizer has loaded a model, and by
-`import bnbref.integrations.peft`.
+`import bnbref.integrations.hf.peft`.
 
-Merging is one rounding and unmerging is exact, as for layers: see `bnbref.integrations.peft`.
+Merging is one rounding and unmerging is exact, as for layers: see `bnbref.integrations.hf.peft`.
 """
 
 import copy
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from bnbref import int8
-from bnbref.integrations.peft_checks import check_merge, check_targets
+from bnbref.integrations.hf.peft_checks import check_merge, check_targets
 from bnbref.nn import Params4bit
 from bnbref.nn.layer import QuantizedLayer
 from bnbref.nn.parametrize import Bnb4bitParametrization

@@ -12,8 +12,8 @@ from typing import Any
 from peft.tuners import tuners_utils
 from torch import nn
 
-from bnbref.integrations import bitsandbytes_finder
-from bnbref.integrations.experts import quantized_parameters
+from bnbref.integrations.bitsandbytes import finder
+from bnbref.integrations.hf.experts import quantized_parameters
 from bnbref.nn import Linear4bit, Linear8bitLt
 from bnbref.nn.layer import QuantizedLayer
 
@@ -30,7 +30,7 @@ MERGE_UNDER_THE_ALIAS = frozenset(("BOFT", "HIRA", "LORA", "MISS", "OFT", "ROAD"
 
 
 def _alias() -> bool:
-    return bitsandbytes_finder.current() is not None
+    return finder.current() is not None
 
 
 def _names(layers: Iterable[str]) -> str:
@@ -101,5 +101,5 @@ def check_merge(tuner: Any) -> None:
     if layers:
         raise ValueError(
             f"{', '.join(sorted(kinds))} cannot be merged into {_names(layers)}, whose weights are packed: keep the adapter "
-            "beside them, dequantize the model first, or, for LoRA, call bnbref.integrations.peft.register_lora(config)"
+            "beside them, dequantize the model first, or, for LoRA, call bnbref.register_lora(config)"
         )

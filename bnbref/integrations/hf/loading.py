@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from bnbref.checkpoint import Checkpoint
 from bnbref.codebooks import FOUR_BIT
-from bnbref.integrations.transformers_config import BnbRefConfig
+from bnbref.integrations.hf.config import BnbRefConfig
 from bnbref.nn import Linear4bit, Linear8bitLt, Params4bit
 from bnbref.nn.layer import QuantizedLayer
 from bnbref.quant_state import BLOB

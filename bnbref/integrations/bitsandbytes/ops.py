@@ -1,7 +1,7 @@
 """`torch.ops.bitsandbytes.*`: bitsandbytes' operators, for code that calls those and not its functions.
 
 `define` makes the operators with kernels for every device and with fake ones, under bitsandbytes' schemas: the alias does it.
-`KERNELS` alone are what `bitsandbytes_backend` registers with the real bitsandbytes.
+`KERNELS` alone are what `backend.py` registers with the real bitsandbytes.
 
 Exactness is that of the function of the same name. Results never share memory with arguments.
 """
@@ -18,7 +18,7 @@ from bnbref.codebooks import FOUR_BIT, value_table
 from bnbref.context import without_autocast
 from bnbref.fourbit import dequantize as dequantize_packed
 from bnbref.fourbit import quantize as quantize_packed
-from bnbref.integrations import bitsandbytes_extras as extras
+from bnbref.integrations.bitsandbytes import extras
 from bnbref.linear4bit import matmul_4bit
 from bnbref.nested import dequantize as dequantize_scales
 from bnbref.quant_state import QuantState

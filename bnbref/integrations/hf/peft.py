@@ -22,7 +22,7 @@ from peft.tuners import lora
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
-from bnbref.integrations.peft_parameters import adapt_peft, added
+from bnbref.integrations.hf.peft_parameters import adapt_peft, added
 from bnbref.nn import Linear4bit, Linear8bitLt
 from bnbref.nn.layer import QuantizedLayer
 

@@ -2,7 +2,7 @@
 
 Linear layers (and GPT-2's Conv1D) are replaced by bnbref's layers. The experts of a mixture are three-dimensional parameters
 of one module; they are quantized as parameters, behind a parametrization. Everything else stays as it is, with a reason:
-`bnbref.integrations.report(model)`.
+`bnbref.report(model)`.
 """
 
 import copy
@@ -20,11 +20,9 @@ from transformers.utils import is_peft_available
 
 from bnbref import int8
 from bnbref.checkpoint import keys
-from bnbref.integrations.experts import dequantize_experts, is_experts, load_offloaded, parametrize_experts
-from bnbref.integrations.inventory import REASONS, Report, report
-from bnbref.integrations.readers import read_by_others
-from bnbref.integrations.transformers_config import METHOD, BnbRefConfig
-from bnbref.integrations.transformers_loading import (
+from bnbref.integrations.hf.config import METHOD, BnbRefConfig
+from bnbref.integrations.hf.experts import dequantize_experts, is_experts, load_offloaded, parametrize_experts
+from bnbref.integrations.hf.loading import (
     ANOTHER_SHAPE,
     Identity,
     Quantize,
@@ -34,7 +32,9 @@ from bnbref.integrations.transformers_loading import (
     quantized_layer,
     was_conv1d,
 )
+from bnbref.integrations.hf.readers import read_by_others
 from bnbref.nn import Linear4bit, Linear8bitLt
+from bnbref.nn.inventory import REASONS, Report, report
 from bnbref.nn.layer import QuantizedLayer
 from bnbref.nn.params import QuantizedParameter
 from bnbref.quant_state import QuantState, present
@@ -191,7 +191,7 @@ class BnbRefHfQuantizer(HfQuantizer):  # type: ignore[misc]
         model._weight_conversions = [c for c in self.conversions if not _undoing(c, names)]
         _set_flags(model)
         if is_peft_available():
-            from bnbref.integrations.peft_parameters import adapt_peft
+            from bnbref.integrations.hf.peft_parameters import adapt_peft
 
             adapt_peft()
         setattr(model, REASONS, self.reasons)

@@ -20,8 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from bnbref import optim
 from bnbref.blockwise import block_count, check_blocksize
-from bnbref.integrations.transformers_config import BnbRefConfig
-from bnbref.integrations.transformers_quantizer import BnbRefHfQuantizer
+from bnbref.integrations.hf.config import BnbRefConfig
+from bnbref.integrations.hf.quantizer import BnbRefHfQuantizer
 from bnbref.nested import BLOCKSIZE as NESTED_BLOCKSIZE
 from bnbref.nn.layer import QuantizedLayer
 from bnbref.optim.paging import PAGE_BYTES, PAGED_FROM
@@ -268,14 +268,14 @@ def code(model: str, format_name: str, train: str | None, optimizer: str) -> str
         quantization = f"    quantization_config=BnbRefConfig({spec.quant_type!r}{double}),\n"
     lines = ["import torch", "from transformers import AutoModelForCausalLM"]
     if spec is not None:
-        lines.append("from bnbref.integrations.transformers import BnbRefConfig")
+        lines.append("from bnbref import BnbRefConfig")
     lines += ["", "model = AutoModelForCausalLM.from_pretrained("]
     lines += [f'    {model!r},\n{quantization}    dtype=torch.bfloat16,\n    device_map="auto",', ")"]
     if train == "qlora":
         lines += [
             "",
             "from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training",
-            "from bnbref.integrations.peft import register_lora",
+            "from bnbref import register_lora",
             "",
             "model = prepare_model_for_kbit_training(model)",
             'lora = LoraConfig(r=16, target_modules=r".*\\.(' + "|".join(ATTENTION) + ')", task_type="CAUSAL_LM")',
