@@ -18,7 +18,7 @@ from bnbref.codebooks import FOUR_BIT, value_table
 from bnbref.context import without_autocast
 from bnbref.fourbit import dequantize as dequantize_packed
 from bnbref.fourbit import quantize as quantize_packed
-from bnbref.integrations.bitsandbytes import extras
+from bnbref.integrations.bitsandbytes import updates
 from bnbref.linear4bit import matmul_4bit
 from bnbref.nested import dequantize as dequantize_scales
 from bnbref.quant_state import QuantState
@@ -170,7 +170,7 @@ def _optimizer_update_32bit(
     gnorm_scale: float,
     skip_zeros: bool = False,
 ) -> None:
-    extras.optimizer_update_32bit(
+    updates.optimizer_update_32bit(
         optimizer_name, g, p, state1, beta1, eps, step, lr, state2, beta2, beta3, alpha, weight_decay, gnorm_scale,
         unorm_vec, max_unorm, skip_zeros,
     )  # fmt: skip
@@ -206,7 +206,7 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "int8_vectorwise_dequant": functional.int8_vectorwise_dequant,
     "int8_vectorwise_quant": _int8_vectorwise_quant,
     "optimizer_update_32bit": _optimizer_update_32bit,
-    "optimizer_update_8bit_blockwise": extras.optimizer_update_8bit_blockwise,
+    "optimizer_update_8bit_blockwise": updates.optimizer_update_8bit_blockwise,
     "quantize_4bit": _quantize_4bit,
     "quantize_blockwise": _quantize_blockwise,
 }
@@ -251,7 +251,7 @@ def _fake_mixed(
     SCA: Tensor,
     SCB: Tensor,
     outlier_cols: Tensor | None = None,
-    bias: Tensor | None = None,
+    *bias: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     y = A.new_empty((*A.shape[:-1], CB.shape[0]))
     if outlier_cols is None:

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from bnbref import int8
-from bnbref.integrations.hf.peft_checks import check_merge, check_targets
+from bnbref.integrations.hf.peft_checks import WITHOUT_THE_WEIGHT, check_merge, check_targets, ends_with
 from bnbref.nn import Params4bit
 from bnbref.nn.layer import QuantizedLayer
-from bnbref.nn.parametrize import Bnb4bitParametrization
+from bnbref.nn.parametrize import quantized_in
 from bnbref.nn.params import QuantizedParameter
 from bnbref.quant_state import QuantState
 
@@ -56,7 +56,7 @@ class ParamWrapper(lora.ParamWrapper):  # type: ignore[misc]
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
         """Add an adapter."""
-        if config.init_lora_weights not in (True, False, "gaussian", "eva"):
+        if config.init_lora_weights not in WITHOUT_THE_WEIGHT:
             raise ValueError(
                 f"init_lora_weights={config.init_lora_weights!r} reads the weight of a layer: for {self.parameter_name!r} of "
                 f"{type(self.get_base_layer()).__name__} it must be True, False, 'gaussian' or 'eva'"
@@ -137,8 +137,7 @@ class ParamWrapper(lora.ParamWrapper):  # type: ignore[misc]
 
 def _quantized(module: nn.Module) -> dict[str, Any]:
     """The parametrizations of a module's own parameters that are quantized, by name."""
-    found = getattr(module, "parametrizations", {})
-    return {name: steps for name, steps in found.items() if isinstance(steps[0], Bnb4bitParametrization)}
+    return {name: steps for name, steps, _ in quantized_in(module)}
 
 
 @functools.cache
@@ -191,7 +190,7 @@ def _finding(original: Any) -> Any:
         for path, module in modules.items():
             own = [*module.parametrizations, *(name for name, _ in module.named_parameters(recurse=False))]
             found += [(path, name, f"{path.replace('.base_layer', '')}.{name}") for name in own]
-        found = [(path, name, key) for path, name, key in found if any(f".{key}".endswith(f".{t}") for t in targets)]
+        found = [(path, name, key) for path, name, key in found if ends_with(key, targets)]
         for path, name, key in found:
             parent, target, target_name = tuners_utils._get_submodules(model, path)
             wrapped = model.get_submodule(key.removesuffix(f".{name}"))

@@ -36,8 +36,8 @@ FORMATS: dict[str, BnbRefConfig | None] = {
 """From the most exact to the smallest."""
 
 DTYPE = torch.bfloat16
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "query_key_value", "c_attn", "out_proj", "dense")
-"""Names of the layers that `qlora` adapts."""
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "query_key_value", "c_attn", "out_proj", "dense")
+"""What models call the projections of attention, which a plan for QLoRA adapts."""
 
 
 @dataclass(frozen=True)
@@ -118,9 +118,9 @@ def weight_bytes(config: Any, spec: BnbRefConfig | None) -> dict[str, int]:
 def adapter_shapes(config: Any, rank: int) -> list[torch.Size]:
     """Of LoRA on the attention's projections."""
     model, _ = on_meta(config, None)
-    linears = [m for name, m in model.named_modules() if name.rpartition(".")[2] in ATTENTION]
+    linears = [m for name, m in model.named_modules() if name.rpartition(".")[2] in PROJECTIONS]
     if not linears:
-        raise ValueError(f"the model has no layer called one of {ATTENTION}: none to adapt")
+        raise ValueError(f"the model has no layer called one of {PROJECTIONS}: none to adapt")
     pairs = (m.weight.shape for m in linears)
     return [torch.Size(shape) for n, k in pairs for shape in ((rank, k), (n, rank))]
 
@@ -278,7 +278,7 @@ def code(model: str, format_name: str, train: str | None, optimizer: str) -> str
             "from bnbref import register_lora",
             "",
             "model = prepare_model_for_kbit_training(model)",
-            'lora = LoraConfig(r=16, target_modules=r".*\\.(' + "|".join(ATTENTION) + ')", task_type="CAUSAL_LM")',
+            'lora = LoraConfig(r=16, target_modules=r".*\\.(' + "|".join(PROJECTIONS) + ')", task_type="CAUSAL_LM")',
             "model = get_peft_model(model, register_lora(lora))",
         ]
     if train is not None:

@@ -45,8 +45,6 @@ logger = logging.getLogger(__name__)
 class BnbRefHfQuantizer(HfQuantizer):  # type: ignore[misc]
     """Quantization by bnbref, as a `BnbRefConfig` or a `BitsAndBytesConfig` asks for it."""
 
-    requires_calibration = False
-
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         if isinstance(quantization_config, BnbRefConfig):
             # A copy: it will say what became of this model, and its owner may load another model with it.
@@ -187,8 +185,8 @@ class BnbRefHfQuantizer(HfQuantizer):  # type: ignore[misc]
         # Without `Read`: codes and scales are saved as they are in the state dict, there is nothing to undo.
         conversions = getattr(model, "_weight_conversions", None) or []
         self.conversions = [c for c in conversions if not isinstance(getattr(c, "operations", [None])[0], Read)]
-        names = [*quantized, *_quantized_weights(model)]
-        model._weight_conversions = [c for c in self.conversions if not _undoing(c, names)]
+        layers = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, QuantizedLayer)]
+        model._weight_conversions = [c for c in self.conversions if not _undoing(c, [*quantized, *layers])]
         _set_flags(model)
         if is_peft_available():
             from bnbref.integrations.hf.peft_parameters import adapt_peft
@@ -273,10 +271,6 @@ def _exchanged(model: nn.Module) -> bool:
 def _is_quantized(layer: QuantizedLayer) -> bool:
     weight: Any = layer.weight
     return hasattr(weight, "holds_codes") and weight.holds_codes()
-
-
-def _quantized_weights(model: nn.Module) -> list[str]:
-    return [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, QuantizedLayer)]
 
 
 def _undoing(conversion: Any, names: list[str]) -> bool:
