@@ -1003,7 +1003,7 @@ def test_without_bitsandbytes_importing_is_enough():
     code = """
 import sys
 sys.modules["bitsandbytes"] = None
-import bnbref.integrations.hf.transformers
+from bnbref import BnbRefConfig
 from transformers.quantizers import auto
 print(auto.AUTO_QUANTIZER_MAPPING["bitsandbytes_8bit"].__name__)
 """
