@@ -27,7 +27,7 @@ transformers = pytest.importorskip("transformers")
 accelerate = pytest.importorskip("accelerate")
 hf = pytest.importorskip("bnbref.integrations.hf.transformers")
 
-is_linear = pytest.importorskip("bnbref.integrations.hf.loading").is_linear
+is_linear = pytest.importorskip("bnbref.integrations.hf.layers").is_linear
 SequentialLlama4TextExperts = transformers.quantizers.base.SequentialLlama4TextExperts
 
 AutoModel, AutoModelForCausalLM = transformers.AutoModel, transformers.AutoModelForCausalLM

@@ -142,10 +142,6 @@ def _int8_mixed_scaled_mm(
     return y.view(*A.shape[:-1], CB.shape[0]), columns
 
 
-def _int8_vectorwise_quant(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
-    return functional.int8_vectorwise_quant(A, threshold)
-
-
 def _int8_double_quant(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     return functional.int8_double_quant(A, threshold=threshold)
 
@@ -204,7 +200,7 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "int8_mm_dequant": _int8_mm_dequant,
     "int8_scaled_mm": _int8_scaled_mm,
     "int8_vectorwise_dequant": functional.int8_vectorwise_dequant,
-    "int8_vectorwise_quant": _int8_vectorwise_quant,
+    "int8_vectorwise_quant": functional.int8_vectorwise_quant,
     "optimizer_update_32bit": _optimizer_update_32bit,
     "optimizer_update_8bit_blockwise": updates.optimizer_update_8bit_blockwise,
     "quantize_4bit": _quantize_4bit,

@@ -172,10 +172,8 @@ def _wrapping(original: Any) -> Any:
             raise ValueError(
                 f"target_parameters: {name} is the packed weight of {base}: name the layer in target_modules"
             )
-        wrapper = ParamWrapper if parameter_name in _quantized(base) else None
-        if wrapper is None:
-            return original(target, adapter_name, config=config, parameter_name=parameter_name, **kwargs)
-        return wrapper(target, adapter_name, parameter_name=parameter_name, config=config, **kwargs)
+        wrap = ParamWrapper if parameter_name in _quantized(base) else original
+        return wrap(target, adapter_name, config=config, parameter_name=parameter_name, **kwargs)
 
     return dispatch
 

@@ -18,26 +18,17 @@ from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION, HfQu
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 from transformers.utils import is_peft_available
 
-from bnbref import int8
 from bnbref.checkpoint import keys
 from bnbref.integrations.hf.config import METHOD, BnbRefConfig
 from bnbref.integrations.hf.experts import dequantize_experts, is_experts, load_offloaded, parametrize_experts
-from bnbref.integrations.hf.loading import (
-    ANOTHER_SHAPE,
-    Identity,
-    Quantize,
-    Read,
-    is_linear,
-    plain_layer,
-    quantized_layer,
-    was_conv1d,
-)
+from bnbref.integrations.hf.layers import dequantized, dtype_of, is_linear, plain_layer, quantized_layer, was_conv1d
+from bnbref.integrations.hf.loading import ANOTHER_SHAPE, Identity, Quantize, Read
 from bnbref.integrations.hf.readers import read_by_others
-from bnbref.nn import Linear4bit, Linear8bitLt
+from bnbref.nn import Linear8bitLt
 from bnbref.nn.inventory import REASONS, Report, report
 from bnbref.nn.layer import QuantizedLayer
 from bnbref.nn.params import QuantizedParameter
-from bnbref.quant_state import QuantState, present
+from bnbref.quant_state import QuantState
 
 logger = logging.getLogger(__name__)
 
@@ -247,11 +238,6 @@ class BnbRefHfQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
 
-def dtype_of(dtype: torch.dtype | str) -> torch.dtype:
-    """Saving a model makes the dtype in its config a string."""
-    return getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
-
-
 def _skipped(name: str, patterns: list[str], skip: list[str]) -> str | None:
     """Why a module is not to be quantized, None if it is."""
     matching = sorted(pattern for pattern in patterns if not should_convert_module(name, [pattern]))
@@ -298,21 +284,3 @@ def _set_flags(model: Any) -> None:
     else:
         model.is_loaded_in_4bit = True
         model.quantization_method = "bitsandbytes"
-
-
-def dequantized(name: str, layer: Any, dtype: torch.dtype) -> nn.Module:
-    """The plain layer of the values of a quantized one, with its hooks of accelerate."""
-    weight: Tensor = layer.weight
-    if weight.is_meta:
-        raise ValueError(f"{name} is offloaded: load the model without offloading to dequantize it")
-    if isinstance(layer, Linear4bit):
-        new = plain_layer(layer, present(layer.quant_state, "quant_state").dequantize(weight, dtype))
-    else:
-        new = plain_layer(layer, int8.dequantize(weight, layer.state.SCB, dtype))
-    hook = layer.__dict__.get("_hf_hook")
-    if hook is not None:
-        from accelerate.hooks import add_hook_to_module, remove_hook_from_module
-
-        remove_hook_from_module(layer)
-        add_hook_to_module(new, hook)
-    return new

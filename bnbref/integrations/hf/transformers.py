@@ -30,7 +30,8 @@ from transformers.quantizers import auto, register_quantization_config, register
 
 from bnbref.integrations.hf.config import COMPUTE_DTYPE, METHOD, BnbRefConfig
 from bnbref.integrations.hf.experts import quantized_parameters
-from bnbref.integrations.hf.quantizer import BnbRefHfQuantizer, dequantized, dtype_of
+from bnbref.integrations.hf.layers import dequantized, dtype_of
+from bnbref.integrations.hf.quantizer import BnbRefHfQuantizer
 from bnbref.nn import Params4bit
 from bnbref.nn.inventory import REASONS
 from bnbref.nn.layer import QuantizedLayer
