@@ -1,7 +1,4 @@
-"""bitsandbytes as plain PyTorch tensor operations, compiled by Inductor into fused kernels.
-
-`dir(bnbref)` is what there is to use. What needs transformers or peft is imported when its name is first asked for.
-"""
+"""bitsandbytes as plain PyTorch tensor operations, compiled by Inductor into fused kernels."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -56,18 +53,20 @@ _NEED_HUGGING_FACE = {
     "register_lora": "bnbref.integrations.hf.peft",
     "take_over_bitsandbytes": "bnbref.integrations.hf.transformers",
 }
-"""The modules of names that are not imported with bnbref."""
+"""The modules of the names that are imported when they are first asked for."""
 
+if not TYPE_CHECKING:  # a type checker would believe that there is any name
 
-def __getattr__(name: str) -> Any:
-    home = _NEED_HUGGING_FACE.get(name)
-    if home is None:
-        raise AttributeError(f"module 'bnbref' has no attribute {name!r}", name=name)
-    try:
-        return getattr(importlib.import_module(home), name)
-    except ModuleNotFoundError as error:
-        raise ImportError(f"bnbref.{name} needs {error.name}: pip install 'bnbref[hf]'", name=error.name) from error
+    def __getattr__(name: str) -> Any:
+        home = _NEED_HUGGING_FACE.get(name)
+        if home is None:
+            raise AttributeError(f"module 'bnbref' has no attribute {name!r}", name=name)
+        try:
+            return getattr(importlib.import_module(home), name)
+        except ModuleNotFoundError as error:
+            raise ImportError(f"bnbref.{name} needs {error.name}: pip install 'bnbref[hf]'", name=error.name) from error
 
 
 def __dir__() -> list[str]:
+    # What there is to use: not what this file imports for itself.
     return sorted([*__all__, *_NEED_HUGGING_FACE])
