@@ -27,7 +27,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 imported = time.perf_counter()
 if sys.argv[1] == "bnbref":
-    from bnbref.integrations.transformers import BnbRefConfig
+    from bnbref import BnbRefConfig
     config = BnbRefConfig("nf4", double_quant=True)
 else:
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)

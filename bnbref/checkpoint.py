@@ -37,6 +37,9 @@ from bnbref.blockwise import FLOATS, check_float
 from bnbref.codebooks import four_bit, value_table
 from bnbref.quant_state import BLOB, QuantState, nested_state, present
 
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+"""Those of 4-bit weights that bitsandbytes reads."""
+
 _NESTED = {"nested_absmax", "nested_quant_map"}
 _OF_4BIT = re.compile(rf"(?s)(.+)\.(absmax|quant_map|nested_absmax|nested_quant_map|{re.escape(BLOB)}[^.]+)")
 _OF_INT8 = re.compile(r"(?s)(|.*\.)(SCB|weight_format)")
@@ -333,7 +336,7 @@ def write(
     """
     if quantize not in ("nf4", "fp4", "int8"):
         raise ValueError(f"quantize must be 'nf4', 'fp4' or 'int8', got {quantize!r}")
-    if blocksize not in (32, 64, 128, 256, 512, 1024, 2048, 4096):
+    if blocksize not in BLOCKSIZES:
         raise ValueError(
             f"blocksize must be a power of two from 32 to 4096 (bitsandbytes reads no other), got {blocksize}"
         )

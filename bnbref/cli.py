@@ -151,7 +151,7 @@ def run_demo(args: argparse.Namespace) -> int:
 def run_plan(args: argparse.Namespace) -> int:
     """0 if something fits, 1 if nothing does."""
     needs("plan", "transformers", "accelerate")
-    from bnbref.integrations import plan
+    from bnbref.integrations.hf import plan
 
     optimizers = sorted(family.__name__ for family in plan.optimizers())
     if args.optimizer not in optimizers:
@@ -175,7 +175,7 @@ def run_qlora(args: argparse.Namespace) -> int:
     writable(args.plot)
     from bnbref.demo import MODEL
     from bnbref.info import compute_dtype, default_device
-    from bnbref.integrations.qlora import ATTENTION, dataset_text, qlora
+    from bnbref.integrations.hf.qlora import ATTENTION, dataset_text, qlora
 
     try:
         if args.dataset:
@@ -201,7 +201,7 @@ def run_qlora(args: argparse.Namespace) -> int:
 
 def run_alias(args: argparse.Namespace) -> int:
     """0 when it is done."""
-    from bnbref.integrations import bitsandbytes_alias as alias
+    from bnbref.integrations.bitsandbytes import alias
 
     try:
         if args.enable:

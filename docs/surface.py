@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-from bnbref.integrations.bitsandbytes_surface import DIFFERS, MISSING, MISSING_MODULES, SURFACE
+from bnbref.integrations.bitsandbytes.surface import DIFFERS, MISSING, MISSING_MODULES, SURFACE
 
 NAMES = Path(__file__).resolve().parent.parent / "tests" / "data" / "bitsandbytes_names.txt"
 HEAD = ("| name | | |", "|---|---|---|")

@@ -25,9 +25,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import bnbref
-from bnbref import functional, int8
-from bnbref.integrations import report
-from bnbref.integrations.transformers import BnbRefConfig
+from bnbref import BnbRefConfig, functional, int8, report
 
 CONFIGS = {
     "nf4": BnbRefConfig("nf4", double_quant=False),

@@ -18,8 +18,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import bnbref
+from bnbref import as_bitsandbytes
 from bnbref.codebooks import FOUR_BIT
-from bnbref.integrations.bitsandbytes_alias import as_bitsandbytes
 from bnbref.kernels import counting, decoding, encoding, floats
 
 # No deadline: the first example of a kernel compiles it. `mode` does not change from one example to the next.

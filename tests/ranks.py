@@ -22,8 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import bnbref
-from bnbref.integrations.peft import register_lora
-from bnbref.integrations.transformers import BnbRefConfig
+from bnbref import BnbRefConfig, register_lora
 
 BASE = Path(__file__).resolve().parent / "fixtures" / "checkpoints" / "base"
 STEPS = 3

@@ -42,7 +42,7 @@ def kernels(*names: str) -> Callable[[], None]:
     """bnbref's kernels in the place of bitsandbytes' own."""
 
     def register() -> None:
-        from bnbref.integrations.bitsandbytes_ops import KERNELS
+        from bnbref.integrations.bitsandbytes.ops import KERNELS
 
         for name in names:
             library.register_kernel(f"bitsandbytes::{name}", "cpu", KERNELS[name])
@@ -137,7 +137,7 @@ def code_squares_without_a_sign() -> None:
 
 
 def bound_the_step() -> None:
-    from bnbref.integrations import bitsandbytes_extras as extras
+    from bnbref.integrations.bitsandbytes import updates
 
     def update(
         name: str, g: Tensor, p: Tensor, state1: Tensor, state2: Any, b1: float, b2: float, b3: float, alpha: float,
@@ -147,7 +147,7 @@ def bound_the_step() -> None:
         numbers = {"lr": lr, "betas": (b1, b2, b3), "eps": eps, "weight_decay": decay, "alpha": alpha}
         scales = ((absmax1, qmap1), (absmax2, qmap2))
         longest = {"lars": 0.02, "lamb": 1.0}.get(name, 0.0)
-        extras._update(name, g, p, (state1, state2), scales, numbers, step, gnorm_scale, longest, skip_zeros)
+        updates._update(name, g, p, (state1, state2), scales, numbers, step, gnorm_scale, longest, skip_zeros)
 
     library.register_kernel("bitsandbytes::optimizer_update_8bit_blockwise", "cpu", update)
 

@@ -16,9 +16,8 @@ import torch
 
 import bnbref
 from bnbref import cli
-from bnbref.integrations import bitsandbytes_alias as alias
-from bnbref.integrations import bitsandbytes_finder as finder
-from bnbref.integrations.bitsandbytes_surface import DIFFERS, MISSING, MISSING_MODULES, SURFACE
+from bnbref.integrations.bitsandbytes import alias, finder
+from bnbref.integrations.bitsandbytes.surface import DIFFERS, MISSING, MISSING_MODULES, SURFACE
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = (ROOT / "tests" / "data" / "bitsandbytes_names.txt").read_text(encoding="utf-8").split()
@@ -61,7 +60,7 @@ import operator
 import bnbref
 bnbref.install_as_bitsandbytes(force=True)
 import bitsandbytes as bnb
-from bnbref.integrations.bitsandbytes_finder import MODULES
+from bnbref.integrations.bitsandbytes.finder import MODULES
 for module in MODULES[1:]:
     assert operator.attrgetter(module)(bnb).__name__ == f"bitsandbytes.{module}"
 assert bnb.modules is bnb.nn.modules and bnb.adam is bnb.optim.adam

@@ -15,9 +15,7 @@ from torch import library
 
 import bnbref
 from bnbref import functional, int8
-from bnbref.integrations import bitsandbytes_extras as extras
-from bnbref.integrations import bitsandbytes_finder as finder
-from bnbref.integrations import bitsandbytes_ops as ops
+from bnbref.integrations.bitsandbytes import extras, finder, ops, updates, utils
 from bnbref.optim import rules
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -163,14 +161,14 @@ def test_updates_are_those_of_the_classes(name, bits):
         optimizer.step()
         decay, lr, eps = group["weight_decay"], group["lr"], group["eps"]
         if bits == 32:
-            extras.optimizer_update_32bit(
+            updates.optimizer_update_32bit(
                 name, g, mine, state1, numbers[0], eps, t, lr, state2, *numbers[1:], decay,
                 max_unorm=group["max_unorm"],
             )  # fmt: skip
         elif group["max_unorm"] > 0:
             pytest.skip("the 8-bit function has no max_unorm")
         else:
-            extras.optimizer_update_8bit_blockwise(
+            updates.optimizer_update_8bit_blockwise(
                 name, g, mine, state1, state2, *numbers, eps, t, lr, zero[signed], UNSIGNED, absmax1, absmax2, decay
             )
         assert torch.equal(mine, p), t
@@ -187,7 +185,7 @@ def test_bitsandbytes_own_classes_code_a_sum_of_squares_with_a_sign(name):
     optimizer.step()
     group = optimizer.param_groups[0]
     numbers = ((*group["betas"], 0.0, 0.0)[:3], 0.0, group["eps"], 1, group["lr"])
-    extras.optimizer_update_8bit_blockwise(
+    updates.optimizer_update_8bit_blockwise(
         name, g, mine, codes, None, *numbers[0], *numbers[1:], SIGNED, None, absmax, None
     )
     assert torch.equal(mine, p)
@@ -208,16 +206,16 @@ def test_updates_refuse():
         (ValueError, ("lion", g, torch.ones(8, 2)[:, 0], state), "p must be contiguous"),
     ):
         with pytest.raises(error, match=message):
-            extras.optimizer_update_32bit(*arguments, **numbers)
+            updates.optimizer_update_32bit(*arguments, **numbers)
     with pytest.raises(NotImplementedError, match="skip_zeros"):
-        extras.optimizer_update_32bit("lion", g, p, state, **numbers, skip_zeros=True)
+        updates.optimizer_update_32bit("lion", g, p, state, **numbers, skip_zeros=True)
     codes = torch.zeros(8, dtype=torch.uint8)
     with pytest.raises(ValueError, match="qmap1 must be create_dynamic_map"):
-        extras.optimizer_update_8bit_blockwise(
+        updates.optimizer_update_8bit_blockwise(
             "lion", g, p, codes, None, 0.9, 0.9, 0, 0, 0, 1, 0.1, UNSIGNED, None, torch.zeros(1), None
         )
     assert torch.equal(p, torch.ones(8))
-    extras.optimizer_update_32bit("lion", g, p, state, gnorm_scale=0.5, **numbers)
+    updates.optimizer_update_32bit("lion", g, p, state, gnorm_scale=0.5, **numbers)
     assert torch.equal(p, torch.full((8,), 0.9))
 
 
@@ -265,7 +263,7 @@ def test_outliers_are_traced():
     model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Linear(16, 8))
     with torch.no_grad():
         model[1].weight[:, 5] *= 1000
-    tracer = extras.OutlierTracer.get_instance()
+    tracer = utils.OutlierTracer.get_instance()
     assert tracer.get_outliers(model[0].weight) is None
     tracer.initialize(model)
     x = torch.randn(4, 16).clamp(-2, 2)
@@ -274,19 +272,19 @@ def test_outliers_are_traced():
         model(x)
     assert 7 in tracer.get_outliers(model[0].weight)
     assert tracer.get_outliers(model[1].weight).tolist() == []  # one of 16 is no more than sqrt(15) deviations away
-    assert extras.find_outlier_dims(model[1].weight, topk=1).tolist() == [5]
+    assert utils.find_outlier_dims(model[1].weight, topk=1).tolist() == [5]
     assert not model[0]._forward_pre_hooks
     with pytest.raises(TypeError, match=r"module must be an nn\.Linear"):
-        extras.outlier_hook(torch.nn.ReLU(), (x,))
+        utils.outlier_hook(torch.nn.ReLU(), (x,))
     with pytest.raises(RuntimeError, match="get_instance"):
-        extras.OutlierTracer()
+        utils.OutlierTracer()
 
 
 def test_linear_layers_are_replaced():
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Sequential(torch.nn.Linear(4, 2, bias=False)))
     model.lm_head = torch.nn.Linear(2, 2)
     old = model[0]
-    extras.replace_linear(model, lambda k, n, bias: bnbref.nn.LinearNF4(k, n, bias), copy_weights=True)
+    utils.replace_linear(model, lambda k, n, bias: bnbref.nn.LinearNF4(k, n, bias), copy_weights=True)
     assert type(model[0]) is type(model[1][0]) is bnbref.nn.LinearNF4
     assert model[0].weight is old.weight
     assert model[1][0].bias is None
@@ -329,7 +327,7 @@ def test_kernels_in_the_real_bitsandbytes():
 
 @pytest.mark.parametrize("devices", ["gpu9", "cpu,cuda:0"])
 def test_a_backend_for_a_device_that_there_is_not(monkeypatch, devices):
-    from bnbref.integrations.bitsandbytes_backend import register
+    from bnbref.integrations.bitsandbytes.backend import register
 
     monkeypatch.setenv("BNBREF_BACKEND_FOR", devices)
     with pytest.raises(ValueError, match="BNBREF_BACKEND_FOR must name types of devices"):

@@ -2,7 +2,7 @@
 
 import pytest
 
-hf = pytest.importorskip("bnbref.integrations.transformers")
+hf = pytest.importorskip("bnbref.integrations.hf.transformers")
 architectures = pytest.importorskip("architectures")
 
 # One of each kind: packed projections, weight norm, experts, layers of their own kind, transposed ones, parts kept in float32.
@@ -14,7 +14,7 @@ def alone():
     """bnbref loads what says "bitsandbytes"."""
     hf.take_over_bitsandbytes()
     yield
-    hf.restore()
+    hf.give_back_bitsandbytes()
 
 
 def test_the_table_has_every_kind_of_model():

@@ -11,8 +11,8 @@ import bnbref
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
-hf = pytest.importorskip("bnbref.integrations.transformers")
-lora = pytest.importorskip("bnbref.integrations.peft")
+hf = pytest.importorskip("bnbref.integrations.hf.transformers")
+lora = pytest.importorskip("bnbref.integrations.hf.peft")
 
 DEMO = Path(bnbref.__file__).parent / "demo" / "model"
 pytestmark = pytest.mark.slow

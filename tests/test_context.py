@@ -18,7 +18,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stac
 import bnbref
 from bnbref import int8
 from bnbref.functional import dequantize_4bit, gemv_4bit, int8_linear_matmul, int8_mm_dequant, int8_vectorwise_quant
-from bnbref.integrations import bitsandbytes_ops as ops
+from bnbref.integrations.bitsandbytes import ops
 from bnbref.nn import Linear4bit, Linear8bitLt
 
 

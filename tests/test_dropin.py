@@ -9,8 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import bnbref
-from bnbref import checkpoint
-from bnbref.integrations.bitsandbytes_alias import as_bitsandbytes
+from bnbref import as_bitsandbytes, checkpoint
 from bnbref.nn import Linear4bit, Linear8bitLt
 
 transformers = pytest.importorskip("transformers")
@@ -36,7 +35,7 @@ def served():
 @pytest.fixture
 def patched():
     """bnbref's quantizer in transformers: what `install_as_bitsandbytes(patch_hf=True)` adds."""
-    hf = pytest.importorskip("bnbref.integrations.transformers")
+    hf = pytest.importorskip("bnbref.integrations.hf.transformers")
     before = dict(hf.auto.AUTO_QUANTIZER_MAPPING)
     bnbref.install_as_bitsandbytes(force=True, patch_hf=True)
     yield
@@ -95,7 +94,7 @@ def test_loading_gives_what_bnbrefs_own_quantizer_gives(kind, ids):
     layer = model.model.layers[0].self_attn.q_proj
     assert type(layer) is (Linear8bitLt if kind == "int8" else Linear4bit)
     assert model.num_parameters() == 426624
-    hf = pytest.importorskip("bnbref.integrations.transformers")
+    hf = pytest.importorskip("bnbref.integrations.hf.transformers")
     own = hf.BnbRefConfig("int8" if kind == "int8" else "nf4", compute_dtype=None)
     again = AutoModelForCausalLM.from_pretrained(FIXTURES / "base", quantization_config=own, dtype=torch.float32)
     assert torch.equal(logits(model, ids), logits(again, ids))
@@ -372,7 +371,7 @@ def test_embeddings_have_their_state_in_32_bits(tmp_path):
 
 
 def test_without_the_alias_trainer_takes_the_optimizer(tmp_path):
-    helper = pytest.importorskip("bnbref.integrations.trainer")
+    helper = pytest.importorskip("bnbref.integrations.hf.trainer")
     runs = []
     for optimizer in (None, lambda args: helper.optimizer_cls_and_kwargs(bnbref.optim.PagedAdamW8bit, args)):
         model = adapted("nf4_nested")
@@ -385,7 +384,7 @@ def test_without_the_alias_trainer_takes_the_optimizer(tmp_path):
 
 
 def test_what_the_helper_refuses(tmp_path):
-    helper = pytest.importorskip("bnbref.integrations.trainer")
+    helper = pytest.importorskip("bnbref.integrations.hf.trainer")
     args = transformers.TrainingArguments(tmp_path, use_cpu=True, report_to=[])
     with pytest.raises(TypeError, match=r"optimizer must be a class of bnbref\.optim, got <class 'torch"):
         helper.optimizer_cls_and_kwargs(torch.optim.AdamW, args)

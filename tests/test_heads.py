@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 import bnbref
-from bnbref.integrations import as_bitsandbytes
+from bnbref import as_bitsandbytes
 from bnbref.nn import Embedding4bit, Linear4bit, Linear8bitLt
 
 transformers = pytest.importorskip("transformers")
-hf = pytest.importorskip("bnbref.integrations.transformers")
-readers = pytest.importorskip("bnbref.integrations.readers")
+hf = pytest.importorskip("bnbref.integrations.hf.transformers")
+readers = pytest.importorskip("bnbref.integrations.hf.readers")
 
 IDS = torch.arange(3, 19).view(2, 8)
 SMALL = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 1}
@@ -25,7 +25,7 @@ def _eager(monkeypatch):
     hf.take_over_bitsandbytes()
     with bnbref.eager():
         yield
-    hf.restore()
+    hf.give_back_bitsandbytes()
 
 
 def saved(folder, config):
@@ -66,7 +66,7 @@ def test_a_quantized_head_that_is_resized_is_float_and_keeps_its_rows(kind, toke
     assert "lm_head was quantized" in caplog.text
     assert torch.equal(model.lm_head.weight[:kept], values[:kept])
     assert logits(model).shape == (2, 8, tokens)
-    (head,) = [p for p in hf.report(model).parameters if p.name == "lm_head.weight"]
+    (head,) = [p for p in bnbref.report(model).parameters if p.name == "lm_head.weight"]
     assert (head.quantized, head.reason) == (False, "resized")
     model.save_pretrained(tmp_path / "again")
     assert torch.equal(logits(load(tmp_path / "again")), logits(model))
@@ -103,7 +103,7 @@ def test_a_head_tied_to_a_float_embedding_computes_with_it(kind, skip, quantizer
         model = load(tmp_path, hf.BnbRefConfig(kind, skip_modules=skip))
         got, head = logits(model), model.lm_head
     else:
-        hf.restore()
+        hf.give_back_bitsandbytes()
         monkeypatch.delitem(sys.modules, "bitsandbytes")
         with as_bitsandbytes(force=True):
             config = transformers.BitsAndBytesConfig(**bits, llm_int8_skip_modules=skip, bnb_4bit_quant_type="nf4")
@@ -137,7 +137,7 @@ READERS = {
 def test_what_a_mixer_reads_by_itself_stays_float(name, kind, tmp_path, caplog):
     saved(tmp_path / "base", READERS[name]())
     model = load(tmp_path / "base", hf.BnbRefConfig(kind))
-    kept = {p.name: p.reason for p in hf.report(model).skipped if "reads its weight by itself" in p.reason}
+    kept = {p.name: p.reason for p in bnbref.report(model).skipped if "reads its weight by itself" in p.reason}
     assert "backbone.layers.0.mixer.out_proj.weight" in kept
     assert ("backbone.layers.0.mixer.dt_proj.weight" in kept) == (name != "mamba2")
     assert isinstance(model.backbone.layers[0].mixer.in_proj, (Linear4bit, Linear8bitLt))
@@ -164,7 +164,7 @@ def test_torch_attention_over_the_weights_of_layers(tmp_path):
     model = transformers.WavLMModel.from_pretrained(
         tmp_path, quantization_config=hf.BnbRefConfig("nf4"), dtype=torch.float32
     )
-    kept = [p.name for p in hf.report(model).skipped if p.reason == "WavLMAttention reads its weight by itself"]
+    kept = [p.name for p in bnbref.report(model).skipped if p.reason == "WavLMAttention reads its weight by itself"]
     assert len(kept) == 4
     with torch.no_grad():
         got = model.eval()(torch.linspace(-1, 1, 400)[None]).last_hidden_state

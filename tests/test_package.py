@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from expecttest import assert_expected_inline
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "bnbref"
@@ -152,7 +153,7 @@ def test_no_assert(module):
 # ---- what is imported is what pyproject.toml declares ---------------------------------------------------------------
 
 # What only these may import is an extra's; all the rest of the package runs with the dependencies alone. pytest loads three.
-GUESTS = ("bnbref.integrations", "bnbref.demo", "bnbref.conformance.conftest", "bnbref.conformance.test_backend",
+GUESTS = ("bnbref.integrations.hf", "bnbref.demo", "bnbref.conformance.conftest", "bnbref.conformance.test_backend",
           "bnbref.conformance.plugin")  # fmt: skip
 FOLDERS = ("bnbref", "tests", "benchmarks", "docs")
 BROUGHT = {"griffe", "tokenizers", "triton"}  # by mkdocstrings, by transformers, by a torch for GPUs
@@ -257,15 +258,90 @@ print(bnbref.__file__)
     assert done.stdout.splitlines()[-1] == str(site / "bnbref" / "__init__.py")
 
 
-def test_public_names_exist():
+# ---- what there is to use -------------------------------------------------------------------------------------------
+
+
+def test_dir_is_what_there_is_to_use():
+    """Every name, and no other: `import` statements of the module are not listed."""
     bnbref = importlib.import_module("bnbref")
-    assert len(bnbref.__all__) == len(set(bnbref.__all__))
-    assert [name for name in bnbref.__all__ if not hasattr(bnbref, name)] == []
+    assert_expected_inline(
+        "\n".join(dir(bnbref)),
+        """\
+BnbRefConfig
+Codebook
+MatmulLtState
+QuantState
+__version__
+as_bitsandbytes
+batch_invariant
+checkpoint
+codebooks
+eager
+functional
+give_back_bitsandbytes
+install_as_bitsandbytes
+kernels
+matmul
+matmul_4bit
+nn
+optim
+register_lora
+report
+take_over_bitsandbytes
+uninstall_as_bitsandbytes""",
+    )
+    assert not hasattr(bnbref, "nonsense")
+
+
+def test_every_name_is_there():
+    pytest.importorskip("peft", reason="some names need it")
+    bnbref = importlib.import_module("bnbref")
+    for name in dir(bnbref):
+        assert getattr(bnbref, name) is not None
+
+
+def test_type_checkers_see_the_names_that_are_imported_late():
+    bnbref = importlib.import_module("bnbref")
+    seen = {
+        alias.asname: node.module
+        for block in tree_of("bnbref").body
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+        for node in block.body
+        for alias in node.names
+    }
+    assert seen == bnbref._NEED_HUGGING_FACE
+
+
+def test_every_name_is_on_the_page():
+    """In the list of `bnbref`, in a section of its own, or among the names of such a section."""
+    page = (ROOT / "docs" / "content" / "api.md").read_text(encoding="utf-8")
+    bnbref = importlib.import_module("bnbref")
+    sections = re.findall(r"^::: bnbref\.(\w+)$", page, re.MULTILINE)
+    members = re.findall(r"^ +- (\w+)$", page, re.MULTILINE)
+    below = {name for section in sections for name in dir(getattr(bnbref, section))}
+    assert set(dir(bnbref)) - {"__version__", *sections, *members} <= below
+    assert set(sections) | set(members) <= set(dir(bnbref))
+
+
+def test_a_name_that_needs_another_package_says_which():
+    code = """
+import sys
+sys.modules["transformers"] = None
+import bnbref
+from bnbref import *
+try:
+    bnbref.BnbRefConfig
+except ImportError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout == "bnbref.BnbRefConfig needs transformers: pip install 'bnbref[hf]'\n"
 
 
 def test_import_is_light():
     code = f"""
 import sys, bnbref
+from bnbref import *
 print([m for m in sys.modules for heavy in {HEAVY} if m == heavy or m.startswith(heavy + ".")])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)

@@ -54,7 +54,7 @@ def experts(seed=0, dtype=F32, device="cpu", **options):
 
 
 def steps(module):
-    return {name: step for name, _, step in four_bit._parametrized(module)}
+    return {name: step for name, _, step in four_bit.quantized_in(module)}
 
 
 def raw_module(module):

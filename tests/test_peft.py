@@ -14,8 +14,8 @@ from bnbref.nn import Linear4bit, Linear8bitLt
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
-hf = pytest.importorskip("bnbref.integrations.transformers")
-lora = pytest.importorskip("bnbref.integrations.peft")
+hf = pytest.importorskip("bnbref.integrations.hf.transformers")
+lora = pytest.importorskip("bnbref.integrations.hf.peft")
 
 AutoModelForCausalLM = transformers.AutoModelForCausalLM
 FIXTURES = Path(__file__).parent / "fixtures" / "checkpoints"
@@ -34,7 +34,7 @@ def alone(monkeypatch):
     hf.take_over_bitsandbytes()
     with bnbref.eager():
         yield
-    hf.restore()
+    hf.give_back_bitsandbytes()
     for cached in caches:
         cached.cache_clear()
 

@@ -12,7 +12,7 @@ from bnbref.functional import dequantize_4bit, quantize_4bit
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
-hf = pytest.importorskip("bnbref.integrations.transformers")
+hf = pytest.importorskip("bnbref.integrations.hf.transformers")
 
 IDS = torch.arange(3, 19).view(2, 8)
 SIZES = {

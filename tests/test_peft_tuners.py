@@ -16,7 +16,7 @@ from bnbref.functional import dequantize_4bit
 from bnbref.nn import Embedding4bit, Linear4bit, Linear8bitLt
 
 peft = pytest.importorskip("peft")
-pytest.importorskip("bnbref.integrations.peft")
+pytest.importorskip("bnbref.integrations.hf.peft")
 
 TUNERS = sorted(kind.value for kind in peft.PEFT_TYPE_TO_TUNER_MAPPING)
 OPTIONS = {
@@ -63,7 +63,7 @@ def mode(request, monkeypatch):
         cached.cache_clear()
     with bnbref.eager():
         if request.param == "alias":
-            with bnbref.integrations.as_bitsandbytes(force=True):
+            with bnbref.as_bitsandbytes(force=True):
                 yield request.param
         else:
             yield request.param

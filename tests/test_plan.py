@@ -11,8 +11,8 @@ from bnbref import cli, optim
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
-plan = pytest.importorskip("bnbref.integrations.plan")
-hf = pytest.importorskip("bnbref.integrations.transformers")
+plan = pytest.importorskip("bnbref.integrations.hf.plan")
+hf = pytest.importorskip("bnbref.integrations.hf.transformers")
 
 DEMO = Path(bnbref.__file__).parent / "demo" / "model"
 LLAMA2 = {
@@ -41,7 +41,7 @@ def load(spec):
 def test_weights_and_scales_to_the_byte(name, demo):
     spec = plan.FORMATS[name]
     found = plan.weight_bytes(demo, spec)
-    assert sum(found.values()) == hf.report(load(spec)).total_bytes
+    assert sum(found.values()) == bnbref.report(load(spec)).total_bytes
 
 
 def test_training_to_the_byte(demo):
@@ -115,7 +115,7 @@ def test_the_command_recommends_and_its_code_runs(capsys, tmp_path):
     code = text[text.index("import torch") :]
     with bnbref.eager():
         exec(code.replace('device_map="auto"', 'device_map="cpu"'), namespace)
-    assert hf.report(namespace["model"]).quantized
+    assert bnbref.report(namespace["model"]).quantized
     assert cli.main(["plan", str(DEMO), "--memory", "100 MB", "--seq", "64", "--train", "qlora"]) == 0
     code = capsys.readouterr().out.partition("import torch")
     with bnbref.eager():

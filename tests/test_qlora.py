@@ -16,7 +16,7 @@ from bnbref.demo import MODEL
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 peft = pytest.importorskip("peft")
-qlora = pytest.importorskip("bnbref.integrations.qlora")
+qlora = pytest.importorskip("bnbref.integrations.hf.qlora")
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.usefixtures("eager")

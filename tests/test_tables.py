@@ -210,7 +210,7 @@ def test_a_value_that_is_off_makes_another_table(book, data):
 
 def test_transformers_names_the_tensor(tmp_path, caplog, monkeypatch):
     transformers = pytest.importorskip("transformers")
-    pytest.importorskip("bnbref.integrations.transformers").take_over_bitsandbytes()
+    pytest.importorskip("bnbref.integrations.hf.transformers").take_over_bitsandbytes()
     shutil.copytree(Path(__file__).parent / "fixtures" / "checkpoints" / "nf4_nested", tmp_path, dirs_exist_ok=True)
     tensors = load_file(tmp_path / "model.safetensors")
     key = "model.layers.0.self_attn.q_proj.weight.nested_quant_map"

@@ -19,16 +19,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import bnbref
-from bnbref import functional, int8
+from bnbref import functional, int8, report
 from bnbref.codebooks import FOUR_BIT, Codebook
-from bnbref.integrations import report
 from bnbref.nn import Linear4bit, Linear8bitLt
 
 transformers = pytest.importorskip("transformers")
 accelerate = pytest.importorskip("accelerate")
-hf = pytest.importorskip("bnbref.integrations.transformers")
+hf = pytest.importorskip("bnbref.integrations.hf.transformers")
 
-is_linear = pytest.importorskip("bnbref.integrations.transformers_loading").is_linear
+is_linear = pytest.importorskip("bnbref.integrations.hf.layers").is_linear
 SequentialLlama4TextExperts = transformers.quantizers.base.SequentialLlama4TextExperts
 
 AutoModel, AutoModelForCausalLM = transformers.AutoModel, transformers.AutoModelForCausalLM
@@ -56,7 +55,7 @@ def alone(monkeypatch):
     hf.take_over_bitsandbytes()
     with bnbref.eager():
         yield
-    hf.restore()
+    hf.give_back_bitsandbytes()
 
 
 @pytest.fixture(scope="module")
@@ -905,7 +904,7 @@ def test_configs_survive_json(config):
 
 
 def test_what_bitsandbytes_reads():
-    hf.restore()
+    hf.give_back_bitsandbytes()
     config = BitsAndBytesConfig(**BnbRefConfig(skip_modules=["a"], compute_dtype="float16").to_dict())
     assert (config.quantization_method(), config.bnb_4bit_use_double_quant) == ("nf4", True)
     assert (config.bnb_4bit_compute_dtype, config.llm_int8_skip_modules) == (torch.float16, ["a"])
@@ -933,14 +932,14 @@ def test_a_compute_dtype_that_is_not_given_is_the_activations(given, computed, t
     assert written == str(computed or torch.bfloat16).removeprefix("torch.")
 
 
-def test_registering_twice_and_giving_back():
-    hf.register()
+def test_taking_over_and_giving_back_twice():
+    hf.take_over_bitsandbytes()
     hf.take_over_bitsandbytes()
     assert hf.auto.AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] is hf.BnbRefHfQuantizer
-    hf.restore()
+    hf.give_back_bitsandbytes()
     assert hf.auto.AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"].__module__.startswith("transformers.")
     assert BitsAndBytesConfig.__init__.__module__ == BitsAndBytesConfig.__module__
-    hf.restore()
+    hf.give_back_bitsandbytes()
 
 
 # ---- torch.compile --------------------------------------------------------------------------------------------------
@@ -971,7 +970,8 @@ import sys, torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 import bitsandbytes
-from bnbref.integrations.transformers import BnbRefConfig, report, restore, take_over_bitsandbytes
+import bnbref
+from bnbref import BnbRefConfig, report, take_over_bitsandbytes
 from bnbref.nn import Linear4bit
 
 path = sys.argv[1]
@@ -987,7 +987,7 @@ take_over_bitsandbytes()
 taken = AutoModelForCausalLM.from_pretrained(f"{path}/nf4_plain")
 assert isinstance(layer(taken), Linear4bit), layer(taken)
 assert torch.equal(layer(taken).weight.data, layer(theirs).weight.data)
-restore()
+bnbref.give_back_bitsandbytes()
 again = AutoModelForCausalLM.from_pretrained(f"{path}/nf4_plain")
 assert isinstance(layer(again), bitsandbytes.nn.Linear4bit), layer(again)
 assert not any(p.quantized for p in report(theirs).parameters)
@@ -1005,7 +1005,7 @@ def test_without_bitsandbytes_importing_is_enough():
     code = """
 import sys
 sys.modules["bitsandbytes"] = None
-import bnbref.integrations.transformers
+from bnbref import BnbRefConfig
 from transformers.quantizers import auto
 print(auto.AUTO_QUANTIZER_MAPPING["bitsandbytes_8bit"].__name__)
 """

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import bnbref
+from bnbref import as_bitsandbytes
 from bnbref.demo import MODEL
-from bnbref.integrations.bitsandbytes_alias import as_bitsandbytes
 
 trl = pytest.importorskip("trl", reason="TRL is not installed: pip install 'bnbref[trl]'")
 datasets = pytest.importorskip("datasets")

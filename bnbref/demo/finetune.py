@@ -1,4 +1,4 @@
-"""QLoRA on the demo model, by `bnbref.integrations.qlora`, and what it changed.
+"""QLoRA on the demo model, by `bnbref.integrations.hf.qlora`, and what it changed.
 
 The model writes Python documentation. The new text is Python source, of modules that every CPython ships with theirs.
 """
@@ -23,8 +23,8 @@ from bnbref.demo.formats import Mismatch
 from bnbref.demo.report import mebibytes, one_line
 from bnbref.demo.resources import phase
 from bnbref.info import compute_dtype
-from bnbref.integrations.peft import register_lora
-from bnbref.integrations.qlora import load, qlora
+from bnbref.integrations.hf.peft import register_lora
+from bnbref.integrations.hf.qlora import load, qlora
 
 MODULES = ("argparse", "dataclasses")
 UNSEEN = ("textwrap", "shlex")

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bnbref.integrations.transformers import BnbRefConfig
+from bnbref.integrations.hf.transformers import BnbRefConfig
 from bnbref.nn import Int8Params, Linear4bit
 
 BLOCKSIZE = 64

@@ -117,7 +117,7 @@ def _parameter(module: nn.Module, name: str) -> nn.Parameter:
 
 
 def _parametrize(module: nn.Module, name: str, packed: Tensor, state: QuantState) -> None:
-    first = not any(_parametrized(module))
+    first = not any(quantized_in(module))
     setattr(module, name, nn.Parameter(packed, requires_grad=False))
     parametrize.register_parametrization(module, name, Bnb4bitParametrization(state), unsafe=True)
     if first:
@@ -129,7 +129,8 @@ def _parametrize(module: nn.Module, name: str, packed: Tensor, state: QuantState
         module.register_load_state_dict_post_hook(_name_missing)
 
 
-def _parametrized(module: nn.Module) -> Iterator[tuple[str, Any, Bnb4bitParametrization]]:
+def quantized_in(module: nn.Module) -> Iterator[tuple[str, Any, Bnb4bitParametrization]]:
+    """The parameters of a module that are quantized so: (name, what reading it runs, of this what dequantizes)."""
     for name, steps in getattr(module, "parametrizations", {}).items():
         for step in steps:
             if isinstance(step, Bnb4bitParametrization):
@@ -138,13 +139,13 @@ def _parametrized(module: nn.Module) -> Iterator[tuple[str, Any, Bnb4bitParametr
 
 def _keep(module: nn.Module, args: Any) -> None:
     if not torch.compiler.is_compiling():
-        for _, _, step in _parametrized(module):
+        for _, _, step in quantized_in(module):
             step.kept = []
 
 
 def _forget(module: nn.Module, args: Any, output: Any) -> None:
     if not torch.compiler.is_compiling():
-        for _, _, step in _parametrized(module):
+        for _, _, step in quantized_in(module):
             step.kept = None
 
 
@@ -152,7 +153,7 @@ def _forget(module: nn.Module, args: Any, output: Any) -> None:
 
 
 def _save(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
-    for name, _, step in _parametrized(module):
+    for name, _, step in quantized_in(module):
         packed = state_dict.pop(f"{prefix}parametrizations.{name}.original", None)
         if packed is not None:
             state_dict[f"{prefix}{name}"] = packed
@@ -172,7 +173,7 @@ def _load(
 ) -> None:
     """Renames the keys to those that the parametrization looks for; an error message for each parameter that is not whole."""
     assign = local_metadata.get("assign_to_params_buffers", False)
-    for name, steps, step in _parametrized(module):
+    for name, steps, step in quantized_in(module):
         keys = [key for key in state_dict if key == f"{prefix}{name}" or key.startswith(f"{prefix}{name}.")]
         entries = {key.removeprefix(prefix): state_dict.pop(key) for key in keys}
         if not entries:
@@ -188,7 +189,7 @@ def _load(
 
 
 def _name_missing(module: nn.Module, incompatible: Any) -> None:
-    for name, *_ in _parametrized(module):
+    for name, *_ in quantized_in(module):
         missing = [key.replace(f"parametrizations.{name}.original", name) for key in incompatible.missing_keys]
         incompatible.missing_keys[:] = missing
 

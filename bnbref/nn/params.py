@@ -424,7 +424,7 @@ class Int8Params(QuantizedParameter):
         # peft merges `codes + delta` into a layer that it takes for a float one.
         raise TypeError(
             f"int8 codes are assigned with their scales: assign an Int8Params, not a tensor of {value.dtype}. peft needs to "
-            "know this layer to merge an adapter into it: bnbref.integrations.peft.register_lora(config)"
+            "know this layer to merge an adapter into it: bnbref.register_lora(config)"
         )
 
     def holds_codes(self) -> bool:

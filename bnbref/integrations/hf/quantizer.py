@@ -2,7 +2,7 @@
 
 Linear layers (and GPT-2's Conv1D) are replaced by bnbref's layers. The experts of a mixture are three-dimensional parameters
 of one module; they are quantized as parameters, behind a parametrization. Everything else stays as it is, with a reason:
-`bnbref.integrations.report(model)`.
+`bnbref.report(model)`.
 """
 
 import copy
@@ -18,34 +18,23 @@ from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION, HfQu
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 from transformers.utils import is_peft_available
 
-from bnbref import int8
 from bnbref.checkpoint import keys
-from bnbref.integrations.experts import dequantize_experts, is_experts, load_offloaded, parametrize_experts
-from bnbref.integrations.inventory import REASONS, Report, report
-from bnbref.integrations.readers import read_by_others
-from bnbref.integrations.transformers_config import METHOD, BnbRefConfig
-from bnbref.integrations.transformers_loading import (
-    ANOTHER_SHAPE,
-    Identity,
-    Quantize,
-    Read,
-    is_linear,
-    plain_layer,
-    quantized_layer,
-    was_conv1d,
-)
-from bnbref.nn import Linear4bit, Linear8bitLt
+from bnbref.integrations.hf.config import METHOD, BnbRefConfig
+from bnbref.integrations.hf.experts import dequantize_experts, is_experts, load_offloaded, parametrize_experts
+from bnbref.integrations.hf.layers import dequantized, dtype_of, is_linear, plain_layer, quantized_layer, was_conv1d
+from bnbref.integrations.hf.loading import ANOTHER_SHAPE, Identity, Quantize, Read
+from bnbref.integrations.hf.readers import read_by_others
+from bnbref.nn import Linear8bitLt
+from bnbref.nn.inventory import REASONS, Report, report
 from bnbref.nn.layer import QuantizedLayer
 from bnbref.nn.params import QuantizedParameter
-from bnbref.quant_state import QuantState, present
+from bnbref.quant_state import QuantState
 
 logger = logging.getLogger(__name__)
 
 
 class BnbRefHfQuantizer(HfQuantizer):  # type: ignore[misc]
     """Quantization by bnbref, as a `BnbRefConfig` or a `BitsAndBytesConfig` asks for it."""
-
-    requires_calibration = False
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         if isinstance(quantization_config, BnbRefConfig):
@@ -187,11 +176,11 @@ class BnbRefHfQuantizer(HfQuantizer):  # type: ignore[misc]
         # Without `Read`: codes and scales are saved as they are in the state dict, there is nothing to undo.
         conversions = getattr(model, "_weight_conversions", None) or []
         self.conversions = [c for c in conversions if not isinstance(getattr(c, "operations", [None])[0], Read)]
-        names = [*quantized, *_quantized_weights(model)]
-        model._weight_conversions = [c for c in self.conversions if not _undoing(c, names)]
+        layers = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, QuantizedLayer)]
+        model._weight_conversions = [c for c in self.conversions if not _undoing(c, [*quantized, *layers])]
         _set_flags(model)
         if is_peft_available():
-            from bnbref.integrations.peft_parameters import adapt_peft
+            from bnbref.integrations.hf.peft_parameters import adapt_peft
 
             adapt_peft()
         setattr(model, REASONS, self.reasons)
@@ -249,11 +238,6 @@ class BnbRefHfQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
 
-def dtype_of(dtype: torch.dtype | str) -> torch.dtype:
-    """Saving a model makes the dtype in its config a string."""
-    return getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
-
-
 def _skipped(name: str, patterns: list[str], skip: list[str]) -> str | None:
     """Why a module is not to be quantized, None if it is."""
     matching = sorted(pattern for pattern in patterns if not should_convert_module(name, [pattern]))
@@ -273,10 +257,6 @@ def _exchanged(model: nn.Module) -> bool:
 def _is_quantized(layer: QuantizedLayer) -> bool:
     weight: Any = layer.weight
     return hasattr(weight, "holds_codes") and weight.holds_codes()
-
-
-def _quantized_weights(model: nn.Module) -> list[str]:
-    return [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, QuantizedLayer)]
 
 
 def _undoing(conversion: Any, names: list[str]) -> bool:
@@ -304,21 +284,3 @@ def _set_flags(model: Any) -> None:
     else:
         model.is_loaded_in_4bit = True
         model.quantization_method = "bitsandbytes"
-
-
-def dequantized(name: str, layer: Any, dtype: torch.dtype) -> nn.Module:
-    """The plain layer of the values of a quantized one, with its hooks of accelerate."""
-    weight: Tensor = layer.weight
-    if weight.is_meta:
-        raise ValueError(f"{name} is offloaded: load the model without offloading to dequantize it")
-    if isinstance(layer, Linear4bit):
-        new = plain_layer(layer, present(layer.quant_state, "quant_state").dequantize(weight, dtype))
-    else:
-        new = plain_layer(layer, int8.dequantize(weight, layer.state.SCB, dtype))
-    hook = layer.__dict__.get("_hf_hook")
-    if hook is not None:
-        from accelerate.hooks import add_hook_to_module, remove_hook_from_module
-
-        remove_hook_from_module(layer)
-        add_hook_to_module(new, hook)
-    return new

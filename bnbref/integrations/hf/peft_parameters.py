@@ -5,9 +5,9 @@
 Such a parameter is behind a parametrization (`bnbref.nn.parametrize`). In modules with parametrizations peft finds no parameter
 by the end of its name, takes the values without the adapter from torch's cache, and merges into a temporary tensor. `adapt_peft`
 lets it find them, and gives them a wrapper of their own. It is called where bnbref's quantizer has loaded a model, and by
-`import bnbref.integrations.peft`.
+`import bnbref.integrations.hf.peft`.
 
-Merging is one rounding and unmerging is exact, as for layers: see `bnbref.integrations.peft`.
+Merging is one rounding and unmerging is exact, as for layers: see `bnbref.integrations.hf.peft`.
 """
 
 import copy
@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from bnbref import int8
-from bnbref.integrations.peft_checks import check_merge, check_targets
+from bnbref.integrations.hf.peft_checks import WITHOUT_THE_WEIGHT, check_merge, check_targets, ends_with
 from bnbref.nn import Params4bit
 from bnbref.nn.layer import QuantizedLayer
-from bnbref.nn.parametrize import Bnb4bitParametrization
+from bnbref.nn.parametrize import quantized_in
 from bnbref.nn.params import QuantizedParameter
 from bnbref.quant_state import QuantState
 
@@ -56,7 +56,7 @@ class ParamWrapper(lora.ParamWrapper):  # type: ignore[misc]
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
         """Add an adapter."""
-        if config.init_lora_weights not in (True, False, "gaussian", "eva"):
+        if config.init_lora_weights not in WITHOUT_THE_WEIGHT:
             raise ValueError(
                 f"init_lora_weights={config.init_lora_weights!r} reads the weight of a layer: for {self.parameter_name!r} of "
                 f"{type(self.get_base_layer()).__name__} it must be True, False, 'gaussian' or 'eva'"
@@ -137,8 +137,7 @@ class ParamWrapper(lora.ParamWrapper):  # type: ignore[misc]
 
 def _quantized(module: nn.Module) -> dict[str, Any]:
     """The parametrizations of a module's own parameters that are quantized, by name."""
-    found = getattr(module, "parametrizations", {})
-    return {name: steps for name, steps in found.items() if isinstance(steps[0], Bnb4bitParametrization)}
+    return {name: steps for name, steps, _ in quantized_in(module)}
 
 
 @functools.cache
@@ -173,10 +172,8 @@ def _wrapping(original: Any) -> Any:
             raise ValueError(
                 f"target_parameters: {name} is the packed weight of {base}: name the layer in target_modules"
             )
-        wrapper = ParamWrapper if parameter_name in _quantized(base) else None
-        if wrapper is None:
-            return original(target, adapter_name, config=config, parameter_name=parameter_name, **kwargs)
-        return wrapper(target, adapter_name, parameter_name=parameter_name, config=config, **kwargs)
+        wrap = ParamWrapper if parameter_name in _quantized(base) else original
+        return wrap(target, adapter_name, config=config, parameter_name=parameter_name, **kwargs)
 
     return dispatch
 
@@ -191,7 +188,7 @@ def _finding(original: Any) -> Any:
         for path, module in modules.items():
             own = [*module.parametrizations, *(name for name, _ in module.named_parameters(recurse=False))]
             found += [(path, name, f"{path.replace('.base_layer', '')}.{name}") for name in own]
-        found = [(path, name, key) for path, name, key in found if any(f".{key}".endswith(f".{t}") for t in targets)]
+        found = [(path, name, key) for path, name, key in found if ends_with(key, targets)]
         for path, name, key in found:
             parent, target, target_name = tuners_utils._get_submodules(model, path)
             wrapped = model.get_submodule(key.removesuffix(f".{name}"))

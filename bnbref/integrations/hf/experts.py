@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from bnbref.nn.parametrize import Bnb4bitParametrization, replace_parameter_4bit_prequantized
+from bnbref.nn.parametrize import Bnb4bitParametrization, quantized_in, replace_parameter_4bit_prequantized
 from bnbref.quant_state import QuantState, present
 
 
@@ -23,9 +23,8 @@ def is_experts(module: nn.Module) -> bool:
 def quantized_parameters(model: nn.Module) -> Iterator[tuple[str, Any, str, Bnb4bitParametrization]]:
     """(full name, module, name, parametrization) of every parameter that is quantized by itself."""
     for path, module in list(model.named_modules()):
-        for name, steps in list(getattr(module, "parametrizations", {}).items()):
-            if isinstance(steps[0], Bnb4bitParametrization):
-                yield f"{path}.{name}" if path else name, module, name, steps[0]
+        for name, _, step in list(quantized_in(module)):
+            yield f"{path}.{name}" if path else name, module, name, step
 
 
 def parametrize_experts(model: nn.Module, full_name: str, state: QuantState, dtype: torch.dtype) -> None:

@@ -22,7 +22,8 @@ from peft.tuners import lora
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
-from bnbref.integrations.peft_parameters import adapt_peft, added
+from bnbref.integrations.hf.peft_checks import WITHOUT_THE_WEIGHT
+from bnbref.integrations.hf.peft_parameters import adapt_peft, added
 from bnbref.nn import Linear4bit, Linear8bitLt
 from bnbref.nn.layer import QuantizedLayer
 
@@ -41,7 +42,7 @@ class LoraLinear(lora.Linear):  # type: ignore[misc]
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
         """Add an adapter."""
-        if config.use_dora or config.init_lora_weights not in (True, False, "gaussian", "eva"):
+        if config.use_dora or config.init_lora_weights not in WITHOUT_THE_WEIGHT:
             what = "use_dora=True" if config.use_dora else f"init_lora_weights={config.init_lora_weights!r}"
             raise ValueError(
                 f"{what} reads weights through bitsandbytes: on bnbref's layers it needs the alias for that"
@@ -50,10 +51,10 @@ class LoraLinear(lora.Linear):  # type: ignore[misc]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add adapters to the weight, and quantize the sum. ValueError if it is not finite, whatever `safe_merge`."""
-        base: Any = self.get_base_layer()
-        if not _is_quantized(base):  # dequantized meanwhile
+        if not isinstance(self.get_base_layer(), QuantizedLayer):  # dequantized meanwhile
             super().merge(safe_merge, adapter_names)
             return
+        base: Any = self.get_base_layer()
         new = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
         if not new:
             return
@@ -73,20 +74,16 @@ class LoraLinear(lora.Linear):  # type: ignore[misc]
 
     def unmerge(self) -> None:
         """The weight as it was before merging, bit for bit."""
-        base: Any = self.get_base_layer()
-        if not _is_quantized(base) or self._before is None:
+        if not isinstance(self.get_base_layer(), QuantizedLayer) or self._before is None:
             super().unmerge()
             return
+        base: Any = self.get_base_layer()
         weight, bias = self._before
         base.weight = weight.to(base.weight.device)
         if bias is not None:
             base.bias.data = bias.to(base.weight.device)
         self._before = None
         self.merged_adapters.clear()
-
-
-def _is_quantized(layer: nn.Module) -> bool:
-    return isinstance(layer, QuantizedLayer)
 
 
 def register_lora(config: LoraConfig) -> LoraConfig:

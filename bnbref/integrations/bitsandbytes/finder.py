@@ -47,7 +47,7 @@ MODULES = (
 
 
 MENDED = "transformers.integrations.bitsandbytes"
-"""A module that is not ours: see `bitsandbytes_alias.mend`."""
+"""A module that is not ours: see `alias.mend`."""
 
 
 class Finder(importlib.metadata.DistributionFinder):
@@ -95,14 +95,14 @@ def _then_mend(spec: importlib.machinery.ModuleSpec | None) -> importlib.machine
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
-            importlib.import_module("bnbref.integrations.bitsandbytes_alias").mend(module)
+            importlib.import_module("bnbref.integrations.bitsandbytes.alias").mend(module)
 
         loader.exec_module = exec_module
     return spec
 
 
 class Loader(importlib.abc.Loader):
-    """Makes a module and lets `bnbref.integrations.bitsandbytes_alias` fill it."""
+    """Makes a module and lets `bnbref.integrations.bitsandbytes.alias` fill it."""
 
     def __init__(self, version: str) -> None:
         self.version = version
@@ -112,7 +112,7 @@ class Loader(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         """Give it its names."""
-        importlib.import_module("bnbref.integrations.bitsandbytes_alias").fill(module, self.version)
+        importlib.import_module("bnbref.integrations.bitsandbytes.alias").fill(module, self.version)
 
 
 class Distribution(importlib.metadata.Distribution):

@@ -19,10 +19,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from bnbref.integrations import bitsandbytes_finder as finder
-from bnbref.integrations import bitsandbytes_ops
-from bnbref.integrations.bitsandbytes_finder import NAME, SWITCH, VERSION
-from bnbref.integrations.bitsandbytes_surface import MISSING, SURFACE
+from bnbref.integrations.bitsandbytes import finder, ops
+from bnbref.integrations.bitsandbytes.finder import NAME, SWITCH, VERSION
+from bnbref.integrations.bitsandbytes.surface import MISSING, SURFACE
 
 __all__ = ["as_bitsandbytes", "install_as_bitsandbytes", "uninstall_as_bitsandbytes"]
 
@@ -40,7 +39,7 @@ def install_as_bitsandbytes(*, version: str = VERSION, force: bool = False, patc
     another version. Nothing has changed then.
 
     >>> import bnbref
-    >>> with bnbref.integrations.as_bitsandbytes(force=True):
+    >>> with bnbref.as_bitsandbytes(force=True):
     ...     import bitsandbytes
     ...     bitsandbytes.__version__, bitsandbytes.nn.Linear4bit is bnbref.nn.Linear4bit
     ('0.50.2', True)
@@ -66,10 +65,10 @@ def install_as_bitsandbytes(*, version: str = VERSION, force: bool = False, patc
     _refresh_caches()
     _bind()
     if patch_hf:
-        from bnbref.integrations.transformers import restore, take_over_bitsandbytes
+        from bnbref.integrations.hf.transformers import give_back_bitsandbytes, take_over_bitsandbytes
 
         if take_over_bitsandbytes():
-            _patches.append(restore)
+            _patches.append(give_back_bitsandbytes)
 
 
 def uninstall_as_bitsandbytes() -> None:
@@ -80,7 +79,7 @@ def uninstall_as_bitsandbytes() -> None:
     sys.meta_path.remove(found)
     for name in [name for name in sys.modules if name == NAME or name.startswith(f"{NAME}.")]:
         del sys.modules[name]
-    bitsandbytes_ops.undefine()
+    ops.undefine()
     for cls, module in _renamed.items():
         cls.__module__ = module
     _renamed.clear()
@@ -125,7 +124,7 @@ def fill(module: ModuleType, version: str) -> None:
             _rename(getattr(module, name), module.__name__)
     if module.__name__ == NAME:
         setattr(module, "__version__", version)  # noqa: B010
-        bitsandbytes_ops.define()
+        ops.define()
     for child in SURFACE:
         parent, _, _ = f"{NAME}.{child}".rpartition(".")
         if child and parent == module.__name__:

@@ -20,9 +20,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
-from bnbref.integrations.peft import register_lora
-from bnbref.integrations.trainer import optimizer_cls_and_kwargs
-from bnbref.integrations.transformers import BnbRefConfig
+from bnbref.integrations.hf.peft import register_lora
+from bnbref.integrations.hf.trainer import optimizer_cls_and_kwargs
+from bnbref.integrations.hf.transformers import BnbRefConfig
 from bnbref.optim import PagedAdamW8bit
 
 __all__ = ["Finetuned", "dataset_text", "qlora"]

@@ -12,10 +12,10 @@ from transformers import BitsAndBytesConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bnbref.blockwise import FLOATS, check_blocksize
+from bnbref.checkpoint import BLOCKSIZES
 from bnbref.codebooks import FOUR_BIT
 
 METHOD = "bnbref"
-BLOCKSIZES_OF_BITSANDBYTES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 COMPUTE_DTYPE = "bnbref_compute_dtype"
 """Key beside bitsandbytes' keys in config.json: the compute dtype, "activation" if it is the activation's.
@@ -89,9 +89,7 @@ class BnbRefConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     @property
     def _known_to_bitsandbytes(self) -> bool:
-        return self.quant_type == "int8" or (
-            self.quant_type in ("nf4", "fp4") and self.blocksize in BLOCKSIZES_OF_BITSANDBYTES
-        )
+        return self.quant_type == "int8" or (self.quant_type in ("nf4", "fp4") and self.blocksize in BLOCKSIZES)
 
     @property
     def is_int8(self) -> bool:

@@ -20,8 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from bnbref import optim
 from bnbref.blockwise import block_count, check_blocksize
-from bnbref.integrations.transformers_config import BnbRefConfig
-from bnbref.integrations.transformers_quantizer import BnbRefHfQuantizer
+from bnbref.integrations.hf.config import BnbRefConfig
+from bnbref.integrations.hf.quantizer import BnbRefHfQuantizer
 from bnbref.nested import BLOCKSIZE as NESTED_BLOCKSIZE
 from bnbref.nn.layer import QuantizedLayer
 from bnbref.optim.paging import PAGE_BYTES, PAGED_FROM
@@ -36,8 +36,8 @@ FORMATS: dict[str, BnbRefConfig | None] = {
 """From the most exact to the smallest."""
 
 DTYPE = torch.bfloat16
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "query_key_value", "c_attn", "out_proj", "dense")
-"""Names of the layers that `qlora` adapts."""
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "query_key_value", "c_attn", "out_proj", "dense")
+"""What models call the projections of attention, which a plan for QLoRA adapts."""
 
 
 @dataclass(frozen=True)
@@ -118,9 +118,9 @@ def weight_bytes(config: Any, spec: BnbRefConfig | None) -> dict[str, int]:
 def adapter_shapes(config: Any, rank: int) -> list[torch.Size]:
     """Of LoRA on the attention's projections."""
     model, _ = on_meta(config, None)
-    linears = [m for name, m in model.named_modules() if name.rpartition(".")[2] in ATTENTION]
+    linears = [m for name, m in model.named_modules() if name.rpartition(".")[2] in PROJECTIONS]
     if not linears:
-        raise ValueError(f"the model has no layer called one of {ATTENTION}: none to adapt")
+        raise ValueError(f"the model has no layer called one of {PROJECTIONS}: none to adapt")
     pairs = (m.weight.shape for m in linears)
     return [torch.Size(shape) for n, k in pairs for shape in ((rank, k), (n, rank))]
 
@@ -268,17 +268,17 @@ def code(model: str, format_name: str, train: str | None, optimizer: str) -> str
         quantization = f"    quantization_config=BnbRefConfig({spec.quant_type!r}{double}),\n"
     lines = ["import torch", "from transformers import AutoModelForCausalLM"]
     if spec is not None:
-        lines.append("from bnbref.integrations.transformers import BnbRefConfig")
+        lines.append("from bnbref import BnbRefConfig")
     lines += ["", "model = AutoModelForCausalLM.from_pretrained("]
     lines += [f'    {model!r},\n{quantization}    dtype=torch.bfloat16,\n    device_map="auto",', ")"]
     if train == "qlora":
         lines += [
             "",
             "from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training",
-            "from bnbref.integrations.peft import register_lora",
+            "from bnbref import register_lora",
             "",
             "model = prepare_model_for_kbit_training(model)",
-            'lora = LoraConfig(r=16, target_modules=r".*\\.(' + "|".join(ATTENTION) + ')", task_type="CAUSAL_LM")',
+            'lora = LoraConfig(r=16, target_modules=r".*\\.(' + "|".join(PROJECTIONS) + ')", task_type="CAUSAL_LM")',
             "model = get_peft_model(model, register_lora(lora))",
         ]
     if train is not None:

@@ -12,8 +12,8 @@ from typing import Any
 from peft.tuners import tuners_utils
 from torch import nn
 
-from bnbref.integrations import bitsandbytes_finder
-from bnbref.integrations.experts import quantized_parameters
+from bnbref.integrations.bitsandbytes import finder
+from bnbref.integrations.hf.experts import quantized_parameters
 from bnbref.nn import Linear4bit, Linear8bitLt
 from bnbref.nn.layer import QuantizedLayer
 
@@ -28,9 +28,12 @@ TRAIN_UNDER_THE_ALIAS = TRAIN | {"ADALORA", "HIRA", "IA3", "PVERA", "RANDLORA", 
 MERGE_UNDER_THE_ALIAS = frozenset(("BOFT", "HIRA", "LORA", "MISS", "OFT", "ROAD", "SHIRA", "VERA"))
 """Tuners that dequantize a weight of bitsandbytes', add to it, and quantize it."""
 
+WITHOUT_THE_WEIGHT = (True, False, "gaussian", "eva")
+"""Values of `init_lora_weights` that do not read the weight of a layer."""
+
 
 def _alias() -> bool:
-    return bitsandbytes_finder.current() is not None
+    return finder.current() is not None
 
 
 def _names(layers: Iterable[str]) -> str:
@@ -38,7 +41,8 @@ def _names(layers: Iterable[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _ends_with(path: str, names: Iterable[str]) -> bool:
+def ends_with(path: str, names: Iterable[str]) -> bool:
+    """Whether one of the names is the end of a path, in whole parts, as peft matches them."""
     return any(f".{path}".endswith(f".{name}") for name in names)
 
 
@@ -46,7 +50,7 @@ def check_targets(tuner: Any, model: nn.Module, config: Any) -> None:
     """ValueError if an adapter of this config would read the weight of a quantized layer, or train it."""
     layers = {path.replace(".base_layer", ""): m for path, m in model.named_modules() if isinstance(m, QuantizedLayer)}
     holders = {name.rpartition(".")[0].replace(".base_layer", "") for name, *_ in quantized_parameters(model)}
-    trained = [path for path in (*layers, *sorted(holders)) if _ends_with(path, config.modules_to_save or ())]
+    trained = [path for path in (*layers, *sorted(holders)) if ends_with(path, config.modules_to_save or ())]
     if trained:
         raise ValueError(
             f"modules_to_save: {_names(trained)} is quantized: load the model with it in skip_modules to train it"
@@ -54,9 +58,7 @@ def check_targets(tuner: Any, model: nn.Module, config: Any) -> None:
     tokens = getattr(config, "trainable_token_indices", None)
     if tokens:
         embedding = getattr(model, "get_input_embeddings", lambda: None)()
-        found = [
-            p for p, m in layers.items() if (_ends_with(p, tokens) if isinstance(tokens, dict) else m is embedding)
-        ]
+        found = [p for p, m in layers.items() if (ends_with(p, tokens) if isinstance(tokens, dict) else m is embedding)]
         if found:
             raise ValueError(f"trainable_token_indices: {_names(found)} is quantized: its rows are packed")
     kind, option = config.peft_type.value, _reading(config)
@@ -76,7 +78,7 @@ def check_targets(tuner: Any, model: nn.Module, config: Any) -> None:
 def _reading(config: Any) -> str | None:
     """The option of a tuner that does not read weights by itself, with which it does."""
     init: Any = getattr(config, "init_lora_weights", True)
-    known = (True, False, "gaussian", "eva", *(("olora", "loftq") if _alias() else ()))
+    known = (*WITHOUT_THE_WEIGHT, *(("olora", "loftq") if _alias() else ()))
     if init not in known:
         return f"init_lora_weights={init!r}"
     if getattr(config, "use_dora", False) and not _alias():
@@ -101,5 +103,5 @@ def check_merge(tuner: Any) -> None:
     if layers:
         raise ValueError(
             f"{', '.join(sorted(kinds))} cannot be merged into {_names(layers)}, whose weights are packed: keep the adapter "
-            "beside them, dequantize the model first, or, for LoRA, call bnbref.integrations.peft.register_lora(config)"
+            "beside them, dequantize the model first, or, for LoRA, call bnbref.register_lora(config)"
         )

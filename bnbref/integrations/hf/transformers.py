@@ -1,9 +1,9 @@
 """Hugging Face transformers: quantize with bnbref, and load what bitsandbytes has written, without bitsandbytes.
 
-    import bnbref.integrations.transformers                       registers BnbRefConfig
+    from bnbref import BnbRefConfig                               registers it with transformers
     from_pretrained(..., quantization_config=BnbRefConfig())      quantizes while it loads
 
-    take_over_bitsandbytes()                                      from here on, until restore():
+    take_over_bitsandbytes()                                      from here on, until give_back_bitsandbytes():
     from_pretrained(..., quantization_config=BitsAndBytesConfig(load_in_4bit=True))
     from_pretrained("a checkpoint of bitsandbytes")
 
@@ -28,29 +28,20 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers import auto, register_quantization_config, register_quantizer
 
-from bnbref.integrations.experts import quantized_parameters
-from bnbref.integrations.inventory import REASONS, report
-from bnbref.integrations.transformers_config import COMPUTE_DTYPE, METHOD, BnbRefConfig
-from bnbref.integrations.transformers_quantizer import BnbRefHfQuantizer, dequantized, dtype_of
+from bnbref.integrations.hf.config import COMPUTE_DTYPE, METHOD, BnbRefConfig
+from bnbref.integrations.hf.experts import quantized_parameters
+from bnbref.integrations.hf.layers import dequantized, dtype_of
+from bnbref.integrations.hf.quantizer import BnbRefHfQuantizer
 from bnbref.nn import Params4bit
+from bnbref.nn.inventory import REASONS
 from bnbref.nn.layer import QuantizedLayer
 
-__all__ = ["BnbRefConfig", "BnbRefHfQuantizer", "register", "report", "restore", "take_over_bitsandbytes"]
+__all__ = ["BnbRefConfig", "BnbRefHfQuantizer", "give_back_bitsandbytes", "take_over_bitsandbytes"]
 
 logger = logging.getLogger(__name__)
 
 _METHODS = ("bitsandbytes_4bit", "bitsandbytes_8bit")
 _undo: list[Callable[[], None]] = []
-
-
-def register() -> None:
-    """Make BnbRefConfig known to transformers. Importing this module does it; again does nothing."""
-    if METHOD not in auto.AUTO_QUANTIZER_MAPPING:
-        register_quantization_config(METHOD)(BnbRefConfig)
-        register_quantizer(METHOD)(BnbRefHfQuantizer)
-        PreTrainedModel.num_parameters = _counting(PreTrainedModel.num_parameters)
-        PreTrainedModel._get_resized_lm_head = _resizing(PreTrainedModel._get_resized_lm_head)
-        PreTrainedModel._get_resized_embeddings = _not_resizing(PreTrainedModel._get_resized_embeddings)
 
 
 def take_over_bitsandbytes() -> bool:
@@ -79,7 +70,7 @@ def take_over_bitsandbytes() -> bool:
     return True
 
 
-def restore() -> None:
+def give_back_bitsandbytes() -> None:
     """Undo `take_over_bitsandbytes`. Models that are loaded stay as they are."""
     while _undo:
         _undo.pop()()
@@ -154,6 +145,10 @@ def _not_resizing(original: Callable[..., Any]) -> Callable[..., Any]:
     return get_resized_embeddings
 
 
-register()
+register_quantization_config(METHOD)(BnbRefConfig)
+register_quantizer(METHOD)(BnbRefHfQuantizer)
+PreTrainedModel.num_parameters = _counting(PreTrainedModel.num_parameters)
+PreTrainedModel._get_resized_lm_head = _resizing(PreTrainedModel._get_resized_lm_head)
+PreTrainedModel._get_resized_embeddings = _not_resizing(PreTrainedModel._get_resized_embeddings)
 if importlib.util.find_spec("bitsandbytes") is None:
     take_over_bitsandbytes()

@@ -26,7 +26,7 @@ def register() -> None:
             raise ValueError(f"{SWITCH} must name types of devices, like 'cpu,mps', got {name!r}")
     if not devices:
         return
-    from bnbref.integrations.bitsandbytes_ops import KERNELS
+    from bnbref.integrations.bitsandbytes.ops import KERNELS
 
     for name, kernel in KERNELS.items():
         library.register_kernel(f"bitsandbytes::{name}", devices, kernel)

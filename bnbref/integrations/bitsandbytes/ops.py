@@ -1,7 +1,7 @@
 """`torch.ops.bitsandbytes.*`: bitsandbytes' operators, for code that calls those and not its functions.
 
 `define` makes the operators with kernels for every device and with fake ones, under bitsandbytes' schemas: the alias does it.
-`KERNELS` alone are what `bitsandbytes_backend` registers with the real bitsandbytes.
+`KERNELS` alone are what `backend.py` registers with the real bitsandbytes.
 
 Exactness is that of the function of the same name. Results never share memory with arguments.
 """
@@ -18,7 +18,7 @@ from bnbref.codebooks import FOUR_BIT, value_table
 from bnbref.context import without_autocast
 from bnbref.fourbit import dequantize as dequantize_packed
 from bnbref.fourbit import quantize as quantize_packed
-from bnbref.integrations import bitsandbytes_extras as extras
+from bnbref.integrations.bitsandbytes import updates
 from bnbref.linear4bit import matmul_4bit
 from bnbref.nested import dequantize as dequantize_scales
 from bnbref.quant_state import QuantState
@@ -142,10 +142,6 @@ def _int8_mixed_scaled_mm(
     return y.view(*A.shape[:-1], CB.shape[0]), columns
 
 
-def _int8_vectorwise_quant(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
-    return functional.int8_vectorwise_quant(A, threshold)
-
-
 def _int8_double_quant(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     return functional.int8_double_quant(A, threshold=threshold)
 
@@ -170,7 +166,7 @@ def _optimizer_update_32bit(
     gnorm_scale: float,
     skip_zeros: bool = False,
 ) -> None:
-    extras.optimizer_update_32bit(
+    updates.optimizer_update_32bit(
         optimizer_name, g, p, state1, beta1, eps, step, lr, state2, beta2, beta3, alpha, weight_decay, gnorm_scale,
         unorm_vec, max_unorm, skip_zeros,
     )  # fmt: skip
@@ -204,9 +200,9 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "int8_mm_dequant": _int8_mm_dequant,
     "int8_scaled_mm": _int8_scaled_mm,
     "int8_vectorwise_dequant": functional.int8_vectorwise_dequant,
-    "int8_vectorwise_quant": _int8_vectorwise_quant,
+    "int8_vectorwise_quant": functional.int8_vectorwise_quant,
     "optimizer_update_32bit": _optimizer_update_32bit,
-    "optimizer_update_8bit_blockwise": extras.optimizer_update_8bit_blockwise,
+    "optimizer_update_8bit_blockwise": updates.optimizer_update_8bit_blockwise,
     "quantize_4bit": _quantize_4bit,
     "quantize_blockwise": _quantize_blockwise,
 }
@@ -251,7 +247,7 @@ def _fake_mixed(
     SCA: Tensor,
     SCB: Tensor,
     outlier_cols: Tensor | None = None,
-    bias: Tensor | None = None,
+    *bias: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     y = A.new_empty((*A.shape[:-1], CB.shape[0]))
     if outlier_cols is None:

@@ -6,7 +6,9 @@
 `docs/surface.py` makes the table of the documentation from these and compares them with bitsandbytes, where it is installed.
 """
 
-EXTRAS = "bnbref.integrations.bitsandbytes_extras"
+EXTRAS = "bnbref.integrations.bitsandbytes.extras"
+UPDATES = "bnbref.integrations.bitsandbytes.updates"
+UTILS = "bnbref.integrations.bitsandbytes.utils"
 
 _OPTIMIZERS = {
     "adagrad": "Adagrad Adagrad8bit Adagrad32bit",
@@ -38,7 +40,6 @@ def _from(source: str, names: str) -> dict[str, str]:
 
 
 _PRODUCTS = _from("bnbref", "MatmulLtState matmul matmul_4bit")
-_FORMATS = "INVERSE_LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING"
 
 SURFACE: dict[str, dict[str, str]] = {
     "": _PRODUCTS
@@ -49,11 +50,8 @@ SURFACE: dict[str, dict[str, str]] = {
     "autograd._functions": _PRODUCTS | _from(EXTRAS, "MatMul4Bit MatMul8bitFp MatMul8bitLt"),
     "cextension": _from(EXTRAS, "BNB_BACKEND HIP_ENVIRONMENT"),
     "functional": _from("bnbref.functional", _FUNCTIONS)
-    | _from(
-        EXTRAS,
-        "C batched_igemm check_matmul fill get_ptr has_avx512bf16 igemm is_on_gpu name2qmap optimizer_update_32bit "
-        "optimizer_update_8bit_blockwise",
-    ),
+    | _from(EXTRAS, "C batched_igemm check_matmul fill get_ptr has_avx512bf16 igemm is_on_gpu name2qmap")
+    | _from(UPDATES, "optimizer_update_32bit optimizer_update_8bit_blockwise"),
     "nn": _from("bnbref.nn", _LAYERS),
     "nn.modules": _from("bnbref.nn", _LAYERS)
     | _from(EXTRAS, "INVERSE_LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING maybe_rearrange_weight"),
@@ -66,10 +64,10 @@ SURFACE: dict[str, dict[str, str]] = {
         "GlobalOptimManager": "bnbref.optim:GlobalOptimManager",
         **dict.fromkeys(("Optimizer8bit", "Optimizer1State", "Optimizer2State"), "bnbref.optim:Optimizer"),
     },
-    "utils": _from(
-        EXTRAS,
-        f"OutlierTracer {_FORMATS} find_outlier_dims outlier_hook pack_dict_to_tensor replace_linear sync_gpu "
-        "unpack_tensor_to_dict",
+    "utils": _from(EXTRAS, "INVERSE_LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING")
+    | _from(
+        UTILS,
+        "OutlierTracer find_outlier_dims outlier_hook pack_dict_to_tensor replace_linear sync_gpu unpack_tensor_to_dict",
     ),
 }
 

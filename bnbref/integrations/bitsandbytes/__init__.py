@@ -1,0 +1,11 @@
+"""bitsandbytes for code that imports it: its modules, its operators, its names, as bnbref serves them.
+
+alias      `install_as_bitsandbytes`, and the start-up hook
+finder     what the import system asks
+surface    where each public name of bitsandbytes comes from, and which are missing, with the reason
+ops        `torch.ops.bitsandbytes`
+extras     old functions and constants, which bnbref has for the alias alone
+updates    steps of optimizers on bare tensors
+utils      `bitsandbytes.utils`
+backend    bnbref's kernels in the real bitsandbytes
+"""
