@@ -308,8 +308,7 @@ def test_a_layer_whose_name_transformers_changes_is_refused(case, tmp_path):
     Named(NamedConfig([], ["conv.weight_g"])).save_pretrained(tmp_path / "plain")
     model = Named.from_pretrained(tmp_path / "plain", quantization_config=CASES[case])
     model.save_pretrained(tmp_path / "a")
-    renames = "weight_g" not in "".join(load_file(tmp_path / "a" / "model.safetensors"))
-    if renames:
+    if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23):
         with pytest.raises((ValueError, RuntimeError), match=r"conv.weight_g\.weight has no scales"):
             Named.from_pretrained(tmp_path / "a")
     else:  # transformers 5.17 leaves the name as it is
