@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import strategies
@@ -113,6 +114,22 @@ def test_one_compilation_serves_all_sizes(name):
         variants, graphs = compilations(REGISTRY[name], list(cases))
         assert variants <= len({tuple(x is None for x in case.args) for case in cases})
         assert graphs == variants
+
+    run()
+
+
+@each_kernel
+def test_a_second_call_goes_straight_to_the_code(name):
+    """Without Dynamo: nothing compiles, guards or finds its way again for tensors of a layout that was seen."""
+    kernel = REGISTRY[name]
+
+    @settings(max_examples=1)
+    @given(strategy_of(name)(st.just(3)))
+    def run(case):
+        kernel(*fresh(case.args), **case.kwargs)
+        with without_definition(kernel), mock.patch.object(kernel, "_through_dynamo", side_effect=AssertionError):
+            got = kernel(*fresh(case.args), **case.kwargs)
+        check(kernel, got, kernel.definition(*case.args, **case.kwargs), case)
 
     run()
 
