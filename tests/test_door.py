@@ -210,6 +210,13 @@ def test_without_a_compiler_it_says_so_once_and_has_the_same_bits(digest):
         "\n".join(said),
         """bnbref runs uncompiled on cpu: no C++ compiler ('false' does not run). The bits are the same, the speed is not.""",
     )
+    # A driver for C links no C++ library, so that what it makes cannot be loaded.
+    missing, *said = probe(CXX="gcc")
+    assert missing == digest
+    assert_expected_inline(
+        "\n".join(said),
+        """bnbref runs uncompiled on cpu: no C++ compiler ('gcc' is one for C, which peft's BOFT leaves in CXX: unset CXX, or set it to g++). The bits are the same, the speed is not.""",
+    )
     missing, *said = probe(TORCH_COMPILE_DISABLE="1")
     assert missing == digest
     assert_expected_inline(

@@ -3,6 +3,7 @@
 None is without effect, and none computes with codes. A tuner that this version of peft has and nobody here knows is refused, too.
 """
 
+import os
 import re
 import sys
 
@@ -52,6 +53,17 @@ def refused(function, *args):
         return function(*args), None
     except (ValueError, NotImplementedError, TypeError) as error:
         return None, str(error)
+
+
+@pytest.fixture(autouse=True)
+def environment():
+    """What peft's BOFT leaves in CC and CXX, where it cannot build its extension, ends with the test."""
+    before = {name: os.environ.get(name) for name in ("CC", "CXX")}
+    yield
+    for name, value in before.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
 
 
 @pytest.fixture

@@ -210,15 +210,19 @@ def test_a_value_that_is_off_makes_another_table(book, data):
 
 def test_transformers_names_the_tensor(tmp_path, caplog, monkeypatch):
     transformers = pytest.importorskip("transformers")
-    pytest.importorskip("bnbref.integrations.hf.transformers").take_over_bitsandbytes()
+    hf = pytest.importorskip("bnbref.integrations.hf.transformers")
+    hf.take_over_bitsandbytes()
     shutil.copytree(Path(__file__).parent / "fixtures" / "checkpoints" / "nf4_nested", tmp_path, dirs_exist_ok=True)
     tensors = load_file(tmp_path / "model.safetensors")
     key = "model.layers.0.self_attn.q_proj.weight.nested_quant_map"
     tensors[key] = tensors[key].flip(0).contiguous()
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     monkeypatch.setattr(transformers.utils.logging.get_logger("transformers"), "propagate", True)
-    with pytest.raises(RuntimeError):
-        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    try:
+        with pytest.raises(RuntimeError):
+            transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    finally:
+        hf.give_back_bitsandbytes()
     assert "layers.0.self_attn.q_proj.weight" in caplog.text
     assert "nested_quant_map is not the dynamic map" in caplog.text
 

@@ -37,7 +37,10 @@ def is_gpu(x: Tensor) -> bool:
 
 
 def _cxx() -> str:
-    """The C++ compiler that Inductor will use."""
+    """The C++ compiler that Inductor will use: it asks for CXX when it is imported, and no more."""
+    config = sys.modules.get("torch._inductor.config")
+    if config is not None:
+        return str(config.cpp.cxx[-1])
     return os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
 
 
@@ -57,6 +60,8 @@ def missing_compiler(device_type: str) -> str | None:
     if device_type == "cpu":
         if shutil.which(_cxx()) is None:
             return f"no C++ compiler ({_cxx()!r} is not on the PATH; set CXX or install g++)"
+        if Path(_cxx()).name in ("gcc", "cc", "clang"):
+            return f"no C++ compiler ({_cxx()!r} is one for C, which peft's BOFT leaves in CXX: unset CXX, or set it to g++)"
         if _cxx_version() is None:
             return f"no C++ compiler ({_cxx()!r} does not run)"
         if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
