@@ -139,6 +139,8 @@ def test_models_that_transformers_loads_quantized_are_saved_again(kind, tmp_path
 
 def test_transformers_is_as_before_without_the_alias():
     """Whether it was imported before the alias, or after."""
+    if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23):
+        pytest.skip("transformers before 5.23 is left to refuse")
     code = """
 import sys
 import bnbref
