@@ -28,6 +28,7 @@ def served():
     """`import bitsandbytes` is bnbref for the whole module; kernels uncompiled."""
     if "bitsandbytes" in sys.modules:
         pytest.skip("bitsandbytes itself is imported")
+    bnbref.give_back_bitsandbytes()  # of what a test of another file may have left to bnbref
     with as_bitsandbytes(force=True), bnbref.eager():
         yield
 
