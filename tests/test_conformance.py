@@ -18,7 +18,6 @@ import kit_mutants
 import kit_mutants_training
 import numpy as np
 import pytest
-import safetensors.torch
 import second
 import torch
 from hypothesis import given
@@ -53,19 +52,7 @@ def test_the_files_are_what_the_cases_give_byte_for_byte():
     made = vectors.files(vectors.all_cases())
     stored = {path.name: path.read_bytes() for path in vectors.FOLDER.iterdir() if path.name != "schema.json"}
     assert sorted(made) == sorted(stored)
-    other = [name for name in made if made[name] != stored[name]]
-    assert [name for name in other if not name.endswith(".safetensors")] == [], "python -m bnbref vectors write"
-    # The ends of intervals are float64, of at most eight operations; of these a root is rounded as the CPU's library does it.
-    for name in other:
-        ours, theirs = safetensors.torch.load(made[name]), safetensors.torch.load(stored[name])
-        for key, x in ours.items():
-            if x.dtype == torch.float64:
-                torch.testing.assert_close(x, theirs[key], rtol=8 * 2**-52, atol=0, equal_nan=True)
-            else:
-                assert torch.equal(x.reshape(-1).view(torch.uint8), theirs[key].reshape(-1).view(torch.uint8)), (
-                    name,
-                    key,
-                )
+    assert [name for name in made if made[name] != stored[name]] == [], "python -m bnbref vectors write"
 
 
 def test_the_files_are_small():
