@@ -12,9 +12,8 @@ from bnbref.integrations.bitsandbytes.alias import (
 )
 from bnbref.kernels import eager
 from bnbref.kernels.ordered import batch_invariant
-from bnbref.linear4bit import matmul_4bit
-from bnbref.linear8bit import MatmulLtState, matmul
 from bnbref.nn.inventory import report
+from bnbref.products import MatmulLtState, matmul, matmul_4bit
 from bnbref.quant_state import QuantState
 
 if TYPE_CHECKING:  # "as" says to type checkers that these names are for others

@@ -14,7 +14,7 @@ from torch import Tensor
 from bnbref import blockwise, codebooks, fourbit, int8
 from bnbref.codebooks import DYNAMIC, FOUR_BIT, Codebook, dynamic, four_bit, value_table
 from bnbref.context import own
-from bnbref.linear4bit import matmul_4bit
+from bnbref.products import matmul_4bit
 from bnbref.quant_state import QuantState, nested_state, present
 
 __all__ = [

@@ -153,10 +153,14 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _multiply_on_cuda(a: Tensor, b: Tensor) -> Tensor:
-    """cuBLASLt takes more than 16 rows, and multiples of 8 elsewhere: pad by zeros, which add nothing."""
+    """cuBLASLt takes more than 16 rows, and multiples of 8 elsewhere: pad by zeros, which add nothing.
+
+    A pad of nothing would copy the weight all the same."""
     m, n, k = a.shape[0], b.shape[0], a.shape[1]
-    a = F.pad(a, (0, -k % 8, 0, max(17 - m, 0)))
-    b = F.pad(b, (0, -k % 8, 0, -n % 8))
+    if m <= 16 or k % 8:
+        a = F.pad(a, (0, -k % 8, 0, max(17 - m, 0)))
+    if k % 8 or n % 8:
+        b = F.pad(b, (0, -k % 8, 0, -n % 8))
     return torch._int_mm(a, b.t())[:m, :n]
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import bnbref
-from bnbref import as_bitsandbytes
+from bnbref import as_bitsandbytes, products
 from bnbref.codebooks import FOUR_BIT
 from bnbref.kernels import counting, decoding, encoding, floats
 
@@ -151,8 +151,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 def as_on_gpu() -> Iterator[None]:
     """Inside, formulations take their way for GPUs, whatever the device of their tensors."""
     with contextlib.ExitStack() as stack:
-        for module in (counting, decoding, encoding, floats):
-            stack.enter_context(mock.patch.object(module, "is_gpu", return_value=True))
+        for module in (counting, decoding, encoding, floats, products):
+            stack.enter_context(mock.patch.object(module, "is_gpu", lambda x: True))  # Dynamo traces no mock
         yield
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from conftest import pasted
+from einops import rearrange
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -284,9 +285,9 @@ def _dequantize_int8_rows(dtype: torch.dtype) -> Variant:
     return cases
 
 
-def _multiply_row(dtype: torch.dtype, codebook: Codebook, blocksize: int) -> Variant:
+def _multiply_rows(dtype: torch.dtype, codebook: Codebook, blocksize: int, m: int, nested: bool) -> Variant:
     """Finite, and far from overflow: what is bounded is a sum, and its bound is relative to the sum of magnitudes."""
-    blocks = 3
+    blocks, blocksize2 = 3, 2
     k = blocks * blocksize
 
     @st.composite
@@ -294,32 +295,77 @@ def _multiply_row(dtype: torch.dtype, codebook: Codebook, blocksize: int) -> Var
         n = 2 * draw(rows)
         entry = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-3, 4097.0]) | st.floats(-1024, 1024, width=32)
         few = st.lists(entry, min_size=1, max_size=40)
-        a = torch.from_numpy(np.resize(np.array(draw(few), np.float32), k)).to(dtype).float().view(2, k // 2)
+        a = torch.from_numpy(np.resize(np.array(draw(few), np.float32), m * k)).to(dtype).view(m, 2, k // 2)
         packed = draw(_some_integers(torch.uint8, n * k // 2)).view(n, k // 2)
         entry = st.sampled_from([0.0, 2.0**-126, 1.0]) | st.floats(2.0**-20, 2.0**20, width=32)
         size = st.lists(entry, min_size=1, max_size=9)
-        absmax = torch.from_numpy(np.resize(np.array(draw(size), np.float32), n * blocks)).view(n, blocks)
-
+        count = n * blocks // blocksize2 if nested else n * blocks
+        absmax = torch.from_numpy(np.resize(np.array(draw(size), np.float32), count))
+        second: tuple[Tensor | None, ...] = (None, None, None)
+        scales = absmax
+        if nested:
+            codes, values, offset = (
+                draw(_some_integers(torch.uint8, n * blocks)),
+                value_table(DYNAMIC, CPU),
+                torch.tensor(0.5),
+            )
+            scales = values[codes.long()] * absmax.repeat_interleave(blocksize2) + offset
+            absmax, second = codes, (absmax, values, offset)
         bias = (
             torch.from_numpy(np.resize(np.array(draw(few), np.float32), n)).to(dtype) if draw(st.booleans()) else None
         )
 
         def bound() -> Tensor:
-            # Two sums of k products and a bias, each with at most k + 1 roundings to u = 2^-24 in some order: each is within
-            # ((1 + u)^(k + 1) - 1) S <= 1.01 (k + 1) u S of the exact one, S the sum of the magnitudes; a product below
-            # 2^-126 may lose 2^-150. Then each is rounded to dtype, unit roundoff v: v times its magnitude, at most 1.01 S,
-            # or half of the least subnormal.
-            values = value_table(codebook, CPU)
+            # Two sums of k products and a bias. A product is of a value, an activation and a scale, whose four roundings and the
+            # k + 1 of the sum are to u = 2^-24, in some order: each is within 1.01 (k + 5) u S of the exact one, S the sum of the
+            # magnitudes, in which a nested scale counts with those of its two terms; a product below 2^-126 may lose 2^-150 times
+            # what it is multiplied by. A GPU has the values as float16 where a has 16 bits: 2^-11 S, and 2^-25 for the least of
+            # them. Then each is rounded to dtype, unit roundoff v: v times its magnitude, at most 1.01 S, or half of the least
+            # subnormal.
             codes = torch.stack((packed >> 4, packed & 15), -1).view(n, blocks, blocksize).long()
-            weight = (values[codes] * absmax[:, :, None]).to(dtype).double().view(n, k)
-            columns = a.double().t().reshape(k)
-            size = weight.abs() @ columns.abs() + (0 if bias is None else bias.double().abs())
+            magnitude = scales.abs() if not nested else scales.abs() + 2 * 0.5
+            value = value_table(codebook, CPU)[codes].abs().double()
+            size = (value * magnitude.double().view(n, blocks, 1)).view(n, k)
+            columns = rearrange(a.double().abs(), "m p l -> m (l p)")
+            total = columns @ size.t() + (0 if bias is None else bias.double().abs())
             finfo = torch.finfo(dtype)
-            v = 0.0 if dtype == F32 else 1.01 * finfo.eps / 2
-            return 2 * ((1.01 * (k + 1) * 2.0**-24 + v) * size + k * 2.0**-150 + finfo.smallest_normal * finfo.eps)
+            v, w = (0.0, 0.0) if dtype == F32 else (1.01 * finfo.eps / 2, 1.01 * 2.0**-11)
+            least = 2.0**-150 + (2.0**-25 if w else 0.0)
+            lost = columns @ magnitude.double().view(n, blocks, 1).expand(-1, -1, blocksize).reshape(n, k).t()
+            lost = least * lost + k * 2.0**-150
+            return 2 * ((1.01 * (k + 5) * 2.0**-24 + v + w) * total + lost + finfo.smallest_normal * finfo.eps)
 
-        constants = {"blocksize": blocksize, "codebook": codebook, "dtype": dtype}
-        return Case((a, packed, absmax, bias), constants, bound)
+        constants = {"blocksize": blocksize, "blocksize2": blocksize2, "codebook": codebook, "dtype": dtype}
+        return Case((a, packed, absmax.view(n, blocks), bias, *second), constants, bound)
+
+    return cases
+
+
+def _multiply_int8_row(dtype: torch.dtype, outliers: bool) -> Variant:
+    k = 40
+
+    @st.composite
+    def cases(draw: st.DrawFn, rows: Blocks) -> Case:
+        n = draw(rows)
+        q, codes = draw(_some_integers(torch.int8, k)).view(1, k), draw(_some_integers(torch.int8, n * k)).view(n, k)
+        row, column = draw(_some_floats(F32, 1)), draw(_some_floats(F32, n))
+        bias = draw(_some_floats(dtype, n)) if draw(st.booleans()) else None
+        if not outliers:
+            return Case((q, row, codes, column, bias), {"dtype": dtype})
+        row, column, bias = torch.ones(1), torch.full((n,), 127.0), None
+        a = draw(_some_integers(torch.int8, k)).to(dtype).view(1, k)
+        columns = draw(_some_integers(torch.uint8, k)).view(k) > 127
+
+        def bound() -> Tensor:
+            # The sums of integers are exact in any order. What is left are four roundings of each part and the last one.
+            part = (codes.double() @ torch.where(columns, a[0].double(), 0)).abs() + (
+                codes.double() @ q[0].double()
+            ).abs()
+            finfo = torch.finfo(dtype)
+            v = 0.0 if dtype == F32 else finfo.eps / 2
+            return (2 * 1.01 * (5 * 2.0**-24 + v) * part + finfo.smallest_normal * finfo.eps)[None]
+
+        return Case((q, row, codes, column, bias, a, columns), {"dtype": dtype}, bound)
 
     return cases
 
@@ -427,7 +473,11 @@ KERNELS: dict[str, dict[str, Variant]] = {
     "dequantize_nested": {"float32": _dequantize_nested},
     "quantize_int8_rows": _named(_quantize_int8_rows, (F32, 2.5), (F32, 0.0), (F16, 6.0)),
     "dequantize_int8_product": _named(_dequantize_int8_product, (F32, None, None), (BF16, F32, BF16), (F16, F16, None)),
-    "multiply_row": _named(_multiply_row, (BF16, NF4, 64), (F32, FP4, 32)),
+    "multiply_rows": _named(
+        _multiply_rows, (BF16, NF4, 64, 1, False), (F32, FP4, 32, 2, False), (F32, NF4, 32, 1, True)
+    ),
+    "multiply_int8_row": _named(_multiply_int8_row, (F32, False), (BF16, False)),
+    "multiply_int8_row_and_outliers": _named(_multiply_int8_row, (F32, True), (BF16, True)),
     "add_products": {"float32": _add_products},
     "dequantize_int8_rows": _named(_dequantize_int8_rows, (F32,), (BF16,)),
     "step_elements": _named(_step_elements, (rules.Adam(), F32, False), (rules.AdEMAMix(), BF16, True)),

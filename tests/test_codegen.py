@@ -79,7 +79,8 @@ CLAIMS = {
     "step_blocks bfloat16": Claim(load=64, store=64, instructions=ROOTS),
     "direction_blocks": Claim(instructions=ROOTS),
     # Bounded, not exact: it may be contracted. It stores one number for a row.
-    "multiply_row": Claim(store=16, spilling=2, instructions=frozenset({"fma.rn.f32"})),
+    "multiply_rows": Claim(store=16, spilling=2, instructions=frozenset({"fma.rn.f32"})),
+    "multiply_int8_row_and_outliers": Claim(store=16, instructions=frozenset({"fma.rn.f32"})),
 }
 """By the beginning of a variant's name, as `codegen/calls.py` makes it; the longest that fits counts."""
 

@@ -5,10 +5,12 @@ import math
 import pytest
 import torch
 from conftest import as_on_gpu
+from einops import rearrange
 
-from bnbref import blockwise, fourbit, linear4bit
+from bnbref import blockwise, fourbit, products
+from bnbref import nested as nested_scales
 from bnbref.blockwise import encode
-from bnbref.codebooks import AF4, DYNAMIC, DYNAMIC_UNSIGNED, FP4, INT4, NF4, linear
+from bnbref.codebooks import AF4, DYNAMIC, DYNAMIC_UNSIGNED, FP4, INT4, NF4, linear, value_table
 from bnbref.kernels.counting import code_by_table, code_table, float_of
 
 CPU = torch.device("cpu")
@@ -84,23 +86,30 @@ def test_eight_bit(book, dtype, blocksize):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("with_bias", [False, True])
-def test_a_row_by_words(dtype, with_bias):
-    n, k = 6, 128
+@pytest.mark.parametrize("nested", [False, True])
+def test_rows_by_words(dtype, nested):
+    m, n, k = 3, 6, 128
     packed = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8)
-    absmax, a = torch.rand(n, k // 64), torch.randn(k).to(dtype)
-    bias = torch.randn(n).to(dtype) if with_bias else None
-    constants = {"blocksize": 64, "codebook": NF4, "dtype": dtype}
-    weight = fourbit.dequantize_rows.definition(packed, absmax, **constants).double()
-    exact, size = weight @ a.double(), weight.abs() @ a.double().abs()
-    if bias is not None:
-        exact, size = exact + bias.double(), size + bias.double().abs()
-    # k products and the bias, summed in float32 in some order, and one rounding to dtype of at most 1.01 times the size.
-    bound = 1.01 * ((k + 1) * 2.0**-24 + torch.finfo(dtype).eps / 2) * size
-    columns = a.view(-1, 8).t().contiguous()
+    absmax, a, bias = torch.rand(n, k // 64), torch.randn(m, k).to(dtype), torch.randn(n).to(dtype)
+    second = ()
+    if nested:
+        codes, absmax2, offset = nested_scales.quantize(absmax.view(-1))
+        second = absmax2, value_table(DYNAMIC, CPU), offset
+        absmax = nested_scales.dequantize(codes, *second).view(n, k // 64)
+    weight = fourbit.dequantize_rows.definition(packed, absmax, blocksize=64, codebook=NF4, dtype=torch.float32)
+    weight = weight.double()
+    exact = a.double() @ weight.t() + bias.double()
+    size = a.double().abs() @ weight.abs().t() + bias.double().abs()
+    # k products of three factors and the bias, summed in float32 in some order: k + 5 roundings. Values of codes are float16 for
+    # 16-bit activations. One rounding to dtype of at most 1.01 times the size.
+    values = 0.0 if dtype == torch.float32 else 2.0**-11
+    bound = 1.01 * ((k + 5) * 2.0**-24 + values + torch.finfo(dtype).eps / 2) * size
+    columns = rearrange(a, "m (l p) -> m p l", p=8).contiguous()
+    scales = codes.view(n, k // 64) if nested else absmax
+    arguments = (columns, packed, scales, bias, *second)
+    constants = {"blocksize": 64, "blocksize2": 256, "codebook": NF4, "dtype": dtype}
     with as_on_gpu():
-        on_gpu = linear4bit.multiply_row.body(columns, packed, absmax, bias, **constants)
-    for run in (linear4bit.multiply_row.definition, linear4bit.multiply_row.body):
-        for got in (on_gpu, run(columns, packed, absmax, bias, **constants)):
-            assert got.dtype == dtype
-            assert ((got.double() - exact).abs() <= bound).all()
+        on_gpu = products.multiply_rows.body(*arguments, **constants)
+    for got in (on_gpu, products.multiply_rows.definition(*arguments, **constants)):
+        assert got.dtype == dtype
+        assert ((got.double() - exact).abs() <= bound).all()

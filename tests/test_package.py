@@ -25,7 +25,7 @@ ROOMS = (
     ("bnbref.optim",),
     ("bnbref.functional",),
     ("bnbref.checkpoint",),
-    ("bnbref.linear4bit", "bnbref.linear8bit"),
+    ("bnbref.products",),
     ("bnbref.fourbit", "bnbref.int8", "bnbref.nested", "bnbref.quant_state"),
     ("bnbref.blockwise",),
     ("bnbref.codebooks",),

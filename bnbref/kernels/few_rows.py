@@ -1,8 +1,11 @@
-"""The product of one row and a 4-bit weight, computed from the codes without a dequantized weight in memory.
+"""The product of a few rows and a 4-bit weight, computed from the codes without a dequantized weight in memory.
 
-Generating a token is a sequence of such products. What this gains: docs/content/reading.md, table "formulations".
+Generating a token is a sequence of such products. The values of the codes are looked up once for all rows, and the scale of a
+block multiplies the sum over the codes of a lane instead of each code. What this gains: docs/content/reading.md, table
+"formulations".
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -10,79 +13,92 @@ from einops import rearrange
 from torch import Tensor
 
 from bnbref.codebooks import Codebook
-from bnbref.kernels.decoding import sixteen, value_tables
-from bnbref.kernels.door import formulation
-from bnbref.kernels.floats import look_up, rounded
-from bnbref.kernels.lookup16 import lookup16, scaled16
+from bnbref.kernels.byte_permute import lookup8, planes
+from bnbref.kernels.decoding import sixteen
+from bnbref.kernels.door import formulation, tracing
+from bnbref.kernels.floats import look_up
+from bnbref.kernels.lookup16 import lookup16
 
 
-def _tables(a: Tensor, packed: Tensor, *_: Tensor | None, codebook: Codebook, **constants: Any) -> tuple[Tensor, ...]:
-    return value_tables(packed, codebook=codebook)
+@functools.lru_cache(maxsize=64)
+def _planes(codebook: Codebook, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return planes(torch.tensor(sixteen(codebook), dtype=torch.float32, device="cpu").to(dtype)).to(device)
 
 
-def _by_words(
-    a: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    tables: tuple[Tensor, ...],
-    blocksize: int,
-    codebook: Codebook,
-    dtype: torch.dtype,
-) -> Tensor:
-    """For GPUs: a lane takes a word of eight codes. a: activations `[8, k/8]`, where `a[i, j]` is column `8 * j + i`."""
+def _tables(a: Tensor, *_: Tensor | None, codebook: Codebook, **constants: Any) -> tuple[Tensor, ...]:
+    if a.shape[1] != 8:
+        return ()
+    dtype = torch.float32 if a.dtype == torch.float32 else torch.float16
+    return ((_planes.__wrapped__ if tracing() else _planes)(codebook, dtype, a.device),)
+
+
+def _by_words(a: Tensor, packed: Tensor, scale: Tensor, table: Tensor, blocksize: int) -> list[Tensor]:
+    """For GPUs: a lane takes a word of eight codes, p = 8."""
     words = rearrange(packed.view(torch.int32), "n (b w) -> n b w", w=blocksize // 8)
-    scale = rearrange(absmax, "n b -> n b 1")
-    columns = rearrange(a, "p (b w) -> p b w", w=blocksize // 8).float()
-
-    def product(place: int) -> Tensor:
-        codes = words >> (8 * (place // 2) + 4 * (1 - place % 2))
-        weight = rounded(
-            (look_up(tables[0], codes & 15) if tables else lookup16(codes, sixteen(codebook))) * scale, dtype
-        )
-        return weight * columns[place]
-
-    total = product(0)
-    for place in range(1, 8):
-        total = total + product(place)
-    return total.sum((1, 2))
+    columns = rearrange(a.float(), "m p (b w) -> m p b w", w=blocksize // 8)
+    values = [lookup8(words, table, place) for place in range(8)]
+    return [_summed(values, row, scale) for row in columns.unbind()]
 
 
-def _by_halves(
-    a: Tensor, packed: Tensor, absmax: Tensor, blocksize: int, codebook: Codebook, dtype: torch.dtype
-) -> Tensor:
-    """For CPUs: a lane takes a byte of two codes. The rows of the weight are taken in two halves, so that two sums are under way
-    at a time. a: activations `[2, k/2]`, where `a[i, j]` is column `2 * j + i`."""
-    even, odd = rearrange(a.float(), "two (b s) -> two b s", s=blocksize // 2)
-    n, values = packed.shape[0] // 2, sixteen(codebook)
+def _by_bytes(a: Tensor, packed: Tensor, scale: Tensor, blocksize: int, codebook: Codebook) -> list[Tensor]:
+    """For CPUs: a lane takes a byte of two codes, p = 2.
+
+    The rows of the weight are taken in two halves, so that two sums are under way at a time.
+    """
+    columns = rearrange(a.float(), "m p (b s) -> m p b s", s=blocksize // 2)
+    n, table = packed.shape[0] // 2, sixteen(codebook)
     halves = []
-    for rows, scales in ((packed[:n], absmax[:n]), (packed[n:], absmax[n:])):
-        codes = rearrange(rows.to(torch.int32), "n (b s) -> n b s", s=blocksize // 2)
-        scale = rearrange(scales, "n b -> n b 1")
-        first, second = scaled16(codes >> 4, scale, values, dtype), scaled16(codes, scale, values, dtype)
-        halves.append((first * even).sum((1, 2)) + (second * odd).sum((1, 2)))
-    return torch.cat(halves)
+    for half, scales in ((packed[:n], scale[:n]), (packed[n:], scale[n:])):
+        codes = rearrange(half.to(torch.int32), "n (b s) -> n b s", s=blocksize // 2)
+        values = [lookup16(codes >> 4, table), lookup16(codes, table)]
+        halves.append([_summed(values, row, scales) for row in columns.unbind()])
+    return [torch.cat(row) for row in zip(*halves, strict=True)]
+
+
+def _summed(values: list[Tensor], columns: Tensor, scale: Tensor) -> Tensor:
+    """One row: the sum over the codes of a lane, times the scale of its block, summed over the lanes."""
+    total = values[0] * columns[0]
+    for value, column in zip(values[1:], columns[1:], strict=True):
+        total = total + value * column
+    return (total * scale).sum((1, 2))
 
 
 @formulation(
-    "multiply_row",
+    "multiply_rows",
     tables=_tables,
     # The kernel is bounded: the order of its sum is the compiler's, so it may fuse products and sums to one rounding as well.
     cpu={"cpp.enable_floating_point_contract_flag": "fast"},
-    gpu={"max_autotune_pointwise": True, "emulate_precision_casts": False},  # more block sizes than Inductor would try
+    # A loop over the columns, because a row that is one tile takes too many registers (docs: How to read the code).
+    gpu={
+        "coordinate_descent_tuning": True,
+        "triton.persistent_reductions": False,
+        "emulate_precision_casts": False,
+    },
 )
 def _(
     a: Tensor,
     packed: Tensor,
     absmax: Tensor,
     bias: Tensor | None = None,
+    absmax2: Tensor | None = None,
+    values2: Tensor | None = None,
+    offset: Tensor | None = None,
     *,
     tables: tuple[Tensor, ...],
     blocksize: int,
+    blocksize2: int = 0,
     codebook: Codebook,
     dtype: torch.dtype,
 ) -> Tensor:
-    if a.shape[0] == 8:
-        y = _by_words(a, packed, absmax, tables, blocksize, codebook, dtype)
-    else:
-        y = _by_halves(a, packed, absmax, blocksize, codebook, dtype)
+    scale = absmax
+    if absmax2 is not None and values2 is not None and offset is not None:
+        block = torch.arange(absmax.numel(), device=absmax.device) // blocksize2
+        scale = look_up(values2, absmax) * look_up(absmax2, block).view(absmax.shape) + offset
+    scale = rearrange(scale, "n b -> n b 1")
+    rows = (
+        _by_words(a, packed, scale, tables[0], blocksize)
+        if tables
+        else _by_bytes(a, packed, scale, blocksize, codebook)
+    )
+    y = torch.stack(rows)
     return (y if bias is None else y + bias.float()).to(dtype)

@@ -18,10 +18,9 @@ from torch.nn import functional as F
 from bnbref.codebooks import Codebook
 from bnbref.context import plain
 from bnbref.kernels import tracing
-from bnbref.linear4bit import matmul_4bit
-from bnbref.linear8bit import MatmulLtState, matmul
 from bnbref.nn.layer import EightBitLayer, FourBitLayer
 from bnbref.nn.params import Int8Params, Params4bit
+from bnbref.products import MatmulLtState, matmul, matmul_4bit
 
 logger = logging.getLogger(__name__)
 

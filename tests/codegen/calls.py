@@ -27,8 +27,14 @@ X = example(CPU)
 
 def _rows_times_weight() -> None:
     for dtype in (torch.bfloat16, torch.float32):
-        packed, state = functional.quantize_4bit(X.view(64, 256), quant_type="nf4")
-        bnbref.matmul_4bit(X[:256].to(dtype), packed, state, bias=X[:64].to(dtype))
+        for nested in (False, True):
+            packed, state = functional.quantize_4bit(X.view(64, 256), quant_type="nf4", compress_statistics=nested)
+            bnbref.matmul_4bit(X[:256].to(dtype), packed, state, bias=X[:64].to(dtype))
+
+
+def _row_times_int8_weight() -> None:
+    for threshold in (0.0, 1.0):
+        bnbref.matmul(X[None, :256].half(), X.view(64, 256).half(), threshold=threshold, bias=X[:64].half())
 
 
 def _bfloat16_parameters() -> None:
@@ -55,7 +61,8 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     """What is called, by name."""
     for check in CHECKS:
         yield check.name, lambda run=check.run: run(X)
-    yield "multiply_row", _rows_times_weight
+    yield "multiply_rows", _rows_times_weight
+    yield "multiply_int8_row", _row_times_int8_weight
     yield "bfloat16 parameters", _bfloat16_parameters
 
 

@@ -10,7 +10,9 @@ import copy
 import json
 import os
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated, and Triton's own are on import
 
@@ -25,8 +27,8 @@ from torch._inductor.codecache import PyCodeCache
 from torch._inductor.runtime import triton_helpers
 from torch._inductor.runtime.triton_heuristics import GridExpr
 
-from bnbref import fourbit
-from bnbref.kernels import Kernel
+from bnbref import products
+from bnbref.kernels import Kernel, byte_permute
 
 np.seterr(all="ignore")  # infinities and NaN are made on purpose
 Builder = interpreter.InterpreterBuilder
@@ -122,25 +124,32 @@ def interpret(kernel: Kernel[..., Any], tensors: Sequence[Any], constants: Any) 
     return tuple(kernel.written(tensors)) if kernel.written(tensors) else results
 
 
-def bound(
-    a: torch.Tensor,
-    packed: torch.Tensor,
-    absmax: torch.Tensor,
-    bias: torch.Tensor,
-    *,
-    dtype: torch.dtype,
-    **constants: Any,
-) -> torch.Tensor:
-    """The largest difference of two results of `multiply_row`, each a sum of k products and a bias in float32, in some order,
-    and rounded once: (k + 1) u and v times the sum of the magnitudes, and 1.01 for what is of higher order."""
-    weight = fourbit.dequantize_rows.definition(packed, absmax, dtype=dtype, **constants).double()
-    size = weight.abs() @ a.double().t().reshape(-1).abs() + bias.double().abs()
-    return 2 * 1.01 * ((weight.shape[1] + 1) * 2.0**-24 + torch.finfo(dtype).eps / 2) * size
+def magnitudes(kernel: Kernel[..., Any], tensors: Sequence[Any], constants: Any) -> torch.Tensor:
+    """The sums of magnitudes of a bounded kernel: the kernel itself, given magnitudes, and a codebook of magnitudes."""
+    sizes = [t if t is None or not t.is_floating_point() else t.abs() for t in tensors]
+    if "codebook" in constants:
+        values = tuple(map(abs, constants["codebook"].values))
+        book = SimpleNamespace(values=values)
+        with mock.patch.object(products, "value_table", lambda *_: torch.tensor(values)):
+            return kernel.definition(*sizes, **{**constants, "codebook": book, "dtype": torch.float32}).double()
+    sizes[0], sizes[2] = (t.to(torch.int32).abs().to(torch.int8) for t in (tensors[0], tensors[2]))
+    return kernel.definition(*sizes, **{**constants, "dtype": torch.float32}).double()
+
+
+def bound(kernel: Kernel[..., Any], tensors: Sequence[Any], constants: Any) -> torch.Tensor:
+    """The largest difference of two results of a bounded kernel, each a sum of k products in float32, in some order, with a few
+    roundings more, and rounded once: (k + 5) u and v times the sum of the magnitudes, 2^-11 for values that are float16 in a row
+    of 16 bits, and 1.01 for what is of higher order."""
+    dtype, k = constants["dtype"], tensors[0][0].numel()
+    values = 2.0**-11 if dtype != torch.float32 and "codebook" in constants else 0.0
+    relative = (k + 5) * 2.0**-24 + torch.finfo(dtype).eps / 2 + values
+    return 2 * 1.01 * relative * magnitudes(kernel, tensors, constants)
 
 
 def main() -> None:
     """A line of JSON for each call of a kernel."""
     pretend.install()
+    byte_permute._native = False  # the interpreter runs no assembly; tests/test_byte_permute.py does
 
     def run(kernel: Kernel[..., Any], tensors: list[Any], constants: Any) -> Any:
         want = kernel.definition(*tensors, **constants)
@@ -151,7 +160,7 @@ def main() -> None:
         if kernel.exact:
             right = same_bits(got, want)
         else:
-            right = bool(((got.double() - want.double()).abs() <= bound(*tensors, **constants)).all())
+            right = bool(((got.double() - want.double()).abs() <= bound(kernel, tensors, constants)).all())
         line["difference"] = "" if right else difference(got, want)
         print(json.dumps(line), flush=True)
         return got

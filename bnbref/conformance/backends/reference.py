@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnbref import blockwise, fourbit, functional, int8, linear4bit, linear8bit, nn
+from bnbref import blockwise, fourbit, functional, int8, nn, products
 from bnbref.codebooks import four_bit
 from bnbref.conformance.backends import Backend
 from bnbref.conformance.backends.public_names import PublicNames
@@ -25,8 +25,8 @@ class Reference(PublicNames):
     def __init__(self) -> None:
         super().__init__(
             SimpleNamespace(
-                functional=functional, nn=nn, matmul_4bit=linear4bit.matmul_4bit, matmul=linear8bit.matmul,
-                MatmulLtState=linear8bit.MatmulLtState,
+                functional=functional, nn=nn, matmul_4bit=products.matmul_4bit, matmul=products.matmul,
+                MatmulLtState=products.MatmulLtState,
             )
         )  # fmt: skip
 
@@ -50,7 +50,7 @@ class Reference(PublicNames):
         self, a: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, shape: Sequence[int], **arguments: Any
     ) -> Tensor:
         state = QuantState(absmax, shape=torch.Size(shape), dtype=a.dtype, **arguments)
-        return linear4bit.matmul_4bit(a, packed.view(-1, 1), state, bias=bias)
+        return products.matmul_4bit(a, packed.view(-1, 1), state, bias=bias)
 
     def int8_quantize(self, x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
         codes, absmax, mask = int8.quantize(x, threshold)

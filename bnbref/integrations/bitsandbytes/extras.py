@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, library
 
 from bnbref import int8
-from bnbref.linear4bit import matmul_4bit
-from bnbref.linear8bit import matmul
+from bnbref.products import matmul, matmul_4bit
 
 # ---- constants ------------------------------------------------------------------------------------------------------
 

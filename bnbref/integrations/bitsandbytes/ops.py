@@ -19,8 +19,8 @@ from bnbref.context import without_autocast
 from bnbref.fourbit import dequantize as dequantize_packed
 from bnbref.fourbit import quantize as quantize_packed
 from bnbref.integrations.bitsandbytes import updates
-from bnbref.linear4bit import matmul_4bit
 from bnbref.nested import dequantize as dequantize_scales
+from bnbref.products import matmul_4bit
 from bnbref.quant_state import QuantState
 
 SCHEMAS = {

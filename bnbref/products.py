@@ -1,0 +1,534 @@
+"""The products of activations and a quantized weight, forwards and backwards.
+
+    matmul_4bit    y = a @ W~^T + b,  W~ decoded from its codes for the length of one product             QLoRA (2305.14314)
+    matmul         y = T( int8 part + b + outlier part )                                                 LLM.int8() (2208.07339)
+
+    int8 part      rows of a times rows of the weight as an exact int32 product, scaled back in float32
+    outlier part   the columns of a that hold a magnitude >= threshold, times the weight's columns, in the dtype of a
+
+A product in somebody's graph is one operator (`torch.ops.bnbref.linear_4bit`, `linear_8bit`), which runs what an eager call runs.
+So a graph compiles as fast as that of the float model, and its bits are those of the eager call. An exported program holds plain
+operations instead, because it must run where bnbref is not installed.
+"""
+
+import functools
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, library
+
+from bnbref import int8
+from bnbref.blockwise import check_device
+from bnbref.codebooks import FOUR_BIT, Codebook, value_table, words
+from bnbref.context import as_autocast, as_bytes, differentiated, own, plain, transforming, without_autocast
+from bnbref.int8 import RECIPROCAL_127, RECIPROCAL_127_SQUARED, as_matrix
+from bnbref.kernels import compile_enabled, fused, ordered, tracing
+from bnbref.kernels.compiler import is_gpu
+from bnbref.quant_state import QuantState, present
+
+# ---- few rows -------------------------------------------------------------------------------------------------------
+
+
+@fused(dynamic={"packed": (0,), "absmax": (0,), "bias": (0,), "absmax2": (0,)}, exact=False)
+def multiply_rows(
+    a: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    bias: Tensor | None = None,
+    absmax2: Tensor | None = None,
+    values2: Tensor | None = None,
+    offset: Tensor | None = None,
+    *,
+    blocksize: int,
+    blocksize2: int = 0,
+    codebook: Codebook,
+    dtype: torch.dtype,
+) -> Tensor:
+    """A few rows of activations times a 4-bit weight, computed from the codes: dtype `[rows, n]`.
+
+        y[i, j] = sum over blocks of  absmax[j, block] * (sum over the block of  value[code[j, l]] * a[i, l])
+
+    a: the activations `[rows, p, k/p]`, where `a[i, j, l]` is column `p * l + j` of row i. packed: codes, uint8 `[n, k/2]`.
+    absmax: scales, float32 `[n, blocks]`; or their uint8 codes, and then absmax2, values2 and offset undo the second quantization
+    (`nested.dequantize`). bias: `[n]`.
+
+    Bounded: float32 sums of products, each rounded or fused, in the compiler's order; the weight is not rounded. With u = 2^-24,
+    v the unit roundoff of dtype and S = sum |a value absmax| + |bias|: |y - exact| <= (k + 3) u S + v |exact| to first order.
+    On a GPU the values are rounded to float16 if a has 16 bits, which adds 2^-11 S + 2^-25 sum |a absmax|.
+    """
+    codes = torch.stack((packed >> 4, packed & 15), dim=-1).flatten(1)
+    value = rearrange(value_table(codebook, packed.device)[codes.to(torch.int32)], "n (b s) -> n b s", s=blocksize)
+    columns = rearrange(a.float(), "m p l -> m (l p)")
+    sums = torch.einsum("nbs,mbs->mnb", value, rearrange(columns, "m (b s) -> m b s", s=blocksize))
+    if absmax2 is not None and values2 is not None and offset is not None:
+        block = torch.arange(absmax.numel(), device=absmax.device).view(absmax.shape)
+        absmax = values2[absmax.to(torch.int32)] * absmax2[block // blocksize2] + offset
+    y = (sums * absmax).sum(-1)
+    return (y if bias is None else y + bias.float()).to(dtype)
+
+
+# How many rows are few: beyond it the dequantized weight and a library's product are faster (docs: How to read the code).
+_FEW = {"cpu": 1, "cuda": 8}
+
+
+def _are_few(a: Tensor, state: QuantState) -> bool:
+    """Whether the rows are few, and of a weight that the formulations of `multiply_rows` take."""
+    if tracing() or not compile_enabled():
+        return False
+    n, k = present(state.shape, "shape")
+    blocksize = present(state.blocksize, "blocksize")
+    few = a.shape[-1] == k and 1 <= a.numel() // k <= _FEW.get(a.device.type, 0)
+    return few and k % blocksize == blocksize % 32 == n % 2 == 0
+
+
+def _multiply_few(a: Tensor, packed: Tensor, state: QuantState, bias: Tensor | None) -> Tensor:
+    n, k = present(state.shape, "shape")
+    blocksize = present(state.blocksize, "blocksize")
+    second: tuple[Tensor | None, ...] = ()
+    absmax, blocksize2 = state.absmax, 0
+    if is_gpu(a) and state.state2 is not None:  # a CPU would look up one scale at a time
+        second = (state.state2.absmax, present(state.state2.code, "state2.code"), present(state.offset, "offset"))
+        blocksize2 = present(state.state2.blocksize, "state2.blocksize")
+    else:
+        absmax = state.scales()
+    codes = as_bytes(packed).view(n, k // 2)
+    if codes.storage_offset() % 4 != 0:
+        codes = codes.clone()  # a GPU reads them as words
+    columns = rearrange(a.detach(), "... (l p) -> (...) p l", p=8 if is_gpu(a) else 2).contiguous()
+    y = multiply_rows(
+        columns,
+        codes,
+        absmax.view(n, k // blocksize),
+        bias,
+        *second,
+        blocksize=blocksize,
+        blocksize2=blocksize2,
+        codebook=state.codebook,
+        dtype=a.dtype,
+    )
+    return y.view(*a.shape[:-1], n)
+
+
+# ---- operators: what a graph holds ----------------------------------------------------------------------------------
+
+_operators = library.Library("bnbref", "FRAGMENT")
+_STATE = "Tensor packed, Tensor absmax, Tensor[] second, int[] shape, int blocksize, int blocksize2, float[] values"
+_operators.define(f"linear_4bit(Tensor a, Tensor? bias, int n, bool in_order, {_STATE}) -> Tensor")
+_operators.define(f"weight_4bit({_STATE}, ScalarType dtype) -> Tensor")
+_operators.define("linear_8bit(Tensor a, Tensor codes, Tensor absmax, Tensor? bias, float threshold) -> Tensor")
+_operators.define("weight_8bit(Tensor codes, Tensor absmax, ScalarType dtype) -> Tensor")
+
+
+def _in_graph() -> bool:
+    """Whether a product becomes an operator of a graph."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+
+
+def _flat(packed: Tensor, state: QuantState) -> tuple[Any, ...]:
+    """A packed weight and its state as the arguments of an operator."""
+    second, blocksize2 = [], 0
+    if state.state2 is not None:
+        second = [state.state2.absmax, present(state.state2.code, "state2.code"), present(state.offset, "offset")]
+        blocksize2 = present(state.state2.blocksize, "state2.blocksize")
+    shape, blocksize = list(present(state.shape, "shape")), present(state.blocksize, "blocksize")
+    return packed, state.absmax, second, shape, blocksize, blocksize2, list(state.codebook.values)
+
+
+@functools.lru_cache(maxsize=256)
+def _codebook(values: tuple[float, ...]) -> Codebook:
+    """A codebook with these values, by their bits. Its thresholds do not matter: it only decodes."""
+    for book in FOUR_BIT.values():
+        if words(book.values) == words(values):
+            return book
+    order = sorted(range(len(values)), key=values.__getitem__)
+    middle = [values[code] for code in order[:-1]]
+    return Codebook("values of an operator", values, tuple(middle), tuple(order))
+
+
+def _state(
+    absmax: Tensor,
+    second: Sequence[Tensor],
+    shape: Sequence[int],
+    blocksize: int,
+    blocksize2: int,
+    values: Sequence[float],
+) -> QuantState:
+    """What `_flat` took apart."""
+    state = QuantState(absmax, torch.Size(shape), blocksize=blocksize, quant_type=_codebook(tuple(values)))
+    if second:
+        absmax2, code, state.offset = second
+        state.state2, state.nested = QuantState(absmax2, code=code, blocksize=blocksize2), True
+    return state
+
+
+@library.impl(_operators, "linear_4bit", "CompositeExplicitAutograd")
+def _(a: Tensor, bias: Tensor | None, n: int, in_order: bool, packed: Tensor, *state: Any) -> Tensor:
+    return _product_4bit(a, packed, bias, _state(*state), in_order)
+
+
+@library.register_fake("bnbref::linear_4bit", lib=_operators)  # type: ignore[untyped-decorator]
+def _(a: Tensor, bias: Tensor | None, n: int, in_order: bool, packed: Tensor, *state: Any) -> Tensor:
+    return a.new_empty(*a.shape[:-1], n)
+
+
+@library.impl(_operators, "weight_4bit", "CompositeExplicitAutograd")
+def _(packed: Tensor, *state: Any) -> Tensor:
+    return _state(*state[:-1]).dequantize(packed, state[-1])
+
+
+@library.register_fake("bnbref::weight_4bit", lib=_operators)  # type: ignore[untyped-decorator]
+def _(packed: Tensor, absmax: Tensor, second: list[Tensor], shape: list[int], *rest: Any) -> Tensor:
+    return packed.new_empty(shape, dtype=rest[-1])
+
+
+@library.impl(_operators, "linear_8bit", "CompositeExplicitAutograd")
+def _(a: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
+    return _product_8bit(a, codes, absmax, bias, threshold, gather=False)
+
+
+@library.register_fake("bnbref::linear_8bit", lib=_operators)  # type: ignore[untyped-decorator]
+def _(a: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
+    return a.new_empty(*a.shape[:-1], codes.shape[0])
+
+
+@library.impl(_operators, "weight_8bit", "CompositeExplicitAutograd")
+def _(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    return int8.dequantize(codes, absmax, dtype)
+
+
+@library.register_fake("bnbref::weight_8bit", lib=_operators)  # type: ignore[untyped-decorator]
+def _(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(codes, dtype=dtype)
+
+
+# ---- 4 bits ---------------------------------------------------------------------------------------------------------
+
+
+def _weight_4bit(packed: Tensor, state: QuantState, dtype: torch.dtype, k: int) -> Tensor:
+    """The weight as `[n, k]`, also where `[k, n]` was quantized."""
+    if _in_graph():
+        weight: Tensor = torch.ops.bnbref.weight_4bit(*_flat(packed, state), dtype)
+    else:
+        weight = state.dequantize(packed, dtype)
+    return weight if weight.shape[1] == k else weight.t()
+
+
+def _product_4bit(a: Tensor, packed: Tensor, bias: Tensor | None, state: QuantState, in_order: bool) -> Tensor:
+    shape = present(state.shape, "shape")
+    if _in_graph():
+        n = shape[0] if shape[1] == a.shape[-1] else shape[1]
+        result: Tensor = torch.ops.bnbref.linear_4bit(a, bias, n, in_order, *_flat(packed, state))
+        return result
+    if in_order:
+        return own(_in_order(a, _weight_4bit(packed, state, a.dtype, a.shape[-1]).t(), bias))
+    if _are_few(a, state):
+        return _multiply_few(a, packed, state, bias)
+    return own(F.linear(a, _weight_4bit(packed, state, a.dtype, a.shape[-1]), bias))
+
+
+class _MatMul4Bit(torch.autograd.Function):
+    """The codes are an attribute and not saved tensors: they have no gradient, and so may be tensors of inference mode."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, packed: Tensor, bias: Tensor | None, state: QuantState, in_order: bool) -> Tensor:
+        ctx.packed, ctx.state, ctx.in_order, ctx.k = packed, state, in_order, a.shape[-1]
+        return _product_4bit(a, packed, bias, state, in_order)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        multiply = _in_order if ctx.in_order else torch.matmul
+        grad_a = grad_bias = None
+        with without_autocast(grad):
+            if ctx.needs_input_grad[0]:
+                grad_a = multiply(grad, _weight_4bit(ctx.packed, ctx.state, grad.dtype, ctx.k))
+            if ctx.needs_input_grad[2]:
+                rows = as_matrix(grad)
+                grad_bias = multiply(rows.new_ones(1, len(rows)), rows)[0] if ctx.in_order else rows.sum(0)
+        return grad_a, None, grad_bias, None, None
+
+
+class _TransformedMatMul4Bit(torch.autograd.Function):
+    """The same for `torch.func` and forward mode. Calling it costs more, and torch.compile would not trace it."""
+
+    generate_vmap_rule = True
+    forward = staticmethod(_product_4bit)
+    backward = _MatMul4Bit.backward
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        a, ctx.packed, _, ctx.state, ctx.in_order = inputs
+        ctx.k = a.shape[-1]
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor | None:
+        a, _, bias, *_ = tangents
+        if a is None:
+            return bias
+        y = _product_4bit(a, ctx.packed, None, ctx.state, ctx.in_order)
+        return y if bias is None else y + bias
+
+
+def _in_order(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`[..., k] @ [k, n] + bias` in the fixed order, one rounding to the dtype of a."""
+    return ordered.product(as_matrix(a), b, bias).view(*a.shape[:-1], b.shape[1])
+
+
+def matmul_4bit(
+    A: Tensor, B: Tensor, quant_state: QuantState, out: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """`A @ W^T + bias` for a packed 4-bit weight, differentiable in A and bias.
+
+    A `[..., k]`, B the packed weight, quant_state of shape `[n, k]`, bias `[n]`; returns `[..., n]` in A's dtype,
+    under autocast in autocast's. A weight that was quantized as `[k, n]` is taken too, with a DeprecationWarning.
+    Bounded: the weight is exact in A's dtype; the product is the device's, accumulated in float32, so that with u the unit
+    roundoff of float32 and v that of the output dtype |y - exact| <= k u / (1 - k u) * sum |a w| + v |exact|.
+    Inside `bnbref.batch_invariant()` exact: the order of the sum is written down.
+
+    >>> from bnbref.functional import quantize_4bit
+    >>> packed, state = quantize_4bit(torch.eye(2), quant_type="nf4")
+    >>> matmul_4bit(torch.tensor([[2.0, 3.0]]), packed, state)
+    tensor([[2., 3.]])
+    """
+    if quant_state is None:
+        raise ValueError("quant_state is required: it holds the scales and the shape of B")
+    shape = present(quant_state.shape, "shape")
+    if len(shape) != 2 or A.dim() < 1 or A.shape[-1] not in shape:
+        raise ValueError(
+            f"B must be a weight [n, k] with k the last size of A, got {tuple(shape)} and {tuple(A.shape)}"
+        )
+    if A.shape[-1] != shape[1] and not tracing():
+        warnings.warn(
+            f"the weight was quantized as [k, n], {list(shape)}, and is turned in every product: quantize it as [n, k]",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+    codes = plain(B)
+    check_device("A", A, B=codes, bias=bias)
+    A = as_autocast(A)
+    if bias is not None:
+        bias = bias.to(A.dtype)
+    in_order = ordered.batch_invariant_enabled()
+    with without_autocast(A):
+        if differentiated(A, bias):
+            function = _TransformedMatMul4Bit if transforming() else _MatMul4Bit
+            result: Tensor = function.apply(A, codes, bias, quant_state, in_order)  # type: ignore[no-untyped-call]
+        else:
+            result = _product_4bit(A, codes, bias, quant_state, in_order)
+    return result if out is None else out.copy_(result)
+
+
+# ---- 8 bits ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class MatmulLtState:
+    """What an int8 layer keeps: the weight's codes CB `[n, k]` and row absmax SCB `[n]`, and how to multiply."""
+
+    CB: Tensor | None = None
+    SCB: Tensor | None = None
+    CxB: Tensor | None = None
+    threshold: float = 0.0
+    has_fp16_weights: bool = True
+    is_training: bool = True
+    use_pool: bool = False
+    idx: Tensor | None = None
+
+    def reset_grads(self) -> None:
+        """Forget the quantized weight."""
+        self.CB = self.SCB = None
+
+
+@fused(dynamic={"codes": (0,), "column": (0,), "bias": (0,)})
+def multiply_int8_row(
+    q: Tensor, row: Tensor, codes: Tensor, column: Tensor, bias: Tensor | None, *, dtype: torch.dtype
+) -> Tensor:
+    """One row of int8 activations times an int8 weight, scaled: dtype `[1, n]`.  Exact.
+
+    q: codes of the row, int8 `[1, k]`. row: its absmax, float32 `[1]`. codes: of the weight, int8 `[n, k]`. column: the absmax
+    of the weight's rows, float32 `[n]`. bias: `[n]`. The result is that of `int8.multiply` and `dequantize_int8_product`.
+    """
+    y = _scaled_sum(q, codes) * row * column * RECIPROCAL_127_SQUARED
+    return rearrange(y if bias is None else y + bias.float(), "n -> 1 n").to(dtype)
+
+
+@fused(dynamic={"codes": (0,), "column": (0,), "bias": (0,)}, exact=False)
+def multiply_int8_row_and_outliers(
+    q: Tensor,
+    row: Tensor,
+    codes: Tensor,
+    column: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    columns: Tensor,
+    *,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`multiply_int8_row`, plus the row's outliers times the same codes: dtype `[1, n]`.
+
+    a: the row `[1, k]`. columns: which of its elements are outliers, bool `[k]`. The outliers are the rest of LLM.int8():
+
+        fl(sum of code * a over the outlier columns) * fl(column / 127)
+
+    Bounded: this float32 sum is in the compiler's order. With u = 2^-24 and v the unit roundoff of dtype the result is within
+    (k + 4) u sum |a code column / 127| + 4 u |int8 part| + v |exact| of the real number, to first order.
+    """
+    y = _scaled_sum(q, codes) * row * column * RECIPROCAL_127_SQUARED
+    if bias is not None:
+        y = y + bias.float()
+    outliers = torch.where(columns, a[0].float(), 0.0)
+    y = y + (codes.float() * outliers).sum(-1) * (column * RECIPROCAL_127)
+    return rearrange(y, "n -> 1 n").to(dtype)
+
+
+def _scaled_sum(q: Tensor, codes: Tensor) -> Tensor:
+    return (codes.to(torch.int32) * q[0].to(torch.int32)).sum(-1, dtype=torch.int32).float()
+
+
+def _outlier_product(a: Tensor, columns: Tensor, codes: Tensor, absmax: Tensor, gather: bool) -> Tensor | None:
+    if not gather or tracing() or a.device.type == "meta":
+        return torch.where(columns, a, 0) @ int8.dequantize(codes, absmax, a.dtype).t()
+    index = columns.nonzero().view(-1)
+    if index.numel() == 0:
+        return None
+    return a[:, index] @ int8.dequantize(codes[:, index].contiguous(), absmax, a.dtype).t()
+
+
+def _product_8bit(
+    a: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float, gather: bool = True
+) -> Tensor:
+    """`A @ W^T + bias` for `A [..., k]` and an int8 weight `[n, k]` with absmax `[n]`: see the head of this file.
+
+    gather: whether outlier columns are counted and gathered, which waits for a GPU; if not, the others are set to zero.
+    """
+    if _in_graph():
+        result: Tensor = torch.ops.bnbref.linear_8bit(a, codes, absmax, bias, threshold)
+        return result
+    rows = as_matrix(a)
+    q, row_absmax, columns = int8.quantize(rows, threshold)
+    # A sum over the codes is faster than the product that wants 17 rows, and finds outliers without counting them on the host.
+    if compile_enabled() and not tracing() and is_gpu(a) and rows.shape[0] == 1 and codes.numel() > 0:
+        arguments = (q, row_absmax, codes, absmax, bias)
+        if columns is None:
+            y = multiply_int8_row(*arguments, dtype=a.dtype)
+        else:
+            y = multiply_int8_row_and_outliers(*arguments, rows.detach(), columns, dtype=a.dtype)
+    else:
+        with without_autocast(a):
+            outliers = None if columns is None else _outlier_product(rows, columns, codes, absmax, gather)
+        y = int8.dequantize_int8_product(int8.multiply(q, codes), row_absmax, absmax, bias, outliers, dtype=a.dtype)
+    return own(y.view(*a.shape[:-1], codes.shape[0]))
+
+
+def _weight_8bit(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    if _in_graph():
+        weight: Tensor = torch.ops.bnbref.weight_8bit(codes, absmax, dtype)
+        return weight
+    return int8.dequantize(codes, absmax, dtype)
+
+
+class _MatMul8bit(torch.autograd.Function):
+    """A float weight may be given beside its codes: it then receives the gradient that the float product would give it.
+
+    The codes are attributes and not saved tensors: they have no gradient, and so may be tensors of inference mode.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, a: Tensor, weight: Tensor | None, codes: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float
+    ) -> Tensor:
+        _keep(ctx, a, weight, codes, absmax, bias)
+        return _product_8bit(a, codes, absmax, bias, threshold)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        (a,) = ctx.saved_tensors
+        grad_a = grad_weight = grad_bias = None
+        rows = as_matrix(grad)
+        with without_autocast(grad):
+            if ctx.needs_input_grad[0]:
+                grad_a = grad @ _weight_8bit(ctx.codes, ctx.absmax, grad.dtype)
+            if ctx.needs_input_grad[1]:
+                grad_weight = rows.t() @ as_matrix(a)
+            if ctx.needs_input_grad[4]:
+                grad_bias = rows.sum(0, dtype=ctx.bias_dtype)
+        return grad_a, grad_weight, None, None, grad_bias, None
+
+
+def _keep(ctx: Any, a: Tensor, weight: Tensor | None, codes: Tensor, absmax: Tensor, bias: Tensor | None) -> None:
+    ctx.codes, ctx.absmax = codes, absmax
+    ctx.save_for_backward(a if weight is not None and weight.requires_grad else None)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+class _TransformedMatMul8bit(torch.autograd.Function):
+    """The same for `torch.func` and forward mode. Calling it costs more, and torch.compile would not trace it."""
+
+    generate_vmap_rule = True
+    backward = _MatMul8bit.backward
+
+    @staticmethod
+    def forward(
+        a: Tensor, weight: Tensor | None, codes: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float
+    ) -> Tensor:
+        return _product_8bit(a, codes, absmax, bias, threshold)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _keep(ctx, *inputs[:5])
+        ctx.save_for_forward(inputs[0])
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor | None:
+        a, weight, _, _, bias, _ = tangents
+        y = None if a is None else a @ _weight_8bit(ctx.codes, ctx.absmax, a.dtype).t()
+        if weight is not None:
+            by_weight = ctx.saved_tensors[0] @ weight.t()
+            y = by_weight if y is None else y + by_weight
+        return y if bias is None else bias if y is None else y + bias
+
+
+def matmul(
+    A: Tensor,
+    B: Tensor,
+    out: Tensor | None = None,
+    state: MatmulLtState | None = None,
+    threshold: float = 0.0,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """`A @ B^T + bias` by LLM.int8(), differentiable in A, bias, and B where it is a float weight.
+
+    A `[..., k]`; B `[n, k]` float, quantized on the way, or int8, whose codes and absmax are state.CB and state.SCB.
+    threshold overrides the state's if positive. Returns `[..., n]` in A's dtype.
+    Without outliers exact (the int32 product and its scaling have one defined result); the outlier part and the gradients are
+    bounded as a float product is. grad_A = grad @ W with W rounded to grad's dtype; grad_B = grad^T @ A.
+
+    >>> matmul(torch.tensor([[1.0, -2.0]]), torch.tensor([[1.0, 1.0], [0.0, 4.0]]))
+    tensor([[-0.9921, -8.0000]])
+    """
+    state = state or MatmulLtState()
+    threshold = threshold if threshold > 0 else state.threshold
+    memory = plain(B)
+    check_device("A", A, B=memory, bias=bias)
+    weight: Tensor | None = None
+    if memory.dtype != torch.int8:
+        weight = B
+        codes, absmax, _ = int8.quantize(memory)
+    elif state.CB is not None and state.SCB is not None:
+        codes, absmax = plain(state.CB), state.SCB
+    else:
+        raise ValueError("B is int8, but state.CB or state.SCB is None: its scales are unknown")
+    if A.dim() < 1 or A.shape[-1] != codes.shape[1]:
+        raise ValueError(f"B must be [n, k] with k the last size of A, got {tuple(codes.shape)} and {tuple(A.shape)}")
+    if differentiated(A, weight, bias):
+        function = _TransformedMatMul8bit if transforming() else _MatMul8bit
+        result: Tensor = function.apply(A, weight, codes, absmax, bias, threshold)  # type: ignore[no-untyped-call]
+    else:
+        result = _product_8bit(A, codes, absmax, bias, threshold)
+    return result if out is None else out.copy_(result)

@@ -1,0 +1,93 @@
+"""The byte permute of NVIDIA GPUs, whose instructions are run one by one here: the value that a plain look-up finds."""
+
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bnbref.kernels import byte_permute
+from bnbref.kernels.byte_permute import lookup8, planes
+
+MASK = 0xFFFFFFFF
+
+
+def prmt(a, b, selectors):
+    """PTX's `prmt.b32` in its default mode, for one number each: every selector of four bits picks a byte of b:a, or, if its
+    highest bit is set, copies the sign of that byte."""
+    both, out = (b << 32 | a).to_bytes(8, "little"), 0
+    for i in range(4):
+        selector = selectors >> 4 * i & 15
+        byte = both[selector & 7]
+        out |= (255 * (byte >> 7) if selector & 8 else byte) << 8 * i
+    return out
+
+
+def ptx(text, *operands):
+    """The instructions of an inline assembly, run; $0 is the result, $1 the first operand."""
+    names = {f"${i + 1}": value for i, value in enumerate(operands)}
+
+    def read(name):
+        return names[name] if name in names else int(name, 0)
+
+    for line in filter(None, (part.strip() for part in text.strip("{} ").split(";"))):
+        if line.startswith(".reg"):
+            continue
+        if found := re.fullmatch(r"prmt\.b32 (\S+), (\S+), (\S+), (\S+)", line):
+            names[found[1]] = prmt(*map(read, found.groups()[1:]))
+        elif found := re.fullmatch(r"mov\.b32 {(\w+), (\w+)}, (\S+)", line):
+            names[found[1]], names[found[2]] = read(found[3]) & 0xFFFF, read(found[3]) >> 16
+        elif found := re.fullmatch(r"cvt\.f32\.f16 (\S+), (\w+)", line):
+            names[found[1]] = float(np.uint16(read(found[2])).view(np.float16))
+        else:
+            raise AssertionError(f"an instruction that is not emulated: {line!r}")
+    return names["$0"]
+
+
+def signed(x):
+    return x - 2**32 if x >= 2**31 else x
+
+
+OPS = SimpleNamespace(
+    constant=lambda value, dtype: value & MASK,
+    bitwise_and=lambda a, b: a & b,
+    bitwise_or=lambda a, b: a | b,
+    bitwise_right_shift=lambda a, b: signed(a) >> b & MASK,  # arithmetic, as for int32
+    inline_asm_elementwise=lambda *operands, asm, **rest: ptx(asm, *operands),
+    to_dtype_bitcast=lambda x, dtype, source: float(np.uint32(x).view(np.float32)),
+)
+
+
+@given(
+    word=st.integers(0, MASK),
+    values=st.lists(
+        st.floats(width=32, allow_nan=False) | st.sampled_from([0.0, -0.0, 1e-40]), min_size=16, max_size=16
+    ),
+    dtype=st.sampled_from([torch.float16, torch.float32]),
+)
+def test_it_finds_what_a_plain_look_up_finds(word, values, dtype):
+    table = planes(torch.tensor(values, dtype=torch.float32).to(dtype))
+    words = torch.tensor([signed(word)], dtype=torch.int32)
+    for place in range(8):
+        got = byte_permute.value_of(OPS, word, [w & MASK for w in table.tolist()], place)
+        want = lookup8(words, table, place)
+        assert np.float32(got).tobytes() == want.numpy().tobytes()
+
+
+def test_the_plain_look_up_is_a_look_up():
+    values = torch.arange(16.0) / 16
+    packed = torch.randint(0, 256, (32,), dtype=torch.uint8)
+    codes = torch.stack((packed >> 4, packed & 15), -1).view(8, 8).long()
+    for dtype in (torch.float16, torch.float32):
+        table = planes(values.to(dtype))
+        got = torch.stack([lookup8(packed.view(torch.int32), table, place) for place in range(8)], -1)
+        assert torch.equal(got, values[codes])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_the_operator_is_whole(dtype):
+    words = torch.randint(-(2**31), 2**31 - 1, (3, 5), dtype=torch.int32)
+    torch.library.opcheck(torch.ops.bnbref.lookup8.default, (words, planes(torch.rand(16).to(dtype)), 3))
