@@ -138,14 +138,14 @@ def loaded(job: Job) -> Any:
 
 def checkpoint(job: Job) -> Iterator[dict[str, Any]]:
     """The model that the others load, written unless it is there."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     folder = Path(job.model)
     if folder.exists():
         return
     torch.manual_seed(0)
     with torch.device(job.device):
-        model = LlamaForCausalLM._from_config(LlamaConfig(**SHAPES[job.shape].config), dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPES[job.shape].config), dtype=torch.bfloat16)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.endswith("layernorm.weight"):

@@ -74,20 +74,14 @@ def lines(run: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def same_start(run: dict[str, Any], row: dict[str, Any]) -> str:
-    """How many tokens are the same as those of bitsandbytes' `generate` in that format, from the first on."""
-    theirs = next(
-        (
-            other["tokens"]
-            for other in run["rows"]
-            if (other["part"], other["contender"], other["format"]) == ("generate", "bitsandbytes", row["format"])
-            and "tokens" in other
-        ),
-        [],
-    )
-    pairs = list(zip(row["tokens"], theirs, strict=False))
-    same = next((i for i, (one, other) in enumerate(pairs) if one != other), len(pairs))
-    return f"{same} of {len(pairs)}"
+def same_start(run: dict[str, Any], row: dict[str, Any]) -> tuple[int, int] | None:
+    """How many tokens, from the first on, are those of bitsandbytes' `generate` in that format; of how many."""
+    kind = ("generate", "bitsandbytes", row["format"])
+    for other in run["rows"]:
+        if (other["part"], other["contender"], other["format"]) == kind and "tokens" in other:
+            pairs = list(zip(row["tokens"], other["tokens"], strict=True))
+            return next((i for i, (ours, theirs) in enumerate(pairs) if ours != theirs), len(pairs)), len(pairs)
+    return None
 
 
 def table(run: dict[str, Any]) -> str:
@@ -109,46 +103,51 @@ def table(run: dict[str, Any]) -> str:
         names = " ".join(text for text in (row["part"], row["format"], row["what"], row["contender"]) if text)
         if "error" in row:
             head.append(f"\n{names} failed: {row['error']}")
-        elif row["contender"] == "bnbref" and "tokens" in row:
-            head.append(f"\n{names}: the first {same_start(run, row)} tokens are those of bitsandbytes' generate")
+        elif row["contender"] == "bnbref" and "tokens" in row and (same := same_start(run, row)) is not None:
+            head.append(f"\n{names}: the first {same[0]} of {same[1]} tokens are those of bitsandbytes' generate")
     return "\n".join(head)
 
 
+COLORS = {"bnbref": "C0", "bitsandbytes": "C1", "bf16": "0.6"}
 PANELS = (
     ("generate", "", "tokens/s", "generate as it comes: tokens/s"),
     ("static", "", "tokens/s", "static cache, compiled: tokens/s"),
     ("static", "", "first_s", "its first call: seconds"),
     ("qlora", "loop", "ms", "a step of QLoRA: ms"),
     ("load", "cold caches", "first_s", "loading, cold caches: seconds"),
-    ("layers", "4096x4096, 1 rows", "kernels_us", "one row, 4096 x 4096, kernels: µs"),
+    ("layers", "4096x4096, 1 rows", "kernels_us", "one row, 4096 x 4096: µs"),
 )
 
 
 def plot(runs: list[dict[str, Any]], path: Path) -> None:
-    """A row of panels for each shape, of the last run that has them: bars with their values."""
+    """Two rows of panels for each shape; a panel that was not measured is empty."""
     try:
         pyplot = importlib.import_module("matplotlib.pyplot")
     except ImportError as error:
         raise ImportError("a plot needs matplotlib: pip install 'bnbref[bench]', or leave out --plot") from error
     shapes = list(dict.fromkeys(run["shape"] for run in runs))
-    figure, grid = pyplot.subplots(2 * len(shapes), 3, figsize=(9, 4.5 * len(shapes)), squeeze=False)
-    for i, shape in enumerate(shapes):
-        for k, (part, what, measure, title) in enumerate(PANELS):
-            own = [run for run in runs if run["shape"] == shape and any(row["part"] == part for row in run["rows"])]
-            axes = grid[2 * i + k // 3][k % 3]
-            bars_of(axes, own[-1]["rows"] if own else [], part, what, measure)
-            axes.set_title(title if part == "layers" else f"{shape}, {title}", fontsize=9)
-    figure.tight_layout()
-    figure.savefig(path)
+    with pyplot.rc_context({"svg.fonttype": "none", "font.size": 7}):
+        figure, grid = pyplot.subplots(2 * len(shapes), 3, figsize=(9, 4 * len(shapes)), layout="constrained")
+        for i, shape in enumerate(shapes):
+            rows = [row for run in runs if run["shape"] == shape for row in run["rows"]]
+            for axes, (part, what, measure, title) in zip(grid[2 * i : 2 * i + 2].flat, PANELS, strict=True):
+                own = [row for row in rows if (row["part"], row["what"]) == (part, what) and row.get(measure)]
+                bar_chart(axes, own, measure)
+                axes.set_title(f"{shape}, {title}")
+        figure.legend(
+            [pyplot.Rectangle((0, 0), 1, 1, color=c) for c in COLORS.values()],
+            COLORS,
+            ncols=3,
+            loc="outside lower center",
+        )
+        figure.savefig(path)
 
 
-def bars_of(axes: Any, rows: list[dict[str, Any]], part: str, what: str, measure: str) -> None:
-    """A bar for each format of each contender."""
-    own = [row for row in rows if (row["part"], row["what"]) == (part, what) and row.get(measure)]
-    names = [f"{row['contender']}\n{row['format'] or ''}".strip() for row in own]
-    colors = [{"bnbref": "C0", "bitsandbytes": "C1", "bf16": "0.6"}[row["contender"]] for row in own]
-    drawn = axes.barh(names, [row[measure] for row in own], color=colors)
-    axes.bar_label(drawn, fmt="%.3g", fontsize=7, padding=2)
-    axes.tick_params(labelsize=7)
+def bar_chart(axes: Any, rows: list[dict[str, Any]], measure: str) -> None:
+    """A bar for each row, with its value; the format beside it."""
+    places = range(len(rows))
+    drawn = axes.barh(places, [row[measure] for row in rows], color=[COLORS[row["contender"]] for row in rows])
+    axes.bar_label(drawn, fmt="%.3g", padding=2)
+    axes.set_yticks(places, [row["format"] for row in rows])
     axes.margins(x=0.15)
     axes.invert_yaxis()
