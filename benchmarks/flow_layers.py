@@ -25,6 +25,8 @@ CACHE = 100e6
 """Bytes of weights that are more than the caches of an H100 hold: 50 MB."""
 CALLS = 64
 """Of a round, so that waiting for its end costs a call little."""
+WRONG = 0.2
+"""Of the norm of a product: twice what rounding normal numbers to NF4 costs."""
 
 LIBRARIES = {"bnbref": "bnbref.nn", "bitsandbytes": "bitsandbytes.nn"}
 FORMATS: dict[str, dict[str, Any]] = {
@@ -142,12 +144,14 @@ def rows(
         for count in counts:
             x = torch.randn(count, k, device=device, dtype=dtype).clamp(-5, 5)
             x[:, 7] = 8.0  # an outlier where the threshold is 6
-            yield from compared(f"{n}x{k}, {count} rows", format_, made, x, device, rounds)
+            want = x.float() @ weight.to(device).float().T
+            yield from compared(f"{n}x{k}, {count} rows", format_, made, x, want, device, rounds)
 
 
 def compared(
-    what: str, format_: str, made: Mapping[str, list[nn.Module]], x: Tensor, device: str, rounds: int
+    what: str, format_: str, made: Mapping[str, list[nn.Module]], x: Tensor, want: Tensor, device: str, rounds: int
 ) -> Iterator[dict[str, Any]]:
+    """A row of each, of layers whose product is `want` but for the error of their format."""
     runs: dict[str, Run] = {}
     calls: dict[str, int] = {}
     found: dict[str, dict[str, Any]] = {}
@@ -156,6 +160,9 @@ def compared(
         run, calls[contender] = in_turn(modules, x)
         try:
             run()
+            wrong = float((modules[0](x) - want).norm() / want.norm())
+            if not wrong < WRONG:
+                raise RuntimeError(f"the product is off by {wrong:.3g} of its norm")
             runs[contender] = run
         except Exception as error:
             row["error"] = f"{type(error).__name__}: {error}"

@@ -108,14 +108,24 @@ def test_the_parts_of_a_model(tmp_path):
     assert list(parts.checkpoint(job)) == []  # it is there
 
 
-def test_layers():
+def test_layers(monkeypatch):
     layers = module("flow_layers")
+    right = layers.layer
+
+    def doubled(contender, format_, weight, device):
+        return right(
+            "bf16" if contender == "wrong" else contender, format_, weight * (1 + (contender == "wrong")), device
+        )
+
+    monkeypatch.setattr(layers, "layer", doubled)
     options = {"sizes": ((128, 64),), "counts": (1, 3), "cache": 20_000, "rounds": 1}
     with bnbref.eager():
-        rows = list(layers.rows(["bnbref", "bf16", "nobody"], "cpu", **options))
+        rows = list(layers.rows(["bnbref", "bf16", "wrong", "nobody"], "cpu", **options))
     assert len([r for r in rows if r.get("call_us", 0) > 0]) == 2 * 2 * len(layers.FORMATS)
-    failed = [r for r in rows if "error" in r]
-    assert {r["contender"] for r in failed} == {"nobody"}
+    assert {(r["contender"], r["error"]) for r in rows if "error" in r} == {
+        ("nobody", "KeyError: 'nobody'"),
+        ("wrong", "RuntimeError: the product is off by 1 of its norm"),
+    }
 
 
 @pytest.mark.slow
