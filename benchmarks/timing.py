@@ -20,6 +20,8 @@ STEADY_MALLOC = {
     "MALLOC_TOP_PAD_": "268435456",
 }
 
+PACKAGES = ("bnbref", "torch", "triton", "bitsandbytes", "transformers", "peft", "accelerate", "torchao")
+
 
 def with_steady_malloc() -> None:
     """Start this program again with malloc's settings, which are read only at the start of a process."""
@@ -57,7 +59,7 @@ def machine() -> dict[str, Any]:
         "?",
     )
     return {
-        "packages": {name: installed(name) for name in ("bnbref", "torch", "bitsandbytes", "transformers", "torchao")},
+        "packages": {name: installed(name) for name in PACKAGES},
         "python": platform.python_version(),
         "cpu": cpu,
         "capability": torch.backends.cpu.get_cpu_capability(),
