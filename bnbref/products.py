@@ -99,9 +99,10 @@ def _multiply_few(a: Tensor, packed: Tensor, state: QuantState, bias: Tensor | N
     codes = as_bytes(packed).view(n, k // 2)
     if codes.storage_offset() % 4 != 0:
         codes = codes.clone()  # a GPU reads them as words
-    lane = 8 if is_gpu(a) else 2
-    # Not by einops, which takes 5 us of Python: a model calls this 200 times a token.
-    columns = a.detach().reshape(-1, k // lane, lane).transpose(1, 2).contiguous()
+    if is_gpu(a):
+        columns = a.reshape(-1, 1, k)
+    else:  # not by einops, which takes 5 us of Python: a model calls this 200 times a token
+        columns = a.reshape(-1, k // 2, 2).transpose(1, 2).contiguous()
     y = multiply_rows(
         columns,
         codes,

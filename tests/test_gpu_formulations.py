@@ -104,7 +104,7 @@ def test_rows_by_words(dtype, nested):
     # 16-bit activations. One rounding to dtype of at most 1.01 times the size.
     values = 0.0 if dtype == torch.float32 else 2.0**-11
     bound = 1.01 * ((k + 5) * 2.0**-24 + values + torch.finfo(dtype).eps / 2) * size
-    columns = rearrange(a, "m (l p) -> m p l", p=8).contiguous()
+    columns = rearrange(a, "m k -> m 1 k")
     scales = codes.view(n, k // 64) if nested else absmax
     arguments = (columns, packed, scales, bias, *second)
     constants = {"blocksize": 64, "blocksize2": 256, "codebook": NF4, "dtype": dtype}

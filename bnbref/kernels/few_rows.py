@@ -6,6 +6,7 @@ block multiplies the sum over the codes of a lane instead of each code. What thi
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from bnbref.codebooks import Codebook
 from bnbref.kernels.byte_permute import lookup8, planes
 from bnbref.kernels.decoding import sixteen
 from bnbref.kernels.door import formulation, tracing
-from bnbref.kernels.floats import look_up
+from bnbref.kernels.floats import in_lanes, look_up
 from bnbref.kernels.lookup16 import lookup16
 
 
@@ -26,18 +27,18 @@ def _planes(codebook: Codebook, dtype: torch.dtype, device: torch.device) -> Ten
 
 
 def _tables(a: Tensor, *_: Tensor | None, codebook: Codebook, **constants: Any) -> tuple[Tensor, ...]:
-    if a.shape[1] != 8:
+    if a.shape[1] != 1:
         return ()
     dtype = torch.float32 if a.dtype == torch.float32 else torch.float16
     return ((_planes.__wrapped__ if tracing() else _planes)(codebook, dtype, a.device),)
 
 
 def _by_words(a: Tensor, packed: Tensor, scale: Tensor, table: Tensor, blocksize: int) -> list[Tensor]:
-    """For GPUs: a lane takes a word of eight codes, p = 8."""
+    """For GPUs: a lane takes a word of eight codes and the eight activations beside each other that they multiply, p = 1."""
     words = rearrange(packed.view(torch.int32), "n (b w) -> n b w", w=blocksize // 8)
-    columns = rearrange(a.float(), "m p (b w) -> m p b w", w=blocksize // 8)
+    columns = in_lanes(rearrange(a, "m 1 k -> m k"), blocksize, 8)
     values = [lookup8(words, table, place) for place in range(8)]
-    return [_summed(values, row, scale) for row in columns.unbind()]
+    return [_summed(values, [column[row] for column in columns], scale) for row in range(a.shape[0])]
 
 
 def _by_bytes(a: Tensor, packed: Tensor, scale: Tensor, blocksize: int, codebook: Codebook) -> list[Tensor]:
@@ -51,11 +52,11 @@ def _by_bytes(a: Tensor, packed: Tensor, scale: Tensor, blocksize: int, codebook
     for half, scales in ((packed[:n], scale[:n]), (packed[n:], scale[n:])):
         codes = rearrange(half.to(torch.int32), "n (b s) -> n b s", s=blocksize // 2)
         values = [lookup16(codes >> 4, table), lookup16(codes, table)]
-        halves.append([_summed(values, row, scales) for row in columns.unbind()])
+        halves.append([_summed(values, row.unbind(), scales) for row in columns.unbind()])
     return [torch.cat(row) for row in zip(*halves, strict=True)]
 
 
-def _summed(values: list[Tensor], columns: Tensor, scale: Tensor) -> Tensor:
+def _summed(values: Sequence[Tensor], columns: Sequence[Tensor], scale: Tensor) -> Tensor:
     """One row: the sum over the codes of a lane, times the scale of its block, summed over the lanes."""
     total = values[0] * columns[0]
     for value, column in zip(values[1:], columns[1:], strict=True):
