@@ -19,7 +19,7 @@ from bnbref import blockwise
 from bnbref.blockwise import block_count, check_blocksize, check_float
 from bnbref.codebooks import DYNAMIC, DYNAMIC_UNSIGNED, is_table_of, value_table
 from bnbref.optim import paging
-from bnbref.optim.equation import Equation, check, layout, numbers, write_down
+from bnbref.optim.equation import Equation, at_step, check, layout
 from bnbref.optim.rules import Rule, State, absmax_key, qmap_key
 from bnbref.optim.settings import ANYWHERE, GlobalOptimManager, check_settings
 from bnbref.optim.sharding import gather, gather_scales, local, shard_of
@@ -112,7 +112,7 @@ class Optimizer(torch.optim.Optimizer):
         group = self.param_groups[-1]
         try:
             self._check(group)
-            self._equation(numbers(self.rule, 1, {**self._own, **group}))
+            self._at_step(1, {**self._own, **group})
         except (TypeError, ValueError, NotImplementedError):
             self.param_groups.pop()
             raise
@@ -129,13 +129,15 @@ class Optimizer(torch.optim.Optimizer):
                     f"{sorted(here)}"
                 )
 
-    def _equation(self, coefficients: Mapping[str, float]) -> Equation:
-        """What the rule computes now."""
+    def _at_step(
+        self, t: int, config: Mapping[str, Any], device: torch.device | None = None
+    ) -> tuple[Equation, Tensor]:
+        """What the rule computes now, and its coefficients in step t."""
         if layout(self.rule) != self._layout:
             raise RuntimeError(
                 f"states or codebooks of {self.rule!r} are not those that it had when the optimizer was made: {self._layout}"
             )
-        equation = write_down(self.rule, tuple(coefficients))
+        equation, hyper = at_step(self.rule, t, config, device)
         if equation.source not in self._sources and len(self._sources) == _MANY:
             warnings.warn(
                 f"direction of {self.rule!r} has computed with other numbers in more than {_MANY} steps, and each of these is "
@@ -143,7 +145,7 @@ class Optimizer(torch.optim.Optimizer):
                 stacklevel=4,
             )
         self._sources.add(equation.source)
-        return equation
+        return equation, hyper
 
     def settings(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
         """What holds for a parameter: the optimizer's settings, over them its group's, over those its overrides."""
@@ -160,14 +162,12 @@ class Optimizer(torch.optim.Optimizer):
                 loss = closure()
         jobs = self._jobs()
         # Before anything is changed, what might be refused: the coefficients of each group and step, and the rule.
-        planned: dict[Any, tuple[Equation, dict[str, float], Tensor]] = {}
+        planned: dict[Any, tuple[Equation, Tensor]] = {}
         for p, _, config in jobs:
             t = self.state[p].get("step", 0) + 1
             key = (id(config), t, p.device)
             if key not in planned:
-                coefficients = numbers(self.rule, t, config)
-                hyper = torch.tensor(list(coefficients.values()), dtype=torch.float32)
-                planned[key] = self._equation(coefficients), coefficients, hyper.to(p.device)
+                planned[key] = self._at_step(t, config, p.device)
         self._placement.begin()
         for p, _, config in jobs:
             if not self.state[p]:
@@ -176,7 +176,7 @@ class Optimizer(torch.optim.Optimizer):
         states = self._placement.stream([(p.device, self.state[p]) for p, _, _ in jobs])
         for (p, grad, config), state in zip(jobs, states, strict=True):
             t = self.state[p]["step"] = self.state[p]["step"] + 1
-            self._update(p, grad, state, config, *planned[id(config), t, p.device], tails)
+            self._update(*planned[id(config), t, p.device], p, grad, state, config, tails)
             if state is not self.state[p]:  # in pages, which are written back before the next ones come
                 tails.run()
         tails.run()
@@ -221,16 +221,9 @@ class Optimizer(torch.optim.Optimizer):
         return here
 
     def _update(
-        self,
-        p: Tensor,
-        grad: Tensor,
-        state: Mapping[str, Any],
-        config: Mapping[str, Any],
-        equation: Equation,
-        coefficients: dict[str, float],
-        hyper: Tensor,
+        self, equation: Equation, hyper: Tensor, p: Tensor, grad: Tensor, state: Mapping[str, Any], config: Mapping[str, Any],
         tails: Tails,
-    ) -> None:
+    ) -> None:  # fmt: skip
         own, noise = local(p.detach()), None
         if config["stochastic_rounding"] and p.dtype == torch.bfloat16:
             noise = torch.randint(
@@ -239,11 +232,10 @@ class Optimizer(torch.optim.Optimizer):
         flat = own.contiguous()
         step(
             equation,
+            hyper,
             flat,
             -grad if config["maximize"] else grad,
             state,
-            coefficients,
-            hyper,
             blocksize=config["blocksize"],
             noise=noise,
             max_norm=config["max_unorm"],

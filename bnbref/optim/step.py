@@ -21,6 +21,7 @@ from torch import Tensor
 from bnbref.blockwise import encode, magnitude, reciprocal
 from bnbref.codebooks import value_table
 from bnbref.kernels import fused
+from bnbref.optim.equation import Equation
 from bnbref.optim.rules import Coefficients, Rule
 
 # The square of a larger gradient is no float32. The gradient is asked and not the new state, which Inductor would then write to
@@ -35,11 +36,11 @@ ByState = Callable[[int, Tensor], Tensor]
 
 
 def advance(
-    rule: Rule, names: tuple[str, ...], p: Tensor, g: Tensor, states: Sequence[Tensor], hyper: Tensor
+    rule: Equation, p: Tensor, g: Tensor, states: Sequence[Tensor], hyper: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """`(finite, new p, direction, new states)` in float32; where not finite the old p and states, and 0."""
     p, g = p.float(), g.float()
-    c = Coefficients(names, hyper)
+    c = Coefficients(rule.names, hyper)
     direction, *new = rule.direction(p, g, *states, c)
     finite = g.abs() <= LARGEST_GRADIENT
     kept = [torch.where(finite, now, before) for now, before in zip(new, states, strict=True)]
@@ -59,19 +60,20 @@ def rounded(x: Tensor, dtype: torch.dtype, noise: Tensor | None) -> Tensor:
 
 @fused(dynamic={"p": (0,), "g": (0,), "noise": (0,), "states": (0,)}, writes=("p", "states"))
 def step_elements(
-    p: Tensor, g: Tensor, hyper: Tensor, noise: Tensor | None, *states: Tensor, rule: Rule, names: tuple[str, ...]
+    p: Tensor, g: Tensor, hyper: Tensor, noise: Tensor | None, *states: Tensor, rule: Equation
 ) -> tuple[Tensor, ...]:
-    """New p, and float32 states, all `[n]`; hyper: the float32 coefficients called `names`; noise: int16 or None.  Exact."""
-    _, p_new, _, new = advance(rule, names, p, g, states, hyper)
+    """The new p and the new states, float32.  Exact.
+
+    p, g, states: `[n]`. hyper: the rule's coefficients in float32. noise: int16 `[n]` for stochastic rounding, or None.
+    """
+    _, p_new, _, new = advance(rule, p, g, states, hyper)
     return (rounded(p_new, p.dtype, noise), *new)
 
 
 @fused(dynamic={"p": (0,), "g": (0,), "states": (0,)})
-def direction_elements(
-    p: Tensor, g: Tensor, hyper: Tensor, *states: Tensor, rule: Rule, names: tuple[str, ...]
-) -> Tensor:
+def direction_elements(p: Tensor, g: Tensor, hyper: Tensor, *states: Tensor, rule: Equation) -> Tensor:
     """The direction that `step_elements` would take, float32 `[n]`.  Exact."""
-    return advance(rule, names, p, g, states, hyper)[2]
+    return advance(rule, p, g, states, hyper)[2]
 
 
 # ---- eight bits -----------------------------------------------------------------------------------------------------
@@ -85,18 +87,11 @@ def decoded(states: Sequence[Tensor], values: ByState) -> list[Tensor]:
 
 
 def advance_blocks(
-    p: Tensor,
-    g: Tensor,
-    hyper: Tensor,
-    noise: Tensor | None,
-    states: Sequence[Tensor],
-    rule: Rule,
-    names: tuple[str, ...],
-    values: ByState,
+    rule: Equation, p: Tensor, g: Tensor, hyper: Tensor, noise: Tensor | None, states: Sequence[Tensor], values: ByState,
     codes: ByState,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, ...]:  # fmt: skip
     """What `step_blocks` returns, with states decoded by `values` and encoded by `codes`."""
-    finite, p_new, _, new = advance(rule, names, p, g, decoded(states, values), hyper)
+    finite, p_new, _, new = advance(rule, p, g, decoded(states, values), hyper)
     results = [rounded(p_new, p.dtype, noise)]
     for i, (x, before) in enumerate(zip(new, states[1::2], strict=True)):
         # An element that stays holds its block's absmax where it was, lest it move by the rounding of another scale.
@@ -115,16 +110,14 @@ def _code(rule: Rule, i: int, scaled: Tensor) -> Tensor:
 
 @fused(dynamic={"p": (0,), "g": (0,), "noise": (0,), "states": (0,)}, writes=("p", "states"))
 def step_blocks(
-    p: Tensor, g: Tensor, hyper: Tensor, noise: Tensor | None, *states: Tensor, rule: Rule, names: tuple[str, ...]
+    p: Tensor, g: Tensor, hyper: Tensor, noise: Tensor | None, *states: Tensor, rule: Equation
 ) -> tuple[Tensor, ...]:
     """New p `[blocks, blocksize]`, then of each state the codes and the scales.  Exact."""
     values, codes = (lambda i, x, f=f: f(rule, i, x) for f in (_value, _code))
-    return advance_blocks(p, g, hyper, noise, states, rule, names, values, codes)
+    return advance_blocks(rule, p, g, hyper, noise, states, values, codes)
 
 
 @fused(dynamic={"p": (0,), "g": (0,), "states": (0,)})
-def direction_blocks(
-    p: Tensor, g: Tensor, hyper: Tensor, *states: Tensor, rule: Rule, names: tuple[str, ...]
-) -> Tensor:
+def direction_blocks(p: Tensor, g: Tensor, hyper: Tensor, *states: Tensor, rule: Equation) -> Tensor:
     """The direction that `step_blocks` would take, float32 `[blocks, blocksize]`.  Exact."""
-    return advance(rule, names, p, g, decoded(states, lambda i, x: _value(rule, i, x)), hyper)[2]
+    return advance(rule, p, g, decoded(states, lambda i, x: _value(rule, i, x)), hyper)[2]

@@ -12,6 +12,7 @@ from torch import Tensor
 from bnbref.blockwise import block_count, check_blocksize
 from bnbref.codebooks import value_table
 from bnbref.optim import rules
+from bnbref.optim.equation import at_step
 from bnbref.optim.rules import absmax_key
 from bnbref.optim.update import step
 
@@ -119,13 +120,8 @@ def _update(
             state[absmax_key(s.key)] = _part(rule, s.key, absmax, f"absmax{own + 1}", blocks, torch.float32)
     if gnorm_scale != 1.0:
         g = g.float() * gnorm_scale
-    coefficients = {
-        key: float(x) for key, x in rule.coefficients(t, {"t_alpha": None, "t_beta3": None, **numbers}).items()
-    }
-    hyper = torch.tensor(list(coefficients.values()), dtype=torch.float32, device=p.device)
-    step(
-        rule, p.detach(), g, state, coefficients, hyper, blocksize=BLOCKSIZE, max_norm=max_norm if rule.clipped else 0.0
-    )
+    planned = at_step(rule, t, {"t_alpha": None, "t_beta3": None, **numbers}, p.device)
+    step(*planned, p.detach(), g, state, blocksize=BLOCKSIZE, max_norm=max_norm if rule.clipped else 0.0)
 
 
 def _part(rule: rules.Rule, key: str, tensor: Tensor | None, name: str, numel: int, dtype: torch.dtype) -> Tensor:
