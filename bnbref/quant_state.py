@@ -148,7 +148,7 @@ class QuantState:
             "blocksize": self.blocksize,
             # The maps are one tensor for every layer; safetensors would refuse the shared memory.
             "quant_map": None if self.code is None else self.code.clone(),
-            "dtype": _dtype_name(self.dtype),
+            "dtype": dtype_name(self.dtype),
             "shape": None if self.shape is None else tuple(self.shape),
         }
         if self.state2 is not None:
@@ -156,7 +156,7 @@ class QuantState:
                 "nested_absmax": self.state2.absmax,
                 "nested_blocksize": self.state2.blocksize,
                 "nested_quant_map": present(self.state2.code, "state2.code").clone(),
-                "nested_dtype": _dtype_name(self.state2.dtype),
+                "nested_dtype": dtype_name(self.state2.dtype),
                 "nested_offset": present(self.offset, "offset").item(),
             }
         if not packed or self.quant_type is None:
@@ -325,7 +325,12 @@ def _check_blocksize(name: str, blocksize: Any, numel: int) -> None:
     _require(type(blocksize) is int and 1 <= blocksize <= most, name, f"an integer from 1 to {most}", blocksize)
 
 
-def _dtype_name(dtype: torch.dtype | None) -> str:
+def dtype_name(dtype: torch.dtype | None) -> str:
+    """A dtype as files and reports write it.
+
+    >>> dtype_name(torch.bfloat16)
+    'bfloat16'
+    """
     return str(dtype).removeprefix("torch.")
 
 

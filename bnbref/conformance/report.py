@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bnbref.conformance import cases
 from bnbref.conformance.backends import Backend
 from bnbref.conformance.explain import explain
 from bnbref.conformance.judge import Failure, Result
@@ -16,6 +17,7 @@ from bnbref.conformance.operations import OPERATIONS
 from bnbref.conformance.shrink import shrink
 from bnbref.conformance.specification import FLAGS, RULE_OF_RESULT, RULES
 from bnbref.conformance.text import hex_words
+from bnbref.quant_state import dtype_name
 
 
 class Element(NamedTuple):
@@ -138,7 +140,7 @@ def inputs_of(failure: Failure, most: int = 8) -> list[str]:
     lines = []
     for name, tensor in failure.case.inputs.items():
         shape = list(tensor.shape)
-        kind = str(tensor.dtype).removeprefix("torch.")
+        kind = dtype_name(tensor.dtype)
         if name == "values":
             lines.append(f"{name} = the codebook's, {kind} {shape}")
         elif tensor.numel() <= most:
@@ -214,7 +216,7 @@ def cell(results: Iterable[Result]) -> str:
     return "refused" if total["refused"] else "-"
 
 
-DTYPES = ("float32", "float16", "bfloat16", "int8")
+DTYPES = (*cases.DTYPES, "int8")
 
 
 def rows(done: Report) -> list[tuple[str, dict[str, list[Result]]]]:

@@ -23,6 +23,7 @@ from bnbref.demo.resources import cpu_seconds
 from bnbref.info import compute_dtype, default_device, describe_device
 from bnbref.kernels import compile_enabled
 from bnbref.kernels.compiler import missing_compiler
+from bnbref.quant_state import dtype_name
 
 
 def run(
@@ -67,7 +68,7 @@ def machine(device: torch.device) -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "device": describe_device(device),
-        "dtype": str(compute_dtype(device)).removeprefix("torch."),
+        "dtype": dtype_name(compute_dtype(device)),
         "kernels": "compiled" if missing is None else f"eager: {missing}",
     }
 
