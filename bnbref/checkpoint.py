@@ -318,15 +318,9 @@ def _load_shards(index: Path) -> dict[str, Tensor]:
 
 
 def write(
-    path: str | os.PathLike[str],
-    tensors: Mapping[str, Tensor],
-    quantize: str = "nf4",
-    *,
-    where: Callable[[str], bool],
-    blocksize: int = 64,
-    double_quant: bool = False,
-    quant_storage: torch.dtype = torch.uint8,
-) -> None:
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], quantize: str = "nf4", *, where: Callable[[str], bool],
+    blocksize: int = 64, double_quant: bool = False, quant_storage: torch.dtype = torch.uint8,
+) -> None:  # fmt: skip
     """Quantize the tensors whose names `where` selects and write all to a safetensors file, as transformers does.
 
     quantize: "nf4", "fp4" or "int8"; what follows `where` is for 4 bits. A file that exists is replaced when the new

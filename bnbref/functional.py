@@ -129,13 +129,9 @@ def _pad_to_256(code: Tensor) -> Tensor:
 
 
 def quantize_blockwise(
-    A: Tensor,
-    code: Tensor | Codebook | None = None,
-    absmax: Tensor | None = None,
-    out: Tensor | None = None,
-    blocksize: int = 4096,
-    nested: bool = False,
-) -> tuple[Tensor, QuantState]:
+    A: Tensor, code: Tensor | Codebook | None = None, absmax: Tensor | None = None, out: Tensor | None = None,
+    blocksize: int = 4096, nested: bool = False,
+) -> tuple[Tensor, QuantState]:  # fmt: skip
     """Blockwise 8-bit quantization of a tensor: `blockwise.quantize`.  Exact.
 
     A: float32, float16 or bfloat16 of any shape. code: sorted values, 2 to 256, dynamic signed by default; nearest value by
@@ -163,14 +159,9 @@ def quantize_blockwise(
 
 
 def dequantize_blockwise(
-    A: Tensor,
-    quant_state: QuantState | None = None,
-    absmax: Tensor | None = None,
-    code: Tensor | None = None,
-    out: Tensor | None = None,
-    blocksize: int = 4096,
-    nested: bool = False,
-) -> Tensor:
+    A: Tensor, quant_state: QuantState | None = None, absmax: Tensor | None = None, code: Tensor | None = None,
+    out: Tensor | None = None, blocksize: int = 4096, nested: bool = False,
+) -> Tensor:  # fmt: skip
     """Undo `quantize_blockwise`: `dtype(fl(values[code] * absmax))`.  Exact.
 
     Either quant_state, or absmax with code and blocksize; the dtype is the state's, float32 without one.
@@ -193,14 +184,9 @@ def dequantize_blockwise(
 
 
 def quantize_4bit(
-    A: Tensor,
-    absmax: Tensor | None = None,
-    out: Tensor | None = None,
-    blocksize: int | None = None,
-    compress_statistics: bool = False,
-    quant_type: str | Codebook = "fp4",
-    quant_storage: torch.dtype = torch.uint8,
-) -> tuple[Tensor, QuantState]:
+    A: Tensor, absmax: Tensor | None = None, out: Tensor | None = None, blocksize: int | None = None,
+    compress_statistics: bool = False, quant_type: str | Codebook = "fp4", quant_storage: torch.dtype = torch.uint8,
+) -> tuple[Tensor, QuantState]:  # fmt: skip
     """Blockwise 4-bit quantization of a tensor: `fourbit.quantize`, with double quantization: `nested.quantize`.  Exact.
 
     A: float32, float16 or bfloat16 of any shape. blocksize: 64 by default. quant_type: "nf4", "fp4", "af4", "int4" or a
@@ -232,13 +218,9 @@ def quantize_4bit(
 
 
 def dequantize_4bit(
-    A: Tensor,
-    quant_state: QuantState | None = None,
-    absmax: Tensor | None = None,
-    out: Tensor | None = None,
-    blocksize: int | None = None,
-    quant_type: str = "fp4",
-) -> Tensor:
+    A: Tensor, quant_state: QuantState | None = None, absmax: Tensor | None = None, out: Tensor | None = None,
+    blocksize: int | None = None, quant_type: str = "fp4",
+) -> Tensor:  # fmt: skip
     """Undo `quantize_4bit`: `dtype(fl(values[code] * absmax))` in the original shape and dtype.  Exact.
 
     Either quant_state, or absmax and out, whose shape and dtype are then the result's. A packed weight that is given as a
@@ -259,59 +241,41 @@ def dequantize_4bit(
 
 
 def quantize_fp4(
-    A: Tensor,
-    absmax: Tensor | None = None,
-    out: Tensor | None = None,
-    blocksize: int | None = None,
-    compress_statistics: bool = False,
-    quant_storage: torch.dtype = torch.uint8,
-) -> tuple[Tensor, QuantState]:
+    A: Tensor, absmax: Tensor | None = None, out: Tensor | None = None, blocksize: int | None = None,
+    compress_statistics: bool = False, quant_storage: torch.dtype = torch.uint8,
+) -> tuple[Tensor, QuantState]:  # fmt: skip
     """`quantize_4bit` with quant_type "fp4"."""
     return quantize_4bit(A, absmax, out, blocksize, compress_statistics, "fp4", quant_storage)
 
 
 def quantize_nf4(
-    A: Tensor,
-    absmax: Tensor | None = None,
-    out: Tensor | None = None,
-    blocksize: int | None = None,
-    compress_statistics: bool = False,
-    quant_storage: torch.dtype = torch.uint8,
-) -> tuple[Tensor, QuantState]:
+    A: Tensor, absmax: Tensor | None = None, out: Tensor | None = None, blocksize: int | None = None,
+    compress_statistics: bool = False, quant_storage: torch.dtype = torch.uint8,
+) -> tuple[Tensor, QuantState]:  # fmt: skip
     """`quantize_4bit` with quant_type "nf4"."""
     return quantize_4bit(A, absmax, out, blocksize, compress_statistics, "nf4", quant_storage)
 
 
 def dequantize_fp4(
-    A: Tensor,
-    quant_state: QuantState | None = None,
-    absmax: Tensor | None = None,
-    out: Tensor | None = None,
+    A: Tensor, quant_state: QuantState | None = None, absmax: Tensor | None = None, out: Tensor | None = None,
     blocksize: int | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """`dequantize_4bit` with quant_type "fp4"."""
     return dequantize_4bit(A, quant_state, absmax, out, blocksize, "fp4")
 
 
 def dequantize_nf4(
-    A: Tensor,
-    quant_state: QuantState | None = None,
-    absmax: Tensor | None = None,
-    out: Tensor | None = None,
+    A: Tensor, quant_state: QuantState | None = None, absmax: Tensor | None = None, out: Tensor | None = None,
     blocksize: int | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """`dequantize_4bit` with quant_type "nf4"."""
     return dequantize_4bit(A, quant_state, absmax, out, blocksize, "nf4")
 
 
 def gemv_4bit(
-    A: Tensor,
-    B: Tensor,
-    out: Tensor | None = None,
-    transposed_A: bool = False,
-    transposed_B: bool = False,
+    A: Tensor, B: Tensor, out: Tensor | None = None, transposed_A: bool = False, transposed_B: bool = False,
     state: QuantState | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """`A @ W^T` for a packed 4-bit weight, any number of rows. Bounded: see `bnbref.matmul_4bit`.
 
     >>> packed, state = quantize_4bit(torch.eye(2), quant_type="nf4")
@@ -346,13 +310,9 @@ def int8_vectorwise_dequant(A: Tensor, stats: Tensor) -> Tensor:
 
 
 def int8_double_quant(
-    A: Tensor,
-    col_stats: Tensor | None = None,
-    row_stats: Tensor | None = None,
-    out_col: Tensor | None = None,
-    out_row: Tensor | None = None,
-    threshold: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    A: Tensor, col_stats: Tensor | None = None, row_stats: Tensor | None = None, out_col: Tensor | None = None,
+    out_row: Tensor | None = None, threshold: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Int8 by rows and by columns of `[rows, columns]`: codes and codes, row absmax and column absmax, outlier columns.  Exact.
 
     Elements of a magnitude >= threshold are left out of both. The codes by columns have A's layout.

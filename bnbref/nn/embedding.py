@@ -79,16 +79,10 @@ class Embedding4bit(_QuantizedEmbedding, FourBitLayer, nn.Embedding):
     """
 
     def __init__(
-        self,
-        num_embeddings: int,
-        embedding_dim: int,
-        dtype: torch.dtype | None = None,
-        quant_type: str | Codebook = "fp4",
-        quant_storage: torch.dtype = torch.uint8,
-        device: torch.device | str | None = None,
-        *,
-        compress_statistics: bool = False,
-    ) -> None:
+        self, num_embeddings: int, embedding_dim: int, dtype: torch.dtype | None = None,
+        quant_type: str | Codebook = "fp4", quant_storage: torch.dtype = torch.uint8,
+        device: torch.device | str | None = None, *, compress_statistics: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__(num_embeddings, embedding_dim, device=device, dtype=dtype)
         self.weight = Params4bit(
             self.weight, compress_statistics=compress_statistics, quant_type=quant_type, quant_storage=quant_storage
@@ -121,13 +115,9 @@ class EmbeddingFP4(Embedding4bit):
     """`Embedding4bit` in FP4."""
 
     def __init__(
-        self,
-        num_embeddings: int,
-        embedding_dim: int,
-        dtype: torch.dtype | None = None,
-        quant_storage: torch.dtype = torch.uint8,
-        device: torch.device | str | None = None,
-    ) -> None:
+        self, num_embeddings: int, embedding_dim: int, dtype: torch.dtype | None = None,
+        quant_storage: torch.dtype = torch.uint8, device: torch.device | str | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(num_embeddings, embedding_dim, dtype, "fp4", quant_storage, device)
 
 
@@ -135,13 +125,9 @@ class EmbeddingNF4(Embedding4bit):
     """`Embedding4bit` in NF4."""
 
     def __init__(
-        self,
-        num_embeddings: int,
-        embedding_dim: int,
-        dtype: torch.dtype | None = None,
-        quant_storage: torch.dtype = torch.uint8,
-        device: torch.device | str | None = None,
-    ) -> None:
+        self, num_embeddings: int, embedding_dim: int, dtype: torch.dtype | None = None,
+        quant_storage: torch.dtype = torch.uint8, device: torch.device | str | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(num_embeddings, embedding_dim, dtype, "nf4", quant_storage, device)
 
 
@@ -156,12 +142,9 @@ class Embedding8bit(_QuantizedEmbedding, EightBitLayer, nn.Embedding):
     """
 
     def __init__(
-        self,
-        num_embeddings: int,
-        embedding_dim: int,
-        device: torch.device | str | None = None,
+        self, num_embeddings: int, embedding_dim: int, device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(num_embeddings, embedding_dim, device=device, dtype=dtype)
         self.weight = Int8Params(self.weight, requires_grad=False)
 
@@ -185,18 +168,10 @@ class Embedding(nn.Embedding):
     """Bits of the optimizer state of this module's weight, whatever the optimizer's default is."""
 
     def __init__(
-        self,
-        num_embeddings: int,
-        embedding_dim: int,
-        padding_idx: int | None = None,
-        max_norm: float | None = None,
-        norm_type: float = 2.0,
-        scale_grad_by_freq: bool = False,
-        sparse: bool = False,
-        _weight: Tensor | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+        self, num_embeddings: int, embedding_dim: int, padding_idx: int | None = None, max_norm: float | None = None,
+        norm_type: float = 2.0, scale_grad_by_freq: bool = False, sparse: bool = False, _weight: Tensor | None = None,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(
             num_embeddings,
             embedding_dim,

@@ -255,18 +255,11 @@ class Params4bit(QuantizedParameter):
     bnb_quantized: bool = False
 
     def __new__(
-        cls,
-        data: Tensor | None = None,
-        requires_grad: bool = False,
-        quant_state: QuantState | None = None,
-        blocksize: int | None = None,
-        compress_statistics: bool = True,
-        quant_type: str | Codebook = "fp4",
-        quant_storage: torch.dtype = torch.uint8,
-        module: nn.Module | None = None,
-        bnb_quantized: bool = False,
+        cls, data: Tensor | None = None, requires_grad: bool = False, quant_state: QuantState | None = None,
+        blocksize: int | None = None, compress_statistics: bool = True, quant_type: str | Codebook = "fp4",
+        quant_storage: torch.dtype = torch.uint8, module: nn.Module | None = None, bnb_quantized: bool = False,
         **kwargs: Any,
-    ) -> "Params4bit":
+    ) -> "Params4bit":  # fmt: skip
         """Unknown keywords are ignored: rebuilding from `__dict__` passes whatever other libraries left there."""
         four_bit(quant_type)
         data = torch.empty(0) if data is None else data
@@ -282,14 +275,9 @@ class Params4bit(QuantizedParameter):
 
     @classmethod
     def from_prequantized(
-        cls,
-        data: Tensor,
-        quantized_stats: Mapping[str, Any],
-        requires_grad: bool = False,
-        device: torch.device | str | None = None,
-        module: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> "Params4bit":
+        cls, data: Tensor, quantized_stats: Mapping[str, Any], requires_grad: bool = False,
+        device: torch.device | str | None = None, module: nn.Module | None = None, **kwargs: Any,
+    ) -> "Params4bit":  # fmt: skip
         """A weight from its packed codes, `data`, and what is beside them in a state dict, `quantized_stats`.
 
         device: where both are to be; by default where the codes are. quant_type, blocksize, nesting and shape are those of
@@ -392,14 +380,9 @@ class Int8Params(QuantizedParameter):
     has_fp16_weights: bool = False
 
     def __new__(
-        cls,
-        data: Tensor | None = None,
-        requires_grad: bool = True,
-        has_fp16_weights: bool = False,
-        CB: Tensor | None = None,
-        SCB: Tensor | None = None,
-        **kwargs: Any,
-    ) -> "Int8Params":
+        cls, data: Tensor | None = None, requires_grad: bool = True, has_fp16_weights: bool = False,
+        CB: Tensor | None = None, SCB: Tensor | None = None, **kwargs: Any,
+    ) -> "Int8Params":  # fmt: skip
         """The argument CB is not looked at: the codes are `data`, wherever that is int8. Unknown keywords are ignored."""
         data = torch.empty(0) if data is None else data
         self = torch.Tensor._make_subclass(cls, data.detach(), requires_grad and data.is_floating_point())

@@ -61,15 +61,9 @@ class Family(Optimizer):
     """
 
     def __init__(
-        self,
-        params: Any,
-        rule: rules.Rule,
-        defaults: Mapping[str, Any],
-        *,
-        percentile_clipping: int = 100,
-        block_wise: bool = True,
-        **options: Any,
-    ) -> None:
+        self, params: Any, rule: rules.Rule, defaults: Mapping[str, Any], *, percentile_clipping: int = 100,
+        block_wise: bool = True, **options: Any,
+    ) -> None:  # fmt: skip
         if percentile_clipping != 100:
             raise ValueError(
                 f"percentile_clipping of {type(self).__name__} must be 100, which clips nothing, got "

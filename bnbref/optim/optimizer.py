@@ -60,26 +60,12 @@ class Optimizer(torch.optim.Optimizer):
     rule: Rule
 
     def __init__(
-        self,
-        params: Any,
-        rule: Rule,
-        defaults: Mapping[str, Any],
-        *,
-        optim_bits: int = 32,
-        min_8bit_size: int = 4096,
-        blocksize: int = 256,
-        max_unorm: float = 0.0,
-        is_paged: bool = False,
-        page_directory: str | Path | None = None,
-        page_bytes: int = paging.PAGE_BYTES,
-        stochastic_rounding: bool = False,
-        generator: torch.Generator | None = None,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        fused: bool | None = None,
-        capturable: bool = False,
-        differentiable: bool = False,
-    ) -> None:
+        self, params: Any, rule: Rule, defaults: Mapping[str, Any], *, optim_bits: int = 32, min_8bit_size: int = 4096,
+        blocksize: int = 256, max_unorm: float = 0.0, is_paged: bool = False, page_directory: str | Path | None = None,
+        page_bytes: int = paging.PAGE_BYTES, stochastic_rounding: bool = False,
+        generator: torch.Generator | None = None, maximize: bool = False, foreach: bool | None = None,
+        fused: bool | None = None, capturable: bool = False, differentiable: bool = False,
+    ) -> None:  # fmt: skip
         self.rule = check(rule)
         self._layout = layout(rule)
         self._sources: set[str] = set()

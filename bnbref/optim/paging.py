@@ -75,12 +75,9 @@ class Placement:
     """Gives memory to new states, and brings states to their parameters' devices, one parameter after another."""
 
     def __init__(
-        self,
-        is_paged: bool = False,
-        directory: str | Path | None = None,
-        page_bytes: int = PAGE_BYTES,
+        self, is_paged: bool = False, directory: str | Path | None = None, page_bytes: int = PAGE_BYTES,
         copies: Callable[[torch.device], Copies] = SideStreams,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if page_bytes < 1:
             raise ValueError(f"page_bytes must be at least 1, got {page_bytes}")
         self.is_paged = is_paged

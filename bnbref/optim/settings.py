@@ -92,12 +92,9 @@ class GlobalOptimManager:
         """Nothing to do: an override belongs to its parameter, before and after the optimizer is made."""
 
     def override_config(
-        self,
-        parameters: Tensor | Iterable[Tensor],
-        key: str | None = None,
-        value: Any = None,
+        self, parameters: Tensor | Iterable[Tensor], key: str | None = None, value: Any = None,
         key_value_dict: Mapping[str, Any] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """For these parameters set `key` to `value`, or several at once: lr, betas, optim_bits, min_8bit_size and so on."""
         if (key is None) == (key_value_dict is None):
             raise ValueError(

@@ -37,12 +37,9 @@ class Backend:
     """
 
     def __init__(
-        self,
-        name: str,
-        functions: object,
-        packages: Sequence[str] = (),
+        self, name: str, functions: object, packages: Sequence[str] = (),
         within: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """functions: a mapping, or an object (a module), of the operations' names. within: makes the context of each call.
 
         Raises ValueError where there is none of the operations.

@@ -82,13 +82,9 @@ def fill(A: Tensor, value: float, device: Any = None, prefetch: bool = True) -> 
 
 
 def check_matmul(
-    A: Tensor,
-    B: Tensor,
-    out: Tensor | None,
-    transposed_A: bool,
-    transposed_B: bool,
+    A: Tensor, B: Tensor, out: Tensor | None, transposed_A: bool, transposed_B: bool,
     expected_type: torch.dtype = torch.int8,
-) -> tuple[int, ...]:
+) -> tuple[int, ...]:  # fmt: skip
     """The shape of the product, or of `out`. TypeError for other dtypes, ValueError for shapes that do not multiply.
 
     >>> check_matmul(torch.zeros(2, 3, dtype=torch.int8), torch.zeros(4, 3, dtype=torch.int8), None, False, True)

@@ -68,17 +68,10 @@ def _dequantize_blockwise(A: Tensor, absmax: Tensor, code: Tensor, blocksize: in
 
 
 def _gemm_4bit(
-    A: Tensor,
-    B: Tensor,
-    shapeB: Sequence[int],
-    absmax: Tensor,
-    blocksize: int,
-    quant_type: str,
-    bias: Tensor | None = None,
-    absmax_8bit: Tensor | None = None,
-    absmax_code: Tensor | None = None,
+    A: Tensor, B: Tensor, shapeB: Sequence[int], absmax: Tensor, blocksize: int, quant_type: str,
+    bias: Tensor | None = None, absmax_8bit: Tensor | None = None, absmax_code: Tensor | None = None,
     absmax_offset: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     if absmax_8bit is not None:
         if absmax_code is None or absmax_offset is None:
             raise ValueError("absmax_8bit needs absmax_code and absmax_offset, got None")
@@ -112,25 +105,16 @@ def _int8_mm_dequant(
 
 
 def _int8_scaled_mm(
-    A: Tensor,
-    B: Tensor,
-    row_stats: Tensor,
-    col_stats: Tensor,
-    bias: Tensor | None = None,
+    A: Tensor, B: Tensor, row_stats: Tensor, col_stats: Tensor, bias: Tensor | None = None,
     dtype: torch.dtype | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     return _int8_mm_dequant(int8.multiply(A, B), row_stats, col_stats, dtype, bias)
 
 
 def _int8_mixed_scaled_mm(
-    A: Tensor,
-    CA: Tensor,
-    CB: Tensor,
-    SCA: Tensor,
-    SCB: Tensor,
-    outlier_cols: Tensor | None = None,
+    A: Tensor, CA: Tensor, CB: Tensor, SCA: Tensor, SCB: Tensor, outlier_cols: Tensor | None = None,
     bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     outliers, columns = None, A.new_empty(0)
     rows = int8.as_matrix(A)
     if outlier_cols is not None and outlier_cols.numel() > 0:
@@ -147,25 +131,10 @@ def _int8_double_quant(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tenso
 
 
 def _optimizer_update_32bit(
-    optimizer_name: str,
-    g: Tensor,
-    p: Tensor,
-    state1: Tensor,
-    state2: Tensor | None,
-    unorm_vec: Tensor | None,
-    max_unorm: float,
-    param_norm: float,
-    beta1: float,
-    beta2: float,
-    beta3: float,
-    alpha: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-    lr: float,
-    gnorm_scale: float,
-    skip_zeros: bool = False,
-) -> None:
+    optimizer_name: str, g: Tensor, p: Tensor, state1: Tensor, state2: Tensor | None, unorm_vec: Tensor | None,
+    max_unorm: float, param_norm: float, beta1: float, beta2: float, beta3: float, alpha: float, eps: float,
+    weight_decay: float, step: int, lr: float, gnorm_scale: float, skip_zeros: bool = False,
+) -> None:  # fmt: skip
     updates.optimizer_update_32bit(
         optimizer_name, g, p, state1, beta1, eps, step, lr, state2, beta2, beta3, alpha, weight_decay, gnorm_scale,
         unorm_vec, max_unorm, skip_zeros,
@@ -241,14 +210,9 @@ def _fake_int8_double_quant(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, 
 
 
 def _fake_mixed(
-    A: Tensor,
-    CA: Tensor,
-    CB: Tensor,
-    SCA: Tensor,
-    SCB: Tensor,
-    outlier_cols: Tensor | None = None,
+    A: Tensor, CA: Tensor, CB: Tensor, SCA: Tensor, SCB: Tensor, outlier_cols: Tensor | None = None,
     *bias: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     y = A.new_empty((*A.shape[:-1], CB.shape[0]))
     if outlier_cols is None:
         return y, A.new_empty(0)

@@ -21,24 +21,10 @@ BLOCKSIZE = 256
 
 
 def optimizer_update_32bit(
-    optimizer_name: str,
-    g: Tensor,
-    p: Tensor,
-    state1: Tensor,
-    beta1: float,
-    eps: float,
-    step: int,
-    lr: float,
-    state2: Tensor | None = None,
-    beta2: float = 0.0,
-    beta3: float = 0.0,
-    alpha: float = 0.0,
-    weight_decay: float = 0.0,
-    gnorm_scale: float = 1.0,
-    unorm_vec: Tensor | None = None,
-    max_unorm: float = 0.0,
-    skip_zeros: bool = False,
-) -> None:
+    optimizer_name: str, g: Tensor, p: Tensor, state1: Tensor, beta1: float, eps: float, step: int, lr: float,
+    state2: Tensor | None = None, beta2: float = 0.0, beta3: float = 0.0, alpha: float = 0.0, weight_decay: float = 0.0,
+    gnorm_scale: float = 1.0, unorm_vec: Tensor | None = None, max_unorm: float = 0.0, skip_zeros: bool = False,
+) -> None:  # fmt: skip
     """One step in place of p, state1 and state2, float32, by the rule of that name: see `bnbref.optim.rules`.  Exact.
 
     g is multiplied by gnorm_scale in float32. unorm_vec is not written. skip_zeros must be False.
@@ -48,26 +34,10 @@ def optimizer_update_32bit(
 
 
 def optimizer_update_8bit_blockwise(
-    optimizer_name: str,
-    g: Tensor,
-    p: Tensor,
-    state1: Tensor,
-    state2: Tensor | None,
-    beta1: float,
-    beta2: float,
-    beta3: float,
-    alpha: float,
-    eps: float,
-    step: int,
-    lr: float,
-    qmap1: Tensor,
-    qmap2: Tensor | None,
-    absmax1: Tensor,
-    absmax2: Tensor | None,
-    weight_decay: float = 0.0,
-    gnorm_scale: float = 1.0,
-    skip_zeros: bool = False,
-) -> None:
+    optimizer_name: str, g: Tensor, p: Tensor, state1: Tensor, state2: Tensor | None, beta1: float, beta2: float,
+    beta3: float, alpha: float, eps: float, step: int, lr: float, qmap1: Tensor, qmap2: Tensor | None, absmax1: Tensor,
+    absmax2: Tensor | None, weight_decay: float = 0.0, gnorm_scale: float = 1.0, skip_zeros: bool = False,
+) -> None:  # fmt: skip
     """One step in place of p and of the uint8 codes and float32 absmax of its states, blocks of 256.  Exact.
 
     qmap1 and qmap2 must be the dynamic maps, with a sign where the state has one: ValueError if not. The one state of adagrad
@@ -79,17 +49,10 @@ def optimizer_update_8bit_blockwise(
 
 
 def _update(
-    name: str,
-    g: Tensor,
-    p: Tensor,
-    states: tuple[Tensor, Tensor | None],
-    scales: tuple[tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None]] | None,
-    numbers: Mapping[str, Any],
-    t: int,
-    gnorm_scale: float,
-    max_norm: float,
-    skip_zeros: bool,
-) -> None:
+    name: str, g: Tensor, p: Tensor, states: tuple[Tensor, Tensor | None],
+    scales: tuple[tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None]] | None, numbers: Mapping[str, Any],
+    t: int, gnorm_scale: float, max_norm: float, skip_zeros: bool,
+) -> None:  # fmt: skip
     if name not in rules.RULES:
         raise ValueError(f"optimizer_name must be one of {sorted(rules.RULES)}, got {name!r}")
     if skip_zeros:

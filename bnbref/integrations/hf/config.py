@@ -44,17 +44,10 @@ class BnbRefConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """
 
     def __init__(
-        self,
-        quant_type: str = "nf4",
-        *,
-        double_quant: bool = True,
-        compute_dtype: torch.dtype | str | None = None,
-        quant_storage: torch.dtype | str = torch.uint8,
-        blocksize: int = 64,
-        skip_modules: list[str] | None = None,
-        threshold: float = 6.0,
-        checkpoint_format: str = "bitsandbytes",
-    ) -> None:
+        self, quant_type: str = "nf4", *, double_quant: bool = True, compute_dtype: torch.dtype | str | None = None,
+        quant_storage: torch.dtype | str = torch.uint8, blocksize: int = 64, skip_modules: list[str] | None = None,
+        threshold: float = 6.0, checkpoint_format: str = "bitsandbytes",
+    ) -> None:  # fmt: skip
         self.quant_method = METHOD
         self.quant_type = quant_type
         self.double_quant = double_quant

@@ -185,13 +185,9 @@ def activation_bytes(config: Any, batch: int, seq: int, train: bool) -> int:
 
 
 def plans(
-    config: Any,
-    train: str | None = None,
-    optimizer: type[optim.Optimizer] = optim.PagedAdamW8bit,
-    seq: int = 2048,
-    batch: int = 1,
-    rank: int = 16,
-) -> list[Plan]:
+    config: Any, train: str | None = None, optimizer: type[optim.Optimizer] = optim.PagedAdamW8bit, seq: int = 2048,
+    batch: int = 1, rank: int = 16,
+) -> list[Plan]:  # fmt: skip
     """A plan for each format that can be used so. train: None, "qlora" or "full"."""
     found = []
     for name, spec in FORMATS.items():

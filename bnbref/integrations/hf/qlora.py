@@ -83,19 +83,10 @@ def load(model: str, device: torch.device | None = None, dtype: torch.dtype = to
 
 
 def qlora(
-    model: str,
-    text: str,
-    folder: Path,
-    *,
-    steps: int = 60,
-    batch: int = 8,
-    length: int = 128,
-    lr: float = 2e-3,
-    rank: int = 16,
-    targets: Sequence[str] | str = ATTENTION,
-    device: torch.device | None = None,
+    model: str, text: str, folder: Path, *, steps: int = 60, batch: int = 8, length: int = 128, lr: float = 2e-3,
+    rank: int = 16, targets: Sequence[str] | str = ATTENTION, device: torch.device | None = None,
     dtype: torch.dtype = torch.bfloat16,
-) -> Finetuned:
+) -> Finetuned:  # fmt: skip
     """Fine-tune an adapter on a text, and save it in `folder`.
 
     model: a directory or a name on the hub. A step takes `batch` windows of `length` tokens, at a learning rate that warms up to
