@@ -27,25 +27,10 @@ __version__ = "0.1.0"
 
 # Without the names below, so that `from bnbref import *` needs no transformers.
 __all__ = [
-    "Codebook",
-    "MatmulLtState",
-    "QuantState",
-    "__version__",
-    "as_bitsandbytes",
-    "batch_invariant",
-    "checkpoint",
-    "codebooks",
-    "eager",
-    "functional",
-    "install_as_bitsandbytes",
-    "kernels",
-    "matmul",
-    "matmul_4bit",
-    "nn",
-    "optim",
-    "report",
+    "Codebook", "MatmulLtState", "QuantState", "__version__", "as_bitsandbytes", "batch_invariant", "checkpoint", "codebooks",
+    "eager", "functional", "install_as_bitsandbytes", "kernels", "matmul", "matmul_4bit", "nn", "optim", "report",
     "uninstall_as_bitsandbytes",
-]
+]  # fmt: skip
 
 _NEED_HUGGING_FACE = {
     "BnbRefConfig": "bnbref.integrations.hf.transformers",

@@ -261,26 +261,10 @@ def _descending(name: str, ascending: Sequence[float], source: str) -> Codebook:
 
 AF4 = _descending(
     "af4",
-    [
-        -1.0,
-        -0.69441008,
-        -0.51243739,
-        -0.3736951,
-        -0.25607552,
-        -0.14982478,
-        -0.04934812,
-        0.0,
-        0.04273164,
-        0.12934483,
-        0.21961274,
-        0.31675666,
-        0.42563882,
-        0.55496234,
-        0.72424863,
-        1.0,
-    ],
+    [-1.0, -0.69441008, -0.51243739, -0.3736951, -0.25607552, -0.14982478, -0.04934812, 0.0,
+     0.04273164, 0.12934483, 0.21961274, 0.31675666, 0.42563882, 0.55496234, 0.72424863, 1.0],
     source="Yoshida, NF4 Isn't Information Theoretically Optimal (2306.06965), blocksize 64",
-)
+)  # fmt: skip
 """AbnormalFloat 4. bitsandbytes lists it from +1 down, so code 0 is +1."""
 
 INT4 = _descending(

@@ -18,27 +18,11 @@ from bnbref.linear4bit import matmul_4bit
 from bnbref.quant_state import QuantState, nested_state, present
 
 __all__ = [
-    "QuantState",
-    "create_dynamic_map",
-    "create_fp8_map",
-    "create_linear_map",
-    "create_normal_map",
-    "dequantize_4bit",
-    "dequantize_blockwise",
-    "dequantize_fp4",
-    "dequantize_nf4",
-    "gemv_4bit",
-    "get_4bit_type",
-    "int8_double_quant",
-    "int8_linear_matmul",
-    "int8_mm_dequant",
-    "int8_vectorwise_dequant",
-    "int8_vectorwise_quant",
-    "quantize_4bit",
-    "quantize_blockwise",
-    "quantize_fp4",
-    "quantize_nf4",
-]
+    "QuantState", "create_dynamic_map", "create_fp8_map", "create_linear_map", "create_normal_map", "dequantize_4bit",
+    "dequantize_blockwise", "dequantize_fp4", "dequantize_nf4", "gemv_4bit", "get_4bit_type", "int8_double_quant",
+    "int8_linear_matmul", "int8_mm_dequant", "int8_vectorwise_dequant", "int8_vectorwise_quant", "quantize_4bit",
+    "quantize_blockwise", "quantize_fp4", "quantize_nf4",
+]  # fmt: skip
 
 # ---- maps -----------------------------------------------------------------------------------------------------------
 

@@ -157,7 +157,7 @@ class Optimizer(torch.optim.Optimizer):
         self._placement.begin()
         for p, _, config in jobs:
             if not self.state[p]:
-                self.state[p] = self._new_state(p, config)
+                self.state[p] = self.new_state(p, config, self._memory(p))
         tails = Tails()
         states = self._placement.stream([(p.device, self.state[p]) for p, _, _ in jobs])
         for (p, grad, config), state in zip(jobs, states, strict=True):
@@ -231,7 +231,8 @@ class Optimizer(torch.optim.Optimizer):
         if flat.data_ptr() != own.data_ptr():
             own.copy_(flat)
 
-    def _new_state(self, p: Tensor, config: Mapping[str, Any]) -> dict[str, Any]:
+    def new_state(self, p: Tensor, config: Mapping[str, Any], empty: Callable[..., Tensor]) -> dict[str, Any]:
+        """The state of p before its first step, by the settings of `settings`. empty: as `update.new_state` takes it."""
         bits = 8 if config["optim_bits"] == 8 and p.numel() >= config["min_8bit_size"] else 32
         blocksize = check_blocksize(config["blocksize"], p.numel())
         shard = shard_of(p)
@@ -240,7 +241,7 @@ class Optimizer(torch.optim.Optimizer):
                 f"page_directory takes whole parameters: one of shape {tuple(p.shape)} is sharded, and what its ranks would "
                 f"write is no checkpoint"
             )
-        return {"step": 0, **new_state(self.rule, local(p).shape, bits, blocksize, self._memory(p), shard)}
+        return {"step": 0, **new_state(self.rule, local(p).shape, bits, blocksize, empty, shard)}
 
     def _memory(self, p: Tensor) -> Callable[[str, Any, torch.dtype], Tensor]:
         """Gives memory to a state of p."""

@@ -19,13 +19,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bnbref import optim
-from bnbref.blockwise import block_count, check_blocksize
+from bnbref.blockwise import block_count
 from bnbref.integrations.hf.config import BnbRefConfig
 from bnbref.integrations.hf.quantizer import BnbRefHfQuantizer
 from bnbref.nested import BLOCKSIZE as NESTED_BLOCKSIZE
 from bnbref.nn.layer import QuantizedLayer
 from bnbref.optim.paging import PAGE_BYTES, PAGED_FROM
-from bnbref.optim.update import new_state
 
 FORMATS: dict[str, BnbRefConfig | None] = {
     "bfloat16": None,
@@ -57,11 +56,7 @@ class Plan:
 def optimizers() -> list[type[optim.Optimizer]]:
     """The named optimizers of `bnbref.optim`."""
     named = [getattr(optim, name) for name in optim.__all__]
-    return [
-        cls
-        for cls in named
-        if isinstance(cls, type) and issubclass(cls, optim.Optimizer) and cls is not optim.Optimizer
-    ]
+    return [c for c in named if isinstance(c, type) and issubclass(c, optim.Optimizer) and c is not optim.Optimizer]
 
 
 # ---- what is counted ------------------------------------------------------------------------------------------------
@@ -131,22 +126,17 @@ def state_bytes(optimizer: type[optim.Optimizer], shapes: Iterable[torch.Size]) 
     >>> state_bytes(optim.AdamW8bit, [torch.Size([4096, 4096])]), state_bytes(optim.PagedAdamW, [torch.Size([4096, 4096])])
     ((34078720, 0), (134217728, 134217728))
     """
-    parameters = [torch.nn.Parameter(torch.empty(shape, device="meta")) for shape in shapes]
+
+    def empty(key: str, shape: Any, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    parameters = [torch.nn.Parameter(empty("", shape, torch.float32)) for shape in shapes]
     make: Any = optimizer
     instance: optim.Optimizer = make(parameters, lr=1e-3)
     resident = paged = largest = 0
     for p in parameters:
-        settings = instance.settings(p, instance.param_groups[0])
-        bits = 8 if settings["optim_bits"] == 8 and p.numel() >= settings["min_8bit_size"] else 32
-        blocksize = check_blocksize(settings["blocksize"], p.numel())
-        tensors = new_state(
-            instance.rule,
-            p.shape,
-            bits,
-            blocksize,
-            lambda key, shape, dtype: torch.empty(shape, dtype=dtype, device="meta"),
-        )
-        size = sum(t.nbytes for t in tensors.values())
+        state = instance.new_state(p, instance.settings(p, instance.param_groups[0]), empty)
+        size = sum(x.nbytes for x in state.values() if isinstance(x, torch.Tensor))
         if instance.is_paged and p.numel() >= PAGED_FROM:
             paged, largest = paged + size, max(largest, size)
         else:
@@ -217,21 +207,12 @@ def parse_bytes(text: str) -> int:
     >>> parse_bytes("24GiB"), parse_bytes("1.5 GB")
     (25769803776, 1500000000)
     """
-    units = {
-        "": 1,
-        "kb": 10**3,
-        "mb": 10**6,
-        "gb": 10**9,
-        "tb": 10**12,
-        "kib": 2**10,
-        "mib": 2**20,
-        "gib": 2**30,
-        "tib": 2**40,
-    }
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
-    if found is None or found[2] not in units:
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?)b)?\s*", text.lower())
+    if found is None:
         raise ValueError(f"memory must be a number with a unit, like 24GiB or 16GB, got {text!r}")
-    return math.floor(float(found[1]) * units[found[2]])
+    number, letter, binary = found.groups()
+    unit: int = (1024 if binary else 1000) ** " kmgt".index(letter or " ")
+    return math.floor(float(number) * unit)
 
 
 def report(model: str, found: list[Plan], memory: int, train: str | None, optimizer: str) -> str:
