@@ -156,7 +156,7 @@ def _check_4bit(name: str, packed: Tensor, group: Mapping[str, Tensor]) -> Quant
         raise ValueError(f"{name}: a 4-bit weight needs {needs} beside it, got {', '.join(sorted(group))}")
     try:
         state = QuantState.from_dict(group, device="cpu")
-        n_bytes = -(-math.prod(present(state.shape, "shape")) // 2)
+        n_bytes = state.code_bytes
     # The others: sizes and offsets that no int64 or float holds, JSON that is nested too deeply.
     except (ValueError, TypeError, OverflowError, RuntimeError) as error:
         raise ValueError(f"{name}: {error}") from error

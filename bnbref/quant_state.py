@@ -84,6 +84,11 @@ class QuantState:
             raise ValueError("quant_type is None: this QuantState is not one of a 4-bit tensor")
         return four_bit(self.quant_type)
 
+    @property
+    def code_bytes(self) -> int:
+        """How many bytes the packed 4-bit codes of the tensor have."""
+        return -(-present(self.shape, "shape").numel() // 2)
+
     def scales(self) -> Tensor:
         """The scales as float32 `[blocks]`, reconstructed where they are nested.  Exact."""
         if self.state2 is None:

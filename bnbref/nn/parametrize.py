@@ -95,10 +95,9 @@ def replace_parameter_4bit_prequantized(
     packed = _parameter(module, param_name).detach()
     packed = packed.to(packed.device if device is None else device)
     state = QuantState.from_dict(qs_dict, device=packed.device)
-    n_bytes = -(-present(state.shape, "shape").numel() // 2)
-    if packed.nbytes != n_bytes:
+    if packed.nbytes != state.code_bytes:
         raise ValueError(
-            f"parameter {param_name!r} must hold {n_bytes} bytes for the shape {tuple(state.shape or ())}, "
+            f"parameter {param_name!r} must hold {state.code_bytes} bytes for the shape {tuple(state.shape or ())}, "
             f"got {packed.nbytes}"
         )
     _parametrize(module, param_name, packed, state)

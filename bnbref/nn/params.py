@@ -285,25 +285,22 @@ class Params4bit(QuantizedParameter):
         """
         data = data.detach().to(data.device if device is None else device)
         state = QuantState.from_dict(quantized_stats, device=data.device)
-        n_bytes = None if state.shape is None else -(-state.shape.numel() // 2)
-        if n_bytes is not None and data.nbytes != n_bytes:
+        if state.shape is not None and data.nbytes != state.code_bytes:
             raise ValueError(
-                f"data must hold {n_bytes} bytes for a weight of shape {tuple(state.shape or ())}, got {data.nbytes}"
+                f"data must hold {state.code_bytes} bytes for a weight of shape {tuple(state.shape)}, got {data.nbytes}"
             )
-        weight = cls(
-            data,
-            requires_grad,
-            quant_state=state,
-            blocksize=state.blocksize,
-            compress_statistics=state.nested,
-            quant_type=state.quant_type,
-            quant_storage=data.dtype,
-            module=module,
-            bnb_quantized=True,
-        )
         if module is not None:
             module.quant_state = state  # type: ignore[assignment]
-        return weight
+        return cls.of_codes(data, state, requires_grad, module)
+
+    @classmethod
+    def of_codes(
+        cls, data: Tensor, state: QuantState, requires_grad: bool = False, module: nn.Module | None = None
+    ) -> "Params4bit":
+        """A weight from its packed codes and the state that they are decoded by."""
+        return cls(
+            data, requires_grad, state, state.blocksize, state.nested, state.quant_type, data.dtype, module, bnb_quantized=True
+        )  # fmt: skip
 
     def holds_codes(self) -> bool:
         """Whether the data is packed codes."""

@@ -4,6 +4,7 @@ In config.json it is, by default, a `BitsAndBytesConfig`: whoever reads bitsandb
 bitsandbytes cannot read (other codebooks and block sizes, quantized experts) says `"quant_method": "bnbref"` instead.
 """
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from bnbref.blockwise import FLOATS, check_blocksize
 from bnbref.checkpoint import BLOCKSIZES
 from bnbref.codebooks import FOUR_BIT
+from bnbref.quant_state import dtype_name
 
 METHOD = "bnbref"
 
@@ -106,17 +108,9 @@ class BnbRefConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json says: `checkpoint_format`."""
-        own = {
-            "quant_method": METHOD,
-            "quant_type": self.quant_type,
-            "double_quant": self.double_quant,
-            "compute_dtype": _name(self.compute_dtype),
-            "quant_storage": _name(self.quant_storage),
-            "blocksize": self.blocksize,
-            "skip_modules": self.skip_modules,
-            "threshold": self.threshold,
-            "checkpoint_format": self.checkpoint_format,
-        }
+        arguments = {name: getattr(self, name) for name in inspect.signature(BnbRefConfig).parameters}
+        own = {name: dtype_name(x) if isinstance(x, torch.dtype) else x for name, x in arguments.items()}
+        own = {"quant_method": METHOD, **own}
         return own if self.checkpoint_format == METHOD else self._to_bitsandbytes()
 
     def _to_bitsandbytes(self) -> dict[str, Any]:
@@ -131,7 +125,11 @@ class BnbRefConfig(QuantizationConfigMixin):  # type: ignore[misc]
             bnb_4bit_use_double_quant=self.double_quant and not self.is_int8,
             bnb_4bit_quant_storage=self.quant_storage,
         )
-        said = {} if self.is_int8 else {COMPUTE_DTYPE: _name(self.compute_dtype) or "activation"}
+        said = (
+            {}
+            if self.is_int8
+            else {COMPUTE_DTYPE: dtype_name(self.compute_dtype) if self.compute_dtype else "activation"}
+        )
         return {**config.to_dict(), **said}
 
     @classmethod
@@ -168,12 +166,13 @@ class BnbRefConfig(QuantizationConfigMixin):  # type: ignore[misc]
         )
 
 
+def dtype_of(value: torch.dtype | str) -> Any:
+    """A dtype, of which a config has the name once it was saved; None if torch has none of that name."""
+    return getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
+
+
 def _dtype(name: str, value: torch.dtype | str, allowed: tuple[torch.dtype, ...]) -> torch.dtype:
-    dtype = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
+    dtype: torch.dtype = dtype_of(value)
     if dtype not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(_name(d) or '' for d in allowed)}, got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(map(dtype_name, allowed))}, got {value!r}")
     return dtype
-
-
-def _name(dtype: torch.dtype | None) -> str | None:
-    return None if dtype is None else str(dtype).removeprefix("torch.")

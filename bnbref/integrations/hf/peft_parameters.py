@@ -104,17 +104,8 @@ class ParamWrapper(lora.ParamWrapper):  # type: ignore[misc]
                 f"{self.parameter_name!r} is offloaded: merge into a model that was loaded without offloading"
             )
         packed, state = before = self._before or (steps.original.data, steps[0].quant_state)
-        weight = Params4bit(
-            packed,
-            quant_state=state,
-            blocksize=state.blocksize,
-            compress_statistics=state.nested,
-            quant_type=state.quant_type,
-            quant_storage=packed.dtype,
-            bnb_quantized=True,
-        )
         deltas = [self.get_delta_weight(name) for name in [*self.merged_adapters, *new]]
-        merged: Any = added(weight, deltas)
+        merged: Any = added(Params4bit.of_codes(packed, state), deltas)
         self._put(merged.data, merged.quant_state)
         self._before = before
         self.merged_adapters.extend(new)

@@ -19,9 +19,9 @@ from transformers.quantizers.quantizers_utils import get_module_from_name, shoul
 from transformers.utils import is_peft_available
 
 from bnbref.checkpoint import keys
-from bnbref.integrations.hf.config import METHOD, BnbRefConfig
+from bnbref.integrations.hf.config import METHOD, BnbRefConfig, dtype_of
 from bnbref.integrations.hf.experts import dequantize_experts, is_experts, load_offloaded, parametrize_experts
-from bnbref.integrations.hf.layers import dequantized, dtype_of, is_linear, plain_layer, quantized_layer, was_conv1d
+from bnbref.integrations.hf.layers import dequantized, is_linear, plain_layer, quantized_layer, was_conv1d
 from bnbref.integrations.hf.loading import ANOTHER_SHAPE, Identity, Quantize, Read
 from bnbref.integrations.hf.readers import read_by_others
 from bnbref.nn import Linear8bitLt
