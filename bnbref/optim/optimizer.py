@@ -1,9 +1,7 @@
-"""One `torch.optim.Optimizer` for every rule: parameter groups, overrides, checkpoints in bitsandbytes' layout.
-
-    state_dict()["state"][i] = {"step": 3, "__bnb_optimizer_quant_state__": {"state1": ..., "absmax1": ..., "qmap1": ...}}
+"""One `torch.optim.Optimizer` for every rule: parameter groups, overrides, checkpoints.
 
 A state is in 8 bits if `optim_bits` is 8 and the parameter has at least `min_8bit_size` elements; a state that was loaded
-stays as it was saved. The wrapper keeps FSDP from gathering what does not have the parameter's shape.
+stays as it was saved.
 """
 
 import inspect
@@ -15,17 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnbref import blockwise
-from bnbref.blockwise import block_count, check_blocksize, check_float
-from bnbref.codebooks import DYNAMIC, DYNAMIC_UNSIGNED, is_table_of, value_table
+from bnbref.blockwise import check_blocksize, check_float
 from bnbref.optim import paging
 from bnbref.optim.equation import Equation, at_step, check, layout
-from bnbref.optim.rules import Rule, State, absmax_key, qmap_key
+from bnbref.optim.rules import Rule
+from bnbref.optim.saved import gathered, packed, unpacked
 from bnbref.optim.settings import ANYWHERE, GlobalOptimManager, check_settings
-from bnbref.optim.sharding import gather, gather_scales, local, shard_of
+from bnbref.optim.sharding import local, shard_of
 from bnbref.optim.update import Tails, new_state, step
-
-WRAPPED = "__bnb_optimizer_quant_state__"
 
 _MANY = 8  # equations of one rule: a few numbers are changed by hand, more are computed
 
@@ -70,7 +65,7 @@ class Optimizer(torch.optim.Optimizer):
         self._layout = layout(rule)
         self._sources: set[str] = set()
         self.is_paged = is_paged
-        self._own = {
+        self._own: dict[str, Any] = {
             "optim_bits": optim_bits,
             "min_8bit_size": min_8bit_size,
             "blocksize": blocksize,
@@ -261,42 +256,15 @@ class Optimizer(torch.optim.Optimizer):
         States of sharded parameters are whole, on the CPU, and the same as without sharding, for any number of ranks to load:
         it is a collective call.
         """
-        packed = super().state_dict()
+        whole = super().state_dict()
         everything = [p for group in self.param_groups for p in group["params"]]
-        packed["state"] = {
-            i: self._packed(self._gathered(everything[i], state)) if isinstance(i, int) else state
-            for i, state in packed["state"].items()
+        whole["state"] = {
+            i: packed(self.rule, gathered(self.rule, everything[i], state, self._own["blocksize"]))
+            if isinstance(i, int)
+            else state
+            for i, state in whole["state"].items()
         }
-        return packed
-
-    def _gathered(self, p: Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
-        """The state of the whole parameter."""
-        shard = shard_of(p)
-        if shard is None or not state:
-            return dict(state)
-        whole: dict[str, Any] = {"step": state["step"]}
-        for s in self.rule.states:
-            whole[s.key] = gather(p, state[s.key])
-            if state[s.key].dtype == torch.uint8:
-                blocksize = check_blocksize(self._own["blocksize"], p.numel())  # type: ignore[arg-type]
-                whole[absmax_key(s.key)] = gather_scales(shard, state[absmax_key(s.key)], blocksize)
         return whole
-
-    def _packed(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        wrapped: dict[str, Any] = {}
-        for s in self.rule.states:
-            if s.key not in state or s.key in self.rule.stacked[1:]:
-                continue
-            keys = self.rule.stacked if s.key in self.rule.stacked else (s.key,)
-            for name in (str, absmax_key):
-                parts = [state[name(key)] for key in keys if name(key) in state]
-                if parts:
-                    wrapped[name(s.key)] = parts[0] if len(parts) == 1 else torch.stack(parts)
-            if state[s.key].dtype == torch.uint8:
-                wrapped[qmap_key(s.key)] = value_table(self.rule.codebook(s), torch.device("cpu"))
-        if self.rule.clipped and wrapped:
-            wrapped["unorm_vec"] = torch.zeros(1)  # room that bitsandbytes expects to find
-        return {"step": state["step"], WRAPPED: wrapped} if wrapped else {"step": state["step"]}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], move_to_device: bool = True) -> None:
         """Load what `state_dict` of this class or of bitsandbytes' gave, wrapped or not.
@@ -316,72 +284,11 @@ class Optimizer(torch.optim.Optimizer):
                 group.setdefault(name, value)
         for p, value in list(self.state.items()):
             if isinstance(value, _Held):
-                self.state[p] = self._unpacked(p, value.state)
+                self.state[p] = unpacked(self.rule, p, value.state, self._own["blocksize"], self._memory(p))
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("rule", "is_paged", "_own", "_layout", "_sources", "_generator", "_placement")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
-
-    def _unpacked(self, p: Tensor, saved: dict[str, Any]) -> dict[str, Any]:
-        saved = {**saved, **saved.pop(WRAPPED, {})}
-        if not saved:
-            return {}
-        state: dict[str, Any] = {"step": int(saved["step"])}
-        empty = self._memory(p)
-        shard, shape = shard_of(p), tuple(local(p).shape)
-
-        def mine(tensor: Tensor) -> Tensor:
-            """Of the whole, in one row, what is here."""
-            flat = tensor.reshape(-1)
-            return (flat if shard is None else flat[shard.start : shard.stop]).view(shape)
-
-        for s in self.rule.states:
-            stacked = s.key in self.rule.stacked and self.rule.stacked[-1] not in saved
-            first = self.rule.stacked[0] if stacked else s.key
-
-            def part(key: str, stacked: bool = stacked, own: str = s.key) -> Tensor:
-                if key not in saved:
-                    raise ValueError(f"the saved state has no {key!r}, only {sorted(saved)}")
-                tensor: Tensor = saved[key]
-                return tensor[self.rule.stacked.index(own)] if stacked else tensor
-
-            tensor = part(first)
-            if tensor.numel() != p.numel():
-                raise ValueError(f"saved {first} has {tensor.numel()} elements, its parameter has {p.numel()}")
-            if tensor.dtype != torch.uint8 and not tensor.is_floating_point():
-                raise ValueError(f"saved {first} must be uint8 codes or floats, got {tensor.dtype}")
-            if tensor.dtype != torch.uint8:
-                state[s.key] = empty(s.key, shape, torch.float32).copy_(mine(tensor))
-                continue
-            codes, scales = self._translated(tensor, part(absmax_key(first)), saved.get(qmap_key(first)), s)
-            if shard is not None:
-                blocks = shard.blocks(check_blocksize(self._own["blocksize"], p.numel()))  # type: ignore[arg-type]
-                scales = scales[blocks.start : blocks.stop]
-            state[s.key] = empty(s.key, shape, torch.uint8).copy_(mine(codes))
-            state[absmax_key(s.key)] = empty(absmax_key(s.key), tuple(scales.shape), torch.float32).copy_(scales)
-        return state
-
-    def _translated(self, codes: Tensor, absmax: Tensor, values: Tensor | None, state: State) -> tuple[Tensor, Tensor]:
-        """Codes and scales of this package's codebook, of codes whose values are `values`."""
-        blocksize = check_blocksize(self._own["blocksize"], codes.numel())  # type: ignore[arg-type]
-        absmax = absmax.reshape(-1)
-        if absmax.numel() != block_count(codes.numel(), blocksize):
-            raise ValueError(
-                f"saved absmax has {absmax.numel()} scales for {codes.numel()} codes: not blocks of {blocksize}; "
-                f"blocksize=... must be that of the optimizer that saved it"
-            )
-        if not absmax.is_floating_point() or not bool((absmax.isfinite() & (absmax >= 0)).all()):
-            raise ValueError(f"saved {absmax_key(state.key)} has scales that are no floats, NaN, infinite or negative")
-        book = self.rule.codebook(state)
-        if values is None or is_table_of(values, book):
-            return codes, absmax
-        if not any(is_table_of(values, known) for known in (*self.rule.codebooks, DYNAMIC, DYNAMIC_UNSIGNED)):
-            raise ValueError(
-                f"saved {qmap_key(state.key)} is no map of {self.rule!r}, nor a dynamic map: its codes mean nothing"
-            )
-        values = values.to(codes.device, torch.float32)
-        decoded = blockwise.dequantize(codes, absmax, values, blocksize, torch.float32)
-        return blockwise.quantize(decoded, book, blocksize)
 
 
 class _Held:
