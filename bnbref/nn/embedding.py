@@ -95,7 +95,7 @@ class Embedding4bit(_QuantizedEmbedding, FourBitLayer, nn.Embedding):
             )
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        """The rows that `input` names: integers `[...]` -> `[..., embedding_dim]` in the layer's `dtype`."""
+        """The rows of the table that `input`, integers `[...]`, names: `[..., embedding_dim]` in the layer's `dtype`."""
         state = self.quant_state
         if state is None:
             raise RuntimeError(f"the table of {self} is not quantized yet: move the layer to a device, .to(device)")
@@ -149,7 +149,7 @@ class Embedding8bit(_QuantizedEmbedding, EightBitLayer, nn.Embedding):
         self.weight = Int8Params(self.weight, requires_grad=False)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        """The rows that `input` names: integers `[...]` -> `[..., embedding_dim]` in the layer's `dtype`."""
+        """The rows of the table that `input`, integers `[...]`, names: `[..., embedding_dim]` in the layer's `dtype`."""
         absmax = self._absmax
         if absmax is None:
             raise RuntimeError(f"the table of {self} is not quantized yet: move the layer to a device, .to(device)")
@@ -208,7 +208,7 @@ class StableEmbedding(Embedding):
         self.norm = nn.LayerNorm(embedding_dim, device=self.weight.device)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        """The normalised rows that `input` names: integers `[...]` -> `[..., embedding_dim]` in the dtype of the table.
+        """The rows that `input`, integers `[...]`, names, normalised: `[..., embedding_dim]` in the dtype of the table.
 
         The norm is computed in the dtype of its own weight.
         """

@@ -239,7 +239,7 @@ class Optimizer(torch.optim.Optimizer):
         return {"step": 0, **new_state(self.rule, local(p).shape, bits, blocksize, empty, shard)}
 
     def _memory(self, p: Tensor) -> Callable[[str, Any, torch.dtype], Tensor]:
-        """Gives memory to a state of p."""
+        """A function that gives memory to a state of p, of its key, shape and dtype."""
         everything = (q for group in self.param_groups for q in group["params"])
         index = next(i for i, q in enumerate(everything) if q is p)
 

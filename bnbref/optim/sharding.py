@@ -23,7 +23,10 @@ from bnbref.blockwise import block_count
 
 @dataclass(frozen=True)
 class Shard:
-    """What one of several ranks has of a tensor: elements `bounds[rank]` to `bounds[rank + 1]` in row-major order."""
+    """What one of several ranks has of a tensor: elements `bounds[rank]` to `bounds[rank + 1]` in row-major order.
+
+    group: the process group of the ranks; None if there is one rank alone.
+    """
 
     bounds: tuple[int, ...]
     rank: int

@@ -24,7 +24,8 @@ def new_state(
 ) -> dict[str, Tensor]:
     """All states zero, under the keys of bitsandbytes: `state1` and, of 8 bits, `absmax1`.
 
-    bits: 32 or 8. `empty(key, shape, dtype)` gives the memory. shard: of what the shape is a part.
+    bits: 32 or 8. empty: gives the memory of a tensor, called with its key, shape and dtype. shard: where the part lies that
+    has this shape, of a parameter that is spread over ranks.
 
     >>> from bnbref.optim.rules import Adam
     >>> state = new_state(Adam(), torch.Size([300]), 8, 256, lambda key, shape, dtype: torch.empty(shape, dtype=dtype))
@@ -49,7 +50,7 @@ def _in_8_bits(rule: Rule, state: Mapping[str, Any]) -> bool:
 
 
 def _part(rule: Rule, p: Tensor, g: Tensor, noise: Tensor | None, state: Mapping[str, Any]) -> Part:
-    """All elements in a row, and the scales of their blocks."""
+    """A parameter with 8-bit states as one part: its elements in a row, and the scales of their blocks."""
     states = [Coded(state[s.key].view(-1), state[absmax_key(s.key)].view(-1)) for s in rule.states]
     return Part(p.view(-1), g.reshape(-1), noise, states)
 
@@ -68,10 +69,11 @@ def step(
 ) -> None:  # fmt: skip
     """One step in place: of contiguous p by g of its shape, and of the state that `new_state` made.  Exact.
 
-    rule, hyper: as `equation.at_step` gives them. max_norm: for a rule that is `clipped`, the largest ratio of the
-    direction's norm to that of p, 0 for none; the norms are float sums, and their last bits depend on device, threads and
-    shards. shard: of what p, g and the state are a part; then it is a collective call. tails: where the last block waits for
-    those of other parameters, if it is incomplete; the step is over after `tails.run()`.
+    rule, hyper: as `equation.at_step` gives them. blocksize: of states in 8 bits. noise: int16 `[numel]`, for stochastic rounding.
+    max_norm: for a rule that is `clipped`, the largest ratio of the direction's norm to that of p, 0 for none. The norms are
+    float sums, whose last bits depend on device, threads and shards. shard: where p, g and the state lie in a parameter that is
+    spread over ranks; then it is a collective call. tails: where an incomplete last block waits for those of other parameters;
+    the step is over after `tails.run()`.
     """
     if max_norm > 0:
         u = directions(rule, hyper, p, g, state, blocksize=blocksize, shard=shard)
@@ -103,7 +105,7 @@ def directions(
     rule: Equation, hyper: Tensor, p: Tensor, g: Tensor, state: Mapping[str, Any], *, blocksize: int,
     shard: Shard | None = None,
 ) -> Tensor:  # fmt: skip
-    """The direction of `step`, float32 `[numel]`, 0 where the gradient is not finite; nothing is changed.  Exact."""
+    """The direction that `step` would take, float32 `[numel]`, 0 where the gradient is not finite.  Exact."""
     if p.numel() == 0:
         return p.new_empty(0, dtype=torch.float32)
     if not _in_8_bits(rule, state):
@@ -148,7 +150,7 @@ class Tails:
         self._elements = 0
 
     def add(self, rule: Equation, hyper: Tensor, blocksize: int, rest: Part) -> None:
-        """What `split` left of a parameter, its gradient, noise and states."""
+        """Let an incomplete last block, which `split` left of a parameter, wait."""
         p, g = rest.p, rest.g
         key = (rule, blocksize, id(hyper), p.device, p.dtype, g.dtype, rest.noise is None)
         self._waiting.setdefault(key, (hyper, []))[1].append(rest)  # it holds hyper, whose id nobody else then has
