@@ -69,7 +69,7 @@ def step(
 ) -> None:  # fmt: skip
     """One step in place: of contiguous p by g of its shape, and of the state that `new_state` made.  Exact.
 
-    rule, hyper: as `equation.at_step` gives them. blocksize: of states in 8 bits. noise: int16 `[numel]`, for stochastic rounding.
+    rule, hyper: as `equation.at_step` gives them. blocksize: of 8-bit states. noise: int16 `[numel]`, for stochastic rounding.
     max_norm: for a rule that is `clipped`, the largest ratio of the direction's norm to that of p, 0 for none. The norms are
     float sums, whose last bits depend on device, threads and shards. shard: where p, g and the state lie in a parameter that is
     spread over ranks; then it is a collective call. tails: where an incomplete last block waits for those of other parameters;
