@@ -188,16 +188,8 @@ def quantize_4bit(
         scales, offset, state2 = nested_state(scales)
     if absmax is not None:
         scales = absmax.copy_(scales)
-    state = QuantState(
-        scales,
-        shape=A.shape,
-        code=value_table(book, A.device),
-        blocksize=blocksize,
-        quant_type=book.name if FOUR_BIT.get(book.name) == book else book,
-        dtype=A.dtype,
-        offset=offset,
-        state2=state2,
-    )
+    name = book.name if FOUR_BIT.get(book.name) == book else book
+    state = QuantState(scales, A.shape, value_table(book, A.device), blocksize, name, A.dtype, offset, state2)
     return packed if out is None else out.copy_(packed), state
 
 

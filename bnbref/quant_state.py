@@ -33,16 +33,10 @@ class QuantState:
     """
 
     def __init__(
-        self,
-        absmax: Tensor,
-        shape: torch.Size | None = None,
-        code: Tensor | None = None,
-        blocksize: int | None = None,
-        quant_type: str | Codebook | None = None,
-        dtype: torch.dtype | None = None,
-        offset: Tensor | None = None,
+        self, absmax: Tensor, shape: torch.Size | None = None, code: Tensor | None = None, blocksize: int | None = None,
+        quant_type: str | Codebook | None = None, dtype: torch.dtype | None = None, offset: Tensor | None = None,
         state2: "QuantState | None" = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.absmax = absmax
         self.shape = shape
         self.code = code
@@ -120,16 +114,9 @@ class QuantState:
         def apply(tensor: Tensor | None) -> Any:
             return None if tensor is None else function(tensor)
 
-        return QuantState(
-            absmax=apply(self.absmax),
-            shape=self.shape,
-            code=apply(self.code),
-            blocksize=self.blocksize,
-            quant_type=self.quant_type,
-            dtype=self.dtype,
-            offset=apply(self.offset),
-            state2=None if self.state2 is None else self.state2.map(function),
-        )
+        state2 = None if self.state2 is None else self.state2.map(function)
+        absmax, code, offset = map(apply, (self.absmax, self.code, self.offset))
+        return QuantState(absmax, self.shape, code, self.blocksize, self.quant_type, self.dtype, offset, state2)
 
     def to(self, device: Any) -> None:
         """Move to a device, in place, as bitsandbytes does. `map(lambda t: t.to(device))` leaves this one alone."""
@@ -239,16 +226,8 @@ class QuantState:
             state2 = cls(inner.to(device), code=code2.to(device), blocksize=inner_size, dtype=torch.float32)
         else:
             _check_scales("absmax", absmax)
-        return cls(
-            absmax=absmax.to(device),
-            shape=shape,
-            code=code.to(device),
-            blocksize=blocksize,
-            quant_type=quant_type,
-            dtype=_DTYPES[fields["dtype"]],
-            offset=offset,
-            state2=state2,
-        )
+        dtype = _DTYPES[fields["dtype"]]
+        return cls(absmax.to(device), shape, code.to(device), blocksize, quant_type, dtype, offset, state2)
 
 
 def nested_state(absmax: Tensor) -> tuple[Tensor, Tensor, QuantState]:

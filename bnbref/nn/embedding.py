@@ -173,17 +173,9 @@ class Embedding(nn.Embedding):
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         super().__init__(
-            num_embeddings,
-            embedding_dim,
-            padding_idx,
-            max_norm,
-            norm_type,
-            scale_grad_by_freq,
-            sparse,
-            _weight,
-            device=device,
+            num_embeddings, embedding_dim, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse, _weight, device=device,
             dtype=dtype,
-        )
+        )  # fmt: skip
         self._override()
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -66,21 +66,14 @@ class Optimizer(torch.optim.Optimizer):
         self._sources: set[str] = set()
         self.is_paged = is_paged
         self._own: dict[str, Any] = {
-            "optim_bits": optim_bits,
-            "min_8bit_size": min_8bit_size,
-            "blocksize": blocksize,
-            "max_unorm": max_unorm if rule.clipped else 0.0,
-            "stochastic_rounding": stochastic_rounding,
-            "maximize": maximize,
-        }
-        placed = {
-            "is_paged": is_paged,
-            "page_directory": page_directory,
-            "page_bytes": page_bytes,
-            "generator": generator,
-        }
-        torchs = {"foreach": foreach, "fused": fused, "capturable": capturable, "differentiable": differentiable}
-        check_settings({**self._own, **placed, **torchs})
+            "optim_bits": optim_bits, "min_8bit_size": min_8bit_size, "blocksize": blocksize,
+            "max_unorm": max_unorm if rule.clipped else 0.0, "stochastic_rounding": stochastic_rounding, "maximize": maximize,
+        }  # fmt: skip
+        others = {
+            "is_paged": is_paged, "page_directory": page_directory, "page_bytes": page_bytes, "generator": generator,
+            "foreach": foreach, "fused": fused, "capturable": capturable, "differentiable": differentiable,
+        }  # fmt: skip
+        check_settings({**self._own, **others})
         self._generator = generator
         self._placement = paging.Placement(is_paged, page_directory, page_bytes)
         super().__init__(params, dict(defaults))
