@@ -158,23 +158,14 @@ def _check_4bit(quant_type: str, dtype: torch.dtype) -> None:
         raise ValueError(f"dtype must be one of {FLOATS}, got {dtype}")
 
 
-KERNELS: dict[str, Callable[..., Any]] = {
-    "dequantize_4bit": _dequantize_4bit,
-    "dequantize_blockwise": _dequantize_blockwise,
-    "gemm_4bit": _gemm_4bit,
-    "gemv_4bit": _gemv_4bit,
-    "int8_double_quant": _int8_double_quant,
-    "int8_linear_matmul": int8.multiply,
-    "int8_mixed_scaled_mm": _int8_mixed_scaled_mm,
-    "int8_mm_dequant": _int8_mm_dequant,
-    "int8_scaled_mm": _int8_scaled_mm,
-    "int8_vectorwise_dequant": functional.int8_vectorwise_dequant,
-    "int8_vectorwise_quant": functional.int8_vectorwise_quant,
-    "optimizer_update_32bit": _optimizer_update_32bit,
-    "optimizer_update_8bit_blockwise": updates.optimizer_update_8bit_blockwise,
-    "quantize_4bit": _quantize_4bit,
-    "quantize_blockwise": _quantize_blockwise,
-}
+_NAMED = (
+    _dequantize_4bit, _dequantize_blockwise, _gemm_4bit, _gemv_4bit, _int8_double_quant, _int8_mixed_scaled_mm, _int8_mm_dequant,
+    _int8_scaled_mm, functional.int8_vectorwise_dequant, functional.int8_vectorwise_quant, _optimizer_update_32bit,
+    updates.optimizer_update_8bit_blockwise, _quantize_4bit, _quantize_blockwise,
+)  # fmt: skip
+
+KERNELS: dict[str, Callable[..., Any]] = {"int8_linear_matmul": int8.multiply}
+KERNELS |= {function.__name__.removeprefix("_"): function for function in _NAMED}
 
 
 def _writing(function: Callable[..., Tensor]) -> Callable[..., None]:

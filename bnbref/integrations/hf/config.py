@@ -12,9 +12,10 @@ import torch
 from transformers import BitsAndBytesConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from bnbref.blockwise import FLOATS, check_blocksize
+from bnbref.blockwise import FLOATS, block_count, check_blocksize
 from bnbref.checkpoint import BLOCKSIZES
 from bnbref.codebooks import FOUR_BIT
+from bnbref.nested import BLOCKSIZE as NESTED_BLOCKSIZE
 from bnbref.quant_state import dtype_name
 
 METHOD = "bnbref"
@@ -98,6 +99,24 @@ class BnbRefConfig(QuantizationConfigMixin):  # type: ignore[misc]
             return 8.0
         scale = 8 + 32 / 256 if self.double_quant else 32
         return 4 + scale / self.blocksize
+
+    def bytes_of(self, rows: int, columns: int) -> tuple[int, int]:
+        """Bytes of the codes and of the scales of a weight, exactly; the tables of values, which all weights share, are left out.
+
+            int8                   n                4 rows                              n = rows * columns
+            4 bits                 n / 2            4 b                                 b = n / blocksize blocks
+            4 bits, double_quant   n / 2            b + 4 (b / 256) + 4                 scales in 8 bits, theirs, the mean
+
+        Quotients are rounded up.
+
+        >>> BnbRefConfig("nf4").bytes_of(4096, 4096)
+        (8388608, 266244)
+        """
+        if self.is_int8:
+            return rows * columns, 4 * rows
+        blocks = block_count(rows * columns, self.blocksize)
+        scales = blocks + 4 * block_count(blocks, NESTED_BLOCKSIZE) + 4 if self.double_quant else 4 * blocks
+        return block_count(rows * columns, 2), scales
 
     @property
     def bnb_4bit_quant_storage(self) -> torch.dtype:

@@ -19,10 +19,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bnbref import optim
-from bnbref.blockwise import block_count
 from bnbref.integrations.hf.config import BnbRefConfig
 from bnbref.integrations.hf.quantizer import BnbRefHfQuantizer
-from bnbref.nested import BLOCKSIZE as NESTED_BLOCKSIZE
 from bnbref.nn.layer import QuantizedLayer
 from bnbref.optim.paging import PAGE_BYTES, PAGED_FROM
 
@@ -81,19 +79,6 @@ def on_meta(config: Any, spec: BnbRefConfig | None) -> tuple[Any, set[str]]:
     return model, set(quantizer.fused)
 
 
-def quantized_bytes(spec: BnbRefConfig, numel: int, rows: int) -> tuple[int, int]:
-    """Bytes of the codes and of the scales of a weight.
-
-    >>> quantized_bytes(BnbRefConfig("nf4"), 4096 * 4096, 4096)
-    (8388608, 266244)
-    """
-    if spec.is_int8:
-        return numel, 4 * rows
-    blocks = block_count(numel, spec.blocksize)
-    scales = blocks + 4 * block_count(blocks, NESTED_BLOCKSIZE) + 4 if spec.double_quant else 4 * blocks
-    return -(-numel // 2), scales
-
-
 def weight_bytes(config: Any, spec: BnbRefConfig | None) -> dict[str, int]:
     """Bytes of a model: what stays float, codes, scales."""
     model, fused = on_meta(config, spec)
@@ -102,7 +87,7 @@ def weight_bytes(config: Any, spec: BnbRefConfig | None) -> dict[str, int]:
     for name, p in model.named_parameters():
         if spec is not None and (name in layers or name in fused):
             rows = int(getattr(layers.get(name), "out_features", p.shape[0]))
-            codes, scales = quantized_bytes(spec, p.numel(), rows)
+            codes, scales = spec.bytes_of(rows, p.numel() // rows)
             found["weights"] += codes
             found["scales"] += scales
         else:
