@@ -212,19 +212,16 @@ def threshold_table(codebook: Codebook, device: torch.device) -> Tensor:
 
 
 def _table(codebook: Codebook, values: bool, device: torch.device) -> Tensor:
-    if tracing():
-        return torch.tensor(_listed(codebook, values), dtype=torch.float32, device=device)
-    return _cached_table(codebook, values, device)
+    return (_new_table if tracing() else _kept_table)(codebook, values, device)
 
 
-@functools.cache
-def _cached_table(codebook: Codebook, values: bool, device: torch.device) -> Tensor:
-    return _float32(_listed(codebook, values)).to(device)
-
-
-def _listed(codebook: Codebook, values: bool) -> tuple[float, ...]:
+def _new_table(codebook: Codebook, values: bool, device: torch.device) -> Tensor:
     padding = (0.0,) * (2**codebook.bits - len(codebook.values))
-    return codebook.values + padding if values else codebook.thresholds
+    numbers = codebook.values + padding if values else codebook.thresholds
+    return torch.tensor(numbers, dtype=torch.float32, device=device)
+
+
+_kept_table = functools.cache(_new_table)
 
 
 # ---- four bits ------------------------------------------------------------------------------------------------------
