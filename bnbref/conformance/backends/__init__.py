@@ -44,17 +44,13 @@ class Backend:
 
         Raises ValueError where there is none of the operations.
         """
-        find = functions.get if isinstance(functions, Mapping) else functools.partial(_attribute, functions)
-        found = {op: find(op) for op in OPERATIONS}
+        table = functions if isinstance(functions, Mapping) else {op: getattr(functions, op, None) for op in OPERATIONS}
         self.name = name
+        found = {op: table.get(op) for op in OPERATIONS}
         self.functions = {op: _in_context(function, within) for op, function in found.items() if callable(function)}
         if not self.functions:
             raise ValueError(f"backend {name!r} has none of the operations {', '.join(OPERATIONS)}")
         self.versions = {package: _version(package) for package in ("torch", *packages)}
-
-
-def _attribute(functions: object, name: str) -> Any:
-    return getattr(functions, name, None)
 
 
 def _in_context(function: Callable[..., Any], within: Callable[[], AbstractContextManager[Any]]) -> Callable[..., Any]:
