@@ -5,11 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from bnbref import checkpoint, codebooks, functional, kernels, nn, optim
 from bnbref.codebooks import Codebook
-from bnbref.integrations.bitsandbytes.alias import (
-    as_bitsandbytes,
-    install_as_bitsandbytes,
-    uninstall_as_bitsandbytes,
-)
+from bnbref.integrations.bitsandbytes.alias import as_bitsandbytes, install_as_bitsandbytes, uninstall_as_bitsandbytes
 from bnbref.kernels import eager
 from bnbref.kernels.ordered import batch_invariant
 from bnbref.linear4bit import matmul_4bit

@@ -24,9 +24,7 @@ FP4_BY_MIDPOINTS = Codebook(
 _ULP_OFF = {0: "-0x1.b239b2p-1", 8: "0x1.ec90c6p-4", 12: "0x1.00da06p-1", 14: "0x1.b913b2p-1"}
 
 NF4_ON_H100 = Codebook(
-    "nf4",
-    NF4.values,
-    tuple(float.fromhex(_ULP_OFF[i]) if i in _ULP_OFF else t for i, t in enumerate(NF4.thresholds)),
+    "nf4", NF4.values, tuple(float.fromhex(_ULP_OFF[i]) if i in _ULP_OFF else t for i, t in enumerate(NF4.thresholds))
 )
 """NF4 as bitsandbytes 0.50.2 encoded it on an H100 (benchmarks/gpu.py, "facts"): four thresholds are an ulp off."""
 

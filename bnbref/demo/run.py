@@ -25,13 +25,9 @@ from bnbref.quant_state import dtype_name
 
 
 def run(
-    *,
-    quick: bool = False,
-    device: str | None = None,
-    out: Path | None = None,
-    json_file: Path | None = None,
+    *, quick: bool = False, device: str | None = None, out: Path | None = None, json_file: Path | None = None,
     plot_file: Path | None = None,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Measure and print everything; what was measured. `Mismatch` where something is not what it must be."""
     start, cpu = time.perf_counter(), cpu_seconds()
     transformers.utils.logging.disable_progress_bar()

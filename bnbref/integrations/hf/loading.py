@@ -78,10 +78,7 @@ class Quantize(_Conversion):
             return value
         spec: BnbRefConfig = self.hf_quantizer.spec
         weight = Params4bit(
-            value,
-            blocksize=spec.blocksize,
-            compress_statistics=spec.double_quant,
-            quant_type=spec.quant_type,
+            value, blocksize=spec.blocksize, compress_statistics=spec.double_quant, quant_type=spec.quant_type
         )
         with _naming(name):
             weight = weight.to(value.device)

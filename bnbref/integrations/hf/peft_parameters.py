@@ -186,15 +186,10 @@ def _finding(original: Any) -> Any:
             while isinstance(wrapped, lora.ParamWrapper) and wrapped.parameter_name != name:
                 wrapped = wrapped.base_layer
             self._check_target_module_compatiblity(peft_config, model, target_name)
+            target = wrapped if isinstance(wrapped, lora.ParamWrapper) else target
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 self._create_and_replace(
-                    peft_config,
-                    adapter_name,
-                    wrapped if isinstance(wrapped, lora.ParamWrapper) else target,
-                    target_name,
-                    parent,
-                    current_key=key,
-                    parameter_name=name,
+                    peft_config, adapter_name, target, target_name, parent, current_key=key, parameter_name=name
                 )
         others = copy.copy(peft_config)
         others.target_parameters = sorted(targets - {f"{path}.{name}" for path, name, _ in found})

@@ -103,19 +103,10 @@ def qlora(
     settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers, task_type="CAUSAL_LM")
     adapted = get_peft_model(base, register_lora(settings))
     args = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=batch,
-        per_device_eval_batch_size=batch,
-        learning_rate=lr,
-        lr_scheduler_type="cosine",
-        warmup_steps=steps // 10,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        gradient_checkpointing=True,
-        use_cpu=device is not None and device.type == "cpu",
-    )
+        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=batch, per_device_eval_batch_size=batch,
+        learning_rate=lr, lr_scheduler_type="cosine", warmup_steps=steps // 10, gradient_checkpointing=True,
+        logging_steps=1, save_strategy="no", report_to=[], use_cpu=device is not None and device.type == "cpu",
+    )  # fmt: skip
     trainer = Trainer(
         model=adapted,
         args=args,
