@@ -219,18 +219,18 @@ def cell(results: Iterable[Result]) -> str:
 DTYPES = (*cases.DTYPES, "int8")
 
 
-def rows(done: Report) -> list[tuple[str, dict[str, list[Result]]]]:
+def rows(done: Report) -> dict[str, dict[str, list[Result]]]:
     """Operation by operation, the results by dtype."""
     by_op: dict[str, dict[str, list[Result]]] = {op: {dtype: [] for dtype in DTYPES} for op in OPERATIONS}
     for result in done.results:
         by_op[result.case.operation][result.case.dtype].append(result)
-    return list(by_op.items())
+    return by_op
 
 
 def matrix_text(done: Report) -> str:
     """Cases passed by operation and dtype, for a terminal."""
     lines = [f"{'':24}" + "".join(f"{dtype:>10}" for dtype in DTYPES)]
-    for op, by_dtype in rows(done):
+    for op, by_dtype in rows(done).items():
         cells = [cell(by_dtype[dtype]) for dtype in DTYPES]
         if set(cells) != {"-"}:
             lines.append(f"{op:24}" + "".join(f"{text:>10}" for text in cells))
@@ -243,7 +243,7 @@ def as_markdown(reports: Sequence[Report]) -> str:
         f"{done.backend} {done.versions.get(done.backend.partition('-')[0], '')}".strip() for done in reports
     )
     lines = [f"| operation | {head} |", "|---|" + "---|" * len(reports)]
-    tables = [dict(rows(done)) for done in reports]
+    tables = [rows(done) for done in reports]
     for op in OPERATIONS:
         cells = []
         for table in tables:

@@ -92,7 +92,7 @@ class Optimizer(torch.optim.Optimizer):
             raise
 
     def _check(self, settings: Mapping[str, Any]) -> None:
-        """Raise if a setting of a group or of one parameter is none, or one that only the constructor takes."""
+        """Raise if a setting of a group or of one parameter is not valid, or one that only the constructor takes."""
         check_settings(settings)
         here = {*self._own, *self.defaults}
         taken = {name for made in (Optimizer, type(self)) for name in inspect.signature(made.__init__).parameters}
@@ -160,7 +160,7 @@ class Optimizer(torch.optim.Optimizer):
         return loss
 
     def _jobs(self) -> list[tuple[Tensor, Tensor, dict[str, Any]]]:
-        """The parameters that have a gradient, what of it is here, and their settings."""
+        """The parameters that have a gradient, the part of it that this rank has, and their settings."""
         overrides = GlobalOptimManager.get_instance().overrides()
         jobs = []
         for group in self.param_groups:

@@ -31,7 +31,7 @@ class State:
 
 
 def absmax_key(key: str) -> str:
-    """Where the scales of a state in 8 bits are.
+    """The key under which the scales of an 8-bit state are kept.
 
     >>> absmax_key("state1"), absmax_key("momentum")
     ('absmax1', 'momentum_absmax')
@@ -40,7 +40,7 @@ def absmax_key(key: str) -> str:
 
 
 def qmap_key(key: str) -> str:
-    """Where the values of its codes are, in a `state_dict`."""
+    """The key under which a `state_dict` has the values of the codes of an 8-bit state."""
     return _beside(key, "qmap")
 
 
@@ -109,12 +109,12 @@ def averages(**betas: float) -> dict[str, float]:
 
 
 def decoupled(group: Mapping[str, Any]) -> dict[str, float]:
-    """Rate lr, and weight decay of the parameter itself, before the step."""
+    """Coefficients for decoupled weight decay: the rate is lr, and the parameter itself decays, before the step."""
     return {"rate": group["lr"], "decay": 1 - group["lr"] * group["weight_decay"]}
 
 
 def coupled(group: Mapping[str, Any]) -> dict[str, float]:
-    """Rate lr, and weight decay by way of the gradient, which the direction adds to it."""
+    """Coefficients for coupled weight decay: the rate is lr, and the direction adds wd times the parameter to the gradient."""
     return {"rate": group["lr"], "decay": 1.0, "wd": group["weight_decay"]}
 
 

@@ -1,4 +1,4 @@
-"""Settings: of an optimizer, of a group of parameters, of a single one. What is none is refused by name."""
+"""Settings of an optimizer, of a group of parameters, of a single parameter. One that is not valid is refused by name."""
 
 import math
 import weakref
@@ -31,7 +31,7 @@ ANYWHERE = {"params", "foreach", "fused", *_REFUSED}
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
-    """Raise TypeError, ValueError or NotImplementedError, naming the setting, if one is none.
+    """Raise TypeError, ValueError or NotImplementedError, naming the setting, if one is not valid.
 
     >>> check_settings({"lr": 1e-3, "betas": (0.9, 0.999), "optim_bits": 8, "foreach": None})
     """

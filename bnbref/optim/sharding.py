@@ -150,7 +150,7 @@ def total(shard: Shard | None, x: Tensor) -> Tensor:
 
 
 def gather(p: Tensor, x: Tensor) -> Tensor:
-    """The whole of a state of which every rank has what it has of p, on the CPU. A collective call."""
+    """A whole state, on the CPU. x: the part of it that belongs to this rank's part of p. A collective call."""
     from torch.distributed.tensor import DTensor
 
     if not isinstance(p, DTensor):
@@ -160,7 +160,7 @@ def gather(p: Tensor, x: Tensor) -> Tensor:
 
 
 def gather_scales(shard: Shard, absmax: Tensor, blocksize: int) -> Tensor:
-    """The scales of all blocks, on the CPU. A collective call."""
+    """The scales of all blocks of a state, on the CPU. absmax: of the blocks of this rank's part. A collective call."""
     whole = absmax.new_zeros(block_count(shard.numel, blocksize))
     own = shard.blocks(blocksize)
     whole[own.start : own.stop] = absmax

@@ -38,7 +38,10 @@ ByState = Callable[[int, Tensor], Tensor]
 def advance(
     rule: Equation, p: Tensor, g: Tensor, states: Sequence[Tensor], hyper: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """`(finite, new p, direction, new states)` in float32; where not finite the old p and states, and 0."""
+    """One step in float32: where the gradient is finite, the new p, the direction and the new states.
+
+    Where the gradient is not finite, p and the states are what they were, and the direction is 0.
+    """
     p, g = p.float(), g.float()
     c = Coefficients(rule.names, hyper)
     direction, *new = rule.direction(p, g, *states, c)
@@ -48,7 +51,10 @@ def advance(
 
 
 def rounded(x: Tensor, dtype: torch.dtype, noise: Tensor | None) -> Tensor:
-    """To nearest; with 16 random bits to bfloat16 up or down, with the probability that makes the mean x."""
+    """x rounded to the nearest number of a dtype.
+
+    noise: 16 random bits for each element, as int16. With them x is rounded to bfloat16 up or down, so that the mean is x.
+    """
     if noise is None:
         return x.to(dtype)
     bits = (x.view(torch.int32) + (noise.to(torch.int32) & 0xFFFF)) & -0x10000
@@ -81,7 +87,7 @@ def direction_elements(p: Tensor, g: Tensor, hyper: Tensor, *states: Tensor, rul
 
 
 def decoded(states: Sequence[Tensor], values: ByState) -> list[Tensor]:
-    """The states in float32: `values` of the codes times the scales."""
+    """The states in float32: the value of each code, which `values` looks up, times the scale of its block."""
     pairs = enumerate(zip(states[::2], states[1::2], strict=True))
     return [values(i, codes) * rearrange(absmax, "b -> b 1") for i, (codes, absmax) in pairs]
 
@@ -112,7 +118,10 @@ def _code(rule: Rule, i: int, scaled: Tensor) -> Tensor:
 def step_blocks(
     p: Tensor, g: Tensor, hyper: Tensor, noise: Tensor | None, *states: Tensor, rule: Equation
 ) -> tuple[Tensor, ...]:
-    """New p `[blocks, blocksize]`, then of each state the codes and the scales.  Exact."""
+    """The new p, and then the codes and the scales of each new state.  Exact.
+
+    p, g: `[blocks, blocksize]`. hyper: the rule's coefficients in float32. noise: int16, shaped like p, or None.
+    """
     values, codes = (lambda i, x, f=f: f(rule, i, x) for f in (_value, _code))
     return advance_blocks(rule, p, g, hyper, noise, states, values, codes)
 
