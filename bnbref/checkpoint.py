@@ -32,10 +32,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bnbref import fourbit, int8
+from bnbref import int8
 from bnbref.blockwise import FLOATS, check_float
-from bnbref.codebooks import four_bit, value_table
-from bnbref.quant_state import BLOB, QuantState, nested_state, present
+from bnbref.quant_state import BLOB, QuantState, dtype_name, present, quantize_with_state
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 """Those of 4-bit weights that bitsandbytes reads."""
@@ -137,7 +136,7 @@ def _scb(name: str, key: str = "SCB") -> str:
 
 
 def _describe(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+    return f"{dtype_name(tensor.dtype)} {list(tensor.shape)}"
 
 
 def _check_plain(name: str, weight: Tensor, quantized: set[str]) -> None:
@@ -343,11 +342,12 @@ def write(
             weight = check_float("a weight to quantize", selected[name])
             if not bool(weight.isfinite().all()):
                 raise ValueError("a weight to quantize must be finite, got NaN or infinite elements")
-            parts = (
-                _to_int8(name, weight)
-                if quantize == "int8"
-                else _to_4bit(name, weight, quantize, blocksize, double_quant, quant_storage)
-            )
+            if quantize == "int8":
+                parts = _to_int8(name, weight)
+            else:
+                packed, state = quantize_with_state(weight, quantize, blocksize, double_quant, quant_storage)
+                beside = state.as_dict(packed=True)
+                parts = {name: packed} | {f"{name}.{key}": part for key, part in beside.items()}
             clash = sorted(tensors.keys() & parts.keys() - {name})
             if clash:
                 raise ValueError(f"{clash[0]} is among the tensors already")
@@ -370,16 +370,3 @@ def _to_int8(name: str, weight: Tensor) -> dict[str, Tensor]:
     codes, absmax, _ = int8.quantize(weight)
     layout = torch.zeros((), dtype=torch.uint8, device="cpu")
     return {name: codes, _scb(name): absmax, _scb(name, "weight_format"): layout}
-
-
-def _to_4bit(
-    name: str, weight: Tensor, quant_type: str, blocksize: int, double_quant: bool, quant_storage: torch.dtype
-) -> dict[str, Tensor]:
-    book = four_bit(quant_type)
-    packed, scales = fourbit.quantize(weight, book, blocksize, quant_storage)
-    offset = state2 = None
-    if double_quant:
-        scales, offset, state2 = nested_state(scales)
-    values = value_table(book, weight.device)
-    state = QuantState(scales, weight.shape, values, blocksize, quant_type, weight.dtype, offset, state2)
-    return {name: packed} | {f"{name}.{key}": part for key, part in state.as_dict(packed=True).items()}

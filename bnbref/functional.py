@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bnbref import blockwise, codebooks, fourbit, int8
-from bnbref.codebooks import DYNAMIC, FOUR_BIT, Codebook, dynamic, four_bit, value_table
+from bnbref import blockwise, codebooks, int8
+from bnbref.codebooks import DYNAMIC, Codebook, dynamic, four_bit, value_table
 from bnbref.context import own
 from bnbref.linear4bit import matmul_4bit
-from bnbref.quant_state import QuantState, nested_state, present
+from bnbref.quant_state import QuantState, present, quantize_with_state
 
 __all__ = [
     "QuantState", "create_dynamic_map", "create_fp8_map", "create_linear_map", "create_normal_map", "dequantize_4bit",
@@ -181,15 +181,9 @@ def quantize_4bit(
     (['f0', '7c'], tensor([1.]))
     """
     blocksize = 64 if blocksize is None else blocksize
-    book = four_bit(quant_type)
-    packed, scales = fourbit.quantize(A, book, blocksize, quant_storage)
-    offset = state2 = None
-    if compress_statistics:
-        scales, offset, state2 = nested_state(scales)
+    packed, state = quantize_with_state(A, quant_type, blocksize, compress_statistics, quant_storage)
     if absmax is not None:
-        scales = absmax.copy_(scales)
-    name = book.name if FOUR_BIT.get(book.name) == book else book
-    state = QuantState(scales, A.shape, value_table(book, A.device), blocksize, name, A.dtype, offset, state2)
+        state.absmax = absmax.copy_(state.absmax)
     return packed if out is None else out.copy_(packed), state
 
 

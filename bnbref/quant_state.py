@@ -230,12 +230,22 @@ class QuantState:
         return cls(absmax.to(device), shape, code.to(device), blocksize, quant_type, dtype, offset, state2)
 
 
-def nested_state(absmax: Tensor) -> tuple[Tensor, Tensor, QuantState]:
-    """Double quantization of scales: their codes, the offset, and the state that decodes the codes."""
-    codes, absmax2, offset = nested.quantize(absmax)
-    code = value_table(DYNAMIC, absmax.device)
-    state2 = QuantState(absmax=absmax2, code=code, blocksize=nested.BLOCKSIZE, dtype=torch.float32)
-    return codes, offset, state2
+def quantize_with_state(
+    x: Tensor, quant_type: str | Codebook, blocksize: int, double_quant: bool, quant_storage: torch.dtype
+) -> tuple[Tensor, QuantState]:
+    """The packed 4-bit codes of a tensor, and the state that decodes them: `fourbit.quantize`.  Exact.
+
+    double_quant: whether the scales are quantized too, by `nested.quantize`.
+    """
+    book = four_bit(quant_type)
+    packed, scales = fourbit.quantize(x, book, blocksize, quant_storage)
+    offset = state2 = None
+    if double_quant:
+        scales, absmax2, offset = nested.quantize(scales)
+        values = value_table(DYNAMIC, x.device)
+        state2 = QuantState(absmax2, code=values, blocksize=nested.BLOCKSIZE, dtype=torch.float32)
+    name = book.name if FOUR_BIT.get(book.name) == book else book
+    return packed, QuantState(scales, x.shape, value_table(book, x.device), blocksize, name, x.dtype, offset, state2)
 
 
 def present(value: T | None, name: str) -> T:
