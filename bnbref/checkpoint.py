@@ -34,13 +34,12 @@ from tqdm import tqdm
 
 from bnbref import int8
 from bnbref.blockwise import FLOATS, check_float
-from bnbref.quant_state import BLOB, QuantState, dtype_name, present, quantize_with_state
+from bnbref.quant_state import BLOB, TENSORS, QuantState, dtype_name, present, quantize_with_state
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 """Those of 4-bit weights that bitsandbytes reads."""
 
-_NESTED = {"nested_absmax", "nested_quant_map"}
-_OF_4BIT = re.compile(rf"(?s)(.+)\.(absmax|quant_map|nested_absmax|nested_quant_map|{re.escape(BLOB)}[^.]+)")
+_OF_4BIT = re.compile(rf"(?s)(.+)\.({'|'.join(TENSORS)}|{re.escape(BLOB)}[^.]+)")
 _OF_INT8 = re.compile(r"(?s)(|.*\.)(SCB|weight_format)")
 
 
@@ -149,7 +148,7 @@ def _check_plain(name: str, weight: Tensor, quantized: set[str]) -> None:
 
 def _check_4bit(name: str, packed: Tensor, group: Mapping[str, Tensor]) -> QuantState:
     blobs = {key for key in group if key.startswith(BLOB)}
-    needed = {"absmax", "quant_map"} | (_NESTED if group.keys() & _NESTED else set())
+    needed = set(TENSORS if group.keys() & set(TENSORS[:2]) else TENSORS[2:])
     if len(blobs) != 1 or group.keys() - blobs != needed:
         needs = ", ".join([*sorted(needed), f"{BLOB}<quant_type>"])
         raise ValueError(f"{name}: a 4-bit weight needs {needs} beside it, got {', '.join(sorted(group))}")

@@ -17,6 +17,9 @@ T = TypeVar("T")
 BLOB = "quant_state.bitsandbytes__"
 """Key of the JSON blob, followed by the quant_type."""
 
+TENSORS = ("nested_absmax", "nested_quant_map", "absmax", "quant_map")
+"""Keys of what a state dict has as tensors; the first two if the scales are quantized."""
+
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _LARGEST = torch.finfo(torch.float32).max
 _ANY_SIZE = 2**63 - 1

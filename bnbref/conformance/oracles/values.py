@@ -11,7 +11,7 @@ from bnbref import blockwise, fourbit, functional, int8
 from bnbref.blockwise import SMALLEST_NORMAL
 from bnbref.codebooks import four_bit, value_table
 from bnbref.conformance.expected import UNIT, Expected, also
-from bnbref.quant_state import BLOB, QuantState
+from bnbref.quant_state import BLOB, TENSORS, QuantState
 
 
 def weight(packed: Tensor, absmax: Tensor, quant_type: str, **rest: Any) -> Tensor:
@@ -97,9 +97,8 @@ def save_4bit(x: Tensor, blocksize: int, quant_type: str, nested: bool) -> dict[
 
 def file_tensors(packed: Tensor, file: Mapping[str, Tensor], quant_type: str) -> dict[str, Tensor]:
     """The tensors of a quantized weight in a file, by the kit's names."""
-    names = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
     tensors = {"packed": packed.view(torch.uint8).view(-1), "state": file[BLOB + quant_type]}
-    return {**tensors, **{name: file[name] for name in names if name in file}}
+    return {**tensors, **{name: file[name] for name in (*TENSORS[2:], *TENSORS[:2]) if name in file}}
 
 
 def load_4bit(

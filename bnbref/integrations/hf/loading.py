@@ -23,14 +23,14 @@ from bnbref.integrations.hf.config import BnbRefConfig
 from bnbref.integrations.hf.layers import is_linear, plain_layer, quantized_layer, was_conv1d
 from bnbref.nn import Linear4bit, Linear8bitLt, Params4bit
 from bnbref.nn.layer import QuantizedLayer
-from bnbref.quant_state import BLOB
+from bnbref.quant_state import BLOB, TENSORS
 
 ANOTHER_SHAPE = "another shape in the checkpoint: newly initialized"
 
 
 def stats() -> tuple[str, ...]:
     """What a file holds beside a 4-bit weight, after its name and a dot: codebooks that were entered meanwhile, too."""
-    return ("nested_absmax", "nested_quant_map", "absmax", "quant_map", *(BLOB + name for name in FOUR_BIT))
+    return (*TENSORS, *(BLOB + name for name in FOUR_BIT))
 
 
 class Identity(ConversionOps):  # type: ignore[misc]
