@@ -39,8 +39,9 @@ def _(
     p: Tensor, g: Tensor, hyper: Tensor, noise: Tensor | None, *states: Tensor, tables: tuple[Tensor, ...], rule: Equation
 ) -> tuple[Tensor, ...]:  # fmt: skip
     of_values, of_codes = tables[: len(tables) // 2], tables[len(tables) // 2 :]
-    values, codes = (lambda i, codes: look_up(of_values[i], codes)), (lambda i, scaled: count(scaled, of_codes[i]))
-    return advance_blocks(rule, p, g, hyper, noise, states, values, codes)
+    return advance_blocks(
+        rule, p, g, hyper, noise, states, lambda i, codes: look_up(of_values[i], codes), lambda i, x: count(x, of_codes[i])
+    )  # fmt: skip
 
 
 @formulation("direction_blocks", tables=_values, cpu=_CPU)

@@ -122,8 +122,9 @@ def step_blocks(
 
     p, g: `[blocks, blocksize]`. hyper: the rule's coefficients in float32. noise: int16, shaped like p, or None.
     """
-    values, codes = (lambda i, x, f=f: f(rule, i, x) for f in (_value, _code))
-    return advance_blocks(rule, p, g, hyper, noise, states, values, codes)
+    return advance_blocks(
+        rule, p, g, hyper, noise, states, lambda i, x: _value(rule, i, x), lambda i, x: _code(rule, i, x)
+    )
 
 
 @fused(dynamic={"p": (0,), "g": (0,), "states": (0,)})
