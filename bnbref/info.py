@@ -59,7 +59,7 @@ def section(title: str, rows: list[tuple[str, str]]) -> None:
 
 
 def versions() -> list[tuple[str, str]]:
-    """Of what decides the bits and of what may be in the way, without importing it."""
+    """The versions of the packages that decide the bits or may be in the way; none is imported for it."""
     rows = [
         ("bnbref", bnbref.__version__),
         ("torch", torch.__version__),
@@ -82,7 +82,7 @@ def processor() -> str:
 
 
 def describe_device(device: torch.device) -> str:
-    """What it is, in a few words."""
+    """The name and the abilities of a device, in a few words."""
     if device.type == "cuda":
         gpu = torch.cuda.get_device_properties(device)
         return f"{gpu.name}, {gpu.total_memory / 2**30:.1f} GiB, capability {gpu.major}.{gpu.minor}"

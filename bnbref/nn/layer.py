@@ -30,7 +30,7 @@ class QuantizedLayer(nn.Module):
     weight: Tensor
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As of `nn.Module`, and remembers the scales of a weight. An assignment, `layer.weight = ...`, calls it too."""
+        """Like the method of `nn.Module`, but it remembers the scales of a weight. `layer.weight = ...` calls it too."""
         if name != "weight" and isinstance(param, QuantizedParameter) and param.holds_codes():
             raise TypeError(
                 f"the weight of {self} holds codes and cannot be pruned or normalized: {name} would be codes"

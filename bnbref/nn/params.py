@@ -67,7 +67,7 @@ class QuantizedParameter(Watched, nn.Parameter):
         raise NotImplementedError
 
     def requires_grad_(self: Self, requires_grad: bool = True) -> Self:
-        """As of Tensor; but codes have no gradient and stay frozen, with a warning. It is no error, so that
+        """Like the method of Tensor; but codes have no gradient and stay frozen, with a warning. It is no error, so that
         `model.requires_grad_()` works and sets all that can be trained."""
         if requires_grad and self.holds_codes():
             warnings.warn(

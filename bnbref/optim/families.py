@@ -20,7 +20,7 @@ from bnbref.optim.optimizer import Optimizer
 
 
 class Options(TypedDict, total=False):
-    """What every optimizer takes beyond bitsandbytes' arguments: see `bnbref.optim.Optimizer`."""
+    """Keywords that every optimizer takes beside the arguments of bitsandbytes: see `bnbref.optim.Optimizer`."""
 
     blocksize: int
     page_directory: str | Path | None
@@ -37,7 +37,7 @@ class Options(TypedDict, total=False):
 
 
 class PagedOptions(Options, total=False):
-    """Of the families that bitsandbytes does not page."""
+    """The same and `is_paged`, for the families that bitsandbytes does not page."""
 
     is_paged: bool
 

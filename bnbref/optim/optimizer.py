@@ -122,7 +122,7 @@ class Optimizer(torch.optim.Optimizer):
         return equation, hyper
 
     def settings(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
-        """What holds for a parameter: the optimizer's settings, over them its group's, over those its overrides."""
+        """The settings of a parameter: those of `GlobalOptimManager`, then those of its group, then the optimizer's."""
         return {**self._own, **group, **GlobalOptimManager.get_instance().overrides().get(p, {})}
 
     # ---- step -------------------------------------------------------------------------------------------------------
@@ -244,7 +244,7 @@ class Optimizer(torch.optim.Optimizer):
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """In bitsandbytes' layout, which its optimizers load; loads with `weights_only=True`.
+        """Settings and states in the layout of bitsandbytes, whose optimizers load it, as does `torch.load(weights_only=True)`.
 
         States of sharded parameters are whole, on the CPU, and the same as without sharding, for any number of ranks to load:
         it is a collective call.

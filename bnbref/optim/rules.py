@@ -76,7 +76,7 @@ class Rule:
     clipped: bool = False
 
     def codebook(self, state: State) -> Codebook:
-        """What codes a state in 8 bits."""
+        """The codebook of a state in 8 bits."""
         return self.codebooks[0 if state.signed else 1]
 
     def coefficients(self, t: int, group: Mapping[str, Any]) -> dict[str, float]:
@@ -84,9 +84,9 @@ class Rule:
         raise NotImplementedError(f"{self!r} has no coefficients: a rule says what its rate and decay are")
 
     def direction(self, *args: Any) -> tuple[Tensor, ...]:
-        """float32 (p, g, *states, c) -> (direction, *new states), element by element: only `+ - * /`, `sqrt`, comparisons.
+        """The direction of a step and the new states, element by element, by `+ - * /`, `sqrt` and comparisons alone.
 
-        c: the `Coefficients` of this step.
+        A subclass takes `(p, g, *states, c)`: parameter, gradient and states in float32, and the `Coefficients` of this step.
         """
         raise NotImplementedError(f"{self!r} has no direction: a rule says where a parameter goes")
 

@@ -95,7 +95,7 @@ class GlobalOptimManager:
         self, parameters: Tensor | Iterable[Tensor], key: str | None = None, value: Any = None,
         key_value_dict: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
-        """For these parameters set `key` to `value`, or several at once: lr, betas, optim_bits, min_8bit_size and so on."""
+        """Override the setting `key` of these parameters, or several: lr, betas, optim_bits, min_8bit_size and so on."""
         if (key is None) == (key_value_dict is None):
             raise ValueError(
                 f"override_config takes key and value, or key_value_dict, got {key!r} and {key_value_dict!r}"

@@ -185,7 +185,7 @@ def _steps(x: Tensor, bits: int) -> Outputs:
 
 
 def _directions(x: Tensor, bits: int) -> Outputs:
-    """Of the rules that are clipped: the others never ask for their direction alone."""
+    """The directions of the rules that are clipped: the others never ask for their direction alone."""
     results = []
     for rule in (rule for rule in RULES.values() if rule.clipped):
         p, state = _fresh(x, rule, bits)

@@ -12,7 +12,7 @@ from bnbref.quant_state import BLOB
 
 
 class PublicNames:
-    """What goes by a package's `functional`, `nn`, `matmul_4bit`, `matmul` and `MatmulLtState`."""
+    """The operations that call `functional`, `nn`, `matmul_4bit`, `matmul` and `MatmulLtState` of a package."""
 
     def __init__(self, package: Any) -> None:
         self.package = package

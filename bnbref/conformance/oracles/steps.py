@@ -38,7 +38,10 @@ class Step:
 def both(
     p: Tensor, g: Tensor, s: Sequence[Tensor], within: Sequence[Interval], k: Mapping[str, Any], c: Conventions, eight: bool
 ) -> Step:  # fmt: skip
-    """s: old states in float32. within: old states as what a backend may have decoded them to be."""
+    """A step in float32 and in intervals.
+
+    s: the old states in float32. within: the intervals in which a backend may have decoded them. k: the hyper-parameters.
+    """
     formula = Formula(k, c, eight)
     numbers = formula.coefficients()
     single = SimpleNamespace(**{name: torch.tensor(x, dtype=torch.float32) for name, (x, _) in numbers.items()})

@@ -103,7 +103,7 @@ class OutlierTracer:
         return self.initialized
 
     def get_hvalue(self, weight: Tensor) -> int:
-        """By which a weight is known: its address."""
+        """The key of a weight in `hvalue2outlier_idx`: its address."""
         return weight.untyped_storage().data_ptr()
 
     def get_outliers(self, weight: Tensor) -> Tensor | None:
@@ -112,7 +112,7 @@ class OutlierTracer:
 
 
 def outlier_hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-    """Of `OutlierTracer`: columns by the weight's deviations, of the first layer by its input, too (any beyond 6)."""
+    """The hook of `OutlierTracer`: notes the outlier columns of a layer's weight, and of the first layer's input those beyond 6."""
     if not isinstance(module, nn.Linear):
         raise TypeError(f"module must be an nn.Linear, got {type(module).__name__}")
     tracer = OutlierTracer.get_instance()

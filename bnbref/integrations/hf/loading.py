@@ -29,7 +29,7 @@ ANOTHER_SHAPE = "another shape in the checkpoint: newly initialized"
 
 
 def stats() -> tuple[str, ...]:
-    """What a file holds beside a 4-bit weight, after its name and a dot: codebooks that were entered meanwhile, too."""
+    """The names of what a file holds beside a 4-bit weight, for every codebook that is in FOUR_BIT by now."""
     return (*TENSORS, *(BLOB + name for name in FOUR_BIT))
 
 
@@ -106,7 +106,7 @@ class Read(_Conversion):
         """Patterns for the names in a file; the names beside a weight as layers call them."""
 
     def converter(self) -> WeightConverter:
-        """For transformers."""
+        """This operation as transformers takes it: with the patterns of the names that it reads, and the name that it makes."""
         return WeightConverter(list(self.sources), self.target, [self])
 
     def convert(

@@ -96,7 +96,7 @@ def weight_bytes(config: Any, spec: BnbRefConfig | None) -> dict[str, int]:
 
 
 def adapter_shapes(config: Any, rank: int) -> list[torch.Size]:
-    """Of LoRA on the attention's projections."""
+    """The shapes of the adapters that LoRA of that rank puts on the projections of attention."""
     model, _ = on_meta(config, None)
     linears = [m for name, m in model.named_modules() if name.rpartition(".")[2] in PROJECTIONS]
     if not linears:
