@@ -112,7 +112,7 @@ class OutlierTracer:
 
 
 def outlier_hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-    """The hook of `OutlierTracer`: notes the outlier columns of a layer's weight, and of the first layer's input those beyond 6."""
+    """The hook of `OutlierTracer`: notes the outlier columns of a layer's weight; of the first layer, those of its input."""
     if not isinstance(module, nn.Linear):
         raise TypeError(f"module must be an nn.Linear, got {type(module).__name__}")
     tracer = OutlierTracer.get_instance()
