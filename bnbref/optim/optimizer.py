@@ -155,9 +155,13 @@ class Optimizer(torch.optim.Optimizer):
                 tails.run()
         tails.run()
         if self._placement.directory is not None:
-            everything = [p for group in self.param_groups for p in group["params"]]
-            self._placement.end({i: self.state[p]["step"] for i, p in enumerate(everything) if self.state.get(p)})
+            steps = {i: self.state[p]["step"] for i, p in enumerate(self._parameters()) if self.state.get(p)}
+            self._placement.end(steps)
         return loss
+
+    def _parameters(self) -> list[Tensor]:
+        """All parameters, by the indices that they have in a state dict."""
+        return [p for group in self.param_groups for p in group["params"]]
 
     def _jobs(self) -> list[tuple[Tensor, Tensor, dict[str, Any]]]:
         """The parameters that have a gradient, the part of it that this rank has, and their settings."""
@@ -233,8 +237,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _memory(self, p: Tensor) -> Callable[[str, Any, torch.dtype], Tensor]:
         """A function that gives memory to a state of p, of its key, shape and dtype."""
-        everything = (q for group in self.param_groups for q in group["params"])
-        index = next(i for i, q in enumerate(everything) if q is p)
+        index = next(i for i, q in enumerate(self._parameters()) if q is p)
 
         def empty(key: str, shape: Any, dtype: torch.dtype) -> Tensor:
             return self._placement.empty(p.device, local(p).numel(), f"{index}.{key}", shape, dtype)
@@ -249,14 +252,10 @@ class Optimizer(torch.optim.Optimizer):
         States of sharded parameters are whole, on the CPU, and the same as without sharding, for any number of ranks to load:
         it is a collective call.
         """
-        whole = super().state_dict()
-        everything = [p for group in self.param_groups for p in group["params"]]
-        whole["state"] = {
-            i: packed(self.rule, gathered(self.rule, everything[i], state, self._own["blocksize"]))
-            if isinstance(i, int)
-            else state
-            for i, state in whole["state"].items()
-        }
+        whole, parameters = super().state_dict(), self._parameters()
+        for i, state in whole["state"].items():
+            if isinstance(i, int):
+                whole["state"][i] = packed(self.rule, gathered(self.rule, parameters[i], state, self._own["blocksize"]))
         return whole
 
     def load_state_dict(self, state_dict: Mapping[str, Any], move_to_device: bool = True) -> None:
