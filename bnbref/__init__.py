@@ -5,11 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from bnbref import checkpoint, codebooks, functional, kernels, nn, optim
 from bnbref.codebooks import Codebook
-from bnbref.integrations.bitsandbytes.alias import (
-    as_bitsandbytes,
-    install_as_bitsandbytes,
-    uninstall_as_bitsandbytes,
-)
+from bnbref.integrations.bitsandbytes.alias import as_bitsandbytes, install_as_bitsandbytes, uninstall_as_bitsandbytes
 from bnbref.kernels import eager
 from bnbref.kernels.ordered import batch_invariant
 from bnbref.nn.inventory import report
@@ -26,25 +22,10 @@ __version__ = "0.1.0"
 
 # Without the names below, so that `from bnbref import *` needs no transformers.
 __all__ = [
-    "Codebook",
-    "MatmulLtState",
-    "QuantState",
-    "__version__",
-    "as_bitsandbytes",
-    "batch_invariant",
-    "checkpoint",
-    "codebooks",
-    "eager",
-    "functional",
-    "install_as_bitsandbytes",
-    "kernels",
-    "matmul",
-    "matmul_4bit",
-    "nn",
-    "optim",
-    "report",
+    "Codebook", "MatmulLtState", "QuantState", "__version__", "as_bitsandbytes", "batch_invariant", "checkpoint", "codebooks",
+    "eager", "functional", "install_as_bitsandbytes", "kernels", "matmul", "matmul_4bit", "nn", "optim", "report",
     "uninstall_as_bitsandbytes",
-]
+]  # fmt: skip
 
 _NEED_HUGGING_FACE = {
     "BnbRefConfig": "bnbref.integrations.hf.transformers",

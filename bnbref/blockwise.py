@@ -74,7 +74,11 @@ def encode(scaled: Tensor, codebook: Codebook) -> Tensor:
 
 @fused(dynamic={"blocks": (0,)})
 def quantize_blocks(blocks: Tensor, *, codebook: Codebook) -> tuple[Tensor, Tensor]:
-    """`[blocks, blocksize]` -> uint8 codes `[blocks, blocksize]`, float32 absmax `[blocks]`.  Exact."""
+    """The codes and the scales of blocks.  Exact.
+
+    blocks: float32, float16 or bfloat16 `[blocks, blocksize]`. Returns the codes, uint8 of that shape, and the absmax of each
+    block, float32 `[blocks]`.
+    """
     x = blocks.float()
     absmax = magnitude(x).amax(-1)
     return encode(x * rearrange(reciprocal(absmax), "b -> b 1"), codebook), absmax
@@ -82,7 +86,10 @@ def quantize_blocks(blocks: Tensor, *, codebook: Codebook) -> tuple[Tensor, Tens
 
 @fused(dynamic={"codes": (0,), "absmax": (0,)})
 def dequantize_blocks(codes: Tensor, absmax: Tensor, values: Tensor, *, dtype: torch.dtype) -> Tensor:
-    """uint8 `[blocks, blocksize]`, float32 `[blocks]`, float32 `[values]` -> dtype `[blocks, blocksize]`.  Exact."""
+    """The values of codes, times the scale of their block, in dtype.  Exact.
+
+    codes: uint8 `[blocks, blocksize]`. absmax: float32 `[blocks]`. values: float32, the codebook's, by code.
+    """
     return (values[codes.to(torch.int32)] * rearrange(absmax, "b -> b 1")).to(dtype)
 
 
@@ -118,7 +125,7 @@ def block_count(numel: int, blocksize: int) -> int:
 
 
 def quantize(x: Tensor, codebook: Codebook, blocksize: int) -> tuple[Tensor, Tensor]:
-    """Codes and scales of a tensor of any shape: uint8 like `x`, float32 `[ceil(numel / blocksize)]`.  Exact.
+    """The codes of a tensor of any shape, uint8 shaped like `x`, and the scales, float32 `[ceil(numel / blocksize)]`.  Exact.
 
         absmax = max |x| of the block (NaN left out; below 2^-126: 0)        scaled = x * (1 / absmax)
         code   = number of thresholds strictly below scaled

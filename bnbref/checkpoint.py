@@ -32,16 +32,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bnbref import fourbit, int8
+from bnbref import int8
 from bnbref.blockwise import FLOATS, check_float
-from bnbref.codebooks import four_bit, value_table
-from bnbref.quant_state import BLOB, QuantState, nested_state, present
+from bnbref.quant_state import BLOB, TENSORS, QuantState, dtype_name, present, quantize_with_state
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 """Those of 4-bit weights that bitsandbytes reads."""
 
-_NESTED = {"nested_absmax", "nested_quant_map"}
-_OF_4BIT = re.compile(rf"(?s)(.+)\.(absmax|quant_map|nested_absmax|nested_quant_map|{re.escape(BLOB)}[^.]+)")
+_OF_4BIT = re.compile(rf"(?s)(.+)\.({'|'.join(TENSORS)}|{re.escape(BLOB)}[^.]+)")
 _OF_INT8 = re.compile(r"(?s)(|.*\.)(SCB|weight_format)")
 
 
@@ -137,7 +135,7 @@ def _scb(name: str, key: str = "SCB") -> str:
 
 
 def _describe(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+    return f"{dtype_name(tensor.dtype)} {list(tensor.shape)}"
 
 
 def _check_plain(name: str, weight: Tensor, quantized: set[str]) -> None:
@@ -150,13 +148,13 @@ def _check_plain(name: str, weight: Tensor, quantized: set[str]) -> None:
 
 def _check_4bit(name: str, packed: Tensor, group: Mapping[str, Tensor]) -> QuantState:
     blobs = {key for key in group if key.startswith(BLOB)}
-    needed = {"absmax", "quant_map"} | (_NESTED if group.keys() & _NESTED else set())
+    needed = set(TENSORS if group.keys() & set(TENSORS[:2]) else TENSORS[2:])
     if len(blobs) != 1 or group.keys() - blobs != needed:
         needs = ", ".join([*sorted(needed), f"{BLOB}<quant_type>"])
         raise ValueError(f"{name}: a 4-bit weight needs {needs} beside it, got {', '.join(sorted(group))}")
     try:
         state = QuantState.from_dict(group, device="cpu")
-        n_bytes = -(-math.prod(present(state.shape, "shape")) // 2)
+        n_bytes = state.code_bytes
     # The others: sizes and offsets that no int64 or float holds, JSON that is nested too deeply.
     except (ValueError, TypeError, OverflowError, RuntimeError) as error:
         raise ValueError(f"{name}: {error}") from error
@@ -318,15 +316,9 @@ def _load_shards(index: Path) -> dict[str, Tensor]:
 
 
 def write(
-    path: str | os.PathLike[str],
-    tensors: Mapping[str, Tensor],
-    quantize: str = "nf4",
-    *,
-    where: Callable[[str], bool],
-    blocksize: int = 64,
-    double_quant: bool = False,
-    quant_storage: torch.dtype = torch.uint8,
-) -> None:
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], quantize: str = "nf4", *, where: Callable[[str], bool],
+    blocksize: int = 64, double_quant: bool = False, quant_storage: torch.dtype = torch.uint8,
+) -> None:  # fmt: skip
     """Quantize the tensors whose names `where` selects and write all to a safetensors file, as transformers does.
 
     quantize: "nf4", "fp4" or "int8"; what follows `where` is for 4 bits. A file that exists is replaced when the new
@@ -349,11 +341,12 @@ def write(
             weight = check_float("a weight to quantize", selected[name])
             if not bool(weight.isfinite().all()):
                 raise ValueError("a weight to quantize must be finite, got NaN or infinite elements")
-            parts = (
-                _to_int8(name, weight)
-                if quantize == "int8"
-                else _to_4bit(name, weight, quantize, blocksize, double_quant, quant_storage)
-            )
+            if quantize == "int8":
+                parts = _to_int8(name, weight)
+            else:
+                packed, state = quantize_with_state(weight, quantize, blocksize, double_quant, quant_storage)
+                beside = state.as_dict(packed=True)
+                parts = {name: packed} | {f"{name}.{key}": part for key, part in beside.items()}
             clash = sorted(tensors.keys() & parts.keys() - {name})
             if clash:
                 raise ValueError(f"{clash[0]} is among the tensors already")
@@ -376,16 +369,3 @@ def _to_int8(name: str, weight: Tensor) -> dict[str, Tensor]:
     codes, absmax, _ = int8.quantize(weight)
     layout = torch.zeros((), dtype=torch.uint8, device="cpu")
     return {name: codes, _scb(name): absmax, _scb(name, "weight_format"): layout}
-
-
-def _to_4bit(
-    name: str, weight: Tensor, quant_type: str, blocksize: int, double_quant: bool, quant_storage: torch.dtype
-) -> dict[str, Tensor]:
-    book = four_bit(quant_type)
-    packed, scales = fourbit.quantize(weight, book, blocksize, quant_storage)
-    offset = state2 = None
-    if double_quant:
-        scales, offset, state2 = nested_state(scales)
-    values = value_table(book, weight.device)
-    state = QuantState(scales, weight.shape, values, blocksize, quant_type, weight.dtype, offset, state2)
-    return {name: packed} | {f"{name}.{key}": part for key, part in state.as_dict(packed=True).items()}

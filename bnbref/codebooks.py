@@ -213,19 +213,16 @@ def threshold_table(codebook: Codebook, device: torch.device) -> Tensor:
 
 
 def _table(codebook: Codebook, values: bool, device: torch.device) -> Tensor:
-    if tracing():
-        return torch.tensor(_listed(codebook, values), dtype=torch.float32, device=device)
-    return _cached_table(codebook, values, device)
+    return (_new_table if tracing() else _kept_table)(codebook, values, device)
 
 
-@functools.cache
-def _cached_table(codebook: Codebook, values: bool, device: torch.device) -> Tensor:
-    return _float32(_listed(codebook, values)).to(device)
-
-
-def _listed(codebook: Codebook, values: bool) -> tuple[float, ...]:
+def _new_table(codebook: Codebook, values: bool, device: torch.device) -> Tensor:
     padding = (0.0,) * (2**codebook.bits - len(codebook.values))
-    return codebook.values + padding if values else codebook.thresholds
+    numbers = codebook.values + padding if values else codebook.thresholds
+    return torch.tensor(numbers, dtype=torch.float32, device=device)
+
+
+_kept_table = functools.cache(_new_table)
 
 
 # ---- four bits ------------------------------------------------------------------------------------------------------
@@ -262,26 +259,10 @@ def _descending(name: str, ascending: Sequence[float], source: str) -> Codebook:
 
 AF4 = _descending(
     "af4",
-    [
-        -1.0,
-        -0.69441008,
-        -0.51243739,
-        -0.3736951,
-        -0.25607552,
-        -0.14982478,
-        -0.04934812,
-        0.0,
-        0.04273164,
-        0.12934483,
-        0.21961274,
-        0.31675666,
-        0.42563882,
-        0.55496234,
-        0.72424863,
-        1.0,
-    ],
+    [-1.0, -0.69441008, -0.51243739, -0.3736951, -0.25607552, -0.14982478, -0.04934812, 0.0,
+     0.04273164, 0.12934483, 0.21961274, 0.31675666, 0.42563882, 0.55496234, 0.72424863, 1.0],
     source="Yoshida, NF4 Isn't Information Theoretically Optimal (2306.06965), blocksize 64",
-)
+)  # fmt: skip
 """AbnormalFloat 4. bitsandbytes lists it from +1 down, so code 0 is +1."""
 
 INT4 = _descending(

@@ -45,7 +45,11 @@ def row_blocks(blocksize: int) -> int:
 
 @fused(dynamic={"rows": (0,)})
 def quantize_rows(rows: Tensor, *, blocksize: int, codebook: Codebook) -> tuple[Tensor, Tensor]:
-    """`[rows, blocks * blocksize]` -> packed uint8 `[rows, bytes]`, float32 absmax `[rows, blocks]`.  Exact."""
+    """The packed codes and the scales of rows of whole blocks.  Exact.
+
+    rows: float32, float16 or bfloat16 `[rows, blocks * blocksize]`. Returns two codes a byte, uint8
+    `[rows, blocks * blocksize / 2]`, and the absmax of each block, float32 `[rows, blocks]`.
+    """
     blocks = rearrange(rows.float(), "n (b s) -> n b s", s=blocksize)
     absmax = magnitude(blocks).amax(-1)
     code = encode(blocks * rearrange(reciprocal(absmax), "n b -> n b 1"), codebook)
@@ -57,7 +61,10 @@ def quantize_rows(rows: Tensor, *, blocksize: int, codebook: Codebook) -> tuple[
 def dequantize_rows(
     packed: Tensor, absmax: Tensor, *, blocksize: int, codebook: Codebook, dtype: torch.dtype
 ) -> Tensor:
-    """packed uint8 `[rows, bytes]`, float32 `[rows, blocks]` -> dtype `[rows, blocks * blocksize]`.  Exact."""
+    """The values of packed codes, times the scale of their block, in dtype `[rows, blocks * blocksize]`.  Exact.
+
+    packed: two codes a byte, uint8 `[rows, blocks * blocksize / 2]`. absmax: float32 `[rows, blocks]`.
+    """
     code = torch.stack((packed >> 4, packed & 15), dim=-1).flatten(1)
     value = value_table(codebook, packed.device)[code.to(torch.int32)]
     scaled = rearrange(value, "n (b s) -> n b s", s=blocksize) * rearrange(absmax, "n b -> n b 1")

@@ -11,34 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bnbref import blockwise, codebooks, fourbit, int8
-from bnbref.codebooks import DYNAMIC, FOUR_BIT, Codebook, dynamic, four_bit, value_table
+from bnbref import blockwise, codebooks, int8
+from bnbref.codebooks import DYNAMIC, Codebook, dynamic, four_bit, value_table
 from bnbref.context import own
 from bnbref.products import matmul_4bit
-from bnbref.quant_state import QuantState, nested_state, present
+from bnbref.quant_state import QuantState, present, quantize_with_state
 
 __all__ = [
-    "QuantState",
-    "create_dynamic_map",
-    "create_fp8_map",
-    "create_linear_map",
-    "create_normal_map",
-    "dequantize_4bit",
-    "dequantize_blockwise",
-    "dequantize_fp4",
-    "dequantize_nf4",
-    "gemv_4bit",
-    "get_4bit_type",
-    "int8_double_quant",
-    "int8_linear_matmul",
-    "int8_mm_dequant",
-    "int8_vectorwise_dequant",
-    "int8_vectorwise_quant",
-    "quantize_4bit",
-    "quantize_blockwise",
-    "quantize_fp4",
-    "quantize_nf4",
-]
+    "QuantState", "create_dynamic_map", "create_fp8_map", "create_linear_map", "create_normal_map", "dequantize_4bit",
+    "dequantize_blockwise", "dequantize_fp4", "dequantize_nf4", "gemv_4bit", "get_4bit_type", "int8_double_quant",
+    "int8_linear_matmul", "int8_mm_dequant", "int8_vectorwise_dequant", "int8_vectorwise_quant", "quantize_4bit",
+    "quantize_blockwise", "quantize_fp4", "quantize_nf4",
+]  # fmt: skip
 
 # ---- maps -----------------------------------------------------------------------------------------------------------
 
@@ -129,13 +113,9 @@ def _pad_to_256(code: Tensor) -> Tensor:
 
 
 def quantize_blockwise(
-    A: Tensor,
-    code: Tensor | Codebook | None = None,
-    absmax: Tensor | None = None,
-    out: Tensor | None = None,
-    blocksize: int = 4096,
-    nested: bool = False,
-) -> tuple[Tensor, QuantState]:
+    A: Tensor, code: Tensor | Codebook | None = None, absmax: Tensor | None = None, out: Tensor | None = None,
+    blocksize: int = 4096, nested: bool = False,
+) -> tuple[Tensor, QuantState]:  # fmt: skip
     """Blockwise 8-bit quantization of a tensor: `blockwise.quantize`.  Exact.
 
     A: float32, float16 or bfloat16 of any shape. code: sorted values, 2 to 256, dynamic signed by default; nearest value by
@@ -163,14 +143,9 @@ def quantize_blockwise(
 
 
 def dequantize_blockwise(
-    A: Tensor,
-    quant_state: QuantState | None = None,
-    absmax: Tensor | None = None,
-    code: Tensor | None = None,
-    out: Tensor | None = None,
-    blocksize: int = 4096,
-    nested: bool = False,
-) -> Tensor:
+    A: Tensor, quant_state: QuantState | None = None, absmax: Tensor | None = None, code: Tensor | None = None,
+    out: Tensor | None = None, blocksize: int = 4096, nested: bool = False,
+) -> Tensor:  # fmt: skip
     """Undo `quantize_blockwise`: `dtype(fl(values[code] * absmax))`.  Exact.
 
     Either quant_state, or absmax with code and blocksize; the dtype is the state's, float32 without one.
@@ -193,14 +168,9 @@ def dequantize_blockwise(
 
 
 def quantize_4bit(
-    A: Tensor,
-    absmax: Tensor | None = None,
-    out: Tensor | None = None,
-    blocksize: int | None = None,
-    compress_statistics: bool = False,
-    quant_type: str | Codebook = "fp4",
-    quant_storage: torch.dtype = torch.uint8,
-) -> tuple[Tensor, QuantState]:
+    A: Tensor, absmax: Tensor | None = None, out: Tensor | None = None, blocksize: int | None = None,
+    compress_statistics: bool = False, quant_type: str | Codebook = "fp4", quant_storage: torch.dtype = torch.uint8,
+) -> tuple[Tensor, QuantState]:  # fmt: skip
     """Blockwise 4-bit quantization of a tensor: `fourbit.quantize`, with double quantization: `nested.quantize`.  Exact.
 
     A: float32, float16 or bfloat16 of any shape. blocksize: 64 by default. quant_type: "nf4", "fp4", "af4", "int4" or a
@@ -211,34 +181,16 @@ def quantize_4bit(
     (['f0', '7c'], tensor([1.]))
     """
     blocksize = 64 if blocksize is None else blocksize
-    book = four_bit(quant_type)
-    packed, scales = fourbit.quantize(A, book, blocksize, quant_storage)
-    offset = state2 = None
-    if compress_statistics:
-        scales, offset, state2 = nested_state(scales)
+    packed, state = quantize_with_state(A, quant_type, blocksize, compress_statistics, quant_storage)
     if absmax is not None:
-        scales = absmax.copy_(scales)
-    state = QuantState(
-        scales,
-        shape=A.shape,
-        code=value_table(book, A.device),
-        blocksize=blocksize,
-        quant_type=book.name if FOUR_BIT.get(book.name) == book else book,
-        dtype=A.dtype,
-        offset=offset,
-        state2=state2,
-    )
+        state.absmax = absmax.copy_(state.absmax)
     return packed if out is None else out.copy_(packed), state
 
 
 def dequantize_4bit(
-    A: Tensor,
-    quant_state: QuantState | None = None,
-    absmax: Tensor | None = None,
-    out: Tensor | None = None,
-    blocksize: int | None = None,
-    quant_type: str = "fp4",
-) -> Tensor:
+    A: Tensor, quant_state: QuantState | None = None, absmax: Tensor | None = None, out: Tensor | None = None,
+    blocksize: int | None = None, quant_type: str = "fp4",
+) -> Tensor:  # fmt: skip
     """Undo `quantize_4bit`: `dtype(fl(values[code] * absmax))` in the original shape and dtype.  Exact.
 
     Either quant_state, or absmax and out, whose shape and dtype are then the result's. A packed weight that is given as a
@@ -259,59 +211,41 @@ def dequantize_4bit(
 
 
 def quantize_fp4(
-    A: Tensor,
-    absmax: Tensor | None = None,
-    out: Tensor | None = None,
-    blocksize: int | None = None,
-    compress_statistics: bool = False,
-    quant_storage: torch.dtype = torch.uint8,
-) -> tuple[Tensor, QuantState]:
+    A: Tensor, absmax: Tensor | None = None, out: Tensor | None = None, blocksize: int | None = None,
+    compress_statistics: bool = False, quant_storage: torch.dtype = torch.uint8,
+) -> tuple[Tensor, QuantState]:  # fmt: skip
     """`quantize_4bit` with quant_type "fp4"."""
     return quantize_4bit(A, absmax, out, blocksize, compress_statistics, "fp4", quant_storage)
 
 
 def quantize_nf4(
-    A: Tensor,
-    absmax: Tensor | None = None,
-    out: Tensor | None = None,
-    blocksize: int | None = None,
-    compress_statistics: bool = False,
-    quant_storage: torch.dtype = torch.uint8,
-) -> tuple[Tensor, QuantState]:
+    A: Tensor, absmax: Tensor | None = None, out: Tensor | None = None, blocksize: int | None = None,
+    compress_statistics: bool = False, quant_storage: torch.dtype = torch.uint8,
+) -> tuple[Tensor, QuantState]:  # fmt: skip
     """`quantize_4bit` with quant_type "nf4"."""
     return quantize_4bit(A, absmax, out, blocksize, compress_statistics, "nf4", quant_storage)
 
 
 def dequantize_fp4(
-    A: Tensor,
-    quant_state: QuantState | None = None,
-    absmax: Tensor | None = None,
-    out: Tensor | None = None,
+    A: Tensor, quant_state: QuantState | None = None, absmax: Tensor | None = None, out: Tensor | None = None,
     blocksize: int | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """`dequantize_4bit` with quant_type "fp4"."""
     return dequantize_4bit(A, quant_state, absmax, out, blocksize, "fp4")
 
 
 def dequantize_nf4(
-    A: Tensor,
-    quant_state: QuantState | None = None,
-    absmax: Tensor | None = None,
-    out: Tensor | None = None,
+    A: Tensor, quant_state: QuantState | None = None, absmax: Tensor | None = None, out: Tensor | None = None,
     blocksize: int | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """`dequantize_4bit` with quant_type "nf4"."""
     return dequantize_4bit(A, quant_state, absmax, out, blocksize, "nf4")
 
 
 def gemv_4bit(
-    A: Tensor,
-    B: Tensor,
-    out: Tensor | None = None,
-    transposed_A: bool = False,
-    transposed_B: bool = False,
+    A: Tensor, B: Tensor, out: Tensor | None = None, transposed_A: bool = False, transposed_B: bool = False,
     state: QuantState | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """`A @ W^T` for a packed 4-bit weight, any number of rows. Bounded: see `bnbref.matmul_4bit`.
 
     >>> packed, state = quantize_4bit(torch.eye(2), quant_type="nf4")
@@ -346,13 +280,9 @@ def int8_vectorwise_dequant(A: Tensor, stats: Tensor) -> Tensor:
 
 
 def int8_double_quant(
-    A: Tensor,
-    col_stats: Tensor | None = None,
-    row_stats: Tensor | None = None,
-    out_col: Tensor | None = None,
-    out_row: Tensor | None = None,
-    threshold: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    A: Tensor, col_stats: Tensor | None = None, row_stats: Tensor | None = None, out_col: Tensor | None = None,
+    out_row: Tensor | None = None, threshold: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Int8 by rows and by columns of `[rows, columns]`: codes and codes, row absmax and column absmax, outlier columns.  Exact.
 
     Elements of a magnitude >= threshold are left out of both. The codes by columns have A's layout.

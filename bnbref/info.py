@@ -59,7 +59,7 @@ def section(title: str, rows: list[tuple[str, str]]) -> None:
 
 
 def versions() -> list[tuple[str, str]]:
-    """Of what decides the bits and of what may be in the way, without importing it."""
+    """The versions of the packages that decide the bits or may be in the way; none is imported for it."""
     rows = [
         ("bnbref", bnbref.__version__),
         ("torch", torch.__version__),
@@ -82,7 +82,7 @@ def processor() -> str:
 
 
 def describe_device(device: torch.device) -> str:
-    """What it is, in a few words."""
+    """The name and the abilities of a device, in a few words."""
     if device.type == "cuda":
         gpu = torch.cuda.get_device_properties(device)
         return f"{gpu.name}, {gpu.total_memory / 2**30:.1f} GiB, capability {gpu.major}.{gpu.minor}"
@@ -104,14 +104,20 @@ def devices() -> list[tuple[str, str]]:
     return rows
 
 
+def why_eager(device_type: str) -> str | None:
+    """Why kernels are not compiled on that type of device; None where they are."""
+    if not compile_enabled():
+        return f"BNBREF_COMPILE={os.environ.get('BNBREF_COMPILE')}"
+    return missing_compiler(device_type)
+
+
 def kernels(device: torch.device) -> list[tuple[str, str]]:
     """Whether kernels are compiled, and if not, why."""
     rows = []
     for kind in dict.fromkeys(("cpu", device.type)):
-        missing = missing_compiler(kind)
-        off = None if compile_enabled() else f"BNBREF_COMPILE={os.environ.get('BNBREF_COMPILE')}"
-        rows.append((kind, "compiled by Inductor" if (off or missing) is None else f"eager: {off or missing}"))
-    if compile_enabled() and missing_compiler("cpu") is None:
+        why = why_eager(kind)
+        rows.append((kind, "compiled by Inductor" if why is None else f"eager: {why}"))
+    if why_eager("cpu") is None:
         with tqdm(total=1, desc="torch tries the C++ compiler", bar_format="{desc} ...", leave=False, disable=None):
             rows.append(("4-bit values", lookup16.lowering()))
     return rows
@@ -128,7 +134,7 @@ def check_kernels(device: torch.device) -> bool:
 
 def _report(device: torch.device, seconds: float, checks: Sequence[Check], what: str) -> bool:
     """Print a line for each check as it is done, and the verdict; whether all passed."""
-    compiled = compile_enabled() and missing_compiler(device.type) is None
+    compiled = why_eager(device.type) is None
     print(f"self-check on {device.type}: {what} on fixed inputs, against golden digests")
     start = time.monotonic()
     results = []

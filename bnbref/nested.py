@@ -19,9 +19,10 @@ BLOCKSIZE = 256
 
 
 def quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """float32 `[n]` -> uint8 codes `[n]`, float32 absmax2 `[ceil(n / 256)]`, float32 offset `[]`.
+    """The codes of scales, the scales of these codes, and the offset.
 
-    Exact given the offset; the offset is `torch.mean`, whose order of summation is the device's. No scales have offset 0.
+    absmax: float32 `[n]`. Returns uint8 codes `[n]`, float32 absmax2 `[ceil(n / 256)]` and the float32 mean `[]`. Exact but for
+    that mean: it is `torch.mean`, whose order of summation is the device's. The mean of no scales is 0.
 
     >>> import torch
     >>> quantize(torch.tensor([1.0, 3.0]))
@@ -34,7 +35,11 @@ def quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @fused(dynamic={"codes": (0,), "absmax": (0,)})
 def dequantize_nested(codes: Tensor, absmax: Tensor, values: Tensor, offset: Tensor) -> Tensor:
-    """uint8 `[blocks, blocksize]`, float32 `[blocks]`, `[256]`, `[]` -> float32 `[blocks, blocksize]`.  Exact."""
+    """The scales that codes stand for, float32 in the shape of the codes.  Exact.
+
+    codes: uint8 `[blocks, blocksize]`. absmax: the scales of the codes, float32 `[blocks]`. values: float32 `[256]`, by code.
+    offset: float32 `[]`.
+    """
     return values[codes.to(torch.int32)] * rearrange(absmax, "b -> b 1") + offset
 
 

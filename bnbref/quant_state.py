@@ -17,6 +17,9 @@ T = TypeVar("T")
 BLOB = "quant_state.bitsandbytes__"
 """Key of the JSON blob, followed by the quant_type."""
 
+TENSORS = ("nested_absmax", "nested_quant_map", "absmax", "quant_map")
+"""Keys of what a state dict has as tensors; the first two if the scales are quantized."""
+
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _LARGEST = torch.finfo(torch.float32).max
 _ANY_SIZE = 2**63 - 1
@@ -33,16 +36,10 @@ class QuantState:
     """
 
     def __init__(
-        self,
-        absmax: Tensor,
-        shape: torch.Size | None = None,
-        code: Tensor | None = None,
-        blocksize: int | None = None,
-        quant_type: str | Codebook | None = None,
-        dtype: torch.dtype | None = None,
-        offset: Tensor | None = None,
+        self, absmax: Tensor, shape: torch.Size | None = None, code: Tensor | None = None, blocksize: int | None = None,
+        quant_type: str | Codebook | None = None, dtype: torch.dtype | None = None, offset: Tensor | None = None,
         state2: "QuantState | None" = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.absmax = absmax
         self.shape = shape
         self.code = code
@@ -84,6 +81,11 @@ class QuantState:
             raise ValueError("quant_type is None: this QuantState is not one of a 4-bit tensor")
         return four_bit(self.quant_type)
 
+    @property
+    def code_bytes(self) -> int:
+        """How many bytes the packed 4-bit codes of the tensor have."""
+        return -(-present(self.shape, "shape").numel() // 2)
+
     def scales(self) -> Tensor:
         """The scales as float32 `[blocks]`, reconstructed where they are nested.  Exact."""
         if self.state2 is None:
@@ -115,16 +117,9 @@ class QuantState:
         def apply(tensor: Tensor | None) -> Any:
             return None if tensor is None else function(tensor)
 
-        return QuantState(
-            absmax=apply(self.absmax),
-            shape=self.shape,
-            code=apply(self.code),
-            blocksize=self.blocksize,
-            quant_type=self.quant_type,
-            dtype=self.dtype,
-            offset=apply(self.offset),
-            state2=None if self.state2 is None else self.state2.map(function),
-        )
+        state2 = None if self.state2 is None else self.state2.map(function)
+        absmax, code, offset = map(apply, (self.absmax, self.code, self.offset))
+        return QuantState(absmax, self.shape, code, self.blocksize, self.quant_type, self.dtype, offset, state2)
 
     def to(self, device: Any) -> None:
         """Move to a device, in place, as bitsandbytes does. `map(lambda t: t.to(device))` leaves this one alone."""
@@ -148,7 +143,7 @@ class QuantState:
             "blocksize": self.blocksize,
             # The maps are one tensor for every layer; safetensors would refuse the shared memory.
             "quant_map": None if self.code is None else self.code.clone(),
-            "dtype": _dtype_name(self.dtype),
+            "dtype": dtype_name(self.dtype),
             "shape": None if self.shape is None else tuple(self.shape),
         }
         if self.state2 is not None:
@@ -156,7 +151,7 @@ class QuantState:
                 "nested_absmax": self.state2.absmax,
                 "nested_blocksize": self.state2.blocksize,
                 "nested_quant_map": present(self.state2.code, "state2.code").clone(),
-                "nested_dtype": _dtype_name(self.state2.dtype),
+                "nested_dtype": dtype_name(self.state2.dtype),
                 "nested_offset": present(self.offset, "offset").item(),
             }
         if not packed or self.quant_type is None:
@@ -234,24 +229,26 @@ class QuantState:
             state2 = cls(inner.to(device), code=code2.to(device), blocksize=inner_size, dtype=torch.float32)
         else:
             _check_scales("absmax", absmax)
-        return cls(
-            absmax=absmax.to(device),
-            shape=shape,
-            code=code.to(device),
-            blocksize=blocksize,
-            quant_type=quant_type,
-            dtype=_DTYPES[fields["dtype"]],
-            offset=offset,
-            state2=state2,
-        )
+        dtype = _DTYPES[fields["dtype"]]
+        return cls(absmax.to(device), shape, code.to(device), blocksize, quant_type, dtype, offset, state2)
 
 
-def nested_state(absmax: Tensor) -> tuple[Tensor, Tensor, QuantState]:
-    """Double quantization of scales: their codes, the offset, and the state that decodes the codes."""
-    codes, absmax2, offset = nested.quantize(absmax)
-    code = value_table(DYNAMIC, absmax.device)
-    state2 = QuantState(absmax=absmax2, code=code, blocksize=nested.BLOCKSIZE, dtype=torch.float32)
-    return codes, offset, state2
+def quantize_with_state(
+    x: Tensor, quant_type: str | Codebook, blocksize: int, double_quant: bool, quant_storage: torch.dtype
+) -> tuple[Tensor, QuantState]:
+    """The packed 4-bit codes of a tensor, and the state that decodes them: `fourbit.quantize`.  Exact.
+
+    double_quant: whether the scales are quantized too, by `nested.quantize`.
+    """
+    book = four_bit(quant_type)
+    packed, scales = fourbit.quantize(x, book, blocksize, quant_storage)
+    offset = state2 = None
+    if double_quant:
+        scales, absmax2, offset = nested.quantize(scales)
+        values = value_table(DYNAMIC, x.device)
+        state2 = QuantState(absmax2, code=values, blocksize=nested.BLOCKSIZE, dtype=torch.float32)
+    name = book.name if FOUR_BIT.get(book.name) == book else book
+    return packed, QuantState(scales, x.shape, value_table(book, x.device), blocksize, name, x.dtype, offset, state2)
 
 
 def present(value: T | None, name: str) -> T:
@@ -325,7 +322,12 @@ def _check_blocksize(name: str, blocksize: Any, numel: int) -> None:
     _require(type(blocksize) is int and 1 <= blocksize <= most, name, f"an integer from 1 to {most}", blocksize)
 
 
-def _dtype_name(dtype: torch.dtype | None) -> str:
+def dtype_name(dtype: torch.dtype | None) -> str:
+    """A dtype as files and reports write it.
+
+    >>> dtype_name(torch.bfloat16)
+    'bfloat16'
+    """
     return str(dtype).removeprefix("torch.")
 
 

@@ -14,7 +14,7 @@ from bnbref import fourbit, int8
 from bnbref.codebooks import DYNAMIC, NF4, value_table
 from bnbref.conformance.backends import Backend
 from bnbref.conformance.backends.reference import Reference
-from bnbref.conformance.dialects import FP4_BY_MIDPOINTS, REFERENCE, TEXT, Dialect
+from bnbref.conformance.dialects import FP4_BY_MIDPOINTS, REFERENCE, TEXT, Dialect, in_words
 from bnbref.conformance.predictions import PREDICT
 from bnbref.kernels import eager
 
@@ -48,7 +48,7 @@ def following(name: str, dialect: Dialect, *operations: str) -> Mutant:
     """The reference with the one convention of a dialect that is not the reference's."""
     different = next(f for f in TEXT if getattr(dialect, f) != getattr(REFERENCE, f))
     functions = {op: _predicted(dialect, op) for op in operations}
-    return mutant(name, TEXT[different](getattr(dialect, different)), **functions)
+    return mutant(name, in_words(different, getattr(dialect, different)), **functions)
 
 
 def _predicted(dialect: Dialect, op: str) -> Callable[..., Any]:

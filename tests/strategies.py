@@ -392,7 +392,7 @@ def _step_inputs(draw: st.DrawFn, rule: rules.Rule, dtype: torch.dtype, count: i
     )
     p = draw(_some_floats(dtype, count))
     p = torch.where(p.abs() < torch.inf, p, 1.0)  # a parameter that is none already is nobody's promise
-    constants = {"rule": write_down(rule, tuple(c)), "names": tuple(c)}
+    constants = {"rule": write_down(rule, tuple(c))}
     return p, draw(_some_floats(dtype, count)), torch.tensor(list(c.values())), constants
 
 

@@ -84,15 +84,15 @@ def quotient(right, rows, *, blocksize, codebook):
     return high << 4 | low, absmax
 
 
-def decay_after(right, rule, names, p, g, states, hyper):
-    finite, _, u, new = right(rule, names, p, g, states, hyper)
-    c = Coefficients(names, hyper)
+def decay_after(right, rule, p, g, states, hyper):
+    finite, _, u, new = right(rule, p, g, states, hyper)
+    c = Coefficients(rule.names, hyper)
     return finite, torch.where(finite, c.decay * (p.float() - c.rate * u), p.float()), u, new
 
 
-def forgetful(right, rule, names, p, g, states, hyper):
+def forgetful(right, rule, p, g, states, hyper):
     """The state of an element whose gradient is not finite begins anew."""
-    finite, moved, u, new = right(rule, names, p, g, states, hyper)
+    finite, moved, u, new = right(rule, p, g, states, hyper)
     return finite, moved, u, [torch.where(finite, x, 0.0) for x in new]
 
 
@@ -296,7 +296,7 @@ MUTANTS = {
         replaced(
             lambda f, *args: (
                 *f(*args)[:2],
-                args[0].direction(args[2], args[3], *args[4], Coefficients(args[1], args[5]))[0],
+                args[0].direction(args[1], args[2], *args[3], Coefficients(args[0].names, args[4]))[0],
                 f(*args)[3],
             )
         ),

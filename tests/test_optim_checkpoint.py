@@ -12,7 +12,7 @@ from torch import nn
 
 from bnbref import functional as F
 from bnbref import optim
-from bnbref.optim.optimizer import WRAPPED
+from bnbref.optim.saved import WRAPPED
 
 CONTINUED = """
 import sys, torch, bnbref

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 import bnbref
 from bnbref import optim
 from bnbref.optim import sharding
-from bnbref.optim.optimizer import WRAPPED
+from bnbref.optim.saved import WRAPPED
 
 # Two ranks cut 70 x 61 and 3 x 2000 inside a block, and 64 x 128 between two; a rank has nothing of 1 x 5000; 2000 elements
 # here are 4000 there, so that 8 bits are for the whole alone to decide.

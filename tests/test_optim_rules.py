@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bnbref import optim
 from bnbref.optim import rules
+from bnbref.optim.equation import at_step
 from bnbref.optim.update import new_state, step
 
 F = np.float32
@@ -35,8 +36,7 @@ def test_same_bits_as_the_second_implementation(rule, eager):
     want, states = p.numpy().copy(), [np.zeros(1000, F) for _ in rule.states]
     for t in range(1, 7):
         g = torch.randn(1000, generator=generator) * 10 ** torch.linspace(-6, 2, 1000)
-        numbers = rule.coefficients(t, GROUP)
-        step(rule, p, g, state, numbers, torch.tensor(list(numbers.values())), blocksize=256)
+        step(*at_step(rule, t, GROUP), p, g, state, blocksize=256)
         want, _, states = second.step(repr(rule), t, GROUP, want, g.numpy(), states)
         assert want.dtype == F
         assert same_bits(p, torch.from_numpy(want))
@@ -48,12 +48,12 @@ def test_the_step_is_no_longer_than_a_part_of_the_parameter(rule, most, eager):
     """Norms of one element are exact, so the clipped step is one product more."""
     p, g = torch.tensor([0.75]), torch.tensor([-3.0])
     state = new_state(rule, p.shape, 32, 256, lambda key, shape, dtype: torch.empty(shape, dtype=dtype))
-    numbers = rule.coefficients(1, {**GROUP, "weight_decay": 0.0})
-    step(rule, p, g, state, numbers, torch.tensor(list(numbers.values())), blocksize=256, max_norm=most)
+    planned = at_step(rule, 1, {**GROUP, "weight_decay": 0.0})
+    step(*planned, p, g, state, blocksize=256, max_norm=most)
     # |step| = lr most |p|, by the ratio, its product with lr, that with u, and the subtraction: some roundings of each.
     assert abs(float(p) - (0.75 + GROUP["lr"] * most * 0.75)) < 8 * U
     zero = torch.zeros(1)
-    step(rule, zero, g, state, numbers, torch.tensor(list(numbers.values())), blocksize=256, max_norm=most)
+    step(*planned, zero, g, state, blocksize=256, max_norm=most)
     assert float(zero) != 0  # a parameter of zeros is not held at zero
 
 

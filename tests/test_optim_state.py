@@ -12,8 +12,9 @@ from bnbref import functional, optim
 from bnbref.codebooks import linear
 from bnbref.kernels import REGISTRY
 from bnbref.optim import rules
-from bnbref.optim.optimizer import WRAPPED
+from bnbref.optim.equation import at_step
 from bnbref.optim.rules import absmax_key
+from bnbref.optim.saved import WRAPPED
 from bnbref.optim.update import new_state, step
 
 EIGHT = [optim.SGD8bit, optim.LARS8bit, optim.Adam8bit, optim.LAMB8bit, optim.Lion8bit, optim.RMSprop8bit,
@@ -25,7 +26,7 @@ def memory(key, shape, dtype):
     return torch.empty(shape, dtype=dtype)
 
 
-def hyper(rule, t=1, **changes):
+def planned(rule, t=1, **changes):
     group = {
         "lr": 1e-2,
         "betas": (0.9, 0.99, 0.999),
@@ -35,8 +36,7 @@ def hyper(rule, t=1, **changes):
         "t_alpha": None,
         "t_beta3": None,
     }
-    numbers = rule.coefficients(t, {**group, **changes})
-    return numbers, torch.tensor(list(numbers.values()))
+    return at_step(rule, t, {**group, **changes})
 
 
 @pytest.mark.parametrize("kind", [optim.AdamW8bit, optim.Lion8bit], ids=lambda c: c.__name__)
@@ -64,9 +64,8 @@ def test_signs_are_kept(rule, eager):
         q = p.clone()
         for s in rule.states:  # from the decoded state, the step in 32 bits
             exact[s.key].copy_(decoded(state, s))
-        numbers, coefficients = hyper(rule, t)
-        step(rule, q, g, exact, numbers, coefficients, blocksize=256)
-        step(rule, p, g, state, numbers, coefficients, blocksize=256)
+        step(*planned(rule, t), q, g, exact, blocksize=256)
+        step(*planned(rule, t), p, g, state, blocksize=256)
         assert same_bits(p, q)
         for s in rule.states:
             now = decoded(state, s)
@@ -86,14 +85,14 @@ def test_what_is_not_finite_changes_nothing(bits, bad, eager):
         torch.manual_seed(0)
         p = torch.randn(1000)
         state = new_state(rule, p.shape, bits, 256, memory)
-        step(rule, p, -torch.rand(1000), state, *hyper(rule), blocksize=256)
+        step(*planned(rule), p, -torch.rand(1000), state, blocksize=256)
         before, kept = p.clone(), {key: x.clone() for key, x in state.items()}
         g = torch.full((1000,), bad)
-        step(rule, p, g, state, *hyper(rule, 2, weight_decay=0.1), blocksize=256)
+        step(*planned(rule, 2, weight_decay=0.1), p, g, state, blocksize=256)
         assert same_bits(p, before)
         assert all(same_bits(state[key], x) for key, x in kept.items())
         g[::2] = 1e-3  # half of them: the others move, and the state of these is coded anew only if absmax grows
-        step(rule, p, g, state, *hyper(rule, 2), blocksize=256)
+        step(*planned(rule, 2), p, g, state, blocksize=256)
         assert same_bits(p[1::2], before[1::2])
         assert bool((p[::2] != before[::2]).all())
 
@@ -106,8 +105,7 @@ def test_state_is_the_second_implementations(eager):
     state = new_state(rule, p.shape, 8, 100, memory)
     for t in range(1, 4):
         g = (rng.standard_normal(600) * 10.0 ** rng.uniform(-6, 3, 600)).astype(np.float32)
-        numbers, coefficients = hyper(rule, t)
-        step(rule, p, torch.from_numpy(g), state, numbers, coefficients, blocksize=100)
+        step(*planned(rule, t), p, torch.from_numpy(g), state, blocksize=100)
         exact = np.float32(0.99) * m + np.float32(1 - 0.99) * g
         codes, scales = second.quantize("dynamic_signed", exact, 100)
         m = second.dequantize(second.VALUES["dynamic_signed"], codes.tolist(), scales, 100, torch.float32).numpy()

@@ -3,7 +3,6 @@
 A `Dialect` is the reference with some fields replaced. predictions.py computes what a backend with these conventions returns.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,9 +24,7 @@ FP4_BY_MIDPOINTS = Codebook(
 _ULP_OFF = {0: "-0x1.b239b2p-1", 8: "0x1.ec90c6p-4", 12: "0x1.00da06p-1", 14: "0x1.b913b2p-1"}
 
 NF4_ON_H100 = Codebook(
-    "nf4",
-    NF4.values,
-    tuple(float.fromhex(_ULP_OFF[i]) if i in _ULP_OFF else t for i, t in enumerate(NF4.thresholds)),
+    "nf4", NF4.values, tuple(float.fromhex(_ULP_OFF[i]) if i in _ULP_OFF else t for i, t in enumerate(NF4.thresholds))
 )
 """NF4 as bitsandbytes 0.50.2 encoded it on an H100 (benchmarks/gpu.py, "facts"): four thresholds are an ulp off."""
 
@@ -84,40 +81,50 @@ TORCHAO = Dialect("torchao", floor=1e-12, division="always", ties="upper", bad_g
 DIALECTS = (BNB_CUDA, BNB_DEFAULT, BNB_CPU, BNB_TRITON, TORCHAO)
 """Every dialect but the reference. 4-bit quantization of bnb-cpu is bnb-default's."""
 
-TEXT: dict[str, Callable[[Any], str]] = {
-    "nf4": lambda _: "NF4 thresholds at -0.848, 0.502 and 0.861 an ulp lower, at 0.120 an ulp higher",
-    "fp4": lambda _: "FP4 thresholds at midpoints (5/12 ...) on the signed axis, code 8 above code 0",
-    "ties": lambda v: {
+TEXT: dict[str, str | dict[str, str]] = {
+    "nf4": "NF4 thresholds at -0.848, 0.502 and 0.861 an ulp lower, at 0.120 an ulp higher",
+    "fp4": "FP4 thresholds at midpoints (5/12 ...) on the signed axis, code 8 above code 0",
+    "ties": {
         "lower": "a tie goes to the lower code",
         "upper": "a tie, by distances, goes to the upper code",
         "bins": "codes from a table of 65,536 bins",
-    }[v],
-    "floor": lambda v: f"absmax is at least {v}",
-    "division": lambda v: "x / absmax" + (" in the partial last block" if v == "tail" else ""),
-    "small": lambda v: (
-        "a small absmax is clamped to 1e-38" if v == "clamp" else "a subnormal absmax is kept, its reciprocal is inf"
-    ),
-    "large": lambda _: "the reciprocal of an absmax above 2^126 is flushed to 0",
-    "zero_block": lambda v: f"an all-zero block has code {v}",
-    "row_scales": lambda _: "scale of row * (columns // blocksize) + column // blocksize",
-    "vector_as_row": lambda _: "a vector comes back as a matrix of one row",
-    "row_transposed": lambda _: "one packed byte is taken for a transposed weight",
-    "int8_constant": lambda v: f"1/16129 is {v}",
-    "int8_float32": lambda _: "the product is summed in float32",
-    "int8_2d": lambda _: "matrices only: leading dimensions are flattened, or the wrong one is reduced",
-    "bfloat16_nan": lambda _: "bfloat16 rounded by adding 0x7FFF to the bits of NaN",
-    "decay_after": lambda _: "weight decay multiplies the parameter after the step",
-    "coupled": lambda _: "weight decay is added to the gradient",
-    "raw_gradient": lambda _: "the step has the gradient without scaling and decay, the state has it with them",
-    "norm": lambda v: {
+    },
+    "floor": "absmax is at least {}",
+    "division": {"always": "x / absmax", "tail": "x / absmax in the partial last block"},
+    "small": {
+        "clamp": "a small absmax is clamped to 1e-38", "keep": "a subnormal absmax is kept, its reciprocal is inf",
+    },
+    "large": "the reciprocal of an absmax above 2^126 is flushed to 0",
+    "zero_block": "an all-zero block has code {}",
+    "row_scales": "scale of row * (columns // blocksize) + column // blocksize",
+    "vector_as_row": "a vector comes back as a matrix of one row",
+    "row_transposed": "one packed byte is taken for a transposed weight",
+    "int8_constant": "1/16129 is {}",
+    "int8_float32": "the product is summed in float32",
+    "int8_2d": "matrices only: leading dimensions are flattened, or the wrong one is reduced",
+    "bfloat16_nan": "bfloat16 rounded by adding 0x7FFF to the bits of NaN",
+    "decay_after": "weight decay multiplies the parameter after the step",
+    "coupled": "weight decay is added to the gradient",
+    "raw_gradient": "the step has the gradient without scaling and decay, the state has it with them",
+    "norm": {
         "biased": "the norm of an update without bias correction is bounded",
         "undecayed": "the norm of an update without weight decay is bounded",
-    }[v],
-    "norm_eps": lambda _: "the bound of the update's norm has eps added",
-    "clip_8bit": lambda _: "with 8-bit state the update's norm is not bounded",
-    "bad_gradient": lambda v: {
+    },
+    "norm_eps": "the bound of the update's norm has eps added",
+    "clip_8bit": "with 8-bit state the update's norm is not bounded",
+    "bad_gradient": {
         "infinite": "an infinite gradient becomes the scale of its block",
         "any": "a gradient that is NaN or infinite becomes the scale of its block",
-    }[v],
-}
-"""What a field of a dialect that is not the reference's means."""
+    },
+}  # fmt: skip
+"""What a field of a dialect that is not the reference's means; of some fields, what each of its values means."""
+
+
+def in_words(field: str, value: Any) -> str:
+    """What it means that a field of a dialect has this value.
+
+    >>> in_words("floor", 1e-12)
+    'absmax is at least 1e-12'
+    """
+    text = TEXT[field]
+    return text[value] if isinstance(text, dict) else text.format(value)

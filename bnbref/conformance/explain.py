@@ -10,7 +10,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from bnbref.conformance.cases import Case
-from bnbref.conformance.dialects import DIALECTS, REFERENCE, TEXT, Dialect
+from bnbref.conformance.dialects import DIALECTS, REFERENCE, TEXT, Dialect, in_words
 from bnbref.conformance.expected import Expected, same, wrong_elements
 from bnbref.conformance.judge import Failure
 from bnbref.conformance.operations import arguments
@@ -53,7 +53,7 @@ def _changes(dialect: Dialect, case: Case) -> Iterator[tuple[str, Dialect]]:
     different = [name for name in TEXT if name in concern and getattr(dialect, name) != getattr(REFERENCE, name)]
     for name in different:
         changed: dict[str, Any] = {name: getattr(dialect, name)}
-        yield TEXT[name](changed[name]), replace(REFERENCE, **changed)
+        yield in_words(name, changed[name]), replace(REFERENCE, **changed)
     if len(different) > 1:
         yield "all of its conventions together", dialect
 

@@ -76,27 +76,12 @@ class Operation:
         return tuple(parameter.name for parameter in parameters if parameter.default is None)
 
 
-OPERATIONS = {
-    name: Operation(oracle)
-    for name, oracle in (
-        ("quantize_blockwise", codes.quantize_blockwise),
-        ("dequantize_blockwise", values.dequantize_blockwise),
-        ("quantize_4bit", codes.quantize_4bit),
-        ("dequantize_4bit", values.dequantize_4bit),
-        ("quantize_4bit_nested", codes.quantize_4bit_nested),
-        ("dequantize_4bit_nested", values.dequantize_4bit_nested),
-        ("gemm_4bit", sums.gemm_4bit),
-        ("gemm_4bit_backward", sums.gemm_4bit_backward),
-        ("int8_quantize", codes.int8_quantize),
-        ("int8_matmul", values.int8_matmul),
-        ("int8_mm_dequant", values.int8_mm_dequant),
-        ("int8_dequantize", values.int8_dequantize),
-        ("int8_backward", sums.int8_backward),
-        ("save_4bit", values.save_4bit),
-        ("load_4bit", values.load_4bit),
-        ("evaluate_then_train", sums.evaluate_then_train),
-        ("optimizer_32bit", steps.step_32bit),
-        ("optimizer_8bit", steps.step_8bit),
-    )
-}
+_ORACLES = (
+    codes.quantize_blockwise, values.dequantize_blockwise, codes.quantize_4bit, values.dequantize_4bit,
+    codes.quantize_4bit_nested, values.dequantize_4bit_nested, sums.gemm_4bit, sums.gemm_4bit_backward, codes.int8_quantize,
+    values.int8_matmul, values.int8_mm_dequant, values.int8_dequantize, sums.int8_backward, values.save_4bit, values.load_4bit,
+    sums.evaluate_then_train, steps.optimizer_32bit, steps.optimizer_8bit,
+)  # fmt: skip
+
+OPERATIONS = {oracle.__name__: Operation(oracle) for oracle in _ORACLES}
 """Every operation of the kit by name."""

@@ -77,7 +77,7 @@ def _matrix(reports: Sequence[Report]) -> str:
     head = "".join(f"<th colspan={len(DTYPES)}>{text}</th>" for text in about)
     second = "".join(f"<th>{dtype}</th>" for _ in reports for dtype in DTYPES)
     body = []
-    tables = [(done, dict(rows(done))) for done in reports]
+    tables = [(done, rows(done)) for done in reports]
     for operation in OPERATIONS:
         cells = []
         for done, table in tables:

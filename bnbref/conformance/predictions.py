@@ -16,6 +16,7 @@ from bnbref.conformance.dialects import Dialect
 from bnbref.conformance.expected import Expected
 from bnbref.conformance.operations import arguments
 from bnbref.conformance.oracles import steps
+from bnbref.conformance.oracles.codes import encode_8bit
 from bnbref.conformance.oracles.values import each, unpack
 from bnbref.kernels import eager
 
@@ -59,8 +60,7 @@ def _eight_bit(scaled: Tensor, values: Tensor, ties: str) -> Tensor:
         up = (down + 1).clamp(max=values.numel() - 1)
         return torch.where(scaled - values[down] >= (values[up] - values[down]) * 0.5, up, down).to(torch.uint8)
     if ties == "even":
-        upper = torch.arange(middle.numel()) % 2 == 1
-        middle = torch.where(upper, middle.nextafter(torch.tensor(-torch.inf)), middle)
+        return encode_8bit(scaled, values)
     return count_below(scaled, middle).to(torch.uint8)
 
 
@@ -161,26 +161,22 @@ def _load_4bit(
 def step_within(d: Dialect, operation: str, **given: Any) -> dict[str, Expected]:
     """What a step with these conventions may return."""
     if operation == "optimizer_32bit":
-        return steps.step_32bit(c=d, **given)
+        return steps.optimizer_32bit(c=d, **given)
     floor = float(torch.tensor(d.floor, dtype=torch.float32))
-    return steps.step_8bit(c=d, encode=lambda x, values: _eight_bit(x, values, d.ties), floor=floor, **given)
+    return steps.optimizer_8bit(c=d, encode=lambda x, values: _eight_bit(x, values, d.ties), floor=floor, **given)
 
 
 def _step(operation: str) -> Callable[..., Tensors]:
     return lambda d, **given: {name: found.value for name, found in step_within(d, operation, **given).items()}
 
 
+_PREDICTED = (
+    _quantize_blockwise, _quantize_4bit, _quantize_4bit_nested, _dequantize_blockwise, _dequantize_4bit,
+    _dequantize_4bit_nested, _int8_quantize, _int8_matmul, _int8_mm_dequant, _load_4bit,
+)  # fmt: skip
+
 PREDICT: dict[str, Callable[..., Tensors]] = {
-    "quantize_blockwise": _quantize_blockwise,
-    "quantize_4bit": _quantize_4bit,
-    "quantize_4bit_nested": _quantize_4bit_nested,
-    "dequantize_blockwise": _dequantize_blockwise,
-    "dequantize_4bit": _dequantize_4bit,
-    "dequantize_4bit_nested": _dequantize_4bit_nested,
-    "int8_quantize": _int8_quantize,
-    "int8_matmul": _int8_matmul,
-    "int8_mm_dequant": _int8_mm_dequant,
-    "load_4bit": _load_4bit,
+    **{function.__name__.removeprefix("_"): function for function in _PREDICTED},
     "optimizer_32bit": _step("optimizer_32bit"),
     "optimizer_8bit": _step("optimizer_8bit"),
 }

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bnbref.conformance import cases
 from bnbref.conformance.backends import Backend
 from bnbref.conformance.explain import explain
 from bnbref.conformance.judge import Failure, Result
@@ -16,6 +17,7 @@ from bnbref.conformance.operations import OPERATIONS
 from bnbref.conformance.shrink import shrink
 from bnbref.conformance.specification import FLAGS, RULE_OF_RESULT, RULES
 from bnbref.conformance.text import hex_words
+from bnbref.quant_state import dtype_name
 
 
 class Element(NamedTuple):
@@ -138,7 +140,7 @@ def inputs_of(failure: Failure, most: int = 8) -> list[str]:
     lines = []
     for name, tensor in failure.case.inputs.items():
         shape = list(tensor.shape)
-        kind = str(tensor.dtype).removeprefix("torch.")
+        kind = dtype_name(tensor.dtype)
         if name == "values":
             lines.append(f"{name} = the codebook's, {kind} {shape}")
         elif tensor.numel() <= most:
@@ -214,21 +216,21 @@ def cell(results: Iterable[Result]) -> str:
     return "refused" if total["refused"] else "-"
 
 
-DTYPES = ("float32", "float16", "bfloat16", "int8")
+DTYPES = (*cases.DTYPES, "int8")
 
 
-def rows(done: Report) -> list[tuple[str, dict[str, list[Result]]]]:
+def rows(done: Report) -> dict[str, dict[str, list[Result]]]:
     """Operation by operation, the results by dtype."""
     by_op: dict[str, dict[str, list[Result]]] = {op: {dtype: [] for dtype in DTYPES} for op in OPERATIONS}
     for result in done.results:
         by_op[result.case.operation][result.case.dtype].append(result)
-    return list(by_op.items())
+    return by_op
 
 
 def matrix_text(done: Report) -> str:
     """Cases passed by operation and dtype, for a terminal."""
     lines = [f"{'':24}" + "".join(f"{dtype:>10}" for dtype in DTYPES)]
-    for op, by_dtype in rows(done):
+    for op, by_dtype in rows(done).items():
         cells = [cell(by_dtype[dtype]) for dtype in DTYPES]
         if set(cells) != {"-"}:
             lines.append(f"{op:24}" + "".join(f"{text:>10}" for text in cells))
@@ -241,7 +243,7 @@ def as_markdown(reports: Sequence[Report]) -> str:
         f"{done.backend} {done.versions.get(done.backend.partition('-')[0], '')}".strip() for done in reports
     )
     lines = [f"| operation | {head} |", "|---|" + "---|" * len(reports)]
-    tables = [dict(rows(done)) for done in reports]
+    tables = [rows(done) for done in reports]
     for op in OPERATIONS:
         cells = []
         for table in tables:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from bnbref.conformance.cases import Case
 from bnbref.conformance.vectors import DTYPES, from_bytes
+from bnbref.quant_state import dtype_name
 
 
 def hex_words(x: Tensor) -> list[str]:
@@ -48,8 +49,9 @@ def tensor_line(name: str, tensor: Tensor) -> str:
     >>> tensor_line("x", torch.tensor([[1.0, -2.0]]))
     'tensor x float32 2 1 2 3f800000 c0000000'
     """
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    return " ".join(["tensor", name, dtype, str(tensor.dim()), *map(str, tensor.shape), *hex_words(tensor)])
+    return " ".join(
+        ["tensor", name, dtype_name(tensor.dtype), str(tensor.dim()), *map(str, tensor.shape), *hex_words(tensor)]
+    )
 
 
 def parse_tensor(line: str) -> tuple[str, Tensor]:

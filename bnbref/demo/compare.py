@@ -22,7 +22,7 @@ PROMPT = "class collections."
 def load(kind: Format, device: torch.device) -> Any:
     """The demo model in a format, as any user loads a model."""
     return AutoModelForCausalLM.from_pretrained(
-        MODEL, dtype=compute_dtype(device), quantization_config=kind.config(), device_map={"": device}
+        MODEL, dtype=compute_dtype(device), quantization_config=kind.config, device_map={"": device}
     )
 
 

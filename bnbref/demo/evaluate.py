@@ -20,7 +20,7 @@ def encode(tokenizer: Any, text: str) -> Tensor:
 
 
 def windows(ids: Tensor, length: int = CONTEXT) -> Tensor:
-    """`[tokens]` -> `[windows, length]`: windows that do not overlap. What remains after the last is left out.
+    """Token ids `[tokens]` cut into windows that do not overlap, `[windows, length]`. What remains after the last is left out.
 
     >>> windows(torch.arange(5), 2)
     tensor([[0, 1],
@@ -30,7 +30,7 @@ def windows(ids: Tensor, length: int = CONTEXT) -> Tensor:
 
 
 def next_token_loss(model: nn.Module, ids: Tensor) -> Tensor:
-    """Mean cross-entropy of each token but a window's first, `[windows, length]` -> scalar, summed in float32."""
+    """The mean cross-entropy of each token but the first of its window. ids: `[windows, length]`. Summed in float32."""
     logits = model(input_ids=ids).logits
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
 

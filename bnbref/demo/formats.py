@@ -1,14 +1,6 @@
-"""The formats of the demo: how `from_pretrained` is asked for each, and how many bytes a layer then takes.
+"""The formats of the demo: how `from_pretrained` is asked for each, and how many bytes a layer then takes."""
 
-    bf16, f32         2 n, 4 n                             n = rows * columns, the elements of a weight
-    int8              n + 4 rows                           a float32 scale for each row
-    nf4, fp4          n / 2 + 4 b                          b = n / 64 blocks, a float32 scale for each
-    nf4, nested       n / 2 + b + 4 (b / 256) + 4          8 bits a scale, 256 of which share a float32; their mean
-
-Counts are rounded up. The value tables (64 bytes for codes, 1,024 for nested scales) serve all layers: left out.
-"""
-
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -17,55 +9,29 @@ from torch import Tensor, nn
 from bnbref.integrations.hf.transformers import BnbRefConfig
 from bnbref.nn import Int8Params, Linear4bit
 
-BLOCKSIZE = 64
-NESTED_BLOCKSIZE = 256
-
 
 class Format(NamedTuple):
-    """A name, what is passed as `quantization_config`, and the bytes of a weight `[rows, columns]`."""
+    """A name, what is passed as `quantization_config`, and the bytes of an element where that is None."""
 
     name: str
-    config: Callable[[], BnbRefConfig | None]
-    bytes_of: Callable[[int, int], int]
+    config: BnbRefConfig | None
+    itemsize: int = 0
 
-
-def blocks(n: int, size: int) -> int:
-    """How many blocks n elements take; the last block may be a part of one."""
-    return -(-n // size)
-
-
-def four_bit(rows: int, columns: int) -> int:
-    """Bytes of a weight in NF4 or FP4.
-
-    >>> 8 * four_bit(4096, 4096) / 4096**2
-    4.5
-    """
-    n = rows * columns
-    return blocks(n, 2) + 4 * blocks(n, BLOCKSIZE)
-
-
-def four_bit_nested(rows: int, columns: int) -> int:
-    """Bytes of a weight in NF4 with double quantization.
-
-    >>> round(8 * four_bit_nested(4096, 4096) / 4096**2, 4)
-    4.127
-    """
-    n = rows * columns
-    scales = blocks(n, BLOCKSIZE)
-    return blocks(n, 2) + scales + 4 * blocks(scales, NESTED_BLOCKSIZE) + 4
+    def bytes_of(self, rows: int, columns: int) -> int:
+        """Bytes of a weight."""
+        return self.itemsize * rows * columns if self.config is None else sum(self.config.bytes_of(rows, columns))
 
 
 def plain(dtype: torch.dtype) -> Format:
     """What the others are compared with: the model as it is, in bfloat16 or float32."""
-    name = {torch.bfloat16: "bf16", torch.float32: "f32"}[dtype]
-    return Format(name, lambda: None, lambda rows, columns: dtype.itemsize * rows * columns)
+    return Format({torch.bfloat16: "bf16", torch.float32: "f32"}[dtype], None, dtype.itemsize)
 
 
 FORMATS = (
-    Format("int8", lambda: BnbRefConfig("int8", threshold=6.0), lambda rows, columns: rows * columns + 4 * rows),
-    Format("nf4", lambda: BnbRefConfig("nf4", double_quant=False), four_bit),
-    Format("nf4 nested", lambda: BnbRefConfig("nf4", double_quant=True), four_bit_nested),
-    Format("fp4", lambda: BnbRefConfig("fp4", double_quant=False), four_bit),
+    Format("int8", BnbRefConfig("int8", threshold=6.0)),
+    Format("nf4", BnbRefConfig("nf4", double_quant=False)),
+    Format("nf4 nested", BnbRefConfig("nf4", double_quant=True)),
+    Format("fp4", BnbRefConfig("fp4", double_quant=False)),
 )
 """In the order in which they are shown."""
 

@@ -20,19 +20,14 @@ from bnbref.demo.evaluate import encode, windows
 from bnbref.demo.finetune import finetune
 from bnbref.demo.report import write_json, write_plot
 from bnbref.demo.resources import cpu_seconds
-from bnbref.info import compute_dtype, default_device, describe_device
-from bnbref.kernels import compile_enabled
-from bnbref.kernels.compiler import missing_compiler
+from bnbref.info import compute_dtype, default_device, describe_device, why_eager
+from bnbref.quant_state import dtype_name
 
 
 def run(
-    *,
-    quick: bool = False,
-    device: str | None = None,
-    out: Path | None = None,
-    json_file: Path | None = None,
+    *, quick: bool = False, device: str | None = None, out: Path | None = None, json_file: Path | None = None,
     plot_file: Path | None = None,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Measure and print everything; what was measured. `Mismatch` where something is not what it must be."""
     start, cpu = time.perf_counter(), cpu_seconds()
     transformers.utils.logging.disable_progress_bar()
@@ -60,15 +55,14 @@ def run(
 
 def machine(device: torch.device) -> dict[str, str]:
     """What the numbers were measured on, and with."""
-    off = None if compile_enabled() else "BNBREF_COMPILE=0"
-    missing = off or missing_compiler(device.type)
+    why = why_eager(device.type)
     return {
         "bnbref": bnbref.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "device": describe_device(device),
-        "dtype": str(compute_dtype(device)).removeprefix("torch."),
-        "kernels": "compiled" if missing is None else f"eager: {missing}",
+        "dtype": dtype_name(compute_dtype(device)),
+        "kernels": "compiled" if why is None else f"eager: {why}",
     }
 
 

@@ -100,7 +100,7 @@ def _(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`a @ b + bias` for floats `[m, k]`, `[k, n]`, `[n]`, summed in float32 in the order at the head of this file.  Exact.
+    """`a @ b + bias`, summed in float32 in the order at the head of this file: a `[m, k]`, b `[k, n]`, bias `[n]`.  Exact.
 
     Bias is added last, before the one rounding to the dtype of a. Without that rounding the result is within
     (8 + ceil(k / 64)) u (sum |a b| + |bias|) of the real number, u = 2^-24, to first order; a library's may be k u off.

@@ -10,6 +10,7 @@ from bnbref.codebooks import threshold_table, value_table
 from bnbref.kernels.counting import code_table, count
 from bnbref.kernels.door import formulation, tracing
 from bnbref.kernels.floats import look_up
+from bnbref.optim.equation import Equation
 from bnbref.optim.rules import Rule
 from bnbref.optim.step import advance, advance_blocks, decoded
 
@@ -35,38 +36,15 @@ def _values_and_codes(p: Tensor, *_: Tensor | None, rule: Rule, **constants: Any
 
 @formulation("step_blocks", tables=_values_and_codes, cpu=_CPU, piece=_PIECE)
 def _(
-    p: Tensor,
-    g: Tensor,
-    hyper: Tensor,
-    noise: Tensor | None,
-    *states: Tensor,
-    tables: tuple[Tensor, ...],
-    rule: Rule,
-    names: tuple[str, ...],
-) -> tuple[Tensor, ...]:
-    values, by_state = tables[: len(tables) // 2], tables[len(tables) // 2 :]
+    p: Tensor, g: Tensor, hyper: Tensor, noise: Tensor | None, *states: Tensor, tables: tuple[Tensor, ...], rule: Equation
+) -> tuple[Tensor, ...]:  # fmt: skip
+    of_values, of_codes = tables[: len(tables) // 2], tables[len(tables) // 2 :]
     return advance_blocks(
-        p,
-        g,
-        hyper,
-        noise,
-        states,
-        rule,
-        names,
-        values=lambda i, codes: look_up(values[i], codes),
-        codes=lambda i, scaled: count(scaled, by_state[i]),
-    )
+        rule, p, g, hyper, noise, states, lambda i, codes: look_up(of_values[i], codes), lambda i, x: count(x, of_codes[i])
+    )  # fmt: skip
 
 
 @formulation("direction_blocks", tables=_values, cpu=_CPU)
-def _(
-    p: Tensor,
-    g: Tensor,
-    hyper: Tensor,
-    *states: Tensor,
-    tables: tuple[Tensor, ...],
-    rule: Rule,
-    names: tuple[str, ...],
-) -> Tensor:
+def _(p: Tensor, g: Tensor, hyper: Tensor, *states: Tensor, tables: tuple[Tensor, ...], rule: Equation) -> Tensor:
     floats = decoded(states, lambda i, codes: look_up(tables[i], codes))
-    return advance(rule, names, p, g, floats, hyper)[2]
+    return advance(rule, p, g, floats, hyper)[2]

@@ -79,16 +79,10 @@ class Embedding4bit(_QuantizedEmbedding, FourBitLayer, nn.Embedding):
     """
 
     def __init__(
-        self,
-        num_embeddings: int,
-        embedding_dim: int,
-        dtype: torch.dtype | None = None,
-        quant_type: str | Codebook = "fp4",
-        quant_storage: torch.dtype = torch.uint8,
-        device: torch.device | str | None = None,
-        *,
-        compress_statistics: bool = False,
-    ) -> None:
+        self, num_embeddings: int, embedding_dim: int, dtype: torch.dtype | None = None,
+        quant_type: str | Codebook = "fp4", quant_storage: torch.dtype = torch.uint8,
+        device: torch.device | str | None = None, *, compress_statistics: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__(num_embeddings, embedding_dim, device=device, dtype=dtype)
         self.weight = Params4bit(
             self.weight, compress_statistics=compress_statistics, quant_type=quant_type, quant_storage=quant_storage
@@ -101,7 +95,7 @@ class Embedding4bit(_QuantizedEmbedding, FourBitLayer, nn.Embedding):
             )
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        """The rows that `input` names: integers `[...]` -> `[..., embedding_dim]` in the layer's `dtype`."""
+        """The rows of the table that `input`, integers `[...]`, names: `[..., embedding_dim]` in the layer's `dtype`."""
         state = self.quant_state
         if state is None:
             raise RuntimeError(f"the table of {self} is not quantized yet: move the layer to a device, .to(device)")
@@ -121,13 +115,9 @@ class EmbeddingFP4(Embedding4bit):
     """`Embedding4bit` in FP4."""
 
     def __init__(
-        self,
-        num_embeddings: int,
-        embedding_dim: int,
-        dtype: torch.dtype | None = None,
-        quant_storage: torch.dtype = torch.uint8,
-        device: torch.device | str | None = None,
-    ) -> None:
+        self, num_embeddings: int, embedding_dim: int, dtype: torch.dtype | None = None,
+        quant_storage: torch.dtype = torch.uint8, device: torch.device | str | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(num_embeddings, embedding_dim, dtype, "fp4", quant_storage, device)
 
 
@@ -135,13 +125,9 @@ class EmbeddingNF4(Embedding4bit):
     """`Embedding4bit` in NF4."""
 
     def __init__(
-        self,
-        num_embeddings: int,
-        embedding_dim: int,
-        dtype: torch.dtype | None = None,
-        quant_storage: torch.dtype = torch.uint8,
-        device: torch.device | str | None = None,
-    ) -> None:
+        self, num_embeddings: int, embedding_dim: int, dtype: torch.dtype | None = None,
+        quant_storage: torch.dtype = torch.uint8, device: torch.device | str | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(num_embeddings, embedding_dim, dtype, "nf4", quant_storage, device)
 
 
@@ -156,17 +142,14 @@ class Embedding8bit(_QuantizedEmbedding, EightBitLayer, nn.Embedding):
     """
 
     def __init__(
-        self,
-        num_embeddings: int,
-        embedding_dim: int,
-        device: torch.device | str | None = None,
+        self, num_embeddings: int, embedding_dim: int, device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(num_embeddings, embedding_dim, device=device, dtype=dtype)
         self.weight = Int8Params(self.weight, requires_grad=False)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        """The rows that `input` names: integers `[...]` -> `[..., embedding_dim]` in the layer's `dtype`."""
+        """The rows of the table that `input`, integers `[...]`, names: `[..., embedding_dim]` in the layer's `dtype`."""
         absmax = self._absmax
         if absmax is None:
             raise RuntimeError(f"the table of {self} is not quantized yet: move the layer to a device, .to(device)")
@@ -185,30 +168,14 @@ class Embedding(nn.Embedding):
     """Bits of the optimizer state of this module's weight, whatever the optimizer's default is."""
 
     def __init__(
-        self,
-        num_embeddings: int,
-        embedding_dim: int,
-        padding_idx: int | None = None,
-        max_norm: float | None = None,
-        norm_type: float = 2.0,
-        scale_grad_by_freq: bool = False,
-        sparse: bool = False,
-        _weight: Tensor | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+        self, num_embeddings: int, embedding_dim: int, padding_idx: int | None = None, max_norm: float | None = None,
+        norm_type: float = 2.0, scale_grad_by_freq: bool = False, sparse: bool = False, _weight: Tensor | None = None,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(
-            num_embeddings,
-            embedding_dim,
-            padding_idx,
-            max_norm,
-            norm_type,
-            scale_grad_by_freq,
-            sparse,
-            _weight,
-            device=device,
+            num_embeddings, embedding_dim, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse, _weight, device=device,
             dtype=dtype,
-        )
+        )  # fmt: skip
         self._override()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -233,7 +200,7 @@ class StableEmbedding(Embedding):
         self.norm = nn.LayerNorm(embedding_dim, device=self.weight.device)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        """The normalised rows that `input` names: integers `[...]` -> `[..., embedding_dim]` in the dtype of the table.
+        """The rows that `input`, integers `[...]`, names, normalised: `[..., embedding_dim]` in the dtype of the table.
 
         The norm is computed in the dtype of its own weight.
         """

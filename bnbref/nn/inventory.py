@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bnbref.nn import Int8Params, Params4bit
 from bnbref.nn.layer import QuantizedLayer
-from bnbref.quant_state import QuantState
+from bnbref.quant_state import QuantState, dtype_name
 
 REASONS = "bnbref_reasons"
 """Attribute of a model: by the name of a module or parameter, why loading left it as it is."""
@@ -117,7 +117,9 @@ def _one(
         return ParameterReport(name, tuple(parameter.shape), "int8", size, True, f"row by row{where}")
     left = reasons.get(name) or (reasons.get(path) if parameter.dim() > 1 else None)
     reason = left or _why(leaf, module, parameter)
-    return ParameterReport(name, tuple(parameter.shape), _dtype(parameter), parameter.nbytes, False, reason + where)
+    return ParameterReport(
+        name, tuple(parameter.shape), dtype_name(parameter.dtype), parameter.nbytes, False, reason + where
+    )
 
 
 def _state(module: nn.Module, parameter: nn.Parameter) -> QuantState | None:
@@ -151,10 +153,6 @@ def _why(leaf: str, module: nn.Module, parameter: nn.Parameter) -> str:
     if isinstance(module, nn.Linear):
         return "linear layer that was not replaced" if type(module) is nn.Linear else f"{kind}, not an nn.Linear itself"
     return f"{parameter.dim()}-dimensional parameter of {kind}, which is no linear layer"
-
-
-def _dtype(parameter: Tensor) -> str:
-    return str(parameter.dtype).removeprefix("torch.")
 
 
 def _alike(parameters: tuple[ParameterReport, ...]) -> list[tuple[list[str], ParameterReport]]:

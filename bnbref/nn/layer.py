@@ -30,7 +30,7 @@ class QuantizedLayer(nn.Module):
     weight: Tensor
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As of `nn.Module`, and remembers the scales of a weight. An assignment, `layer.weight = ...`, calls it too."""
+        """Like the method of `nn.Module`, but it remembers the scales of a weight. `layer.weight = ...` calls it too."""
         if name != "weight" and isinstance(param, QuantizedParameter) and param.holds_codes():
             raise TypeError(
                 f"the weight of {self} holds codes and cannot be pruned or normalized: {name} would be codes"
@@ -105,15 +105,9 @@ class QuantizedLayer(nn.Module):
             self.weight = new
 
     def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Mapping[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Mapping[str, Any], strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
         weight = self._parameters["weight"]
         self._parameters["weight"] = None
         try:

@@ -59,12 +59,9 @@ class Bnb4bitParametrization(nn.Module):
 
 
 def replace_parameter_4bit(
-    module: nn.Module,
-    param_name: str,
-    compress_statistics: bool = False,
-    quant_type: str | Codebook = "nf4",
+    module: nn.Module, param_name: str, compress_statistics: bool = False, quant_type: str | Codebook = "nf4",
     blocksize: int | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Quantizes a parameter of a module to four bits, on its device. Reading it then gives its values in its dtype.  Exact.
 
     Raises AttributeError or TypeError if the module has no such parameter, and ValueError if the parameter has NaN or infinities.
@@ -98,10 +95,9 @@ def replace_parameter_4bit_prequantized(
     packed = _parameter(module, param_name).detach()
     packed = packed.to(packed.device if device is None else device)
     state = QuantState.from_dict(qs_dict, device=packed.device)
-    n_bytes = -(-present(state.shape, "shape").numel() // 2)
-    if packed.nbytes != n_bytes:
+    if packed.nbytes != state.code_bytes:
         raise ValueError(
-            f"parameter {param_name!r} must hold {n_bytes} bytes for the shape {tuple(state.shape or ())}, "
+            f"parameter {param_name!r} must hold {state.code_bytes} bytes for the shape {tuple(state.shape or ())}, "
             f"got {packed.nbytes}"
         )
     _parametrize(module, param_name, packed, state)
@@ -162,15 +158,9 @@ def _save(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_meta
 
 
 def _load(
-    module: nn.Module,
-    state_dict: dict[str, Any],
-    prefix: str,
-    local_metadata: Mapping[str, Any],
-    strict: bool,
-    missing_keys: list[str],
-    unexpected_keys: list[str],
-    error_msgs: list[str],
-) -> None:
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Mapping[str, Any], strict: bool,
+    missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+) -> None:  # fmt: skip
     """Renames the keys to those that the parametrization looks for; an error message for each parameter that is not whole."""
     assign = local_metadata.get("assign_to_params_buffers", False)
     for name, steps, step in quantized_in(module):

@@ -67,7 +67,7 @@ class QuantizedParameter(Watched, nn.Parameter):
         raise NotImplementedError
 
     def requires_grad_(self: Self, requires_grad: bool = True) -> Self:
-        """As of Tensor; but codes have no gradient and stay frozen, with a warning. It is no error, so that
+        """Like the method of Tensor; but codes have no gradient and stay frozen, with a warning. It is no error, so that
         `model.requires_grad_()` works and sets all that can be trained."""
         if requires_grad and self.holds_codes():
             warnings.warn(
@@ -255,18 +255,11 @@ class Params4bit(QuantizedParameter):
     bnb_quantized: bool = False
 
     def __new__(
-        cls,
-        data: Tensor | None = None,
-        requires_grad: bool = False,
-        quant_state: QuantState | None = None,
-        blocksize: int | None = None,
-        compress_statistics: bool = True,
-        quant_type: str | Codebook = "fp4",
-        quant_storage: torch.dtype = torch.uint8,
-        module: nn.Module | None = None,
-        bnb_quantized: bool = False,
+        cls, data: Tensor | None = None, requires_grad: bool = False, quant_state: QuantState | None = None,
+        blocksize: int | None = None, compress_statistics: bool = True, quant_type: str | Codebook = "fp4",
+        quant_storage: torch.dtype = torch.uint8, module: nn.Module | None = None, bnb_quantized: bool = False,
         **kwargs: Any,
-    ) -> "Params4bit":
+    ) -> "Params4bit":  # fmt: skip
         """Unknown keywords are ignored: rebuilding from `__dict__` passes whatever other libraries left there."""
         four_bit(quant_type)
         data = torch.empty(0) if data is None else data
@@ -282,14 +275,9 @@ class Params4bit(QuantizedParameter):
 
     @classmethod
     def from_prequantized(
-        cls,
-        data: Tensor,
-        quantized_stats: Mapping[str, Any],
-        requires_grad: bool = False,
-        device: torch.device | str | None = None,
-        module: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> "Params4bit":
+        cls, data: Tensor, quantized_stats: Mapping[str, Any], requires_grad: bool = False,
+        device: torch.device | str | None = None, module: nn.Module | None = None, **kwargs: Any,
+    ) -> "Params4bit":  # fmt: skip
         """A weight from its packed codes, `data`, and what is beside them in a state dict, `quantized_stats`.
 
         device: where both are to be; by default where the codes are. quant_type, blocksize, nesting and shape are those of
@@ -297,25 +285,22 @@ class Params4bit(QuantizedParameter):
         """
         data = data.detach().to(data.device if device is None else device)
         state = QuantState.from_dict(quantized_stats, device=data.device)
-        n_bytes = None if state.shape is None else -(-state.shape.numel() // 2)
-        if n_bytes is not None and data.nbytes != n_bytes:
+        if state.shape is not None and data.nbytes != state.code_bytes:
             raise ValueError(
-                f"data must hold {n_bytes} bytes for a weight of shape {tuple(state.shape or ())}, got {data.nbytes}"
+                f"data must hold {state.code_bytes} bytes for a weight of shape {tuple(state.shape)}, got {data.nbytes}"
             )
-        weight = cls(
-            data,
-            requires_grad,
-            quant_state=state,
-            blocksize=state.blocksize,
-            compress_statistics=state.nested,
-            quant_type=state.quant_type,
-            quant_storage=data.dtype,
-            module=module,
-            bnb_quantized=True,
-        )
         if module is not None:
             module.quant_state = state  # type: ignore[assignment]
-        return weight
+        return cls.of_codes(data, state, requires_grad, module)
+
+    @classmethod
+    def of_codes(
+        cls, data: Tensor, state: QuantState, requires_grad: bool = False, module: nn.Module | None = None
+    ) -> "Params4bit":
+        """A weight from its packed codes and the state that they are decoded by."""
+        return cls(
+            data, requires_grad, state, state.blocksize, state.nested, state.quant_type, data.dtype, module, bnb_quantized=True
+        )  # fmt: skip
 
     def holds_codes(self) -> bool:
         """Whether the data is packed codes."""
@@ -392,14 +377,9 @@ class Int8Params(QuantizedParameter):
     has_fp16_weights: bool = False
 
     def __new__(
-        cls,
-        data: Tensor | None = None,
-        requires_grad: bool = True,
-        has_fp16_weights: bool = False,
-        CB: Tensor | None = None,
-        SCB: Tensor | None = None,
-        **kwargs: Any,
-    ) -> "Int8Params":
+        cls, data: Tensor | None = None, requires_grad: bool = True, has_fp16_weights: bool = False,
+        CB: Tensor | None = None, SCB: Tensor | None = None, **kwargs: Any,
+    ) -> "Int8Params":  # fmt: skip
         """The argument CB is not looked at: the codes are `data`, wherever that is int8. Unknown keywords are ignored."""
         data = torch.empty(0) if data is None else data
         self = torch.Tensor._make_subclass(cls, data.detach(), requires_grad and data.is_floating_point())

@@ -29,13 +29,16 @@ from bnbref.optim.symbols import LARGEST, Names, Recording, Symbol
 
 
 class Equation(Rule):
-    """A rule written down: compared by what it computes and by how its states are coded."""
+    """A rule written down: compared by what it computes and by how its states are coded.
 
-    def __init__(self, rule: Rule, source: str) -> None:
-        self.source = source
+    names: of its coefficients, in the order in which a step has them in a tensor.
+    """
+
+    def __init__(self, rule: Rule, source: str, names: tuple[str, ...]) -> None:
+        self.source, self.names = source, names
         self.states, self.stacked, self.codebooks, self.clipped = layout(rule)
         self._name, self._function = repr(rule), _function(source)
-        self._identity = (source, self.states, self.codebooks)
+        self._identity = (source, names, self.states, self.codebooks)
         self._hash = hash(self._identity)
 
     def direction(self, *args: Any) -> tuple[Tensor, ...]:
@@ -80,8 +83,6 @@ def write_down(rule: Rule, names: tuple[str, ...]) -> Equation:
         a3 = a0 + a2
         return (a3, a3,)
     """
-    if isinstance(rule, Equation):
-        return rule
     recording = Recording(repr(rule))
     inputs = ["p", "g", *(f"s{i}" for i in range(len(rule.states)))]
     results = rule.direction(*(Symbol(recording, name) for name in inputs), Names(recording, names))
@@ -91,7 +92,7 @@ def write_down(rule: Rule, names: tuple[str, ...]) -> Equation:
         raise ValueError(f"direction of {rule!r} must return {1 + len(rule.states)} results, {wanted}, got {got}")
     returned = ", ".join(map(recording.tensor, results))
     lines = [f"def direction({', '.join(inputs)}, c):", *recording.lines, f"return ({returned},)"]
-    return Equation(rule, "\n    ".join(lines))
+    return Equation(rule, "\n    ".join(lines), names)
 
 
 def numbers(rule: Rule, t: int, group: Mapping[str, Any]) -> dict[str, float]:
@@ -112,6 +113,20 @@ def numbers(rule: Rule, t: int, group: Mapping[str, Any]) -> dict[str, float]:
     if not {"rate", "decay"} <= found.keys():
         raise ValueError(f"coefficients of {rule!r} must have 'rate' and 'decay', got {list(found)}")
     return found
+
+
+def at_step(
+    rule: Rule, t: int, group: Mapping[str, Any], device: torch.device | None = None
+) -> tuple[Equation, Tensor]:
+    """Step t for a group of parameters: the equation, and its coefficients in float32 on the device.
+
+    >>> from bnbref.optim.rules import SGD
+    >>> equation, hyper = at_step(SGD(), 1, {"lr": 0.5, "weight_decay": 0.0, "betas": (0.75,)})
+    >>> equation.names, hyper
+    (('rate', 'decay', 'wd', 'b1'), tensor([0.5000, 1.0000, 0.0000, 0.7500]))
+    """
+    found = numbers(rule, t, group)
+    return write_down(rule, tuple(found)), torch.tensor(list(found.values()), dtype=torch.float32).to(device)
 
 
 def check(rule: Any) -> Rule:

@@ -1,8 +1,10 @@
 """The optimizers under bitsandbytes' names: nine families, each with 8-bit, 32-bit and paged variants.
 
-A family says what it takes and hands it to its rule. A variant fixes `optim_bits`, `is_paged` or both.
+A family is a name, a rule and its defaults. A variant of it fixes `optim_bits`, `is_paged` or both.
 Arguments that bitsandbytes accepts and ignores are refused here if they would change anything.
 """
+
+# ruff: noqa: E701, the table of variants has a line for each
 
 import functools
 import inspect
@@ -18,7 +20,7 @@ from bnbref.optim.optimizer import Optimizer
 
 
 class Options(TypedDict, total=False):
-    """What every optimizer takes beyond bitsandbytes' arguments: see `bnbref.optim.Optimizer`."""
+    """Keywords that every optimizer takes beside the arguments of bitsandbytes: see `bnbref.optim.Optimizer`."""
 
     blocksize: int
     page_directory: str | Path | None
@@ -35,7 +37,7 @@ class Options(TypedDict, total=False):
 
 
 class PagedOptions(Options, total=False):
-    """Of the families that bitsandbytes does not page."""
+    """The same and `is_paged`, for the families that bitsandbytes does not page."""
 
     is_paged: bool
 
@@ -59,15 +61,9 @@ class Family(Optimizer):
     """
 
     def __init__(
-        self,
-        params: Any,
-        rule: rules.Rule,
-        defaults: Mapping[str, Any],
-        *,
-        percentile_clipping: int = 100,
-        block_wise: bool = True,
-        **options: Any,
-    ) -> None:
+        self, params: Any, rule: rules.Rule, defaults: Mapping[str, Any], *, percentile_clipping: int = 100,
+        block_wise: bool = True, **options: Any,
+    ) -> None:  # fmt: skip
         if percentile_clipping != 100:
             raise ValueError(
                 f"percentile_clipping of {type(self).__name__} must be 100, which clips nothing, got "
@@ -127,12 +123,25 @@ def _fix(cls: type[Family], fixed: dict[str, Any]) -> None:
     cls.__doc__ = f"{cls.__doc__}\n\n{family.__doc__}"
 
 
-def _refuse(optimizer: Family, reason: str, **arguments: Any) -> None:
+_UNUSED = {
+    "args": "args was an object with settings; pass them by name",
+    "amsgrad": "no rule here keeps the largest v, torch.optim.Adam(amsgrad=True) does",
+    "dampening": "the rule is heavy-ball momentum alone",
+    "nesterov": "the rule is heavy-ball momentum alone",
+    "momentum": "use torch.optim.RMSprop",
+    "centered": "use torch.optim.RMSprop",
+    "lr_decay": "schedule lr instead",
+    "initial_accumulator_value": "states start at zero",
+}
+"""Arguments of bitsandbytes that some families have no use for, and what to do instead."""
+
+
+def _refuse(optimizer: Family, **arguments: Any) -> None:
     """Raise if one of these arguments has a value that would have to mean something."""
     for name, value in arguments.items():
         if value:
             raise ValueError(
-                f"{name} of {type(optimizer).__name__} must be left at its default, got {value!r}: {reason}"
+                f"{name} of {type(optimizer).__name__} must be left at its default, got {value!r}: {_UNUSED[name]}"
             )
 
 
@@ -141,11 +150,7 @@ def _betas(betas: Sequence[float] | str) -> tuple[float, ...]:
     return tuple(float(b) for b in (betas.strip("() ").split(",") if isinstance(betas, str) else betas))
 
 
-_ARGS = "args was an object with settings; pass them by name"
-_MOMENTUM = "the rule is heavy-ball momentum alone"
-
-
-# ---- Adam -------------------------------------------------------------------------------------------------------------
+# ---- families -------------------------------------------------------------------------------------------------------
 
 
 class Adam(Family, keeps=("optim_bits", "is_paged")):
@@ -161,50 +166,15 @@ class Adam(Family, keeps=("optim_bits", "is_paged")):
     _placeholders: ClassVar[Mapping[str, Any]] = {"optim_bits": 32, "is_paged": False}
 
     def __init__(
-        self,
-        params: Any,
-        lr: float = 1e-3,
-        betas: tuple[float, float] | str = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0,
-        amsgrad: bool = False,
-        optim_bits: int = 32,
-        args: None = None,
-        min_8bit_size: int = 4096,
-        is_paged: bool = False,
-        **options: Unpack[Options],
-    ) -> None:
-        _refuse(self, "use torch.optim.Adam(amsgrad=True)", amsgrad=amsgrad)
-        _refuse(self, _ARGS, args=args)
+        self, params: Any, lr: float = 1e-3, betas: tuple[float, float] | str = (0.9, 0.999), eps: float = 1e-8,
+        weight_decay: float = 0, amsgrad: bool = False, optim_bits: int = 32, args: None = None, min_8bit_size: int = 4096,
+        is_paged: bool = False, **options: Unpack[Options],
+    ) -> None:  # fmt: skip
+        _refuse(self, amsgrad=amsgrad, args=args)
         super().__init__(
-            params,
-            rules.Adam(),
-            {"lr": lr, "betas": _betas(betas), "eps": eps, "weight_decay": weight_decay},
-            optim_bits=optim_bits,
-            min_8bit_size=min_8bit_size,
-            is_paged=is_paged,
-            **options,
-        )
-
-
-class Adam8bit(Adam, bits=8):
-    """`Adam`: states in 8 bits."""
-
-
-class Adam32bit(Adam, bits=32):
-    """`Adam`: states in 32 bits."""
-
-
-class PagedAdam(Adam, paged=True):
-    """`Adam`: states in pages."""
-
-
-class PagedAdam8bit(Adam, bits=8, paged=True):
-    """`Adam`: states in 8 bits, in pages."""
-
-
-class PagedAdam32bit(Adam, bits=32, paged=True):
-    """`Adam`: states in 32 bits, in pages."""
+            params, rules.Adam(), {"lr": lr, "betas": _betas(betas), "eps": eps, "weight_decay": weight_decay},
+            optim_bits=optim_bits, min_8bit_size=min_8bit_size, is_paged=is_paged, **options,
+        )  # fmt: skip
 
 
 class AdamW(Adam, keeps=("optim_bits",)):
@@ -216,45 +186,13 @@ class AdamW(Adam, keeps=("optim_bits",)):
     """
 
     def __init__(
-        self,
-        params: Any,
-        lr: float = 1e-3,
-        betas: tuple[float, float] | str = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        amsgrad: bool = False,
-        optim_bits: int = 32,
-        args: None = None,
-        min_8bit_size: int = 4096,
-        is_paged: bool = False,
-        **options: Unpack[Options],
-    ) -> None:
+        self, params: Any, lr: float = 1e-3, betas: tuple[float, float] | str = (0.9, 0.999), eps: float = 1e-8,
+        weight_decay: float = 1e-2, amsgrad: bool = False, optim_bits: int = 32, args: None = None, min_8bit_size: int = 4096,
+        is_paged: bool = False, **options: Unpack[Options],
+    ) -> None:  # fmt: skip
         super().__init__(
             params, lr, betas, eps, weight_decay, amsgrad, optim_bits, args, min_8bit_size, is_paged, **options
         )
-
-
-class AdamW8bit(AdamW, bits=8):
-    """`AdamW`: states in 8 bits."""
-
-
-class AdamW32bit(AdamW, bits=32):
-    """`AdamW`: states in 32 bits."""
-
-
-class PagedAdamW(AdamW, paged=True):
-    """`AdamW`: states in pages."""
-
-
-class PagedAdamW8bit(AdamW, bits=8, paged=True):
-    """`AdamW`: states in 8 bits, in pages."""
-
-
-class PagedAdamW32bit(AdamW, bits=32, paged=True):
-    """`AdamW`: states in 32 bits, in pages."""
-
-
-# ---- AdEMAMix ---------------------------------------------------------------------------------------------------------
 
 
 class AdEMAMix(Family):
@@ -267,55 +205,17 @@ class AdEMAMix(Family):
     """
 
     def __init__(
-        self,
-        params: Any,
-        lr: float = 1e-3,
-        betas: tuple[float, float, float] = (0.9, 0.999, 0.9999),
-        alpha: float = 5.0,
-        t_alpha: int | None = None,
-        t_beta3: int | None = None,
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        optim_bits: int = 32,
-        min_8bit_size: int = 4096,
-        is_paged: bool = False,
-        **options: Unpack[Options],
-    ) -> None:
+        self, params: Any, lr: float = 1e-3, betas: tuple[float, float, float] = (0.9, 0.999, 0.9999), alpha: float = 5.0,
+        t_alpha: int | None = None, t_beta3: int | None = None, eps: float = 1e-8, weight_decay: float = 1e-2,
+        optim_bits: int = 32, min_8bit_size: int = 4096, is_paged: bool = False, **options: Unpack[Options],
+    ) -> None:  # fmt: skip
         if t_beta3 and not betas[0] * betas[2] > 0:
             raise ValueError(f"with t_beta3 the first and the last of betas must be above 0, got {betas}")
         defaults = {"lr": lr, "betas": _betas(betas), "eps": eps, "weight_decay": weight_decay}
         super().__init__(
-            params,
-            rules.AdEMAMix(),
-            {**defaults, "alpha": alpha, "t_alpha": t_alpha, "t_beta3": t_beta3},
-            optim_bits=optim_bits,
-            min_8bit_size=min_8bit_size,
-            is_paged=is_paged,
-            **options,
-        )
-
-
-class AdEMAMix8bit(AdEMAMix, bits=8):
-    """`AdEMAMix`: states in 8 bits."""
-
-
-class AdEMAMix32bit(AdEMAMix, bits=32):
-    """`AdEMAMix`: states in 32 bits."""
-
-
-class PagedAdEMAMix(AdEMAMix, paged=True):
-    """`AdEMAMix`: states in pages."""
-
-
-class PagedAdEMAMix8bit(AdEMAMix, bits=8, paged=True):
-    """`AdEMAMix`: states in 8 bits, in pages."""
-
-
-class PagedAdEMAMix32bit(AdEMAMix, bits=32, paged=True):
-    """`AdEMAMix`: states in 32 bits, in pages."""
-
-
-# ---- Lion -------------------------------------------------------------------------------------------------------------
+            params, rules.AdEMAMix(), {**defaults, "alpha": alpha, "t_alpha": t_alpha, "t_beta3": t_beta3},
+            optim_bits=optim_bits, min_8bit_size=min_8bit_size, is_paged=is_paged, **options,
+        )  # fmt: skip
 
 
 class Lion(Family):
@@ -325,50 +225,14 @@ class Lion(Family):
     """
 
     def __init__(
-        self,
-        params: Any,
-        lr: float = 1e-4,
-        betas: tuple[float, float] = (0.9, 0.99),
-        weight_decay: float = 0,
-        optim_bits: int = 32,
-        args: None = None,
-        min_8bit_size: int = 4096,
-        is_paged: bool = False,
-        **options: Unpack[Options],
-    ) -> None:
-        _refuse(self, _ARGS, args=args)
+        self, params: Any, lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0,
+        optim_bits: int = 32, args: None = None, min_8bit_size: int = 4096, is_paged: bool = False, **options: Unpack[Options],
+    ) -> None:  # fmt: skip
+        _refuse(self, args=args)
         super().__init__(
-            params,
-            rules.Lion(),
-            {"lr": lr, "betas": _betas(betas), "eps": 0.0, "weight_decay": weight_decay},
-            optim_bits=optim_bits,
-            min_8bit_size=min_8bit_size,
-            is_paged=is_paged,
-            **options,
-        )
-
-
-class Lion8bit(Lion, bits=8):
-    """`Lion`: states in 8 bits."""
-
-
-class Lion32bit(Lion, bits=32):
-    """`Lion`: states in 32 bits."""
-
-
-class PagedLion(Lion, paged=True):
-    """`Lion`: states in pages."""
-
-
-class PagedLion8bit(Lion, bits=8, paged=True):
-    """`Lion`: states in 8 bits, in pages."""
-
-
-class PagedLion32bit(Lion, bits=32, paged=True):
-    """`Lion`: states in 32 bits, in pages."""
-
-
-# ---- SGD --------------------------------------------------------------------------------------------------------------
+            params, rules.Lion(), {"lr": lr, "betas": _betas(betas), "eps": 0.0, "weight_decay": weight_decay},
+            optim_bits=optim_bits, min_8bit_size=min_8bit_size, is_paged=is_paged, **options,
+        )  # fmt: skip
 
 
 class SGD(Family):
@@ -380,53 +244,16 @@ class SGD(Family):
     """
 
     def __init__(
-        self,
-        params: Any,
-        lr: float,
-        momentum: float = 0,
-        dampening: float = 0,
-        weight_decay: float = 0,
-        nesterov: bool = False,
-        optim_bits: int = 32,
-        args: None = None,
-        min_8bit_size: int = 4096,
-        **options: Unpack[PagedOptions],
-    ) -> None:
-        _refuse(self, _MOMENTUM, dampening=dampening, nesterov=nesterov)
-        _refuse(self, _ARGS, args=args)
+        self, params: Any, lr: float, momentum: float = 0, dampening: float = 0, weight_decay: float = 0, nesterov: bool = False,
+        optim_bits: int = 32, args: None = None, min_8bit_size: int = 4096, **options: Unpack[PagedOptions],
+    ) -> None:  # fmt: skip
+        _refuse(self, dampening=dampening, nesterov=nesterov, args=args)
         if momentum == 0:
             raise NotImplementedError("momentum must be above 0: without it use torch.optim.SGD, which keeps no state")
         super().__init__(
-            params,
-            rules.SGD(),
-            {"lr": lr, "betas": (momentum, dampening), "eps": 0.0, "weight_decay": weight_decay},
-            optim_bits=optim_bits,
-            min_8bit_size=min_8bit_size,
-            **options,
-        )
-
-
-class SGD8bit(SGD, bits=8):
-    """`SGD`: states in 8 bits."""
-
-
-class SGD32bit(SGD, bits=32):
-    """`SGD`: states in 32 bits."""
-
-
-class PagedSGD(SGD, paged=True):
-    """`SGD`: states in pages."""
-
-
-class PagedSGD8bit(SGD, bits=8, paged=True):
-    """`SGD`: states in 8 bits, in pages."""
-
-
-class PagedSGD32bit(SGD, bits=32, paged=True):
-    """`SGD`: states in 32 bits, in pages."""
-
-
-# ---- LARS -------------------------------------------------------------------------------------------------------------
+            params, rules.SGD(), {"lr": lr, "betas": (momentum, dampening), "eps": 0.0, "weight_decay": weight_decay},
+            optim_bits=optim_bits, min_8bit_size=min_8bit_size, **options,
+        )  # fmt: skip
 
 
 class LARS(Family):
@@ -438,55 +265,17 @@ class LARS(Family):
     """
 
     def __init__(
-        self,
-        params: Any,
-        lr: float,
-        momentum: float = 0,
-        dampening: float = 0,
-        weight_decay: float = 0,
-        nesterov: bool = False,
-        optim_bits: int = 32,
-        args: None = None,
-        min_8bit_size: int = 4096,
-        max_unorm: float = 0.02,
+        self, params: Any, lr: float, momentum: float = 0, dampening: float = 0, weight_decay: float = 0, nesterov: bool = False,
+        optim_bits: int = 32, args: None = None, min_8bit_size: int = 4096, max_unorm: float = 0.02,
         **options: Unpack[PagedOptions],
-    ) -> None:
-        _refuse(self, _MOMENTUM, dampening=dampening, nesterov=nesterov)
-        _refuse(self, _ARGS, args=args)
+    ) -> None:  # fmt: skip
+        _refuse(self, dampening=dampening, nesterov=nesterov, args=args)
         if momentum == 0:
             raise NotImplementedError("momentum must be above 0: LARS is momentum with clipped steps")
         super().__init__(
-            params,
-            rules.LARS(),
-            {"lr": lr, "betas": (momentum, dampening), "eps": 0.0, "weight_decay": weight_decay},
-            optim_bits=optim_bits,
-            min_8bit_size=min_8bit_size,
-            max_unorm=max_unorm,
-            **options,
-        )
-
-
-class LARS8bit(LARS, bits=8):
-    """`LARS`: states in 8 bits."""
-
-
-class LARS32bit(LARS, bits=32):
-    """`LARS`: states in 32 bits."""
-
-
-class PagedLARS(LARS, paged=True):
-    """`LARS`: states in pages."""
-
-
-class PagedLARS8bit(LARS, bits=8, paged=True):
-    """`LARS`: states in 8 bits, in pages."""
-
-
-class PagedLARS32bit(LARS, bits=32, paged=True):
-    """`LARS`: states in 32 bits, in pages."""
-
-
-# ---- LAMB -------------------------------------------------------------------------------------------------------------
+            params, rules.LARS(), {"lr": lr, "betas": (momentum, dampening), "eps": 0.0, "weight_decay": weight_decay},
+            optim_bits=optim_bits, min_8bit_size=min_8bit_size, max_unorm=max_unorm, **options,
+        )  # fmt: skip
 
 
 class LAMB(Family):
@@ -498,60 +287,20 @@ class LAMB(Family):
     """
 
     def __init__(
-        self,
-        params: Any,
-        lr: float = 1e-3,
-        bias_correction: bool = True,
-        betas: tuple[float, float] | str = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0,
-        amsgrad: bool = False,
-        adam_w_mode: bool = True,
-        optim_bits: int = 32,
-        args: None = None,
-        min_8bit_size: int = 4096,
-        max_unorm: float = 1.0,
-        **options: Unpack[PagedOptions],
-    ) -> None:
-        _refuse(self, "it is not part of the rule", amsgrad=amsgrad)
-        _refuse(self, _ARGS, args=args)
+        self, params: Any, lr: float = 1e-3, bias_correction: bool = True, betas: tuple[float, float] | str = (0.9, 0.999),
+        eps: float = 1e-8, weight_decay: float = 0, amsgrad: bool = False, adam_w_mode: bool = True, optim_bits: int = 32,
+        args: None = None, min_8bit_size: int = 4096, max_unorm: float = 1.0, **options: Unpack[PagedOptions],
+    ) -> None:  # fmt: skip
+        _refuse(self, amsgrad=amsgrad, args=args)
         if not bias_correction or not adam_w_mode:
             raise ValueError(
                 f"bias_correction and adam_w_mode must be True, got {bias_correction} and {adam_w_mode}: "
                 f"the rule has both"
             )
         super().__init__(
-            params,
-            rules.LAMB(),
-            {"lr": lr, "betas": _betas(betas), "eps": eps, "weight_decay": weight_decay},
-            optim_bits=optim_bits,
-            min_8bit_size=min_8bit_size,
-            max_unorm=max_unorm,
-            **options,
-        )
-
-
-class LAMB8bit(LAMB, bits=8):
-    """`LAMB`: states in 8 bits."""
-
-
-class LAMB32bit(LAMB, bits=32):
-    """`LAMB`: states in 32 bits."""
-
-
-class PagedLAMB(LAMB, paged=True):
-    """`LAMB`: states in pages."""
-
-
-class PagedLAMB8bit(LAMB, bits=8, paged=True):
-    """`LAMB`: states in 8 bits, in pages."""
-
-
-class PagedLAMB32bit(LAMB, bits=32, paged=True):
-    """`LAMB`: states in 32 bits, in pages."""
-
-
-# ---- RMSprop ----------------------------------------------------------------------------------------------------------
+            params, rules.LAMB(), {"lr": lr, "betas": _betas(betas), "eps": eps, "weight_decay": weight_decay},
+            optim_bits=optim_bits, min_8bit_size=min_8bit_size, max_unorm=max_unorm, **options,
+        )  # fmt: skip
 
 
 class RMSprop(Family):
@@ -561,54 +310,17 @@ class RMSprop(Family):
     """
 
     def __init__(
-        self,
-        params: Any,
-        lr: float = 1e-2,
-        alpha: float = 0.99,
-        eps: float = 1e-8,
-        weight_decay: float = 0,
-        momentum: float = 0,
-        centered: bool = False,
-        optim_bits: int = 32,
-        args: None = None,
-        min_8bit_size: int = 4096,
+        self, params: Any, lr: float = 1e-2, alpha: float = 0.99, eps: float = 1e-8, weight_decay: float = 0,
+        momentum: float = 0, centered: bool = False, optim_bits: int = 32, args: None = None, min_8bit_size: int = 4096,
         **options: Unpack[PagedOptions],
-    ) -> None:
-        _refuse(self, "use torch.optim.RMSprop", momentum=momentum, centered=centered)
-        _refuse(self, _ARGS, args=args)
+    ) -> None:  # fmt: skip
+        _refuse(self, momentum=momentum, centered=centered, args=args)
         if alpha == 0:
             raise NotImplementedError("alpha must be above 0: at 0 the rule is the sign of the gradient")
         super().__init__(
-            params,
-            rules.RMSprop(),
-            {"lr": lr, "betas": (alpha, momentum), "eps": eps, "weight_decay": weight_decay},
-            optim_bits=optim_bits,
-            min_8bit_size=min_8bit_size,
-            **options,
-        )
-
-
-class RMSprop8bit(RMSprop, bits=8):
-    """`RMSprop`: states in 8 bits."""
-
-
-class RMSprop32bit(RMSprop, bits=32):
-    """`RMSprop`: states in 32 bits."""
-
-
-class PagedRMSprop(RMSprop, paged=True):
-    """`RMSprop`: states in pages."""
-
-
-class PagedRMSprop8bit(RMSprop, bits=8, paged=True):
-    """`RMSprop`: states in 8 bits, in pages."""
-
-
-class PagedRMSprop32bit(RMSprop, bits=32, paged=True):
-    """`RMSprop`: states in 32 bits, in pages."""
-
-
-# ---- Adagrad ----------------------------------------------------------------------------------------------------------
+            params, rules.RMSprop(), {"lr": lr, "betas": (alpha, momentum), "eps": eps, "weight_decay": weight_decay},
+            optim_bits=optim_bits, min_8bit_size=min_8bit_size, **options,
+        )  # fmt: skip
 
 
 class Adagrad(Family, keeps=("optim_bits",)):
@@ -618,46 +330,69 @@ class Adagrad(Family, keeps=("optim_bits",)):
     """
 
     def __init__(
-        self,
-        params: Any,
-        lr: float = 1e-2,
-        lr_decay: float = 0,
-        weight_decay: float = 0,
-        initial_accumulator_value: float = 0,
-        eps: float = 1e-10,
-        optim_bits: int = 32,
-        args: None = None,
-        min_8bit_size: int = 4096,
-        **options: Unpack[PagedOptions],
-    ) -> None:
-        _refuse(self, "schedule lr instead", lr_decay=lr_decay)
-        _refuse(self, "states start at zero", initial_accumulator_value=initial_accumulator_value)
-        _refuse(self, _ARGS, args=args)
+        self, params: Any, lr: float = 1e-2, lr_decay: float = 0, weight_decay: float = 0, initial_accumulator_value: float = 0,
+        eps: float = 1e-10, optim_bits: int = 32, args: None = None, min_8bit_size: int = 4096, **options: Unpack[PagedOptions],
+    ) -> None:  # fmt: skip
+        _refuse(self, lr_decay=lr_decay, initial_accumulator_value=initial_accumulator_value, args=args)
         super().__init__(
-            params,
-            rules.Adagrad(),
-            {"lr": lr, "betas": (0.0, 0.0), "eps": eps, "weight_decay": weight_decay},
-            optim_bits=optim_bits,
-            min_8bit_size=min_8bit_size,
-            **options,
-        )
+            params, rules.Adagrad(), {"lr": lr, "betas": (0.0, 0.0), "eps": eps, "weight_decay": weight_decay},
+            optim_bits=optim_bits, min_8bit_size=min_8bit_size, **options,
+        )  # fmt: skip
 
 
-class Adagrad8bit(Adagrad, bits=8):
-    """`Adagrad`: states in 8 bits."""
+# ---- variants -------------------------------------------------------------------------------------------------------
+# fmt: off
 
+class Adam8bit(Adam, bits=8): """`Adam`: states in 8 bits."""
+class Adam32bit(Adam, bits=32): """`Adam`: states in 32 bits."""
+class PagedAdam(Adam, paged=True): """`Adam`: states in pages."""
+class PagedAdam8bit(Adam, bits=8, paged=True): """`Adam`: states in 8 bits, in pages."""
+class PagedAdam32bit(Adam, bits=32, paged=True): """`Adam`: states in 32 bits, in pages."""
 
-class Adagrad32bit(Adagrad, bits=32):
-    """`Adagrad`: states in 32 bits."""
+class AdamW8bit(AdamW, bits=8): """`AdamW`: states in 8 bits."""
+class AdamW32bit(AdamW, bits=32): """`AdamW`: states in 32 bits."""
+class PagedAdamW(AdamW, paged=True): """`AdamW`: states in pages."""
+class PagedAdamW8bit(AdamW, bits=8, paged=True): """`AdamW`: states in 8 bits, in pages."""
+class PagedAdamW32bit(AdamW, bits=32, paged=True): """`AdamW`: states in 32 bits, in pages."""
 
+class AdEMAMix8bit(AdEMAMix, bits=8): """`AdEMAMix`: states in 8 bits."""
+class AdEMAMix32bit(AdEMAMix, bits=32): """`AdEMAMix`: states in 32 bits."""
+class PagedAdEMAMix(AdEMAMix, paged=True): """`AdEMAMix`: states in pages."""
+class PagedAdEMAMix8bit(AdEMAMix, bits=8, paged=True): """`AdEMAMix`: states in 8 bits, in pages."""
+class PagedAdEMAMix32bit(AdEMAMix, bits=32, paged=True): """`AdEMAMix`: states in 32 bits, in pages."""
 
-class PagedAdagrad(Adagrad, paged=True):
-    """`Adagrad`: states in pages."""
+class Lion8bit(Lion, bits=8): """`Lion`: states in 8 bits."""
+class Lion32bit(Lion, bits=32): """`Lion`: states in 32 bits."""
+class PagedLion(Lion, paged=True): """`Lion`: states in pages."""
+class PagedLion8bit(Lion, bits=8, paged=True): """`Lion`: states in 8 bits, in pages."""
+class PagedLion32bit(Lion, bits=32, paged=True): """`Lion`: states in 32 bits, in pages."""
 
+class SGD8bit(SGD, bits=8): """`SGD`: states in 8 bits."""
+class SGD32bit(SGD, bits=32): """`SGD`: states in 32 bits."""
+class PagedSGD(SGD, paged=True): """`SGD`: states in pages."""
+class PagedSGD8bit(SGD, bits=8, paged=True): """`SGD`: states in 8 bits, in pages."""
+class PagedSGD32bit(SGD, bits=32, paged=True): """`SGD`: states in 32 bits, in pages."""
 
-class PagedAdagrad8bit(Adagrad, bits=8, paged=True):
-    """`Adagrad`: states in 8 bits, in pages."""
+class LARS8bit(LARS, bits=8): """`LARS`: states in 8 bits."""
+class LARS32bit(LARS, bits=32): """`LARS`: states in 32 bits."""
+class PagedLARS(LARS, paged=True): """`LARS`: states in pages."""
+class PagedLARS8bit(LARS, bits=8, paged=True): """`LARS`: states in 8 bits, in pages."""
+class PagedLARS32bit(LARS, bits=32, paged=True): """`LARS`: states in 32 bits, in pages."""
 
+class LAMB8bit(LAMB, bits=8): """`LAMB`: states in 8 bits."""
+class LAMB32bit(LAMB, bits=32): """`LAMB`: states in 32 bits."""
+class PagedLAMB(LAMB, paged=True): """`LAMB`: states in pages."""
+class PagedLAMB8bit(LAMB, bits=8, paged=True): """`LAMB`: states in 8 bits, in pages."""
+class PagedLAMB32bit(LAMB, bits=32, paged=True): """`LAMB`: states in 32 bits, in pages."""
 
-class PagedAdagrad32bit(Adagrad, bits=32, paged=True):
-    """`Adagrad`: states in 32 bits, in pages."""
+class RMSprop8bit(RMSprop, bits=8): """`RMSprop`: states in 8 bits."""
+class RMSprop32bit(RMSprop, bits=32): """`RMSprop`: states in 32 bits."""
+class PagedRMSprop(RMSprop, paged=True): """`RMSprop`: states in pages."""
+class PagedRMSprop8bit(RMSprop, bits=8, paged=True): """`RMSprop`: states in 8 bits, in pages."""
+class PagedRMSprop32bit(RMSprop, bits=32, paged=True): """`RMSprop`: states in 32 bits, in pages."""
+
+class Adagrad8bit(Adagrad, bits=8): """`Adagrad`: states in 8 bits."""
+class Adagrad32bit(Adagrad, bits=32): """`Adagrad`: states in 32 bits."""
+class PagedAdagrad(Adagrad, paged=True): """`Adagrad`: states in pages."""
+class PagedAdagrad8bit(Adagrad, bits=8, paged=True): """`Adagrad`: states in 8 bits, in pages."""
+class PagedAdagrad32bit(Adagrad, bits=32, paged=True): """`Adagrad`: states in 32 bits, in pages."""

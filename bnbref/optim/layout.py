@@ -35,14 +35,14 @@ class Part:
     states: list[Coded]
 
     def map(self, elements: Callable[[Tensor], Tensor], scales: Callable[[Tensor], Tensor]) -> "Part":
-        """The part whose tensors are functions of these: of those by element, and of the scales."""
+        """A part of new tensors: `elements` of each tensor that has a number for each element, and `scales` of the scales."""
         states = [Coded(elements(codes), scales(absmax)) for codes, absmax in self.states]
         noise = None if self.noise is None else elements(self.noise)
         return Part(elements(self.p), elements(self.g), noise, states)
 
     @property
     def flat_states(self) -> list[Tensor]:
-        """Of each state the codes, then the scales: as kernels take them."""
+        """The codes and then the scales of each state, one state after the other, as kernels take them."""
         return [x for state in self.states for x in state]
 
 
@@ -51,12 +51,15 @@ Padded = tuple[Part, Callable[[], None]]
 
 
 def zeros_of(rule: Rule) -> list[int]:
-    """Of each state the code of 0, which pads it."""
+    """The code of 0 of each state, with which its codes are padded."""
     return [rule.codebook(state).code_of_zero for state in rule.states]
 
 
 def split(part: Part, blocksize: int) -> tuple[Part | None, Part | None]:
-    """Whole blocks in rows, at least two of them, which Dynamo does not specialise; and the rest."""
+    """The whole blocks of a part in rows, and the rest; None where there is nothing.
+
+    A part with a single whole block counts as a rest, because Dynamo would compile a kernel of its own for one row.
+    """
     n = part.p.numel()
     whole = n // blocksize if n >= 2 * blocksize else 0
     size = whole * blocksize
@@ -66,7 +69,7 @@ def split(part: Part, blocksize: int) -> tuple[Part | None, Part | None]:
 
 
 def padded(rests: Sequence[Part], zeros: Sequence[int], blocksize: int) -> Padded:
-    """What is left of several parameters, each padded to whole blocks, in the rows of one part."""
+    """The rests of several parameters in the rows of one part, each padded to whole blocks with `zeros`, the codes of 0."""
     sizes = [rest.p.numel() for rest in rests]
     gaps = [-size % blocksize for size in sizes]
     if sum(sizes) + sum(gaps) < 2 * blocksize:  # a single row, which Dynamo would specialise
@@ -110,14 +113,17 @@ def padded(rests: Sequence[Part], zeros: Sequence[int], blocksize: int) -> Padde
 
 
 def sliced(part: Part, first: int, last: int, shard: Shard, blocksize: int) -> Part:
-    """Elements `first` to `last` of what a shard has, and the scales of their blocks."""
+    """A piece of what this rank has of a parameter: its elements `first` to `last`, and the scales of their blocks."""
     before = shard.blocks(blocksize).start
     blocks = slice((shard.start + first) // blocksize - before, block_count(shard.start + last, blocksize) - before)
     return part.map(lambda x: x[first:last], lambda x: x[blocks])
 
 
 def completed(part: Part, zeros: Sequence[int], blocksize: int, shard: Shard) -> Padded | None:
-    """The blocks that a boundary cuts and of which this rank has a part, whole. A collective call."""
+    """The blocks that a boundary between ranks cuts, completed by what the other ranks have of them. A collective call.
+
+    None if this rank has a part of no such block.
+    """
     cut = shard.cut(blocksize)
     if not cut:
         return None

@@ -1,9 +1,7 @@
-"""One `torch.optim.Optimizer` for every rule: parameter groups, overrides, checkpoints in bitsandbytes' layout.
-
-    state_dict()["state"][i] = {"step": 3, "__bnb_optimizer_quant_state__": {"state1": ..., "absmax1": ..., "qmap1": ...}}
+"""One `torch.optim.Optimizer` for every rule: parameter groups, overrides, checkpoints.
 
 A state is in 8 bits if `optim_bits` is 8 and the parameter has at least `min_8bit_size` elements; a state that was loaded
-stays as it was saved. The wrapper keeps FSDP from gathering what does not have the parameter's shape.
+stays as it was saved.
 """
 
 import inspect
@@ -15,17 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnbref import blockwise
-from bnbref.blockwise import block_count, check_blocksize, check_float
-from bnbref.codebooks import DYNAMIC, DYNAMIC_UNSIGNED, is_table_of, value_table
+from bnbref.blockwise import check_blocksize, check_float
 from bnbref.optim import paging
-from bnbref.optim.equation import Equation, check, layout, numbers, write_down
-from bnbref.optim.rules import Rule, State, absmax_key, qmap_key
+from bnbref.optim.equation import Equation, at_step, check, layout
+from bnbref.optim.rules import Rule
+from bnbref.optim.saved import gathered, packed, unpacked
 from bnbref.optim.settings import ANYWHERE, GlobalOptimManager, check_settings
-from bnbref.optim.sharding import gather, gather_scales, local, shard_of
+from bnbref.optim.sharding import local, shard_of
 from bnbref.optim.update import Tails, new_state, step
-
-WRAPPED = "__bnb_optimizer_quant_state__"
 
 _MANY = 8  # equations of one rule: a few numbers are changed by hand, more are computed
 
@@ -60,46 +55,25 @@ class Optimizer(torch.optim.Optimizer):
     rule: Rule
 
     def __init__(
-        self,
-        params: Any,
-        rule: Rule,
-        defaults: Mapping[str, Any],
-        *,
-        optim_bits: int = 32,
-        min_8bit_size: int = 4096,
-        blocksize: int = 256,
-        max_unorm: float = 0.0,
-        is_paged: bool = False,
-        page_directory: str | Path | None = None,
-        page_bytes: int = paging.PAGE_BYTES,
-        stochastic_rounding: bool = False,
-        generator: torch.Generator | None = None,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        fused: bool | None = None,
-        capturable: bool = False,
-        differentiable: bool = False,
-    ) -> None:
+        self, params: Any, rule: Rule, defaults: Mapping[str, Any], *, optim_bits: int = 32, min_8bit_size: int = 4096,
+        blocksize: int = 256, max_unorm: float = 0.0, is_paged: bool = False, page_directory: str | Path | None = None,
+        page_bytes: int = paging.PAGE_BYTES, stochastic_rounding: bool = False,
+        generator: torch.Generator | None = None, maximize: bool = False, foreach: bool | None = None,
+        fused: bool | None = None, capturable: bool = False, differentiable: bool = False,
+    ) -> None:  # fmt: skip
         self.rule = check(rule)
         self._layout = layout(rule)
         self._sources: set[str] = set()
         self.is_paged = is_paged
-        self._own = {
-            "optim_bits": optim_bits,
-            "min_8bit_size": min_8bit_size,
-            "blocksize": blocksize,
-            "max_unorm": max_unorm if rule.clipped else 0.0,
-            "stochastic_rounding": stochastic_rounding,
-            "maximize": maximize,
-        }
-        placed = {
-            "is_paged": is_paged,
-            "page_directory": page_directory,
-            "page_bytes": page_bytes,
-            "generator": generator,
-        }
-        torchs = {"foreach": foreach, "fused": fused, "capturable": capturable, "differentiable": differentiable}
-        check_settings({**self._own, **placed, **torchs})
+        self._own: dict[str, Any] = {
+            "optim_bits": optim_bits, "min_8bit_size": min_8bit_size, "blocksize": blocksize,
+            "max_unorm": max_unorm if rule.clipped else 0.0, "stochastic_rounding": stochastic_rounding, "maximize": maximize,
+        }  # fmt: skip
+        others = {
+            "is_paged": is_paged, "page_directory": page_directory, "page_bytes": page_bytes, "generator": generator,
+            "foreach": foreach, "fused": fused, "capturable": capturable, "differentiable": differentiable,
+        }  # fmt: skip
+        check_settings({**self._own, **others})
         self._generator = generator
         self._placement = paging.Placement(is_paged, page_directory, page_bytes)
         super().__init__(params, dict(defaults))
@@ -112,13 +86,13 @@ class Optimizer(torch.optim.Optimizer):
         group = self.param_groups[-1]
         try:
             self._check(group)
-            self._equation(numbers(self.rule, 1, {**self._own, **group}))
+            self._at_step(1, {**self._own, **group})
         except (TypeError, ValueError, NotImplementedError):
             self.param_groups.pop()
             raise
 
     def _check(self, settings: Mapping[str, Any]) -> None:
-        """Raise if a setting of a group or of one parameter is none, or one that only the constructor takes."""
+        """Raise if a setting of a group or of one parameter is not valid, or one that only the constructor takes."""
         check_settings(settings)
         here = {*self._own, *self.defaults}
         taken = {name for made in (Optimizer, type(self)) for name in inspect.signature(made.__init__).parameters}
@@ -129,13 +103,15 @@ class Optimizer(torch.optim.Optimizer):
                     f"{sorted(here)}"
                 )
 
-    def _equation(self, coefficients: Mapping[str, float]) -> Equation:
-        """What the rule computes now."""
+    def _at_step(
+        self, t: int, config: Mapping[str, Any], device: torch.device | None = None
+    ) -> tuple[Equation, Tensor]:
+        """What the rule computes now, and its coefficients in step t."""
         if layout(self.rule) != self._layout:
             raise RuntimeError(
                 f"states or codebooks of {self.rule!r} are not those that it had when the optimizer was made: {self._layout}"
             )
-        equation = write_down(self.rule, tuple(coefficients))
+        equation, hyper = at_step(self.rule, t, config, device)
         if equation.source not in self._sources and len(self._sources) == _MANY:
             warnings.warn(
                 f"direction of {self.rule!r} has computed with other numbers in more than {_MANY} steps, and each of these is "
@@ -143,10 +119,10 @@ class Optimizer(torch.optim.Optimizer):
                 stacklevel=4,
             )
         self._sources.add(equation.source)
-        return equation
+        return equation, hyper
 
     def settings(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
-        """What holds for a parameter: the optimizer's settings, over them its group's, over those its overrides."""
+        """The settings of a parameter: those of `GlobalOptimManager`, then those of its group, then the optimizer's."""
         return {**self._own, **group, **GlobalOptimManager.get_instance().overrides().get(p, {})}
 
     # ---- step -------------------------------------------------------------------------------------------------------
@@ -160,33 +136,35 @@ class Optimizer(torch.optim.Optimizer):
                 loss = closure()
         jobs = self._jobs()
         # Before anything is changed, what might be refused: the coefficients of each group and step, and the rule.
-        planned: dict[Any, tuple[Equation, dict[str, float], Tensor]] = {}
+        planned: dict[Any, tuple[Equation, Tensor]] = {}
         for p, _, config in jobs:
             t = self.state[p].get("step", 0) + 1
             key = (id(config), t, p.device)
             if key not in planned:
-                coefficients = numbers(self.rule, t, config)
-                hyper = torch.tensor(list(coefficients.values()), dtype=torch.float32)
-                planned[key] = self._equation(coefficients), coefficients, hyper.to(p.device)
+                planned[key] = self._at_step(t, config, p.device)
         self._placement.begin()
         for p, _, config in jobs:
             if not self.state[p]:
-                self.state[p] = self._new_state(p, config)
+                self.state[p] = self.new_state(p, config, self._memory(p))
         tails = Tails()
         states = self._placement.stream([(p.device, self.state[p]) for p, _, _ in jobs])
         for (p, grad, config), state in zip(jobs, states, strict=True):
             t = self.state[p]["step"] = self.state[p]["step"] + 1
-            self._update(p, grad, state, config, *planned[id(config), t, p.device], tails)
+            self._update(*planned[id(config), t, p.device], p, grad, state, config, tails)
             if state is not self.state[p]:  # in pages, which are written back before the next ones come
                 tails.run()
         tails.run()
         if self._placement.directory is not None:
-            everything = [p for group in self.param_groups for p in group["params"]]
-            self._placement.end({i: self.state[p]["step"] for i, p in enumerate(everything) if self.state.get(p)})
+            steps = {i: self.state[p]["step"] for i, p in enumerate(self._parameters()) if self.state.get(p)}
+            self._placement.end(steps)
         return loss
 
+    def _parameters(self) -> list[Tensor]:
+        """All parameters, by the indices that they have in a state dict."""
+        return [p for group in self.param_groups for p in group["params"]]
+
     def _jobs(self) -> list[tuple[Tensor, Tensor, dict[str, Any]]]:
-        """The parameters that have a gradient, what of it is here, and their settings."""
+        """The parameters that have a gradient, the part of it that this rank has, and their settings."""
         overrides = GlobalOptimManager.get_instance().overrides()
         jobs = []
         for group in self.param_groups:
@@ -221,16 +199,9 @@ class Optimizer(torch.optim.Optimizer):
         return here
 
     def _update(
-        self,
-        p: Tensor,
-        grad: Tensor,
-        state: Mapping[str, Any],
-        config: Mapping[str, Any],
-        equation: Equation,
-        coefficients: dict[str, float],
-        hyper: Tensor,
+        self, equation: Equation, hyper: Tensor, p: Tensor, grad: Tensor, state: Mapping[str, Any], config: Mapping[str, Any],
         tails: Tails,
-    ) -> None:
+    ) -> None:  # fmt: skip
         own, noise = local(p.detach()), None
         if config["stochastic_rounding"] and p.dtype == torch.bfloat16:
             noise = torch.randint(
@@ -239,11 +210,10 @@ class Optimizer(torch.optim.Optimizer):
         flat = own.contiguous()
         step(
             equation,
+            hyper,
             flat,
             -grad if config["maximize"] else grad,
             state,
-            coefficients,
-            hyper,
             blocksize=config["blocksize"],
             noise=noise,
             max_norm=config["max_unorm"],
@@ -253,7 +223,8 @@ class Optimizer(torch.optim.Optimizer):
         if flat.data_ptr() != own.data_ptr():
             own.copy_(flat)
 
-    def _new_state(self, p: Tensor, config: Mapping[str, Any]) -> dict[str, Any]:
+    def new_state(self, p: Tensor, config: Mapping[str, Any], empty: Callable[..., Tensor]) -> dict[str, Any]:
+        """The state of p before its first step, by the settings of `settings`. empty: as `update.new_state` takes it."""
         bits = 8 if config["optim_bits"] == 8 and p.numel() >= config["min_8bit_size"] else 32
         blocksize = check_blocksize(config["blocksize"], p.numel())
         shard = shard_of(p)
@@ -262,12 +233,11 @@ class Optimizer(torch.optim.Optimizer):
                 f"page_directory takes whole parameters: one of shape {tuple(p.shape)} is sharded, and what its ranks would "
                 f"write is no checkpoint"
             )
-        return {"step": 0, **new_state(self.rule, local(p).shape, bits, blocksize, self._memory(p), shard)}
+        return {"step": 0, **new_state(self.rule, local(p).shape, bits, blocksize, empty, shard)}
 
     def _memory(self, p: Tensor) -> Callable[[str, Any, torch.dtype], Tensor]:
-        """Gives memory to a state of p."""
-        everything = (q for group in self.param_groups for q in group["params"])
-        index = next(i for i, q in enumerate(everything) if q is p)
+        """A function that gives memory to a state of p, of its key, shape and dtype."""
+        index = next(i for i, q in enumerate(self._parameters()) if q is p)
 
         def empty(key: str, shape: Any, dtype: torch.dtype) -> Tensor:
             return self._placement.empty(p.device, local(p).numel(), f"{index}.{key}", shape, dtype)
@@ -277,47 +247,16 @@ class Optimizer(torch.optim.Optimizer):
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """In bitsandbytes' layout, which its optimizers load; loads with `weights_only=True`.
+        """Settings and states in the layout of bitsandbytes, whose optimizers load it, as does `torch.load(weights_only=True)`.
 
         States of sharded parameters are whole, on the CPU, and the same as without sharding, for any number of ranks to load:
         it is a collective call.
         """
-        packed = super().state_dict()
-        everything = [p for group in self.param_groups for p in group["params"]]
-        packed["state"] = {
-            i: self._packed(self._gathered(everything[i], state)) if isinstance(i, int) else state
-            for i, state in packed["state"].items()
-        }
-        return packed
-
-    def _gathered(self, p: Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
-        """The state of the whole parameter."""
-        shard = shard_of(p)
-        if shard is None or not state:
-            return dict(state)
-        whole: dict[str, Any] = {"step": state["step"]}
-        for s in self.rule.states:
-            whole[s.key] = gather(p, state[s.key])
-            if state[s.key].dtype == torch.uint8:
-                blocksize = check_blocksize(self._own["blocksize"], p.numel())  # type: ignore[arg-type]
-                whole[absmax_key(s.key)] = gather_scales(shard, state[absmax_key(s.key)], blocksize)
+        whole, parameters = super().state_dict(), self._parameters()
+        for i, state in whole["state"].items():
+            if isinstance(i, int):
+                whole["state"][i] = packed(self.rule, gathered(self.rule, parameters[i], state, self._own["blocksize"]))
         return whole
-
-    def _packed(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        wrapped: dict[str, Any] = {}
-        for s in self.rule.states:
-            if s.key not in state or s.key in self.rule.stacked[1:]:
-                continue
-            keys = self.rule.stacked if s.key in self.rule.stacked else (s.key,)
-            for name in (str, absmax_key):
-                parts = [state[name(key)] for key in keys if name(key) in state]
-                if parts:
-                    wrapped[name(s.key)] = parts[0] if len(parts) == 1 else torch.stack(parts)
-            if state[s.key].dtype == torch.uint8:
-                wrapped[qmap_key(s.key)] = value_table(self.rule.codebook(s), torch.device("cpu"))
-        if self.rule.clipped and wrapped:
-            wrapped["unorm_vec"] = torch.zeros(1)  # room that bitsandbytes expects to find
-        return {"step": state["step"], WRAPPED: wrapped} if wrapped else {"step": state["step"]}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], move_to_device: bool = True) -> None:
         """Load what `state_dict` of this class or of bitsandbytes' gave, wrapped or not.
@@ -337,72 +276,11 @@ class Optimizer(torch.optim.Optimizer):
                 group.setdefault(name, value)
         for p, value in list(self.state.items()):
             if isinstance(value, _Held):
-                self.state[p] = self._unpacked(p, value.state)
+                self.state[p] = unpacked(self.rule, p, value.state, self._own["blocksize"], self._memory(p))
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("rule", "is_paged", "_own", "_layout", "_sources", "_generator", "_placement")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
-
-    def _unpacked(self, p: Tensor, saved: dict[str, Any]) -> dict[str, Any]:
-        saved = {**saved, **saved.pop(WRAPPED, {})}
-        if not saved:
-            return {}
-        state: dict[str, Any] = {"step": int(saved["step"])}
-        empty = self._memory(p)
-        shard, shape = shard_of(p), tuple(local(p).shape)
-
-        def mine(tensor: Tensor) -> Tensor:
-            """Of the whole, in one row, what is here."""
-            flat = tensor.reshape(-1)
-            return (flat if shard is None else flat[shard.start : shard.stop]).view(shape)
-
-        for s in self.rule.states:
-            stacked = s.key in self.rule.stacked and self.rule.stacked[-1] not in saved
-            first = self.rule.stacked[0] if stacked else s.key
-
-            def part(key: str, stacked: bool = stacked, own: str = s.key) -> Tensor:
-                if key not in saved:
-                    raise ValueError(f"the saved state has no {key!r}, only {sorted(saved)}")
-                tensor: Tensor = saved[key]
-                return tensor[self.rule.stacked.index(own)] if stacked else tensor
-
-            tensor = part(first)
-            if tensor.numel() != p.numel():
-                raise ValueError(f"saved {first} has {tensor.numel()} elements, its parameter has {p.numel()}")
-            if tensor.dtype != torch.uint8 and not tensor.is_floating_point():
-                raise ValueError(f"saved {first} must be uint8 codes or floats, got {tensor.dtype}")
-            if tensor.dtype != torch.uint8:
-                state[s.key] = empty(s.key, shape, torch.float32).copy_(mine(tensor))
-                continue
-            codes, scales = self._translated(tensor, part(absmax_key(first)), saved.get(qmap_key(first)), s)
-            if shard is not None:
-                blocks = shard.blocks(check_blocksize(self._own["blocksize"], p.numel()))  # type: ignore[arg-type]
-                scales = scales[blocks.start : blocks.stop]
-            state[s.key] = empty(s.key, shape, torch.uint8).copy_(mine(codes))
-            state[absmax_key(s.key)] = empty(absmax_key(s.key), tuple(scales.shape), torch.float32).copy_(scales)
-        return state
-
-    def _translated(self, codes: Tensor, absmax: Tensor, values: Tensor | None, state: State) -> tuple[Tensor, Tensor]:
-        """Codes and scales of this package's codebook, of codes whose values are `values`."""
-        blocksize = check_blocksize(self._own["blocksize"], codes.numel())  # type: ignore[arg-type]
-        absmax = absmax.reshape(-1)
-        if absmax.numel() != block_count(codes.numel(), blocksize):
-            raise ValueError(
-                f"saved absmax has {absmax.numel()} scales for {codes.numel()} codes: not blocks of {blocksize}; "
-                f"blocksize=... must be that of the optimizer that saved it"
-            )
-        if not absmax.is_floating_point() or not bool((absmax.isfinite() & (absmax >= 0)).all()):
-            raise ValueError(f"saved {absmax_key(state.key)} has scales that are no floats, NaN, infinite or negative")
-        book = self.rule.codebook(state)
-        if values is None or is_table_of(values, book):
-            return codes, absmax
-        if not any(is_table_of(values, known) for known in (*self.rule.codebooks, DYNAMIC, DYNAMIC_UNSIGNED)):
-            raise ValueError(
-                f"saved {qmap_key(state.key)} is no map of {self.rule!r}, nor a dynamic map: its codes mean nothing"
-            )
-        values = values.to(codes.device, torch.float32)
-        decoded = blockwise.dequantize(codes, absmax, values, blocksize, torch.float32)
-        return blockwise.quantize(decoded, book, blocksize)
 
 
 class _Held:

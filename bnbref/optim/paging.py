@@ -13,7 +13,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,24 +27,8 @@ PAGE_BYTES = 2**28
 Tensors = Mapping[str, Any]
 
 
-class Copies(Protocol):
-    """Copies beside the computation. What `fetch` returns may be used after `wait`."""
-
-    def fetch(self, host: Sequence[Tensor]) -> tuple[list[Tensor], Any]:
-        """Start to copy to the device."""
-
-    def wait(self, event: Any) -> None:
-        """Let the computation that follows wait for a fetch."""
-
-    def write_back(self, host: Sequence[Tensor], device: Sequence[Tensor]) -> None:
-        """Start to copy to the host what the computation so far leaves on the device."""
-
-    def finish(self) -> None:
-        """Wait until the host has everything."""
-
-
 class SideStreams:
-    """Copies of CUDA, a stream each way: the link carries both at once.
+    """Copies beside the computation on CUDA, a stream each way: the link carries both at once.
 
     Device memory belongs to the stream that fetches, which reuses it when the other one has drained it.
     """
@@ -54,13 +38,16 @@ class SideStreams:
         self._fetching, self._writing = torch.cuda.Stream(device), torch.cuda.Stream(device)
 
     def fetch(self, host: Sequence[Tensor]) -> tuple[list[Tensor], Any]:
+        """Start to copy to the device. What is returned may be used after `wait`."""
         with torch.cuda.stream(self._fetching):
             return [x.to(self._device, non_blocking=True) for x in host], self._fetching.record_event()
 
     def wait(self, event: Any) -> None:
+        """Let the computation that follows wait for a fetch."""
         torch.cuda.current_stream(self._device).wait_event(event)
 
     def write_back(self, host: Sequence[Tensor], device: Sequence[Tensor]) -> None:
+        """Start to copy to the host what the computation so far leaves on the device."""
         self._writing.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._writing):
             for target, x in zip(host, device, strict=True):
@@ -68,6 +55,7 @@ class SideStreams:
         self._fetching.wait_stream(self._writing)
 
     def finish(self) -> None:
+        """Wait until the host has everything."""
         self._writing.synchronize()
 
 
@@ -75,19 +63,16 @@ class Placement:
     """Gives memory to new states, and brings states to their parameters' devices, one parameter after another."""
 
     def __init__(
-        self,
-        is_paged: bool = False,
-        directory: str | Path | None = None,
-        page_bytes: int = PAGE_BYTES,
-        copies: Callable[[torch.device], Copies] = SideStreams,
-    ) -> None:
+        self, is_paged: bool = False, directory: str | Path | None = None, page_bytes: int = PAGE_BYTES,
+        copies: Callable[[torch.device], SideStreams] = SideStreams,
+    ) -> None:  # fmt: skip
         if page_bytes < 1:
             raise ValueError(f"page_bytes must be at least 1, got {page_bytes}")
         self.is_paged = is_paged
         self.directory = None if directory is None else Path(directory)
         self._page_bytes = page_bytes
         self._make = copies
-        self._made: dict[torch.device, Copies] = {}
+        self._made: dict[torch.device, SideStreams] = {}
         self._warned = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -150,7 +135,7 @@ class Placement:
     def _is_away(self, x: Tensor, device: torch.device) -> bool:
         return x.device != device
 
-    def _copies(self, device: torch.device) -> Copies:
+    def _copies(self, device: torch.device) -> SideStreams:
         if device not in self._made:
             self._made[device] = self._make(device)
         return self._made[device]

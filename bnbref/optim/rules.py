@@ -31,7 +31,7 @@ class State:
 
 
 def absmax_key(key: str) -> str:
-    """Where the scales of a state in 8 bits are.
+    """The key under which the scales of an 8-bit state are kept.
 
     >>> absmax_key("state1"), absmax_key("momentum")
     ('absmax1', 'momentum_absmax')
@@ -40,7 +40,7 @@ def absmax_key(key: str) -> str:
 
 
 def qmap_key(key: str) -> str:
-    """Where the values of its codes are, in a `state_dict`."""
+    """The key under which a `state_dict` has the values of the codes of an 8-bit state."""
     return _beside(key, "qmap")
 
 
@@ -76,7 +76,7 @@ class Rule:
     clipped: bool = False
 
     def codebook(self, state: State) -> Codebook:
-        """What codes a state in 8 bits."""
+        """The codebook of a state in 8 bits."""
         return self.codebooks[0 if state.signed else 1]
 
     def coefficients(self, t: int, group: Mapping[str, Any]) -> dict[str, float]:
@@ -84,9 +84,9 @@ class Rule:
         raise NotImplementedError(f"{self!r} has no coefficients: a rule says what its rate and decay are")
 
     def direction(self, *args: Any) -> tuple[Tensor, ...]:
-        """float32 (p, g, *states, c) -> (direction, *new states), element by element: only `+ - * /`, `sqrt`, comparisons.
+        """The direction of a step and the new states, element by element, by `+ - * /`, `sqrt` and comparisons alone.
 
-        c: the `Coefficients` of this step.
+        A subclass takes `(p, g, *states, c)`: parameter, gradient and states in float32, and the `Coefficients` of this step.
         """
         raise NotImplementedError(f"{self!r} has no direction: a rule says where a parameter goes")
 
@@ -109,12 +109,12 @@ def averages(**betas: float) -> dict[str, float]:
 
 
 def decoupled(group: Mapping[str, Any]) -> dict[str, float]:
-    """Rate lr, and weight decay of the parameter itself, before the step."""
+    """Coefficients for decoupled weight decay: the rate is lr, and the parameter itself decays, before the step."""
     return {"rate": group["lr"], "decay": 1 - group["lr"] * group["weight_decay"]}
 
 
 def coupled(group: Mapping[str, Any]) -> dict[str, float]:
-    """Rate lr, and weight decay by way of the gradient, which the direction adds to it."""
+    """Coefficients for coupled weight decay: the rate is lr, and the direction adds wd times the parameter to the gradient."""
     return {"rate": group["lr"], "decay": 1.0, "wd": group["weight_decay"]}
 
 

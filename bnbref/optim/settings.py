@@ -1,4 +1,4 @@
-"""Settings: of an optimizer, of a group of parameters, of a single one. What is none is refused by name."""
+"""Settings of an optimizer, of a group of parameters, of a single parameter. One that is not valid is refused by name."""
 
 import math
 import weakref
@@ -31,7 +31,7 @@ ANYWHERE = {"params", "foreach", "fused", *_REFUSED}
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
-    """Raise TypeError, ValueError or NotImplementedError, naming the setting, if one is none.
+    """Raise TypeError, ValueError or NotImplementedError, naming the setting, if one is not valid.
 
     >>> check_settings({"lr": 1e-3, "betas": (0.9, 0.999), "optim_bits": 8, "foreach": None})
     """
@@ -92,13 +92,10 @@ class GlobalOptimManager:
         """Nothing to do: an override belongs to its parameter, before and after the optimizer is made."""
 
     def override_config(
-        self,
-        parameters: Tensor | Iterable[Tensor],
-        key: str | None = None,
-        value: Any = None,
+        self, parameters: Tensor | Iterable[Tensor], key: str | None = None, value: Any = None,
         key_value_dict: Mapping[str, Any] | None = None,
-    ) -> None:
-        """For these parameters set `key` to `value`, or several at once: lr, betas, optim_bits, min_8bit_size and so on."""
+    ) -> None:  # fmt: skip
+        """Override the setting `key` of these parameters, or several: lr, betas, optim_bits, min_8bit_size and so on."""
         if (key is None) == (key_value_dict is None):
             raise ValueError(
                 f"override_config takes key and value, or key_value_dict, got {key!r} and {key_value_dict!r}"

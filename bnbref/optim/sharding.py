@@ -23,7 +23,10 @@ from bnbref.blockwise import block_count
 
 @dataclass(frozen=True)
 class Shard:
-    """What one of several ranks has of a tensor: elements `bounds[rank]` to `bounds[rank + 1]` in row-major order."""
+    """What one of several ranks has of a tensor: elements `bounds[rank]` to `bounds[rank + 1]` in row-major order.
+
+    group: the process group of the ranks; None if there is one rank alone.
+    """
 
     bounds: tuple[int, ...]
     rank: int
@@ -72,7 +75,7 @@ class Shard:
         return sorted({bound // blocksize for bound in self.bounds if bound % blocksize and bound < self.numel})
 
     def part(self, block: int, blocksize: int) -> tuple[slice, slice]:
-        """Of a block: the elements that are here, counted from `start`, and their places in the block."""
+        """The part of a block that this rank has: its elements here, counted from `start`, and their places in the block."""
         first = max(self.start, block * blocksize)
         last = max(first, min(self.stop, (block + 1) * blocksize))
         offset = block * blocksize
@@ -109,7 +112,7 @@ def shard_of(p: Tensor) -> Shard | None:
 
 
 def local(x: Tensor) -> Tensor:
-    """What this rank has of a tensor."""
+    """The part of a tensor that this rank has: of a DTensor its local tensor, of any other tensor all of it."""
     return x.to_local() if hasattr(x, "to_local") else x
 
 
@@ -119,9 +122,10 @@ _INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
 def complete(shard: Shard, blocksize: int, tensors: Sequence[Tensor], fill: Sequence[int]) -> list[Tensor]:
-    """Of each tensor, the local elements of the whole one, its cut blocks: `[blocks, blocksize]`, the same on all ranks.
+    """The cut blocks of each tensor, completed: `[blocks, blocksize]`, the same on all ranks.
 
-    fill: for each tensor the integer that follows its last element. A collective call.
+    tensors: the elements that this rank has of each. fill: for each tensor the integer that pads it after its last element. A
+    collective call.
     """
     blocks = shard.cut(blocksize)
     words = torch.zeros(len(tensors), len(blocks), blocksize, dtype=torch.int32, device=tensors[0].device)
@@ -147,7 +151,7 @@ def total(shard: Shard | None, x: Tensor) -> Tensor:
 
 
 def gather(p: Tensor, x: Tensor) -> Tensor:
-    """The whole of a state of which every rank has what it has of p, on the CPU. A collective call."""
+    """A whole state, on the CPU. x: the part of it that belongs to this rank's part of p. A collective call."""
     from torch.distributed.tensor import DTensor
 
     if not isinstance(p, DTensor):
@@ -157,7 +161,7 @@ def gather(p: Tensor, x: Tensor) -> Tensor:
 
 
 def gather_scales(shard: Shard, absmax: Tensor, blocksize: int) -> Tensor:
-    """The scales of all blocks, on the CPU. A collective call."""
+    """The scales of all blocks of a state, on the CPU. absmax: of the blocks of this rank's part. A collective call."""
     whole = absmax.new_zeros(block_count(shard.numel, blocksize))
     own = shard.blocks(blocksize)
     whole[own.start : own.stop] = absmax

@@ -21,6 +21,7 @@ from torch import Tensor
 from bnbref.blockwise import encode, magnitude, reciprocal
 from bnbref.codebooks import value_table
 from bnbref.kernels import fused
+from bnbref.optim.equation import Equation
 from bnbref.optim.rules import Coefficients, Rule
 
 # The square of a larger gradient is no float32. The gradient is asked and not the new state, which Inductor would then write to
@@ -35,11 +36,14 @@ ByState = Callable[[int, Tensor], Tensor]
 
 
 def advance(
-    rule: Rule, names: tuple[str, ...], p: Tensor, g: Tensor, states: Sequence[Tensor], hyper: Tensor
+    rule: Equation, p: Tensor, g: Tensor, states: Sequence[Tensor], hyper: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """`(finite, new p, direction, new states)` in float32; where not finite the old p and states, and 0."""
+    """One step in float32: where the gradient is finite, the new p, the direction and the new states.
+
+    Where the gradient is not finite, p and the states are what they were, and the direction is 0.
+    """
     p, g = p.float(), g.float()
-    c = Coefficients(names, hyper)
+    c = Coefficients(rule.names, hyper)
     direction, *new = rule.direction(p, g, *states, c)
     finite = g.abs() <= LARGEST_GRADIENT
     kept = [torch.where(finite, now, before) for now, before in zip(new, states, strict=True)]
@@ -47,7 +51,10 @@ def advance(
 
 
 def rounded(x: Tensor, dtype: torch.dtype, noise: Tensor | None) -> Tensor:
-    """To nearest; with 16 random bits to bfloat16 up or down, with the probability that makes the mean x."""
+    """x rounded to the nearest number of a dtype.
+
+    noise: 16 random bits for each element, as int16. With them x is rounded to bfloat16 up or down, so that the mean is x.
+    """
     if noise is None:
         return x.to(dtype)
     bits = (x.view(torch.int32) + (noise.to(torch.int32) & 0xFFFF)) & -0x10000
@@ -59,19 +66,20 @@ def rounded(x: Tensor, dtype: torch.dtype, noise: Tensor | None) -> Tensor:
 
 @fused(dynamic={"p": (0,), "g": (0,), "noise": (0,), "states": (0,)}, writes=("p", "states"))
 def step_elements(
-    p: Tensor, g: Tensor, hyper: Tensor, noise: Tensor | None, *states: Tensor, rule: Rule, names: tuple[str, ...]
+    p: Tensor, g: Tensor, hyper: Tensor, noise: Tensor | None, *states: Tensor, rule: Equation
 ) -> tuple[Tensor, ...]:
-    """New p, and float32 states, all `[n]`; hyper: the float32 coefficients called `names`; noise: int16 or None.  Exact."""
-    _, p_new, _, new = advance(rule, names, p, g, states, hyper)
+    """The new p and the new states, float32.  Exact.
+
+    p, g, states: `[n]`. hyper: the rule's coefficients in float32. noise: int16 `[n]` for stochastic rounding, or None.
+    """
+    _, p_new, _, new = advance(rule, p, g, states, hyper)
     return (rounded(p_new, p.dtype, noise), *new)
 
 
 @fused(dynamic={"p": (0,), "g": (0,), "states": (0,)})
-def direction_elements(
-    p: Tensor, g: Tensor, hyper: Tensor, *states: Tensor, rule: Rule, names: tuple[str, ...]
-) -> Tensor:
+def direction_elements(p: Tensor, g: Tensor, hyper: Tensor, *states: Tensor, rule: Equation) -> Tensor:
     """The direction that `step_elements` would take, float32 `[n]`.  Exact."""
-    return advance(rule, names, p, g, states, hyper)[2]
+    return advance(rule, p, g, states, hyper)[2]
 
 
 # ---- eight bits -----------------------------------------------------------------------------------------------------
@@ -79,24 +87,17 @@ def direction_elements(
 
 
 def decoded(states: Sequence[Tensor], values: ByState) -> list[Tensor]:
-    """The states in float32: `values` of the codes times the scales."""
+    """The states in float32: the value of each code, which `values` looks up, times the scale of its block."""
     pairs = enumerate(zip(states[::2], states[1::2], strict=True))
     return [values(i, codes) * rearrange(absmax, "b -> b 1") for i, (codes, absmax) in pairs]
 
 
 def advance_blocks(
-    p: Tensor,
-    g: Tensor,
-    hyper: Tensor,
-    noise: Tensor | None,
-    states: Sequence[Tensor],
-    rule: Rule,
-    names: tuple[str, ...],
-    values: ByState,
+    rule: Equation, p: Tensor, g: Tensor, hyper: Tensor, noise: Tensor | None, states: Sequence[Tensor], values: ByState,
     codes: ByState,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, ...]:  # fmt: skip
     """What `step_blocks` returns, with states decoded by `values` and encoded by `codes`."""
-    finite, p_new, _, new = advance(rule, names, p, g, decoded(states, values), hyper)
+    finite, p_new, _, new = advance(rule, p, g, decoded(states, values), hyper)
     results = [rounded(p_new, p.dtype, noise)]
     for i, (x, before) in enumerate(zip(new, states[1::2], strict=True)):
         # An element that stays holds its block's absmax where it was, lest it move by the rounding of another scale.
@@ -115,16 +116,18 @@ def _code(rule: Rule, i: int, scaled: Tensor) -> Tensor:
 
 @fused(dynamic={"p": (0,), "g": (0,), "noise": (0,), "states": (0,)}, writes=("p", "states"))
 def step_blocks(
-    p: Tensor, g: Tensor, hyper: Tensor, noise: Tensor | None, *states: Tensor, rule: Rule, names: tuple[str, ...]
+    p: Tensor, g: Tensor, hyper: Tensor, noise: Tensor | None, *states: Tensor, rule: Equation
 ) -> tuple[Tensor, ...]:
-    """New p `[blocks, blocksize]`, then of each state the codes and the scales.  Exact."""
-    values, codes = (lambda i, x, f=f: f(rule, i, x) for f in (_value, _code))
-    return advance_blocks(p, g, hyper, noise, states, rule, names, values, codes)
+    """The new p, and then the codes and the scales of each new state.  Exact.
+
+    p, g: `[blocks, blocksize]`. hyper: the rule's coefficients in float32. noise: int16, shaped like p, or None.
+    """
+    return advance_blocks(
+        rule, p, g, hyper, noise, states, lambda i, x: _value(rule, i, x), lambda i, x: _code(rule, i, x)
+    )
 
 
 @fused(dynamic={"p": (0,), "g": (0,), "states": (0,)})
-def direction_blocks(
-    p: Tensor, g: Tensor, hyper: Tensor, *states: Tensor, rule: Rule, names: tuple[str, ...]
-) -> Tensor:
+def direction_blocks(p: Tensor, g: Tensor, hyper: Tensor, *states: Tensor, rule: Equation) -> Tensor:
     """The direction that `step_blocks` would take, float32 `[blocks, blocksize]`.  Exact."""
-    return advance(rule, names, p, g, decoded(states, lambda i, x: _value(rule, i, x)), hyper)[2]
+    return advance(rule, p, g, decoded(states, lambda i, x: _value(rule, i, x)), hyper)[2]

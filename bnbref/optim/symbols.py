@@ -88,15 +88,17 @@ def _where(r: Recording, condition: Any, x: Any, y: Any) -> Any:
     return r.add(f"where({r.condition(condition)}, {r.tensor(x)}, {r.tensor(y)})")
 
 
-def _maximum(r: Recording, x: Any, y: Any) -> Any:
-    """By comparisons: which zero, and which NaN, is then no question of vectors. x if x >= y or x is NaN, else y."""
-    a, b = r.operand(x), r.operand(y)
-    return _where(r, r.add(f"({a} >= {b}) | ({a} != {a})", True), x, y)
+def _extreme(sign: str) -> Callable[..., Any]:
+    """x if it is on that side of y, or equal, or NaN, else y. So which zero, and which NaN, is no question of vectors."""
+
+    def apply(r: Recording, x: Any, y: Any) -> Any:
+        a, b = r.operand(x), r.operand(y)
+        return _where(r, r.add(f"({a} {sign}= {b}) | ({a} != {a})", True), x, y)
+
+    return apply
 
 
-def _minimum(r: Recording, x: Any, y: Any) -> Any:
-    a, b = r.operand(x), r.operand(y)
-    return _where(r, r.add(f"({a} <= {b}) | ({a} != {a})", True), x, y)
+_maximum, _minimum = _extreme(">"), _extreme("<")
 
 
 def _clamp(r: Recording, x: Any, min: Any = None, max: Any = None) -> Any:  # noqa: A002, torch's names

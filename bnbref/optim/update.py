@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bnbref.blockwise import block_count, check_blocksize
-from bnbref.optim.equation import write_down
+from bnbref.optim.equation import Equation
 from bnbref.optim.layout import Coded, Part, completed, padded, sliced, split, zeros_of
 from bnbref.optim.rules import Rule, absmax_key
 from bnbref.optim.sharding import Shard, total
@@ -20,16 +20,12 @@ from bnbref.optim.step import direction_blocks, direction_elements, step_blocks,
 
 
 def new_state(
-    rule: Rule,
-    shape: torch.Size,
-    bits: int,
-    blocksize: int,
-    empty: Callable[..., Tensor],
-    shard: Shard | None = None,
+    rule: Rule, shape: torch.Size, bits: int, blocksize: int, empty: Callable[..., Tensor], shard: Shard | None = None
 ) -> dict[str, Tensor]:
     """All states zero, under the keys of bitsandbytes: `state1` and, of 8 bits, `absmax1`.
 
-    bits: 32 or 8. `empty(key, shape, dtype)` gives the memory. shard: of what the shape is a part.
+    bits: 32 or 8. empty: gives the memory of a tensor, called with its key, shape and dtype. shard: where the part lies that
+    has this shape, of a parameter that is spread over ranks.
 
     >>> from bnbref.optim.rules import Adam
     >>> state = new_state(Adam(), torch.Size([300]), 8, 256, lambda key, shape, dtype: torch.empty(shape, dtype=dtype))
@@ -54,7 +50,7 @@ def _in_8_bits(rule: Rule, state: Mapping[str, Any]) -> bool:
 
 
 def _part(rule: Rule, p: Tensor, g: Tensor, noise: Tensor | None, state: Mapping[str, Any]) -> Part:
-    """All elements in a row, and the scales of their blocks."""
+    """A parameter with 8-bit states as one part: its elements in a row, and the scales of their blocks."""
     states = [Coded(state[s.key].view(-1), state[absmax_key(s.key)].view(-1)) for s in rule.states]
     return Part(p.view(-1), g.reshape(-1), noise, states)
 
@@ -63,40 +59,29 @@ def _in_float32(rule: Rule, state: Mapping[str, Any]) -> list[Tensor]:
     return [state[s.key].view(-1) for s in rule.states]
 
 
-def _run(part: Part, rule: Rule, names: tuple[str, ...], hyper: Tensor) -> None:
-    step_blocks(part.p, part.g, hyper, part.noise, *part.flat_states, rule=rule, names=names)
+def _run(part: Part, rule: Equation, hyper: Tensor) -> None:
+    step_blocks(part.p, part.g, hyper, part.noise, *part.flat_states, rule=rule)
 
 
 def step(
-    rule: Rule,
-    p: Tensor,
-    g: Tensor,
-    state: Mapping[str, Any],
-    coefficients: Mapping[str, float],
-    hyper: Tensor,
-    *,
-    blocksize: int,
-    noise: Tensor | None = None,
-    max_norm: float = 0.0,
-    shard: Shard | None = None,
-    tails: "Tails | None" = None,
-) -> None:
+    rule: Equation, hyper: Tensor, p: Tensor, g: Tensor, state: Mapping[str, Any], *, blocksize: int,
+    noise: Tensor | None = None, max_norm: float = 0.0, shard: Shard | None = None, tails: "Tails | None" = None,
+) -> None:  # fmt: skip
     """One step in place: of contiguous p by g of its shape, and of the state that `new_state` made.  Exact.
 
-    hyper: the values of `coefficients` as a float32 tensor. max_norm: for a rule that is `clipped`, the largest ratio of the
-    direction's norm to that of p, 0 for none; the norms are float sums, and their last bits depend on device, threads and
-    shards. shard: of what p, g and the state are a part; then it is a collective call. tails: where the last block waits for
-    those of other parameters, if it is incomplete; the step is over after `tails.run()`.
+    rule, hyper: as `equation.at_step` gives them. blocksize: of 8-bit states. noise: int16 `[numel]`, for stochastic rounding.
+    max_norm: for a rule that is `clipped`, the largest ratio of the direction's norm to that of p, 0 for none. The norms are
+    float sums, whose last bits depend on device, threads and shards. shard: where p, g and the state lie in a parameter that is
+    spread over ranks; then it is a collective call. tails: where an incomplete last block waits for those of other parameters;
+    the step is over after `tails.run()`.
     """
-    names = tuple(coefficients)
-    rule = write_down(rule, names)
     if max_norm > 0:
-        u = directions(rule, p, g, state, coefficients, hyper, blocksize=blocksize, shard=shard)
-        hyper = _clipped(hyper, names, p, u, max_norm, shard)
+        u = directions(rule, hyper, p, g, state, blocksize=blocksize, shard=shard)
+        hyper = _clipped(rule, hyper, p, u, max_norm, shard)
     if not _in_8_bits(rule, state):
         if p.numel() > 0:
             states = _in_float32(rule, state)
-            step_elements(p.view(-1), g.reshape(-1), hyper, noise, *states, rule=rule, names=names)
+            step_elements(p.view(-1), g.reshape(-1), hyper, noise, *states, rule=rule)
         return
     blocksize = check_blocksize(blocksize, p.numel() if shard is None else shard.numel)
     part = everything = _part(rule, p, g, noise, state)
@@ -104,37 +89,28 @@ def step(
         part = sliced(part, *shard.whole(blocksize), shard, blocksize)
     whole, rest = split(part, blocksize)
     if whole is not None:
-        _run(whole, rule, names, hyper)
+        _run(whole, rule, hyper)
     waiting = Tails() if tails is None or shard is not None else tails
     if rest is not None:
-        waiting.add(rule, names, hyper, blocksize, rest)
+        waiting.add(rule, hyper, blocksize, rest)
     if waiting is not tails:
         waiting.run()
     cut = None if shard is None else completed(everything, zeros_of(rule), blocksize, shard)
     if cut is not None:
-        _run(cut[0], rule, names, hyper)
+        _run(cut[0], rule, hyper)
         cut[1]()
 
 
 def directions(
-    rule: Rule,
-    p: Tensor,
-    g: Tensor,
-    state: Mapping[str, Any],
-    coefficients: Mapping[str, float],
-    hyper: Tensor,
-    *,
-    blocksize: int,
+    rule: Equation, hyper: Tensor, p: Tensor, g: Tensor, state: Mapping[str, Any], *, blocksize: int,
     shard: Shard | None = None,
-) -> Tensor:
-    """The direction of `step`, float32 `[numel]`, 0 where the gradient is not finite; nothing is changed.  Exact."""
-    names = tuple(coefficients)
-    rule = write_down(rule, names)
+) -> Tensor:  # fmt: skip
+    """The direction that `step` would take, float32 `[numel]`, 0 where the gradient is not finite.  Exact."""
     if p.numel() == 0:
         return p.new_empty(0, dtype=torch.float32)
     if not _in_8_bits(rule, state):
         states = _in_float32(rule, state)
-        return direction_elements(p.view(-1), g.reshape(-1), hyper, *states, rule=rule, names=names)
+        return direction_elements(p.view(-1), g.reshape(-1), hyper, *states, rule=rule)
     blocksize = check_blocksize(blocksize, p.numel() if shard is None else shard.numel)
     everything = _part(rule, p, g, None, state)
     # At each boundary of whole blocks what lies here is cut in two.
@@ -146,14 +122,12 @@ def directions(
             whole, rest = split(part, blocksize)
             rows = [whole] if whole is not None else []
             rows += [padded([rest], zeros_of(rule), blocksize)[0]] if rest is not None else []
-            u = [direction_blocks(x.p, x.g, hyper, *x.flat_states, rule=rule, names=names).view(-1) for x in rows]
+            u = [direction_blocks(x.p, x.g, hyper, *x.flat_states, rule=rule).view(-1) for x in rows]
             us.append(torch.cat(u)[: last - first])
     return torch.cat(us)
 
 
-def _clipped(
-    hyper: Tensor, names: tuple[str, ...], p: Tensor, u: Tensor, max_norm: float, shard: Shard | None
-) -> Tensor:
+def _clipped(rule: Equation, hyper: Tensor, p: Tensor, u: Tensor, max_norm: float, shard: Shard | None) -> Tensor:
     # A parameter that is all zeros could never leave: its step is not clipped.
     norms = torch.stack([torch.linalg.vector_norm(x, dtype=torch.float32) for x in (u, p)])
     if shard is not None:
@@ -161,7 +135,7 @@ def _clipped(
     norm, most = norms[0], max_norm * norms[1]
     ratio = torch.where((norm > most) & (most > 0), most / norm, 1.0)
     scale = torch.ones_like(hyper)
-    scale[names.index("rate")] = ratio
+    scale[rule.names.index("rate")] = ratio
     return hyper * scale
 
 
@@ -175,10 +149,10 @@ class Tails:
         self._waiting: dict[Any, tuple[Tensor, list[Part]]] = {}
         self._elements = 0
 
-    def add(self, rule: Rule, names: tuple[str, ...], hyper: Tensor, blocksize: int, rest: Part) -> None:
-        """What `split` left of a parameter, its gradient, noise and states."""
+    def add(self, rule: Equation, hyper: Tensor, blocksize: int, rest: Part) -> None:
+        """Let an incomplete last block, which `split` left of a parameter, wait."""
         p, g = rest.p, rest.g
-        key = (rule, names, blocksize, id(hyper), p.device, p.dtype, g.dtype, rest.noise is None)
+        key = (rule, blocksize, id(hyper), p.device, p.dtype, g.dtype, rest.noise is None)
         self._waiting.setdefault(key, (hyper, []))[1].append(rest)  # it holds hyper, whose id nobody else then has
         self._elements += p.numel()
         if self._elements >= 2**20:
@@ -186,9 +160,9 @@ class Tails:
 
     def run(self) -> None:
         """Step all that wait."""
-        for (rule, names, blocksize, *_), (hyper, rests) in self._waiting.items():
+        for (rule, blocksize, *_), (hyper, rests) in self._waiting.items():
             part, write_back = padded(rests, zeros_of(rule), blocksize)
-            _run(part, rule, names, hyper)
+            _run(part, rule, hyper)
             write_back()
         self._waiting.clear()
         self._elements = 0

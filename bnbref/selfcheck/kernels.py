@@ -15,6 +15,7 @@ from torch import Tensor
 from bnbref import blockwise, fourbit, int8, nested
 from bnbref.codebooks import DYNAMIC, DYNAMIC_UNSIGNED, FP4, NF4, value_table
 from bnbref.kernels import ordered
+from bnbref.optim.equation import at_step
 from bnbref.optim.rules import RULES, Rule
 from bnbref.optim.update import directions, new_state, step
 from bnbref.selfcheck import Check, Outputs, example
@@ -178,31 +179,26 @@ def _steps(x: Tensor, bits: int) -> Outputs:
     for rule in RULES.values():
         p, state = _fresh(x, rule, bits)
         for t, g in enumerate(gradients(), 1):
-            numbers = rule.coefficients(t, GROUP)
-            step(rule, p, g.to(x.device), state, numbers, _hyper(numbers, x), blocksize=256)
+            step(*at_step(rule, t, GROUP, x.device), p, g.to(x.device), state, blocksize=256)
             results += [p.clone(), *(y.clone() for y in state.values())]
     return tuple(results)
 
 
 def _directions(x: Tensor, bits: int) -> Outputs:
-    """Of the rules that are clipped: the others never ask for their direction alone."""
+    """The directions of the rules that are clipped: the others never ask for their direction alone."""
     results = []
     for rule in (rule for rule in RULES.values() if rule.clipped):
         p, state = _fresh(x, rule, bits)
         for t, g in enumerate(gradients(), 1):
-            numbers = rule.coefficients(t, GROUP)
-            results.append(directions(rule, p, g.to(x.device), state, numbers, _hyper(numbers, x), blocksize=256))
-            step(rule, p, g.to(x.device), state, numbers, _hyper(numbers, x), blocksize=256)
+            given = (*at_step(rule, t, GROUP, x.device), p, g.to(x.device), state)
+            results.append(directions(*given, blocksize=256))
+            step(*given, blocksize=256)
     return tuple(results)
 
 
 def _fresh(x: Tensor, rule: Rule, bits: int) -> tuple[Tensor, dict[str, Tensor]]:
     p = x[:STEPPED].clone()
     return p, new_state(rule, p.shape, bits, 256, lambda _, shape, dtype: p.new_empty(shape, dtype=dtype))
-
-
-def _hyper(numbers: dict[str, float], x: Tensor) -> Tensor:
-    return torch.tensor(list(numbers.values()), dtype=torch.float32, device=x.device)
 
 
 # By the name of the kernel. Each is run by way of the function for any shape, so that a GPU reads its tables.

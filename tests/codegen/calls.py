@@ -17,6 +17,7 @@ import bnbref
 from bnbref import functional
 from bnbref.kernels import Kernel
 from bnbref.optim import rules
+from bnbref.optim.equation import at_step
 from bnbref.optim.update import new_state, step
 from bnbref.selfcheck import example
 from bnbref.selfcheck.kernels import CHECKS, GROUP
@@ -43,18 +44,8 @@ def _bfloat16_parameters() -> None:
         for bits in (8, 32):
             p = X[:700].bfloat16()
             state = new_state(rule, p.shape, bits, 256, lambda _, shape, dtype: torch.empty(shape, dtype=dtype))
-            numbers = rule.coefficients(1, GROUP)
             noise = (X[700:1400] * 2**14).to(torch.int16)
-            step(
-                rule,
-                p,
-                X[1400:2100].bfloat16(),
-                state,
-                numbers,
-                torch.tensor(list(numbers.values())),
-                blocksize=256,
-                noise=noise,
-            )
+            step(*at_step(rule, 1, GROUP), p, X[1400:2100].bfloat16(), state, blocksize=256, noise=noise)
 
 
 def calls() -> Iterator[tuple[str, Callable[[], object]]]:

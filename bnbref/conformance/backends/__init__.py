@@ -37,27 +37,20 @@ class Backend:
     """
 
     def __init__(
-        self,
-        name: str,
-        functions: object,
-        packages: Sequence[str] = (),
+        self, name: str, functions: object, packages: Sequence[str] = (),
         within: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """functions: a mapping, or an object (a module), of the operations' names. within: makes the context of each call.
 
         Raises ValueError where there is none of the operations.
         """
-        find = functions.get if isinstance(functions, Mapping) else functools.partial(_attribute, functions)
-        found = {op: find(op) for op in OPERATIONS}
+        table = functions if isinstance(functions, Mapping) else {op: getattr(functions, op, None) for op in OPERATIONS}
         self.name = name
+        found = {op: table.get(op) for op in OPERATIONS}
         self.functions = {op: _in_context(function, within) for op, function in found.items() if callable(function)}
         if not self.functions:
             raise ValueError(f"backend {name!r} has none of the operations {', '.join(OPERATIONS)}")
         self.versions = {package: _version(package) for package in ("torch", *packages)}
-
-
-def _attribute(functions: object, name: str) -> Any:
-    return getattr(functions, name, None)
 
 
 def _in_context(function: Callable[..., Any], within: Callable[[], AbstractContextManager[Any]]) -> Callable[..., Any]:

@@ -1,17 +1,18 @@
 """Operations by the names that bitsandbytes documents: of its own package, or of bnbref, which has the same."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bnbref.codebooks import four_bit, value_table
+from bnbref.conformance.oracles.values import file_tensors
 from bnbref.quant_state import BLOB
 
 
 class PublicNames:
-    """What goes by a package's `functional`, `nn`, `matmul_4bit`, `matmul` and `MatmulLtState`."""
+    """The operations that call `functional`, `nn`, `matmul_4bit`, `matmul` and `MatmulLtState` of a package."""
 
     def __init__(self, package: Any) -> None:
         self.package = package
@@ -84,10 +85,3 @@ class PublicNames:
         return self.package.functional.QuantState(
             absmax=absmax, shape=torch.Size(shape), blocksize=blocksize, quant_type=quant_type, dtype=dtype, **rest
         )
-
-
-def file_tensors(packed: Tensor, file: Mapping[str, Tensor], quant_type: str) -> dict[str, Tensor]:
-    """The tensors of a quantized weight in a file, by the kit's names."""
-    names = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
-    tensors = {"packed": packed.view(torch.uint8).view(-1), "state": file[BLOB + quant_type]}
-    return {**tensors, **{name: file[name] for name in names if name in file}}

@@ -14,8 +14,8 @@ from bnbref.conformance.backends import Backend
 from bnbref.conformance.backends.public_names import PublicNames
 from bnbref.conformance.oracles.steps import BLOCKSIZE
 from bnbref.kernels import eager
-from bnbref.optim import rules
-from bnbref.optim import update as stepping
+from bnbref.optim import rules, update
+from bnbref.optim.equation import at_step
 from bnbref.quant_state import QuantState
 
 
@@ -83,13 +83,12 @@ class Reference(PublicNames):
               **arguments: Any) -> dict[str, Tensor]:  # fmt: skip
         state = {key: x for key, x in arguments.items() if isinstance(x, Tensor)}
         betas = tuple(arguments[f"beta{i}"] for i in (1, 2, 3))
-        numbers = rule.coefficients(step, {**arguments, "betas": betas, "t_alpha": None, "t_beta3": None})
-        hyper = torch.tensor(list(numbers.values()), dtype=torch.float32, device=p.device)
+        planned = at_step(rule, step, {**arguments, "betas": betas, "t_alpha": None, "t_beta3": None}, p.device)
         # A step is made in place: of copies.
         made = {"p": p.clone(), **{key: x.clone() for key, x in state.items()}}
         g = g if gnorm_scale == 1 else g * gnorm_scale
         max_norm = max_unorm if rule.clipped else 0.0
-        stepping.step(rule, made["p"], g, made, numbers, hyper, blocksize=BLOCKSIZE, max_norm=max_norm)
+        update.step(*planned, made["p"], g, made, blocksize=BLOCKSIZE, max_norm=max_norm)
         return made
 
 

@@ -17,10 +17,10 @@ from torch import Tensor
 from bnbref.conformance.expected import Expected
 from bnbref.conformance.operations import OPERATIONS
 from bnbref.conformance.specification import FLAGS, RULES
+from bnbref.quant_state import dtype_name
 
 CPU = torch.device("cpu")
 DTYPES = ("float32", "float16", "bfloat16")
-BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +54,7 @@ class Case:
         """The dtype that the case is about: of what is quantized or multiplied, else of the result."""
         given = next((self.inputs[name] for name in ("x", "a", "p", "grad") if name in self.inputs), None)
         about = given if given is not None else self.expected["y"].value
-        return str(about.dtype).removeprefix("torch.")
+        return dtype_name(about.dtype)
 
 
 def make(

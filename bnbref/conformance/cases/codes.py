@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bnbref.checkpoint import BLOCKSIZES
 from bnbref.codebooks import DYNAMIC, DYNAMIC_UNSIGNED, FP4, NF4, Codebook, value_table
-from bnbref.conformance.cases import BLOCKSIZES, CPU, DTYPES, Case, make
+from bnbref.conformance.cases import CPU, DTYPES, Case, make
 from bnbref.conformance.cases.inputs import beside, cast, clear, in_blocks, neighbours, nested_weight, noise, spread
 from bnbref.conformance.expected import Expected
 from bnbref.conformance.operations import OPERATIONS

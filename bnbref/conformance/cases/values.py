@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnbref.checkpoint import BLOCKSIZES
 from bnbref.codebooks import DYNAMIC, DYNAMIC_UNSIGNED, FP4, NF4, Codebook, linear, value_table
-from bnbref.conformance.cases import BLOCKSIZES, CPU, DTYPES, Case, make
+from bnbref.conformance.cases import CPU, DTYPES, Case, make
 from bnbref.conformance.cases.inputs import (
     cast,
     clear,

@@ -38,7 +38,10 @@ class Step:
 def both(
     p: Tensor, g: Tensor, s: Sequence[Tensor], within: Sequence[Interval], k: Mapping[str, Any], c: Conventions, eight: bool
 ) -> Step:  # fmt: skip
-    """s: old states in float32. within: old states as what a backend may have decoded them to be."""
+    """A step in float32 and in intervals.
+
+    s: the old states in float32. within: the intervals in which a backend may have decoded them. k: the hyper-parameters.
+    """
     formula = Formula(k, c, eight)
     numbers = formula.coefficients()
     single = SimpleNamespace(**{name: torch.tensor(x, dtype=torch.float32) for name, (x, _) in numbers.items()})
@@ -70,7 +73,7 @@ def _expected(value: Tensor, within: Interval, bad: Tensor) -> Expected:
     return Expected(value, low=low.view(value.shape), high=high.view(value.shape), free=where_true(bad))
 
 
-def step_32bit(
+def optimizer_32bit(
     p: Tensor, g: Tensor, state1: Tensor, state2: Tensor | None = None, state3: Tensor | None = None,
     c: Conventions = REFERENCE, **k: Any,
 ) -> dict[str, Expected]:  # fmt: skip
@@ -83,7 +86,7 @@ def step_32bit(
     return found
 
 
-def step_8bit(
+def optimizer_8bit(
     p: Tensor, g: Tensor, state1: Tensor, absmax1: Tensor, values1: Tensor, state2: Tensor | None = None,
     absmax2: Tensor | None = None, values2: Tensor | None = None, state3: Tensor | None = None, absmax3: Tensor | None = None,
     c: Conventions = REFERENCE, encode: Encode = encode_8bit, floor: float = 0.0, **k: Any,

@@ -1,6 +1,7 @@
 """What undoes a quantization, and files: values of codes times scales, int32 products and their scaling, tensors of a
 checkpoint."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from bnbref import blockwise, fourbit, functional, int8
 from bnbref.blockwise import SMALLEST_NORMAL
 from bnbref.codebooks import four_bit, value_table
 from bnbref.conformance.expected import UNIT, Expected, also
-from bnbref.quant_state import BLOB, QuantState
+from bnbref.quant_state import BLOB, TENSORS, QuantState
 
 
 def weight(packed: Tensor, absmax: Tensor, quant_type: str, **rest: Any) -> Tensor:
@@ -90,10 +91,14 @@ def int8_dequantize(codes: Tensor, absmax: Tensor) -> dict[str, Expected]:
 def save_4bit(x: Tensor, blocksize: int, quant_type: str, nested: bool) -> dict[str, Expected]:
     """Rules CW."""
     packed, state = functional.quantize_4bit(x, blocksize=blocksize, quant_type=quant_type, compress_statistics=nested)
-    file = state.as_dict(packed=True)
-    names = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
-    tensors = {"packed": packed.view(-1), "state": file[BLOB + quant_type], **{k: file[k] for k in names if k in file}}
+    tensors = file_tensors(packed, state.as_dict(packed=True), quant_type)
     return {name: Expected(tensor) for name, tensor in tensors.items()}
+
+
+def file_tensors(packed: Tensor, file: Mapping[str, Tensor], quant_type: str) -> dict[str, Tensor]:
+    """The tensors of a quantized weight in a file, by the kit's names."""
+    tensors = {"packed": packed.view(torch.uint8).view(-1), "state": file[BLOB + quant_type]}
+    return {**tensors, **{name: file[name] for name in (*TENSORS[2:], *TENSORS[:2]) if name in file}}
 
 
 def load_4bit(

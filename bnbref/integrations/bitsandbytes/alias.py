@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,6 +24,9 @@ from bnbref.integrations.bitsandbytes.finder import NAME, SWITCH, VERSION
 from bnbref.integrations.bitsandbytes.surface import MISSING, SURFACE
 
 __all__ = ["as_bitsandbytes", "install_as_bitsandbytes", "uninstall_as_bitsandbytes"]
+
+_undo = contextlib.ExitStack()
+"""What uninstalling takes back, the last first."""
 
 # ---- install --------------------------------------------------------------------------------------------------------
 
@@ -68,7 +71,7 @@ def install_as_bitsandbytes(*, version: str = VERSION, force: bool = False, patc
         from bnbref.integrations.hf.transformers import give_back_bitsandbytes, take_over_bitsandbytes
 
         if take_over_bitsandbytes():
-            _patches.append(give_back_bitsandbytes)
+            _undo.callback(give_back_bitsandbytes)
 
 
 def uninstall_as_bitsandbytes() -> None:
@@ -79,21 +82,8 @@ def uninstall_as_bitsandbytes() -> None:
     sys.meta_path.remove(found)
     for name in [name for name in sys.modules if name == NAME or name.startswith(f"{NAME}.")]:
         del sys.modules[name]
-    ops.undefine()
-    for cls, module in _renamed.items():
-        cls.__module__ = module
-    _renamed.clear()
-    while _patches:
-        _patches.pop()()
-    while _mended:
-        del _mended.pop().reverse_op
+    _undo.close()
     _refresh_caches()
-    while _bound:
-        module, value = _bound.pop()
-        if value is _ABSENT:
-            del module.bnb
-        else:
-            module.bnb = value
 
 
 @contextlib.contextmanager
@@ -107,9 +97,6 @@ def as_bitsandbytes(*, version: str = VERSION, force: bool = False, patch_hf: bo
 
 
 # ---- modules --------------------------------------------------------------------------------------------------------
-
-_renamed: dict[type, str] = {}
-"""Optimizers that say they are of bitsandbytes, and of which module they are."""
 
 
 def fill(module: ModuleType, version: str) -> None:
@@ -125,6 +112,7 @@ def fill(module: ModuleType, version: str) -> None:
     if module.__name__ == NAME:
         setattr(module, "__version__", version)  # noqa: B010
         ops.define()
+        _undo.callback(ops.undefine)
     for child in SURFACE:
         parent, _, _ = f"{NAME}.{child}".rpartition(".")
         if child and parent == module.__name__:
@@ -145,7 +133,7 @@ def _rename(cls: Any, module: str) -> None:
     from bnbref.optim import Optimizer
 
     if cls is not Optimizer and issubclass(cls, Optimizer):
-        _renamed.setdefault(cls, cls.__module__)
+        _undo.callback(setattr, cls, "__module__", cls.__module__)
         cls.__module__ = module
 
 
@@ -158,12 +146,6 @@ _CACHED = (
 )
 _BINDING = ("transformers.integrations.bitsandbytes", "peft.helpers")
 """Modules that import bitsandbytes as `bnb` if it is there when they are imported."""
-
-_patches: list[Callable[[], None]] = []
-"""What takes back `patch_hf`, if it was not in effect before."""
-
-_ABSENT = object()
-_bound: list[tuple[Any, Any]] = []
 
 
 def _refresh_caches() -> None:
@@ -180,14 +162,11 @@ def _bind() -> None:
     for home in _BINDING:
         module: Any = sys.modules.get(home)
         if module is not None and getattr(module, "bnb", None) is None:
-            _bound.append((module, getattr(module, "bnb", _ABSENT)))
+            before = (setattr, module, "bnb", None) if hasattr(module, "bnb") else (delattr, module, "bnb")
+            _undo.callback(*before)
             module.bnb = importlib.import_module(NAME)
     if finder.MENDED in sys.modules:
         mend(sys.modules[finder.MENDED])
-
-
-_mended: list[Any] = []
-"""Classes of transformers that can be undone, which they cannot by themselves."""
 
 
 # Before, what undoes a conversion gives the first name of its pattern to every weight (seen in 5.17): left to raise.
@@ -208,7 +187,7 @@ def mend(module: Any) -> None:
     for cls in (module.Bnb4bitDeserialize, module.Bnb8bitDeserialize):
         if cls.reverse_op is ConversionOps.reverse_op:
             cls.reverse_op = property(lambda self: _IdentityOp())
-            _mended.append(cls)
+            _undo.callback(delattr, cls, "reverse_op")
 
 
 # ---- start-up hook --------------------------------------------------------------------------------------------------

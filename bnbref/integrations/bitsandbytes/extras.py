@@ -81,13 +81,9 @@ def fill(A: Tensor, value: float, device: Any = None, prefetch: bool = True) -> 
 
 
 def check_matmul(
-    A: Tensor,
-    B: Tensor,
-    out: Tensor | None,
-    transposed_A: bool,
-    transposed_B: bool,
+    A: Tensor, B: Tensor, out: Tensor | None, transposed_A: bool, transposed_B: bool,
     expected_type: torch.dtype = torch.int8,
-) -> tuple[int, ...]:
+) -> tuple[int, ...]:  # fmt: skip
     """The shape of the product, or of `out`. TypeError for other dtypes, ValueError for shapes that do not multiply.
 
     >>> check_matmul(torch.zeros(2, 3, dtype=torch.int8), torch.zeros(4, 3, dtype=torch.int8), None, False, True)
@@ -114,9 +110,10 @@ def _turned(x: Tensor, transposed: bool) -> Tensor:
 def igemm(
     A: Tensor, B: Tensor, out: Tensor | None = None, transposed_A: bool = False, transposed_B: bool = False
 ) -> Tensor:
-    """The int32 product of int8 matrices `[.., m, k]`, `[k, n]` or of stacks of them.  Exact.
+    """The int32 product of int8 matrices, A `[..., m, k]` and B `[k, n]`, or of stacks of matrices.  Exact.
 
-    With `out [i, o]`: the sum over b and s of `[b, s, i]` times `[b, s, o]`, the gradient of a weight.
+    If out is a matrix `[i, o]` and A `[b, s, i]` and B `[b, s, o]` are stacks, it is the sum of all their products over b and s:
+    the gradient of a weight.
 
     >>> igemm(torch.tensor([[1, 2]], dtype=torch.int8), torch.tensor([[3], [4]], dtype=torch.int8))
     tensor([[11]], dtype=torch.int32)
@@ -135,7 +132,7 @@ def igemm(
 def batched_igemm(
     A: Tensor, B: Tensor, out: Tensor | None = None, transposed_A: bool = False, transposed_B: bool = False
 ) -> Tensor:
-    """The int32 products of int8 `[b, m, k]` and `[b, k, n]`.  Exact."""
+    """The int32 products of the matrices of two int8 stacks, A `[b, m, k]` and B `[b, k, n]`.  Exact."""
     if A.dim() != 3 or B.dim() != 3:
         raise ValueError(f"A and B must have three dimensions, got {tuple(A.shape)} and {tuple(B.shape)}")
     return igemm(A, B, out, transposed_A, transposed_B)

@@ -24,27 +24,11 @@ SWITCH = "BNBREF_AS_BITSANDBYTES"
 
 PACKAGES = ("", "autograd", "nn", "optim")
 MODULES = (
-    *PACKAGES,
-    "_ops",
-    "autograd._functions",
-    "cextension",
-    "functional",
-    "nn.modules",
-    "nn.parametrize",
-    "optim.adagrad",
-    "optim.adam",
-    "optim.adamw",
-    "optim.ademamix",
-    "optim.lamb",
-    "optim.lars",
-    "optim.lion",
-    "optim.optimizer",
-    "optim.rmsprop",
-    "optim.sgd",
-    "utils",
-)
+    *PACKAGES, "_ops", "autograd._functions", "cextension", "functional", "nn.modules", "nn.parametrize", "optim.adagrad",
+    "optim.adam", "optim.adamw", "optim.ademamix", "optim.lamb", "optim.lars", "optim.lion", "optim.optimizer", "optim.rmsprop",
+    "optim.sgd", "utils",
+)  # fmt: skip
 """The modules of bitsandbytes that are served, less its name."""
-
 
 MENDED = "transformers.integrations.bitsandbytes"
 """A module that is not ours: see `alias.mend`."""

@@ -68,17 +68,10 @@ def _dequantize_blockwise(A: Tensor, absmax: Tensor, code: Tensor, blocksize: in
 
 
 def _gemm_4bit(
-    A: Tensor,
-    B: Tensor,
-    shapeB: Sequence[int],
-    absmax: Tensor,
-    blocksize: int,
-    quant_type: str,
-    bias: Tensor | None = None,
-    absmax_8bit: Tensor | None = None,
-    absmax_code: Tensor | None = None,
+    A: Tensor, B: Tensor, shapeB: Sequence[int], absmax: Tensor, blocksize: int, quant_type: str,
+    bias: Tensor | None = None, absmax_8bit: Tensor | None = None, absmax_code: Tensor | None = None,
     absmax_offset: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     if absmax_8bit is not None:
         if absmax_code is None or absmax_offset is None:
             raise ValueError("absmax_8bit needs absmax_code and absmax_offset, got None")
@@ -112,25 +105,16 @@ def _int8_mm_dequant(
 
 
 def _int8_scaled_mm(
-    A: Tensor,
-    B: Tensor,
-    row_stats: Tensor,
-    col_stats: Tensor,
-    bias: Tensor | None = None,
+    A: Tensor, B: Tensor, row_stats: Tensor, col_stats: Tensor, bias: Tensor | None = None,
     dtype: torch.dtype | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     return _int8_mm_dequant(int8.multiply(A, B), row_stats, col_stats, dtype, bias)
 
 
 def _int8_mixed_scaled_mm(
-    A: Tensor,
-    CA: Tensor,
-    CB: Tensor,
-    SCA: Tensor,
-    SCB: Tensor,
-    outlier_cols: Tensor | None = None,
+    A: Tensor, CA: Tensor, CB: Tensor, SCA: Tensor, SCB: Tensor, outlier_cols: Tensor | None = None,
     bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     outliers, columns = None, A.new_empty(0)
     rows = int8.as_matrix(A)
     if outlier_cols is not None and outlier_cols.numel() > 0:
@@ -147,25 +131,10 @@ def _int8_double_quant(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tenso
 
 
 def _optimizer_update_32bit(
-    optimizer_name: str,
-    g: Tensor,
-    p: Tensor,
-    state1: Tensor,
-    state2: Tensor | None,
-    unorm_vec: Tensor | None,
-    max_unorm: float,
-    param_norm: float,
-    beta1: float,
-    beta2: float,
-    beta3: float,
-    alpha: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-    lr: float,
-    gnorm_scale: float,
-    skip_zeros: bool = False,
-) -> None:
+    optimizer_name: str, g: Tensor, p: Tensor, state1: Tensor, state2: Tensor | None, unorm_vec: Tensor | None,
+    max_unorm: float, param_norm: float, beta1: float, beta2: float, beta3: float, alpha: float, eps: float,
+    weight_decay: float, step: int, lr: float, gnorm_scale: float, skip_zeros: bool = False,
+) -> None:  # fmt: skip
     updates.optimizer_update_32bit(
         optimizer_name, g, p, state1, beta1, eps, step, lr, state2, beta2, beta3, alpha, weight_decay, gnorm_scale,
         unorm_vec, max_unorm, skip_zeros,
@@ -189,23 +158,14 @@ def _check_4bit(quant_type: str, dtype: torch.dtype) -> None:
         raise ValueError(f"dtype must be one of {FLOATS}, got {dtype}")
 
 
-KERNELS: dict[str, Callable[..., Any]] = {
-    "dequantize_4bit": _dequantize_4bit,
-    "dequantize_blockwise": _dequantize_blockwise,
-    "gemm_4bit": _gemm_4bit,
-    "gemv_4bit": _gemv_4bit,
-    "int8_double_quant": _int8_double_quant,
-    "int8_linear_matmul": int8.multiply,
-    "int8_mixed_scaled_mm": _int8_mixed_scaled_mm,
-    "int8_mm_dequant": _int8_mm_dequant,
-    "int8_scaled_mm": _int8_scaled_mm,
-    "int8_vectorwise_dequant": functional.int8_vectorwise_dequant,
-    "int8_vectorwise_quant": functional.int8_vectorwise_quant,
-    "optimizer_update_32bit": _optimizer_update_32bit,
-    "optimizer_update_8bit_blockwise": updates.optimizer_update_8bit_blockwise,
-    "quantize_4bit": _quantize_4bit,
-    "quantize_blockwise": _quantize_blockwise,
-}
+_NAMED = (
+    _dequantize_4bit, _dequantize_blockwise, _gemm_4bit, _gemv_4bit, _int8_double_quant, _int8_mixed_scaled_mm, _int8_mm_dequant,
+    _int8_scaled_mm, functional.int8_vectorwise_dequant, functional.int8_vectorwise_quant, _optimizer_update_32bit,
+    updates.optimizer_update_8bit_blockwise, _quantize_4bit, _quantize_blockwise,
+)  # fmt: skip
+
+KERNELS: dict[str, Callable[..., Any]] = {"int8_linear_matmul": int8.multiply}
+KERNELS |= {function.__name__.removeprefix("_"): function for function in _NAMED}
 
 
 def _writing(function: Callable[..., Tensor]) -> Callable[..., None]:
@@ -241,14 +201,9 @@ def _fake_int8_double_quant(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, 
 
 
 def _fake_mixed(
-    A: Tensor,
-    CA: Tensor,
-    CB: Tensor,
-    SCA: Tensor,
-    SCB: Tensor,
-    outlier_cols: Tensor | None = None,
+    A: Tensor, CA: Tensor, CB: Tensor, SCA: Tensor, SCB: Tensor, outlier_cols: Tensor | None = None,
     *bias: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     y = A.new_empty((*A.shape[:-1], CB.shape[0]))
     if outlier_cols is None:
         return y, A.new_empty(0)

@@ -12,6 +12,7 @@ from torch import Tensor
 from bnbref.blockwise import block_count, check_blocksize
 from bnbref.codebooks import value_table
 from bnbref.optim import rules
+from bnbref.optim.equation import at_step
 from bnbref.optim.rules import absmax_key
 from bnbref.optim.update import step
 
@@ -20,24 +21,10 @@ BLOCKSIZE = 256
 
 
 def optimizer_update_32bit(
-    optimizer_name: str,
-    g: Tensor,
-    p: Tensor,
-    state1: Tensor,
-    beta1: float,
-    eps: float,
-    step: int,
-    lr: float,
-    state2: Tensor | None = None,
-    beta2: float = 0.0,
-    beta3: float = 0.0,
-    alpha: float = 0.0,
-    weight_decay: float = 0.0,
-    gnorm_scale: float = 1.0,
-    unorm_vec: Tensor | None = None,
-    max_unorm: float = 0.0,
-    skip_zeros: bool = False,
-) -> None:
+    optimizer_name: str, g: Tensor, p: Tensor, state1: Tensor, beta1: float, eps: float, step: int, lr: float,
+    state2: Tensor | None = None, beta2: float = 0.0, beta3: float = 0.0, alpha: float = 0.0, weight_decay: float = 0.0,
+    gnorm_scale: float = 1.0, unorm_vec: Tensor | None = None, max_unorm: float = 0.0, skip_zeros: bool = False,
+) -> None:  # fmt: skip
     """One step in place of p, state1 and state2, float32, by the rule of that name: see `bnbref.optim.rules`.  Exact.
 
     g is multiplied by gnorm_scale in float32. unorm_vec is not written. skip_zeros must be False.
@@ -47,26 +34,10 @@ def optimizer_update_32bit(
 
 
 def optimizer_update_8bit_blockwise(
-    optimizer_name: str,
-    g: Tensor,
-    p: Tensor,
-    state1: Tensor,
-    state2: Tensor | None,
-    beta1: float,
-    beta2: float,
-    beta3: float,
-    alpha: float,
-    eps: float,
-    step: int,
-    lr: float,
-    qmap1: Tensor,
-    qmap2: Tensor | None,
-    absmax1: Tensor,
-    absmax2: Tensor | None,
-    weight_decay: float = 0.0,
-    gnorm_scale: float = 1.0,
-    skip_zeros: bool = False,
-) -> None:
+    optimizer_name: str, g: Tensor, p: Tensor, state1: Tensor, state2: Tensor | None, beta1: float, beta2: float,
+    beta3: float, alpha: float, eps: float, step: int, lr: float, qmap1: Tensor, qmap2: Tensor | None, absmax1: Tensor,
+    absmax2: Tensor | None, weight_decay: float = 0.0, gnorm_scale: float = 1.0, skip_zeros: bool = False,
+) -> None:  # fmt: skip
     """One step in place of p and of the uint8 codes and float32 absmax of its states, blocks of 256.  Exact.
 
     qmap1 and qmap2 must be the dynamic maps, with a sign where the state has one: ValueError if not. The one state of adagrad
@@ -78,17 +49,10 @@ def optimizer_update_8bit_blockwise(
 
 
 def _update(
-    name: str,
-    g: Tensor,
-    p: Tensor,
-    states: tuple[Tensor, Tensor | None],
-    scales: tuple[tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None]] | None,
-    numbers: Mapping[str, Any],
-    t: int,
-    gnorm_scale: float,
-    max_norm: float,
-    skip_zeros: bool,
-) -> None:
+    name: str, g: Tensor, p: Tensor, states: tuple[Tensor, Tensor | None],
+    scales: tuple[tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None]] | None, numbers: Mapping[str, Any],
+    t: int, gnorm_scale: float, max_norm: float, skip_zeros: bool,
+) -> None:  # fmt: skip
     if name not in rules.RULES:
         raise ValueError(f"optimizer_name must be one of {sorted(rules.RULES)}, got {name!r}")
     if skip_zeros:
@@ -119,13 +83,8 @@ def _update(
             state[absmax_key(s.key)] = _part(rule, s.key, absmax, f"absmax{own + 1}", blocks, torch.float32)
     if gnorm_scale != 1.0:
         g = g.float() * gnorm_scale
-    coefficients = {
-        key: float(x) for key, x in rule.coefficients(t, {"t_alpha": None, "t_beta3": None, **numbers}).items()
-    }
-    hyper = torch.tensor(list(coefficients.values()), dtype=torch.float32, device=p.device)
-    step(
-        rule, p.detach(), g, state, coefficients, hyper, blocksize=BLOCKSIZE, max_norm=max_norm if rule.clipped else 0.0
-    )
+    planned = at_step(rule, t, {"t_alpha": None, "t_beta3": None, **numbers}, p.device)
+    step(*planned, p.detach(), g, state, blocksize=BLOCKSIZE, max_norm=max_norm if rule.clipped else 0.0)
 
 
 def _part(rule: rules.Rule, key: str, tensor: Tensor | None, name: str, numel: int, dtype: torch.dtype) -> Tensor:

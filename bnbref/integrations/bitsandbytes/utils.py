@@ -29,12 +29,9 @@ def sync_gpu(t: Tensor) -> None:
 
 
 def replace_linear(
-    model: nn.Module,
-    linear_replacement: Callable[[int, int, bool], nn.Module],
-    skip_modules: Iterable[str] = ("lm_head",),
-    copy_weights: bool = False,
-    post_processing_function: str | None = None,
-) -> nn.Module:
+    model: nn.Module, linear_replacement: Callable[[int, int, bool], nn.Module],
+    skip_modules: Iterable[str] = ("lm_head",), copy_weights: bool = False, post_processing_function: str | None = None,
+) -> nn.Module:  # fmt: skip
     """Replace every `nn.Linear` below a model by `linear_replacement(in_features, out_features, has_bias)`; the model.
 
     skip_modules: last parts of the names that stay. copy_weights: give the new layer the old parameters.
@@ -106,7 +103,7 @@ class OutlierTracer:
         return self.initialized
 
     def get_hvalue(self, weight: Tensor) -> int:
-        """By which a weight is known: its address."""
+        """The key of a weight in `hvalue2outlier_idx`: its address."""
         return weight.untyped_storage().data_ptr()
 
     def get_outliers(self, weight: Tensor) -> Tensor | None:
@@ -115,7 +112,7 @@ class OutlierTracer:
 
 
 def outlier_hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-    """Of `OutlierTracer`: columns by the weight's deviations, of the first layer by its input, too (any beyond 6)."""
+    """The hook of `OutlierTracer`: notes the outlier columns of a layer's weight; of the first layer, those of its input."""
     if not isinstance(module, nn.Linear):
         raise TypeError(f"module must be an nn.Linear, got {type(module).__name__}")
     tracer = OutlierTracer.get_instance()

@@ -4,6 +4,7 @@ In config.json it is, by default, a `BitsAndBytesConfig`: whoever reads bitsandb
 bitsandbytes cannot read (other codebooks and block sizes, quantized experts) says `"quant_method": "bnbref"` instead.
 """
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 from transformers import BitsAndBytesConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from bnbref.blockwise import FLOATS, check_blocksize
+from bnbref.blockwise import FLOATS, block_count, check_blocksize
 from bnbref.checkpoint import BLOCKSIZES
 from bnbref.codebooks import FOUR_BIT
+from bnbref.nested import BLOCKSIZE as NESTED_BLOCKSIZE
+from bnbref.quant_state import dtype_name
 
 METHOD = "bnbref"
 
@@ -44,17 +47,10 @@ class BnbRefConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """
 
     def __init__(
-        self,
-        quant_type: str = "nf4",
-        *,
-        double_quant: bool = True,
-        compute_dtype: torch.dtype | str | None = None,
-        quant_storage: torch.dtype | str = torch.uint8,
-        blocksize: int = 64,
-        skip_modules: list[str] | None = None,
-        threshold: float = 6.0,
-        checkpoint_format: str = "bitsandbytes",
-    ) -> None:
+        self, quant_type: str = "nf4", *, double_quant: bool = True, compute_dtype: torch.dtype | str | None = None,
+        quant_storage: torch.dtype | str = torch.uint8, blocksize: int = 64, skip_modules: list[str] | None = None,
+        threshold: float = 6.0, checkpoint_format: str = "bitsandbytes",
+    ) -> None:  # fmt: skip
         self.quant_method = METHOD
         self.quant_type = quant_type
         self.double_quant = double_quant
@@ -104,6 +100,24 @@ class BnbRefConfig(QuantizationConfigMixin):  # type: ignore[misc]
         scale = 8 + 32 / 256 if self.double_quant else 32
         return 4 + scale / self.blocksize
 
+    def bytes_of(self, rows: int, columns: int) -> tuple[int, int]:
+        """Bytes of the codes and of the scales of a weight, exactly; the tables of values, which all weights share, are left out.
+
+            int8                   n                4 rows                              n = rows * columns
+            4 bits                 n / 2            4 b                                 b = n / blocksize blocks
+            4 bits, double_quant   n / 2            b + 4 (b / 256) + 4                 scales in 8 bits, theirs, the mean
+
+        Quotients are rounded up.
+
+        >>> BnbRefConfig("nf4").bytes_of(4096, 4096)
+        (8388608, 266244)
+        """
+        if self.is_int8:
+            return rows * columns, 4 * rows
+        blocks = block_count(rows * columns, self.blocksize)
+        scales = blocks + 4 * block_count(blocks, NESTED_BLOCKSIZE) + 4 if self.double_quant else 4 * blocks
+        return block_count(rows * columns, 2), scales
+
     @property
     def bnb_4bit_quant_storage(self) -> torch.dtype:
         """`quant_storage`, by the name under which transformers' FSDP support looks for it."""
@@ -113,17 +127,9 @@ class BnbRefConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json says: `checkpoint_format`."""
-        own = {
-            "quant_method": METHOD,
-            "quant_type": self.quant_type,
-            "double_quant": self.double_quant,
-            "compute_dtype": _name(self.compute_dtype),
-            "quant_storage": _name(self.quant_storage),
-            "blocksize": self.blocksize,
-            "skip_modules": self.skip_modules,
-            "threshold": self.threshold,
-            "checkpoint_format": self.checkpoint_format,
-        }
+        arguments = {name: getattr(self, name) for name in inspect.signature(BnbRefConfig).parameters}
+        own = {name: dtype_name(x) if isinstance(x, torch.dtype) else x for name, x in arguments.items()}
+        own = {"quant_method": METHOD, **own}
         return own if self.checkpoint_format == METHOD else self._to_bitsandbytes()
 
     def _to_bitsandbytes(self) -> dict[str, Any]:
@@ -138,7 +144,11 @@ class BnbRefConfig(QuantizationConfigMixin):  # type: ignore[misc]
             bnb_4bit_use_double_quant=self.double_quant and not self.is_int8,
             bnb_4bit_quant_storage=self.quant_storage,
         )
-        said = {} if self.is_int8 else {COMPUTE_DTYPE: _name(self.compute_dtype) or "activation"}
+        said = (
+            {}
+            if self.is_int8
+            else {COMPUTE_DTYPE: dtype_name(self.compute_dtype) if self.compute_dtype else "activation"}
+        )
         return {**config.to_dict(), **said}
 
     @classmethod
@@ -175,12 +185,13 @@ class BnbRefConfig(QuantizationConfigMixin):  # type: ignore[misc]
         )
 
 
+def dtype_of(value: torch.dtype | str) -> Any:
+    """A dtype, of which a config has the name once it was saved; None if torch has none of that name."""
+    return getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
+
+
 def _dtype(name: str, value: torch.dtype | str, allowed: tuple[torch.dtype, ...]) -> torch.dtype:
-    dtype = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
+    dtype: torch.dtype = dtype_of(value)
     if dtype not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(_name(d) or '' for d in allowed)}, got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(map(dtype_name, allowed))}, got {value!r}")
     return dtype
-
-
-def _name(dtype: torch.dtype | None) -> str | None:
-    return None if dtype is None else str(dtype).removeprefix("torch.")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from bnbref.nn.parametrize import Bnb4bitParametrization, quantized_in, replace_parameter_4bit_prequantized
-from bnbref.quant_state import QuantState, present
+from bnbref.quant_state import QuantState
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -33,8 +33,7 @@ def parametrize_experts(model: nn.Module, full_name: str, state: QuantState, dty
     module: Any = model.get_submodule(path)
     packed = getattr(module, name)
     if packed.is_meta:
-        n_bytes = -(-present(state.shape, "shape").numel() // 2)
-        packed = torch.empty(n_bytes, 1, dtype=torch.uint8, device="meta")
+        packed = torch.empty(state.code_bytes, 1, dtype=torch.uint8, device="meta")
     setattr(module, name, nn.Parameter(packed.detach(), requires_grad=False))
     replace_parameter_4bit_prequantized(module, name, state.as_dict(packed=True), device=packed.device)
     steps: Any = module.parametrizations[name]

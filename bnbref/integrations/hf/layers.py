@@ -43,15 +43,12 @@ def _only_linear(module: nn.Linear) -> bool:
             x = torch.tensor([[[2, -1, 0, 3], [-4, 5, 1, 7]]], dtype=dtype)
             probe.__dict__ = module.__dict__ | {"in_features": 4, "out_features": 3, "training": training}
             probe._parameters = {"weight": weight, "bias": bias}
+            want = F.linear(x, weight, bias)
             try:
                 found = type(module).forward(probe, x)
-            except Exception:  # whatever a forward raises that wants more than x, or another shape
+            except Exception:  # a stranger's code: whatever it raises, on this weight it does not compute x W^T + b
                 return False
-            if (
-                not isinstance(found, Tensor)
-                or found.dtype != dtype
-                or not torch.equal(found, F.linear(x, weight, bias))
-            ):
+            if not isinstance(found, Tensor) or found.dtype != dtype or not torch.equal(found, want):
                 return False
     return True
 
@@ -119,8 +116,3 @@ def dequantized(name: str, layer: Any, dtype: torch.dtype) -> nn.Module:
         remove_hook_from_module(layer)
         add_hook_to_module(new, hook)
     return new
-
-
-def dtype_of(dtype: torch.dtype | str) -> torch.dtype:
-    """Saving a model makes the dtype in its config a string."""
-    return getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype

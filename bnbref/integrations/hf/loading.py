@@ -23,14 +23,14 @@ from bnbref.integrations.hf.config import BnbRefConfig
 from bnbref.integrations.hf.layers import is_linear, plain_layer, quantized_layer, was_conv1d
 from bnbref.nn import Linear4bit, Linear8bitLt, Params4bit
 from bnbref.nn.layer import QuantizedLayer
-from bnbref.quant_state import BLOB
+from bnbref.quant_state import BLOB, TENSORS
 
 ANOTHER_SHAPE = "another shape in the checkpoint: newly initialized"
 
 
 def stats() -> tuple[str, ...]:
-    """What a file holds beside a 4-bit weight, after its name and a dot: codebooks that were entered meanwhile, too."""
-    return ("nested_absmax", "nested_quant_map", "absmax", "quant_map", *(BLOB + name for name in FOUR_BIT))
+    """The names of what a file holds beside a 4-bit weight, for every codebook that is in FOUR_BIT by now."""
+    return (*TENSORS, *(BLOB + name for name in FOUR_BIT))
 
 
 class Identity(ConversionOps):  # type: ignore[misc]
@@ -78,10 +78,7 @@ class Quantize(_Conversion):
             return value
         spec: BnbRefConfig = self.hf_quantizer.spec
         weight = Params4bit(
-            value,
-            blocksize=spec.blocksize,
-            compress_statistics=spec.double_quant,
-            quant_type=spec.quant_type,
+            value, blocksize=spec.blocksize, compress_statistics=spec.double_quant, quant_type=spec.quant_type
         )
         with _naming(name):
             weight = weight.to(value.device)
@@ -109,7 +106,7 @@ class Read(_Conversion):
         """Patterns for the names in a file; the names beside a weight as layers call them."""
 
     def converter(self) -> WeightConverter:
-        """For transformers."""
+        """This operation as transformers takes it: with the patterns of the names that it reads, and the name that it makes."""
         return WeightConverter(list(self.sources), self.target, [self])
 
     def convert(

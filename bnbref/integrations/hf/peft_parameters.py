@@ -104,17 +104,8 @@ class ParamWrapper(lora.ParamWrapper):  # type: ignore[misc]
                 f"{self.parameter_name!r} is offloaded: merge into a model that was loaded without offloading"
             )
         packed, state = before = self._before or (steps.original.data, steps[0].quant_state)
-        weight = Params4bit(
-            packed,
-            quant_state=state,
-            blocksize=state.blocksize,
-            compress_statistics=state.nested,
-            quant_type=state.quant_type,
-            quant_storage=packed.dtype,
-            bnb_quantized=True,
-        )
         deltas = [self.get_delta_weight(name) for name in [*self.merged_adapters, *new]]
-        merged: Any = added(weight, deltas)
+        merged: Any = added(Params4bit.of_codes(packed, state), deltas)
         self._put(merged.data, merged.quant_state)
         self._before = before
         self.merged_adapters.extend(new)
@@ -195,15 +186,10 @@ def _finding(original: Any) -> Any:
             while isinstance(wrapped, lora.ParamWrapper) and wrapped.parameter_name != name:
                 wrapped = wrapped.base_layer
             self._check_target_module_compatiblity(peft_config, model, target_name)
+            target = wrapped if isinstance(wrapped, lora.ParamWrapper) else target
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 self._create_and_replace(
-                    peft_config,
-                    adapter_name,
-                    wrapped if isinstance(wrapped, lora.ParamWrapper) else target,
-                    target_name,
-                    parent,
-                    current_key=key,
-                    parameter_name=name,
+                    peft_config, adapter_name, target, target_name, parent, current_key=key, parameter_name=name
                 )
         others = copy.copy(peft_config)
         others.target_parameters = sorted(targets - {f"{path}.{name}" for path, name, _ in found})

@@ -19,13 +19,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bnbref import optim
-from bnbref.blockwise import block_count, check_blocksize
 from bnbref.integrations.hf.config import BnbRefConfig
 from bnbref.integrations.hf.quantizer import BnbRefHfQuantizer
-from bnbref.nested import BLOCKSIZE as NESTED_BLOCKSIZE
 from bnbref.nn.layer import QuantizedLayer
 from bnbref.optim.paging import PAGE_BYTES, PAGED_FROM
-from bnbref.optim.update import new_state
 
 FORMATS: dict[str, BnbRefConfig | None] = {
     "bfloat16": None,
@@ -57,11 +54,7 @@ class Plan:
 def optimizers() -> list[type[optim.Optimizer]]:
     """The named optimizers of `bnbref.optim`."""
     named = [getattr(optim, name) for name in optim.__all__]
-    return [
-        cls
-        for cls in named
-        if isinstance(cls, type) and issubclass(cls, optim.Optimizer) and cls is not optim.Optimizer
-    ]
+    return [c for c in named if isinstance(c, type) and issubclass(c, optim.Optimizer) and c is not optim.Optimizer]
 
 
 # ---- what is counted ------------------------------------------------------------------------------------------------
@@ -86,19 +79,6 @@ def on_meta(config: Any, spec: BnbRefConfig | None) -> tuple[Any, set[str]]:
     return model, set(quantizer.fused)
 
 
-def quantized_bytes(spec: BnbRefConfig, numel: int, rows: int) -> tuple[int, int]:
-    """Bytes of the codes and of the scales of a weight.
-
-    >>> quantized_bytes(BnbRefConfig("nf4"), 4096 * 4096, 4096)
-    (8388608, 266244)
-    """
-    if spec.is_int8:
-        return numel, 4 * rows
-    blocks = block_count(numel, spec.blocksize)
-    scales = blocks + 4 * block_count(blocks, NESTED_BLOCKSIZE) + 4 if spec.double_quant else 4 * blocks
-    return -(-numel // 2), scales
-
-
 def weight_bytes(config: Any, spec: BnbRefConfig | None) -> dict[str, int]:
     """Bytes of a model: what stays float, codes, scales."""
     model, fused = on_meta(config, spec)
@@ -107,7 +87,7 @@ def weight_bytes(config: Any, spec: BnbRefConfig | None) -> dict[str, int]:
     for name, p in model.named_parameters():
         if spec is not None and (name in layers or name in fused):
             rows = int(getattr(layers.get(name), "out_features", p.shape[0]))
-            codes, scales = quantized_bytes(spec, p.numel(), rows)
+            codes, scales = spec.bytes_of(rows, p.numel() // rows)
             found["weights"] += codes
             found["scales"] += scales
         else:
@@ -116,7 +96,7 @@ def weight_bytes(config: Any, spec: BnbRefConfig | None) -> dict[str, int]:
 
 
 def adapter_shapes(config: Any, rank: int) -> list[torch.Size]:
-    """Of LoRA on the attention's projections."""
+    """The shapes of the adapters that LoRA of that rank puts on the projections of attention."""
     model, _ = on_meta(config, None)
     linears = [m for name, m in model.named_modules() if name.rpartition(".")[2] in PROJECTIONS]
     if not linears:
@@ -131,22 +111,17 @@ def state_bytes(optimizer: type[optim.Optimizer], shapes: Iterable[torch.Size]) 
     >>> state_bytes(optim.AdamW8bit, [torch.Size([4096, 4096])]), state_bytes(optim.PagedAdamW, [torch.Size([4096, 4096])])
     ((34078720, 0), (134217728, 134217728))
     """
-    parameters = [torch.nn.Parameter(torch.empty(shape, device="meta")) for shape in shapes]
+
+    def empty(key: str, shape: Any, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    parameters = [torch.nn.Parameter(empty("", shape, torch.float32)) for shape in shapes]
     make: Any = optimizer
     instance: optim.Optimizer = make(parameters, lr=1e-3)
     resident = paged = largest = 0
     for p in parameters:
-        settings = instance.settings(p, instance.param_groups[0])
-        bits = 8 if settings["optim_bits"] == 8 and p.numel() >= settings["min_8bit_size"] else 32
-        blocksize = check_blocksize(settings["blocksize"], p.numel())
-        tensors = new_state(
-            instance.rule,
-            p.shape,
-            bits,
-            blocksize,
-            lambda key, shape, dtype: torch.empty(shape, dtype=dtype, device="meta"),
-        )
-        size = sum(t.nbytes for t in tensors.values())
+        state = instance.new_state(p, instance.settings(p, instance.param_groups[0]), empty)
+        size = sum(x.nbytes for x in state.values() if isinstance(x, torch.Tensor))
         if instance.is_paged and p.numel() >= PAGED_FROM:
             paged, largest = paged + size, max(largest, size)
         else:
@@ -185,13 +160,9 @@ def activation_bytes(config: Any, batch: int, seq: int, train: bool) -> int:
 
 
 def plans(
-    config: Any,
-    train: str | None = None,
-    optimizer: type[optim.Optimizer] = optim.PagedAdamW8bit,
-    seq: int = 2048,
-    batch: int = 1,
-    rank: int = 16,
-) -> list[Plan]:
+    config: Any, train: str | None = None, optimizer: type[optim.Optimizer] = optim.PagedAdamW8bit, seq: int = 2048,
+    batch: int = 1, rank: int = 16,
+) -> list[Plan]:  # fmt: skip
     """A plan for each format that can be used so. train: None, "qlora" or "full"."""
     found = []
     for name, spec in FORMATS.items():
@@ -221,21 +192,12 @@ def parse_bytes(text: str) -> int:
     >>> parse_bytes("24GiB"), parse_bytes("1.5 GB")
     (25769803776, 1500000000)
     """
-    units = {
-        "": 1,
-        "kb": 10**3,
-        "mb": 10**6,
-        "gb": 10**9,
-        "tb": 10**12,
-        "kib": 2**10,
-        "mib": 2**20,
-        "gib": 2**30,
-        "tib": 2**40,
-    }
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
-    if found is None or found[2] not in units:
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?)b)?\s*", text.lower())
+    if found is None:
         raise ValueError(f"memory must be a number with a unit, like 24GiB or 16GB, got {text!r}")
-    return math.floor(float(found[1]) * units[found[2]])
+    number, letter, binary = found.groups()
+    unit: int = (1024 if binary else 1000) ** " kmgt".index(letter or " ")
+    return math.floor(float(number) * unit)
 
 
 def report(model: str, found: list[Plan], memory: int, train: str | None, optimizer: str) -> str:

@@ -83,19 +83,10 @@ def load(model: str, device: torch.device | None = None, dtype: torch.dtype = to
 
 
 def qlora(
-    model: str,
-    text: str,
-    folder: Path,
-    *,
-    steps: int = 60,
-    batch: int = 8,
-    length: int = 128,
-    lr: float = 2e-3,
-    rank: int = 16,
-    targets: Sequence[str] | str = ATTENTION,
-    device: torch.device | None = None,
+    model: str, text: str, folder: Path, *, steps: int = 60, batch: int = 8, length: int = 128, lr: float = 2e-3,
+    rank: int = 16, targets: Sequence[str] | str = ATTENTION, device: torch.device | None = None,
     dtype: torch.dtype = torch.bfloat16,
-) -> Finetuned:
+) -> Finetuned:  # fmt: skip
     """Fine-tune an adapter on a text, and save it in `folder`.
 
     model: a directory or a name on the hub. A step takes `batch` windows of `length` tokens, at a learning rate that warms up to
@@ -112,19 +103,10 @@ def qlora(
     settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers, task_type="CAUSAL_LM")
     adapted = get_peft_model(base, register_lora(settings))
     args = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=batch,
-        per_device_eval_batch_size=batch,
-        learning_rate=lr,
-        lr_scheduler_type="cosine",
-        warmup_steps=steps // 10,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        gradient_checkpointing=True,
-        use_cpu=device is not None and device.type == "cpu",
-    )
+        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=batch, per_device_eval_batch_size=batch,
+        learning_rate=lr, lr_scheduler_type="cosine", warmup_steps=steps // 10, gradient_checkpointing=True,
+        logging_steps=1, save_strategy="no", report_to=[], use_cpu=device is not None and device.type == "cpu",
+    )  # fmt: skip
     trainer = Trainer(
         model=adapted,
         args=args,

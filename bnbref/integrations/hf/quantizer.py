@@ -19,9 +19,9 @@ from transformers.quantizers.quantizers_utils import get_module_from_name, shoul
 from transformers.utils import is_peft_available
 
 from bnbref.checkpoint import keys
-from bnbref.integrations.hf.config import METHOD, BnbRefConfig
+from bnbref.integrations.hf.config import METHOD, BnbRefConfig, dtype_of
 from bnbref.integrations.hf.experts import dequantize_experts, is_experts, load_offloaded, parametrize_experts
-from bnbref.integrations.hf.layers import dequantized, dtype_of, is_linear, plain_layer, quantized_layer, was_conv1d
+from bnbref.integrations.hf.layers import dequantized, is_linear, plain_layer, quantized_layer, was_conv1d
 from bnbref.integrations.hf.loading import ANOTHER_SHAPE, Identity, Quantize, Read
 from bnbref.integrations.hf.readers import read_by_others
 from bnbref.nn import Linear8bitLt
@@ -119,15 +119,15 @@ class BnbRefHfQuantizer(HfQuantizer):  # type: ignore[misc]
     # ---- loading ----------------------------------------------------------------------------------------------------
 
     def get_quantize_ops(self) -> Quantize:
-        """For a float weight."""
+        """The operation that transformers runs on each float weight that it reads."""
         return Quantize(self)
 
     def get_load_operations(self) -> dict[str, Any]:
-        """For a weight of a checkpoint that is quantized already."""
+        """The operation that reads the weights of a checkpoint that is quantized already."""
         return {"deserialize": Read}
 
     def get_weight_conversions(self) -> list[Any]:
-        """`Read` for the weights of layers, and for each kind of parameter that is quantized by itself."""
+        """A conversion by `Read` for the weights of layers, and one for each kind of parameter that is quantized by itself."""
         targets = {".".join(name.split(".")[-2:]) for name in self.fused if not name.endswith(".weight")}
         return [Read(self, target).converter() for target in ("weight", *sorted(targets))]
 
@@ -204,16 +204,16 @@ class BnbRefHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_trainable(self) -> bool:
-        """With adapters."""
+        """True: adapters beside a quantized model are trained."""
         return True
 
     @property
     def is_compileable(self) -> bool:
-        """One graph, without breaks."""
+        """True: `torch.compile` makes one graph of a quantized model, without breaks."""
         return True
 
     def is_serializable(self) -> bool:
-        """save_pretrained writes bitsandbytes' bytes."""
+        """True: save_pretrained writes the bytes that bitsandbytes writes."""
         return True
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:

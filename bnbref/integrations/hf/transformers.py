@@ -28,9 +28,9 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers import auto, register_quantization_config, register_quantizer
 
-from bnbref.integrations.hf.config import COMPUTE_DTYPE, METHOD, BnbRefConfig
+from bnbref.integrations.hf.config import COMPUTE_DTYPE, METHOD, BnbRefConfig, dtype_of
 from bnbref.integrations.hf.experts import quantized_parameters
-from bnbref.integrations.hf.layers import dequantized, dtype_of
+from bnbref.integrations.hf.layers import dequantized
 from bnbref.integrations.hf.quantizer import BnbRefHfQuantizer
 from bnbref.nn import Params4bit
 from bnbref.nn.inventory import REASONS

@@ -1,0 +1,129 @@
+"""States in a checkpoint, in bitsandbytes' layout.
+
+    state_dict()["state"][i] = {"step": 3, "__bnb_optimizer_quant_state__": {"state1": ..., "absmax1": ..., "qmap1": ...}}
+
+The wrapper keeps FSDP from gathering what does not have the parameter's shape.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnbref import blockwise
+from bnbref.blockwise import block_count, check_blocksize
+from bnbref.codebooks import DYNAMIC, DYNAMIC_UNSIGNED, is_table_of, value_table
+from bnbref.optim.rules import Rule, State, absmax_key, qmap_key
+from bnbref.optim.sharding import gather, gather_scales, local, shard_of
+
+WRAPPED = "__bnb_optimizer_quant_state__"
+
+
+def gathered(rule: Rule, p: Tensor, state: Mapping[str, Any], blocksize: int) -> dict[str, Any]:
+    """The state of the whole parameter, of which p may be a shard. Then it is a collective call."""
+    shard = shard_of(p)
+    if shard is None or not state:
+        return dict(state)
+    whole: dict[str, Any] = {"step": state["step"]}
+    for s in rule.states:
+        whole[s.key] = gather(p, state[s.key])
+        if state[s.key].dtype == torch.uint8:
+            blocks = check_blocksize(blocksize, p.numel())
+            whole[absmax_key(s.key)] = gather_scales(shard, state[absmax_key(s.key)], blocks)
+    return whole
+
+
+def packed(rule: Rule, state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state as it is saved: with the values of its codes, and in one tensor what the rule has stacked."""
+    wrapped: dict[str, Any] = {}
+    for s in rule.states:
+        if s.key not in state or s.key in rule.stacked[1:]:
+            continue
+        keys = rule.stacked if s.key in rule.stacked else (s.key,)
+        for name in (str, absmax_key):
+            parts = [state[name(key)] for key in keys if name(key) in state]
+            if parts:
+                wrapped[name(s.key)] = parts[0] if len(parts) == 1 else torch.stack(parts)
+        if state[s.key].dtype == torch.uint8:
+            wrapped[qmap_key(s.key)] = value_table(rule.codebook(s), torch.device("cpu"))
+    if rule.clipped and wrapped:
+        wrapped["unorm_vec"] = torch.zeros(1)  # room that bitsandbytes expects to find
+    return {"step": state["step"], WRAPPED: wrapped} if wrapped else {"step": state["step"]}
+
+
+def unpacked(
+    rule: Rule, p: Tensor, saved: dict[str, Any], blocksize: int, empty: Callable[..., Tensor]
+) -> dict[str, Any]:
+    """The state of p of what was saved, wrapped or not, in the memory that `empty` gives. ValueError if it is none of p's."""
+    saved = _apart(rule, {**saved, **saved.pop(WRAPPED, {})})
+    if not saved:
+        return {}
+    shard, shape = shard_of(p), tuple(local(p).shape)
+    state: dict[str, Any] = {"step": int(saved["step"])}
+
+    def keep(key: str, whole: Tensor, dtype: torch.dtype) -> None:
+        flat = whole.reshape(-1)
+        mine = (flat if shard is None else flat[shard.start : shard.stop]).view(shape)
+        state[key] = empty(key, shape, dtype).copy_(mine)
+
+    for s in rule.states:
+        tensor = _saved(saved, s.key)
+        if tensor.numel() != p.numel():
+            raise ValueError(f"saved {s.key} has {tensor.numel()} elements, its parameter has {p.numel()}")
+        if tensor.dtype != torch.uint8 and not tensor.is_floating_point():
+            raise ValueError(f"saved {s.key} must be uint8 codes or floats, got {tensor.dtype}")
+        if tensor.dtype != torch.uint8:
+            keep(s.key, tensor, torch.float32)
+            continue
+        size, key = check_blocksize(blocksize, p.numel()), absmax_key(s.key)
+        codes, scales = _translated(rule, s, tensor, _saved(saved, key), saved.get(qmap_key(s.key)), size)
+        if shard is not None:
+            blocks = shard.blocks(size)
+            scales = scales[blocks.start : blocks.stop]
+        keep(s.key, codes, torch.uint8)
+        state[key] = empty(key, tuple(scales.shape), torch.float32).copy_(scales)
+    return state
+
+
+def _saved(saved: Mapping[str, Any], key: str) -> Tensor:
+    if key not in saved:
+        raise ValueError(f"the saved state has no {key!r}, only {sorted(saved)}")
+    tensor: Tensor = saved[key]
+    return tensor
+
+
+def _apart(rule: Rule, saved: dict[str, Any]) -> dict[str, Any]:
+    """The saved state with a tensor for each of the states that bitsandbytes has stacked in one."""
+    if not rule.stacked or rule.stacked[-1] in saved:
+        return saved
+    first = rule.stacked[0]
+    apart: dict[str, Any] = {}
+    for i, key in enumerate(rule.stacked):
+        apart |= {name(key): saved[name(first)][i] for name in (str, absmax_key) if name(first) in saved}
+        if qmap_key(first) in saved:
+            apart[qmap_key(key)] = saved[qmap_key(first)]
+    return {**saved, **apart}
+
+
+def _translated(
+    rule: Rule, state: State, codes: Tensor, absmax: Tensor, values: Tensor | None, blocksize: int
+) -> tuple[Tensor, Tensor]:
+    """Codes and scales of the rule's codebook, of codes whose values are `values`."""
+    absmax = absmax.reshape(-1)
+    if absmax.numel() != block_count(codes.numel(), blocksize):
+        raise ValueError(
+            f"saved absmax has {absmax.numel()} scales for {codes.numel()} codes: not blocks of {blocksize}; "
+            f"blocksize=... must be that of the optimizer that saved it"
+        )
+    if not absmax.is_floating_point() or not bool((absmax.isfinite() & (absmax >= 0)).all()):
+        raise ValueError(f"saved {absmax_key(state.key)} has scales that are no floats, NaN, infinite or negative")
+    book = rule.codebook(state)
+    if values is None or is_table_of(values, book):
+        return codes, absmax
+    if not any(is_table_of(values, known) for known in (*rule.codebooks, DYNAMIC, DYNAMIC_UNSIGNED)):
+        raise ValueError(
+            f"saved {qmap_key(state.key)} is no map of {rule!r}, nor a dynamic map: its codes mean nothing"
+        )
+    decoded = blockwise.dequantize(codes, absmax, values.to(codes.device, torch.float32), blocksize, torch.float32)
+    return blockwise.quantize(decoded, book, blocksize)
