@@ -42,7 +42,7 @@ _failed: dict[str, str] = {}
 
 
 def why_failed(device_type: str, error: BaseException) -> str | None:
-    """The reason, if the compiler or Inductor's folder made a compilation fail: `missing_compiler` says it from then on. Else None.
+    """The reason, if the compiler or Inductor's folder made a compilation fail: `missing_compiler` says it from then on.
 
     It is asked afterwards, because nothing that is cheap tells whether a compiler that is there, and a folder, will do.
     """
