@@ -182,8 +182,9 @@ def _bind() -> None:
         if module is not None and getattr(module, "bnb", None) is None:
             _bound.append((module, getattr(module, "bnb", _ABSENT)))
             module.bnb = importlib.import_module(NAME)
-    if finder.MENDED in sys.modules:
-        mend(sys.modules[finder.MENDED])
+    for name in finder.MENDED:
+        if name in sys.modules:
+            mend(sys.modules[name])
 
 
 _mended: list[Any] = []
@@ -193,8 +194,31 @@ _mended: list[Any] = []
 # Before, what undoes a conversion gives the first name of its pattern to every weight (seen in 5.17): left to raise.
 _UNDOES_BY_NAME = (5, 23)
 
+# The oldest that is tested: an older one is left as it is.
+_ADAPTABLE = (0, 21)
+
 
 def mend(module: Any) -> None:
+    """What a module of another library, one of `finder.MENDED`, needs to do over bnbref's layers what it does over bitsandbytes'."""
+    if module.__name__ == "peft":
+        _let_peft_find_parameters(module)
+    else:
+        _let_transformers_save(module)
+
+
+def _version(package: Any) -> tuple[int, ...]:
+    return tuple(map(int, package.__version__.split(".")[:2]))
+
+
+def _let_peft_find_parameters(peft: Any) -> None:
+    """LoRA on parameters that are quantized by themselves, and refusals of what would read codes: `adapt_peft`."""
+    if _version(peft) >= _ADAPTABLE:
+        from bnbref.integrations.hf.peft_parameters import adapt_peft
+
+        adapt_peft()
+
+
+def _let_transformers_save(module: Any) -> None:
     """Let transformers save again what its own quantizer has loaded quantized.
 
     Saving undoes the conversions of loading. Reading codes and scales needs no undoing, because they are saved as they are
@@ -203,7 +227,7 @@ def mend(module: Any) -> None:
     import transformers
     from transformers.core_model_loading import ConversionOps, _IdentityOp
 
-    if tuple(map(int, transformers.__version__.split(".")[:2])) < _UNDOES_BY_NAME:
+    if _version(transformers) < _UNDOES_BY_NAME:
         return
     for cls in (module.Bnb4bitDeserialize, module.Bnb8bitDeserialize):
         if cls.reverse_op is ConversionOps.reverse_op:
