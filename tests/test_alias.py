@@ -409,6 +409,6 @@ print(*(name for name in __import__("sys").modules if name == "bnbref.integratio
 
 @pytest.mark.parametrize("order", [("import peft", ""), ("", "import peft")], ids=["peft first", "alias first"])
 def test_lora_finds_parameters_that_are_quantized_by_themselves(order):
-    """Without `patch_hf`, as after `import bitsandbytes`: peft finds what it finds of bitsandbytes, and more; nothing is silent."""
+    """Without `patch_hf`: peft finds what it finds over bitsandbytes' layers, and more; nothing is silent."""
     pytest.importorskip("peft")
     assert run(ON_QUANTIZED_PARAMETERS.format(*order)) == ["0", "1", "refused"]

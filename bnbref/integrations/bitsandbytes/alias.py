@@ -199,7 +199,7 @@ _ADAPTABLE = (0, 21)
 
 
 def mend(module: Any) -> None:
-    """What a module of another library, one of `finder.MENDED`, needs to do over bnbref's layers what it does over bitsandbytes'."""
+    """Gives a module of another library, one of `finder.MENDED`, what it needs over bnbref's layers."""
     if module.__name__ == "peft":
         _let_peft_find_parameters(module)
     else:
