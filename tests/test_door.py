@@ -478,7 +478,7 @@ def test_first_calls_of_a_process_in_threads():
     """They import torch's compiler, which two threads cannot do at once, and leave it as it was."""
     if torch.__version__ < "2.13":
         pytest.skip(
-            "torch 2.11, built for CUDA, ends such a process, unless it imports torch._dynamo first: not understood"
+            "torch 2.11 for CUDA without a GPU: any second thread that compiles uses a device guard of the first, which has ended"
         )
     done = subprocess.run([sys.executable, "-c", FIRST_CALLS], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "[] torch._inductor.output_code\n", done.stdout + done.stderr
