@@ -6,6 +6,7 @@ import os
 import platform
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -105,9 +106,12 @@ def devices() -> list[tuple[str, str]]:
 
 
 def kernels(device: torch.device) -> list[tuple[str, str]]:
-    """Whether kernels are compiled, and if not, why."""
+    """Whether kernels are compiled, and if not, why. Whether a compiler works shows only when it compiles: it is tried."""
     rows = []
     for kind in dict.fromkeys(("cpu", device.type)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the row says the same
+            formats.CHECKS[0].run(selfcheck.example(device if kind == device.type else torch.device(kind)))
         missing = missing_compiler(kind)
         off = None if compile_enabled() else f"BNBREF_COMPILE={os.environ.get('BNBREF_COMPILE')}"
         rows.append((kind, "compiled by Inductor" if (off or missing) is None else f"eager: {off or missing}"))

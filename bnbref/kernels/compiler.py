@@ -46,10 +46,10 @@ def why_failed(device_type: str, error: BaseException) -> str | None:
 
     It is asked afterwards, because nothing that is cheap tells whether a compiler that is there, and a folder, will do.
     """
-    from torch._inductor.exc import CppCompileError
+    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
     cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, (CppCompileError, OSError)):
+    while cause is not None and not isinstance(cause, (CppCompileError, InvalidCxxCompiler, OSError)):
         cause = getattr(cause, "inner_exception", None) or cause.__cause__
     if cause is None:
         return None
