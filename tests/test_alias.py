@@ -407,7 +407,11 @@ print(*(name for name in __import__("sys").modules if name == "bnbref.integratio
 """
 
 
-@pytest.mark.parametrize("order", [("import peft", ""), ("", "import peft")], ids=["peft first", "alias first"])
+PEFT_BY_US = "from bnbref.integrations.hf import peft_parameters; peft_parameters.adapt_peft()"
+ORDERS = {"peft first": ("import peft", ""), "alias first": ("", "import peft"), "by our quantizer": ("", PEFT_BY_US)}
+
+
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
 def test_lora_finds_parameters_that_are_quantized_by_themselves(order):
     """Without `patch_hf`: peft finds what it finds over bitsandbytes' layers, and more; nothing is silent."""
     pytest.importorskip("peft")

@@ -212,10 +212,10 @@ def _version(package: Any) -> tuple[int, ...]:
 
 def _let_peft_find_parameters(peft: Any) -> None:
     """LoRA on parameters that are quantized by themselves, and refusals of what would read codes: `adapt_peft`."""
-    if _version(peft) >= _ADAPTABLE:
-        from bnbref.integrations.hf.peft_parameters import adapt_peft
-
-        adapt_peft()
+    name = "bnbref.integrations.hf.peft_parameters"
+    importing = name in sys.modules and not hasattr(sys.modules[name], "adapt_peft")  # and who imports it adapts
+    if _version(peft) >= _ADAPTABLE and not importing:
+        importlib.import_module(name).adapt_peft()
 
 
 def _let_transformers_save(module: Any) -> None:
