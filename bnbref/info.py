@@ -6,6 +6,7 @@ import os
 import platform
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -112,9 +113,12 @@ def why_eager(device_type: str) -> str | None:
 
 
 def kernels(device: torch.device) -> list[tuple[str, str]]:
-    """Whether kernels are compiled, and if not, why."""
+    """Whether kernels are compiled, and if not, why. Whether a compiler works shows only when it compiles: it is tried."""
     rows = []
     for kind in dict.fromkeys(("cpu", device.type)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the row says the same
+            formats.CHECKS[0].run(selfcheck.example(device if kind == device.type else torch.device(kind)))
         why = why_eager(kind)
         rows.append((kind, "compiled by Inductor" if why is None else f"eager: {why}"))
     if why_eager("cpu") is None:

@@ -2,7 +2,7 @@
 
     make matrix                                       every row
     python tests/matrix.py NAME ...                   some rows; --list names them
-    python tests/matrix.py --write                    and the table of docs/content/matrix.md, from all results so far
+    python tests/matrix.py --write                    and the lines of docs/content/matrix.md that have a result here
 
 An environment is made under build/matrix and kept, its results beside it as JSON. A row needs `python3.X` on the PATH.
 What `pip install torch` brings is the build of the package index in use: on Linux one for CUDA, of several gigabytes.
@@ -116,7 +116,7 @@ def measure(row: Row, wheel: Path) -> dict[str, Any]:
     row.folder.mkdir(parents=True, exist_ok=True)
     log = row.folder / f"{row.name.replace(' ', '-')}.log"
     log.unlink(missing_ok=True)
-    result: dict[str, Any] = {"name": row.name, "what": row.what, "environment": row.environment}
+    result: dict[str, Any] = {}
     start = time.monotonic()
     try:
         python = install(row, wheel, log)
@@ -168,31 +168,36 @@ def why_skipped(element: ElementTree.Element) -> str:
     return whole[1] if whole else element.get("message") or ""
 
 
-def table(results: list[dict[str, Any]]) -> str:
-    """Markdown: environments by what ran, passed, failed, and why."""
-    lines = [
-        "| environment | Python | torch | transformers | `bnbref info` | passed | skipped | failed |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for result in results:
-        versions = result.get("versions", {})
-        cells = [f"{result['name']}: {result['what']}".removesuffix(": ")]
-        cells += [versions.get(name, "") for name in ("python", "torch", "transformers")]
-        if "error" in result:
-            cells += [f"not run: {result['error']}", "", "", ""]
-        else:
-            cells += [result["info"].partition(":")[0], f"{result['passed']}"]
-            cells += ["; ".join(f"{n}: {why.removeprefix('Skipped: ')}" for why, n in result["skipped"].items()) or "0"]
-            cells += ["; ".join(f"`{f['test'].rpartition('.')[2]}`: {f['why'][:100]}" for f in result["failed"]) or "0"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+def label(row: Row) -> str:
+    """What stands in the first column."""
+    return f"{row.name}: {row.what}".removesuffix(": ")
 
 
-def write(results: list[dict[str, Any]]) -> None:
-    """Put the table between the page's two marks."""
+def line(row: Row, result: dict[str, Any]) -> str:
+    """A row of the page: the environment by what ran, passed, failed, and why."""
+    versions = result.get("versions", {})
+    cells = [label(row), *(versions.get(name, "") for name in ("python", "torch", "transformers"))]
+    if "error" in result:
+        cells += [f"not run: {result['error']}", "", "", ""]
+    else:
+        cells += [result["info"].partition(":")[0], f"{result['passed']}"]
+        cells += ["; ".join(f"{n}: {why.removeprefix('Skipped: ')}" for why, n in result["skipped"].items()) or "0"]
+        cells += ["; ".join(f"`{f['test'].rpartition('.')[2]}`: {f['why'][:100]}" for f in result["failed"]) or "0"]
+    return f"| {' | '.join(cells)} |"
+
+
+def write(results: dict[str, dict[str, Any]]) -> None:
+    """Put the results between the page's two marks. A row that did not run here keeps the line that it has."""
     head, _, rest = PAGE.read_text(encoding="utf-8").partition("<!-- table -->\n")
-    tail = rest.partition("<!-- end of the table -->\n")[2]
-    PAGE.write_text(f"{head}<!-- table -->\n{table(results)}\n<!-- end of the table -->\n{tail}", encoding="utf-8")
+    before, _, tail = rest.partition("<!-- end of the table -->\n")
+    titles, rule, *old = before.splitlines()
+    kept = {text.split(" | ")[0].removeprefix("| "): text for text in old}
+    lines = [
+        line(row, results[row.name]) if row.name in results else kept.get(label(row), line(row, {"error": "not yet"}))
+        for row in ROWS
+    ]
+    table = "\n".join((titles, rule, *lines))
+    PAGE.write_text(f"{head}<!-- table -->\n{table}\n<!-- end of the table -->\n{tail}", encoding="utf-8")
 
 
 def main() -> int:
@@ -216,11 +221,10 @@ def main() -> int:
         wheel = next(dist.glob("*.whl"))
         for name in args.names or rows:
             results[name] = measure(rows[name], wheel)
-            print(table([results[name]]).splitlines()[-1], flush=True)
+            print(line(rows[name], results[name]), flush=True)
             file.write_text(json.dumps(results, indent=1), encoding="utf-8")
     if args.write:
-        absent = {name: {"name": name, "what": row.what, "error": "not yet"} for name, row in rows.items()}
-        write([*(absent | results).values()])
+        write(results)
     return int(any("error" in result or result["failed"] for result in results.values()))
 
 

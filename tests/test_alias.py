@@ -376,3 +376,43 @@ bnbref.uninstall_as_bitsandbytes()
 print(hasattr(transformers.integrations.bitsandbytes, "bnb"), peft.helpers.bnb)
 """
     assert run(code) == ["False", "False", "True", "True", "True", "bitsandbytes", "bitsandbytes", "False", "None"]
+
+
+ON_QUANTIZED_PARAMETERS = """
+import bnbref
+{0}
+bnbref.install_as_bitsandbytes(force=True)
+{1}
+import bitsandbytes as bnb, peft, torch
+from torch import nn
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(3, 64, 64))
+
+    def forward(self, x):
+        return torch.einsum("bk,enk->ebn", x, self.up).sum(0)
+
+net = nn.Sequential(Experts(), bnb.nn.Linear4bit(64, 64))
+bnb.nn.parametrize.replace_parameter_4bit(net[0], "up")
+model = peft.get_peft_model(net.to("cpu"), peft.LoraConfig(target_parameters=["up"], target_modules=["1"]))
+model(torch.randn(2, 64)).sum().backward()
+print(*sorted(name.split(".")[2] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()))
+try:
+    peft.get_peft_model(nn.Sequential(bnb.nn.Linear4bit(64, 64)).to("cpu"), peft.LoHaConfig(target_modules=["0"]))
+except ValueError as refusal:
+    print("refused" if "LOHA reads the weight of 0, which is packed" in str(refusal) else refusal)
+print(*(name for name in __import__("sys").modules if name == "bnbref.integrations.hf.transformers"))
+"""
+
+
+PEFT_BY_US = "from bnbref.integrations.hf import peft_parameters; peft_parameters.adapt_peft()"
+ORDERS = {"peft first": ("import peft", ""), "alias first": ("", "import peft"), "by our quantizer": ("", PEFT_BY_US)}
+
+
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
+def test_lora_finds_parameters_that_are_quantized_by_themselves(order):
+    """Without `patch_hf`: peft finds what it finds over bitsandbytes' layers, and more; nothing is silent."""
+    pytest.importorskip("peft")
+    assert run(ON_QUANTIZED_PARAMETERS.format(*order)) == ["0", "1", "refused"]

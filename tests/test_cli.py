@@ -3,9 +3,11 @@
 import importlib.metadata
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,8 @@ from bnbref import info
 from bnbref.cli import main
 from bnbref.demo import Settings
 from bnbref.selfcheck import Result, formats
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -111,6 +115,20 @@ def test_a_verdict_says_what_was_not_compiled():
     assert re.sub(r"in \d+ of \d+", "in N of M", said) == (
         "ok: 2 formats eager, 1 compiled, in N of M exact kernels (11.0 s); the time was up: run again, or with --seconds N"
     )
+
+
+def test_info_says_that_a_compiler_does_not_work(tmp_path):
+    """One that answers when it is asked for its version: not "compiled ok" of checks that ran eager."""
+    broken = tmp_path / "g++"
+    broken.write_text(
+        '#!/bin/sh\ncase "$*" in -dumpversion) echo 12;; *) echo "error: no cc1plus" >&2; exit 1;; esac\n'
+    )
+    broken.chmod(0o755)
+    environment = {**os.environ, "CXX": str(broken), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "BNBREF_COMPILE": "1"}
+    command = [sys.executable, "-m", "bnbref", "info"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=ROOT)
+    assert f"eager: the C++ compiler {str(broken)!r} fails (" in done.stdout
+    assert "compiled" not in done.stdout
 
 
 def test_info_is_light():

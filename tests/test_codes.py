@@ -9,8 +9,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from layers import BF16, F32, linear4, linear8, raw, raw_weight, unquantized
+from layers import BF16, F32, argument, linear4, linear4_layers, linear8, linear8_layers, raw, raw_weight, unquantized
 from torch import nn
+from torch.func import functional_call
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -131,6 +132,14 @@ class Double(nn.Module):
         return 2 * x
 
 
+class Same(nn.Module):
+    def forward(self, x):
+        return x
+
+    def right_inverse(self, x):
+        return x
+
+
 MACHINERY = {
     "apply": lambda layer: nn.Sequential(layer).apply(_init),
     "reset_parameters": lambda layer: layer.reset_parameters(),
@@ -139,6 +148,11 @@ MACHINERY = {
     "weight_norm": lambda layer: parametrizations.weight_norm(layer),
     "old weight_norm": lambda layer: nn.utils.weight_norm(layer),
     "parametrization": lambda layer: parametrize.register_parametrization(layer, "weight", Double()),
+    "unsafe parametrization": lambda layer: parametrize.register_parametrization(
+        layer, "weight", Double(), unsafe=True
+    ),
+    "parametrization with inverse": lambda layer: parametrize.register_parametrization(layer, "weight", Same()),
+    "orthogonal": lambda layer: parametrizations.orthogonal(layer),
 }
 
 
@@ -146,10 +160,26 @@ MACHINERY = {
 @pytest.mark.parametrize("how", MACHINERY)
 @pytest.mark.filterwarnings("ignore:.*weight_norm")
 def test_what_would_rewrite_a_weight_is_refused_by_name(make, how):
+    layer = make()
+    kind, weight, before = type(layer), layer.weight, raw_weight(layer)
     with pytest.raises(
         (TypeError, ValueError), match=r"takes the codes of a quantized|cannot be (pruned|parametrized)"
     ):
-        MACHINERY[how](make())
+        MACHINERY[how](layer)
+    assert (type(layer), sorted(layer._parameters), raw_weight(layer)) == (kind, ["bias", "weight"], before)
+    assert layer.weight is weight
+
+
+@each_layer
+@pytest.mark.parametrize("norm", [nn.utils.spectral_norm, parametrizations.spectral_norm])
+def test_a_spectral_norm_fails_and_leaves_the_layer_whole(make, norm):
+    """Codes in uint8 and int8 end in torch's own error: it fills a tensor of their dtype with normal numbers."""
+    layer = make()
+    weight, before = layer.weight, raw_weight(layer)
+    with pytest.raises((TypeError, ValueError, NotImplementedError)):
+        norm(layer)
+    assert raw_weight(layer) == before
+    assert layer.weight is weight
 
 
 @each_layer
@@ -198,6 +228,77 @@ def test_a_piece_keeps_what_it_codes(make, cut, n):
             assert isinstance(weight, Params4bit)
             assert start % 64 or count % 64
         start += count
+
+
+# ---- detached -------------------------------------------------------------------------------------------------------
+
+
+PUT = {
+    "named_parameters": lambda layer: dict(layer.named_parameters()),
+    "detached": lambda layer: {name: p.detach() for name, p in layer.named_parameters()},
+    "state_dict": lambda layer: {k: v for k, v in layer.state_dict().items() if k in ("weight", "bias")},
+    "keep_vars": lambda layer: {k: v for k, v in layer.state_dict(keep_vars=True).items() if k in ("weight", "bias")},
+}
+
+
+PAIRS = [(linear4_layers(), linear4), (linear8_layers(), linear8)]
+
+
+@given(pair=st.sampled_from(PAIRS), how=st.sampled_from(sorted(PUT)), data=st.data())
+def test_a_layer_computes_with_the_scales_of_the_codes_that_are_put_into_it(pair, how, data):
+    """`functional_call` with the parameters of another layer: with these it is that layer, and then it is itself again."""
+    other = data.draw(pair[0])
+    options = {"threshold": other.state.threshold} if isinstance(other, Linear8bitLt) else {}
+    layer = pair[1](other.out_features, other.in_features, bias=other.bias is not None, seed=7, **options)
+    x = argument(layer)
+    before = layer(x)
+    assert raw(functional_call(nn.Sequential(layer), {f"0.{k}": v for k, v in PUT[how](other).items()}, x)) == raw(
+        other(x)
+    )
+    assert raw(layer(x)) == raw(before)
+
+
+def test_a_whole_state_dict_is_put_into_an_int8_layer_and_refused_for_four_bits():
+    file = io.BytesIO()
+    layer, other = linear8(), linear8(seed=1)
+    x = argument(layer)
+    torch.save(other.state_dict(), file)
+    file.seek(0)
+    for state in (other.state_dict(), torch.load(file)):
+        before = layer(x)
+        assert raw(functional_call(layer, state, x)) == raw(other(x))
+        assert raw(layer(x)) == raw(before)
+    layer = linear4()
+    with pytest.raises(TypeError, match=r"give torch\.func\.functional_call dict\(module\.named_parameters\(\)\)"):
+        functional_call(layer, layer.state_dict(), x)
+
+
+@each_layer
+def test_codes_are_not_copied_into_codes_of_other_scales(make):
+    layer, scaled = make(), make()
+    scaled.weight = scaled.weight.unquantized(torch.randn(32, 64)).to("cpu")
+    before = raw_weight(layer)
+    for source in (scaled.weight, scaled.weight.detach()):
+        for copied in (
+            lambda t, s=source: t.copy_(s),
+            lambda t, s=source: t.detach().copy_(s),
+            lambda t, s=source: torch._foreach_copy_([t], [s]),
+        ):
+            with torch.no_grad(), pytest.raises(ValueError, match="copies codes without their scales"):
+                copied(layer.weight)
+    assert raw_weight(layer) == before
+    layer.weight.data = scaled.weight.detach()  # what was detached brings its scales along
+    assert raw(values(layer.weight)) == raw(values(scaled.weight))
+
+
+def test_data_of_another_size_is_refused():
+    layer = linear4(quant_storage=BF16)
+    with pytest.raises(TypeError, match=r"are codes in torch\.bfloat16, got torch\.bfloat16, 4096 bytes for 1024"):
+        layer.weight.data = torch.randn(32, 64, dtype=BF16)
+    codes = layer.weight.data
+    layer.weight.data = torch.empty(0, dtype=BF16)  # freed, until it is needed again
+    layer.weight.data = codes
+    assert raw_weight(layer) == raw_weight(linear4(quant_storage=BF16))
 
 
 # ---- copies and files -----------------------------------------------------------------------------------------------

@@ -311,8 +311,9 @@ def test_the_trained_weight_of_an_int8_layer():
 @pytest.mark.parametrize("make", [linear4, linear8])
 def test_codes_of_several_layers_are_refused(make):
     ensemble = [make(), make(seed=1)]
-    with torch.no_grad():
-        parameters, _ = stack_module_state(ensemble)
+    with torch.no_grad(), pytest.raises(ValueError, match="stack takes the codes of a quantized"):
+        stack_module_state(ensemble)
+    parameters = {"weight": torch.stack([layer.weight.data for layer in ensemble])}
     x = inputs(5, 64)
     with pytest.raises(ValueError, match="a quantized weight must be one weight, got the codes of several under vmap"):
         vmap(lambda p: functional_call(ensemble[0], p, (x,)))(parameters)

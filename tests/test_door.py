@@ -20,7 +20,8 @@ import bnbref
 from bnbref import blockwise, fourbit, int8, nested
 from bnbref import functional as F
 from bnbref.codebooks import DYNAMIC, NF4, Codebook, value_table
-from bnbref.kernels import REGISTRY, fused
+from bnbref.kernels import REGISTRY, compiler, door, fused
+from bnbref.kernels.door import Kernel
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -225,6 +226,60 @@ def test_without_a_compiler_it_says_so_once_and_has_the_same_bits(digest):
     )
 
 
+def test_what_fails_only_when_it_compiles_is_said_once_too(digest, tmp_path):
+    """A compiler that answers and does not compile; a folder that cannot be made, and one that cannot be written."""
+    broken, file = tmp_path / "g++", tmp_path / "file"
+    broken.write_text(
+        '#!/bin/sh\ncase "$*" in -dumpversion) echo 12;; *--version) echo "g++ 12.2.0";;\n'
+        "*) echo \"fatal error: cannot execute 'cc1plus'\" >&2; exit 1;; esac\n",
+        encoding="utf-8",
+    )
+    broken.chmod(0o755)
+    file.touch()
+    got, *said = probe(CXX=str(broken), TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+    assert got == digest
+    assert_expected_inline(
+        "\n".join(said).replace(str(tmp_path), "TMP"),
+        """bnbref runs uncompiled on cpu: the C++ compiler 'TMP/g++' fails (fatal error: cannot execute 'cc1plus'). The bits are the same, the speed is not.""",
+    )
+    got, *said = probe(TORCHINDUCTOR_CACHE_DIR=str(file / "cache"))
+    assert got == digest
+    assert_expected_inline(
+        "\n".join(said).replace(str(tmp_path), "TMP"),
+        """bnbref runs uncompiled on cpu: Inductor cannot keep code in its folder, TORCHINDUCTOR_CACHE_DIR ([Errno 20] Not a directory: 'TMP/file/cache'). The bits are the same, the speed is not.""",
+    )
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("a fault of bnbref")])
+def test_a_folder_that_fills_up_in_the_middle_of_a_step(error, monkeypatch):
+    """The pieces of a step that were computed are not computed again; any other error is no reason to go on."""
+    monkeypatch.setattr(compiler, "_failed", {})
+    compiled_call, left = Kernel._compiled_call, [1]
+
+    def call(self, *args, **kwargs):
+        left[0] -= 1
+        if left[0] < 0:
+            raise error
+        return compiled_call(self, *args, **kwargs)
+
+    monkeypatch.setattr(Kernel, "_compiled_call", call)
+    kernel = Kernel(plus_one, {"x": (0,)}, writes=("x",))
+    monkeypatch.setitem(door._FORMULATIONS, "plus_one", door.Formulation(plus_one, piece=3))
+    x = torch.arange(16.0).view(8, 2)  # pieces of 2, 3 and 3 rows
+    if isinstance(error, OSError):
+        with pytest.warns(UserWarning, match="Inductor cannot keep code in its folder.*No space left on device"):
+            kernel(x)
+        assert torch.equal(x, torch.arange(16.0).view(8, 2) + 1)
+        assert compiler.missing_compiler("cpu") is not None
+    else:
+        with pytest.raises(RuntimeError, match="a fault of bnbref"):
+            kernel(x)
+
+
+def plus_one(x):
+    return (x + 1,)
+
+
 def test_compiled_it_has_the_same_bits(digest):
     """In a process of its own, with kernels from Inductor's cache or new ones."""
     assert probe() == [digest]
@@ -423,7 +478,7 @@ def test_first_calls_of_a_process_in_threads():
     """They import torch's compiler, which two threads cannot do at once, and leave it as it was."""
     if torch.__version__ < "2.13":
         pytest.skip(
-            "torch 2.11, built for CUDA, ends such a process, unless it imports torch._dynamo first: not understood"
+            "torch 2.11 for CUDA without a GPU: any second thread that compiles uses a device guard of the first, which has ended"
         )
     done = subprocess.run([sys.executable, "-c", FIRST_CALLS], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "[] torch._inductor.output_code\n", done.stdout + done.stderr

@@ -7,6 +7,8 @@ import pickle
 import pytest
 import torch
 from conftest import same_bits
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 import bnbref
@@ -242,6 +244,32 @@ def test_a_parameter_keeps_its_size(name):
     del optimizer.state[p]
     optimizer.step()
     assert optimizer.state[p]["state1"].shape == (6000,)
+
+
+@given(
+    name=st.sampled_from(["AdamW8bit", "Lion32bit"]),
+    n=st.integers(1, 600),
+    start=st.integers(-700, 700),
+    every=st.sampled_from([1, 2]),
+)
+def test_a_gradient_in_the_memory_of_its_parameter(name, n, start, every):
+    """Anywhere in the same memory it is as good as a copy, or refused: where a step would write what it has yet to read."""
+    with bnbref.eager():
+        buffer = torch.linspace(-1, 1, 3000)
+        results = []
+        for copied in (True, False):
+            memory = buffer.clone()
+            p = nn.Parameter(memory[1000 : 1000 + n])
+            g = memory[1000 + start : 1000 + start + every * n : every]
+            p.grad = g.clone() if copied else g
+            optimizer = getattr(optim, name)([p], lr=1e-2, **({"min_8bit_size": 1} if name == "AdamW8bit" else {}))
+            if not copied and every == 1 and 0 < abs(start) < n:
+                with pytest.raises(ValueError, match="a gradient must be in memory of its own"):
+                    optimizer.step()
+                return
+            optimizer.step()
+            results.append(p.detach().clone())
+        assert same_bits(*results)
 
 
 def test_gradients_of_another_dtype():

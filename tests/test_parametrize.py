@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from layers import BF16, F16, F32, fill, raw, raw_state
 from torch import nn
+from torch.func import functional_call
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
@@ -63,6 +64,16 @@ def raw_module(module):
 
 
 X = torch.linspace(-1, 1, 2 * 32).view(2, 32)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_parameters_of_another_module_have_its_scales(nested):
+    """Under `functional_call` a module computes with the codes and the scales that it is given, and then with its own again."""
+    module, other = experts(0, compress_statistics=nested), experts(1, compress_statistics=nested)
+    before = raw(module(X))
+    for source in (other, module, copy.deepcopy(module)):
+        assert raw(functional_call(module, dict(source.named_parameters()), X)) == raw(source(X))
+        assert raw(module(X)) == before
 
 
 @given(

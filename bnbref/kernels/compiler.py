@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,33 @@ def is_gpu(x: Tensor) -> bool:
     return x.device.type != "cpu"
 
 
+_failed: dict[str, str] = {}
+"""Device types for which a compilation failed for a reason that was not in what was compiled, with that reason."""
+
+
+def why_failed(device_type: str, error: BaseException) -> str | None:
+    """The reason, if the compiler or Inductor's folder made a compilation fail: `missing_compiler` says it from then on.
+
+    It is asked afterwards, because nothing that is cheap tells whether a compiler that is there, and a folder, will do.
+    """
+    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, (CppCompileError, InvalidCxxCompiler, OSError)):
+        cause = getattr(cause, "inner_exception", None) or cause.__cause__
+    if cause is None:
+        return None
+    lines = [line.strip() for line in str(cause).splitlines()]
+    if isinstance(cause, OSError):
+        return _failed.setdefault(device_type, _unusable(lines[0].partition(".  ")[0]))
+    said = next((line for line in lines if "error:" in line), lines[0])
+    return _failed.setdefault(device_type, f"the C++ compiler {_cxx()!r} fails ({said})")
+
+
+def _unusable(why: str) -> str:
+    return f"Inductor cannot keep code in its folder, TORCHINDUCTOR_CACHE_DIR ({why})"
+
+
 def _cxx() -> str:
     """The C++ compiler that Inductor will use: it asks for CXX when it is imported, and no more."""
     config = sys.modules.get("torch._inductor.config")
@@ -52,11 +80,31 @@ def _cxx_version() -> int | None:
     return int(major) if done.returncode == 0 and major.isdecimal() else None
 
 
-@functools.cache
 def missing_compiler(device_type: str) -> str | None:
     """What Inductor lacks on this machine to compile for a device type; None if nothing."""
+    return _failed.get(device_type) or _lacking(device_type)
+
+
+def compiles(device_type: str) -> bool:
+    """Whether Inductor can compile for a device type. torch.compile does not trace it: it is a constant of the graph."""
+    return missing_compiler(device_type) is None
+
+
+# As torch.compiler.assume_constant_result does, without importing torch._dynamo.
+compiles._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _lacking(device_type: str) -> str | None:
     if os.environ.get("TORCH_COMPILE_DISABLE") == "1":
         return "TORCH_COMPILE_DISABLE=1 switches torch.compile off"
+    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        return _unusable(str(error))
+    if not os.access(folder, os.W_OK):
+        return _unusable(f"{folder!r} cannot be written")
     if device_type == "cpu":
         if shutil.which(_cxx()) is None:
             return f"no C++ compiler ({_cxx()!r} is not on the PATH; set CXX or install g++)"

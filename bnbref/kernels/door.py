@@ -37,7 +37,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from bnbref.context import jit_tracing, transforming, without_autocast
-from bnbref.kernels.compiler import missing_compiler, options_for
+from bnbref.kernels.compiler import compiles, missing_compiler, options_for, why_failed
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -277,8 +277,10 @@ class Kernel(Generic[P, R]):
         return self._first_call(key, args, constants) if call is None else call(args)
 
     def _inlined(self, args: Sequence[Any], constants: Mapping[str, Any]) -> R:
+        # A formulation may ask Inductor what it can do, which without a compiler it cannot say.
+        body = self.body if compiles(args[0].device.type) else self.definition
         with torch.no_grad(), without_autocast(args[0]):
-            return self._copied(args, _sealed(self.body(*map(_sealed, args), **constants)))
+            return self._copied(args, _sealed(body(*map(_sealed, args), **constants)))
 
     def _uncompiled(self, args: Sequence[Any], constants: Mapping[str, Any]) -> R:
         with torch.no_grad(), without_autocast(args[0]):
@@ -348,7 +350,20 @@ class Kernel(Generic[P, R]):
         """A call by way of Dynamo, which finds or compiles the code for these sizes.
 
         Returns the result, and the function that makes the next call of this layout without Dynamo, or None if there can be none.
+        Where the compiler does not work, after all, the call is uncompiled.
         """
+        try:
+            return self._compiled_call(device_type, args, constants, writes)
+        except (OSError, RuntimeError) as error:
+            reason = why_failed(device_type, error)
+            if reason is None:
+                raise
+        _warn_once(device_type, reason)
+        return self._uncompiled(args, constants), None
+
+    def _compiled_call(
+        self, device_type: str, args: Sequence[Any], constants: Mapping[str, Any], writes: bool
+    ) -> tuple[R, Callable[[Sequence[Any]], R] | None]:
         # Before torch._inductor: the order in which another thread may be importing them for its own torch.compile.
         importlib.import_module("torch._dynamo")
         formulation, tables = self.formulation, self.tables(*args, **constants)

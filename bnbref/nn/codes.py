@@ -4,15 +4,20 @@
 
 would leave bytes that code something else, without an error. So they raise a ValueError. (Not a TypeError, which torch's
 operators turn into NotImplemented, so that its message is lost.) If the bytes are kept in a float dtype, arithmetic raises it
-too, because the result would look like codes. What moves or reads bytes is allowed: copies of codes into codes, views,
-comparisons.
+too, because the result would look like codes. What moves or reads bytes is allowed: copies of codes into codes of the same
+scales, views, comparisons.
+
+`weight.detach()` makes `Codes`: watched like the weight, and with its scales. A layer in which they stand for the weight, as
+torch.func puts them there, computes with these scales and not with those of the weight before. `weight.data`, views, and what
+numpy and C++ make of a weight are plain: nobody sees a write through these.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bnbref.context import plain
 
@@ -21,10 +26,12 @@ _OPERATORS = {f"__i{name}__" for name in _BINARY}
 _COPIES = {"copy_": 1, "_foreach_copy_": 1, "__setitem__": 2}  # by name, which argument is the source
 _NO_WRITES = {"requires_grad_", "detach_", "share_memory_", "rename_"}
 _NAMES = ("add", "sub", "mul", "div", "lerp", "addcmul", "addcdiv")
-_ARITHMETIC = {"norm_except_dim", *_NAMES, *(f"_foreach_{name}" for name in _NAMES)}
+_ARITHMETIC = {*_NAMES, *(f"_foreach_{name}" for name in _NAMES)}
 _ARITHMETIC |= {f"__{side}{name}__" for name in _BINARY[:4] for side in ("", "r")}
-# What multiplies by a weight without asking its layer, as nn.MultiheadAttention does with its out_proj's.
-_PRODUCTS = {"linear", "matmul", "mm", "multi_head_attention_forward", "__matmul__", "__rmatmul__"}
+# What multiplies by a weight without asking its layer, as nn.MultiheadAttention does with its out_proj's; the first function
+# that weight_norm calls; and torch.func.stack_module_state, whose result has no scales.
+_ANY_DTYPE = {"linear", "matmul", "mm", "multi_head_attention_forward", "__matmul__", "__rmatmul__"}
+_ANY_DTYPE |= {"norm_except_dim", "stack"}
 
 
 class Watched:
@@ -52,13 +59,26 @@ class Watched:
 
     def result_of(self, name: str, result: Any) -> Any:
         """What the function called `name`, applied to this tensor, is to return in place of `result`."""
-        if name == "detach" and self.holds_codes():
-            return result.as_subclass(Codes)  # so that writes to what was detached are noticed too
+        return self.detached(result) if name == "detach" and self.holds_codes() else result
+
+    def detached(self, codes: Tensor) -> "Codes":
+        """The same memory as `Codes` that have the attributes of this tensor, its scales among them."""
+        result = codes.as_subclass(Codes)
+        result.__dict__.update((name, value) for name, value in self.__dict__.items() if name != "_is_param")
         return result
+
+    def __format__(self, spec: str) -> str:
+        """As of Tensor. Codes add a sentence, because torch.func prints them in its error when it is given a state dict."""
+        if not self.holds_codes():
+            return super().__format__(spec)
+        return (
+            f"{plain(self)!r} (the codes of a quantized weight, whose scales a state dict has beside them: "  # type: ignore[arg-type]
+            "give torch.func.functional_call dict(module.named_parameters()) in its place)"
+        )
 
 
 class Codes(Watched, Tensor):
-    """The codes of a quantized weight, detached from it. A copy or a pickle of them is a plain tensor."""
+    """The codes of a quantized weight, detached from it, with its scales. A copy or a pickle of them is a plain tensor."""
 
     def holds_codes(self) -> bool:
         """Always True."""
@@ -87,12 +107,37 @@ def _check(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         source = args[place] if len(args) > place else kwargs.get("src", kwargs.get("other"))
         sources = source if isinstance(source, (list, tuple)) else [source]
         if all(isinstance(tensor, Tensor) and tensor.dtype == written[0].dtype for tensor in sources):
+            _check_scales(name, written, sources)
             return
-    if not written and name in _ARITHMETIC | _PRODUCTS:
-        of_any_dtype = name in _PRODUCTS or name == "norm_except_dim"  # the first function that weight_norm calls
-        written = [t for value in args for t in _codes_in(value) if of_any_dtype or t.is_floating_point()]
+    if not written and name in _ARITHMETIC | _ANY_DTYPE:
+        written = [t for value in args for t in _codes_in(value) if name in _ANY_DTYPE or t.is_floating_point()]
     if written:
+        if name == "norm_except_dim":
+            _put_back(written[0])
         kind = next((type(t).__name__ for t in written if not isinstance(t, Codes)), "weight")
         raise ValueError(
             f"{name} takes the codes of a quantized {kind} for numbers: dequantize it, compute, and quantize the result anew"
         )
+
+
+def _check_scales(name: str, written: list[Any], sources: Any) -> None:
+    """ValueError if codes are copied into codes that have other scales."""
+    if len(written) != len(sources):
+        return  # several to one, which torch refuses
+    for target, source in zip(written, sources, strict=True):
+        for scales in ("quant_state", "SCB"):
+            here, there = getattr(target, scales, None), getattr(source, scales, None)
+            if here is there or here is None or there is None:
+                continue
+            if not (torch.equal(here, there) if isinstance(here, Tensor) else here == there):
+                raise ValueError(
+                    f"{name} copies codes without their scales, and the {scales} of the two weights differs: assign the "
+                    "parameter, or load the state dict of its layer"
+                )
+
+
+def _put_back(weight: Any) -> None:
+    """torch's old weight_norm asks for the norm of a weight that it has removed from the layer: it gets it again."""
+    asking = sys._getframe(3).f_locals  # beyond this function, `_check` and `__torch_function__`
+    if asking.get("weight") is weight and isinstance(asking.get("module"), nn.Module):
+        asking["module"]._parameters[asking["name"]] = weight

@@ -13,6 +13,7 @@ and raises for a quantized weight without its scales, for scales without the wei
 "As there": the quant_type, blocksize, nesting and storage of the checkpoint hold, not those of the constructor.
 """
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -39,10 +40,13 @@ class QuantizedLayer(nn.Module):
         if name == "weight":
             self._remember(param)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "parametrizations" and "weight" not in self._parameters:
-            raise TypeError(f"the weight of a {type(self).__name__} cannot be parametrized: it holds codes")
-        super().__setattr__(name, value)
+    def __delattr__(self, name: str) -> None:
+        """As of `nn.Module`. torch's parametrizations and spectral_norm, which remove a weight first, are refused here, where the
+        layer is still whole. FSDP removes it too, and puts a view of the same codes in its place."""
+        asking = sys._getframe(1).f_globals.get("__name__", "")
+        if isinstance(self._parameters.get(name), QuantizedParameter) and asking.startswith("torch.nn.utils."):
+            raise TypeError(f"the {name} of {self} cannot be parametrized: it holds codes, or will")
+        super().__delattr__(name)
 
     def _remember(self, weight: Tensor | None) -> None:
         """Keeps the scales of the weight, if it has some."""
@@ -240,6 +244,15 @@ class EightBitLayer(QuantizedLayer):
         """The absmax of each row of an int8 weight: the weight's own or, if it lost them, those that are remembered."""
         own = _scales_of(self.weight)
         return self._remembered if own is None and self.weight.dtype == torch.int8 else own
+
+    @property
+    def SCB(self) -> Tensor | None:
+        """What a state dict has under this name. torch.func assigns it, and uses it if the codes beside it are a plain tensor."""
+        return self._absmax
+
+    @SCB.setter
+    def SCB(self, value: Tensor | None) -> None:
+        self._remembered = value
 
     def _remember(self, weight: Tensor | None) -> None:
         if isinstance(weight, Int8Params) and _scales_of(weight) is not None:

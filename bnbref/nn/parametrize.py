@@ -41,6 +41,10 @@ class Bnb4bitParametrization(nn.Module):
 
     def forward(self, packed: Tensor) -> Tensor:
         """The values of the parameter, from its packed codes."""
+        if not torch.compiler.is_compiling():
+            owner = getattr(packed, "dequantized_by", self)
+            if owner is not self:  # torch.func has put the parameter of another module here
+                return owner.forward(packed)
         kept = None if tracing() else self.kept
         if kept:
             return kept[0]
@@ -115,7 +119,10 @@ def _parameter(module: nn.Module, name: str) -> nn.Parameter:
 def _parametrize(module: nn.Module, name: str, packed: Tensor, state: QuantState) -> None:
     first = not any(quantized_in(module))
     setattr(module, name, nn.Parameter(packed, requires_grad=False))
-    parametrize.register_parametrization(module, name, Bnb4bitParametrization(state), unsafe=True)
+    step = Bnb4bitParametrization(state)
+    parametrize.register_parametrization(module, name, step, unsafe=True)
+    original: Any = module.parametrizations[name].original  # type: ignore[index, union-attr]
+    original.dequantized_by = step
     if first:
         module.register_forward_pre_hook(_keep)
         # Always called, because activation checkpointing ends a forward by an exception, which must not leave the values behind.

@@ -48,18 +48,19 @@ class QuantizedParameter(Watched, nn.Parameter):
 
     @property
     def data(self) -> Tensor:
-        """The codes, or the float weight, as a plain tensor. Assigning another quantized parameter takes over its scales too."""
+        """The codes, or the float weight, as a plain tensor: torch asks its type. Assigning another quantized parameter, or what
+        was detached from one, takes over its scales too."""
         with torch._C.DisableTorchFunctionSubclass():
             return _DATA.__get__(self)  # type: ignore[no-any-return]
 
     # nn.Module moves a parameter by `param.data = fn(param)`. Without the attributes that would be half a move.
     @data.setter
     def data(self, value: Tensor) -> None:
-        if self.holds_codes() and not isinstance(value, QuantizedParameter):
+        if self.holds_codes() and not isinstance(value, Watched):
             self._check_assigned(value)
         with torch._C.DisableTorchFunctionSubclass():
             _DATA.__set__(self, value)
-        if isinstance(value, QuantizedParameter):
+        if isinstance(value, Watched):
             self.__dict__.update(value.__dict__)
 
     def _check_assigned(self, value: Tensor) -> None:
@@ -327,10 +328,14 @@ class Params4bit(QuantizedParameter):
         return {"quant_state": None if self.quant_state is None else self.quant_state.map(function)}
 
     def _check_assigned(self, value: Tensor) -> None:
-        if value.dtype != self.dtype:
+        state = self.quant_state
+        n_bytes = -(-state.shape.numel() // 2) if state is not None and state.shape is not None else value.nbytes
+        # Without elements: DeepSpeed frees a weight so, until it is needed.
+        if value.dtype != self.dtype or value.nbytes not in (0, n_bytes):
             raise TypeError(
-                f"the data of a quantized Params4bit are codes in {self.dtype}, got {value.dtype}: assign a Params4bit, or "
-                "set bnb_quantized to False first, so that the float weight is quantized by the next move to a device"
+                f"the data of a quantized Params4bit are codes in {self.dtype}, got {value.dtype}, {value.nbytes} bytes for "
+                f"{n_bytes}: assign a Params4bit, or set bnb_quantized to False first, so that the float weight is quantized by "
+                "the next move to a device"
             )
 
     def _scales_of_piece(self, view: Tensor, first: int) -> dict[str, Any] | None:

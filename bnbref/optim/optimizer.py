@@ -190,6 +190,11 @@ class Optimizer(torch.optim.Optimizer):
                 f"a gradient must have the shape of its parameter, and be sharded like it: here it has shape "
                 f"{tuple(here.shape)}, the parameter {tuple(shape)}"
             )
+        if not self.state[p] and _partly_shared(local(p), here):
+            raise ValueError(
+                f"a gradient must be in memory of its own, or in just its parameter's: of shape {tuple(shape)} they begin "
+                f"{here.data_ptr() - local(p).data_ptr()} bytes apart"
+            )
         for key in [s.key for s in self.rule.states] if self.state[p] else []:
             if self.state[p][key].shape != shape:
                 raise ValueError(
@@ -281,6 +286,14 @@ class Optimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         own = ("rule", "is_paged", "_own", "_layout", "_sources", "_generator", "_placement")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+
+
+def _partly_shared(p: Tensor, g: Tensor) -> bool:
+    """Whether a step, which writes p while it reads g, would write what it has yet to read."""
+    if p.device.type == "meta" or not (p.is_contiguous() and g.is_contiguous()):
+        return False  # what is not contiguous is copied first
+    start, other = p.data_ptr(), g.data_ptr()
+    return (start, p.dtype) != (other, g.dtype) and start < other + g.nbytes and other < start + p.nbytes
 
 
 class _Held:

@@ -165,15 +165,39 @@ def _bind() -> None:
             before = (setattr, module, "bnb", None) if hasattr(module, "bnb") else (delattr, module, "bnb")
             _undo.callback(*before)
             module.bnb = importlib.import_module(NAME)
-    if finder.MENDED in sys.modules:
-        mend(sys.modules[finder.MENDED])
+    for name in finder.MENDED:
+        if name in sys.modules:
+            mend(sys.modules[name])
 
 
 # Before, what undoes a conversion gives the first name of its pattern to every weight (seen in 5.17): left to raise.
 _UNDOES_BY_NAME = (5, 23)
 
+# The oldest that is tested: an older one is left as it is.
+_ADAPTABLE = (0, 21)
+
 
 def mend(module: Any) -> None:
+    """Gives a module of another library, one of `finder.MENDED`, what it needs over bnbref's layers."""
+    if module.__name__ == "peft":
+        _let_peft_find_parameters(module)
+    else:
+        _let_transformers_save(module)
+
+
+def _version(package: Any) -> tuple[int, ...]:
+    return tuple(map(int, package.__version__.split(".")[:2]))
+
+
+def _let_peft_find_parameters(peft: Any) -> None:
+    """LoRA on parameters that are quantized by themselves, and refusals of what would read codes: `adapt_peft`."""
+    name = "bnbref.integrations.hf.peft_parameters"
+    importing = name in sys.modules and not hasattr(sys.modules[name], "adapt_peft")  # and who imports it adapts
+    if _version(peft) >= _ADAPTABLE and not importing:
+        importlib.import_module(name).adapt_peft()
+
+
+def _let_transformers_save(module: Any) -> None:
     """Let transformers save again what its own quantizer has loaded quantized.
 
     Saving undoes the conversions of loading. Reading codes and scales needs no undoing, because they are saved as they are
@@ -182,7 +206,7 @@ def mend(module: Any) -> None:
     import transformers
     from transformers.core_model_loading import ConversionOps, _IdentityOp
 
-    if tuple(map(int, transformers.__version__.split(".")[:2])) < _UNDOES_BY_NAME:
+    if _version(transformers) < _UNDOES_BY_NAME:
         return
     for cls in (module.Bnb4bitDeserialize, module.Bnb8bitDeserialize):
         if cls.reverse_op is ConversionOps.reverse_op:

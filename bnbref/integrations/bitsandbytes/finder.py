@@ -30,8 +30,8 @@ MODULES = (
 )  # fmt: skip
 """The modules of bitsandbytes that are served, less its name."""
 
-MENDED = "transformers.integrations.bitsandbytes"
-"""A module that is not ours: see `alias.mend`."""
+MENDED = ("transformers.integrations.bitsandbytes", "peft")
+"""Modules that are not ours: see `alias.mend`."""
 
 
 class Finder(importlib.metadata.DistributionFinder):
@@ -49,8 +49,8 @@ class Finder(importlib.metadata.DistributionFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """A spec for each of `MODULES`, and one for the module of transformers that is mended once it is imported."""
-        if fullname == MENDED:
+        """A spec for each of `MODULES`, and one for each of the modules that are mended once they are imported."""
+        if fullname in MENDED:
             return _then_mend(importlib.machinery.PathFinder.find_spec(fullname, path, target))
         top, _, rest = fullname.partition(".")
         if top != NAME or rest not in MODULES:
