@@ -108,7 +108,7 @@ def devices() -> list[tuple[str, str]]:
 def why_eager(device_type: str) -> str | None:
     """Why kernels are not compiled on that type of device; None where they are."""
     if not compile_enabled():
-        return f"BNBREF_COMPILE={os.environ.get('BNBREF_COMPILE')}"
+        return "BNBREF_COMPILE=0" if os.environ.get("BNBREF_COMPILE") == "0" else "bnbref.eager()"
     return missing_compiler(device_type)
 
 

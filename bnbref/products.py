@@ -96,7 +96,7 @@ def _multiply_few(a: Tensor, packed: Tensor, state: QuantState, bias: Tensor | N
         blocksize2 = present(state.state2.blocksize, "state2.blocksize")
     else:
         absmax = state.scales()
-    codes = as_bytes(packed).view(n, k // 2)
+    codes = (packed if packed.dtype == torch.uint8 else as_bytes(packed)).view(n, k // 2)
     if codes.storage_offset() % 4 != 0:
         codes = codes.clone()  # a GPU reads them as words
     if is_gpu(a):

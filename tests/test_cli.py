@@ -24,7 +24,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture
 def uncompiled(monkeypatch):
-    monkeypatch.setenv("BNBREF_COMPILE", "0")
+    monkeypatch.setenv("BNBREF_COMPILE", "0")  # what is printed, and what a child reads
+    with bnbref.eager():
+        yield
 
 
 @pytest.fixture

@@ -151,14 +151,6 @@ def test_eager_is_a_context_that_nests(counted):
     assert len(counted) == 3
 
 
-def test_environment_variable(counted, monkeypatch):
-    want = decode()
-    for value, calls in (("0", 1), ("1", 1)):
-        monkeypatch.setenv("BNBREF_COMPILE", value)
-        assert same_bits(decode(), want)
-        assert len(counted) == calls
-
-
 PROBE = """
 import hashlib, warnings, torch, bnbref
 from bnbref import functional as F

@@ -62,7 +62,9 @@ _NO_LIMIT = 2**31
 # this size but not for the actual one is an error.
 _TYPICAL_SIZE = 2**16
 
-_eager_depth = 0
+# How many `eager()` are entered. BNBREF_COMPILE=0 is one that is never left. It is read once, because looking a variable up that
+# is not set costs more than the look-up of a kernel.
+_eager_depth = 1 if os.environ.get("BNBREF_COMPILE") == "0" else 0
 
 # One at a time: two threads cannot import torch's compiler at once, nor both exchange its `__call__` and put it back.
 _first_calls = threading.RLock()
@@ -85,8 +87,8 @@ def eager() -> Iterator[None]:
 
 
 def compile_enabled() -> bool:
-    """Whether kernels are to be compiled: not inside `eager()`, and BNBREF_COMPILE is not 0."""
-    return _eager_depth == 0 and os.environ.get("BNBREF_COMPILE", "1") != "0"
+    """Whether kernels are to be compiled: not inside `eager()`, and BNBREF_COMPILE was not 0 when bnbref was imported."""
+    return _eager_depth == 0
 
 
 def tracing() -> bool:
