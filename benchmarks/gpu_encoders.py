@@ -1,17 +1,23 @@
 """Encoders on an NVIDIA GPU: formulations side by side, their bits, and their share of copy bandwidth.
 
-    python benchmarks/gpu_encoders.py [--elements 268435456] [--seconds 110] [--only four eight adam]
+    python benchmarks/gpu_encoders.py [--elements 268435456] [--seconds 100] [--only four eight adam]
+    python benchmarks/gpu_encoders.py --floats 0
 
 Every variant is compared with the definition, byte for byte, on blocks that hold every threshold and its neighbours, zeros,
 NaN, infinities and numbers at random. Then it is timed, over the block sizes and numbers of warps below, of which Inductor
 takes the fastest; the line ends with what it timed: rows x warps, milliseconds, registers. Share: of the bandwidth of a copy,
 bytes read + written; medians, timed with CUDA events.
+
+Each variant is a process of its own, which compiles beside the others, and then waits for its turn on the GPU. Lines come in the
+order in which they are done. `--floats` compares encoders with the definition for all floats, and times nothing.
 """
 
 import argparse
 import contextlib
+import fcntl
 import functools
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -107,66 +113,7 @@ def by_address(table: tuple[Tensor, Tensor], index: Tensor) -> Tensor:
     return torch.ops.encoders.load(*table, index.to(torch.int32))
 
 
-# ---- 4 bits: cells that are even in the number itself ---------------------------------------------------------------
-# The cell of a number is the upper bits of a float that is linear in it: at most one threshold lies in each of 32 cells, whose
-# entries of 64 bits are two cache lines.
-
-
-@functools.cache
-def even_cells(book: Codebook, device: torch.device, cell_bits: int = 5) -> Tensor:
-    """int64 `[2^(9 + cell_bits)]`, by the upper bits of u = 3 + 63/64 x: of numbers there are 2^cell_bits cells.
-
-    An entry: the threshold as float32 in the lower half, the code up to it above. All other entries are NaN's, whose code is
-    that of rank 0; with a sign it is one less, because NaN's sign is then taken for that of a difference.
-    """
-    ts, cells = book.thresholds, 2**cell_bits
-    half = 2 ** (8 + cell_bits)
-    entries = [0] * half + [-1 << 32] * half
-    for cell in range(cells):  # u = 2 + 2 cell / cells
-        low, high = ((2 + 2 * (cell + side) / cells - 3) * 64 / 63 for side in (0, 1))
-        inside = [j for j, t in enumerate(ts) if low - 1e-5 <= t <= high + 1e-5]
-        assert len(inside) <= 1, (cell, inside)
-        j = inside[0] if inside else max(sum(t < low for t in ts) - 1, 0)
-        bits = int(torch.tensor(ts[j], dtype=torch.float32).view(torch.int32)) & 0xFFFFFFFF
-        entries[(0x40000000 >> (23 - cell_bits)) + cell] = j << 32 | bits
-    return torch.tensor(entries, dtype=torch.int64).to(device)
-
-
-def window(table: Tensor, index: Tensor) -> Tensor:
-    """`table[index + lanes]`, written as a gather along windows, so that Inductor takes it for a contiguous load.
-
-    Inductor gives no cache hint to such loads (torch 2.11), which are five instructions of a GPU's in each look-up. The position
-    of the lane is added and subtracted again, which the compiler sees. table: with `lanes` entries more on both sides.
-    """
-    lanes = index.shape[-1]
-    windows = table.as_strided((table.numel() - lanes + 1, lanes), (1, 1))
-    at = index.to(torch.int64).reshape(-1, lanes) + lanes
-    return windows.gather(0, at - torch.arange(lanes, device=index.device)).reshape(index.shape)
-
-
-def bits_of(table: Any, look_up: Callable[..., Tensor], lanes: int) -> int:
-    if look_up is by_address:
-        return table[0].numel().bit_length() - 1
-    return (table.numel() - (2 * lanes if look_up is window else 0)).bit_length() - 1
-
-
-def cell_entry(x: Tensor, table: Tensor, look_up: Callable[..., Tensor]) -> Tensor:
-    bits = bits_of(table, look_up, x.shape[-1])
-    u = (x * (63 / 64) + 3.0).view(torch.int32)
-    return look_up(table, (u >> (32 - bits)) & (2**bits - 1))
-
-
-def code_by_compare(x: Tensor, table: Tensor, look_up: Callable[..., Tensor] = floats.look_up) -> Tensor:
-    """Codes in the order of the values: one more above the threshold."""
-    entry = cell_entry(x, table, look_up)
-    codes = (entry >> 32).to(torch.int32) & 15
-    return torch.where(x == x, codes + (x > entry.to(torch.int32).view(torch.float32)).to(torch.int32), 0)
-
-
-def code_by_sign(x: Tensor, table: Tensor, look_up: Callable[..., Tensor] = floats.look_up) -> Tensor:
-    """The same by the sign of a difference."""
-    entry = cell_entry(x, table, look_up)
-    return (entry >> 32).to(torch.int32) - ((entry.to(torch.int32).view(torch.float32) - x).view(torch.int32) >> 31)
+# ---- lanes ------------------------------------------------------------------------------------------------------------
 
 
 def words(rows: Tensor, blocksize: int, elements: int) -> list[Tensor]:
@@ -186,15 +133,6 @@ def absmax_by_asm(halves: list[Tensor], dtype: torch.dtype) -> Tensor:
     return floats.absmax_of_lanes([floats.widen(found[0], dtype), floats.widen(found[0] >> 16, dtype)])
 
 
-def absmax_by_carry(lanes: list[Tensor]) -> Tensor:
-    """`absmax_of_lanes` by one product and sum an element: the magnitude in the upper 31 bits; beyond infinity it overflows."""
-    keys = [x.view(torch.int32) * 2 - 0x7F000001 for x in lanes]
-    while len(keys) > 1:
-        keys = [torch.maximum(one, other) for one, other in zip(keys[::2], keys[1::2], strict=True)]
-    key = (keys[0].amax(-1) + 0x7F000001) >> 1 & 0x7FFFFFFF
-    return torch.where(key >= 0x00800000, key, 0).view(torch.float32)
-
-
 def pack_four(codes: Sequence[Tensor]) -> Tensor:
     packed = [high << 4 | low for high, low in zip(codes[::2], codes[1::2], strict=True)]
     word = packed[0]
@@ -210,14 +148,14 @@ def four(
     if absmax_of == "asm" and halves:
         absmax = absmax_by_asm(halves, rows.dtype)
     else:
-        absmax = absmax_by_carry(lanes) if absmax_of == "carry" else floats.absmax_of_lanes(lanes)
+        absmax = floats.absmax_of_lanes(lanes)
     scale = rearrange(reciprocal(absmax), "n b -> n b 1")
     codes = [encode(x * scale, table) for x in lanes]
     made = [pack_four(codes[i : i + 8]) for i in range(0, len(codes), 8)]
     if len(made) == 2:
         word = made[0].to(torch.int64) & 0xFFFFFFFF | made[1].to(torch.int64) << 32
     else:
-        word = made[0].to(torch.int16) if elements == 4 else made[0]
+        word = made[0].to({2: torch.uint8, 4: torch.int16, 8: torch.int32}[elements])
     return word.flatten(1).view(torch.uint8), absmax
 
 
@@ -226,7 +164,8 @@ def four(
 
 @functools.cache
 def wide_table(book: Codebook, device: torch.device) -> Tensor:
-    """int64 `[cells]` by the upper bits of the pattern, as few as will do; entries as in `even_cells`."""
+    """int64 `[cells]` by the upper bits of the pattern, as few as will do; the threshold as float32 in the lower half of
+    an entry, the code up to it above. NaN has the code of rank 0; one less with a sign, which is then that of a difference."""
     ts = torch.tensor(book.thresholds, dtype=torch.float32)
     for bits in range(9, 17):
         first = torch.arange(2**bits, dtype=torch.int64) << (32 - bits)
@@ -244,16 +183,30 @@ def wide_table(book: Codebook, device: torch.device) -> Tensor:
     return (base << 32 | t.view(torch.int32).long() & 0xFFFFFFFF).to(device)
 
 
-def code_by_wide_table(x: Tensor, table: Tensor, look_up: Callable[..., Tensor] = floats.look_up) -> Tensor:
-    bits = bits_of(table, look_up, x.shape[-1])
+def code_by_wide_table(x: Tensor, table: Any, look_up: Callable[..., Tensor] = floats.look_up) -> Tensor:
+    bits = bits_of(table)
     entry = look_up(table, x.view(torch.int32) >> (32 - bits) & (2**bits - 1))
     return (entry >> 32).to(torch.int32) - ((entry.to(torch.int32).view(torch.float32) - x).view(torch.int32) >> 31)
+
+
+def code_by_narrow_table(x: Tensor, table: Any, code_bits: int) -> Tensor:
+    """`counting.code_by_table` by address."""
+    pattern, size = x.view(torch.int32), 32 - bits_of(table)
+    entry = by_address(table, pattern >> size & (2 ** (32 - size) - 1))
+    above = (pattern & (1 << size) - 1) > (entry & (1 << size) - 1)
+    return torch.where(above, entry >> (32 - code_bits), entry >> (32 - 2 * code_bits)) & (1 << code_bits) - 1
+
+
+def bits_of(table: Any) -> int:
+    return int((table[0] if isinstance(table, tuple) else table).numel()).bit_length() - 1
 
 
 def lanes_of(rows: Tensor, blocksize: int, elements: int) -> tuple[list[Tensor], list[Tensor]]:
     """Words of 16-bit floats, none of float32; and the elements of the lanes in float32."""
     if rows.dtype == torch.float32:
         return [], floats.in_lanes(rows, blocksize, elements)
+    if elements == 2:
+        return [], [rearrange(x, "n (b lane) -> n b lane", lane=blocksize // 2) for x in floats.in_pairs(rows)]
     halves = words(rows, blocksize, elements)
     return halves, [floats.widen(part, rows.dtype) for half in halves for part in (half, half >> 16)]
 
@@ -263,7 +216,7 @@ def eight(blocks: Tensor, encode: Callable[[Tensor], Tensor], elements: int, abs
     if absmax_of == "asm" and halves:
         absmax = absmax_by_asm(halves, blocks.dtype)
     else:
-        absmax = absmax_by_carry(lanes) if absmax_of == "carry" else floats.absmax_of_lanes(lanes)
+        absmax = floats.absmax_of_lanes(lanes)
     scale = rearrange(reciprocal(absmax), "b -> b 1")
     codes = [encode(x * scale) for x in lanes]
     made = [a | b << 8 | c << 16 | d << 24 for a, b, c, d in zip(*[iter(codes)] * 4, strict=True)]
@@ -272,33 +225,23 @@ def eight(blocks: Tensor, encode: Callable[[Tensor], Tensor], elements: int, abs
 
 
 # ---- variants -------------------------------------------------------------------------------------------------------
-# Each is a function of the tensors, of tables after them; its tables; and how many lanes a row has.
+# Each is a function of the tensors, of tables after them; its tables; and how many elements a lane has. None: the sizes that
+# Inductor tries by itself.
 
 GPU = torch.device("cuda")
-Variant = tuple[Callable[..., Any], tuple[Tensor, ...], int]
+Variant = tuple[Callable[..., Any], tuple[Tensor, ...], int | None]
 ENCODERS: dict[str, Callable[..., Tensor]] = {
     "int32 table": lambda x, table, bits: counting.code_by_table(x, table, bits),
+    "int32 table, address": code_by_narrow_table,
     "int64 table": lambda x, table, bits: code_by_wide_table(x, table),
-    "int64 table, windows": lambda x, table, bits: code_by_wide_table(x, table, window),
     "int64 table, address": lambda x, table, bits: code_by_wide_table(x, table, by_address),
-    "even cells, windows": lambda x, table, bits: code_by_sign(x, table, window),
-    "even cells, address": lambda x, table, bits: code_by_sign(x, table, by_address),
 }
 
 
-def padded(table: Tensor, lanes: int) -> Tensor:
-    return torch.nn.functional.pad(table, (lanes, lanes))
-
-
-def table_of(how: str, book: Codebook, bits: int, lanes: int) -> tuple[Tensor, ...]:
-    if how == "int32 table":
-        found = counting.code_table(book, GPU, bits)
-        assert found is not None
-        return (found,)
-    table = even_cells(book, GPU) if how.startswith("even") else wide_table(book, GPU)
-    return (
-        addressed(table) if how.endswith("address") else (padded(table, lanes) if how.endswith("windows") else table,)
-    )
+def table_of(how: str, book: Codebook, bits: int) -> tuple[Tensor, ...]:
+    table = counting.code_table(book, GPU, bits) if how.startswith("int32") else wide_table(book, GPU)
+    assert table is not None
+    return addressed(table) if how.endswith("address") else (table,)
 
 
 def only(tables: tuple[Tensor, ...]) -> Any:
@@ -307,15 +250,12 @@ def only(tables: tuple[Tensor, ...]) -> Any:
 
 def four_variants() -> Iterator[tuple[str, torch.dtype, Variant]]:
     for dtype, how, elements, absmax_of in (
-        (torch.bfloat16, "int32 table", 8, "lanes"),
-        (torch.bfloat16, "int64 table", 8, "lanes"),
-        (torch.bfloat16, "int64 table, windows", 8, "carry"),
-        (torch.bfloat16, "int64 table, address", 8, "carry"),
-        (torch.bfloat16, "int64 table, address", 8, "asm"),
-        (torch.bfloat16, "int64 table, address", 4, "asm"),
-        (torch.bfloat16, "even cells, address", 8, "asm"),
-        (torch.float16, "int64 table, address", 8, "carry"),
-        (torch.float32, "int64 table, address", 4, "carry"),
+        (torch.bfloat16, "int32 table", 4, "lanes"),
+        (torch.bfloat16, "int32 table", 2, "lanes"),
+        (torch.bfloat16, "int64 table", 4, "lanes"),
+        (torch.bfloat16, "int64 table, address", 4, "lanes"),
+        (torch.float32, "int32 table", 2, "lanes"),
+        (torch.float32, "int32 table", 4, "lanes"),
     ):
 
         def run(
@@ -326,20 +266,18 @@ def four_variants() -> Iterator[tuple[str, torch.dtype, Variant]]:
         yield (
             f"four {how}, {elements} a lane, absmax {absmax_of}",
             dtype,
-            (run, table_of(how, NF4, 4, 64 // elements), 64 // elements),
+            (run, table_of(how, NF4, 4), elements),
         )
 
 
 def eight_variants() -> Iterator[tuple[str, torch.dtype, Variant]]:
     for dtype, how, elements, absmax_of in (
-        (torch.bfloat16, "int32 table", 4, "lanes"),
         (torch.bfloat16, "int32 table", 8, "lanes"),
-        (torch.bfloat16, "int64 table", 8, "lanes"),
-        (torch.bfloat16, "int64 table, windows", 8, "carry"),
-        (torch.bfloat16, "int64 table, address", 8, "carry"),
-        (torch.bfloat16, "int64 table, address", 8, "asm"),
-        (torch.bfloat16, "int64 table, address", 4, "asm"),
-        (torch.float32, "int64 table, address", 4, "carry"),
+        (torch.bfloat16, "int32 table, address", 8, "lanes"),
+        (torch.bfloat16, "int64 table, address", 8, "lanes"),
+        (torch.bfloat16, "int64 table, address", 4, "lanes"),
+        (torch.float32, "int32 table", 4, "lanes"),
+        (torch.float32, "int32 table", 8, "lanes"),
     ):
 
         def run(
@@ -350,7 +288,7 @@ def eight_variants() -> Iterator[tuple[str, torch.dtype, Variant]]:
         yield (
             f"eight {how}, {elements} a lane, absmax {absmax_of}",
             dtype,
-            (run, table_of(how, DYNAMIC, 8, 256 // elements), 256 // elements),
+            (run, table_of(how, DYNAMIC, 8), elements),
         )
 
 
@@ -361,14 +299,14 @@ BOOKS = (DYNAMIC, DYNAMIC_UNSIGNED)
 
 
 def adam_variants() -> Iterator[tuple[str, torch.dtype, Variant]]:
-    for dtype, how, decode in (
-        (torch.float32, "int32 table", floats.look_up),
-        (torch.float32, "int64 table", floats.look_up),
-        (torch.float32, "int64 table, windows", window),
-        (torch.float32, "int64 table, address", by_address),
-        (torch.bfloat16, "int32 table", floats.look_up),
-        (torch.bfloat16, "int64 table, windows", window),
-        (torch.bfloat16, "int64 table, address", by_address),
+    for dtype, how, decode, elements in (
+        (torch.float32, "int32 table", floats.look_up, 1),
+        (torch.bfloat16, "int32 table", floats.look_up, 1),
+        (torch.float32, "int32 table", floats.look_up, None),
+        (torch.float32, "int64 table, address", by_address, 1),
+        (torch.float32, "int32 table, address", by_address, 1),
+        (torch.bfloat16, "int64 table, address", by_address, 1),
+        (torch.bfloat16, "int32 table", floats.look_up, None),
     ):
 
         def run(p: Tensor, g: Tensor, hyper: Tensor, *rest: Tensor, how: str = how, decode: Any = decode) -> Any:
@@ -384,14 +322,14 @@ def adam_variants() -> Iterator[tuple[str, torch.dtype, Variant]]:
                 target.copy_(result)
 
         values = [value_table(b, GPU) for b in BOOKS]
-        if decode is window:
-            values = [padded(v, 256) for v in values]
         tables = [addressed(v) if decode is by_address else (v,) for v in values]
-        tables += [table_of(how, b, 8, 256) for b in BOOKS]
-        name = {window: "window", by_address: "address"}.get(decode, "look_up")
-        yield f"adam {how}, values by {name}", dtype, (run, tuple(t for pair in tables for t in pair), 256)
+        tables += [table_of(how, b, 8) for b in BOOKS]
+        name = "address" if decode is by_address else "look_up"
+        own = "" if elements else ", Inductor's own sizes"
+        yield f"adam {how}, values by {name}{own}", dtype, (run, tuple(t for pair in tables for t in pair), elements)
 
 
+WIDTHS = {"four": 64, "eight": 256, "adam": 256}
 VARIANTS = {"four": four_variants, "eight": eight_variants, "adam": adam_variants}
 
 # ---- compilation ----------------------------------------------------------------------------------------------------
@@ -402,20 +340,24 @@ OPTIONS = {
     "autotune_remote_cache": False,
     "fx_graph_cache": False,
 }
-# (lanes of a program, warps). For Adam a lane is an element, and a program has at least one row of 256.
-SIZES = [(64, 2), (128, 2), (256, 2), (512, 2), (256, 4), (512, 4)]
-ADAM_SIZES = [(256, 1), (256, 2), (512, 1), (512, 2), (1024, 1), (1024, 2), (1024, 8)]
+# (elements a thread, warps). Coordinate descent, an option of the door, finds the best of them too, but compiles one by one.
+SIZES = [(8, 2), (8, 4), (16, 1), (16, 2), (16, 4), (16, 8), (32, 2), (32, 4)]
+ADAM_SIZES = [(4, 2), (4, 4), (4, 8), (8, 1), (8, 2), (8, 4), (16, 1), (16, 2)]
 
 
 @contextlib.contextmanager
-def sizes(lanes: int) -> Iterator[None]:
-    """Inside, Inductor tries these block sizes for reductions over a row of so many lanes."""
+def sizes(kind: str, lane: int | None) -> Iterator[None]:
+    """Inside, Inductor tries these block sizes for reductions over blocks in lanes of so many elements."""
     import torch._inductor.runtime.triton_heuristics as heuristics
     from torch._inductor.runtime.triton_compat import Config
 
+    if lane is None:
+        yield
+        return
+
     def configs(*args: Any, **kwargs: Any) -> list[Any]:
-        pairs = ADAM_SIZES if lanes == 256 else SIZES
-        return [Config({"XBLOCK": n // lanes}, num_warps=w, num_stages=1) for n, w in pairs if n >= lanes]
+        pairs = [(e * 32 * w // WIDTHS[kind], w) for e, w in (ADAM_SIZES if kind == "adam" else SIZES) if e >= lane]
+        return [Config({"XBLOCK": rows}, num_warps=w, num_stages=1) for rows, w in pairs if rows]
 
     original = heuristics._persistent_reduction_configs
     heuristics._persistent_reduction_configs = configs
@@ -440,11 +382,11 @@ def compiled(function: Callable[..., Any], dynamic: Sequence[Tensor]) -> Callabl
 TIMED: list[str] = []
 
 
-def record_configurations() -> None:
-    """Notes what Inductor timed, the fastest first: rows of a program, warps, milliseconds, registers."""
+def watch(at_first_run: Callable[[], None]) -> None:
+    """Calls this before the first run of a compiled kernel; and notes what Inductor times, the fastest first."""
     from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 
-    original = CachingAutotuner.benchmark_all_configs
+    original, run, ran = CachingAutotuner.benchmark_all_configs, CachingAutotuner.run, []
 
     def benchmark(self: Any, *args: Any, **kwargs: Any) -> Any:
         timings = original(self, *args, **kwargs)
@@ -453,7 +395,14 @@ def record_configurations() -> None:
             TIMED.append(f"{config.kwargs['XBLOCK']}x{config.num_warps}w {ms:.3f} r{launcher.n_regs}")
         return timings
 
+    def run_in_turn(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not ran:
+            ran.append(True)
+            at_first_run()
+        return run(self, *args, **kwargs)
+
     CachingAutotuner.benchmark_all_configs = benchmark
+    CachingAutotuner.run = run_in_turn
 
 
 # ---- inputs and truth -----------------------------------------------------------------------------------------------
@@ -462,7 +411,7 @@ def record_configurations() -> None:
 def rows_for_check(dtype: torch.dtype, width: int, book: Codebook) -> Tensor:
     """Blocks at random and blocks of everything that is special, float32 ones with every threshold and its neighbours."""
     g = torch.Generator(GPU).manual_seed(1)
-    x = torch.randn(4096 * 16, width, device=GPU, generator=g)
+    x = torch.randn(2**22 // width, width, device=GPU, generator=g)
     x = x * torch.exp2(torch.randint(-140, 120, (len(x), 1), device=GPU, generator=g).float())
     x[::7] = (x[::7] * 0 + torch.randn(x[::7].shape, device=GPU, generator=g)).pow(5)
     special = torch.tensor(
@@ -535,7 +484,7 @@ CHUNK = 2**27
 
 def all_floats(how: str, book: Codebook, bits: int) -> str:
     """An encoder against `encode` for every float32 of magnitude up to 1 + 2^-20, and every NaN."""
-    table = table_of(how, book, bits, 256)
+    table = table_of(how, book, bits)
     wrong, count = 0, 0
     run = compiled(lambda x, *t: ENCODERS[how](x, only(t), bits).to(torch.uint8), ())
     for sign in (0, -(2**31)):
@@ -572,98 +521,107 @@ def copy_bandwidth() -> float:
     return 8 * 2**28 / milliseconds(lambda: target.copy_(source)) / 1e6
 
 
-def timed(kind: str, dtype: torch.dtype, variant: Variant, elements: int) -> tuple[bool, float, float]:
-    """Right bits; milliseconds; bytes read and written."""
-    function, tables, _ = variant
-    width = 64 if kind == "four" else 256
+def compare(kind: str, number: int, elements: int, turn: Path) -> str:
+    """A line about a variant, which takes its turn on the GPU when it is compiled."""
+    name, dtype, variant = list(VARIANTS[kind]())[number]
+    function, tables, lane = variant
     if kind == "adam":
-        args: list[Tensor] = adam_inputs(elements // 4 // 256, dtype, False)
+        blocks = elements // 4 // 256
+        size = blocks * 256 * (3 * dtype.itemsize + 4 + 4 * 4 / 256)
+        args = [torch.empty_like(x).new_empty(blocks, *x.shape[1:]) for x in adam_inputs(1, dtype, False)]
+        args[2] = adam_inputs(1, dtype, False)[2]
         dynamic = [args[0], args[1], *args[3:]]
-        size = (elements // 4) * (3 * dtype.itemsize + 4 + 4 * 4 / 256)
     else:
-        args = [torch.randn(elements // width, width, device=GPU, dtype=dtype)]
-        dynamic = args
+        width = WIDTHS[kind]
         size = elements * (dtype.itemsize + (0.5 if kind == "four" else 1) + 4 / width)
-    run = compiled(function, dynamic)
-    run(*args, *tables)
-    ms = milliseconds(lambda: run(*args, *tables))
-    return right(kind, dtype, variant, run), ms, size
+        args = dynamic = [torch.empty(elements // width, width, device=GPU, dtype=dtype)]
+    held = turn.open("w")
+
+    def begin() -> None:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        filled = adam_inputs(len(args[0]), dtype, False) if kind == "adam" else [torch.randn_like(args[0])]
+        for arg, values in zip(args, filled, strict=True):
+            arg.copy_(values)
+
+    watch(begin)
+    try:
+        with torch.no_grad(), sizes(kind, lane):
+            run = compiled(function, dynamic)
+            run(*args, *tables)
+            ms = milliseconds(lambda: run(*args, *tables))
+            result = f"{ms:.4f} ms  {size / ms / 1e6:.0f} GB/s  bits {'right' if right(kind, dtype, variant, run) else 'WRONG'}"
+    except Exception as error:  # one variant that fails must not cost the others
+        result = f"{type(error).__name__}: {str(error)[:300]}"
+    held.close()
+    return f"{str(dtype)[6:]:<9} {name:<56} {result}  {TIMED}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--elements", type=int, default=2**28)
-    parser.add_argument("--seconds", type=int, default=110)
+    parser.add_argument("--seconds", type=int, default=100)
     parser.add_argument("--only", nargs="+", default=list(VARIANTS))
-    parser.add_argument("--compile", help="only compile this variant, into Triton's cache", default=None)
-    parser.add_argument(
-        "--floats", type=int, help="only compare an encoder with the definition for all floats", default=None
-    )
+    parser.add_argument("--variant", help="only this one, as KIND:NUMBER:FILE, a file that is locked during a turn")
+    parser.add_argument("--floats", type=int, help="only compare an encoder with the definition for all floats")
     args = parser.parse_args()
-    begun = time.monotonic()
     torch._inductor.config.compile_threads = 1
-    record_configurations()
-    if args.compile is not None:
-        kind, number = args.compile.split(":")
-        _, dtype, variant = list(VARIANTS[kind]())[int(number)]
-        with torch.no_grad(), sizes(variant[2]):
-            timed(kind, dtype, variant, 2**22)
-        return
-    if args.floats is not None:
+    if args.variant is not None:
+        kind, number, turn = args.variant.split(":")
+        print(compare(kind, int(number), args.elements, Path(turn)))
+    elif args.floats is not None:
         print(all_floats(*EXHAUSTIVE[args.floats]))
-        return
-    options = [("--floats", str(i)) for i in range(len(EXHAUSTIVE))]
-    options += [("--compile", f"{kind}:{i}") for kind in args.only for i, _ in enumerate(VARIANTS[kind]())]
-    found = side_by_side(options, Path(tempfile.mkdtemp()))
-    bandwidth = copy_bandwidth()
-    name = f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}"
-    print(f"{name}: copy {bandwidth:.0f} GB/s, {time.monotonic() - begun:.0f} s", flush=True)
-    with torch.no_grad():
-        for kind in args.only:
-            for name, dtype, variant in VARIANTS[kind]():
-                TIMED.clear()
-                try:
-                    with sizes(variant[2]):
-                        fine, ms, size = timed(kind, dtype, variant, args.elements)
-                    text = (
-                        f"{ms:.4f} ms  {size / ms / 1e6 / bandwidth:.3f} of copy  bits {'right' if fine else 'WRONG'}"
-                    )
-                except Exception as error:  # one variant that fails must not cost the others
-                    text = f"{type(error).__name__}: {str(error)[:300]}"
-                print(f"{str(dtype)[6:]:<9} {name:<56} {text}  {TIMED}  {time.monotonic() - begun:.0f} s", flush=True)
-                torch.cuda.empty_cache()
-                if time.monotonic() - begun > args.seconds:
-                    print("out of time", flush=True)
-                    return
-    for path in found:  # what encoders of all floats say, and what failed
-        for line in path.read_text().splitlines()[-1:]:
-            print(path.name, line[:300], flush=True)
-    print(f"{time.monotonic() - begun:.0f} s", flush=True)
+    else:
+        side_by_side([(kind, i) for kind in args.only for i, _ in enumerate(VARIANTS[kind]())], args)
 
 
 EXHAUSTIVE = (
-    ("int64 table, windows", DYNAMIC, 8),
-    ("int64 table, address", DYNAMIC_UNSIGNED, 8),
-    ("int64 table, windows", NF4, 4),
-    ("even cells, address", NF4, 4),
+    ("int32 table", DYNAMIC, 8),
+    ("int32 table", DYNAMIC_UNSIGNED, 8),
+    ("int32 table", NF4, 4),
+    ("int64 table", NF4, 4),
 )
 
 
-def side_by_side(options: Sequence[Sequence[str]], folder: Path) -> list[Path]:
-    """This program with each of these options, as many at a time as there are cores for; returns what they printed."""
-    waiting, running, begun = list(options), [], time.monotonic()
-    files = [folder / "_".join(option).replace(":", "_") for option in options]
-    free = list(files)
-    while (waiting or running) and time.monotonic() - begun < 55:
-        while waiting and len(running) < max(2, (os.cpu_count() or 2) - 2):
-            with free.pop(0).open("w") as file:
-                command = [sys.executable, __file__, *waiting.pop(0)]
-                running.append(subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT))
-        running = [p for p in running if p.poll() is None]
-        time.sleep(0.2)
-    for process in running:
-        process.kill()
-    return [path for path in files if path.exists()]
+def shares(line: str, bandwidth: float) -> str:
+    return re.sub(r"(\d+) GB/s", lambda m: f"{int(m[1]) / bandwidth:.3f} of copy", line)
+
+
+def side_by_side(variants: Sequence[tuple[str, int]], args: argparse.Namespace) -> None:
+    """A process for each of these variants, as many at a time as there are cores, and what they print."""
+    begun, folder = time.monotonic(), Path(tempfile.mkdtemp())
+    turn, waiting = folder / "turn", list(variants)
+    running: dict[Path, subprocess.Popen[bytes]] = {}
+    bandwidth = 0.0
+    with turn.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)  # the others import and compile meanwhile
+        while waiting or running:
+            while waiting and len(running) < (os.cpu_count() or 2):
+                kind, number = waiting.pop(0)
+                path = folder / f"{kind}{number}"
+                with path.open("w") as file:
+                    own = ["--variant", f"{kind}:{number}:{turn}", "--elements", str(args.elements)]
+                    command = [sys.executable, __file__, *own]
+                    running[path] = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+            if not held.closed:
+                bandwidth = copy_bandwidth()
+                name = f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}"
+                print(f"{name}: copy {bandwidth:.0f} GB/s", flush=True)
+                torch.cuda.empty_cache()
+                held.close()
+            late = time.monotonic() - begun > args.seconds
+            for path, process in list(running.items()):
+                if late:
+                    process.kill()
+                if late or process.poll() is not None:
+                    last = (path.read_text().splitlines() or ["nothing said"])[-1]
+                    print(
+                        f"{path.name:<8} {shares(last, bandwidth)[:700]}  {time.monotonic() - begun:.0f} s", flush=True
+                    )
+                    del running[path]
+            if late:
+                print("out of time; not begun:", waiting, flush=True)
+                return
+            time.sleep(0.1)
 
 
 if __name__ == "__main__":
