@@ -307,7 +307,8 @@ def matmul_4bit(
         )
     if A.shape[-1] != shape[1] and not tracing():
         warnings.warn(
-            f"the weight was quantized as [k, n], {list(shape)}, and is turned in every product: quantize it as [n, k]",
+            f"the weight was quantized as [k, n], {list(shape)}, and is turned in every product. "
+            "Re-quantize from the weight in [n, k] (out_features, in_features) orientation.",
             DeprecationWarning,
             stacklevel=2,
         )
