@@ -202,7 +202,8 @@ def matmul_4bit(
     A `[..., k]`, B the packed weight, quant_state of shape `[n, k]`, bias `[n]`; returns `[..., n]` in A's dtype,
     under autocast in autocast's. A weight that was quantized as `[k, n]` is taken too, with a DeprecationWarning.
     Bounded: the weight is exact in A's dtype; the product is the device's, accumulated in float32, so that with u the unit
-    roundoff of float32 and v that of the output dtype |y - exact| <= k u / (1 - k u) * sum |a w| + v |exact|.
+    roundoff of float32 and v that of the output dtype |y - exact| <= k u / (1 - k u) * sum |a w| + v |exact|. Compiled, few rows
+    are computed from the codes, and the weight is not rounded to A's dtype: the bound is that of `few_rows.multiply_rows`.
     Inside `bnbref.batch_invariant()` exact: the order of the sum is written down.
 
     >>> from bnbref.functional import quantize_4bit
