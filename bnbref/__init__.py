@@ -18,6 +18,8 @@ if TYPE_CHECKING:  # "as" says to type checkers that these names are for others
     from bnbref.integrations.hf.transformers import give_back_bitsandbytes as give_back_bitsandbytes
     from bnbref.integrations.hf.transformers import take_over_bitsandbytes as take_over_bitsandbytes
 
+importlib.import_module("bnbref.operators")  # what graphs hold
+
 __version__ = "0.1.0"
 
 # Without the names below, so that `from bnbref import *` needs no transformers.

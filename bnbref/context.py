@@ -47,21 +47,28 @@ def jit_tracing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._is_tracing()
 
 
+def under_functorch(derivative: bool = False) -> bool:
+    """Whether `torch.func` transforms, also while Dynamo traces; with `derivative`, whether by other transforms than `vmap`."""
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    return any(not derivative or level.key() != torch._C._functorch.TransformType.Vmap for level in stack)
+
+
+# Asked by Dynamo when it traces, as torch.compiler.assume_constant_result does without importing torch._dynamo.
+under_functorch._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def transforming() -> bool:
     """Whether tensors wrap tensors or have a tangent: `torch.func`, `torch.autograd.forward_ad`."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+    if under_functorch():
+        return True
+    return not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0
 
 
 def differentiated(*tensors: Tensor | None) -> bool:
     """Whether a function of these needs the derivative that we give it."""
-    if not torch.compiler.is_compiling():
-        if jit_tracing():
-            return False
-        if transforming():
-            return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if jit_tracing():
+        return False
+    return transforming() or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
 
 
 def own(result: Tensor) -> Tensor:
@@ -71,9 +78,13 @@ def own(result: Tensor) -> Tensor:
     return torch.ops.aten._unsafe_view(result, result.shape)  # type: ignore[no-any-return]
 
 
+def _is_batch_of_codes(weight: Tensor) -> bool:
+    return not weight.is_floating_point() and torch._C._functorch.is_batchedtensor(weight)
+
+
 def plain(weight: Tensor) -> Tensor:
     """The same memory as a plain tensor, also of a quantized parameter, which watches what is done to it."""
-    if transforming() and not weight.is_floating_point() and torch._C._functorch.is_batchedtensor(weight):
+    if not torch.compiler.is_compiling() and transforming() and _is_batch_of_codes(weight):
         raise ValueError(
             "a quantized weight must be one weight, got the codes of several under vmap: each has scales of its own. "
             "Call the layers in turn"

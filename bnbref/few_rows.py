@@ -11,8 +11,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from bnbref.blockwise import FLOATS
 from bnbref.codebooks import Codebook, value_table
-from bnbref.context import as_bytes
+from bnbref.context import as_bytes, own
 from bnbref.int8 import RECIPROCAL_127, RECIPROCAL_127_SQUARED
 from bnbref.kernels import compile_enabled, fused, tracing
 from bnbref.kernels.compiler import is_gpu
@@ -63,14 +64,14 @@ def multiply_rows(
 _FEW = {"cpu": 1, "cuda": 8}
 
 
-def are_few(a: Tensor, state: QuantState) -> bool:
+def are_few(a: Tensor, state: QuantState, bias: Tensor | None) -> bool:
     """Whether the rows are few, and of a weight that the formulations of `multiply_rows` take."""
     if tracing() or not compile_enabled():
         return False
     n, k = present(state.shape, "shape")
     blocksize = present(state.blocksize, "blocksize")
-    few = 0 < a.numel() <= _FEW.get(a.device.type, 0) * k and a.shape[-1] == k
-    return few and k % blocksize == blocksize % 32 == n % 2 == 0
+    few = 0 < a.numel() <= _FEW.get(a.device.type, 0) * k and a.shape[-1] == k and a.dtype in FLOATS
+    return few and k % blocksize == blocksize % 32 == n % 2 == 0 and (bias is None or bias.dim() == 1)
 
 
 def multiply_few(a: Tensor, packed: Tensor, state: QuantState, bias: Tensor | None) -> Tensor:
@@ -84,11 +85,9 @@ def multiply_few(a: Tensor, packed: Tensor, state: QuantState, bias: Tensor | No
         blocksize2 = present(state.state2.blocksize, "state2.blocksize")
     else:
         absmax = state.scales()
-    codes = (packed if packed.dtype == torch.uint8 else as_bytes(packed)).view(n, k // 2)
-    if codes.storage_offset() % 4 != 0:
-        codes = codes.clone()  # a GPU reads them as words
+    codes = _in_words((packed if packed.dtype == torch.uint8 else as_bytes(packed)).reshape(n, k // 2))
     if is_gpu(a):
-        columns = a.reshape(-1, 1, k)
+        columns = _in_words(a.reshape(-1, 1, k))
     else:  # not by einops, which takes 5 us of Python: a model calls this 200 times a token
         columns = a.reshape(-1, k // 2, 2).transpose(1, 2).contiguous()
     y = multiply_rows(
@@ -102,7 +101,13 @@ def multiply_few(a: Tensor, packed: Tensor, state: QuantState, bias: Tensor | No
         codebook=state.codebook,
         dtype=a.dtype,
     )
-    return y.view(*a.shape[:-1], n)
+    return y if a.dim() == 2 else own(y.view(*a.shape[:-1], n))
+
+
+def _in_words(x: Tensor) -> Tensor:
+    """The same tensor, or a copy if a GPU could not read it in words of 64 bits."""
+    x = x.contiguous()
+    return x if x.storage_offset() * x.itemsize % 8 == 0 else x.clone()
 
 
 # ---- 8 bits ---------------------------------------------------------------------------------------------------------

@@ -11,37 +11,26 @@ So a graph compiles as fast as that of the float model, and its bits are those o
 operations instead, because it must run where bnbref is not installed.
 """
 
-import functools
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, library
+from torch import Tensor
 
 from bnbref import few_rows, int8
 from bnbref.blockwise import check_device
-from bnbref.codebooks import FOUR_BIT, Codebook, words
-from bnbref.context import as_autocast, differentiated, own, plain, transforming, without_autocast
+from bnbref.context import as_autocast, differentiated, own, plain, transforming, under_functorch, without_autocast
 from bnbref.int8 import as_matrix
 from bnbref.kernels import ordered, tracing
 from bnbref.quant_state import QuantState, present
 
-# ---- operators: what a graph holds ----------------------------------------------------------------------------------
-
-_operators = library.Library("bnbref", "FRAGMENT")
-_STATE = "Tensor packed, Tensor absmax, Tensor[] second, int[] shape, int blocksize, int blocksize2, float[] values"
-_operators.define(f"linear_4bit(Tensor a, Tensor? bias, int n, bool in_order, {_STATE}) -> Tensor")
-_operators.define(f"weight_4bit({_STATE}, ScalarType dtype) -> Tensor")
-_operators.define("linear_8bit(Tensor a, Tensor codes, Tensor absmax, Tensor? bias, float threshold) -> Tensor")
-_operators.define("weight_8bit(Tensor codes, Tensor absmax, ScalarType dtype) -> Tensor")
-
 
 def _in_graph() -> bool:
-    """Whether a product becomes an operator of a graph."""
-    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    """Whether a product becomes an operator of a graph: Dynamo traces it, and neither for an export nor under `torch.func`, which
+    differentiate or keep plain operations."""
+    return torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting() and not under_functorch()
 
 
 def _flat(packed: Tensor, state: QuantState) -> tuple[Any, ...]:
@@ -54,96 +43,21 @@ def _flat(packed: Tensor, state: QuantState) -> tuple[Any, ...]:
     return packed, state.absmax, second, shape, blocksize, blocksize2, list(state.codebook.values)
 
 
-@functools.lru_cache(maxsize=256)
-def _codebook(values: tuple[float, ...]) -> Codebook:
-    """A codebook with these values, by their bits. Its thresholds do not matter: it only decodes."""
-    for book in FOUR_BIT.values():
-        if words(book.values) == words(values):
-            return book
-    order = sorted(range(len(values)), key=values.__getitem__)
-    middle = [values[code] for code in order[:-1]]
-    return Codebook("values of an operator", values, tuple(middle), tuple(order))
-
-
-def _state(
-    absmax: Tensor,
-    second: Sequence[Tensor],
-    shape: Sequence[int],
-    blocksize: int,
-    blocksize2: int,
-    values: Sequence[float],
-) -> QuantState:
-    """What `_flat` took apart."""
-    state = QuantState(absmax, torch.Size(shape), blocksize=blocksize, quant_type=_codebook(tuple(values)))
-    if second:
-        absmax2, code, state.offset = second
-        state.state2, state.nested = QuantState(absmax2, code=code, blocksize=blocksize2), True
-    return state
-
-
-@library.impl(_operators, "linear_4bit", "CompositeExplicitAutograd")
-def _(a: Tensor, bias: Tensor | None, n: int, in_order: bool, packed: Tensor, *state: Any) -> Tensor:
-    return _product_4bit(a, packed, bias, _state(*state), in_order)
-
-
-@library.register_fake("bnbref::linear_4bit", lib=_operators)  # type: ignore[untyped-decorator]
-def _(a: Tensor, bias: Tensor | None, n: int, in_order: bool, packed: Tensor, *state: Any) -> Tensor:
-    return a.new_empty(*a.shape[:-1], n)
-
-
-@library.impl(_operators, "weight_4bit", "CompositeExplicitAutograd")
-def _(packed: Tensor, *state: Any) -> Tensor:
-    return _state(*state[:-1]).dequantize(packed, state[-1])
-
-
-@library.register_fake("bnbref::weight_4bit", lib=_operators)  # type: ignore[untyped-decorator]
-def _(packed: Tensor, absmax: Tensor, second: list[Tensor], shape: list[int], *rest: Any) -> Tensor:
-    return packed.new_empty(shape, dtype=rest[-1])
-
-
-@library.impl(_operators, "linear_8bit", "CompositeExplicitAutograd")
-def _(a: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
-    return _product_8bit(a, codes, absmax, bias, threshold, gather=False)
-
-
-@library.register_fake("bnbref::linear_8bit", lib=_operators)  # type: ignore[untyped-decorator]
-def _(a: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
-    return a.new_empty(*a.shape[:-1], codes.shape[0])
-
-
-@library.impl(_operators, "weight_8bit", "CompositeExplicitAutograd")
-def _(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
-    return int8.dequantize(codes, absmax, dtype)
-
-
-@library.register_fake("bnbref::weight_8bit", lib=_operators)  # type: ignore[untyped-decorator]
-def _(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty_like(codes, dtype=dtype)
-
-
 # ---- 4 bits ---------------------------------------------------------------------------------------------------------
 
 
 def _weight_4bit(packed: Tensor, state: QuantState, dtype: torch.dtype, k: int) -> Tensor:
     """The weight as `[n, k]`, also where `[k, n]` was quantized."""
-    if _in_graph():
-        weight: Tensor = torch.ops.bnbref.weight_4bit(*_flat(packed, state), dtype)
-    else:
-        weight = state.dequantize(packed, dtype)
+    weight = state.dequantize(packed, dtype)
     return weight if weight.shape[1] == k else weight.t()
 
 
-def _product_4bit(a: Tensor, packed: Tensor, bias: Tensor | None, state: QuantState, in_order: bool) -> Tensor:
-    shape = present(state.shape, "shape")
-    if _in_graph():
-        n = shape[0] if shape[1] == a.shape[-1] else shape[1]
-        result: Tensor = torch.ops.bnbref.linear_4bit(a, bias, n, in_order, *_flat(packed, state))
-        return result
-    if in_order:
-        return own(_in_order(a, _weight_4bit(packed, state, a.dtype, a.shape[-1]).t(), bias))
-    if few_rows.are_few(a, state):
+def product_4bit(a: Tensor, packed: Tensor, bias: Tensor | None, state: QuantState, in_order: bool) -> Tensor:
+    """`a @ W^T + bias` for a packed 4-bit weight, without a gradient. in_order: whether the sum is in the fixed order."""
+    if not in_order and few_rows.are_few(a, state, bias):
         return few_rows.multiply_few(a, packed, state, bias)
-    return own(F.linear(a, _weight_4bit(packed, state, a.dtype, a.shape[-1]), bias))
+    weight = _weight_4bit(packed, state, a.dtype, a.shape[-1])
+    return own(multiply_in_order(a, weight.t(), bias) if in_order else F.linear(a, weight, bias))
 
 
 class _MatMul4Bit(torch.autograd.Function):
@@ -152,12 +66,12 @@ class _MatMul4Bit(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, packed: Tensor, bias: Tensor | None, state: QuantState, in_order: bool) -> Tensor:
         ctx.packed, ctx.state, ctx.in_order, ctx.k = packed, state, in_order, a.shape[-1]
-        return _product_4bit(a, packed, bias, state, in_order)
+        return product_4bit(a, packed, bias, state, in_order)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        multiply = _in_order if ctx.in_order else torch.matmul
+        multiply = multiply_in_order if ctx.in_order else torch.matmul
         grad_a = grad_bias = None
         with without_autocast(grad):
             if ctx.needs_input_grad[0]:
@@ -172,7 +86,7 @@ class _TransformedMatMul4Bit(torch.autograd.Function):
     """The same for `torch.func` and forward mode. Calling it costs more, and torch.compile would not trace it."""
 
     generate_vmap_rule = True
-    forward = staticmethod(_product_4bit)
+    forward = staticmethod(product_4bit)
     backward = _MatMul4Bit.backward
 
     @staticmethod
@@ -185,11 +99,11 @@ class _TransformedMatMul4Bit(torch.autograd.Function):
         a, _, bias, *_ = tangents
         if a is None:
             return bias
-        y = _product_4bit(a, ctx.packed, None, ctx.state, ctx.in_order)
+        y = product_4bit(a, ctx.packed, None, ctx.state, ctx.in_order)
         return y if bias is None else y + bias
 
 
-def _in_order(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+def multiply_in_order(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """`[..., k] @ [k, n] + bias` in the fixed order, one rounding to the dtype of a."""
     return ordered.product(as_matrix(a), b, bias).view(*a.shape[:-1], b.shape[1])
 
@@ -232,11 +146,15 @@ def matmul_4bit(
         bias = bias.to(A.dtype)
     in_order = ordered.batch_invariant_enabled()
     with without_autocast(A):
-        if differentiated(A, bias):
+        if _in_graph():
+            n = shape[0] if A.shape[-1] == shape[1] else shape[1]
+            result: Tensor = torch.ops.bnbref.linear_4bit(A, bias, n, in_order, *_flat(codes, quant_state))
+        # What torch.func does inside of torch.compile it does to plain operations.
+        elif not (torch.compiler.is_dynamo_compiling() and under_functorch()) and differentiated(A, bias):
             function = _TransformedMatMul4Bit if transforming() else _MatMul4Bit
-            result: Tensor = function.apply(A, codes, bias, quant_state, in_order)  # type: ignore[no-untyped-call]
+            result = function.apply(A, codes, bias, quant_state, in_order)  # type: ignore[no-untyped-call]
         else:
-            result = _product_4bit(A, codes, bias, quant_state, in_order)
+            result = product_4bit(A, codes, bias, quant_state, in_order)
     return result if out is None else out.copy_(result)
 
 
@@ -270,16 +188,13 @@ def _outlier_product(a: Tensor, columns: Tensor, codes: Tensor, absmax: Tensor, 
     return a[:, index] @ int8.dequantize(codes[:, index].contiguous(), absmax, a.dtype).t()
 
 
-def _product_8bit(
+def product_8bit(
     a: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float, gather: bool = True
 ) -> Tensor:
     """`A @ W^T + bias` for `A [..., k]` and an int8 weight `[n, k]` with absmax `[n]`: see the head of this file.
 
     gather: whether outlier columns are counted and gathered, which waits for a GPU; if not, the others are set to zero.
     """
-    if _in_graph():
-        result: Tensor = torch.ops.bnbref.linear_8bit(a, codes, absmax, bias, threshold)
-        return result
     rows = as_matrix(a)
     q, row_absmax, columns = int8.quantize(rows, threshold)
     if few_rows.is_row_of_int8(rows, codes):
@@ -295,13 +210,6 @@ def _product_8bit(
     return own(y.view(*a.shape[:-1], codes.shape[0]))
 
 
-def _weight_8bit(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
-    if _in_graph():
-        weight: Tensor = torch.ops.bnbref.weight_8bit(codes, absmax, dtype)
-        return weight
-    return int8.dequantize(codes, absmax, dtype)
-
-
 class _MatMul8bit(torch.autograd.Function):
     """A float weight may be given beside its codes: it then receives the gradient that the float product would give it.
 
@@ -313,7 +221,7 @@ class _MatMul8bit(torch.autograd.Function):
         ctx: Any, a: Tensor, weight: Tensor | None, codes: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float
     ) -> Tensor:
         _keep(ctx, a, weight, codes, absmax, bias)
-        return _product_8bit(a, codes, absmax, bias, threshold)
+        return product_8bit(a, codes, absmax, bias, threshold)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -323,7 +231,7 @@ class _MatMul8bit(torch.autograd.Function):
         rows = as_matrix(grad)
         with without_autocast(grad):
             if ctx.needs_input_grad[0]:
-                grad_a = grad @ _weight_8bit(ctx.codes, ctx.absmax, grad.dtype)
+                grad_a = grad @ int8.dequantize(ctx.codes, ctx.absmax, grad.dtype)
             if ctx.needs_input_grad[1]:
                 grad_weight = rows.t() @ as_matrix(a)
             if ctx.needs_input_grad[4]:
@@ -347,7 +255,7 @@ class _TransformedMatMul8bit(torch.autograd.Function):
     def forward(
         a: Tensor, weight: Tensor | None, codes: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float
     ) -> Tensor:
-        return _product_8bit(a, codes, absmax, bias, threshold)
+        return product_8bit(a, codes, absmax, bias, threshold)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -357,7 +265,7 @@ class _TransformedMatMul8bit(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor | None:
         a, weight, _, _, bias, _ = tangents
-        y = None if a is None else a @ _weight_8bit(ctx.codes, ctx.absmax, a.dtype).t()
+        y = None if a is None else a @ int8.dequantize(ctx.codes, ctx.absmax, a.dtype).t()
         if weight is not None:
             by_weight = ctx.saved_tensors[0] @ weight.t()
             y = by_weight if y is None else y + by_weight
@@ -396,9 +304,16 @@ def matmul(
         raise ValueError("B is int8, but state.CB or state.SCB is None: its scales are unknown")
     if A.dim() < 1 or A.shape[-1] != codes.shape[1]:
         raise ValueError(f"B must be [n, k] with k the last size of A, got {tuple(codes.shape)} and {tuple(A.shape)}")
-    if differentiated(A, weight, bias):
+    if torch.compiler.is_dynamo_compiling() and under_functorch(derivative=True):
+        raise NotImplementedError(
+            "torch.func inside torch.compile cannot differentiate an int8 product, whose rounding has the derivative 0: "
+            "differentiate by autograd, or outside of torch.compile"
+        )
+    if _in_graph():
+        result: Tensor = torch.ops.bnbref.linear_8bit(A, weight, codes, absmax, bias, threshold)
+    elif not (torch.compiler.is_dynamo_compiling() and under_functorch()) and differentiated(A, weight, bias):
         function = _TransformedMatMul8bit if transforming() else _MatMul8bit
-        result: Tensor = function.apply(A, weight, codes, absmax, bias, threshold)  # type: ignore[no-untyped-call]
+        result = function.apply(A, weight, codes, absmax, bias, threshold)  # type: ignore[no-untyped-call]
     else:
-        result = _product_8bit(A, codes, absmax, bias, threshold)
+        result = product_8bit(A, codes, absmax, bias, threshold)
     return result if out is None else out.copy_(result)

@@ -25,6 +25,7 @@ ROOMS = (
     ("bnbref.optim",),
     ("bnbref.functional",),
     ("bnbref.checkpoint",),
+    ("bnbref.operators",),
     ("bnbref.products",),
     ("bnbref.few_rows",),
     ("bnbref.fourbit", "bnbref.int8", "bnbref.nested", "bnbref.quant_state"),

@@ -94,7 +94,12 @@ def compile_enabled() -> bool:
 def tracing() -> bool:
     """Whether somebody records operations (a trace, a dispatch mode). A tensor that is made now is then part of the recording,
     and must not be kept in a cache."""
-    return torch.compiler.is_compiling() or _recorded_outside()
+    return traced() or _recorded_outside()
+
+
+def traced() -> bool:
+    """Whether Dynamo or an export traces. (`is_compiling()` is also true for other code that runs meanwhile, in any thread.)"""
+    return torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting()
 
 
 def _recorded_outside() -> bool:
@@ -270,7 +275,7 @@ class Kernel(Generic[P, R]):
     # ---- a call -----------------------------------------------------------------------------------------------------
 
     def __call__(self, *args: P.args, **constants: P.kwargs) -> R:
-        if torch.compiler.is_compiling():
+        if traced():
             return self._inlined(args, constants)
         if not compile_enabled() or _recorded_outside():
             return self._uncompiled(args, constants)

@@ -1,0 +1,149 @@
+"""What somebody's graph holds of bnbref: a product is one operator, which runs what an eager call runs.
+
+So a graph compiles as fast as that of the float model. Each product has a fake kernel, by which it is traced, and a gradient.
+The weights, which the gradients multiply by, are operators for the same reason.
+"""
+
+import functools
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, library
+
+from bnbref import int8
+from bnbref.codebooks import FOUR_BIT, Codebook, words
+from bnbref.context import without_autocast
+from bnbref.int8 import as_matrix
+from bnbref.products import multiply_in_order, product_4bit, product_8bit
+from bnbref.quant_state import QuantState
+
+_STATE = "Tensor packed, Tensor absmax, Tensor[] second, int[] shape, int blocksize, int blocksize2, float[] values"
+_operators = library.Library("bnbref", "FRAGMENT")
+for _schema in (
+    f"linear_4bit(Tensor a, Tensor? bias, int n, bool in_order, {_STATE}) -> Tensor",
+    f"weight_4bit({_STATE}, ScalarType dtype) -> Tensor",
+    "linear_8bit(Tensor a, Tensor? weight, Tensor codes, Tensor absmax, Tensor? bias, float threshold) -> Tensor",
+    "weight_8bit(Tensor codes, Tensor absmax, ScalarType dtype) -> Tensor",
+):
+    _operators.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+# ---- 4 bits ---------------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=256)
+def _codebook(bits: bytes) -> Codebook:
+    """A codebook with these values. Its thresholds do not matter: it only decodes."""
+    for book in FOUR_BIT.values():
+        if words(book.values) == bits:
+            return book
+    values = struct.unpack(f"{len(bits) // 4}f", bits)
+    order = sorted(range(len(values)), key=values.__getitem__)
+    return Codebook("values of an operator", values, tuple(values[code] for code in order[:-1]), tuple(order))
+
+
+def _state(
+    absmax: Tensor,
+    second: Sequence[Tensor],
+    shape: Sequence[int],
+    blocksize: int,
+    blocksize2: int,
+    values: Sequence[float],
+) -> QuantState:
+    """The quant state of these arguments."""
+    state = QuantState(absmax, torch.Size(shape), blocksize=blocksize, quant_type=_codebook(words(values)))
+    if second:
+        absmax2, code, state.offset = second
+        state.state2, state.nested = QuantState(absmax2, code=code, blocksize=blocksize2), True
+    return state
+
+
+@library.impl(_operators, "linear_4bit", "CompositeExplicitAutograd")
+def _(a: Tensor, bias: Tensor | None, n: int, in_order: bool, packed: Tensor, *state: Any) -> Tensor:
+    return product_4bit(a, packed, bias, _state(*state), in_order)
+
+
+@library.register_fake("bnbref::linear_4bit", lib=_operators)  # type: ignore[untyped-decorator]
+def _(a: Tensor, bias: Tensor | None, n: int, in_order: bool, packed: Tensor, *state: Any) -> Tensor:
+    return a.new_empty(*a.shape[:-1], n)
+
+
+@library.impl(_operators, "weight_4bit", "CompositeExplicitAutograd")
+def _(packed: Tensor, *state: Any) -> Tensor:
+    return _state(*state[:-1]).dequantize(packed, state[-1])
+
+
+@library.register_fake("bnbref::weight_4bit", lib=_operators)  # type: ignore[untyped-decorator]
+def _(packed: Tensor, absmax: Tensor, second: list[Tensor], shape: list[int], *rest: Any) -> Tensor:
+    return packed.new_empty(shape, dtype=rest[-1])
+
+
+def _keep_4bit(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    a, _, _, ctx.in_order, packed, absmax, second, *ctx.constants = inputs
+    ctx.k = a.shape[-1]
+    ctx.save_for_backward(packed, absmax, *second)
+
+
+def _gradient_4bit(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    packed, absmax, *second = ctx.saved_tensors
+    multiply = multiply_in_order if ctx.in_order else torch.matmul
+    grad_a = grad_bias = None
+    with without_autocast(grad):
+        if ctx.needs_input_grad[0]:
+            weight = torch.ops.bnbref.weight_4bit(packed, absmax, second, *ctx.constants, grad.dtype)
+            grad_a = multiply(grad, weight if weight.shape[1] == ctx.k else weight.t())
+        if ctx.needs_input_grad[1]:
+            rows = as_matrix(grad)
+            grad_bias = multiply(rows.new_ones(1, rows.shape[0]), rows)[0] if ctx.in_order else rows.sum(0)
+    return grad_a, grad_bias, *(None,) * 4, [None] * len(second), *(None,) * 4
+
+
+library.register_autograd("bnbref::linear_4bit", _gradient_4bit, setup_context=_keep_4bit, lib=_operators)
+
+
+# ---- 8 bits ---------------------------------------------------------------------------------------------------------
+
+
+@library.impl(_operators, "linear_8bit", "CompositeExplicitAutograd")
+def _(a: Tensor, weight: Tensor | None, codes: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
+    return product_8bit(a, codes, absmax, bias, threshold, gather=False)
+
+
+@library.register_fake("bnbref::linear_8bit", lib=_operators)  # type: ignore[untyped-decorator]
+def _(a: Tensor, weight: Tensor | None, codes: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
+    return a.new_empty(*a.shape[:-1], codes.shape[0])
+
+
+@library.impl(_operators, "weight_8bit", "CompositeExplicitAutograd")
+def _(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    return int8.dequantize(codes, absmax, dtype)
+
+
+@library.register_fake("bnbref::weight_8bit", lib=_operators)  # type: ignore[untyped-decorator]
+def _(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(codes, dtype=dtype)
+
+
+def _keep_8bit(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    a, weight, codes, absmax, bias, _ = inputs
+    ctx.save_for_backward(codes, absmax, a if weight is not None and weight.requires_grad else None)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _gradient_8bit(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    codes, absmax, a = ctx.saved_tensors
+    grad_a = grad_weight = grad_bias = None
+    rows = as_matrix(grad)
+    with without_autocast(grad):
+        if ctx.needs_input_grad[0]:
+            grad_a = grad @ torch.ops.bnbref.weight_8bit(codes, absmax, grad.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_weight = rows.t() @ as_matrix(a)
+        if ctx.needs_input_grad[4]:
+            grad_bias = rows.sum(0, dtype=ctx.bias_dtype)
+    return grad_a, grad_weight, None, None, grad_bias, None
+
+
+library.register_autograd("bnbref::linear_8bit", _gradient_8bit, setup_context=_keep_8bit, lib=_operators)
