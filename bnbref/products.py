@@ -19,103 +19,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, library
 
-from bnbref import int8
+from bnbref import few_rows, int8
 from bnbref.blockwise import check_device
-from bnbref.codebooks import FOUR_BIT, Codebook, value_table, words
-from bnbref.context import as_autocast, as_bytes, differentiated, own, plain, transforming, without_autocast
-from bnbref.int8 import RECIPROCAL_127, RECIPROCAL_127_SQUARED, as_matrix
-from bnbref.kernels import compile_enabled, fused, ordered, tracing
-from bnbref.kernels.compiler import is_gpu
+from bnbref.codebooks import FOUR_BIT, Codebook, words
+from bnbref.context import as_autocast, differentiated, own, plain, transforming, without_autocast
+from bnbref.int8 import as_matrix
+from bnbref.kernels import ordered, tracing
 from bnbref.quant_state import QuantState, present
-
-# ---- few rows -------------------------------------------------------------------------------------------------------
-
-
-@fused(dynamic={"packed": (0,), "absmax": (0,), "bias": (0,), "absmax2": (0,)}, exact=False)
-def multiply_rows(
-    a: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    bias: Tensor | None = None,
-    absmax2: Tensor | None = None,
-    values2: Tensor | None = None,
-    offset: Tensor | None = None,
-    *,
-    blocksize: int,
-    blocksize2: int = 0,
-    codebook: Codebook,
-    dtype: torch.dtype,
-) -> Tensor:
-    """A few rows of activations times a 4-bit weight, computed from the codes: dtype `[rows, n]`.
-
-        y[i, j] = sum over blocks of  absmax[j, block] * (sum over the block of  value[code[j, l]] * a[i, l])
-
-    a: the activations `[rows, p, k/p]`, where `a[i, j, l]` is column `p * l + j` of row i. packed: codes, uint8 `[n, k/2]`.
-    absmax: scales, float32 `[n, blocks]`; or their uint8 codes, and then absmax2, values2 and offset undo the second quantization
-    (`nested.dequantize`). bias: `[n]`.
-
-    Bounded: float32 sums of products, each rounded or fused, in the compiler's order; the weight is not rounded. With u = 2^-24,
-    v the unit roundoff of dtype and S = sum |a value absmax| + |bias|: |y - exact| <= (k + 3) u S + v |exact| to first order.
-    On a GPU the values are rounded to float16 if a has 16 bits, which adds 2^-11 S + 2^-25 sum |a absmax|.
-    """
-    codes = torch.stack((packed >> 4, packed & 15), dim=-1).flatten(1)
-    value = rearrange(value_table(codebook, packed.device)[codes.to(torch.int32)], "n (b s) -> n b s", s=blocksize)
-    columns = rearrange(a.float(), "m p l -> m (l p)")
-    sums = torch.einsum("nbs,mbs->mnb", value, rearrange(columns, "m (b s) -> m b s", s=blocksize))
-    if absmax2 is not None and values2 is not None and offset is not None:
-        block = torch.arange(absmax.numel(), device=absmax.device).view(absmax.shape)
-        absmax = values2[absmax.to(torch.int32)] * absmax2[block // blocksize2] + offset
-    y = (sums * absmax).sum(-1)
-    return (y if bias is None else y + bias.float()).to(dtype)
-
-
-# How many rows are few: beyond it the dequantized weight and a library's product are faster (docs: How to read the code).
-_FEW = {"cpu": 1, "cuda": 8}
-
-
-def _are_few(a: Tensor, state: QuantState) -> bool:
-    """Whether the rows are few, and of a weight that the formulations of `multiply_rows` take."""
-    if tracing() or not compile_enabled():
-        return False
-    n, k = present(state.shape, "shape")
-    blocksize = present(state.blocksize, "blocksize")
-    few = 0 < a.numel() <= _FEW.get(a.device.type, 0) * k and a.shape[-1] == k
-    return few and k % blocksize == blocksize % 32 == n % 2 == 0
-
-
-def _multiply_few(a: Tensor, packed: Tensor, state: QuantState, bias: Tensor | None) -> Tensor:
-    n, k = present(state.shape, "shape")
-    blocksize = present(state.blocksize, "blocksize")
-    second: tuple[Tensor | None, ...] = ()
-    absmax, blocksize2 = state.absmax, 0
-    if is_gpu(a) and state.state2 is not None:  # a CPU would look up one scale at a time
-        second = (state.state2.absmax, present(state.state2.code, "state2.code"), present(state.offset, "offset"))
-        blocksize2 = present(state.state2.blocksize, "state2.blocksize")
-    else:
-        absmax = state.scales()
-    codes = (packed if packed.dtype == torch.uint8 else as_bytes(packed)).view(n, k // 2)
-    if codes.storage_offset() % 4 != 0:
-        codes = codes.clone()  # a GPU reads them as words
-    if is_gpu(a):
-        columns = a.reshape(-1, 1, k)
-    else:  # not by einops, which takes 5 us of Python: a model calls this 200 times a token
-        columns = a.reshape(-1, k // 2, 2).transpose(1, 2).contiguous()
-    y = multiply_rows(
-        columns,
-        codes,
-        absmax.view(n, k // blocksize),
-        bias,
-        *second,
-        blocksize=blocksize,
-        blocksize2=blocksize2,
-        codebook=state.codebook,
-        dtype=a.dtype,
-    )
-    return y.view(*a.shape[:-1], n)
-
 
 # ---- operators: what a graph holds ----------------------------------------------------------------------------------
 
@@ -229,8 +141,8 @@ def _product_4bit(a: Tensor, packed: Tensor, bias: Tensor | None, state: QuantSt
         return result
     if in_order:
         return own(_in_order(a, _weight_4bit(packed, state, a.dtype, a.shape[-1]).t(), bias))
-    if _are_few(a, state):
-        return _multiply_few(a, packed, state, bias)
+    if few_rows.are_few(a, state):
+        return few_rows.multiply_few(a, packed, state, bias)
     return own(F.linear(a, _weight_4bit(packed, state, a.dtype, a.shape[-1]), bias))
 
 
@@ -290,7 +202,8 @@ def matmul_4bit(
     A `[..., k]`, B the packed weight, quant_state of shape `[n, k]`, bias `[n]`; returns `[..., n]` in A's dtype,
     under autocast in autocast's. A weight that was quantized as `[k, n]` is taken too, with a DeprecationWarning.
     Bounded: the weight is exact in A's dtype; the product is the device's, accumulated in float32, so that with u the unit
-    roundoff of float32 and v that of the output dtype |y - exact| <= k u / (1 - k u) * sum |a w| + v |exact|.
+    roundoff of float32 and v that of the output dtype |y - exact| <= k u / (1 - k u) * sum |a w| + v |exact|. Compiled, few rows
+    are computed from the codes, and the weight is not rounded to A's dtype: the bound is that of `few_rows.multiply_rows`.
     Inside `bnbref.batch_invariant()` exact: the order of the sum is written down.
 
     >>> from bnbref.functional import quantize_4bit
@@ -307,7 +220,8 @@ def matmul_4bit(
         )
     if A.shape[-1] != shape[1] and not tracing():
         warnings.warn(
-            f"the weight was quantized as [k, n], {list(shape)}, and is turned in every product: quantize it as [n, k]",
+            f"the weight was quantized as [k, n], {list(shape)}, and is turned in every product. "
+            "Re-quantize from the weight in [n, k] (out_features, in_features) orientation.",
             DeprecationWarning,
             stacklevel=2,
         )
@@ -347,52 +261,6 @@ class MatmulLtState:
         self.CB = self.SCB = None
 
 
-@fused(dynamic={"codes": (0,), "column": (0,), "bias": (0,)})
-def multiply_int8_row(
-    q: Tensor, row: Tensor, codes: Tensor, column: Tensor, bias: Tensor | None, *, dtype: torch.dtype
-) -> Tensor:
-    """One row of int8 activations times an int8 weight, scaled: dtype `[1, n]`.  Exact.
-
-    q: codes of the row, int8 `[1, k]`. row: its absmax, float32 `[1]`. codes: of the weight, int8 `[n, k]`. column: the absmax
-    of the weight's rows, float32 `[n]`. bias: `[n]`. The result is that of `int8.multiply` and `dequantize_int8_product`.
-    """
-    y = _scaled_sum(q, codes) * row * column * RECIPROCAL_127_SQUARED
-    return rearrange(y if bias is None else y + bias.float(), "n -> 1 n").to(dtype)
-
-
-@fused(dynamic={"codes": (0,), "column": (0,), "bias": (0,)}, exact=False)
-def multiply_int8_row_and_outliers(
-    q: Tensor,
-    row: Tensor,
-    codes: Tensor,
-    column: Tensor,
-    bias: Tensor | None,
-    a: Tensor,
-    columns: Tensor,
-    *,
-    dtype: torch.dtype,
-) -> Tensor:
-    """`multiply_int8_row`, plus the row's outliers times the same codes: dtype `[1, n]`.
-
-    a: the row `[1, k]`. columns: which of its elements are outliers, bool `[k]`. The outliers are the rest of LLM.int8():
-
-        fl(sum of code * a over the outlier columns) * fl(column / 127)
-
-    Bounded: this float32 sum is in the compiler's order. With u = 2^-24 and v the unit roundoff of dtype the result is within
-    (k + 4) u sum |a code column / 127| + 4 u |int8 part| + v |exact| of the real number, to first order.
-    """
-    y = _scaled_sum(q, codes) * row * column * RECIPROCAL_127_SQUARED
-    if bias is not None:
-        y = y + bias.float()
-    outliers = torch.where(columns, a[0].float(), 0.0)
-    y = y + (codes.float() * outliers).sum(-1) * (column * RECIPROCAL_127)
-    return rearrange(y, "n -> 1 n").to(dtype)
-
-
-def _scaled_sum(q: Tensor, codes: Tensor) -> Tensor:
-    return (codes.to(torch.int32) * q[0].to(torch.int32)).sum(-1, dtype=torch.int32).float()
-
-
 def _outlier_product(a: Tensor, columns: Tensor, codes: Tensor, absmax: Tensor, gather: bool) -> Tensor | None:
     if not gather or tracing() or a.device.type == "meta":
         return torch.where(columns, a, 0) @ int8.dequantize(codes, absmax, a.dtype).t()
@@ -414,13 +282,12 @@ def _product_8bit(
         return result
     rows = as_matrix(a)
     q, row_absmax, columns = int8.quantize(rows, threshold)
-    # A sum over the codes is faster than the product that wants 17 rows, and finds outliers without counting them on the host.
-    if compile_enabled() and not tracing() and is_gpu(a) and rows.shape[0] == 1 and codes.numel() > 0:
+    if few_rows.is_row_of_int8(rows, codes):
         arguments = (q, row_absmax, codes, absmax, bias)
         if columns is None:
-            y = multiply_int8_row(*arguments, dtype=a.dtype)
+            y = few_rows.multiply_int8_row(*arguments, dtype=a.dtype)
         else:
-            y = multiply_int8_row_and_outliers(*arguments, rows.detach(), columns, dtype=a.dtype)
+            y = few_rows.multiply_int8_row_and_outliers(*arguments, rows.detach(), columns, dtype=a.dtype)
     else:
         with without_autocast(a):
             outliers = None if columns is None else _outlier_product(rows, columns, codes, absmax, gather)

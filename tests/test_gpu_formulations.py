@@ -7,7 +7,7 @@ import torch
 from conftest import as_on_gpu
 from einops import rearrange
 
-from bnbref import blockwise, fourbit, products
+from bnbref import blockwise, few_rows, fourbit
 from bnbref import nested as nested_scales
 from bnbref.blockwise import encode
 from bnbref.codebooks import AF4, DYNAMIC, DYNAMIC_UNSIGNED, FP4, INT4, NF4, linear, value_table
@@ -138,7 +138,7 @@ def test_rows_by_words(dtype, nested):
     arguments = (columns, packed, scales, bias, *second)
     constants = {"blocksize": 64, "blocksize2": 256, "codebook": NF4, "dtype": dtype}
     with as_on_gpu():
-        on_gpu = products.multiply_rows.body(*arguments, **constants)
-    for got in (on_gpu, products.multiply_rows.definition(*arguments, **constants)):
+        on_gpu = few_rows.multiply_rows.body(*arguments, **constants)
+    for got in (on_gpu, few_rows.multiply_rows.definition(*arguments, **constants)):
         assert got.dtype == dtype
         assert ((got.double() - exact).abs() <= bound).all()

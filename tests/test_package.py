@@ -26,6 +26,7 @@ ROOMS = (
     ("bnbref.functional",),
     ("bnbref.checkpoint",),
     ("bnbref.products",),
+    ("bnbref.few_rows",),
     ("bnbref.fourbit", "bnbref.int8", "bnbref.nested", "bnbref.quant_state"),
     ("bnbref.blockwise",),
     ("bnbref.codebooks",),

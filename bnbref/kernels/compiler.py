@@ -15,13 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# The door has compared all that these would look at again in every call.
+_NO_ASSERTS = {"size_asserts": False, "alignment_asserts": False, "assert_indirect_indexing": False}
+
 # Triton contracts a*b+c into one rounding, divides with an error of 2 ulp and drops the rounding of a 16-bit float between two
 # operations, unless told not to.
 _GPU_OPTIONS = {
     "emulate_precision_casts": True,
     "eager_numerics.division_rounding": True,
     "eager_numerics.disable_ftz": True,
-    "assert_indirect_indexing": False,
+    **_NO_ASSERTS,
 }
 
 TUNED = {"coordinate_descent_tuning": True}
@@ -133,7 +136,7 @@ def _prepare_cpu() -> dict[str, Any]:
     options: dict[str, Any] = {"cpp.vec_isa_ok": True} if known else {}
     with config.patch(options):
         lookup16.enable()
-    return {"assert_indirect_indexing": False, **options}
+    return {**_NO_ASSERTS, **options}
 
 
 def options_for(device_type: str, own: Mapping[str, Any], large: bool) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from torch._inductor.codecache import PyCodeCache
 from torch._inductor.runtime import triton_helpers
 from torch._inductor.runtime.triton_heuristics import GridExpr
 
-from bnbref import products
+from bnbref import few_rows
 from bnbref.kernels import Kernel, by_address, byte_permute
 
 np.seterr(all="ignore")  # infinities and NaN are made on purpose
@@ -130,7 +130,7 @@ def magnitudes(kernel: Kernel[..., Any], tensors: Sequence[Any], constants: Any)
     if "codebook" in constants:
         values = tuple(map(abs, constants["codebook"].values))
         book = SimpleNamespace(values=values)
-        with mock.patch.object(products, "value_table", return_value=torch.tensor(values)):
+        with mock.patch.object(few_rows, "value_table", return_value=torch.tensor(values)):
             return kernel.definition(*sizes, **{**constants, "codebook": book, "dtype": torch.float32}).double()
     sizes[0], sizes[2] = (t.to(torch.int32).abs().to(torch.int8) for t in (tensors[0], tensors[2]))
     return kernel.definition(*sizes, **{**constants, "dtype": torch.float32}).double()

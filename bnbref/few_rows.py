@@ -1,0 +1,160 @@
+"""Products of few rows, computed from the codes of the weight: what generating a token is made of.
+
+    y[i, j] = sum over blocks of  absmax[j, block] * (sum over the block of  value[code[j, l]] * a[i, l])      4 bits
+    y[i, j] = fl(fl(sum of code[j, l] * q[i, l]) * row[i] * column[j] / 127^2)                                 8 bits
+
+No dequantized weight is in memory, and its elements are not rounded. Many rows are faster by a dequantized weight and a
+library's product: see `products`.
+"""
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from bnbref.codebooks import Codebook, value_table
+from bnbref.context import as_bytes
+from bnbref.int8 import RECIPROCAL_127, RECIPROCAL_127_SQUARED
+from bnbref.kernels import compile_enabled, fused, tracing
+from bnbref.kernels.compiler import is_gpu
+from bnbref.quant_state import QuantState, present
+
+# ---- 4 bits ---------------------------------------------------------------------------------------------------------
+
+
+@fused(dynamic={"packed": (0,), "absmax": (0,), "bias": (0,), "absmax2": (0,)}, exact=False)
+def multiply_rows(
+    a: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    bias: Tensor | None = None,
+    absmax2: Tensor | None = None,
+    values2: Tensor | None = None,
+    offset: Tensor | None = None,
+    *,
+    blocksize: int,
+    blocksize2: int = 0,
+    codebook: Codebook,
+    dtype: torch.dtype,
+) -> Tensor:
+    """A few rows of activations times a 4-bit weight, computed from the codes: dtype `[rows, n]`.
+
+        y[i, j] = sum over blocks of  absmax[j, block] * (sum over the block of  value[code[j, l]] * a[i, l])
+
+    a: the activations `[rows, p, k/p]`, where `a[i, j, l]` is column `p * l + j` of row i. packed: codes, uint8 `[n, k/2]`.
+    absmax: scales, float32 `[n, blocks]`; or their uint8 codes, and then absmax2, values2 and offset undo the second quantization
+    (`nested.dequantize`). bias: `[n]`.
+
+    Bounded: float32 sums of products, each rounded or fused, in the compiler's order; the weight is not rounded. With u = 2^-24,
+    v the unit roundoff of dtype and S = sum |a value absmax| + |bias|: |y - exact| <= (k + 3) u S + v |exact| to first order.
+    On a GPU the values are rounded to float16 if a has 16 bits, which adds 2^-11 S + 2^-25 sum |a absmax|.
+    """
+    codes = torch.stack((packed >> 4, packed & 15), dim=-1).flatten(1)
+    value = rearrange(value_table(codebook, packed.device)[codes.to(torch.int32)], "n (b s) -> n b s", s=blocksize)
+    columns = rearrange(a.float(), "m p l -> m (l p)")
+    sums = torch.einsum("nbs,mbs->mnb", value, rearrange(columns, "m (b s) -> m b s", s=blocksize))
+    if absmax2 is not None and values2 is not None and offset is not None:
+        block = torch.arange(absmax.numel(), device=absmax.device).view(absmax.shape)
+        absmax = values2[absmax.to(torch.int32)] * absmax2[block // blocksize2] + offset
+    y = (sums * absmax).sum(-1)
+    return (y if bias is None else y + bias.float()).to(dtype)
+
+
+# How many rows are few: beyond it the dequantized weight and a library's product are faster (docs: How to read the code).
+_FEW = {"cpu": 1, "cuda": 8}
+
+
+def are_few(a: Tensor, state: QuantState) -> bool:
+    """Whether the rows are few, and of a weight that the formulations of `multiply_rows` take."""
+    if tracing() or not compile_enabled():
+        return False
+    n, k = present(state.shape, "shape")
+    blocksize = present(state.blocksize, "blocksize")
+    few = 0 < a.numel() <= _FEW.get(a.device.type, 0) * k and a.shape[-1] == k
+    return few and k % blocksize == blocksize % 32 == n % 2 == 0
+
+
+def multiply_few(a: Tensor, packed: Tensor, state: QuantState, bias: Tensor | None) -> Tensor:
+    """`a [..., k]` of few rows times a 4-bit weight, as `multiply_rows` does it; `[..., n]` in the dtype of a."""
+    n, k = present(state.shape, "shape")
+    blocksize = present(state.blocksize, "blocksize")
+    second: tuple[Tensor | None, ...] = ()
+    absmax, blocksize2 = state.absmax, 0
+    if is_gpu(a) and state.state2 is not None:  # a CPU would look up one scale at a time
+        second = (state.state2.absmax, present(state.state2.code, "state2.code"), present(state.offset, "offset"))
+        blocksize2 = present(state.state2.blocksize, "state2.blocksize")
+    else:
+        absmax = state.scales()
+    codes = (packed if packed.dtype == torch.uint8 else as_bytes(packed)).view(n, k // 2)
+    if codes.storage_offset() % 4 != 0:
+        codes = codes.clone()  # a GPU reads them as words
+    if is_gpu(a):
+        columns = a.reshape(-1, 1, k)
+    else:  # not by einops, which takes 5 us of Python: a model calls this 200 times a token
+        columns = a.reshape(-1, k // 2, 2).transpose(1, 2).contiguous()
+    y = multiply_rows(
+        columns,
+        codes,
+        absmax.view(n, k // blocksize),
+        bias,
+        *second,
+        blocksize=blocksize,
+        blocksize2=blocksize2,
+        codebook=state.codebook,
+        dtype=a.dtype,
+    )
+    return y.view(*a.shape[:-1], n)
+
+
+# ---- 8 bits ---------------------------------------------------------------------------------------------------------
+
+
+@fused(dynamic={"codes": (0,), "column": (0,), "bias": (0,)})
+def multiply_int8_row(
+    q: Tensor, row: Tensor, codes: Tensor, column: Tensor, bias: Tensor | None, *, dtype: torch.dtype
+) -> Tensor:
+    """One row of int8 activations times an int8 weight, scaled: dtype `[1, n]`.  Exact.
+
+    q: codes of the row, int8 `[1, k]`. row: its absmax, float32 `[1]`. codes: of the weight, int8 `[n, k]`. column: the absmax
+    of the weight's rows, float32 `[n]`. bias: `[n]`. The result is that of `int8.multiply` and `dequantize_int8_product`.
+    """
+    y = _scaled_sum(q, codes) * row * column * RECIPROCAL_127_SQUARED
+    return rearrange(y if bias is None else y + bias.float(), "n -> 1 n").to(dtype)
+
+
+@fused(dynamic={"codes": (0,), "column": (0,), "bias": (0,)}, exact=False)
+def multiply_int8_row_and_outliers(
+    q: Tensor,
+    row: Tensor,
+    codes: Tensor,
+    column: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    columns: Tensor,
+    *,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`multiply_int8_row`, plus the row's outliers times the same codes: dtype `[1, n]`.
+
+    a: the row `[1, k]`. columns: which of its elements are outliers, bool `[k]`. The outliers are the rest of LLM.int8():
+
+        fl(sum of code * a over the outlier columns) * fl(column / 127)
+
+    Bounded: this float32 sum is in the compiler's order. With u = 2^-24 and v the unit roundoff of dtype the result is within
+    (k + 4) u sum |a code column / 127| + 4 u |int8 part| + v |exact| of the real number, to first order.
+    """
+    y = _scaled_sum(q, codes) * row * column * RECIPROCAL_127_SQUARED
+    if bias is not None:
+        y = y + bias.float()
+    outliers = torch.where(columns, a[0].float(), 0.0)
+    y = y + (codes.float() * outliers).sum(-1) * (column * RECIPROCAL_127)
+    return rearrange(y, "n -> 1 n").to(dtype)
+
+
+def is_row_of_int8(a: Tensor, codes: Tensor) -> bool:
+    """Whether `a [rows, k]` times an int8 weight is a sum over the codes: for one row on a GPU, where the library's product wants
+    17 rows and outliers would be counted on the host."""
+    return compile_enabled() and not tracing() and is_gpu(a) and a.shape[0] == 1 and codes.numel() > 0
+
+
+def _scaled_sum(q: Tensor, codes: Tensor) -> Tensor:
+    return (codes.to(torch.int32) * q[0].to(torch.int32)).sum(-1, dtype=torch.int32).float()
