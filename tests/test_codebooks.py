@@ -35,7 +35,7 @@ from bnbref.codebooks import (
     normal,
     value_table,
 )
-from bnbref.kernels.counting import code_by_table, code_table
+from bnbref.kernels.counting import code_by_table, code_by_wide_table, code_table, wide_table
 
 CPU = torch.device("cpu")
 ALL = [*FOUR_BIT.values(), DYNAMIC, DYNAMIC_UNSIGNED, linear(), linear(False), fp8(), fp8(True, 4, 3), normal()]
@@ -254,7 +254,7 @@ def codebooks(draw, most: int = 256):
 @example(Codebook("minus zero", (-1.0, 0.0, 1.0), (-0.0, 0.5)), [])
 @given(codebooks(), st.lists(st.floats(width=32), max_size=20))
 def test_any_codebook_counts_its_thresholds(book, xs):
-    """The definition and, where its table exists, the look-up that stands in for it, against a plain loop."""
+    """The definition and, where their tables exist, the look-ups that stand in for it, against a plain loop."""
     near = [np.nextafter(np.float32(t), np.float32(d)) for t in book.thresholds for d in (np.inf, -np.inf)]
     x = torch.tensor([*xs, *book.thresholds, *map(float, near), 0.0, -0.0])
     want = [sum(t < v for t in book.thresholds) for v in x.tolist()]
@@ -262,6 +262,9 @@ def test_any_codebook_counts_its_thresholds(book, xs):
     table = code_table(book, CPU)
     if table is not None:
         assert code_by_table(x, table).tolist() == encode(x, book).tolist()
+    wide, x = wide_table(book, CPU), x[~x.isinf()]
+    if wide is not None:
+        assert code_by_wide_table(x, wide).tolist() == encode(x, book).tolist()
 
 
 @given(codebooks(16), st.booleans(), st.randoms(use_true_random=False))

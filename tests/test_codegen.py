@@ -51,6 +51,8 @@ class Claim:
     """Bytes that are spilled where they are fewest."""
     instructions: frozenset[str] = frozenset()
     """What is neither a sum nor a product of floats. Nothing is contracted: an fma would be among them."""
+    by_address: bool = False
+    """Whether it looks up by address."""
 
 
 DIVIDES = frozenset({"div.rn.f32"})
@@ -59,8 +61,12 @@ NONE: frozenset[str] = frozenset()
 
 CLAIMS = {
     "quantize_rows": Claim(load=64, spilling=1, instructions=DIVIDES),
+    "quantize_rows bfloat16 64 nf4": Claim(load=64, instructions=DIVIDES, by_address=True),
+    "quantize_rows float16 64 nf4": Claim(load=64, instructions=DIVIDES, by_address=True),
     "dequantize_rows": Claim(load=64),
     "quantize_blocks": Claim(load=64, spilling=1, instructions=DIVIDES),
+    "quantize_blocks bfloat16": Claim(load=64, instructions=DIVIDES, by_address=True),
+    "quantize_blocks float16": Claim(load=64, instructions=DIVIDES, by_address=True),
     "dequantize_blocks": Claim(load=64),
     "dequantize_nested": Claim(load=64),
     # Rows of any length: Triton does not know where they begin, and loads element by element.
@@ -108,6 +114,8 @@ def faults(made: list[dict[str, Any]], claim: Claim) -> list[str]:
         others = set(m["floats"]) - claim.instructions
         if others:
             found.append(f"{sorted(others)} in {m['config']}")
+        if m["by_address"] != claim.by_address:
+            found.append(f"{'' if m['by_address'] else 'not '}by address in {m['config']}")
         # Told not to, ptxas contracts nothing either; its quotients and roots are made of fmas.
         exact = "fma.rn.f32" not in claim.instructions
         if exact and (m["fusion"] or (m["ffma"] and not m["floats"])):

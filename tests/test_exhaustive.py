@@ -28,7 +28,7 @@ from bnbref import blockwise, fourbit, int8
 from bnbref.blockwise import encode
 from bnbref.codebooks import AF4, DYNAMIC, DYNAMIC_UNSIGNED, FP4, INT4, NF4, Codebook, value_table
 from bnbref.kernels import REGISTRY, Kernel
-from bnbref.kernels.counting import code_by_table, code_table
+from bnbref.kernels.counting import code_by_table, code_by_wide_table, code_table, wide_table
 from bnbref.kernels.door import Formulation
 from bnbref.kernels.encoding import code_by_tree
 
@@ -228,6 +228,20 @@ def test_codes_by_cell(name: str, device: torch.device, theorems):
     assert table is not None
     compiled = kernel(forbidden, lambda x: code_by_table(x, table, bits).to(torch.uint8), like)
     prove(theorems, f"{name} codes by table", [compiled], codes_of(name).part, device=device)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["nf4", *EIGHT_BIT])
+def test_codes_by_wide_table(name: str, device: torch.device, theorems):
+    """The tables of thresholds, by address on an NVIDIA GPU, for products, as all scaled elements are: with 1, which the compiler
+    does not know. An infinity counts as 1, as no such product is infinite."""
+    table, one = wide_table({"nf4": NF4, **EIGHT_BIT}[name], device), torch.ones(1, device=device)
+    assert table is not None
+
+    def code(x: Tensor) -> Tensor:
+        return code_by_wide_table(torch.where(x.isinf(), x.sign(), x) * one, table).to(torch.uint8)
+
+    prove(theorems, f"{name} codes by wide table", [kernel(forbidden, code)], codes_of(name).part, device=device)
 
 
 def forbidden(x: Tensor) -> Tensor:

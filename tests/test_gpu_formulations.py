@@ -11,7 +11,7 @@ from bnbref import blockwise, few_rows, fourbit
 from bnbref import nested as nested_scales
 from bnbref.blockwise import encode
 from bnbref.codebooks import AF4, DYNAMIC, DYNAMIC_UNSIGNED, FP4, INT4, NF4, linear, value_table
-from bnbref.kernels.counting import code_by_table, code_table, float_of
+from bnbref.kernels.counting import code_by_table, code_by_wide_table, code_table, float_of, wide_table
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -38,17 +38,46 @@ def bits(x):
     return x.contiguous().view(torch.uint8)
 
 
+def special(book, bits):
+    """Thresholds, the edges of 2^bits cells, and NaN, with their neighbours and of both signs; and numbers at random."""
+    t = torch.tensor([*book.thresholds, 0.0, -0.0, 1.0, 1e-45, 2.0**-126])
+    t = torch.cat([t, t.nextafter(torch.tensor(2.0)), t.nextafter(torch.tensor(-2.0))])
+    cells = torch.arange(2**bits) << (32 - bits)
+    edges = torch.cat([float_of(cells), float_of(cells - 1)])
+    ends = torch.tensor([math.nan, -math.nan, math.inf, -math.inf])
+    return torch.cat([t, -t, edges, torch.rand(10**5) * 2 - 1, ends])
+
+
 @pytest.mark.parametrize(
     ("book", "bits"), [*((b, 4) for b in FOUR_BIT), *((b, 8) for b in EIGHT_BIT)], ids=lambda x: getattr(x, "name", x)
 )
 def test_codes_of_cells(book, bits):
     table = code_table(book, CPU, bits)
-    t = torch.tensor([*book.thresholds, 0.0, -0.0, 1.0, 1e-45, 2.0**-126])
-    t = torch.cat([t, t.nextafter(torch.tensor(2.0)), t.nextafter(torch.tensor(-2.0))])
-    cells = torch.arange(table.numel()) << (32 - (table.numel().bit_length() - 1))
-    edges = torch.cat([float_of(cells), float_of(cells - 1)])
-    x = torch.cat([t, -t, edges, torch.rand(10**5) * 2 - 1, torch.tensor([math.nan, -math.nan, math.inf, -math.inf])])
+    x = special(book, table.numel().bit_length() - 1)
     assert torch.equal(code_by_table(x, table, bits), encode(x, book).to(torch.int32))
+
+
+@pytest.mark.parametrize("book", [NF4, *EIGHT_BIT], ids=lambda book: book.name)
+def test_codes_of_wide_cells(book):
+    table = wide_table(book, CPU)
+    x = special(book, table.numel().bit_length() - 1)
+    x = x[~x.isinf()]
+    assert torch.equal(code_by_wide_table(x, table), encode(x, book).to(torch.int32))
+
+
+def test_which_tables_there_are():
+    """A wide one for elements of 16 bits, in blocks of whole lanes; the others, and orders and signs, as ever."""
+    with as_on_gpu():
+        for book, dtype, blocksize, want in (
+            (NF4, torch.bfloat16, 64, torch.int64), (NF4, torch.float16, 12, torch.int64), (NF4, torch.bfloat16, 6, None),
+            (NF4, torch.float32, 64, torch.int32), (FP4, torch.bfloat16, 64, torch.int32), (AF4, torch.bfloat16, 12, None),
+        ):  # fmt: skip
+            x = torch.ones(2, blocksize, dtype=dtype)
+            tables = fourbit.quantize_rows.tables(x, blocksize=blocksize, codebook=book)
+            assert [t.dtype for t in tables] == ([] if want is None else [want])
+        for dtype, blocksize, want in ((torch.float16, 256, torch.int64), (torch.float16, 6, torch.int32)):
+            (table,) = blockwise.quantize_blocks.tables(torch.ones(2, blocksize, dtype=dtype), codebook=DYNAMIC)
+            assert table.dtype == want
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

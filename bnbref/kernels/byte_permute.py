@@ -37,7 +37,7 @@ def planes(values: Tensor) -> Tensor:
     """Sixteen float16 or float32 values by planes: int32 `[4 * itemsize]`. The four words of a plane hold one byte of each value.
 
     >>> [hex(word) for word in planes(torch.arange(16).half()).tolist()[4:]]
-    ['0x42403c00', '0x47464544', '0x49484848', '0x4b4a4a49']
+    ['0x42403c00', '0x47464544', '0x49494848', '0x4b4b4a4a']
     """
     return values.view(torch.uint8).view(16, -1).t().contiguous().view(torch.int32).view(-1)
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from bnbref.blockwise import count_below, encode, magnitude, reciprocal
 from bnbref.codebooks import Codebook, threshold_table
+from bnbref.kernels import by_address
 from bnbref.kernels.compiler import TUNED, is_gpu
 from bnbref.kernels.door import formulation, tracing
 from bnbref.kernels.floats import absmax_of_lanes, in_lanes, look_up
@@ -73,18 +74,68 @@ def code_by_table(scaled: Tensor, table: Tensor, code_bits: int = 8) -> Tensor:
     return torch.where(above, entry >> (32 - code_bits), entry >> (32 - 2 * code_bits)) & (1 << code_bits) - 1
 
 
+# ---- a whole threshold in each entry --------------------------------------------------------------------------------
+
+
+@functools.cache
+def wide_table(codebook: Codebook, device: torch.device) -> Tensor | None:
+    """The table by which `code_by_wide_table` does what `encode` does: int64 `[cells + 1]`, see `by_address`.
+
+    An entry has the code up to the threshold above, and the threshold, a float32, below. Returns None for a codebook whose codes
+    are not in the order of its values, and for one that has two thresholds even in one of 2^16 cells.
+    """
+    if codebook.order is not None or codebook.sign_bit:
+        return None
+    thresholds = threshold_table(codebook, torch.device("cpu"))
+    above = torch.cat([thresholds, thresholds.new_full((1,), torch.inf)]) + 0.0  # without -0.0: -0.0 - 0.0 is negative
+    for bits in range(_SMALLEST_TABLE, _LARGEST_TABLE + 1):
+        first = torch.arange(2**bits, dtype=torch.int64, device="cpu") << (32 - bits)
+        ends = float_of(first), float_of(first | (1 << (32 - bits)) - 1)
+        one, other = (count_below(x, thresholds).long() for x in ends)
+        nan = ends[1].isnan()
+        if bool((nan | ((one - other).abs() <= 1)).all()):
+            # A difference with a negative NaN has its sign, and counts as one: its code is 0 then too.
+            low = torch.where(nan, -(first >> 31), torch.minimum(one, other))
+            return by_address.addressed(low << 32 | above[low].view(torch.int32).long() & 0xFFFFFFFF, device)
+    return None
+
+
+def code_by_wide_table(scaled: Tensor, table: Tensor) -> Tensor:
+    """The codes that `encode` would give, as int32, by the `wide_table` of the codebook.
+
+    Exact for every float32 but infinities, which no scaled element is (`inf * (1 / inf)` is NaN), if the machine gives both NaN,
+    that of the scaling and that of the difference here, the same sign. CPUs keep the one that NaN had, NVIDIA GPUs never set it.
+    """
+    bits = table.numel().bit_length() - 1
+    entry = by_address.look_up(table, scaled.view(torch.int32) >> (32 - bits) & (1 << bits) - 1)
+    threshold = entry.to(torch.int32).view(torch.float32)
+    # The sign of the difference and not a comparison, which ptxas makes a fifth more instructions of.
+    return (entry >> 32).to(torch.int32) - ((threshold - scaled).view(torch.int32) >> 31)
+
+
 # ---- quantize_blocks ------------------------------------------------------------------------------------------------
 
 
+def table_for(x: Tensor, codebook: Codebook, code_bits: int, blocksize: int) -> Tensor | None:
+    """The table by which codes are found, None if the codebook has none: on an NVIDIA GPU the wide one for floats of 16 bits,
+    whose encoders wait for look-ups and not for memory."""
+    # On others nobody has looked at the signs of NaN (`code_by_wide_table`). A CPU comes here in tests alone.
+    nvidia = is_gpu(x) and x.device.type != "xpu" and torch.version.hip is None
+    table = wide_table(codebook, x.device) if nvidia and x.itemsize == 2 and blocksize % 4 == 0 else None
+    return code_table(codebook, x.device, code_bits) if table is None else table
+
+
 def _tables(blocks: Tensor, *, codebook: Codebook) -> tuple[Tensor]:
-    """The code table; or the thresholds, if the codebook has no such table, or in a trace, in which no tensor may be cached."""
-    table = None if tracing() else code_table(codebook, blocks.device)
+    """The table; or the thresholds, if the codebook has none, or in a trace, in which no tensor may be cached."""
+    table = None if tracing() else table_for(blocks, codebook, 8, blocks.shape[1])
     return (threshold_table(codebook, blocks.device) if table is None else table,)
 
 
-def count(scaled: Tensor, table: Tensor) -> Tensor:
-    """The codes of scaled elements as integers, by a code table (int32) or by thresholds (float32)."""
-    return count_below(scaled, table) if table.dtype == torch.float32 else code_by_table(scaled, table)
+def count(scaled: Tensor, table: Tensor, code_bits: int = 8) -> Tensor:
+    """The codes of scaled elements as integers, by a wide table (int64), a code table (int32) or thresholds (float32)."""
+    if table.dtype == torch.int64:
+        return code_by_wide_table(scaled, table)
+    return count_below(scaled, table) if table.dtype == torch.float32 else code_by_table(scaled, table, code_bits)
 
 
 def _options(blocks: torch.dtype | None, **constants: Any) -> dict[str, Any]:
@@ -93,15 +144,15 @@ def _options(blocks: torch.dtype | None, **constants: Any) -> dict[str, Any]:
     return {"cpp.simdlen": 256} if blocks == torch.float32 else {}
 
 
-@formulation("quantize_blocks", tables=_tables, cpu=_options, gpu=TUNED)
+@formulation("quantize_blocks", tables=_tables, cpu=_options, gpu={**TUNED, **by_address.REAL_INPUTS})
 def _(blocks: Tensor, tables: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     (table,) = tables
-    if is_gpu(blocks) and blocks.shape[1] % 4 == 0 and table.dtype == torch.int32:
+    if is_gpu(blocks) and blocks.shape[1] % 4 == 0 and table.dtype != torch.float32:
         # A lane holds four elements. With eight, Inductor tries configurations of the kernel that take minutes to compile.
         lanes = [x.squeeze(1) for x in in_lanes(blocks, blocks.shape[1], 4)]
         absmax = absmax_of_lanes(lanes)
         scale = rearrange(reciprocal(absmax), "b -> b 1")
-        one, two, three, four = (code_by_table(x * scale, table) for x in lanes)
+        one, two, three, four = (count(x * scale, table) for x in lanes)
         return (one | two << 8 | three << 16 | four << 24).view(torch.uint8), absmax
     x = blocks.float()
     absmax = magnitude(x).amax(-1)

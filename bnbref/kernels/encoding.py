@@ -15,8 +15,9 @@ from torch import Tensor
 
 from bnbref.blockwise import magnitude, reciprocal
 from bnbref.codebooks import Codebook
+from bnbref.kernels.by_address import REAL_INPUTS
 from bnbref.kernels.compiler import TUNED, is_gpu
-from bnbref.kernels.counting import code_by_table, code_table
+from bnbref.kernels.counting import count, table_for
 from bnbref.kernels.door import formulation, tracing
 from bnbref.kernels.floats import absmax_of_lanes, in_lanes, in_pairs
 
@@ -56,16 +57,16 @@ def code_by_tree(scaled: Tensor, codebook: Codebook) -> Tensor:
     return code
 
 
-def lane_elements(dtype: torch.dtype) -> int:
-    """How many elements a lane encodes: as many as 16 bytes hold."""
-    return 16 // dtype.itemsize
+def lane_elements(rows: Tensor, table: Tensor) -> int:
+    """How many elements a lane encodes: four by a wide table, else as many as 16 bytes hold."""
+    return 4 if table.dtype == torch.int64 else 16 // rows.itemsize
 
 
 def _by_lanes(rows: Tensor, table: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    lanes = in_lanes(rows, blocksize, lane_elements(rows.dtype))
+    lanes = in_lanes(rows, blocksize, lane_elements(rows, table))
     absmax = absmax_of_lanes(lanes)
     scale = rearrange(reciprocal(absmax), "n b -> n b 1")
-    codes = [code_by_table(x * scale, table, code_bits=4) for x in lanes]
+    codes = [count(x * scale, table, code_bits=4) for x in lanes]
     packed = [high << 4 | low for high, low in zip(codes[::2], codes[1::2], strict=True)]
     word = packed[0]
     for place, byte in enumerate(packed[1:], 1):
@@ -74,15 +75,15 @@ def _by_lanes(rows: Tensor, table: Tensor, blocksize: int) -> tuple[Tensor, Tens
 
 
 def _tables(rows: Tensor, *, blocksize: int, codebook: Codebook) -> tuple[Tensor, ...]:
-    if not is_gpu(rows) or tracing() or blocksize % lane_elements(rows.dtype) != 0:
+    if not is_gpu(rows) or tracing():
         return ()
-    table = code_table(codebook, rows.device, code_bits=4)
-    return () if table is None else (table,)
+    table = table_for(rows, codebook, 4, blocksize)
+    return () if table is None or blocksize % lane_elements(rows, table) != 0 else (table,)
 
 
 # Vectors of 256 bits, because comparisons of 512 bits go through AVX512's mask registers and back (docs: How to read the code,
 # table "vector widths").
-@formulation("quantize_rows", tables=_tables, cpu={"cpp.simdlen": 256}, gpu=TUNED)
+@formulation("quantize_rows", tables=_tables, cpu={"cpp.simdlen": 256}, gpu={**TUNED, **REAL_INPUTS})
 def _(rows: Tensor, *, tables: tuple[Tensor, ...], blocksize: int, codebook: Codebook) -> tuple[Tensor, Tensor]:
     if tables:
         return _by_lanes(rows, tables[0], blocksize)

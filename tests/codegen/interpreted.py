@@ -28,7 +28,7 @@ from torch._inductor.runtime import triton_helpers
 from torch._inductor.runtime.triton_heuristics import GridExpr
 
 from bnbref import few_rows
-from bnbref.kernels import Kernel, byte_permute
+from bnbref.kernels import Kernel, by_address, byte_permute
 
 np.seterr(all="ignore")  # infinities and NaN are made on purpose
 Builder = interpreter.InterpreterBuilder
@@ -149,7 +149,8 @@ def bound(kernel: Kernel[..., Any], tensors: Sequence[Any], constants: Any) -> t
 def main() -> None:
     """A line of JSON for each call of a kernel."""
     pretend.install()
-    byte_permute._native = False  # the interpreter runs no assembly; tests/test_byte_permute.py does
+    # The interpreter runs no assembly; tests/test_byte_permute.py and tests/test_by_address.py do.
+    byte_permute._native = by_address._native = False
 
     def run(kernel: Kernel[..., Any], tensors: list[Any], constants: Any) -> Any:
         want = kernel.definition(*tensors, **constants)
