@@ -116,6 +116,14 @@ def dequantize_int8_product():
         yield second.int8_dequantize_product(product, row, column, bias, added, dtype)
 
 
+def multiply_int8_row():
+    q = np.arange(256).astype(np.int8)
+    product = np.array([[int(np.dot(q.astype(np.int64), np.roll(q, i).astype(np.int64))) for i in range(64)]])
+    row = np.float32([1 / 3])
+    for dtype in (F32, BF16, F16):
+        yield second.int8_dequantize_product(product, row, np.abs(X[:64]), X[64:128], None, dtype)
+
+
 def dequantize_int8_rows():
     codes = np.arange(256).astype(np.int8).astype(np.float32)
     constant = second.nearest_float32(Fraction(1, 127))
@@ -175,7 +183,7 @@ def direction_blocks():
 
 
 DERIVATIONS = (quantize_rows, dequantize_rows, quantize_blocks, dequantize_blocks, dequantize_nested, quantize_int8_rows,
-               dequantize_int8_product, dequantize_int8_rows, add_products,
+               dequantize_int8_product, multiply_int8_row, dequantize_int8_rows, add_products,
                step_elements, step_blocks, direction_elements, direction_blocks)  # fmt: skip
 
 
@@ -194,7 +202,7 @@ def test_the_command(capsys):
     out = capsys.readouterr().out
     assert all(f"  {name:<26}eager ok, compiled ok" in out for name in GOLDEN)
     assert (
-        f"ok: {5 + len(GOLDEN)} formats and kernels eager, {5 + len(GOLDEN)} compiled, in 13 of 13 exact kernels" in out
+        f"ok: {5 + len(GOLDEN)} formats and kernels eager, {5 + len(GOLDEN)} compiled, in 14 of 14 exact kernels" in out
     )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from bnbref import blockwise, fourbit, int8, nested
+from bnbref import blockwise, few_rows, fourbit, int8, nested
 from bnbref.codebooks import DYNAMIC, DYNAMIC_UNSIGNED, FP4, NF4, value_table
 from bnbref.kernels import ordered
 from bnbref.optim.equation import at_step
@@ -137,6 +137,15 @@ def _dequantize_int8_product(x: Tensor) -> Outputs:
     return tuple(map(one_nan, (plain, *sums)))
 
 
+def _multiply_int8_row(x: Tensor) -> Outputs:
+    """All 256 codes, times themselves in 64 orders."""
+    q = torch.arange(256, device=x.device).to(torch.int8)
+    codes = torch.stack([q.roll(i) for i in range(64)])
+    row = torch.full((1,), 1 / 3, dtype=torch.float32, device=x.device)
+    column, bias = x[:64].abs(), x[64:128]
+    return tuple(few_rows.multiply_int8_row(q[None], row, codes, column, bias, dtype=dtype) for dtype in FLOATS)
+
+
 def _dequantize_int8_rows(x: Tensor) -> Outputs:
     codes, absmax = _codes_and_scales(x, torch.int8)
     return tuple(one_nan(int8.dequantize(codes, absmax, dtype)) for dtype in FLOATS)
@@ -210,6 +219,7 @@ CHECKS = (
     Check("dequantize_nested", _dequantize_nested, "6182f18ce78beddd"),
     Check("quantize_int8_rows", _quantize_int8_rows, "988699cedbb9587c"),
     Check("dequantize_int8_product", _dequantize_int8_product, "b15db76aebd980bb"),
+    Check("multiply_int8_row", _multiply_int8_row, "ce7be832e19812c1"),
     Check("dequantize_int8_rows", _dequantize_int8_rows, "5afd93b9ca598dc7"),
     Check("add_products", _add_products, "0b20a99df7f91450"),
     Check("step_elements", lambda x: _steps(x, 32), "d817efbb865227ea"),

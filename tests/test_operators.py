@@ -1,0 +1,174 @@
+"""Products inside somebody's graph: one operator each, with the eager gradient, whatever else is going on."""
+
+import threading
+
+import pytest
+import torch
+from conftest import as_on_gpu
+from torch.library import opcheck
+
+import bnbref
+from bnbref import MatmulLtState, few_rows, int8, matmul, matmul_4bit
+from bnbref.codebooks import NF4, Codebook
+from bnbref.functional import quantize_4bit
+
+BACKENDS = ("eager", "aot_eager", "inductor")
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+PACKED, STATE = quantize_4bit(randn(8, 64), quant_type="nf4")
+CODES, ABSMAX, _ = int8.quantize(randn(8, 64))
+
+
+def four_bit(x, bias=None):
+    return matmul_4bit(x, PACKED, STATE, bias=bias)
+
+
+def eight_bit(x, bias=None):
+    return matmul(x, CODES, state=MatmulLtState(CODES, ABSMAX, has_fp16_weights=False), bias=bias)
+
+
+def compiled(function, backend, **options):
+    torch._dynamo.reset()
+    return torch.compile(function, backend=backend, **options)
+
+
+@pytest.mark.parametrize("product", [four_bit, eight_bit])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_in_a_graph(product, backend):
+    x, bias = randn(3, 64, seed=1).requires_grad_(), randn(8, seed=2).requires_grad_()
+    want = torch.autograd.grad(product(x, bias).square().sum(), (x, bias))
+    got = torch.autograd.grad(compiled(product, backend, fullgraph=True)(x, bias).square().sum(), (x, bias))
+    assert all(map(torch.equal, got, want))
+
+
+def test_compiled_autograd():
+    from torch._dynamo import compiled_autograd
+
+    x = randn(3, 64, seed=1).requires_grad_()
+    want = torch.autograd.grad(four_bit(x).square().sum(), x)
+    with compiled_autograd._enable(lambda graph: graph):
+        compiled(four_bit, "aot_eager")(x).square().sum().backward()
+    assert torch.equal(x.grad, *want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_torch_func_in_a_graph(backend):
+    x = randn(3, 64, seed=1)
+
+    def gradient(x):
+        return torch.func.grad(lambda x: four_bit(x).sum())(x)
+
+    def tangent(x):
+        return torch.func.jvp(four_bit, (x,), (x,))[1]
+
+    def batched(x):
+        return torch.vmap(four_bit)(x)
+
+    for function in (gradient, tangent, batched):
+        torch.testing.assert_close(compiled(function, backend, fullgraph=True)(x), function(x))
+
+
+def test_torch_func_over_an_int8_product_is_right_or_refused():
+    x = randn(3, 64, seed=1)
+
+    def gradient(x):
+        return torch.func.grad(lambda x: eight_bit(x).sum())(x)
+
+    torch.testing.assert_close(compiled(gradient, "eager")(x), gradient(x))  # with a graph break
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="Observed exception"):
+        compiled(gradient, "eager", fullgraph=True)(x)
+
+
+def test_the_operators_are_whole():
+    x, bias = randn(3, 64).requires_grad_(), randn(8).requires_grad_()
+    state = (PACKED, STATE.absmax, [], [8, 64], 64, 0, list(NF4.values))
+    opcheck(torch.ops.bnbref.linear_4bit.default, (x, bias, 8, False, *state))
+    opcheck(torch.ops.bnbref.weight_4bit.default, (*state, torch.float32))
+    opcheck(torch.ops.bnbref.linear_8bit.default, (x, None, CODES, ABSMAX, bias, 0.0))
+    opcheck(torch.ops.bnbref.weight_8bit.default, (CODES, ABSMAX, torch.float32))
+
+
+def test_a_product_runs_while_something_else_is_compiled():
+    """`torch.compiler.is_compiling()` is then true for it as well."""
+    x, faults = randn(3, 64), []
+
+    def loop():
+        try:
+            for _ in range(500):
+                four_bit(x)
+                eight_bit(x)
+        except RecursionError as fault:
+            faults.append(fault)
+
+    thread = threading.Thread(target=loop)
+    thread.start()
+    compiled(lambda z: z.sin() + four_bit(z).sum(), "inductor")(x)
+    thread.join()
+    assert faults == []
+
+
+def test_a_backend_that_runs_the_product():
+    x = randn(3, 64)
+
+    def backend(graph, inputs):
+        graph(*inputs)  # on real tensors, while it compiles
+        return graph
+
+    assert torch.equal(compiled(four_bit, backend)(x), four_bit(x))
+
+
+def test_codebooks_of_operators_are_told_apart_by_their_bits():
+    packed = torch.full((32, 1), 0x11, dtype=torch.uint8)
+    for zero in (0.0, -0.0):
+        book = Codebook("three", (-1.0, zero, 1.0), (-0.5, 0.5))
+        state = (packed, torch.ones(1), [], [1, 64], 64, 0, list(book.values))
+        weight = torch.ops.bnbref.weight_4bit(*state, torch.float32)
+        assert bool(torch.signbit(weight).all()) == (str(zero) == "-0.0")
+
+
+# ---- few rows -------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_may_be_changed_in_place():
+    layer = torch.nn.Sequential(bnbref.nn.Linear4bit(64, 8), torch.nn.ReLU(inplace=True)).to("cpu")
+    for shape in ((64,), (1, 64), (1, 1, 64)):
+        layer(randn(*shape)).sum().backward()
+        with torch.no_grad():
+            y = four_bit(randn(*shape))
+        y.add_(randn(8).requires_grad_())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.bool, torch.complex64], ids=str)
+def test_a_row_has_the_dtypes_that_many_rows_have(dtype):
+    for rows in (1, 3):
+        with pytest.raises(ValueError, match=f"dtype must be float32, float16 or bfloat16, got {dtype}"):
+            four_bit(randn(rows, 64).to(dtype))
+
+
+def test_codes_of_any_strides():
+    strided = PACKED.view(16, 16).t().contiguous().t()
+    for rows in (1, 3):
+        x = randn(rows, 64)
+        assert torch.equal(matmul_4bit(x, strided, STATE), four_bit(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", ["turned", "every second", "beside others", "from the second on"])
+def test_activations_of_any_strides_on_a_gpu(dtype, form):
+    x = randn(1, 64).to(dtype)
+    shapes = {"turned": (64, 3), "every second": (1, 128), "beside others": (1, 66), "from the second on": (1, 65)}
+    memory = torch.zeros(shapes[form], dtype=dtype)
+    a = {
+        "turned": lambda: memory.t()[:1],
+        "every second": lambda: memory[:, ::2],
+        "beside others": lambda: memory[:, :64],
+        "from the second on": lambda: memory[:, 1:],
+    }[form]()
+    a.copy_(x)
+    with as_on_gpu():
+        got = few_rows.multiply_few(a, PACKED, STATE, None)
+        assert torch.equal(got, few_rows.multiply_few(x, PACKED, STATE, None))
