@@ -59,9 +59,9 @@ under_functorch._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def transforming() -> bool:
     """Whether tensors wrap tensors or have a tangent: `torch.func`, `torch.autograd.forward_ad`."""
-    if under_functorch():
-        return True
-    return not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0
+    if torch.compiler.is_compiling():
+        return under_functorch()
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
 def differentiated(*tensors: Tensor | None) -> bool:
