@@ -88,8 +88,10 @@ def multiply_few(a: Tensor, packed: Tensor, state: QuantState, bias: Tensor | No
     codes = _in_words((packed if packed.dtype == torch.uint8 else as_bytes(packed)).reshape(n, k // 2))
     if is_gpu(a):
         columns = _in_words(a.reshape(-1, 1, k))
-    else:  # not by einops, which takes 5 us of Python: a model calls this 200 times a token
-        columns = a.reshape(-1, k // 2, 2).transpose(1, 2).contiguous()
+    else:
+        # As float32: vectors of 16-bit numbers have other lengths than those of the codes, which is five times slower. Not by
+        # einops, which takes 5 us of Python: a model calls this 200 times a token.
+        columns = a.float().reshape(-1, k // 2, 2).transpose(1, 2).contiguous()
     y = multiply_rows(
         columns,
         codes,

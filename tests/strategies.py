@@ -285,8 +285,11 @@ def _dequantize_int8_rows(dtype: torch.dtype) -> Variant:
     return cases
 
 
-def _multiply_rows(dtype: torch.dtype, codebook: Codebook, blocksize: int, m: int, nested: bool) -> Variant:
-    """Finite, and far from overflow: what is bounded is a sum, and its bound is relative to the sum of magnitudes."""
+def _multiply_rows(dtype: torch.dtype, codebook: Codebook, blocksize: int, m: int, nested: bool, p: int) -> Variant:
+    """Finite, and far from overflow: what is bounded is a sum, and its bound is relative to the sum of magnitudes.
+
+    p: 2 as CPUs take activations, in float32, and 1 as GPUs do.
+    """
     blocks, blocksize2 = 3, 2
     k = blocks * blocksize
 
@@ -295,7 +298,8 @@ def _multiply_rows(dtype: torch.dtype, codebook: Codebook, blocksize: int, m: in
         n = 2 * draw(rows)
         entry = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-3, 4097.0]) | st.floats(-1024, 1024, width=32)
         few = st.lists(entry, min_size=1, max_size=40)
-        a = torch.from_numpy(np.resize(np.array(draw(few), np.float32), m * k)).to(dtype).view(m, 2, k // 2)
+        a = torch.from_numpy(np.resize(np.array(draw(few), np.float32), m * k)).to(dtype).view(m, p, k // p)
+        a = a.float() if p == 2 else a
         packed = draw(_some_integers(torch.uint8, n * k // 2)).view(n, k // 2)
         entry = st.sampled_from([0.0, 2.0**-126, 1.0]) | st.floats(2.0**-20, 2.0**20, width=32)
         size = st.lists(entry, min_size=1, max_size=9)
@@ -474,7 +478,11 @@ KERNELS: dict[str, dict[str, Variant]] = {
     "quantize_int8_rows": _named(_quantize_int8_rows, (F32, 2.5), (F32, 0.0), (F16, 6.0)),
     "dequantize_int8_product": _named(_dequantize_int8_product, (F32, None, None), (BF16, F32, BF16), (F16, F16, None)),
     "multiply_rows": _named(
-        _multiply_rows, (BF16, NF4, 64, 1, False), (F32, FP4, 32, 2, False), (F32, NF4, 32, 1, True)
+        _multiply_rows,
+        (BF16, NF4, 64, 1, False, 2),
+        (F32, FP4, 32, 2, False, 2),
+        (BF16, NF4, 64, 2, True, 1),
+        (F32, AF4, 32, 1, True, 1),
     ),
     "multiply_int8_row": _named(_multiply_int8_row, (F32, False), (BF16, False)),
     "multiply_int8_row_and_outliers": _named(_multiply_int8_row, (F32, True), (BF16, True)),
