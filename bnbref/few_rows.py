@@ -16,7 +16,7 @@ from bnbref.codebooks import Codebook, value_table
 from bnbref.context import as_bytes, own
 from bnbref.int8 import RECIPROCAL_127, RECIPROCAL_127_SQUARED
 from bnbref.kernels import compile_enabled, fused, tracing
-from bnbref.kernels.compiler import is_gpu
+from bnbref.kernels.compiler import is_gpu, missing_compiler
 from bnbref.quant_state import QuantState, present
 
 # ---- 4 bits ---------------------------------------------------------------------------------------------------------
@@ -46,7 +46,8 @@ def multiply_rows(
     (`nested.dequantize`). bias: `[n]`.
 
     Bounded: float32 sums of products, each rounded or fused, in the compiler's order; the weight is not rounded. With u = 2^-24,
-    v the unit roundoff of dtype and S = sum |a value absmax| + |bias|: |y - exact| <= (k + 3) u S + v |exact| to first order.
+    v the unit roundoff of dtype and S = sum |a value absmax| + |bias|: |y - exact| <= (k + 5) u S + v |exact| to first order,
+    where the magnitude of a nested scale is that of its two terms.
     On a GPU the values are rounded to float16 if a has 16 bits, which adds 2^-11 S + 2^-25 sum |a absmax|.
     """
     codes = torch.stack((packed >> 4, packed & 15), dim=-1).flatten(1)
@@ -64,9 +65,14 @@ def multiply_rows(
 _FEW = {"cpu": 1, "cuda": 8}
 
 
+def _is_compiled(a: Tensor) -> bool:
+    """Whether a kernel would be compiled: uncompiled, the sums over codes take more memory and time than a library's product."""
+    return not tracing() and compile_enabled() and missing_compiler(a.device.type) is None
+
+
 def are_few(a: Tensor, state: QuantState, bias: Tensor | None) -> bool:
     """Whether the rows are few, and of a weight that the formulations of `multiply_rows` take."""
-    if tracing() or not compile_enabled():
+    if not _is_compiled(a):
         return False
     n, k = present(state.shape, "shape")
     blocksize = present(state.blocksize, "blocksize")
@@ -160,7 +166,7 @@ def multiply_int8_row_and_outliers(
 def is_row_of_int8(a: Tensor, codes: Tensor) -> bool:
     """Whether `a [rows, k]` times an int8 weight is a sum over the codes: for one row on a GPU, where the library's product wants
     17 rows and outliers would be counted on the host."""
-    return compile_enabled() and not tracing() and is_gpu(a) and a.shape[0] == 1 and codes.numel() > 0
+    return _is_compiled(a) and is_gpu(a) and a.shape[0] == 1 and codes.numel() > 0
 
 
 def _scaled_sum(q: Tensor, codes: Tensor) -> Tensor:

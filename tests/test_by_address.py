@@ -6,6 +6,7 @@ import re
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import library
 
 from bnbref.kernels import by_address
 from bnbref.kernels.by_address import addressed, look_up
@@ -54,4 +55,4 @@ def test_a_table_on_a_gpu_ends_with_its_address(monkeypatch):
 def test_the_operator_is_whole():
     table = addressed(torch.tensor([5, 6, 7]), CPU)
     index = torch.tensor([[2, 0], [1, 1]], dtype=torch.int32)
-    torch.library.opcheck(torch.ops.bnbref.table_entry.default, (table, index))
+    library.opcheck(torch.ops.bnbref.table_entry.default, (table, index))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import library
 
 from bnbref.kernels import byte_permute
 from bnbref.kernels.byte_permute import lookup8, planes
@@ -90,4 +91,4 @@ def test_the_plain_look_up_is_a_look_up():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_the_operator_is_whole(dtype):
     words = torch.randint(-(2**31), 2**31 - 1, (3, 5), dtype=torch.int32)
-    torch.library.opcheck(torch.ops.bnbref.lookup8.default, (words, planes(torch.rand(16).to(dtype)), 3))
+    library.opcheck(torch.ops.bnbref.lookup8.default, (words, planes(torch.rand(16).to(dtype)), 3))

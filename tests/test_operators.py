@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 from conftest import as_on_gpu
-from torch.library import opcheck
+from torch import library
 
 import bnbref
 from bnbref import MatmulLtState, few_rows, int8, matmul, matmul_4bit
@@ -86,10 +86,10 @@ def test_torch_func_over_an_int8_product_is_right_or_refused():
 def test_the_operators_are_whole():
     x, bias = randn(3, 64).requires_grad_(), randn(8).requires_grad_()
     state = (PACKED, STATE.absmax, [], [8, 64], 64, 0, list(NF4.values))
-    opcheck(torch.ops.bnbref.linear_4bit.default, (x, bias, 8, False, *state))
-    opcheck(torch.ops.bnbref.weight_4bit.default, (*state, torch.float32))
-    opcheck(torch.ops.bnbref.linear_8bit.default, (x, None, CODES, ABSMAX, bias, 0.0))
-    opcheck(torch.ops.bnbref.weight_8bit.default, (CODES, ABSMAX, torch.float32))
+    library.opcheck(torch.ops.bnbref.linear_4bit.default, (x, bias, 8, False, *state))
+    library.opcheck(torch.ops.bnbref.weight_4bit.default, (*state, torch.float32))
+    library.opcheck(torch.ops.bnbref.linear_8bit.default, (x, None, CODES, ABSMAX, bias, 0.0))
+    library.opcheck(torch.ops.bnbref.weight_8bit.default, (CODES, ABSMAX, torch.float32))
 
 
 def test_a_product_runs_while_something_else_is_compiled():

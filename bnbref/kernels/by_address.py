@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, library
 
 from bnbref.kernels import floats
+from bnbref.kernels.compiler import taught
 
 # Inductor's cache on disk knows the operator but not this text: another text needs another operator.
 _LOAD = "{ .reg .b64 a; mad.wide.u32 a, $2, 8, $1; ld.global.nc.b64 $0, [a]; }"
@@ -75,12 +76,7 @@ def _enable() -> bool:
     """Registers the lowering with Inductor, once per process; False where it cannot be, and then a plain look-up is compiled."""
     global _native
     if _native is None:
-        try:
-            if torch.version.hip is None:
-                _register()
-            _native = torch.version.hip is None
-        except (ImportError, AttributeError, TypeError):  # a torch whose internals have moved
-            _native = False
+        _native = taught(_register)
     return _native
 
 

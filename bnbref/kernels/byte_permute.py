@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
+from bnbref.kernels.compiler import taught
+
 _PLANE = "{ .reg .b32 s, t; prmt.b32 s, $3, $4, $1; prmt.b32 t, $5, $6, $1; prmt.b32 $0, s, t, $2; }"
 _PAIRS = ("prmt.b32 $0, $1, $2, 0x5140;", "prmt.b32 $0, $1, $2, 0x7362;")  # codes 0 and 1, codes 2 and 3 of four
 _WORDS = ("prmt.b32 $0, $1, $2, 0x5410;", "prmt.b32 $0, $1, $2, 0x7632;")  # the lower, the upper code of a pair
@@ -113,12 +115,7 @@ def _enable() -> bool:
     """Registers the lowering with Inductor, once per process; False where it cannot be, and then a plain look-up is compiled."""
     global _native
     if _native is None:
-        try:
-            if torch.version.hip is None:
-                _register()
-            _native = torch.version.hip is None
-        except (ImportError, AttributeError, TypeError):  # a torch whose internals have moved
-            _native = False
+        _native = taught(_register)
     return _native
 
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,18 @@ _GPU_OPTIONS = {
 TUNED = {"coordinate_descent_tuning": True}
 """An option of kernels that are bound by memory: on a GPU Inductor times more block sizes, for some seconds of the first call
 (docs: How to read the code, table "choices of the door")."""
+
+
+def taught(register: Callable[[], None]) -> bool:
+    """Calls `register`, which teaches Inductor instructions of NVIDIA GPUs. Returns False on ROCm, and for a torch whose internals
+    are not as `register` expects them."""
+    if torch.version.hip is not None:
+        return False
+    try:
+        register()
+    except (ImportError, AttributeError, TypeError):
+        return False
+    return True
 
 
 def is_gpu(x: Tensor) -> bool:

@@ -69,7 +69,7 @@ def _summed(values: Sequence[Tensor], columns: Sequence[Tensor], scale: Tensor) 
     tables=_tables,
     # The kernel is bounded: the order of its sum is the compiler's, so it may fuse products and sums to one rounding as well.
     cpu={"cpp.enable_floating_point_contract_flag": "fast"},
-    # A loop over the columns, because a row that is one tile takes too many registers (docs: How to read the code).
+    # A loop over the columns, because a row that is one tile takes too many registers.
     gpu={
         "coordinate_descent_tuning": True,
         "triton.persistent_reductions": False,
