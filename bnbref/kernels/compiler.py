@@ -33,8 +33,10 @@ TUNED = {"coordinate_descent_tuning": True}
 
 
 def taught(register: Callable[[], None]) -> bool:
-    """Calls `register`, which teaches Inductor instructions of NVIDIA GPUs. Returns False on ROCm, and for a torch whose internals
-    are not as `register` expects them."""
+    """Calls `register`, which teaches Inductor instructions of NVIDIA GPUs.
+
+    Returns False on ROCm, and for a torch whose internals are not as `register` expects them.
+    """
     if torch.version.hip is not None:
         return False
     try:
