@@ -78,6 +78,17 @@ def test_it_finds_what_a_plain_look_up_finds(word, values, dtype):
         assert np.float32(got).tobytes() == want.numpy().tobytes()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_every_code_in_every_place(dtype):
+    """Sixteen values that all differ, which drawn ones seldom do."""
+    table = [w & MASK for w in planes((torch.arange(16.0) / 16).to(dtype)).tolist()]
+    for code in range(16):
+        for place in range(8):
+            word = code << 4 * (place ^ 1)
+            got = [byte_permute.value_of(OPS, word, table, other) for other in range(8)]
+            assert got == [code / 16 if other == place else 0.0 for other in range(8)]
+
+
 def test_the_plain_look_up_is_a_look_up():
     values = torch.arange(16.0) / 16
     packed = torch.randint(0, 256, (32,), dtype=torch.uint8)
