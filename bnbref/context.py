@@ -64,6 +64,20 @@ def transforming() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
+def undisturbed(x: Tensor) -> bool:
+    """Whether x is a plain tensor and torch does none of this around a call but, perhaps, no_grad and inference_mode."""
+    return (
+        not torch.compiler.is_dynamo_compiling()
+        and type(x) is Tensor
+        and not x.is_meta
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch.autograd.forward_ad._current_level < 0
+        and not torch._C._is_tracing()
+        and not torch.is_autocast_enabled(x.device.type)
+    )
+
+
 def differentiated(*tensors: Tensor | None) -> bool:
     """Whether a function of these needs the derivative that we give it."""
     if jit_tracing():

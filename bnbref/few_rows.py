@@ -7,6 +7,9 @@ No dequantized weight is in memory, and its elements are not rounded. Many rows 
 library's product: see `products`.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -37,19 +40,20 @@ def multiply_rows(
     codebook: Codebook,
     dtype: torch.dtype,
 ) -> Tensor:
-    """A few rows of activations times a 4-bit weight, computed from the codes: dtype `[rows, n]`.
+    """A few rows of activations times a 4-bit weight, computed from the codes: dtype `[rows, 1, n]`.
 
         y[i, j] = sum over blocks of  absmax[j, block] * (sum over the block of  value[code[j, l]] * a[i, l])
 
-    a: the activations `[rows, p, k/p]`, where `a[i, j, l]` is column `p * l + j` of row i. packed: codes, uint8 `[n, k/2]`.
-    absmax: scales, float32 `[n, blocks]`; or their uint8 codes, and then absmax2, values2 and offset undo the second quantization
-    (`nested.dequantize`). bias: `[n]`.
+    a: the activations `[rows, p, k/p]`, where `a[i, j, l]` is column `p * l + j` of row i. packed: codes, uint8 `[n, k/2]`, or
+    these bytes as int32. absmax: scales, float32 `[n, blocks]`; or their uint8 codes, and then absmax2, values2 and offset undo
+    the second quantization (`nested.dequantize`). bias: `[n]`.
 
     Bounded: float32 sums of products, each rounded or fused, in the compiler's order; the weight is not rounded. With u = 2^-24,
     v the unit roundoff of dtype and S = sum |a value absmax| + |bias|: |y - exact| <= (k + 5) u S + v |exact| to first order,
     where the magnitude of a nested scale is that of its two terms.
     On a GPU the values are rounded to float16 if a has 16 bits, which adds 2^-11 S + 2^-25 sum |a absmax|.
     """
+    packed = packed.view(torch.uint8)
     codes = torch.stack((packed >> 4, packed & 15), dim=-1).flatten(1)
     value = rearrange(value_table(codebook, packed.device)[codes.to(torch.int32)], "n (b s) -> n b s", s=blocksize)
     columns = rearrange(a.float(), "m p l -> m (l p)")
@@ -58,11 +62,12 @@ def multiply_rows(
         block = torch.arange(absmax.numel(), device=absmax.device).view(absmax.shape)
         absmax = values2[absmax.to(torch.int32)] * absmax2[block // blocksize2] + offset
     y = (sums * absmax).sum(-1)
-    return (y if bias is None else y + bias.float()).to(dtype)
+    return rearrange(y if bias is None else y + bias.float(), "m n -> m 1 n").to(dtype)
 
 
 # How many rows are few: beyond it the dequantized weight and a library's product are faster (docs: How to read the code).
 _FEW = {"cpu": 1, "cuda": 8}
+MOST = max(_FEW.values())
 
 
 def _is_compiled(a: Tensor) -> bool:
@@ -82,34 +87,62 @@ def are_few(a: Tensor, state: QuantState, bias: Tensor | None) -> bool:
 
 def multiply_few(a: Tensor, packed: Tensor, state: QuantState, bias: Tensor | None) -> Tensor:
     """`a [..., k]` of few rows times a 4-bit weight, as `multiply_rows` does it; `[..., n]` in the dtype of a."""
+    codes, absmax, second, constants = _of_weight(a, packed, state, state.scales)
+    return _shaped(multiply_rows(_columns(a), codes, absmax(), bias, *second, **constants, dtype=a.dtype), a)
+
+
+def prepared(
+    a: Tensor, packed: Tensor, state: QuantState, bias: Tensor | None, scales: Callable[[], Tensor]
+) -> Callable[[Tensor, Tensor | None], Tensor] | None:
+    """`multiply_few` of one weight as a function of activations and a bias whose layouts are those of a and bias.
+
+    scales: what `state.scales` returns. Returns None where nothing is compiled.
+    """
+    codes, absmax, second, constants = _of_weight(a, packed, state, scales)
+    constants["dtype"] = a.dtype
+    arguments: tuple[Any, ...] = (_columns(a), codes, absmax(), bias, *second)
+    multiply_rows(*arguments, **constants)
+    code = multiply_rows.ready(arguments, constants)
+    if code is None:
+        return None
+    return lambda a, bias: _shaped(code((_columns(a), codes, absmax(), bias, *second)), a)
+
+
+def _of_weight(
+    a: Tensor, packed: Tensor, state: QuantState, scales: Callable[[], Tensor]
+) -> tuple[Tensor, Callable[[], Tensor], tuple[Tensor | None, ...], dict[str, Any]]:
+    """The arguments of `multiply_rows` that the weight gives: the codes; a function that returns the scales; what undoes their
+    second quantization; the constants."""
     n, k = present(state.shape, "shape")
     blocksize = present(state.blocksize, "blocksize")
-    second: tuple[Tensor | None, ...] = ()
-    absmax, blocksize2 = state.absmax, 0
-    if is_gpu(a) and state.state2 is not None:  # a CPU would look up one scale at a time
-        second = (state.state2.absmax, present(state.state2.code, "state2.code"), present(state.offset, "offset"))
-        blocksize2 = present(state.state2.blocksize, "state2.blocksize")
-    else:
-        absmax = state.scales()
+    constants: dict[str, Any] = {"blocksize": blocksize, "codebook": state.codebook}
     codes = _in_words((packed if packed.dtype == torch.uint8 else as_bytes(packed)).reshape(n, k // 2))
+    if not is_gpu(a):
+        return codes, lambda: scales().view(n, k // blocksize), (), constants
+    codes = codes.view(torch.int32)
+    if state.state2 is None:
+        absmax = scales().view(n, k // blocksize)
+        return codes, lambda: absmax, (), constants
+    # A CPU would look up one scale at a time.
+    absmax = state.absmax.view(n, k // blocksize)
+    constants["blocksize2"] = present(state.state2.blocksize, "state2.blocksize")
+    second = (state.state2.absmax, present(state.state2.code, "state2.code"), present(state.offset, "offset"))
+    return codes, lambda: absmax, second, constants
+
+
+def _columns(a: Tensor) -> Tensor:
+    """Activations as `multiply_rows` takes them."""
+    k = a.shape[-1]
     if is_gpu(a):
-        columns = _in_words(a.reshape(-1, 1, k))
-    else:
-        # As float32: vectors of 16-bit numbers have other lengths than those of the codes, which is five times slower. Not by
-        # einops, which takes 5 us of Python: a model calls this 200 times a token.
-        columns = a.float().reshape(-1, k // 2, 2).transpose(1, 2).contiguous()
-    y = multiply_rows(
-        columns,
-        codes,
-        absmax.view(n, k // blocksize),
-        bias,
-        *second,
-        blocksize=blocksize,
-        blocksize2=blocksize2,
-        codebook=state.codebook,
-        dtype=a.dtype,
-    )
-    return y if a.dim() == 2 else own(y.view(*a.shape[:-1], n))
+        return _in_words(a if a.dim() == 3 and a.shape[1] == 1 else a.reshape(-1, 1, k))
+    # As float32: vectors of 16-bit numbers have other lengths than those of the codes, which is five times slower. Not by einops,
+    # which takes 5 us of Python: a model calls this 200 times a token.
+    return a.float().reshape(-1, k // 2, 2).transpose(1, 2).contiguous()
+
+
+def _shaped(y: Tensor, a: Tensor) -> Tensor:
+    """The product `[rows, 1, n]` in the shape of the activations, which most often are one token of each text, `[rows, 1, k]`."""
+    return y if a.dim() == 3 and a.shape[1] == 1 else own(y.view(*a.shape[:-1], y.shape[-1]))
 
 
 def _in_words(x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from bnbref import int8
 from bnbref.codebooks import FOUR_BIT, Codebook, words
 from bnbref.context import without_autocast
 from bnbref.int8 import as_matrix
+from bnbref.packed_weight import PackedWeight
 from bnbref.products import multiply_in_order, product_4bit, product_8bit
 from bnbref.quant_state import QuantState
 
@@ -62,7 +63,7 @@ def _state(
 
 @library.impl(_operators, "linear_4bit", "CompositeExplicitAutograd")
 def _(a: Tensor, bias: Tensor | None, n: int, in_order: bool, packed: Tensor, *state: Any) -> Tensor:
-    return product_4bit(a, packed, bias, _state(*state), in_order)
+    return product_4bit(a, PackedWeight(packed, _state(*state)), bias, in_order)
 
 
 @library.register_fake("bnbref::linear_4bit", lib=_operators)  # type: ignore[untyped-decorator]

@@ -16,14 +16,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bnbref import few_rows, int8
 from bnbref.blockwise import check_device
-from bnbref.context import as_autocast, differentiated, own, plain, transforming, under_functorch, without_autocast
+from bnbref.context import (
+    as_autocast,
+    differentiated,
+    own,
+    plain,
+    transforming,
+    under_functorch,
+    undisturbed,
+    without_autocast,
+)
 from bnbref.int8 import as_matrix
-from bnbref.kernels import ordered, tracing
+from bnbref.kernels import compile_enabled, ordered, tracing
+from bnbref.packed_weight import PackedWeight, Product
 from bnbref.quant_state import QuantState, present
 
 
@@ -33,40 +42,39 @@ def _in_graph() -> bool:
     return torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting() and not under_functorch()
 
 
-def _flat(packed: Tensor, state: QuantState) -> tuple[Any, ...]:
-    """A packed weight and its state as the arguments of an operator."""
-    second, blocksize2 = [], 0
+def _flat(weight: PackedWeight) -> tuple[Any, ...]:
+    """A packed weight as the arguments of an operator."""
+    state, blocksize2 = weight.state, 0
+    second: list[Tensor] = []
     if state.state2 is not None:
         second = [state.state2.absmax, present(state.state2.code, "state2.code"), present(state.offset, "offset")]
         blocksize2 = present(state.state2.blocksize, "state2.blocksize")
     shape, blocksize = list(present(state.shape, "shape")), present(state.blocksize, "blocksize")
-    return packed, state.absmax, second, shape, blocksize, blocksize2, list(state.codebook.values)
+    return weight.codes, state.absmax, second, shape, blocksize, blocksize2, list(state.codebook.values)
 
 
 # ---- 4 bits ---------------------------------------------------------------------------------------------------------
 
 
-def _weight_4bit(packed: Tensor, state: QuantState, dtype: torch.dtype, k: int) -> Tensor:
+def product_4bit(a: Tensor, weight: PackedWeight, bias: Tensor | None, in_order: bool) -> Tensor:
+    """`a @ W^T + bias` without a gradient. in_order: whether the sum is in the fixed order."""
+    if not in_order:
+        return weight.multiply(a, bias)
+    return own(multiply_in_order(a, _turned(weight.decoded(a.dtype), a.shape[-1]).t(), bias))
+
+
+def _turned(weight: Tensor, k: int) -> Tensor:
     """The weight as `[n, k]`, also where `[k, n]` was quantized."""
-    weight = state.dequantize(packed, dtype)
     return weight if weight.shape[1] == k else weight.t()
-
-
-def product_4bit(a: Tensor, packed: Tensor, bias: Tensor | None, state: QuantState, in_order: bool) -> Tensor:
-    """`a @ W^T + bias` for a packed 4-bit weight, without a gradient. in_order: whether the sum is in the fixed order."""
-    if not in_order and few_rows.are_few(a, state, bias):
-        return few_rows.multiply_few(a, packed, state, bias)
-    weight = _weight_4bit(packed, state, a.dtype, a.shape[-1])
-    return own(multiply_in_order(a, weight.t(), bias) if in_order else F.linear(a, weight, bias))
 
 
 class _MatMul4Bit(torch.autograd.Function):
     """The codes are an attribute and not saved tensors: they have no gradient, and so may be tensors of inference mode."""
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, packed: Tensor, bias: Tensor | None, state: QuantState, in_order: bool) -> Tensor:
-        ctx.packed, ctx.state, ctx.in_order, ctx.k = packed, state, in_order, a.shape[-1]
-        return product_4bit(a, packed, bias, state, in_order)
+    def forward(ctx: Any, a: Tensor, weight: PackedWeight, bias: Tensor | None, in_order: bool) -> Tensor:
+        ctx.weight, ctx.in_order, ctx.k = weight, in_order, a.shape[-1]
+        return product_4bit(a, weight, bias, in_order)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -75,11 +83,11 @@ class _MatMul4Bit(torch.autograd.Function):
         grad_a = grad_bias = None
         with without_autocast(grad):
             if ctx.needs_input_grad[0]:
-                grad_a = multiply(grad, _weight_4bit(ctx.packed, ctx.state, grad.dtype, ctx.k))
+                grad_a = multiply(grad, _turned(ctx.weight.decoded(grad.dtype), ctx.k))
             if ctx.needs_input_grad[2]:
                 rows = as_matrix(grad)
                 grad_bias = multiply(rows.new_ones(1, len(rows)), rows)[0] if ctx.in_order else rows.sum(0)
-        return grad_a, None, grad_bias, None, None
+        return grad_a, None, grad_bias, None
 
 
 class _TransformedMatMul4Bit(torch.autograd.Function):
@@ -91,7 +99,7 @@ class _TransformedMatMul4Bit(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        a, ctx.packed, _, ctx.state, ctx.in_order = inputs
+        a, ctx.weight, _, ctx.in_order = inputs
         ctx.k = a.shape[-1]
 
     @staticmethod
@@ -99,7 +107,7 @@ class _TransformedMatMul4Bit(torch.autograd.Function):
         a, _, bias, *_ = tangents
         if a is None:
             return bias
-        y = product_4bit(a, ctx.packed, None, ctx.state, ctx.in_order)
+        y = product_4bit(a, ctx.weight, None, ctx.in_order)
         return y if bias is None else y + bias
 
 
@@ -139,8 +147,8 @@ def matmul_4bit(
             DeprecationWarning,
             stacklevel=2,
         )
-    codes = plain(B)
-    check_device("A", A, B=codes, bias=bias)
+    weight = _kept(B, quant_state)
+    check_device("A", A, B=weight.codes, bias=bias)
     A = as_autocast(A)
     if bias is not None:
         bias = bias.to(A.dtype)
@@ -148,14 +156,37 @@ def matmul_4bit(
     with without_autocast(A):
         if _in_graph():
             n = shape[0] if A.shape[-1] == shape[1] else shape[1]
-            result: Tensor = torch.ops.bnbref.linear_4bit(A, bias, n, in_order, *_flat(codes, quant_state))
+            result: Tensor = torch.ops.bnbref.linear_4bit(A, bias, n, in_order, *_flat(weight))
         # What torch.func does inside of torch.compile it does to plain operations.
         elif not (torch.compiler.is_dynamo_compiling() and under_functorch()) and differentiated(A, bias):
             function = _TransformedMatMul4Bit if transforming() else _MatMul4Bit
-            result = function.apply(A, codes, bias, quant_state, in_order)  # type: ignore[no-untyped-call]
+            result = function.apply(A, weight, bias, in_order)  # type: ignore[no-untyped-call]
         else:
-            result = product_4bit(A, codes, bias, quant_state, in_order)
+            result = product_4bit(A, weight, bias, in_order)
     return result if out is None else out.copy_(result)
+
+
+def _kept(packed: Tensor, state: QuantState) -> PackedWeight:
+    """A weight with what it keeps of its products; a tensor of codes that is no parameter of ours keeps nothing."""
+    if tracing() or not hasattr(packed, "products"):
+        return PackedWeight(packed, state)
+    weight: PackedWeight | None = packed.products
+    if weight is None or not weight.is_of(state):
+        weight = packed.products = PackedWeight(packed, state, kept=True)
+    return weight
+
+
+def prepared_product(a: Tensor, packed: Tensor, state: QuantState | None, bias: Tensor | None) -> Product | None:
+    """A function of a and bias that is `matmul_4bit` of these, with everything done that the next such call would do again.
+
+    None if the call needs more than a product (a gradient, a trace, a dtype of autocast, a fixed order, an error).
+    """
+    if not undisturbed(a) or state is None or not compile_enabled() or not hasattr(packed, "products"):
+        return None
+    if ordered.batch_invariant_enabled() or differentiated(a, bias):
+        return None
+    weight = packed.products if packed.products is not None and packed.products.is_of(state) else _kept(packed, state)
+    return weight.find(a, bias) or weight.prepare(a, bias)
 
 
 # ---- 8 bits ---------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """QuantState: what is needed to undo a quantization, under bitsandbytes' names, in memory and in a state dict."""
 
+import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -25,6 +26,7 @@ _LARGEST = torch.finfo(torch.float32).max
 _ANY_SIZE = 2**63 - 1
 _NESTED_KEYS = ("nested_absmax", "nested_quant_map", "nested_blocksize", "nested_dtype", "nested_offset")
 _PLAIN_KEYS = ("absmax", "quant_map", "quant_type", "blocksize", "dtype", "shape")
+_assignments = itertools.count()
 
 
 class QuantState:
@@ -49,6 +51,14 @@ class QuantState:
         self.offset = offset
         self.state2 = state2
         self.nested = state2 is not None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self.__dict__.update({name: value, "_changed": next(_assignments)})
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """Two numbers, of which one changes when an attribute of the state or of state2 is assigned."""
+        return self._changed, -1 if self.state2 is None else self.state2._changed
 
     def __getattr__(self, name: str) -> Any:
         # FSDP resolves the state dict's key `weight.quant_state.bitsandbytes__nf4` by getattr.

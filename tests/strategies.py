@@ -337,10 +337,12 @@ def _multiply_rows(dtype: torch.dtype, codebook: Codebook, blocksize: int, m: in
             least = 2.0**-150 + (2.0**-25 if w else 0.0)
             lost = columns @ magnitude.double().view(n, blocks, 1).expand(-1, -1, blocksize).reshape(n, k).t()
             lost = least * lost + k * 2.0**-150
-            return 2 * ((1.01 * (k + 5) * 2.0**-24 + v + w) * total + lost + finfo.smallest_normal * finfo.eps)
+            whole = 2 * ((1.01 * (k + 5) * 2.0**-24 + v + w) * total + lost + finfo.smallest_normal * finfo.eps)
+            return rearrange(whole, "m n -> m 1 n")
 
+        words = packed if p == 2 else packed.view(torch.int32)
         constants = {"blocksize": blocksize, "blocksize2": blocksize2, "codebook": codebook, "dtype": dtype}
-        return Case((a, packed, absmax.view(n, blocks), bias, *second), constants, bound)
+        return Case((a, words, absmax.view(n, blocks), bias, *second), constants, bound)
 
     return cases
 

@@ -283,6 +283,13 @@ class Kernel(Generic[P, R]):
         call = self._calls.get(key)
         return self._first_call(key, args, constants) if call is None else call(args)
 
+    def ready(self, args: Sequence[Any], constants: Mapping[str, Any]) -> Callable[[Sequence[Any]], R] | None:
+        """The compiled code that calls of this layout run: a function of the tensors, whose layout it does not look at.
+
+        None before the first call, and where nothing is compiled.
+        """
+        return self._calls.get(_layout(args, constants))
+
     def _inlined(self, args: Sequence[Any], constants: Mapping[str, Any]) -> R:
         # A formulation may ask Inductor what it can do, which without a compiler it cannot say.
         body = self.body if compiles(args[0].device.type) else self.definition

@@ -101,5 +101,5 @@ def _(
         if tables
         else _by_bytes(a, packed, scale, blocksize, codebook)
     )
-    y = torch.stack(rows)
+    y = torch.stack(rows).unsqueeze(1)
     return (y if bias is None else y + bias.float()).to(dtype)

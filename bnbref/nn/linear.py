@@ -20,7 +20,7 @@ from bnbref.context import plain
 from bnbref.kernels import tracing
 from bnbref.nn.layer import EightBitLayer, FourBitLayer
 from bnbref.nn.params import Int8Params, Params4bit
-from bnbref.products import MatmulLtState, matmul, matmul_4bit
+from bnbref.products import MatmulLtState, matmul, matmul_4bit, prepared_product
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +91,11 @@ class Linear4bit(FourBitLayer, nn.Linear):
         Raises RuntimeError if the weight is not quantized yet, and TypeError if x is not floating.
         """
         state = self.quant_state
+        if self.compute_dtype in (None, x.dtype):
+            bias = self.bias
+            product = prepared_product(x, self.weight, state, bias)
+            if product is not None:
+                return product(x, bias)
         if state is None and not isinstance(self.weight, Params4bit) and self.weight.is_floating_point():
             # The weight is tied to a float one: transformers makes a model's embedding the weight of its output head.
             return F.linear(x.to(self.weight.dtype), self.weight, self.bias).to(x.dtype)

@@ -44,7 +44,12 @@ def in_bytes(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
 
 
 class QuantizedParameter(Watched, nn.Parameter):
-    """A parameter whose attributes follow it when it is moved, copied, pickled, shared and cut into pieces."""
+    """A parameter whose attributes follow it when it is moved, copied, pickled, shared and cut into pieces.
+
+    products: what `products.matmul_4bit` keeps of this weight. It is a slot, because it must not follow.
+    """
+
+    __slots__ = ("products",)
 
     @property
     def data(self) -> Tensor:
@@ -58,6 +63,7 @@ class QuantizedParameter(Watched, nn.Parameter):
     def data(self, value: Tensor) -> None:
         if self.holds_codes() and not isinstance(value, Watched):
             self._check_assigned(value)
+        self.products = None
         with torch._C.DisableTorchFunctionSubclass():
             _DATA.__set__(self, value)
         if isinstance(value, Watched):
@@ -272,6 +278,7 @@ class Params4bit(QuantizedParameter):
         self.quant_storage = quant_storage
         self.bnb_quantized = bnb_quantized
         self.module = module
+        self.products = None
         return self
 
     @classmethod

@@ -1,0 +1,122 @@
+"""A packed 4-bit weight as a product sees it: what depends on the weight alone is done once.
+
+A GPU multiplies one row by a weight in ten microseconds. Python takes a hundred to check the arguments, to view codes and scales
+as the kernels want them, and to look up the compiled code; and a token is two hundred products. So a weight keeps the functions
+in which its products ended, with its codes and scales bound to them. The next product with activations of the same layout is one
+look-up and a call of compiled code.
+
+What is kept is void once an attribute of the quant state is assigned. It lives as long as the weight's parameter, and is neither
+copied nor saved with it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bnbref import few_rows, fourbit, nested
+from bnbref.blockwise import FLOATS, in_rows
+from bnbref.context import as_bytes, own, plain
+from bnbref.kernels import compile_enabled, tracing
+from bnbref.quant_state import QuantState, present
+
+Product = Callable[[Tensor, Tensor | None], Tensor]
+"""`a @ W^T + bias`, of a and bias."""
+
+
+class PackedWeight:
+    """The codes of a weight, and the state that decodes them.
+
+    kept: whether this object will see more than one product, so that preparing them pays.
+    """
+
+    def __init__(self, packed: Tensor, state: QuantState, kept: bool = False) -> None:
+        self.codes, self.state, self.kept = plain(packed), state, kept
+        self._version = state.version
+        self._products: dict[Any, Product] = {}
+        self._decoders: dict[Any, Callable[[], Tensor]] = {}
+
+    def is_of(self, state: QuantState | None) -> bool:
+        """Whether this is what was prepared from the state as it is now."""
+        return state is self.state and state.version == self._version
+
+    def decoded(self, dtype: torch.dtype) -> Tensor:
+        """The weight in a dtype, in the shape that was quantized: `QuantState.dequantize`."""
+        if self.kept and not tracing() and compile_enabled():
+            key = dtype, torch.get_num_threads()
+            decode = self._decoders.get(key)
+            if decode is not None:
+                return decode()
+            if not _captured(self.codes):
+                self._decoders[key] = self._decoder(dtype)
+        return self.state.dequantize(self.codes, dtype)
+
+    def multiply(self, a: Tensor, bias: Tensor | None) -> Tensor:
+        """`a @ W^T + bias` without a gradient, in the order of the device's product."""
+        if few_rows.are_few(a, self.state, bias):
+            return few_rows.multiply_few(a, self.codes, self.state, bias)
+        weight = self.decoded(a.dtype)
+        return own(F.linear(a, weight if weight.shape[1] == a.shape[-1] else weight.t(), bias))
+
+    # ---- what is kept -----------------------------------------------------------------------------------------------
+
+    def find(self, a: Tensor, bias: Tensor | None) -> Product | None:
+        """The product that was prepared for activations and a bias of this layout."""
+        return self._products.get(_layout(a, bias))
+
+    def prepare(self, a: Tensor, bias: Tensor | None) -> Product | None:
+        """Prepares the product for activations and a bias of this layout, and keeps it. None if they do not fit the weight."""
+        shape = present(self.state.shape, "shape")
+        others = self.codes if bias is None else bias
+        fits = len(shape) == 2 and a.dim() > 0 and a.shape[-1] == shape[1] and a.dtype in FLOATS
+        fits = fits and a.device == self.codes.device == others.device and (bias is None or bias.dtype == a.dtype)
+        if not fits or _captured(a):
+            return None
+        product: Product = self.multiply
+        if few_rows.are_few(a, self.state, bias):
+            product = few_rows.prepared(a, self.codes, self.state, bias, self._scales()) or product
+        self._products[_layout(a, bias)] = product
+        return product
+
+    def _scales(self) -> Callable[[], Tensor]:
+        """The scales as float32 `[blocks]`, by `QuantState.scales`, but prepared where they are nested."""
+        state, second = self.state, self.state.state2
+        if second is None:
+            return state.scales
+        values, blocksize = present(second.code, "state2.code"), present(second.blocksize, "state2.blocksize")
+        rows, absmax2 = in_rows(state.absmax, blocksize), in_rows(second.absmax, 1).view(-1)
+        arguments = (rows, absmax2, values, present(state.offset, "offset"))
+        nested.dequantize_nested(*arguments)
+        code, blocks = nested.dequantize_nested.ready(arguments, {}), state.absmax.numel()
+        if code is None:
+            return state.scales
+        return lambda: code(arguments).view(-1)[:blocks]
+
+    def _decoder(self, dtype: torch.dtype) -> Callable[[], Tensor]:
+        """`decoded` for a dtype, prepared."""
+        state = self.state
+        shape, blocksize = present(state.shape, "shape"), present(state.blocksize, "blocksize")
+        n, width = state.dequantize(self.codes, dtype).numel(), fourbit.row_blocks(blocksize)
+        if n % (2 * width * blocksize) != 0:  # a padded row, or a single one
+            return lambda: state.dequantize(self.codes, dtype)
+        rows, scales = in_rows(as_bytes(self.codes), width * blocksize // 2), self._scales()
+        constants = {"blocksize": blocksize, "codebook": state.codebook, "dtype": dtype}
+        code = fourbit.dequantize_rows.ready((rows, scales().view(-1, width)), constants)
+        if code is None:
+            return lambda: state.dequantize(self.codes, dtype)
+        return lambda: code((rows, scales().view(-1, width))).view(shape)
+
+
+def _layout(a: Tensor, bias: Tensor | None) -> Any:
+    """All that the product of a weight depends on, but for the elements. That of many rows takes any number of them."""
+    k = a.shape[-1] if a.dim() else 0
+    rows = a.shape if a.numel() <= few_rows.MOST * k else k
+    other = None if bias is None else (bias.dtype, bias.device, bias.shape, bias.stride())
+    return rows, a.dtype, a.device, torch.get_num_threads(), other
+
+
+def _captured(x: Tensor) -> bool:
+    """Whether a CUDA graph is being captured: what is made now has no values before the graph is replayed."""
+    return x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()

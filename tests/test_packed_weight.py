@@ -1,0 +1,196 @@
+"""What a weight keeps of its products has the bits of new ones, whatever was done to the weight, its state or the call."""
+
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from layers import raw
+from torch import nn
+
+import bnbref
+from bnbref import products
+from bnbref.kernels.compiler import missing_compiler
+from bnbref.nn import Linear4bit
+from bnbref.packed_weight import PackedWeight
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+COMPILED = missing_compiler("cpu") is None and bnbref.kernels.compile_enabled()
+compiled = pytest.mark.skipif(not COMPILED, reason="not compiled here")
+
+
+def layer(n=6, k=64, nested=False, bias=False, seed=0, **options):
+    torch.manual_seed(seed)
+    made = Linear4bit(k, n, bias=bias, quant_type="nf4", compress_statistics=nested, **options)
+    made.load_state_dict({"weight": torch.randn(n, k)} | ({"bias": torch.randn(n)} if bias else {}))
+    return made.to("cpu")
+
+
+def anew(made, x):
+    """The product of the layer as it is now, of which nothing was kept."""
+    bias = None if made.bias is None else made.bias.to(x.dtype)
+    return bnbref.matmul_4bit(x, made.weight.data, made.quant_state, bias=bias)
+
+
+def check(made, x):
+    with torch.no_grad():
+        for _ in range(3):
+            assert raw(made(x)) == raw(anew(made, x))
+
+
+SHAPES = st.sampled_from([(64,), (1, 64), (1, 1, 64), (2, 1, 64), (3, 64), (2, 2, 64), (0, 64), (9, 64)])
+
+
+@settings(max_examples=25)
+@given(
+    nested=st.booleans(),
+    bias=st.booleans(),
+    storage=st.sampled_from([torch.uint8, BF16, F32]),
+    calls=st.lists(st.tuples(SHAPES, st.sampled_from([F32, BF16, F16])), min_size=1, max_size=4),
+)
+def test_a_kept_product_has_the_bits_of_a_new_one(nested, bias, storage, calls):
+    made = layer(nested=nested, bias=bias, quant_storage=storage)
+    for shape, dtype in calls:
+        check(made, torch.randn(*shape).to(dtype))
+        check(made, torch.randn(*shape[:-1], 128).to(dtype)[..., ::2])
+
+
+@pytest.mark.parametrize(("n", "k", "blocksize"), [(5, 64, 64), (6, 96, 32), (3, 33, 64), (2, 64, 4096), (4, 24, 8)])
+def test_weights_whose_blocks_do_not_end_with_a_row(n, k, blocksize):
+    made = layer(n, k)
+    packed, state = bnbref.functional.quantize_4bit(torch.randn(n, k), blocksize=blocksize, quant_type="nf4")
+    made.weight = bnbref.nn.Params4bit.of_codes(packed, state)
+    for rows in (1, 4):
+        check(made, torch.randn(rows, k))
+
+
+def other(made):
+    return layer(seed=1).weight
+
+
+CHANGES = {
+    "another weight": lambda made: setattr(made, "weight", other(made)),
+    "other scales": lambda made: setattr(made.quant_state, "absmax", torch.rand(6)),
+    "scales in place": lambda made: made.quant_state.absmax.mul_(2),
+    "another codebook": lambda made: setattr(made.quant_state, "quant_type", "fp4"),
+    "another state": lambda made: setattr(made.weight, "quant_state", copy.deepcopy(other(made).quant_state)),
+    "data": lambda made: setattr(made.weight, "data", other(made).detach()),
+    "codes in place": lambda made: made.weight.data.fill_(0x35),
+    "a state dict": lambda made: made.load_state_dict(other_layer().state_dict()),
+    "a state dict, assigned": lambda made: made.load_state_dict(other_layer().state_dict(), assign=True),
+    "a state dict of floats": lambda made: made.load_state_dict({"weight": torch.randn(6, 64)}),
+    "a move": lambda made: made.to("cpu"),
+    "a bias": lambda made: setattr(made, "bias", nn.Parameter(torch.randn(6))),
+    "a bias of another dtype": lambda made: setattr(made, "bias", nn.Parameter(torch.randn(6, dtype=BF16))),
+}
+
+
+def other_layer():
+    return layer(seed=2)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("rows", [1, 4])
+def test_what_is_kept_is_void_when_something_changes(change, rows):
+    made, x = layer(), torch.randn(rows, 64)
+    check(made, x)
+    CHANGES[change](made)
+    check(made, x)
+
+
+@pytest.mark.parametrize("field", ["absmax", "code", "offset"])
+def test_of_nested_scales_too(field):
+    made, x = layer(nested=True), torch.randn(1, 64)
+    check(made, x)
+    state = made.quant_state
+    if field == "offset":
+        state.offset = state.offset + 1
+    else:
+        setattr(state.state2, field, getattr(state.state2, field) * 2)
+    check(made, x)
+
+
+def test_a_call_with_other_weights_does_not_use_what_is_kept():
+    made, x = layer(), torch.randn(1, 64)
+    check(made, x)
+    with torch.no_grad():
+        got = torch.func.functional_call(made, dict(layer(seed=1).named_parameters()), (x,))
+    assert raw(got) == raw(anew(layer(seed=1), x))
+    check(made, x)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_what_is_under_way_around_a_call_is_honoured(rows):
+    made, x = layer(bias=True), torch.randn(rows, 64)
+    check(made, x)
+    with bnbref.eager():
+        check(made, x)
+    with bnbref.batch_invariant():
+        check(made, x)
+    with torch.no_grad(), torch.autocast("cpu", dtype=BF16):
+        assert made(x.bfloat16()).dtype == BF16
+        assert raw(made(x.bfloat16())) == raw(anew(made, x.bfloat16()))
+    with torch.inference_mode():
+        assert raw(made(x)) == raw(anew(made, x))
+    check(made, x)
+    got = torch.func.vmap(made)(x[:, None])
+    assert torch.allclose(got[:, 0], anew(made, x), atol=1e-4)  # other orders of 64 summands of about 1
+    y = made(x.requires_grad_())
+    y.sum().backward()
+    with torch.no_grad():
+        want = made.quant_state.dequantize(made.weight.data, F32).sum(0)
+    assert torch.allclose(x.grad, want.expand_as(x), atol=1e-5)  # six summands of about 1
+
+
+@compiled
+def test_a_second_call_is_a_call_of_compiled_code(monkeypatch):
+    """What is kept is in use: neither the checks of a product nor the door's look at its arguments are run again."""
+    made, x = layer(), torch.randn(1, 64)
+    check(made, x)
+
+    def fail(*args, **kwargs):
+        raise AssertionError("not prepared")
+
+    monkeypatch.setattr(products, "matmul_4bit", fail)
+    monkeypatch.setattr(bnbref.kernels.Kernel, "__call__", fail)
+    with torch.no_grad():
+        made(x)
+
+
+@compiled
+@pytest.mark.parametrize("nested", [False, True])
+def test_decoded_weights_of_gradients_are_kept_too(nested, monkeypatch):
+    made, x = layer(32, 64, nested=nested), torch.randn(4, 64, requires_grad=True)
+    made(x).sum().backward()
+    monkeypatch.setattr(bnbref.kernels.Kernel, "__call__", None)
+    want, x.grad = x.grad, None
+    made(x).sum().backward()
+    assert raw(x.grad) == raw(want)
+
+
+def test_what_is_kept_does_not_follow_the_weight():
+    made, x = layer(), torch.randn(1, 64)
+    check(made, x)
+    assert isinstance(made.weight.products, PackedWeight) or not COMPILED
+    for copied in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+        assert copied.weight.products is None
+        check(copied, x)
+    assert "products" not in made.weight.__dict__  # accelerate makes keywords of these
+
+
+def test_what_is_kept_frees_the_codes_with_the_weight():
+    """Offloading puts a weight on the meta device in the place of the codes, and the codes must be gone."""
+    made, x = layer(), torch.randn(1, 64)
+    check(made, x)
+    codes = weakref.ref(made.weight.data.untyped_storage())
+    alive = weakref.ref(made.weight)
+    made._parameters["weight"] = made.weight.to("meta")
+    gc.collect()
+    assert alive() is None
+    assert codes() is None
+    with pytest.raises((RuntimeError, ValueError)):
+        made(x)
