@@ -38,6 +38,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from bnbref.context import jit_tracing, transforming, without_autocast
 from bnbref.kernels.compiler import compiles, missing_compiler, options_for, why_failed
+from bnbref.kernels.launch import Launch, launch_alone, recorded_launches
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -406,10 +407,13 @@ class Kernel(Generic[P, R]):
         everything = [*tensors, *tables]
         # A device, a number of threads, a default dtype are compiled for anew, as often as somebody asks.
         unlimited = torch._dynamo.config.patch(recompile_limit=_NO_LIMIT, accumulated_recompile_limit=_NO_LIMIT)
-        with _recorded() as ran, unlimited:
+        launches: contextlib.AbstractContextManager[list[Launch]] = contextlib.nullcontext([])
+        if device_type == "cuda":
+            launches = recorded_launches()
+        with _recorded() as ran, launches as launched, unlimited:
             result = variant(*everything)
         targets = self._for_each(self._written, len(args)) if writes else ()
-        call = _direct(ran, everything, len(args), result, tuple(i for i, w in enumerate(targets) if w))
+        call = _direct(ran, launched, everything, len(args), result, tuple(i for i, w in enumerate(targets) if w))
         return (tuple(self.written(args)) if writes else result), call  # type: ignore[return-value]
 
 
@@ -471,7 +475,12 @@ def _recorded() -> Iterator[list[tuple[Any, list[Any], Any]]]:
 
 
 def _direct(
-    ran: list[tuple[Any, list[Any], Any]], tensors: Sequence[Any], count: int, result: Any, written: tuple[int, ...]
+    ran: list[tuple[Any, list[Any], Any]],
+    launched: Sequence[Launch],
+    tensors: Sequence[Any],
+    count: int,
+    result: Any,
+    written: tuple[int, ...],
 ) -> Callable[[Sequence[Any]], Any] | None:
     """Inductor's code itself, for calls whose tensors have just these sizes, strides, dtypes and devices.
 
@@ -508,7 +517,15 @@ def _direct(
         values = code([value if i is None else args[i] for i, value in template])
         return tuple([values[i] for i in order]) if several else values[order[0]]
 
-    return call
+    launch = launch_alone(launched, tensors, count, wanted)
+    if launch is None:
+        return call
+
+    def call_alone(args: Sequence[Any]) -> Any:
+        values = launch(args)
+        return call(args) if values is None else tuple(values) if several else values[0]
+
+    return call_alone
 
 
 def fused(
