@@ -6,6 +6,6 @@ name of its kernel, is loaded when something is compiled for the first time, and
 needs one to read the book: docs/content/reading.md says how to read both.
 """
 
-from bnbref.kernels.door import REGISTRY, Kernel, compile_enabled, eager, formulation, fused, tracing
+from bnbref.kernels.door import REGISTRY, Kernel, compile_enabled, eager, formulation, fused, once, tracing
 
-__all__ = ["REGISTRY", "Kernel", "compile_enabled", "eager", "formulation", "fused", "tracing"]
+__all__ = ["REGISTRY", "Kernel", "compile_enabled", "eager", "formulation", "fused", "once", "tracing"]

@@ -12,6 +12,7 @@ paper. Where another form is faster, a file of the workshop attaches it by the k
     meta and fake tensors, dispatch modes,    the definition, so that the mode sees plain operations
     `torch.func`, `torch.jit.trace`
     no C++ compiler, no triton                the definition, after one warning
+    inside `once()`, on a GPU, the first time the definition, some rows at a time
     TORCH_COMPILE_DISABLE=1                   the same
 
 Whatever runs, autocast is off in it.
@@ -67,6 +68,12 @@ _TYPICAL_SIZE = 2**16
 # is not set costs more than the look-up of a kernel.
 _eager_depth = 1 if os.environ.get("BNBREF_COMPILE") == "0" else 0
 
+# Elements that a definition takes at a time inside `once()`: its intermediate tensors are some ten times as large.
+_PIECE = 2**20
+
+_here = threading.local()
+"""`once`: how many `once()` this thread has entered."""
+
 # One at a time: two threads cannot import torch's compiler at once, nor both exchange its `__call__` and put it back.
 _first_calls = threading.RLock()
 
@@ -85,6 +92,19 @@ def eager() -> Iterator[None]:
         yield
     finally:
         _eager_depth -= 1
+
+
+@contextlib.contextmanager
+def once() -> Iterator[None]:
+    """For what is computed once, as a weight is quantized when it is loaded: inside, this thread compiles nothing for GPUs.
+
+    A GPU runs a definition in milliseconds, and to compile it takes seconds. What is compiled already is used.
+    """
+    _here.once = getattr(_here, "once", 0) + 1
+    try:
+        yield
+    finally:
+        _here.once -= 1
 
 
 def compile_enabled() -> bool:
@@ -315,6 +335,8 @@ class Kernel(Generic[P, R]):
         plain = all(t is None or (type(t) in (Tensor, torch.nn.Parameter) and not t.is_neg()) for t in args)
         if device_type == "meta" or not plain:
             return self._uncompiled(args, constants)
+        if device_type != "cpu" and getattr(_here, "once", 0):
+            return self._definition_in_pieces(args, constants)
         reason = missing_compiler(device_type)
         if reason is not None:
             _warn_once(device_type, reason)
@@ -333,14 +355,29 @@ class Kernel(Generic[P, R]):
             self._calls[key] = call
         return result
 
-    def _in_pieces(self, most: int, constants: Mapping[str, Any], args: Sequence[Any]) -> R:
-        """A call in pieces of at most `most` rows: every argument whose first dimension is dynamic is cut along it."""
+    def _pieces(self, args: Sequence[Any], most: int) -> Iterator[Sequence[Any]]:
+        """The arguments, again and again, with at most `most` of their rows: of those whose first dimension is dynamic."""
         by_rows = [t is not None and 0 in dims for t, dims in self._with_dynamic(args)]
         rows = next(len(t) for t, sliced in zip(args, by_rows, strict=True) if sliced)
         count = max(1, -(-rows // most))
         for i in range(count):
             part = slice(rows * i // count, rows * (i + 1) // count)
-            piece = args if count == 1 else [t[part] if s else t for t, s in zip(args, by_rows, strict=True)]
+            yield args if count == 1 else [t[part] if s else t for t, s in zip(args, by_rows, strict=True)]
+
+    def _definition_in_pieces(self, args: Sequence[Any], constants: Mapping[str, Any]) -> R:
+        """The definition, for so many rows at a time that the memory of its intermediate tensors does not count."""
+        dynamic = [(t, dims) for t, dims in self._with_dynamic(args) if t is not None and dims]
+        if any(self._written) or not dynamic or any(dims != (0,) or not t.numel() for t, dims in dynamic):
+            return self._uncompiled(args, constants)
+        width = max(t.numel() // len(t) for t, _ in dynamic)
+        parts = [self._uncompiled(piece, constants) for piece in self._pieces(args, max(1, _PIECE // width))]
+        if isinstance(parts[0], Tensor):
+            return torch.cat(parts)  # type: ignore[arg-type,return-value]
+        return tuple(map(torch.cat, zip(*parts, strict=True)))  # type: ignore[call-overload,return-value]
+
+    def _in_pieces(self, most: int, constants: Mapping[str, Any], args: Sequence[Any]) -> R:
+        """A call in pieces of at most `most` rows: every argument whose first dimension is dynamic is cut along it."""
+        for piece in self._pieces(args, most):
             key = ("piece", *_layout(piece, constants))
             call = self._calls.get(key)
             with torch.no_grad():

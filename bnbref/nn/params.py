@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from bnbref import int8
 from bnbref.codebooks import Codebook, four_bit
 from bnbref.functional import quantize_4bit
-from bnbref.kernels import tracing
+from bnbref.kernels import once, tracing
 from bnbref.nn.codes import Watched
 from bnbref.quant_state import QuantState
 
@@ -144,7 +144,8 @@ class QuantizedParameter(Watched, nn.Parameter):
         moved = self.data.to(*args, **kwargs)
         if device is None or device.type == "meta":
             return self._like_this(moved)
-        return self._quantized(moved)
+        with once():
+            return self._quantized(moved)
 
     def applied(self: Self, function: Callable[[Tensor], Tensor]) -> Self:
         """The parameter, with its attributes, that `nn.Module._apply(function)` is to put in the place of this one."""
