@@ -1,7 +1,7 @@
 """Where tests of several ranks run: two processes of gloo on the CPU, or with BNBREF_BACKEND=nccl one process for each GPU.
 
-    python -m pytest -m gpus                             the tests of this kind, as CI runs them
-    BNBREF_BACKEND=nccl python -m pytest -m gpus         the same on all GPUs of this host
+python -m pytest -m gpus                             the tests of this kind, as CI runs them
+BNBREF_BACKEND=nccl python -m pytest -m gpus         the same on all GPUs of this host
 """
 
 import datetime
@@ -76,7 +76,13 @@ def launch(launcher: str, ranks: int, program: str, *args: Any, **environment: s
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", **environment}
+    env = {
+        **os.environ,
+        "GLOO_SOCKET_IFNAME": "lo",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_OFFLINE": "1",
+        **environment,
+    }
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
     if not NCCL:
         env["ACCELERATE_USE_CPU"] = "true"

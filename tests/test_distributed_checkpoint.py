@@ -50,7 +50,9 @@ def load(model, optimizer, folder, **kwargs):
 @mock.patch.object(paging, "PAGED_FROM", 1000)
 def run_all(rank, ranks, folder):
     """Goes on from what one process saved; saves, and trains on while the copy is being written."""
-    beside = dist.new_group(backend="gloo")  # what is written in the background must not meet the training's collectives
+    beside = dist.new_group(
+        backend="gloo"
+    )  # what is written in the background must not meet the training's collectives
     for name in NAMES:
         model, optimizer = start(name, rank, ranks)
         load(model, optimizer, folder / name / "one")
@@ -73,9 +75,7 @@ def broadcast(rank, ranks):
     """The whole state of rank 0 alone, as torch gives it and takes it."""
     model, optimizer = start("AdamW8bit", rank, ranks)
     trained(model, optimizer, 0, FIRST)
-    state = get_optimizer_state_dict(
-        model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-    )
+    state = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     assert bool(state) == (rank == 0)
     other, again = start("AdamW8bit", rank, ranks)
     other.load_state_dict(model.state_dict())

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.gpus
 
 
 class Model(nn.Module):
-    """Gradients of eight bits times 3: their mean over two, three, four, six or eight ranks is exact, in whatever order it divides."""
+    """Gradients of eight bits times 3: their mean over 2, 3, 4, 6 or 8 ranks is exact, in whatever order it divides."""
 
     def __init__(self, dtype=torch.float32):
         super().__init__()
