@@ -181,6 +181,8 @@ class FourBitLayer(QuantizedLayer):
     """A layer with a `Params4bit`."""
 
     _remembered: QuantState | None = None
+    _stored: torch.dtype | None = None
+    """The dtype that the codes had when they were remembered."""
 
     @property
     def quant_state(self) -> QuantState | None:
@@ -191,6 +193,11 @@ class FourBitLayer(QuantizedLayer):
             return state
         # A float weight has no scales, even if the weight before it had some. A packed one without attributes is `[bytes, 1]`.
         lost = not isinstance(weight, Params4bit) and weight.shape[-1:] == (1,)
+        if lost and self._stored is not None and weight.dtype != self._stored:
+            raise TypeError(
+                f"codes that are stored as {self._stored} have become {weight.dtype}, a cast that loses them: under the mixed "
+                f"precision of FSDP, quant_storage must be its param_dtype, or torch.uint8"
+            )
         return self._remembered if lost else None
 
     @quant_state.setter
@@ -199,7 +206,7 @@ class FourBitLayer(QuantizedLayer):
 
     def _remember(self, weight: Tensor | None) -> None:
         if isinstance(weight, Params4bit) and weight.quant_state is not None:
-            self._remembered = weight.quant_state
+            self._remembered, self._stored = weight.quant_state, weight.dtype
 
     def _restore(self, weight: nn.Parameter) -> None:
         if hasattr(weight, "quant_state"):
