@@ -15,6 +15,7 @@ and raises for a quantized weight without its scales, for scales without the wei
 
 import sys
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -47,6 +48,18 @@ class QuantizedLayer(nn.Module):
         if isinstance(self._parameters.get(name), QuantizedParameter) and asking.startswith("torch.nn.utils."):
             raise TypeError(f"the {name} of {self} cannot be parametrized: it holds codes, or will")
         super().__delattr__(name)
+
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """torch.distributed.checkpoint's question, by what attribute it comes to the object that a key of the state dict names.
+
+        It walks along the key, and `weight.absmax` is an attribute of a quantized weight, but of no DTensor in its place.
+        """
+        return {name: "_saved" for name in ("weight", "weight_format")}
+
+    @property
+    def _saved(self) -> SimpleNamespace:
+        """An object that has an attribute for all that is beside the weight in a state dict."""
+        raise NotImplementedError
 
     def _remember(self, weight: Tensor | None) -> None:
         """Keeps the scales of the weight, if it has some."""
@@ -204,6 +217,11 @@ class FourBitLayer(QuantizedLayer):
     def quant_state(self, state: QuantState | None) -> None:
         self._remembered = state
 
+    @property
+    def _saved(self) -> SimpleNamespace:
+        state = self.quant_state
+        return SimpleNamespace(weight=self.weight if state is None else Params4bit.of_codes(torch.empty(0), state))
+
     def _remember(self, weight: Tensor | None) -> None:
         if isinstance(weight, Params4bit) and weight.quant_state is not None:
             self._remembered, self._stored = weight.quant_state, weight.dtype
@@ -260,6 +278,10 @@ class EightBitLayer(QuantizedLayer):
     @SCB.setter
     def SCB(self, value: Tensor | None) -> None:
         self._remembered = value
+
+    @property
+    def _saved(self) -> SimpleNamespace:
+        return SimpleNamespace(weight=self.weight, weight_format=None)
 
     def _remember(self, weight: Tensor | None) -> None:
         if isinstance(weight, Int8Params) and _scales_of(weight) is not None:
