@@ -33,7 +33,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-import bnbref
+import bnbref.demo
 from bnbref import BnbRefConfig, optim, register_lora
 from bnbref.optim import paging
 
@@ -154,11 +154,11 @@ def fine_tune(how: str, folder: Path, rank: int, world: int) -> list[float]:
 # ---- trainers -------------------------------------------------------------------------------------------------------
 
 
-def arguments(folder: Path) -> dict[str, Any]:
-    """Of TrainingArguments: FSDP2 on GPUs, which accelerate does not have on a CPU."""
+def arguments(folder: Path, world: int) -> dict[str, Any]:
+    """Of TrainingArguments: FSDP2 on GPUs, which accelerate does not have on a CPU. So many rows in a step on any number of ranks."""
     shards = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
     return {
-        "output_dir": str(folder), "max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "report_to": [],
+        "output_dir": str(folder), "max_steps": 4, "per_device_train_batch_size": 2 * backend.RANKS // world, "learning_rate": 1e-2, "report_to": [],
         "use_cpu": not backend.NCCL, "save_steps": 2, "logging_steps": 1, "disable_tqdm": True, "gradient_checkpointing": True,
         "gradient_checkpointing_kwargs": {"use_reentrant": False}, "bf16": backend.NCCL,
         **({"fsdp": True, "fsdp_config": shards} if backend.NCCL else {}),
@@ -170,29 +170,31 @@ def losses_of(trainer: Any, resume: Any = None) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def by_trainer(storage: str, folder: Path) -> list[float]:
-    """The losses of four steps, and of the last two again, from the checkpoint in their middle."""
+OPTIMIZER = (optim.PagedAdamW8bit, {"lr": 1e-2, "min_8bit_size": 1})
+
+
+def by_trainer(storage: str, folder: Path, world: int) -> list[float]:
+    """The losses of four steps or, if there are checkpoints in the folder, of the last two, from that in their middle."""
     rows = [{"input_ids": row, "labels": row} for step in range(8) for row in batch(step)]
-    chosen = (optim.PagedAdamW8bit, {"lr": 1e-2, "min_8bit_size": 1})
-
-    def made() -> Any:
-        given = transformers.TrainingArguments(**arguments(folder))
-        return transformers.Trainer(adapted(storage), given, train_dataset=rows, optimizer_cls_and_kwargs=chosen)
-
-    losses = losses_of(made())
-    return [*losses, *losses_of(made(), str(folder / "checkpoint-2"))[-2:]]
+    given = transformers.TrainingArguments(**arguments(folder, world))
+    trainer = transformers.Trainer(adapted(storage), given, train_dataset=rows, optimizer_cls_and_kwargs=OPTIMIZER)
+    middle = folder / "checkpoint-2"
+    return losses_of(trainer, str(middle) if middle.exists() else None)
 
 
-def by_sft(storage: str, folder: Path) -> list[float]:
-    """The losses of four steps of TRL's trainer with the optimizer that it knows by name, of `import bitsandbytes`."""
+def by_sft(storage: str, folder: Path, world: int) -> list[float]:
+    """The losses of four steps of TRL's trainer."""
     import datasets
     import trl
 
     rows = datasets.Dataset.from_dict({"input_ids": [row.tolist() for step in range(8) for row in batch(step)]})
-    with bnbref.as_bitsandbytes(force=True):
-        given = trl.SFTConfig(**arguments(folder), optim="paged_adamw_8bit", max_length=16)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(bnbref.demo.MODEL)
-        return losses_of(trl.SFTTrainer(adapted(storage), given, train_dataset=rows, processing_class=tokenizer))
+    given = trl.SFTConfig(**arguments(folder, world), max_length=16)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(bnbref.demo.MODEL)
+    return losses_of(
+        trl.SFTTrainer(
+            adapted(storage), given, train_dataset=rows, processing_class=tokenizer, optimizer_cls_and_kwargs=OPTIMIZER
+        )
+    )
 
 
 def by_tp_plan() -> str:
@@ -213,7 +215,7 @@ def main(how: str, storage: str, folder: str) -> None:
         if how in ("full", "paged"):
             found: Any = fine_tune(how, Path(folder), rank, world)
         elif how in ("trainer", "sft"):
-            found = {"trainer": by_trainer, "sft": by_sft}[how](storage, Path(folder))
+            found = {"trainer": by_trainer, "sft": by_sft}[how](storage, Path(folder), world)
         else:
             found = by_tp_plan() if how == "tp" else train(how, storage, Path(folder), rank, world)
     if rank == 0:

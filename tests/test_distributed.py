@@ -114,10 +114,12 @@ def test_all_weights_go_on_with_another_number_of_ranks(how, tmp_path):
 
 
 @pytest.mark.slow
-def test_trainer_saves_and_resumes(tmp_path):
+def test_trainer_saves_and_one_rank_resumes(tmp_path):
+    """Gradients are averaged in another order, or on GPUs in bfloat16."""
     losses = on_all("accelerate", "trainer", "bfloat16", tmp_path)
-    assert losses[3] < losses[0]
-    assert losses[4:] == pytest.approx(losses[2:4], rel=1e-5 if not backend.NCCL else 1e-2)  # in bfloat16 sums have other orders
+    assert losses[-1] < losses[0]
+    resumed = on_all("torchrun", "trainer", "bfloat16", tmp_path, 1)
+    assert resumed[-2:] == pytest.approx(losses[-2:], rel=1e-2 if backend.NCCL else 1e-3)
 
 
 @pytest.mark.slow
