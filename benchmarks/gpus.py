@@ -82,7 +82,9 @@ def model_of(job: Job) -> Any:
         model = LlamaForCausalLM(config).to(torch.bfloat16)
     for name, module in list(model.named_modules()):
         if isinstance(module, torch.nn.Linear) and name.rpartition(".")[2] in PROJECTIONS:
-            weight = torch.empty(module.weight.shape, dtype=torch.bfloat16, device=device).normal_(0, config.initializer_range)
+            weight = torch.empty(module.weight.shape, dtype=torch.bfloat16, device=device).normal_(
+                0, config.initializer_range
+            )
             if job.contender == "bf16":
                 layer: Any = torch.nn.Linear(*weight.shape[::-1], bias=False, device="meta")
                 layer.weight = torch.nn.Parameter(weight, requires_grad=False)
@@ -91,13 +93,22 @@ def model_of(job: Job) -> Any:
                     *weight.shape[::-1], bias=False, compute_dtype=torch.bfloat16, compress_statistics=True,
                     quant_type="nf4", quant_storage=torch.bfloat16, device="meta",
                 )  # fmt: skip
-                kept = {"compress_statistics": True, "quant_type": "nf4", "quant_storage": torch.bfloat16, "module": layer}
-                layer.weight = type(layer.weight)(weight.cpu() if job.device == "cpu" else weight, requires_grad=False, **kept)
+                kept = {
+                    "compress_statistics": True,
+                    "quant_type": "nf4",
+                    "quant_storage": torch.bfloat16,
+                    "module": layer,
+                }
+                layer.weight = type(layer.weight)(
+                    weight.cpu() if job.device == "cpu" else weight, requires_grad=False, **kept
+                )
                 layer = layer.to(device)
             model.set_submodule(name, layer)
     for name, parameter in list(model.named_parameters()):
         if parameter.is_meta:
-            value = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device).normal_(0, config.initializer_range)
+            value = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device).normal_(
+                0, config.initializer_range
+            )
             value = torch.ones_like(value) if "norm" in name else value
             owner = model.get_submodule(name.rpartition(".")[0])
             setattr(owner, name.rpartition(".")[2], torch.nn.Parameter(value, requires_grad=False))
@@ -169,7 +180,9 @@ def exchange(job: Job) -> dict[str, Any]:
     rows, columns = (4096, 4096) if large else (64, 64)
     # An odd number of rows and columns: no boundary between shards is one between blocks.
     for what, size in (("whole blocks", (rows, columns)), ("cut blocks", (rows + job.ranks, columns - 1))):
-        params = [torch.nn.Parameter(distribute_tensor(torch.randn(size, device=device), mesh, [Shard(0)])) for _ in range(16)]
+        params = [
+            torch.nn.Parameter(distribute_tensor(torch.randn(size, device=device), mesh, [Shard(0)])) for _ in range(16)
+        ]
         for p in params:
             p.grad = torch.full_like(p, 1e-3)
         optimizer = AdamW8bit(params, lr=1e-4)
@@ -274,14 +287,19 @@ def line(row: dict[str, Any]) -> str:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Tokens/s of one and of several GPUs, and what they are times one; beside bitsandbytes."""
-    lines = ["| | GPUs | tokens/s | times one GPU | times bitsandbytes | peak GB of a GPU |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| | GPUs | tokens/s | times one GPU | times bitsandbytes | peak GB of a GPU |",
+        "|---|---|---|---|---|---|",
+    ]
     found = {(r["part"], r["shape"], r["contender"], r["ranks"]): r for r in rows if "tokens/s" in r}
     for (part, shape, contender, ranks), row in found.items():
         one = found.get(("qlora", shape, contender, 1))
         other = found.get((part, shape, "bitsandbytes", ranks))
         ratios = [f"{row['tokens/s'] / x['tokens/s']:.2f}" if x else "" for x in (one, other)]
         memory = f"{row['peak_MB'] / 1e3:.1f}" if "peak_MB" in row else ""
-        lines.append(f"| {shape} {part} {contender} | {ranks} | {row['tokens/s']:.0f} | {ratios[0]} | {ratios[1]} | {memory} |")
+        lines.append(
+            f"| {shape} {part} {contender} | {ranks} | {row['tokens/s']:.0f} | {ratios[0]} | {ratios[1]} | {memory} |"
+        )
     return "\n".join(lines)
 
 

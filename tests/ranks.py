@@ -156,7 +156,11 @@ def fine_tune(how: str, folder: Path, rank: int, world: int) -> list[float]:
 
 def arguments(folder: Path, world: int) -> dict[str, Any]:
     """Of TrainingArguments: FSDP2 on GPUs, which accelerate does not have on a CPU. So many rows in a step on any number of ranks."""
-    shards = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+    shards = {
+        "version": 2,
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+    }
     return {
         "output_dir": str(folder), "max_steps": 4, "per_device_train_batch_size": 2 * backend.RANKS // world, "learning_rate": 1e-2, "report_to": [],
         "use_cpu": not backend.NCCL, "save_steps": 2, "logging_steps": 1, "disable_tqdm": True, "gradient_checkpointing": True,

@@ -109,7 +109,9 @@ def test_all_weights_go_on_with_another_number_of_ranks(how, tmp_path):
     begun = on_all("torchrun", how, "float32", tmp_path / "several")
     ended = on_all("torchrun", how, "float32", tmp_path / "several", backend.OTHER)
     alone = [x for _ in range(2) for x in ranks.fine_tune(how, tmp_path / "alone", 0, 1)]
-    assert [*begun, *ended][: 2 if backend.OTHER == 3 else 4] == pytest.approx(alone[: 2 if backend.OTHER == 3 else 4], rel=1e-3)
+    assert [*begun, *ended][: 2 if backend.OTHER == 3 else 4] == pytest.approx(
+        alone[: 2 if backend.OTHER == 3 else 4], rel=1e-3
+    )
     assert ended[-1] < begun[0]
 
 

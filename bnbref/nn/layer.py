@@ -54,7 +54,7 @@ class QuantizedLayer(nn.Module):
 
         It walks along the key, and `weight.absmax` is an attribute of a quantized weight, but of no DTensor in its place.
         """
-        return {name: "_saved" for name in ("weight", "weight_format")}
+        return dict.fromkeys(("weight", "weight_format"), "_saved")
 
     @property
     def _saved(self) -> SimpleNamespace:
