@@ -4,8 +4,7 @@
                               [--seconds 420] [--each 90] [--out benchmarks/results]
 
 qlora     a step of training under FSDP2, or alone on one GPU: LoRA on all linear layers, gradient checkpointing, autocast to
-          bfloat16; tokens/s of all GPUs, peak memory of the fullest one. Each GPU takes the same number of tokens, so that twice the
-          GPUs can do twice the tokens
+          bfloat16; tokens/s of all GPUs, peak memory of the fullest one. Each GPU takes the same number of tokens
 ddp       the same with a whole model on each GPU
 exchange  a step of AdamW8bit of sharded rows, whose boundaries cut blocks or do not: ms, what the exchange of blocks costs
 paging    a step of PagedAdamW8bit with the state of four matrices of 8192 x 8192 on the host of each GPU: ms, GB/s each way

@@ -2,8 +2,9 @@
 
     ranks.py HOW STORAGE FOLDER
 
-ddp, fsdp2      steps of QLoRA; accelerator: the same, which accelerate prepares; mixed: fsdp2 in bfloat16, with gradient checkpointing
-full, paged     fine-tuning of all weights with AdamW8bit or PagedAdamW8bit and FSDP2, from what is saved in FOLDER, if there is something
+ddp, fsdp2      steps of QLoRA; accelerator: the same, which accelerate prepares
+mixed           fsdp2 in bfloat16, with gradient checkpointing
+full, paged     fine-tuning of all weights with AdamW8bit or PagedAdamW8bit and FSDP2, from what is saved in FOLDER, if it is
 trainer, sft    QLoRA by transformers' Trainer or TRL's SFTTrainer: FSDP2 where accelerate has it, on GPUs, and else DDP
 tp              what a tp_plan says of a quantized model
 
@@ -155,17 +156,17 @@ def fine_tune(how: str, folder: Path, rank: int, world: int) -> list[float]:
 
 
 def arguments(folder: Path, world: int) -> dict[str, Any]:
-    """Of TrainingArguments: FSDP2 on GPUs, which accelerate does not have on a CPU. So many rows in a step on any number of ranks."""
+    """Of TrainingArguments: FSDP2 on GPUs, which accelerate does not have on a CPU. Steps have as many rows on any ranks."""
+    # A full state dict without the frozen weights still has their scales, for which torch then finds no place.
     shards = {
-        "version": 2,
-        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-        "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
-    }
+        "version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+        "state_dict_type": "SHARDED_STATE_DICT",
+    }  # fmt: skip
     return {
-        "output_dir": str(folder), "max_steps": 4, "per_device_train_batch_size": 2 * backend.RANKS // world, "learning_rate": 1e-2, "report_to": [],
-        "use_cpu": not backend.NCCL, "save_steps": 2, "logging_steps": 1, "disable_tqdm": True, "gradient_checkpointing": True,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False}, "bf16": backend.NCCL,
-        **({"fsdp": True, "fsdp_config": shards} if backend.NCCL else {}),
+        "output_dir": str(folder), "max_steps": 4, "per_device_train_batch_size": 2 * backend.RANKS // world,
+        "learning_rate": 1e-2, "report_to": [], "use_cpu": not backend.NCCL, "save_steps": 2, "logging_steps": 1,
+        "disable_tqdm": True, "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "bf16": backend.NCCL, **({"fsdp": True, "fsdp_config": shards} if backend.NCCL else {}),
     }  # fmt: skip
 
 

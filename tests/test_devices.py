@@ -4,12 +4,10 @@ import backend
 import pytest
 import torch
 
+from bnbref import BnbRefConfig
+
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
-
-from transformers import AutoModelForCausalLM  # noqa: E402
-
-from bnbref import BnbRefConfig  # noqa: E402
 
 pytestmark = [pytest.mark.gpus, pytest.mark.usefixtures("eager")]
 FORMATS = {"nf4": BnbRefConfig("nf4", double_quant=False), "nested": BnbRefConfig("nf4"), "int8": BnbRefConfig("int8")}
@@ -34,7 +32,7 @@ def models(tmp_path_factory):
         "llama": transformers.LlamaConfig(**small),
         "mixtral": transformers.MixtralConfig(num_local_experts=4, **small),
     }.items():
-        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(root / name)
+        transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(root / name)
     return root
 
 
@@ -51,10 +49,12 @@ def shown(model):
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
 def test_spread_over_devices_is_one_device(name, quantized, places, models, tmp_path):
     options = {"dtype": torch.bfloat16, "quantization_config": FORMATS[quantized]}
-    whole = AutoModelForCausalLM.from_pretrained(models / name, device_map={"": backend.device()}, **options)
+    whole = transformers.AutoModelForCausalLM.from_pretrained(
+        models / name, device_map={"": backend.device()}, **options
+    )
     size = sum(p.nbytes for p in whole.parameters())
     memory = {place: int(share * size / 0.9) for place, share in PLACES[places].items()}
-    parts = AutoModelForCausalLM.from_pretrained(
+    parts = transformers.AutoModelForCausalLM.from_pretrained(
         models / name, device_map="auto", max_memory=memory, offload_folder=tmp_path, **options
     )
     used = set(map(str, parts.hf_device_map.values()))

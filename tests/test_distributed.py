@@ -1,7 +1,7 @@
 """Training on several ranks gives what one process gives: QLoRA with DDP and FSDP2, all weights with FSDP2, and trainers.
 
-Launched by torchrun, which is plain torch, and by `accelerate launch`, on gloo or NCCL (`backend.py`); what was saved is loaded by
-one process, and by another number of ranks.
+Launched by torchrun, which is plain torch, and by `accelerate launch`, on gloo or NCCL (`backend.py`); what was saved is loaded
+by one process, and by another number of ranks.
 """
 
 import json
@@ -109,9 +109,8 @@ def test_all_weights_go_on_with_another_number_of_ranks(how, tmp_path):
     begun = on_all("torchrun", how, "float32", tmp_path / "several")
     ended = on_all("torchrun", how, "float32", tmp_path / "several", backend.OTHER)
     alone = [x for _ in range(2) for x in ranks.fine_tune(how, tmp_path / "alone", 0, 1)]
-    assert [*begun, *ended][: 2 if backend.OTHER == 3 else 4] == pytest.approx(
-        alone[: 2 if backend.OTHER == 3 else 4], rel=1e-3
-    )
+    same = 2 if backend.OTHER == 3 else 4  # three ranks do not share four rows evenly
+    assert [*begun, *ended][:same] == pytest.approx(alone[:same], rel=1e-3)
     assert ended[-1] < begun[0]
 
 

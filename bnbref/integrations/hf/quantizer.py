@@ -139,9 +139,9 @@ class BnbRefHfQuantizer(HfQuantizer):  # type: ignore[misc]
         """
         if getattr(model, "_device_mesh", None) is not None:
             raise NotImplementedError(
-                "tp_plan and distributed_config take float weights: a part of a quantized one would need blocks and scales of its "
-                "own. Load the whole model on each rank, and shard it with fully_shard or `accelerate launch`, or spread its layers "
-                "with device_map"
+                "tp_plan and distributed_config take float weights: a part of a quantized one would need blocks and scales of "
+                "its own. Load the whole model on each rank and shard it with fully_shard or `accelerate launch`, or spread its "
+                "layers with device_map"
             )
 
     def leave(self, model: Any, name: str, reason: str) -> None:
