@@ -1,18 +1,16 @@
-"""QLoRA on two ranks (gloo, CPU) gives what one process gives: DDP and FSDP2, packed weights as bytes and as bfloat16.
+"""Training on several ranks gives what one process gives: QLoRA with DDP and FSDP2, all weights with FSDP2, and trainers.
 
-Launched by torchrun, which is plain torch, and by `accelerate launch`; what was saved is loaded by one process.
+Launched by torchrun, which is plain torch, and by `accelerate launch`, on gloo or NCCL (`backend.py`); what was saved is loaded
+by one process, and by another number of ranks.
 """
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
+import backend
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch import nn
 
 import bnbref
 
@@ -21,37 +19,18 @@ pytest.importorskip("peft")
 pytest.importorskip("accelerate")
 ranks = pytest.importorskip("ranks")
 
-ROOT = Path(__file__).resolve().parent.parent
-pytestmark = pytest.mark.usefixtures("eager")
-
-LAUNCHERS = {
-    "torchrun": ["torch.distributed.run", "--nproc_per_node", "2", "--master_port"],
-    # `--multi_gpu` is how accelerate is told to start processes itself; `--cpu` leaves that to MPI.
-    "accelerate": [
-        "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
-        "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1", "--main_process_port",
-    ],
-}  # fmt: skip
+pytestmark = [pytest.mark.usefixtures("eager"), pytest.mark.gpus, pytest.mark.filterwarnings("ignore:paged state")]
 
 
-def on_two(launcher, how, storage, folder):
-    """The losses of two ranks."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "TRANSFORMERS_VERBOSITY": "error", "ACCELERATE_USE_CPU": "true"}
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
-    command = [sys.executable, "-W", "ignore", "-m", *LAUNCHERS[launcher], str(port), ranks.__file__]
-    done = subprocess.run(
-        [*command, how, storage, str(folder)], env=env, cwd=ROOT, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("[")]
+def on_all(launcher, how, storage, folder, count=backend.RANKS):
+    """What so many ranks found."""
+    said = backend.launch(launcher, count, ranks.__file__, how, storage, folder)
+    (line,) = [line.removeprefix("FOUND ") for line in said.splitlines() if line.startswith("FOUND ")]
     return json.loads(line)
 
 
 def bytes_of(tensor):
-    return tensor.reshape(-1).view(torch.uint8)
+    return tensor.cpu().reshape(-1).view(torch.uint8)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +71,7 @@ def check(found, storage, folder, alone):
 
 
 def test_two_ranks_by_accelerate_launch(alone, tmp_path):
-    check(on_two("accelerate", "fsdp2", "bfloat16", tmp_path), "bfloat16", tmp_path, alone)
+    check(on_all("accelerate", "fsdp2", "bfloat16", tmp_path), "bfloat16", tmp_path, alone)
 
 
 @pytest.mark.slow
@@ -112,4 +91,55 @@ def test_two_ranks_are_one_process(launcher, how, storage, alone, tmp_path):
         pytest.skip(
             "FSDP2 of this torch shards no parameter that could not require a gradient: bytes need a float storage"
         )
-    check(on_two(launcher, how, storage, tmp_path), storage, tmp_path, alone)
+    check(on_all(launcher, how, storage, tmp_path), storage, tmp_path, alone)
+
+
+@pytest.mark.slow
+def test_mixed_precision_and_gradient_checkpointing(alone, tmp_path):
+    """bfloat16 has eight bits: a loss of 6.5 is the mean of 60 logarithms, each of logits that are rounded some ten times."""
+    found = on_all("torchrun", "mixed", "bfloat16", tmp_path)
+    assert found == pytest.approx(alone[0], rel=10 * 2**-8)
+    assert found[-1] < found[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["full", "paged"])
+def test_all_weights_go_on_with_another_number_of_ranks(how, tmp_path):
+    """Gradients are averaged in another order, so that a few codes move by one, and weights by part of a step of 1e-3."""
+    begun = on_all("torchrun", how, "float32", tmp_path / "several")
+    ended = on_all("torchrun", how, "float32", tmp_path / "several", backend.OTHER)
+    alone = [x for _ in range(2) for x in ranks.fine_tune(how, tmp_path / "alone", 0, 1)]
+    same = 2 if backend.OTHER == 3 else 4  # three ranks do not share four rows evenly
+    assert [*begun, *ended][:same] == pytest.approx(alone[:same], rel=1e-3)
+    assert ended[-1] < begun[0]
+
+
+@pytest.mark.slow
+def test_trainer_saves_and_one_rank_resumes(tmp_path):
+    """Gradients are averaged in another order, or on GPUs in bfloat16."""
+    losses = on_all("accelerate", "trainer", "bfloat16", tmp_path)
+    assert losses[-1] < losses[0]
+    resumed = on_all("torchrun", "trainer", "bfloat16", tmp_path, 1)
+    assert resumed[-2:] == pytest.approx(losses[-2:], rel=1e-2 if backend.NCCL else 1e-3)
+
+
+@pytest.mark.slow
+def test_sft_trainer(tmp_path):
+    pytest.importorskip("trl")
+    losses = on_all("torchrun", "sft", "bfloat16", tmp_path)
+    assert losses[-1] < losses[0]
+
+
+def test_tensor_parallelism_is_refused_by_name(tmp_path):
+    assert "tp_plan" in on_all("torchrun", "tp", "uint8", tmp_path)
+
+
+@pytest.mark.parametrize("storage", [torch.float16, torch.float32])
+def test_codes_that_mixed_precision_has_cast_are_refused(storage):
+    layer = bnbref.nn.Linear4bit(64, 8, quant_type="nf4", quant_storage=storage).to("cpu")
+    packed = layer.weight.data
+    layer._parameters["weight"] = nn.Parameter(packed.clone(), requires_grad=False)  # as FSDP puts it there
+    layer(torch.ones(1, 64))
+    layer._parameters["weight"] = nn.Parameter(packed.to(torch.bfloat16), requires_grad=False)
+    with pytest.raises(TypeError, match=f"{storage} have become torch.bfloat16"):
+        layer(torch.ones(1, 64))

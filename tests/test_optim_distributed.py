@@ -1,37 +1,36 @@
-"""Sharded is unsharded: FSDP2, DDP and ZeRO give, on gloo and the CPU, the bits of a single process."""
+"""Sharded is unsharded: FSDP2, DDP and ZeRO give, on gloo or on NCCL (`backend.py`), the bits of a single process of the CPU."""
 
 import copy
-import datetime
+from unittest import mock
 
+import backend
 import pytest
 import torch
-import torch.distributed as dist
 from conftest import same_bits
 from hypothesis import given
 from hypothesis import strategies as st
 from test_optim_classes import make
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-import bnbref
 from bnbref import optim
-from bnbref.optim import sharding
+from bnbref.optim import paging, sharding
 from bnbref.optim.saved import WRAPPED
 
 # Two ranks cut 70 x 61 and 3 x 2000 inside a block, and 64 x 128 between two; a rank has nothing of 1 x 5000; 2000 elements
-# here are 4000 there, so that 8 bits are for the whole alone to decide.
+# here are 4000 there, so that 8 bits are for the whole alone to decide. On more GPUs other rows are cut, and the same is to hold.
 SHAPES = ((70, 61), (64, 128), (1, 5000), (3, 2000), (70, 61, 2), (100,))
-NAMES = ("AdamW8bit", "AdamW32bit", "Lion8bit", "SGD8bit", "AdEMAMix8bit")
+NAMES = ("AdamW8bit", "AdamW32bit", "Lion8bit", "SGD8bit", "AdEMAMix8bit", "PagedAdamW8bit")
 CLIPPED = ("LAMB8bit", "LARS8bit")
 STEPS = 4
+pytestmark = pytest.mark.gpus
 
 
 class Model(nn.Module):
-    """Gradients of eight bits times 3: their mean over two or three ranks is exact, in whatever order it divides."""
+    """Gradients of eight bits times 3: their mean over 2, 3, 4, 6 or 8 ranks is exact, in whatever order it divides."""
 
     def __init__(self, dtype=torch.float32):
         super().__init__()
@@ -41,7 +40,7 @@ class Model(nn.Module):
     def forward(self, seed):
         generator = torch.Generator().manual_seed(seed)
         gradients = [3 * torch.randn(w.shape, generator=generator).bfloat16().float() for w in self.weights]
-        return sum((w * g.to(w.dtype)).sum() for w, g in zip(self.weights, gradients, strict=True))
+        return sum((w * g.to(w)).sum() for w, g in zip(self.weights, gradients, strict=True))
 
 
 def trained(model, optimizer, first, last):
@@ -53,72 +52,66 @@ def trained(model, optimizer, first, last):
 
 
 def whole(model):
-    return [w.full_tensor() if isinstance(w, DTensor) else w.detach().clone() for w in model.parameters()]
+    """The parameters, each in one piece on the CPU."""
+    return [(w.full_tensor() if isinstance(w, DTensor) else w.detach().clone()).cpu() for w in model.parameters()]
 
 
 def options(name):
     return {"lr": 1e-2, "weight_decay": 0.1, "min_8bit_size": 4096}
 
 
-def run_two(rank, ranks, path):
-    """Everything that two ranks show; what rank 0 has is saved."""
-    found = {}
-    mesh = init_device_mesh("cpu", (ranks,))
+@mock.patch.object(paging, "PAGED_FROM", 1000)
+def run_all(rank, ranks, path):
+    """Everything that the ranks show; what rank 0 has is saved."""
+    found, mesh, device = {}, backend.mesh(ranks), backend.device(rank)
     for name in (*NAMES, *CLIPPED):
-        model = fully_shard(Model(), mesh=mesh)
+        model = fully_shard(Model().to(device), mesh=mesh)
         optimizer = make(name, model.parameters(), **options(name))
         halfway = trained(model, optimizer, 0, STEPS // 2)
         state = optimizer.state_dict()
         found[name] = {"params": halfway, "state": state, "end": trained(model, optimizer, STEPS // 2, STEPS)}
-    model = fully_shard(Model(torch.bfloat16), mesh=mesh)
+    model = fully_shard(Model(torch.bfloat16).to(device), mesh=mesh)
     found["bfloat16"] = trained(model, make("AdamW8bit", model.parameters(), **options("AdamW8bit")), 0, STEPS)
-    model = DistributedDataParallel(Model())
+    model = DistributedDataParallel(Model().to(device))
     found["DDP"] = trained(model, make("AdamW8bit", model.parameters(), **options("AdamW8bit")), 0, STEPS)
-    model = Model()
+    model = Model().to(device)
     zero = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=optim.AdamW8bit, **options("AdamW8bit"))
     found["ZeRO"] = trained(model, zero, 0, STEPS)
     zero.consolidate_state_dict(to=0)
     if rank == 0:
         found["ZeRO state"] = zero.state_dict()["state"]
         torch.save(found, path)
-    columns = nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Shard(1)]))
+    columns = nn.Parameter(distribute_tensor(torch.ones(4, 4, device=device), mesh, [Shard(1)]))
     columns.grad = columns.detach()
     with pytest.raises(NotImplementedError, match=r"Shard\(dim=1\)"):
         optim.AdamW8bit([columns]).step()
-    rows = nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)]))
+    rows = nn.Parameter(distribute_tensor(torch.ones(4, 4, device=device), mesh, [Shard(0)]))
     rows.grad = rows.detach()
     with pytest.raises(NotImplementedError, match="page_directory"):
         optim.AdamW8bit([rows], page_directory=path + ".pages").step()
 
 
-def run_three(rank, ranks, path):
-    """Goes on from what two ranks saved."""
-    saved, ends = torch.load(path, weights_only=True), {}
+@mock.patch.object(paging, "PAGED_FROM", 1000)
+def run_others(rank, ranks, path):
+    """Goes on from what the ranks saved."""
+    saved, ends = torch.load(path, weights_only=True, map_location="cpu"), {}
     for name in NAMES:
-        model = fully_shard(Model(), mesh=init_device_mesh("cpu", (ranks,)))
+        model = fully_shard(Model().to(backend.device(rank)), mesh=backend.mesh(ranks))
         optimizer = make(name, model.parameters(), **options(name))
         for w, p in zip(model.parameters(), saved[name]["params"], strict=True):
-            w.data.copy_(distribute_tensor(p, w.device_mesh, w.placements))
+            w.data.copy_(distribute_tensor(p.to(w.device), w.device_mesh, w.placements))
         optimizer.load_state_dict(saved[name]["state"])
         ends[name] = trained(model, optimizer, STEPS // 2, STEPS)
     if rank == 0:
         torch.save(ends, path)
 
 
-def as_rank(rank, ranks, run, path):
-    torch.set_num_threads(1)
-    timeout = datetime.timedelta(seconds=120)
-    dist.init_process_group("gloo", f"file://{path}.{ranks}", rank=rank, world_size=ranks, timeout=timeout)
-    with bnbref.eager():
-        run(rank, ranks, path)
-    dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    path = str(tmp_path_factory.mktemp("distributed") / "saved.pt")
-    torch.multiprocessing.spawn(as_rank, (2, run_two, path), nprocs=2)
-    return path, torch.load(path, weights_only=True)
+def ranked(tmp_path_factory):
+    """The file that the ranks wrote, and what is in it."""
+    folder = tmp_path_factory.mktemp("distributed")
+    backend.spawn(run_all, backend.RANKS, folder, str(folder / "saved.pt"))
+    return folder, torch.load(folder / "saved.pt", weights_only=True, map_location="cpu")
 
 
 def alone(name, dtype=torch.float32):
@@ -130,8 +123,8 @@ def alone(name, dtype=torch.float32):
 
 
 @pytest.mark.usefixtures("eager")
-def test_sharded_is_unsharded(two):
-    _, found = two
+def test_sharded_is_unsharded(ranked):
+    _, found = ranked
     for name in NAMES:
         halfway, state, end = alone(name)
         assert same_bits(found[name]["params"], halfway), name
@@ -150,19 +143,19 @@ def assert_same_state(got, want):
 
 
 @pytest.mark.usefixtures("eager")
-def test_clipped_rules_differ_by_their_norms_alone(two):
+def test_clipped_rules_differ_by_their_norms_alone(ranked):
     """A norm of n elements is within n 2^-24 of the exact one, so with n <= 8540 the ratio of two on either side within 2e-3;
     the step is its product with lr and a direction, which with these betas is at most 10 long in each element, or with a
     code that moved because of it, by a fiftieth of itself."""
     bound = STEPS * 1e-2 * 10 * 2e-3
     for name in CLIPPED:
-        for got, p in zip(two[1][name]["end"], alone(name)[2], strict=True):
+        for got, p in zip(ranked[1][name]["end"], alone(name)[2], strict=True):
             assert torch.allclose(got, p, rtol=0, atol=bound)
 
 
 @pytest.mark.usefixtures("eager")
-def test_ddp_and_zero_are_a_single_process(two):
-    _, found = two
+def test_ddp_and_zero_are_a_single_process(ranked):
+    _, found = ranked
     end = alone("AdamW8bit")[2]
     assert same_bits(found["DDP"], end)
     assert same_bits(found["ZeRO"], end)
@@ -173,10 +166,10 @@ def test_ddp_and_zero_are_a_single_process(two):
 
 
 @pytest.mark.usefixtures("eager")
-def test_two_ranks_save_and_three_go_on(two):
-    path, found = two
-    torch.multiprocessing.spawn(as_rank, (3, run_three, path), nprocs=3)
-    ends = torch.load(path, weights_only=True)
+def test_two_ranks_save_and_three_go_on(ranked):
+    folder, found = ranked
+    backend.spawn(run_others, backend.OTHER, folder, str(folder / "saved.pt"))
+    ends = torch.load(folder / "saved.pt", weights_only=True, map_location="cpu")
     assert {name: same_bits(ends[name], found[name]["end"]) for name in NAMES} == dict.fromkeys(NAMES, True)
 
 

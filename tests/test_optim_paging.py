@@ -1,17 +1,26 @@
 """Pages: the same bits wherever the state lives, never more of it on the device than allowed, and a readable directory."""
 
+import contextlib
+import copy
+import gc
+import itertools
+import json
+import re
 import subprocess
 import sys
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from conftest import same_bits
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from bnbref import optim
-from bnbref.optim import paging
+from bnbref.optim import paging, update
 
 pytestmark = pytest.mark.usefixtures("eager")
 KINDS = [optim.PagedAdamW8bit, optim.PagedAdamW32bit, optim.PagedAdEMAMix8bit, optim.PagedLion8bit]
@@ -50,7 +59,7 @@ class LateCopies:
 
     def finish(self):
         self._drain()
-        assert self.on_device == 0
+        self.log.append("finish")
 
 
 class FarAway(paging.Placement):
@@ -94,6 +103,7 @@ def test_streamed_is_resident(kind, page_bytes):
         sum(x.nbytes for x in state.values() if isinstance(x, torch.Tensor)) for state in optimizer.state.values()
     )
     assert 0 < made[0].most <= max(page_bytes, largest)
+    assert made[0].on_device == 0
 
 
 def test_the_next_states_are_fetched_before_the_current_ones_are_awaited():
@@ -104,9 +114,9 @@ def test_the_next_states_are_fetched_before_the_current_ones_are_awaited():
         return made[-1]
 
     trained(optim.PagedAdamW8bit, steps=1, placement=FarAway(True, copies=copies))
-    assert made[0].log == ["fetch"] * 4 + ["wait", "write"] * 4
+    assert made[0].log == ["fetch"] * 4 + ["wait", "write"] * 4 + ["finish"]
     trained(optim.PagedAdamW8bit, steps=1, placement=FarAway(True, page_bytes=1, copies=copies))
-    assert made[1].log == ["fetch", "wait", "write"] * 4
+    assert made[1].log == ["fetch", "wait", "write"] * 4 + ["finish"]
 
 
 @each_kind
@@ -176,19 +186,150 @@ def test_paged_on_a_cpu_says_once_that_it_is_resident():
         trained(optim.PagedAdamW, sizes=((100, 100),))  # too small to be paged anywhere
 
 
+# ---- interrupted ----------------------------------------------------------------------------------------------------
+
+
+def everything(params, optimizer):
+    """For each parameter: it, and its state."""
+    states = [{k: copy.deepcopy(x) for k, x in optimizer.state[p].items()} for p in params]
+    return [(p.detach().clone(), state) for p, state in zip(params, states, strict=True)]
+
+
+def equal(one, other):
+    (p, state), (q, again) = one, other
+    tensors = [[x for x in s.values() if isinstance(x, torch.Tensor)] for s in (state, again)]
+    return same_bits(p, q) and state["step"] == again["step"] and same_bits(*tensors)
+
+
+@settings(max_examples=20)
+@given(at=st.integers(0, 7), again=st.booleans(), away=st.booleans(), page_bytes=st.sampled_from([1, 2**28]))
+def test_out_of_memory_in_the_middle_says_what_is_whole(at, again, away, page_bytes):
+    """A kernel fails at its call number `at`; with `again` all that come after it, too."""
+    run, calls = update._run, itertools.count()
+
+    def fails(*args):
+        call = next(calls)
+        if call == at or (again and call > at):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        run(*args)
+
+    placement = FarAway(True, page_bytes=page_bytes, copies=LateCopies) if away else None
+    params, optimizer = trained(optim.PagedAdamW8bit, placement=placement)
+    whole = trained(optim.PagedAdamW8bit, steps=4)
+    before = everything(params, optimizer)
+    for p, q in zip(params, whole[0], strict=True):
+        p.grad = q.grad
+    with (
+        mock.patch.object(update, "_run", fails),
+        warnings.catch_warnings(record=True) as caught,
+        contextlib.suppress(torch.OutOfMemoryError),
+    ):
+        warnings.simplefilter("always")
+        optimizer.step()
+    after, want = everything(params, optimizer), everything(*whole)
+    said = [str(w.message) for w in caught if "interrupted" in str(w.message)]
+    if not said:
+        assert next(calls) <= at + 1  # it was called less often
+        assert all(map(equal, after, want))
+        return
+    made, not_yet, partly = map(json.loads, re.findall(r"\[.*?\]", said[0]))
+    assert sorted([*made, *not_yet, *partly]) == list(range(len(params)))
+    assert len(partly) <= 1 or again  # none if only the last blocks failed, which then have a second chance
+    assert all(equal(after[i], want[i]) for i in made)
+    assert all(equal(after[i], before[i]) for i in not_yet)
+
+
+# ---- devices --------------------------------------------------------------------------------------------------------
+
+
+def test_a_thousand_steps_do_not_grow():
+    """Of memory on the device, where there is one, and of tensors that are alive."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    placement = paging.Placement(True) if device == "cuda" else FarAway(True, copies=LateCopies)
+    params = [nn.Parameter(torch.randn(size, device=device)) for size in ((400, 300), (300, 400), (7,))]
+    params = params if device == "cuda" else [nn.Parameter(p.detach()[:10].clone()) for p in params]
+    optimizer = optim.PagedAdamW8bit(params, lr=1e-2, min_8bit_size=1)
+    optimizer._placement = placement
+    found = []
+    for t in range(1000 if device == "cuda" else 100):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+        if t in (9, 99, 999):
+            alive = sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects())
+            found.append((alive, torch.cuda.memory_allocated() if device == "cuda" else 0))
+    assert len(set(found)) == 1
+
+
 @pytest.mark.cuda
+@pytest.mark.gpus
 @each_kind
-def test_paged_on_cuda_is_resident(kind):
+@pytest.mark.parametrize("stream", ["default", "other"])
+def test_paged_on_cuda_is_resident(kind, stream):
+    """With parameters on every GPU, and on a stream whose work is late."""
+    gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     results = []
     for options in ({"is_paged": True, "page_bytes": 2**20}, {}):
         torch.manual_seed(0)
-        params = [nn.Parameter(torch.randn(400, 300, device="cuda")) for _ in range(6)]
+        params = [nn.Parameter(torch.randn(400, 300).to(gpus[i % len(gpus)])) for i in range(6)]
         family = kind.__mro__[1]
         optimizer = family(params, lr=1e-2, optim_bits=8 if "8bit" in kind.__name__ else 32, **options)
-        for _ in range(3):
-            for p in params:
-                p.grad = torch.randn_like(p)
-            optimizer.step()
+        with contextlib.ExitStack() as streams:
+            for gpu in gpus if stream == "other" else ():
+                other = torch.cuda.Stream(gpu)
+                other.wait_stream(torch.cuda.current_stream(gpu))
+                streams.enter_context(torch.cuda.stream(other))
+            for _ in range(3):
+                for p in params:
+                    gradient = torch.randn(p.shape)
+                    with torch.cuda.device(p.device):
+                        torch.cuda._sleep(10**7)
+                    p.grad = gradient.to(p.device)
+                optimizer.step()
+            for gpu in gpus:
+                torch.cuda.synchronize(gpu)
         assert (optimizer.state[params[0]]["state1"].device.type == "cpu") == bool(options)
         results.append([*(p.data.cpu() for p in params), *(x.cpu() for x in tensors(optimizer))])
     assert same_bits(*results)
+
+
+@pytest.mark.cuda
+@pytest.mark.gpus
+def test_a_gpu_that_is_full_leaves_whole_what_came_before():
+    def start():
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(size, device="cuda")) for size in (2**17, 2**17, 2**26, 2**17)]
+        return params, optim.PagedAdamW8bit(params, lr=1e-2, page_bytes=1)
+
+    def step(params, optimizer):
+        generator = torch.Generator("cuda").manual_seed(1)
+        for p in params:
+            p.grad = torch.randn(p.shape, device="cuda", generator=generator)
+        optimizer.step()
+
+    params, optimizer = start()
+    step(params, optimizer)
+    want = everything(params, optimizer)
+    params, optimizer = start()
+    for p in params:
+        optimizer.state[p] = optimizer.new_state(
+            p, optimizer.settings(p, optimizer.param_groups[0]), optimizer._memory(p)
+        )
+    before = everything(params, optimizer)
+    generator = torch.Generator("cuda").manual_seed(1)
+    for p in params:
+        p.grad = torch.randn(p.shape, device="cuda", generator=generator)
+    gc.collect()
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**26) / total)  # the state needs 2**27
+    try:
+        said = pytest.warns(UserWarning, match=r"\[0, 1\] have made it, \[3\] are as they were, and \[2\]")
+        with said, pytest.raises(torch.OutOfMemoryError):
+            optimizer.step()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    after = everything(params, optimizer)
+    assert all(equal(after[i], want[i]) for i in (0, 1))
+    assert all(equal(after[i], before[i]) for i in (2, 3))
+    optimizer.step()  # with room it goes on

@@ -15,6 +15,7 @@ and raises for a quantized weight without its scales, for scales without the wei
 
 import sys
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -47,6 +48,18 @@ class QuantizedLayer(nn.Module):
         if isinstance(self._parameters.get(name), QuantizedParameter) and asking.startswith("torch.nn.utils."):
             raise TypeError(f"the {name} of {self} cannot be parametrized: it holds codes, or will")
         super().__delattr__(name)
+
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """torch.distributed.checkpoint's question, by what attribute it comes to the object that a key of the state dict names.
+
+        It walks along the key, and `weight.absmax` is an attribute of a quantized weight, but of no DTensor in its place.
+        """
+        return dict.fromkeys(("weight", "weight_format"), "_saved")
+
+    @property
+    def _saved(self) -> SimpleNamespace:
+        """An object that has an attribute for all that is beside the weight in a state dict."""
+        raise NotImplementedError
 
     def _remember(self, weight: Tensor | None) -> None:
         """Keeps the scales of the weight, if it has some."""
@@ -181,6 +194,8 @@ class FourBitLayer(QuantizedLayer):
     """A layer with a `Params4bit`."""
 
     _remembered: QuantState | None = None
+    _stored: torch.dtype | None = None
+    """The dtype that the codes had when they were remembered."""
 
     @property
     def quant_state(self) -> QuantState | None:
@@ -191,15 +206,25 @@ class FourBitLayer(QuantizedLayer):
             return state
         # A float weight has no scales, even if the weight before it had some. A packed one without attributes is `[bytes, 1]`.
         lost = not isinstance(weight, Params4bit) and weight.shape[-1:] == (1,)
+        if lost and self._stored is not None and weight.dtype != self._stored:
+            raise TypeError(
+                f"codes that are stored as {self._stored} have become {weight.dtype}, a cast that loses them: under the mixed "
+                f"precision of FSDP, quant_storage must be its param_dtype, or torch.uint8"
+            )
         return self._remembered if lost else None
 
     @quant_state.setter
     def quant_state(self, state: QuantState | None) -> None:
         self._remembered = state
 
+    @property
+    def _saved(self) -> SimpleNamespace:
+        state = self.quant_state
+        return SimpleNamespace(weight=self.weight if state is None else Params4bit.of_codes(torch.empty(0), state))
+
     def _remember(self, weight: Tensor | None) -> None:
         if isinstance(weight, Params4bit) and weight.quant_state is not None:
-            self._remembered = weight.quant_state
+            self._remembered, self._stored = weight.quant_state, weight.dtype
 
     def _restore(self, weight: nn.Parameter) -> None:
         if hasattr(weight, "quant_state"):
@@ -253,6 +278,10 @@ class EightBitLayer(QuantizedLayer):
     @SCB.setter
     def SCB(self, value: Tensor | None) -> None:
         self._remembered = value
+
+    @property
+    def _saved(self) -> SimpleNamespace:
+        return SimpleNamespace(weight=self.weight, weight_format=None)
 
     def _remember(self, weight: Tensor | None) -> None:
         if isinstance(weight, Int8Params) and _scales_of(weight) is not None:

@@ -7,6 +7,7 @@ stays as it was saved.
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,11 @@ class Optimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient. closure: computes the loss again, which is returned."""
+        """Update every parameter that has a gradient. closure: computes the loss again, which is returned.
+
+        An exception in the middle, such as out of memory, leaves whole the parameters before the one that it met, and a warning
+        says which.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -146,18 +151,41 @@ class Optimizer(torch.optim.Optimizer):
         for p, _, config in jobs:
             if not self.state[p]:
                 self.state[p] = self.new_state(p, config, self._memory(p))
-        tails = Tails()
-        states = self._placement.stream([(p.device, self.state[p]) for p, _, _ in jobs])
-        for (p, grad, config), state in zip(jobs, states, strict=True):
-            t = self.state[p]["step"] = self.state[p]["step"] + 1
-            self._update(*planned[id(config), t, p.device], p, grad, state, config, tails)
-            if state is not self.state[p]:  # in pages, which are written back before the next ones come
-                tails.run()
-        tails.run()
+        tails, done = Tails(), 0
+        try:
+            with closing(self._placement.stream([(p.device, self.state[p]) for p, _, _ in jobs])) as states:
+                for (p, grad, config), state in zip(jobs, states, strict=True):
+                    t = self.state[p]["step"] + 1
+                    self._update(*planned[id(config), t, p.device], p, grad, state, config, tails)
+                    if state is not self.state[p]:  # in pages, which are written back before the next ones come
+                        tails.run()
+                    self.state[p]["step"] = t
+                    done += 1
+            tails.run()
+        except BaseException:
+            self._say_interrupted([p for p, _, _ in jobs], done, tails)
+            raise
         if self._placement.directory is not None:
             steps = {i: self.state[p]["step"] for i, p in enumerate(self._parameters()) if self.state.get(p)}
             self._placement.end(steps)
         return loss
+
+    def _say_interrupted(self, params: list[Tensor], done: int, tails: Tails) -> None:
+        """After an exception: finish the parameters before the one that failed, and warn of what is not as a step leaves it."""
+        whole = done
+        try:
+            tails.run()
+        except RuntimeError:  # they lack their last blocks, each of which may be of any of them
+            whole = 0
+        index = {p: i for i, p in enumerate(self._parameters())}
+        made, partly, not_yet = (
+            [index[p] for p in ps] for ps in (params[:whole], params[whole : done + 1], params[done + 1 :])
+        )
+        warnings.warn(
+            f"a step was interrupted. By their index in the state dict: {made} have made it, {not_yet} are as they were, and "
+            f"{partly} may have made a part of it",
+            stacklevel=3,
+        )
 
     def _parameters(self) -> list[Tensor]:
         """All parameters, by the indices that they have in a state dict."""

@@ -11,7 +11,7 @@ The arithmetic is the same, and so are the bits. A directory is a checkpoint at 
 import json
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,9 @@ class SideStreams:
         self._fetching.wait_stream(self._writing)
 
     def finish(self) -> None:
-        """Wait until the host has everything."""
+        """Wait until the host has everything, and the computation has left what was fetched."""
+        self._writing.wait_stream(torch.cuda.current_stream(self._device))
+        self._fetching.wait_stream(self._writing)
         self._writing.synchronize()
 
 
@@ -95,29 +97,34 @@ class Placement:
             return torch.empty(shape, dtype=dtype, device=device)
         return torch.empty(shape, dtype=dtype, pin_memory=True)
 
-    def stream(self, states: Sequence[tuple[torch.device, Tensors]]) -> Iterator[Tensors]:
-        """Each state in turn, its tensors on the device. What is done to them before the next one is asked for is kept."""
+    def stream(self, states: Sequence[tuple[torch.device, Tensors]]) -> Generator[Tensors, None, None]:
+        """Each state in turn, its tensors on the device. What is done to them before the next one is asked for is kept.
+
+        To be closed: then the host has all that was written back.
+        """
         away = [[k for k, x in s.items() if isinstance(x, Tensor) and self._is_away(x, d)] for d, s in states]
         sizes = [sum(s[k].nbytes for k in keys) for keys, (_, s) in zip(away, states, strict=True)]
         fetched: deque[tuple[list[Tensor], Any]] = deque()
         used, following = 0, 0
-        for i, (device, state) in enumerate(states):
-            while following < len(states) and (used == 0 or used + sizes[following] <= self._page_bytes):
-                place, tensors = states[following]
-                keys = away[following]
-                fetched.append(self._copies(place).fetch([tensors[k] for k in keys]) if keys else ([], None))
-                used += sizes[following]
-                following += 1
-            here, event = fetched.popleft()
-            if not away[i]:
-                yield state
-                continue
-            self._copies(device).wait(event)
-            yield {**state, **dict(zip(away[i], here, strict=True))}
-            self._copies(device).write_back([state[k] for k in away[i]], here)
-            used -= sizes[i]
-        for copies in self._made.values():
-            copies.finish()
+        try:
+            for i, (device, state) in enumerate(states):
+                while following < len(states) and (used == 0 or used + sizes[following] <= self._page_bytes):
+                    place, tensors = states[following]
+                    keys = away[following]
+                    fetched.append(self._copies(place).fetch([tensors[k] for k in keys]) if keys else ([], None))
+                    used += sizes[following]
+                    following += 1
+                here, event = fetched.popleft()
+                if not away[i]:
+                    yield state
+                    continue
+                self._copies(device).wait(event)
+                yield {**state, **dict(zip(away[i], here, strict=True))}
+                self._copies(device).write_back([state[k] for k in away[i]], here)
+                used -= sizes[i]
+        finally:  # after an exception, too, which leaves the current state as it was
+            for copies in self._made.values():
+                copies.finish()
 
     def begin(self) -> None:
         """A step begins: what is in the directory is no checkpoint until `end`."""

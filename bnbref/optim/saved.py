@@ -30,7 +30,7 @@ def gathered(rule: Rule, p: Tensor, state: Mapping[str, Any], blocksize: int) ->
         whole[s.key] = gather(p, state[s.key])
         if state[s.key].dtype == torch.uint8:
             blocks = check_blocksize(blocksize, p.numel())
-            whole[absmax_key(s.key)] = gather_scales(shard, state[absmax_key(s.key)], blocks)
+            whole[absmax_key(s.key)] = gather_scales(p, shard, state[absmax_key(s.key)], blocks)
     return whole
 
 
@@ -89,6 +89,11 @@ def unpacked(
 def _saved(saved: Mapping[str, Any], key: str) -> Tensor:
     if key not in saved:
         raise ValueError(f"the saved state has no {key!r}, only {sorted(saved)}")
+    if not isinstance(saved[key], Tensor):
+        raise ValueError(
+            f"saved {key} must be a tensor, got {saved[key]!r}: torch's flatten_optimizer_state_dict=True loses states that are "
+            f"wrapped in a dictionary, leave it out"
+        )
     tensor: Tensor = saved[key]
     return tensor
 

@@ -160,9 +160,10 @@ def gather(p: Tensor, x: Tensor) -> Tensor:
     return whole.cpu()
 
 
-def gather_scales(shard: Shard, absmax: Tensor, blocksize: int) -> Tensor:
-    """The scales of all blocks of a state, on the CPU. absmax: of the blocks of this rank's part. A collective call."""
-    whole = absmax.new_zeros(block_count(shard.numel, blocksize))
+def gather_scales(p: Tensor, shard: Shard, absmax: Tensor, blocksize: int) -> Tensor:
+    """The scales of all blocks of a state of p, on the CPU. absmax: of the blocks of this rank's part. A collective call."""
+    # On p's device, for which its process group is made: a paged state is on the host, where NCCL reads nothing.
+    whole = absmax.new_zeros(block_count(shard.numel, blocksize), device=p.device)
     own = shard.blocks(blocksize)
     whole[own.start : own.stop] = absmax
     if shard.group is not None:

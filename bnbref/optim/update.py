@@ -159,10 +159,11 @@ class Tails:
             self.run()
 
     def run(self) -> None:
-        """Step all that wait."""
-        for (rule, blocksize, *_), (hyper, rests) in self._waiting.items():
+        """Step all that wait. Those that an exception keeps from it still wait."""
+        for key, (hyper, rests) in list(self._waiting.items()):
+            rule, blocksize, *_ = key
             part, write_back = padded(rests, zeros_of(rule), blocksize)
             _run(part, rule, hyper)
             write_back()
-        self._waiting.clear()
+            del self._waiting[key]
         self._elements = 0

@@ -113,6 +113,7 @@ class Read(_Conversion):
         self, input_dict: dict[str, Any], model: Any = None, full_layer_name: str = "", **kwargs: Any
     ) -> dict[str, Any]:
         """The weight by its full name."""
+        self.hf_quantizer.check_whole(model)
         entries = {self.sources[key]: _first(value) for key, value in input_dict.items()}
         if entries.keys() == {"weight"}:
             read = self._float

@@ -111,6 +111,7 @@ class BnbRefHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Whether it is the weight of a quantized layer, or quantized by itself."""
+        self.check_whole(model)
         if param_name in self.fused:
             return True
         module, name = get_module_from_name(model, param_name)
@@ -130,6 +131,18 @@ class BnbRefHfQuantizer(HfQuantizer):  # type: ignore[misc]
         """A conversion by `Read` for the weights of layers, and one for each kind of parameter that is quantized by itself."""
         targets = {".".join(name.split(".")[-2:]) for name in self.fused if not name.endswith(".weight")}
         return [Read(self, target).converter() for target in ("weight", *sorted(targets))]
+
+    def check_whole(self, model: Any) -> None:
+        """Raise if transformers has spread the model over ranks, each of which would read a part of a weight.
+
+        It does so after it has asked this class what to load, and before it loads.
+        """
+        if getattr(model, "_device_mesh", None) is not None:
+            raise NotImplementedError(
+                "tp_plan and distributed_config take float weights: a part of a quantized one would need blocks and scales of "
+                "its own. Load the whole model on each rank and shard it with fully_shard or `accelerate launch`, or spread its "
+                "layers with device_map"
+            )
 
     def leave(self, model: Any, name: str, reason: str) -> None:
         """Let a parameter that was to be quantized be a float one; its layer a plain one."""

@@ -34,7 +34,7 @@ from bnbref.integrations.hf.layers import dequantized
 from bnbref.integrations.hf.quantizer import BnbRefHfQuantizer
 from bnbref.nn import Params4bit
 from bnbref.nn.inventory import REASONS
-from bnbref.nn.layer import QuantizedLayer
+from bnbref.nn.layer import FourBitLayer, QuantizedLayer
 
 __all__ = ["BnbRefConfig", "BnbRefHfQuantizer", "give_back_bitsandbytes", "take_over_bitsandbytes"]
 
@@ -100,6 +100,9 @@ def _counting(original: Callable[..., int]) -> Callable[..., int]:
     @functools.wraps(original)
     def num_parameters(self: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         states = {id(p): p.quant_state for p in self.parameters() if isinstance(p, Params4bit)}
+        # What FSDP has put in a weight's place is known by its layer.
+        layers = [m for m in self.modules() if isinstance(m, FourBitLayer) and m.quant_state is not None]
+        states |= {id(layer.weight): layer.quant_state for layer in layers}
         for _, module, name, step in quantized_parameters(self):
             states[id(module.parametrizations[name].original)] = step.quant_state
         if not states:

@@ -1,0 +1,94 @@
+"""Where tests of several ranks run: two processes of gloo on the CPU, or with BNBREF_BACKEND=nccl one process for each GPU.
+
+python -m pytest -m gpus                             the tests of this kind, as CI runs them
+BNBREF_BACKEND=nccl python -m pytest -m gpus         the same on all GPUs of this host
+"""
+
+import datetime
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+import bnbref
+
+ROOT = Path(__file__).resolve().parent.parent
+NCCL = os.environ.get("BNBREF_BACKEND", "gloo") == "nccl"
+TYPE = "cuda" if NCCL else "cpu"
+RANKS = torch.cuda.device_count() if NCCL else 2
+OTHER = 1 if NCCL else 3
+"""Another number of ranks: NCCL wants a GPU for each."""
+PROCESS_GROUP = "cpu:gloo,cuda:nccl" if NCCL else "gloo"
+"""With gloo beside NCCL, because torch.distributed.checkpoint saves asynchronously from the CPU."""
+
+
+def device(rank: int = 0) -> torch.device:
+    """Where a rank has its tensors."""
+    return torch.device(TYPE, rank) if NCCL else torch.device(TYPE)
+
+
+def mesh(ranks: int) -> DeviceMesh:
+    """All ranks in a row."""
+    return init_device_mesh(TYPE, (ranks,))
+
+
+def prepare(rank: int) -> None:
+    """What a rank does before it has a process group."""
+    torch.set_num_threads(1)
+    if NCCL:
+        torch.cuda.set_device(rank)
+
+
+def _as_rank(rank: int, ranks: int, run: Callable[..., None], path: str, args: tuple[Any, ...]) -> None:
+    prepare(rank)
+    timeout = datetime.timedelta(seconds=120)
+    dist.init_process_group(PROCESS_GROUP, f"file://{path}", rank=rank, world_size=ranks, timeout=timeout)
+    with bnbref.eager():
+        run(rank, ranks, *args)
+    dist.destroy_process_group()
+
+
+def spawn(run: Callable[..., None], ranks: int, folder: Path, *args: Any) -> None:
+    """`run(rank, ranks, *args)` in as many processes, kernels uncompiled. folder: an existing one for their rendezvous."""
+    meeting = folder / f"meeting{len(list(folder.glob('meeting*')))}"
+    torch.multiprocessing.spawn(_as_rank, (ranks, run, str(meeting), args), nprocs=ranks)
+
+
+_LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--nproc_per_node", "{ranks}", "--master_port", "{port}"],
+    # `--multi_gpu` is how accelerate is told to start processes itself; `--cpu` leaves that to MPI.
+    "accelerate": [
+        "accelerate.commands.launch", "--multi_gpu", "--num_processes", "{ranks}", "--num_machines", "1", "--mixed_precision",
+        "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1", "--main_process_port", "{port}",
+    ],
+}  # fmt: skip
+
+
+def launch(launcher: str, ranks: int, program: str, *args: Any, **environment: str) -> str:
+    """What a program prints that `torchrun` or `accelerate launch` runs on so many ranks; the end of its errors if it fails."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = {
+        **os.environ,
+        "GLOO_SOCKET_IFNAME": "lo",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_OFFLINE": "1",
+        **environment,
+    }
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
+    if not NCCL:
+        env["ACCELERATE_USE_CPU"] = "true"
+    options = [option.format(ranks=ranks, port=port) for option in _LAUNCHERS[launcher]]
+    command = [sys.executable, "-W", "ignore", "-m", *options, program, *map(str, args)]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)} failed: {done.stderr[-5000:]}")
+    return done.stdout

@@ -1,0 +1,146 @@
+"""torch.distributed.checkpoint: states of 8 bits go from one process to several and back, and what was saved stays whole."""
+
+import copy
+import os
+from unittest import mock
+
+import backend
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from conftest import same_bits
+from test_optim_classes import make
+from test_optim_distributed import Model, assert_same_state, options, trained
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from bnbref.optim import paging
+
+pytestmark = [pytest.mark.gpus, pytest.mark.usefixtures("eager"), pytest.mark.filterwarnings("ignore:paged state")]
+NAMES = ("AdamW8bit", "PagedAdamW8bit", "AdEMAMix8bit", "SGD8bit")
+FIRST, SECOND, LAST = 1, 2, 4
+"""Steps when one process saves, when several do, and at the end."""
+
+
+def start(name, rank=0, ranks=0):
+    """A model and its optimizer: sharded over ranks, or of one process if there are none."""
+    model = Model().to(backend.device(rank))
+    if ranks:
+        fully_shard(model, mesh=backend.mesh(ranks))
+    return model, make(name, model.parameters(), **options(name))
+
+
+def state_of(model, optimizer):
+    return {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
+
+
+def load(model, optimizer, folder, **kwargs):
+    state = state_of(model, optimizer)
+    dcp.load(state, checkpoint_id=folder, **kwargs)
+    model.load_state_dict(state["model"])
+    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+
+
+@mock.patch.object(paging, "PAGED_FROM", 1000)
+def run_all(rank, ranks, folder):
+    """Goes on from what one process saved; saves, and trains on while the copy is being written."""
+    beside = dist.new_group(
+        backend="gloo"
+    )  # what is written in the background must not meet the training's collectives
+    for name in NAMES:
+        model, optimizer = start(name, rank, ranks)
+        load(model, optimizer, folder / name / "one")
+        trained(model, optimizer, FIRST, SECOND)
+        dcp.save(state_of(model, optimizer), checkpoint_id=folder / name / "several")
+        saving = dcp.async_save(state_of(model, optimizer), checkpoint_id=folder / name / "later", process_group=beside)
+        end = trained(model, optimizer, SECOND, LAST)
+        saving.result()
+        if rank == 0:
+            torch.save(end, folder / name / "end.pt")
+    model = DistributedDataParallel(Model().to(backend.device(rank)))
+    optimizer = make("AdamW8bit", model.parameters(), **options("AdamW8bit"))
+    load(model.module, optimizer, folder / "AdamW8bit" / "one")
+    trained(model, optimizer, FIRST, SECOND)
+    dcp.save(state_of(model.module, optimizer), checkpoint_id=folder / "AdamW8bit" / "replicated")
+    broadcast(rank, ranks)
+
+
+def broadcast(rank, ranks):
+    """The whole state of rank 0 alone, as torch gives it and takes it."""
+    model, optimizer = start("AdamW8bit", rank, ranks)
+    trained(model, optimizer, 0, FIRST)
+    state = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    assert bool(state) == (rank == 0)
+    other, again = start("AdamW8bit", rank, ranks)
+    other.load_state_dict(model.state_dict())
+    set_optimizer_state_dict(
+        other, again, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    )
+    assert same_bits(trained(other, again, FIRST, LAST), trained(model, optimizer, FIRST, LAST))
+
+
+def test_one_process_to_several_and_back(tmp_path):
+    ends, states = {}, {}
+    for name in NAMES:
+        model, optimizer = start(name)
+        trained(model, optimizer, 0, FIRST)
+        dcp.save(state_of(model, optimizer), checkpoint_id=tmp_path / name / "one", no_dist=True)
+        trained(model, optimizer, FIRST, SECOND)
+        states[name] = copy.deepcopy(optimizer.state_dict()["state"])
+        ends[name] = trained(model, optimizer, SECOND, LAST)
+    backend.spawn(run_all, backend.RANKS, tmp_path, tmp_path)
+    for name in NAMES:
+        several = torch.load(tmp_path / name / "end.pt", weights_only=True)
+        assert same_bits(several, ends[name]), name
+        kinds = ("several", "later", "replicated") if name == "AdamW8bit" else ("several", "later")
+        for kind in kinds:
+            model, optimizer = start(name)
+            load(model, optimizer, tmp_path / name / kind, no_dist=True)
+            assert_same_state(optimizer.state_dict()["state"], states[name])
+            assert same_bits(trained(model, optimizer, SECOND, LAST), ends[name]), (name, kind)
+
+
+class Killed(dcp.FileSystemWriter):
+    """On one rank the process ends where its file is half-way."""
+
+    def write_data(self, plan, planner):
+        os._exit(9)
+
+
+def run_killed(rank, ranks, folder):
+    model, optimizer = start("AdamW8bit", rank, ranks)
+    trained(model, optimizer, 0, FIRST)
+    dcp.save(state_of(model, optimizer), checkpoint_id=folder / "1")
+    trained(model, optimizer, FIRST, SECOND)
+    last = rank == ranks - 1
+    dcp.save(state_of(model, optimizer), storage_writer=(Killed if last else dcp.FileSystemWriter)(folder / "2"))
+
+
+def test_a_rank_killed_while_saving_leaves_the_checkpoint_before(tmp_path):
+    # The one that was killed, or another that misses it.
+    ended = (torch.multiprocessing.ProcessExitedException, torch.multiprocessing.ProcessRaisedException)
+    with pytest.raises(ended):
+        backend.spawn(run_killed, backend.RANKS, tmp_path, tmp_path)
+    model, optimizer = start("AdamW8bit")
+    end = trained(model, optimizer, 0, LAST)
+    model, optimizer = start("AdamW8bit")
+    with pytest.raises(dcp.CheckpointException, match="metadata"):
+        load(model, optimizer, tmp_path / "2", no_dist=True)
+    load(model, optimizer, tmp_path / "1", no_dist=True)
+    assert same_bits(trained(model, optimizer, FIRST, LAST), end)
+
+
+def test_flattened_states_are_refused_by_name():
+    """torch finds the entries of flattened states by the names of its own optimizers' states."""
+    model, optimizer = start("AdamW8bit")
+    trained(model, optimizer, 0, FIRST)
+    flat = StateDictOptions(flatten_optimizer_state_dict=True)
+    state = get_optimizer_state_dict(model, optimizer, options=flat)
+    with pytest.raises(ValueError, match="flatten_optimizer_state_dict"):
+        set_optimizer_state_dict(model, optimizer, state, options=flat)
