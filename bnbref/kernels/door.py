@@ -373,7 +373,7 @@ class Kernel(Generic[P, R]):
         parts = [self._uncompiled(piece, constants) for piece in self._pieces(args, max(1, _PIECE // width))]
         if isinstance(parts[0], Tensor):
             return torch.cat(parts)  # type: ignore[arg-type,return-value]
-        return tuple(map(torch.cat, zip(*parts, strict=True)))  # type: ignore[call-overload,return-value]
+        return tuple(map(torch.cat, zip(*parts, strict=True)))  # type: ignore[return-value]
 
     def _in_pieces(self, most: int, constants: Mapping[str, Any], args: Sequence[Any]) -> R:
         """A call in pieces of at most `most` rows: every argument whose first dimension is dynamic is cut along it."""
