@@ -72,7 +72,7 @@ def encode(scaled: Tensor, codebook: Codebook) -> Tensor:
 # ---- kernels --------------------------------------------------------------------------------------------------------
 
 
-@fused(dynamic={"blocks": (0,)})
+@fused(dynamic={"blocks": (0,)}, by_rows=True)
 def quantize_blocks(blocks: Tensor, *, codebook: Codebook) -> tuple[Tensor, Tensor]:
     """The codes and the scales of blocks.  Exact.
 

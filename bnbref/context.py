@@ -16,6 +16,19 @@ from torch import Tensor
 _NOTHING = contextlib.nullcontext()
 
 
+class _AutocastOff:
+    """`torch.autocast(kind, enabled=False)` where autocast is on, for a fifth of the time."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def __enter__(self) -> None:
+        torch.set_autocast_enabled(self.kind, False)
+
+    def __exit__(self, *error: object) -> None:
+        torch.set_autocast_enabled(self.kind, True)
+
+
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Inside, operations on x's device have the dtypes that are written down, whatever the caller's autocast says.
 
@@ -26,7 +39,7 @@ def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     kind = x.device.type
     if kind == "meta" or not torch.is_autocast_enabled(kind):
         return _NOTHING
-    return torch.autocast(kind, enabled=False)
+    return torch.autocast(kind, enabled=False) if torch.compiler.is_dynamo_compiling() else _AutocastOff(kind)
 
 
 def as_autocast(x: Tensor) -> Tensor:

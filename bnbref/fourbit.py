@@ -43,7 +43,7 @@ def row_blocks(blocksize: int) -> int:
 # ---- kernels --------------------------------------------------------------------------------------------------------
 
 
-@fused(dynamic={"rows": (0,)})
+@fused(dynamic={"rows": (0,)}, by_rows=True)
 def quantize_rows(rows: Tensor, *, blocksize: int, codebook: Codebook) -> tuple[Tensor, Tensor]:
     """The packed codes and the scales of rows of whole blocks.  Exact.
 

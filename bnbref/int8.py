@@ -38,7 +38,7 @@ def _cpu_product_is_exact() -> bool:
 _CPU_PRODUCT_IS_EXACT = _cpu_product_is_exact()
 
 
-@fused(dynamic={"rows": (0, 1)})
+@fused(dynamic={"rows": (0, 1)}, by_rows=lambda threshold: threshold <= 0)
 def quantize_int8_rows(rows: Tensor, *, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
     """`[rows, columns]` -> int8 `[rows, columns]`, float32 absmax `[rows]`, bool outlier columns `[columns]`, none
     of them (`[0]`) where the threshold is 0.  Exact."""

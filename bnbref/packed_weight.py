@@ -5,8 +5,8 @@ as the kernels want them, and to look up the compiled code; and a token is two h
 in which its products ended, with its codes and scales bound to them. The next product with activations of the same layout is one
 look-up and a call of compiled code.
 
-What is kept is void once an attribute of the quant state is assigned. It lives as long as the weight's parameter, and is neither
-copied nor saved with it.
+What depends on the scales is kept with the quant state, also for codes that come from elsewhere each time, as FSDP gathers them;
+the rest with the weight's parameter. It is void once an attribute of the state is assigned, and neither copied nor saved.
 """
 
 from collections.abc import Callable
@@ -27,30 +27,26 @@ Product = Callable[[Tensor, Tensor | None], Tensor]
 
 
 class PackedWeight:
-    """The codes of a weight, and the state that decodes them.
+    """The codes of a weight, and the state that decodes them."""
 
-    kept: whether this object will see more than one product, so that preparing them pays.
-    """
-
-    def __init__(self, packed: Tensor, state: QuantState, kept: bool = False) -> None:
-        self.codes, self.state, self.kept = plain(packed), state, kept
-        self._version = state.version
+    def __init__(self, packed: Tensor, state: QuantState) -> None:
+        self.codes, self.state, self._of_state = plain(packed), state, state.kept()
         self._products: dict[Any, Product] = {}
-        self._decoders: dict[Any, Callable[[], Tensor]] = {}
+        self._rows: Tensor | None = None
 
     def is_of(self, state: QuantState | None) -> bool:
         """Whether this is what was prepared from the state as it is now."""
-        return state is self.state and state.version == self._version
+        return state is self.state and state.kept() is self._of_state
 
     def decoded(self, dtype: torch.dtype) -> Tensor:
         """The weight in a dtype, in the shape that was quantized: `QuantState.dequantize`."""
-        if self.kept and not tracing() and compile_enabled():
-            key = dtype, torch.get_num_threads()
-            decode = self._decoders.get(key)
+        if not tracing() and compile_enabled():
+            key = dtype, self.codes.device, self.codes.nbytes, torch.get_num_threads()
+            decode = self._of_state.get(key)
             if decode is not None:
-                return decode()
+                return decode(self)  # type: ignore[no-any-return]
             if not _captured(self.codes):
-                self._decoders[key] = self._decoder(dtype)
+                self._of_state[key] = self._decoder(dtype)
         return self.state.dequantize(self.codes, dtype)
 
     def multiply(self, a: Tensor, bias: Tensor | None) -> Tensor:
@@ -94,19 +90,24 @@ class PackedWeight:
             return state.scales
         return lambda: code(arguments).view(-1)[:blocks]
 
-    def _decoder(self, dtype: torch.dtype) -> Callable[[], Tensor]:
-        """`decoded` for a dtype, prepared."""
+    def _decoder(self, dtype: torch.dtype) -> Callable[["PackedWeight"], Tensor]:
+        """`decoded` for a dtype, of any weight with this state and so many codes, prepared."""
         state = self.state
         shape, blocksize = present(state.shape, "shape"), present(state.blocksize, "blocksize")
         n, width = state.dequantize(self.codes, dtype).numel(), fourbit.row_blocks(blocksize)
         if n % (2 * width * blocksize) != 0:  # a padded row, or a single one
-            return lambda: state.dequantize(self.codes, dtype)
-        rows, scales = in_rows(as_bytes(self.codes), width * blocksize // 2), self._scales()
+            return lambda weight: state.dequantize(weight.codes, dtype)
+        scales, bytes_of_row = self._scales(), width * blocksize // 2
         constants = {"blocksize": blocksize, "codebook": state.codebook, "dtype": dtype}
-        code = fourbit.dequantize_rows.ready((rows, scales().view(-1, width)), constants)
+        code = fourbit.dequantize_rows.ready((self._in_rows(bytes_of_row), scales().view(-1, width)), constants)
         if code is None:
-            return lambda: state.dequantize(self.codes, dtype)
-        return lambda: code((rows, scales().view(-1, width))).view(shape)
+            return lambda weight: state.dequantize(weight.codes, dtype)
+        return lambda weight: code((weight._in_rows(bytes_of_row), scales().view(-1, width))).view(shape)
+
+    def _in_rows(self, width: int) -> Tensor:
+        if self._rows is None:
+            self._rows = in_rows(as_bytes(self.codes), width)
+        return self._rows
 
 
 def _layout(a: Tensor, bias: Tensor | None) -> Any:

@@ -172,7 +172,7 @@ def _kept(packed: Tensor, state: QuantState) -> PackedWeight:
         return PackedWeight(packed, state)
     weight: PackedWeight | None = packed.products
     if weight is None or not weight.is_of(state):
-        weight = packed.products = PackedWeight(packed, state, kept=True)
+        weight = packed.products = PackedWeight(packed, state)
     return weight
 
 

@@ -37,6 +37,10 @@ class QuantState:
     cannot hold. offset `[]` and state2 (itself a QuantState): double quantization.
     """
 
+    _changed: int = -1
+    """A number that each assignment of an attribute makes another."""
+    _kept: Any = None
+
     def __init__(
         self, absmax: Tensor, shape: torch.Size | None = None, code: Tensor | None = None, blocksize: int | None = None,
         quant_type: str | Codebook | None = None, dtype: torch.dtype | None = None, offset: Tensor | None = None,
@@ -55,10 +59,16 @@ class QuantState:
     def __setattr__(self, name: str, value: Any) -> None:
         self.__dict__.update({name: value, "_changed": next(_assignments)})
 
-    @property
-    def version(self) -> tuple[int, int]:
-        """Two numbers, of which one changes when an attribute of the state or of state2 is assigned."""
-        return self._changed, -1 if self.state2 is None else self.state2._changed
+    def kept(self) -> dict[Any, Any]:
+        """For who prepares something from the state: a dictionary that is kept with it until an attribute of the state, or of
+        its state2, is assigned. It is neither copied nor saved."""
+        version = self._changed, None if self.state2 is None else self.state2._changed
+        if self._kept is None or self._kept[0] != version:
+            self.__dict__["_kept"] = version, {}
+        return self._kept[1]  # type: ignore[no-any-return]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_kept"}
 
     def __getattr__(self, name: str) -> Any:
         # FSDP resolves the state dict's key `weight.quant_state.bitsandbytes__nf4` by getattr.

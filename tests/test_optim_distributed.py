@@ -99,7 +99,7 @@ def run_others(rank, ranks, path):
         model = fully_shard(Model().to(backend.device(rank)), mesh=backend.mesh(ranks))
         optimizer = make(name, model.parameters(), **options(name))
         for w, p in zip(model.parameters(), saved[name]["params"], strict=True):
-            w.data.copy_(distribute_tensor(p.to(w.device), w.device_mesh, w.placements))
+            w.data.copy_(distribute_tensor(p.detach().to(w.device), w.device_mesh, w.placements))
         optimizer.load_state_dict(saved[name]["state"])
         ends[name] = trained(model, optimizer, STEPS // 2, STEPS)
     if rank == 0:

@@ -162,6 +162,22 @@ def test_a_second_call_is_a_call_of_compiled_code(monkeypatch):
 
 
 @compiled
+def test_codes_that_come_from_elsewhere_each_time_share_what_their_state_keeps(monkeypatch):
+    """FSDP gathers the codes into new memory for each product."""
+    made = layer(32, 64)
+    x, state, codes = torch.randn(4, 64, requires_grad=True), made.quant_state, made.weight.data
+    made._parameters["weight"] = nn.Parameter(codes.clone(), requires_grad=False)
+    want = made(x)
+    monkeypatch.setattr(bnbref.kernels.Kernel, "__call__", None)
+    made._parameters["weight"] = nn.Parameter(codes.clone(), requires_grad=False)
+    assert raw(made(x)) == raw(want)
+    made._parameters["weight"] = nn.Parameter(codes[:-1].clone(), requires_grad=False)
+    with pytest.raises(ValueError, match="packed must hold 1024 bytes"):
+        made(x)
+    assert state.kept() and not copy.deepcopy(state).kept()
+
+
+@compiled
 @pytest.mark.parametrize("nested", [False, True])
 def test_decoded_weights_of_gradients_are_kept_too(nested, monkeypatch):
     made, x = layer(32, 64, nested=nested), torch.randn(4, 64, requires_grad=True)

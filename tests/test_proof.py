@@ -18,7 +18,7 @@ from strategies import AF4, BF16, DYNAMIC, DYNAMIC_UNSIGNED, F16, F32, FP4, KERN
 
 import bnbref
 from bnbref.codebooks import INT4, fp8
-from bnbref.kernels import REGISTRY, Kernel
+from bnbref.kernels import REGISTRY, Kernel, door
 
 PACKAGE = Path(bnbref.__file__).parent
 
@@ -88,6 +88,21 @@ def test_compiled_is_the_definition(name, variant):
     def run(case):
         with without_definition(kernel):
             got = kernel(*fresh(case.args), **case.kwargs)
+        check(kernel, got, kernel.definition(*case.args, **case.kwargs), case)
+
+    run()
+
+
+@each_variant
+def test_a_definition_in_pieces_is_the_definition(name, variant, monkeypatch):
+    """What loading runs on a GPU where nothing is compiled."""
+    kernel = REGISTRY[name]
+    monkeypatch.setattr(door, "_PIECE", 64)
+
+    @settings(max_examples=5)
+    @given(strategy_of(name, variant)(MANY))
+    def run(case):
+        got = kernel._definition_in_pieces(fresh(case.args), case.kwargs)
         check(kernel, got, kernel.definition(*case.args, **case.kwargs), case)
 
     run()

@@ -251,11 +251,13 @@ class Kernel(Generic[P, R]):
         dynamic: Mapping[str, tuple[int, ...]],
         exact: bool = True,
         writes: Sequence[str] = (),
+        by_rows: bool | Callable[..., bool] = False,
     ) -> None:
         self.name = definition.__name__
         self.definition = definition
         self._plain = Formulation(definition)
         self.exact = exact
+        self._by_rows = by_rows
         self.variants: dict[Any, Callable[..., R]] = {}
         self._calls: dict[Any, Callable[[Sequence[Any]], R]] = {}
         parameters = inspect.signature(definition).parameters
@@ -365,11 +367,12 @@ class Kernel(Generic[P, R]):
             yield args if count == 1 else [t[part] if s else t for t, s in zip(args, by_rows, strict=True)]
 
     def _definition_in_pieces(self, args: Sequence[Any], constants: Mapping[str, Any]) -> R:
-        """The definition, for so many rows at a time that the memory of its intermediate tensors does not count."""
-        dynamic = [(t, dims) for t, dims in self._with_dynamic(args) if t is not None and dims]
-        if any(self._written) or not dynamic or any(dims != (0,) or not t.numel() for t, dims in dynamic):
+        """The definition; where it may, for so many rows at a time that the memory of its intermediate tensors does not count."""
+        by_rows = self._by_rows(**constants) if callable(self._by_rows) else self._by_rows
+        widths = [t.numel() // max(len(t), 1) for t, dims in self._with_dynamic(args) if t is not None and dims]
+        width = max(widths, default=0)
+        if not by_rows or width == 0:
             return self._uncompiled(args, constants)
-        width = max(t.numel() // len(t) for t, _ in dynamic)
         parts = [self._uncompiled(piece, constants) for piece in self._pieces(args, max(1, _PIECE // width))]
         if isinstance(parts[0], Tensor):
             return torch.cat(parts)  # type: ignore[arg-type,return-value]
@@ -566,13 +569,18 @@ def _direct(
 
 
 def fused(
-    *, dynamic: Mapping[str, tuple[int, ...]], exact: bool = True, writes: Sequence[str] = ()
+    *,
+    dynamic: Mapping[str, tuple[int, ...]],
+    exact: bool = True,
+    writes: Sequence[str] = (),
+    by_rows: bool | Callable[..., bool] = False,
 ) -> Callable[[Callable[P, R]], Kernel[P, R]]:
     """Register a pure function as a kernel; calling it runs it compiled.
 
     dynamic: by the name of an argument, its dimensions that vary between calls. exact: whether compiled and eager calls give the
     same bits; False is for kernels that add up floats, whose docstrings then state a bound. writes: names of the arguments into
-    which the results are copied, in order. Raises ValueError for a name that no argument has, and for a second kernel of a name.
+    which the results are copied, in order. by_rows: whether a row of the results comes of that row of the arguments alone, or a
+    function of the constants that says so; some rows can then be computed at a time. Raises ValueError for a name that no argument has, and for a second kernel of a name.
 
     >>> @fused(dynamic={"x": (0,)})
     ... def twice(x: Tensor) -> Tensor:
@@ -589,7 +597,7 @@ def fused(
     """
 
     def register(definition: Callable[P, R]) -> Kernel[P, R]:
-        kernel = Kernel(definition, dynamic, exact, writes)
+        kernel = Kernel(definition, dynamic, exact, writes, by_rows)
         if kernel.name in REGISTRY:
             raise ValueError(f"a kernel named {kernel.name!r} is registered already")
         REGISTRY[kernel.name] = kernel
