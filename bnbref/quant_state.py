@@ -1,6 +1,5 @@
 """QuantState: what is needed to undo a quantization, under bitsandbytes' names, in memory and in a state dict."""
 
-import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -26,7 +25,6 @@ _LARGEST = torch.finfo(torch.float32).max
 _ANY_SIZE = 2**63 - 1
 _NESTED_KEYS = ("nested_absmax", "nested_quant_map", "nested_blocksize", "nested_dtype", "nested_offset")
 _PLAIN_KEYS = ("absmax", "quant_map", "quant_type", "blocksize", "dtype", "shape")
-_assignments = itertools.count()
 
 
 class QuantState:
@@ -37,8 +35,8 @@ class QuantState:
     cannot hold. offset `[]` and state2 (itself a QuantState): double quantization.
     """
 
-    _changed: int = -1
-    """A number that each assignment of an attribute makes another."""
+    _changed: object = None
+    """Another object after each assignment of an attribute."""
     _kept: Any = None
 
     def __init__(
@@ -57,7 +55,9 @@ class QuantState:
         self.nested = state2 is not None
 
     def __setattr__(self, name: str, value: Any) -> None:
-        self.__dict__.update({name: value, "_changed": next(_assignments)})
+        super().__setattr__(name, value)
+        if not torch.compiler.is_dynamo_compiling():
+            self.__dict__["_changed"] = object()
 
     def kept(self) -> dict[Any, Any]:
         """For who prepares something from the state: a dictionary that is kept with it until an attribute of the state, or of
@@ -68,7 +68,7 @@ class QuantState:
         return self._kept[1]  # type: ignore[no-any-return]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_kept"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_changed", "_kept")}
 
     def __getattr__(self, name: str) -> Any:
         # FSDP resolves the state dict's key `weight.quant_state.bitsandbytes__nf4` by getattr.

@@ -580,7 +580,8 @@ def fused(
     dynamic: by the name of an argument, its dimensions that vary between calls. exact: whether compiled and eager calls give the
     same bits; False is for kernels that add up floats, whose docstrings then state a bound. writes: names of the arguments into
     which the results are copied, in order. by_rows: whether a row of the results comes of that row of the arguments alone, or a
-    function of the constants that says so; some rows can then be computed at a time. Raises ValueError for a name that no argument has, and for a second kernel of a name.
+    function of the constants that says so; some rows can then be computed at a time. Raises ValueError for a name that no
+    argument has, and for a second kernel of a name.
 
     >>> @fused(dynamic={"x": (0,)})
     ... def twice(x: Tensor) -> Tensor:
