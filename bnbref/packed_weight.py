@@ -30,7 +30,8 @@ class PackedWeight:
     """The codes of a weight, and the state that decodes them."""
 
     def __init__(self, packed: Tensor, state: QuantState) -> None:
-        self.codes, self.state, self._of_state = plain(packed), state, state.kept()
+        self.codes, self.state = plain(packed), state
+        self._of_state = None if tracing() else state.kept()
         self._products: dict[Any, Product] = {}
         self._rows: Tensor | None = None
 
@@ -41,12 +42,12 @@ class PackedWeight:
     def decoded(self, dtype: torch.dtype) -> Tensor:
         """The weight in a dtype, in the shape that was quantized: `QuantState.dequantize`."""
         if not tracing() and compile_enabled():
-            key = dtype, self.codes.device, self.codes.nbytes, torch.get_num_threads()
-            decode = self._of_state.get(key)
+            kept, key = self.state.kept(), (dtype, self.codes.device, self.codes.nbytes, torch.get_num_threads())
+            decode = kept.get(key)
             if decode is not None:
                 return decode(self)  # type: ignore[no-any-return]
             if not _captured(self.codes):
-                self._of_state[key] = self._decoder(dtype)
+                kept[key] = self._decoder(dtype)
         return self.state.dequantize(self.codes, dtype)
 
     def multiply(self, a: Tensor, bias: Tensor | None) -> Tensor:

@@ -161,6 +161,20 @@ def test_a_second_call_is_a_call_of_compiled_code(monkeypatch):
         made(x)
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_trace_neither_reads_nor_leaves_what_is_kept(nested):
+    """A graph that were guarded by it, or broken at it, would be compiled anew, or run in pieces without a CUDA graph."""
+    model, x = nn.Sequential(layer(64, 64, nested), layer(64, 64, nested, seed=1)), torch.randn(1, 64)
+    with torch.no_grad():
+        for _ in range(2):
+            found = torch._dynamo.explain(model)(x)
+            assert (found.graph_count, found.graph_break_count) == (1, 0)
+            assert not [
+                guard.name for guard in found.out_guards if "state._kept" in guard.name or "_changed" in guard.name
+            ]
+            assert raw(model(x)) == raw(anew(model[1], anew(model[0], x)))
+
+
 @compiled
 def test_codes_that_come_from_elsewhere_each_time_share_what_their_state_keeps(monkeypatch):
     """FSDP gathers the codes into new memory for each product."""
