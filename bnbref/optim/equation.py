@@ -26,6 +26,7 @@ from torch._compile import _disable_dynamo
 from bnbref.codebooks import Codebook
 from bnbref.optim.rules import Rule, State, absmax_key, qmap_key
 from bnbref.optim.symbols import LARGEST, Names, Recording, Symbol
+from bnbref.optim.weights import CORRECTION
 
 
 class Equation(Rule):
@@ -138,7 +139,7 @@ def check(rule: Any) -> Rule:
     states: Any = getattr(rule, "states", None)
     if not isinstance(states, tuple) or not all(isinstance(s, State) for s in states):
         raise TypeError(f'states of {rule!r} must be a tuple of State, as in (State("state1"),), got {states!r}')
-    keys = ["step", "unorm_vec"]
+    keys = ["step", "unorm_vec", CORRECTION]
     for s in states:
         if not isinstance(s.key, str) or not s.key.isidentifier():
             raise ValueError(f"a state of {rule!r} must have a name of letters, digits and underscores, got {s.key!r}")

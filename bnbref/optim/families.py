@@ -26,6 +26,7 @@ class Options(TypedDict, total=False):
     page_directory: str | Path | None
     page_bytes: int
     stochastic_rounding: bool
+    master_weight_bits: int | None
     generator: torch.Generator | None
     maximize: bool
     foreach: bool | None

@@ -19,8 +19,9 @@ from bnbref.optim.equation import Equation, at_step, check, layout
 from bnbref.optim.rules import Rule
 from bnbref.optim.saved import gathered, packed, unpacked
 from bnbref.optim.settings import ANYWHERE, GlobalOptimManager, check_settings
-from bnbref.optim.sharding import local, shard_of
-from bnbref.optim.update import Tails, new_state, step
+from bnbref.optim.sharding import like, local, shard_of
+from bnbref.optim.update import Tails, correction, new_state, step
+from bnbref.optim.weights import CORRECTION, check_correction, correction_dtype, opened, split
 
 _MANY = 8  # equations of one rule: a few numbers are changed by hand, more are computed
 
@@ -34,7 +35,9 @@ class Optimizer(torch.optim.Optimizer):
     optim_bits: 32 or 8. min_8bit_size: smaller parameters have their state in 32 bits. max_unorm: of clipped rules. is_paged:
     the state of parameters of 100,000 elements or more is kept in pinned host memory and streamed, at most page_bytes of it
     on the device at a time. page_directory: it is kept in memory-mapped files there. stochastic_rounding: of bfloat16, by
-    the default generator of the device or the one given: set its state to repeat a run. maximize: against the gradient's sign.
+    the default generator of the device or the one given: set its state to repeat a run. master_weight_bits: 24 or 32 keeps a
+    correction of 8 or 16 bits beside parameters of 16 bits, which are then trained as if they had so many bits (see
+    `bnbref.optim.weights`, `exact_weight`). maximize: against the gradient's sign.
     foreach, fused: which of torch's implementations is to run; there is one here, whatever they say. capturable,
     differentiable: False, as the coefficients of a step are made on the host and no graph is kept.
 
@@ -57,7 +60,7 @@ class Optimizer(torch.optim.Optimizer):
     def __init__(
         self, params: Any, rule: Rule, defaults: Mapping[str, Any], *, optim_bits: int = 32, min_8bit_size: int = 4096,
         blocksize: int = 256, max_unorm: float = 0.0, is_paged: bool = False, page_directory: str | Path | None = None,
-        page_bytes: int = paging.PAGE_BYTES, stochastic_rounding: bool = False,
+        page_bytes: int = paging.PAGE_BYTES, stochastic_rounding: bool = False, master_weight_bits: int | None = None,
         generator: torch.Generator | None = None, maximize: bool = False, foreach: bool | None = None,
         fused: bool | None = None, capturable: bool = False, differentiable: bool = False,
     ) -> None:  # fmt: skip
@@ -67,7 +70,8 @@ class Optimizer(torch.optim.Optimizer):
         self.is_paged = is_paged
         self._own: dict[str, Any] = {
             "optim_bits": optim_bits, "min_8bit_size": min_8bit_size, "blocksize": blocksize,
-            "max_unorm": max_unorm if rule.clipped else 0.0, "stochastic_rounding": stochastic_rounding, "maximize": maximize,
+            "max_unorm": max_unorm if rule.clipped else 0.0, "stochastic_rounding": stochastic_rounding,
+            "master_weight_bits": master_weight_bits, "maximize": maximize,
         }  # fmt: skip
         others = {
             "is_paged": is_paged, "page_directory": page_directory, "page_bytes": page_bytes, "generator": generator,
@@ -85,7 +89,7 @@ class Optimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            self._check(group)
+            self._check({**self._own, **group})
             self._at_step(1, {**self._own, **group})
         except (TypeError, ValueError, NotImplementedError):
             self.param_groups.pop()
@@ -146,6 +150,8 @@ class Optimizer(torch.optim.Optimizer):
         for p, _, config in jobs:
             if not self.state[p]:
                 self.state[p] = self.new_state(p, config, self._memory(p))
+            elif CORRECTION not in self.state[p]:  # loaded from a run without
+                self.state[p].update(_new_correction(p, config, self._memory(p)))
         tails = Tails()
         states = self._placement.stream([(p.device, self.state[p]) for p, _, _ in jobs])
         for (p, grad, config), state in zip(jobs, states, strict=True):
@@ -173,9 +179,9 @@ class Optimizer(torch.optim.Optimizer):
                 if p.grad is None:
                     continue
                 own = overrides.get(p) if overrides else None
-                if own is not None:
-                    self._check(own)
                 config = common if own is None else {**common, **own}
+                if own is not None:
+                    self._check(config)
                 jobs.append((p, self._checked_gradient(p, p.grad), config))
         return jobs
 
@@ -195,6 +201,8 @@ class Optimizer(torch.optim.Optimizer):
                 f"a gradient must be in memory of its own, or in just its parameter's: of shape {tuple(shape)} they begin "
                 f"{here.data_ptr() - local(p).data_ptr()} bytes apart"
             )
+        if CORRECTION in self.state[p]:
+            check_correction(p, self.state[p][CORRECTION])
         for key in [s.key for s in self.rule.states] if self.state[p] else []:
             if self.state[p][key].shape != shape:
                 raise ValueError(
@@ -238,16 +246,54 @@ class Optimizer(torch.optim.Optimizer):
                 f"page_directory takes whole parameters: one of shape {tuple(p.shape)} is sharded, and what its ranks would "
                 f"write is no checkpoint"
             )
-        return {"step": 0, **new_state(self.rule, local(p).shape, bits, blocksize, empty, shard)}
+        state = new_state(self.rule, local(p).shape, bits, blocksize, empty, shard)
+        return {"step": 0, **state, **_new_correction(p, config, empty)}
 
     def _memory(self, p: Tensor) -> Callable[[str, Any, torch.dtype], Tensor]:
         """A function that gives memory to a state of p, of its key, shape and dtype."""
-        index = next(i for i, q in enumerate(self._parameters()) if q is p)
 
         def empty(key: str, shape: Any, dtype: torch.dtype) -> Tensor:
+            index = next(i for i, q in enumerate(self._parameters()) if q is p)
             return self._placement.empty(p.device, local(p).numel(), f"{index}.{key}", shape, dtype)
 
         return empty
+
+    # ---- weights ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def exact_weight(self, p: Tensor) -> Tensor:
+        """The value that p is trained with, float32: what it and its correction stand for. Of a shard, that of the shard.  Exact.
+
+        >>> from bnbref.optim import SGD
+        >>> p = torch.nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+        >>> p.grad = torch.tensor([2.0**-12], dtype=torch.bfloat16)
+        >>> optimizer = SGD([p], lr=1.0, momentum=0.9, master_weight_bits=32)
+        >>> optimizer.step()
+        >>> p.item(), optimizer.exact_weight(p).item() == 1 - 2**-12
+        (1.0, True)
+        """
+        own = local(p.detach())
+        value = opened(own.reshape(-1), [x.to(own.device) for x in correction(self.state.get(p, {}))]).view(own.shape)
+        return like(p, value)
+
+    @torch.no_grad()
+    def set_exact_weight(self, p: Tensor, value: Tensor) -> None:
+        """Set p, and its correction, to a float32 value of its shape, which `exact_weight` then returns."""
+        own, given = local(p.detach()), local(value)
+        if given.shape != own.shape or given.dtype != torch.float32:
+            raise ValueError(
+                f"value must be float32 of shape {tuple(own.shape)}, as the parameter, got {given.dtype} of {tuple(given.shape)}"
+            )
+        if not self.state[p]:
+            group = next(group for group in self.param_groups if any(q is p for q in group["params"]))
+            self.state[p] = self.new_state(p, self.settings(p, group), self._memory(p))
+        if CORRECTION not in self.state[p]:
+            own.copy_(given)
+            return
+        kept = self.state[p][CORRECTION]
+        nearest, rest = split(given, own.dtype, kept.dtype)
+        own.copy_(nearest)
+        kept.copy_(rest)
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -286,6 +332,12 @@ class Optimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         own = ("rule", "is_paged", "_own", "_layout", "_sources", "_generator", "_placement")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+
+
+def _new_correction(p: Tensor, config: Mapping[str, Any], empty: Callable[..., Tensor]) -> dict[str, Tensor]:
+    """A correction of 0 for a parameter that is to have one."""
+    dtype = correction_dtype(p.dtype, config["master_weight_bits"])
+    return {} if dtype is None else {CORRECTION: empty(CORRECTION, tuple(local(p).shape), dtype).zero_()}
 
 
 def _partly_shared(p: Tensor, g: Tensor) -> bool:

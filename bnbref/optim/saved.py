@@ -16,6 +16,7 @@ from bnbref.blockwise import block_count, check_blocksize
 from bnbref.codebooks import DYNAMIC, DYNAMIC_UNSIGNED, is_table_of, value_table
 from bnbref.optim.rules import Rule, State, absmax_key, qmap_key
 from bnbref.optim.sharding import gather, gather_scales, local, shard_of
+from bnbref.optim.weights import CORRECTION, check_correction
 
 WRAPPED = "__bnb_optimizer_quant_state__"
 
@@ -31,6 +32,9 @@ def gathered(rule: Rule, p: Tensor, state: Mapping[str, Any], blocksize: int) ->
         if state[s.key].dtype == torch.uint8:
             blocks = check_blocksize(blocksize, p.numel())
             whole[absmax_key(s.key)] = gather_scales(shard, state[absmax_key(s.key)], blocks)
+    if CORRECTION in state:
+        # As int32, because gloo knows no int16.
+        whole[CORRECTION] = gather(p, state[CORRECTION].to(torch.int32)).to(state[CORRECTION].dtype)
     return whole
 
 
@@ -47,6 +51,8 @@ def packed(rule: Rule, state: Mapping[str, Any]) -> dict[str, Any]:
                 wrapped[name(s.key)] = parts[0] if len(parts) == 1 else torch.stack(parts)
         if state[s.key].dtype == torch.uint8:
             wrapped[qmap_key(s.key)] = value_table(rule.codebook(s), torch.device("cpu"))
+    if CORRECTION in state:
+        wrapped[CORRECTION] = state[CORRECTION]
     if rule.clipped and wrapped:
         wrapped["unorm_vec"] = torch.zeros(1)  # room that bitsandbytes expects to find
     return {"step": state["step"], WRAPPED: wrapped} if wrapped else {"step": state["step"]}
@@ -83,6 +89,11 @@ def unpacked(
             scales = scales[blocks.start : blocks.stop]
         keep(s.key, codes, torch.uint8)
         state[key] = empty(key, tuple(scales.shape), torch.float32).copy_(scales)
+    if CORRECTION in saved:
+        correction = check_correction(p, saved[CORRECTION])
+        if correction.numel() != p.numel():
+            raise ValueError(f"saved {CORRECTION} has {correction.numel()} elements, its parameter has {p.numel()}")
+        keep(CORRECTION, correction, correction.dtype)
     return state
 
 

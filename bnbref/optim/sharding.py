@@ -150,14 +150,21 @@ def total(shard: Shard | None, x: Tensor) -> Tensor:
     return x
 
 
-def gather(p: Tensor, x: Tensor) -> Tensor:
-    """A whole state, on the CPU. x: the part of it that belongs to this rank's part of p. A collective call."""
+def like(p: Tensor, x: Tensor) -> Tensor:
+    """What this rank has of a tensor as such a tensor as p is: a DTensor with p's placements, if p is one."""
+    if shard_of(p) is None:
+        return x
     from torch.distributed.tensor import DTensor
 
-    if not isinstance(p, DTensor):
-        raise TypeError(f"p must be a DTensor, got {type(p).__name__}")
-    whole = DTensor.from_local(x, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()).full_tensor()
-    return whole.cpu()
+    sharded: Any = p
+    return DTensor.from_local(x, sharded.device_mesh, sharded.placements, shape=p.shape, stride=p.stride())
+
+
+def gather(p: Tensor, x: Tensor) -> Tensor:
+    """A whole state, on the CPU. x: the part of it that belongs to this rank's part of p, a DTensor. A collective call."""
+    whole: Any = like(p, x)
+    tensor: Tensor = whole.full_tensor()
+    return tensor.cpu()
 
 
 def gather_scales(shard: Shard, absmax: Tensor, blocksize: int) -> Tensor:
