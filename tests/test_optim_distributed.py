@@ -72,6 +72,12 @@ def run_two(rank, ranks, path):
         found[name] = {"params": halfway, "state": state, "end": trained(model, optimizer, STEPS // 2, STEPS)}
     model = fully_shard(Model(torch.bfloat16), mesh=mesh)
     found["bfloat16"] = trained(model, make("AdamW8bit", model.parameters(), **options("AdamW8bit")), 0, STEPS)
+    for bits in (24, 32):
+        model = fully_shard(Model(torch.bfloat16), mesh=mesh)
+        optimizer = make("AdamW8bit", model.parameters(), **options("AdamW8bit"), master_weight_bits=bits)
+        end = trained(model, optimizer, 0, STEPS)
+        exact = [optimizer.exact_weight(p).full_tensor() for p in model.parameters()]
+        found[bits] = {"end": end, "exact": exact, "state": optimizer.state_dict()}
     model = DistributedDataParallel(Model())
     found["DDP"] = trained(model, make("AdamW8bit", model.parameters(), **options("AdamW8bit")), 0, STEPS)
     model = Model()
@@ -138,6 +144,16 @@ def test_sharded_is_unsharded(two):
         assert same_bits(found[name]["end"], end), name
         assert_same_state(found[name]["state"]["state"], state["state"])
     assert same_bits(found["bfloat16"], alone("AdamW8bit", torch.bfloat16)[2])
+
+
+@pytest.mark.usefixtures("eager")
+def test_sharded_weights_have_the_corrections_of_unsharded_ones(two):
+    for bits in (24, 32):
+        found, model = two[1][bits], Model(torch.bfloat16)
+        optimizer = make("AdamW8bit", model.parameters(), **options("AdamW8bit"), master_weight_bits=bits)
+        assert same_bits(found["end"], trained(model, optimizer, 0, STEPS))
+        assert same_bits(found["exact"], [optimizer.exact_weight(p) for p in model.parameters()])
+        assert_same_state(found["state"]["state"], optimizer.state_dict()["state"])
 
 
 def assert_same_state(got, want):

@@ -10,7 +10,6 @@ import torch
 from conftest import same_bits
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import RULES
 from torch import nn
 
 import bnbref
@@ -148,3 +147,217 @@ def test_compiled_is_eager(kernel, dtype, correction):
         results.append([y for y in args if y is not None])
         assert same_bits(args[0].view(-1)[:3], p.view(-1)[:3]) and torch.equal(args[-1].view(-1)[:3], c.view(-1)[:3])
     assert all(map(same_bits, *results))
+
+
+# ---- optimizers -----------------------------------------------------------------------------------------------------
+
+SIZES = ((300, 20), (7,), (5000,), (64, 100))
+
+
+def gradients(t, dtype=BF16):
+    generator = torch.Generator().manual_seed(t)
+    return [torch.randn(size, generator=generator).to(dtype) * 2.0 ** (i - 2) for i, size in enumerate(SIZES)]
+
+
+def parameters(dtype=BF16):
+    generator = torch.Generator().manual_seed(99)
+    return [nn.Parameter(torch.randn(size, generator=generator).to(dtype)) for size in SIZES]
+
+
+def step(params, optimizer, t):
+    for p, g in zip(params, gradients(t), strict=True):
+        p.grad = g.to(p.dtype)
+    optimizer.step()
+
+
+def tensors(optimizer):
+    return [x for state in optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
+
+
+@quick
+@pytest.mark.filterwarnings("ignore:paged state")
+@pytest.mark.parametrize("name", ALL)
+def test_of_32_bits_every_class_trains_as_on_float32(name):
+    """The same bits of values and states as a float32 parameter has; and the parameter is the nearest bfloat16."""
+    params, wide = parameters(), [nn.Parameter(p.detach().float()) for p in parameters()]
+    optimizer = make(name, params, lr=1e-3, weight_decay=0.1, master_weight_bits=32)
+    want = make(name, wide, lr=1e-3, weight_decay=0.1)
+    for t in range(4):
+        step(params, optimizer, t)
+        step(wide, want, t)
+    for p, w in zip(params, wide, strict=True):
+        assert same_bits(optimizer.exact_weight(p), w.detach())
+        assert (p.detach().float() - w).abs().max() <= 2**-8 * w.abs().max()
+        state = {key: x for key, x in optimizer.state[p].items() if key != weights.CORRECTION}
+        assert state.pop("step") == 4
+        assert all(same_bits(x, want.state[w][key]) for key, x in state.items())
+
+
+@quick
+@each_kind
+@pytest.mark.parametrize("name", ["AdamW8bit", "SGD32bit", "LAMB8bit"])
+def test_a_step_is_one_on_float32_and_a_split(name, dtype, correction):
+    params = parameters(dtype)
+    bits = 24 if correction == torch.int8 else 32
+    optimizer = make(name, params, lr=1e-3, weight_decay=0.1, master_weight_bits=bits)
+    wide = [nn.Parameter(p.detach().float()) for p in params]
+    want = make(name, wide, lr=1e-3, weight_decay=0.1)
+    for t in range(4):
+        step(params, optimizer, t)
+        for w in wide:
+            w.grad = None
+        for w, g in zip(wide, gradients(t), strict=True):
+            w.grad = g.to(dtype).float()
+        want.step()
+        for p, w in zip(params, wide, strict=True):
+            near, rest = weights.split(w.detach(), dtype, correction)
+            assert same_bits(p.detach(), near) and torch.equal(optimizer.state[p][weights.CORRECTION], rest)
+            w.data.copy_(weights.exact(near, rest))
+
+
+@quick
+@pytest.mark.parametrize("bits", [24, 32])
+@pytest.mark.parametrize("name", ["AdamW8bit", "PagedLion8bit", "AdEMAMix32bit", "LARS8bit", "SGD"])
+@pytest.mark.filterwarnings("ignore:paged state")
+def test_resumed_is_uninterrupted_and_a_directory_is_resident(name, bits, tmp_path):
+    params, optimizer = parameters(), None
+    optimizer = make(name, params, master_weight_bits=bits)
+    for t in range(2):
+        step(params, optimizer, t)
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    others = [nn.Parameter(p.detach().clone()) for p in params]
+    resumed = make(name, others, master_weight_bits=bits)
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    paged = [nn.Parameter(p.detach().clone()) for p in parameters()]
+    away = make(name, paged, master_weight_bits=bits, page_directory=tmp_path / "pages")
+    for t in range(2):
+        step(paged, away, t)
+    for t in range(2, 4):
+        step(params, optimizer, t)
+        step(others, resumed, t)
+        step(paged, away, t)
+    want = [*(p.detach() for p in params), *tensors(optimizer)]
+    assert same_bits([*(p.detach() for p in others), *tensors(resumed)], want)
+    assert same_bits([*(p.detach() for p in paged), *tensors(away)], want)
+    read = optim.read_pages(tmp_path / "pages")
+    assert torch.equal(read[0][weights.CORRECTION], optimizer.state[params[0]][weights.CORRECTION])
+    copied = copy.deepcopy(optimizer)
+    assert same_bits(tensors(copied), tensors(optimizer))
+
+
+@quick
+@pytest.mark.parametrize("bits", [24, 32])
+def test_streamed_is_resident(bits):
+    from test_optim_paging import FarAway, LateCopies
+
+    results = []
+    for placement in (None, FarAway(True, page_bytes=20_000, copies=LateCopies)):
+        params = parameters()
+        optimizer = optim.AdamW8bit(params, master_weight_bits=bits)
+        optimizer._placement = placement or optimizer._placement
+        for t in range(3):
+            step(params, optimizer, t)
+        results.append([*(p.detach() for p in params), *tensors(optimizer)])
+    assert same_bits(*results)
+
+
+@quick
+def test_small_steps_are_not_lost():
+    """100 steps of 2^-12 on a weight of 1, where a bfloat16 moves by 2^-8 at least."""
+    ends = {}
+    for bits in (None, 24, 32):
+        p = nn.Parameter(torch.ones(2, dtype=BF16))
+        optimizer = optim.SGD([p], lr=2.0**-12, momentum=1e-30, master_weight_bits=bits)
+        for _ in range(100):
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+        ends[bits] = optimizer.exact_weight(p)[0].item()
+    assert ends == {None: 1.0, 24: 1 - 100 * 2**-12, 32: 1 - 100 * 2**-12}
+
+
+@quick
+def test_an_exact_value_is_read_and_set():
+    params = parameters()
+    optimizer = optim.AdamW8bit(params, master_weight_bits=32)
+    value = torch.randn(SIZES[0]) * 3
+    optimizer.set_exact_weight(params[0], value)  # before the first step, too
+    assert same_bits(optimizer.exact_weight(params[0]), value)
+    assert same_bits(optimizer.exact_weight(params[1]), params[1].detach().float())
+    step(params, optimizer, 0)
+    saved = [optimizer.exact_weight(p) for p in params]
+    others = parameters()
+    other = optim.AdamW8bit(others, master_weight_bits=32)
+    other.load_state_dict(optimizer.state_dict())
+    for p, x in zip(others, saved, strict=True):
+        other.set_exact_weight(p, x)
+    step(params, optimizer, 1)
+    step(others, other, 1)
+    assert same_bits([p.detach() for p in params], [p.detach() for p in others])
+    with pytest.raises(ValueError, match="float32"):
+        other.set_exact_weight(others[0], value.double())
+    plain = optim.AdamW8bit(parameters())
+    plain.set_exact_weight(plain.param_groups[0]["params"][0], value)
+    assert same_bits(plain.param_groups[0]["params"][0].detach(), value.to(BF16))
+
+
+@quick
+def test_groups_overrides_and_float32_parameters():
+    params = parameters()
+    wide = nn.Parameter(torch.ones(5000))
+    groups = [{"params": params[:2], "master_weight_bits": 24}, {"params": [*params[2:], wide]}]
+    optimizer = optim.AdamW8bit(groups, master_weight_bits=32)
+    optim.GlobalOptimManager.get_instance().override_config(params[3], "master_weight_bits", None)
+    wide.grad = torch.ones_like(wide)
+    step(params, optimizer, 0)
+    found = [optimizer.state[p].get(weights.CORRECTION) for p in (*params, wide)]
+    assert [None if x is None else x.dtype for x in found] == [torch.int8, torch.int8, torch.int16, None, None]
+    assert sum(x.nbytes for x in optimizer.state[params[2]].values() if isinstance(x, torch.Tensor)) == 5000 * 4 + 20 * 8
+
+
+@quick
+def test_a_state_without_a_correction_begins_with_none_missing():
+    params = parameters()
+    plain = optim.AdamW8bit(params)
+    step(params, plain, 0)
+    optimizer = optim.AdamW8bit(params, master_weight_bits=24)
+    optimizer.load_state_dict(plain.state_dict())
+    step(params, optimizer, 1)
+    assert all(optimizer.state[p][weights.CORRECTION].dtype == torch.int8 for p in params)
+
+
+@quick
+def test_what_is_refused():
+    p = nn.Parameter(torch.ones(5000, dtype=BF16))
+    for bits, error in ((16, ValueError), (8, ValueError), (24.0, TypeError), ("24", TypeError)):
+        with pytest.raises(error, match="master_weight_bits"):
+            optim.AdamW8bit([p], master_weight_bits=bits)
+    with pytest.raises(ValueError, match="stochastic_rounding"):
+        optim.AdamW8bit([p], master_weight_bits=24, stochastic_rounding=True)
+    with pytest.raises(ValueError, match="stochastic_rounding"):
+        optim.AdamW8bit([{"params": [p], "stochastic_rounding": True}], master_weight_bits=24)
+    optimizer = optim.AdamW8bit([p], master_weight_bits=24)
+    p.grad = torch.ones_like(p)
+    optim.GlobalOptimManager.get_instance().override_config(p, "stochastic_rounding", True)
+    with pytest.raises(ValueError, match="stochastic_rounding"):
+        optimizer.step()
+    optim.GlobalOptimManager.get_instance().initialize()
+    optimizer.step()
+    saved = optimizer.state_dict()
+    wide = nn.Parameter(torch.ones(5000))
+    with pytest.raises(ValueError, match=r"float32"):
+        optim.AdamW8bit([wide]).load_state_dict(saved)
+    half = nn.Parameter(p.detach().half())
+    state = optim.AdamW8bit([p], master_weight_bits=32)
+    state.set_exact_weight(p, torch.full((5000,), 1 + 2.0**-9))
+    with pytest.raises(ValueError, match="4096"):
+        optim.AdamW8bit([half]).load_state_dict(state.state_dict())
+    p.data = p.data.float()
+    p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match=r"float32"):
+        optimizer.step()
+
+    class Taken(optim.Rule):
+        states = (optim.State("correction"),)
+
+    with pytest.raises(ValueError, match="correction"):
+        optim.Optimizer([wide], Taken(), {"lr": 1.0})

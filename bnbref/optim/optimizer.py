@@ -202,7 +202,7 @@ class Optimizer(torch.optim.Optimizer):
                 f"{here.data_ptr() - local(p).data_ptr()} bytes apart"
             )
         if CORRECTION in self.state[p]:
-            check_correction(p, self.state[p][CORRECTION])
+            check_correction(p, self.state[p][CORRECTION].dtype)
         for key in [s.key for s in self.rule.states] if self.state[p] else []:
             if self.state[p][key].shape != shape:
                 raise ValueError(

@@ -16,7 +16,7 @@ from bnbref.blockwise import block_count, check_blocksize
 from bnbref.codebooks import DYNAMIC, DYNAMIC_UNSIGNED, is_table_of, value_table
 from bnbref.optim.rules import Rule, State, absmax_key, qmap_key
 from bnbref.optim.sharding import gather, gather_scales, local, shard_of
-from bnbref.optim.weights import CORRECTION, check_correction
+from bnbref.optim.weights import CORRECTION, checked_correction
 
 WRAPPED = "__bnb_optimizer_quant_state__"
 
@@ -90,9 +90,7 @@ def unpacked(
         keep(s.key, codes, torch.uint8)
         state[key] = empty(key, tuple(scales.shape), torch.float32).copy_(scales)
     if CORRECTION in saved:
-        correction = check_correction(p, saved[CORRECTION])
-        if correction.numel() != p.numel():
-            raise ValueError(f"saved {CORRECTION} has {correction.numel()} elements, its parameter has {p.numel()}")
+        correction = checked_correction(p, saved[CORRECTION])
         keep(CORRECTION, correction, correction.dtype)
     return state
 

@@ -67,12 +67,9 @@ def rounded(x: Tensor, dtype: torch.dtype, noise: Tensor | None) -> Tensor:
 
 def closed(
     x: Tensor, dtype: torch.dtype, noise: Tensor | None, correction: Sequence[Tensor]
-) -> tuple[tuple[Tensor], tuple[Tensor, ...]]:
-    """x as a parameter of a dtype, and its new correction if it has one: in which case it takes no noise."""
-    if correction:
-        p, rest = split(x, dtype, correction[0].dtype)
-        return (p,), (rest,)
-    return (rounded(x, dtype, noise),), ()
+) -> tuple[Tensor, ...]:
+    """x as a parameter of a dtype, and its new correction if it had one; then there is no noise."""
+    return split(x, dtype, correction[0].dtype) if correction else (rounded(x, dtype, noise),)
 
 
 # ---- float32 --------------------------------------------------------------------------------------------------------
@@ -88,8 +85,8 @@ def step_elements(
     """
     states, correction = states[: len(rule.states)], states[len(rule.states) :]
     _, p_new, _, new = advance(rule, opened(p, correction), g, states, hyper)
-    p, rest = closed(p_new, p.dtype, noise, correction)
-    return (*p, *new, *rest)
+    rounded_p, *rest = closed(p_new, p.dtype, noise, correction)
+    return (rounded_p, *new, *rest)
 
 
 @fused(dynamic={"p": (0,), "g": (0,), "states": (0,)})
@@ -115,8 +112,8 @@ def advance_blocks(
     """What `step_blocks` returns, with states decoded by `values` and encoded by `codes`."""
     states, correction = states[: 2 * len(rule.states)], states[2 * len(rule.states) :]
     finite, p_new, _, new = advance(rule, opened(p, correction), g, decoded(states, values), hyper)
-    (p,), rest = closed(p_new, p.dtype, noise, correction)
-    results = [p]
+    rounded_p, *rest = closed(p_new, p.dtype, noise, correction)
+    results = [rounded_p]
     for i, (x, before) in enumerate(zip(new, states[1::2], strict=True)):
         # An element that stays holds its block's absmax where it was, lest it move by the rounding of another scale.
         absmax = torch.where(finite, magnitude(x), rearrange(before, "b -> b 1")).amax(-1)

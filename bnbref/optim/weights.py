@@ -92,10 +92,20 @@ def opened(p: Tensor, corrections: Sequence[Tensor]) -> Tensor:
     return exact(p, *corrections) if corrections else p.float()
 
 
-def check_correction(p: Tensor, correction: Tensor) -> Tensor:
-    """The correction, if it can be one of p: ValueError if not."""
+def check_correction(p: Tensor, correction: torch.dtype) -> None:
+    """Raise ValueError if a correction of that dtype is none that p can have."""
     if p.dtype not in _LINES:
         raise ValueError(f"a correction belongs to bfloat16 or float16, but its parameter has {p.dtype}")
-    if correction.dtype not in _CORRECTIONS.values():
-        raise ValueError(f"a correction must be int8 or int16, got {correction.dtype}")
-    return correction
+    if correction not in _CORRECTIONS.values():
+        raise ValueError(f"a correction must be int8 or int16, got {correction}")
+
+
+def checked_correction(p: Tensor, saved: Tensor) -> Tensor:
+    """The correction that was saved, if it is one of p: ValueError if not."""
+    check_correction(p, saved.dtype)
+    if saved.numel() != p.numel():
+        raise ValueError(f"saved {CORRECTION} has {saved.numel()} elements, its parameter has {p.numel()}")
+    most = 1 << (_LINES[p.dtype].shift - 1)
+    if saved.numel() and not -most <= int(saved.min()) <= int(saved.max()) <= most:
+        raise ValueError(f"saved {CORRECTION} goes beyond {most}, half a step of {p.dtype}: it is of a bfloat16 parameter")
+    return saved
