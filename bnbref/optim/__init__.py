@@ -13,6 +13,11 @@ from bnbref.optim.families import (
     AdEMAMix, AdEMAMix8bit, AdEMAMix32bit, PagedAdEMAMix, PagedAdEMAMix8bit, PagedAdEMAMix32bit,
 )  # fmt: skip
 
+from bnbref.optim.schedule_free import (
+    AdamWScheduleFree, AdamWScheduleFree8bit, AdamWScheduleFree32bit, PagedAdamWScheduleFree, PagedAdamWScheduleFree8bit,
+    PagedAdamWScheduleFree32bit,
+)  # fmt: skip
+
 # isort: on
 from bnbref.optim.optimizer import Optimizer
 from bnbref.optim.paging import read_pages
@@ -29,5 +34,7 @@ __all__ = [  # noqa: RUF022
     "RMSprop", "RMSprop8bit", "RMSprop32bit", "PagedRMSprop", "PagedRMSprop8bit", "PagedRMSprop32bit",
     "Adagrad", "Adagrad8bit", "Adagrad32bit", "PagedAdagrad", "PagedAdagrad8bit", "PagedAdagrad32bit",
     "AdEMAMix", "AdEMAMix8bit", "AdEMAMix32bit", "PagedAdEMAMix", "PagedAdEMAMix8bit", "PagedAdEMAMix32bit",
+    "AdamWScheduleFree", "AdamWScheduleFree8bit", "AdamWScheduleFree32bit",
+    "PagedAdamWScheduleFree", "PagedAdamWScheduleFree8bit", "PagedAdamWScheduleFree32bit",
     "GlobalOptimManager", "Optimizer", "Rule", "State", "read_pages",
 ]  # fmt: skip

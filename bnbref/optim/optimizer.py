@@ -21,7 +21,7 @@ from bnbref.optim.saved import gathered, packed, unpacked
 from bnbref.optim.settings import ANYWHERE, GlobalOptimManager, check_settings
 from bnbref.optim.sharding import like, local, shard_of
 from bnbref.optim.update import Tails, correction, new_state, step
-from bnbref.optim.weights import CORRECTION, check_correction, correction_dtype, opened, split
+from bnbref.optim.weights import CORRECTION, check_correction, correction_dtype, opened, store
 
 _MANY = 8  # equations of one rule: a few numbers are changed by hand, more are computed
 
@@ -287,13 +287,7 @@ class Optimizer(torch.optim.Optimizer):
         if not self.state[p]:
             group = next(group for group in self.param_groups if any(q is p for q in group["params"]))
             self.state[p] = self.new_state(p, self.settings(p, group), self._memory(p))
-        if CORRECTION not in self.state[p]:
-            own.copy_(given)
-            return
-        kept = self.state[p][CORRECTION]
-        nearest, rest = split(given, own.dtype, kept.dtype)
-        own.copy_(nearest)
-        kept.copy_(rest)
+        store(own, correction(self.state[p]), given.reshape(-1))
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 

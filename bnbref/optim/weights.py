@@ -92,6 +92,14 @@ def opened(p: Tensor, corrections: Sequence[Tensor]) -> Tensor:
     return exact(p, *corrections) if corrections else p.float()
 
 
+def store(p: Tensor, corrections: Sequence[Tensor], value: Tensor) -> None:
+    """Set a parameter, of any strides, and its correction, if it has one, to a value: float32, its elements in a row."""
+    if corrections:
+        p_new, rest = split(value, p.dtype, corrections[0].dtype)
+        corrections[0].copy_(rest)
+    p.copy_((p_new if corrections else value).view(p.shape))
+
+
 def check_correction(p: Tensor, correction: torch.dtype) -> None:
     """Raise ValueError if a correction of that dtype is none that p can have."""
     if p.dtype not in _LINES:
