@@ -21,6 +21,7 @@ from bnbref.optim.schedule_free import (
 # isort: on
 from bnbref.optim.optimizer import Optimizer
 from bnbref.optim.paging import read_pages
+from bnbref.optim.release import GradientRelease
 from bnbref.optim.rules import Rule, State
 from bnbref.optim.settings import GlobalOptimManager
 
@@ -36,5 +37,5 @@ __all__ = [  # noqa: RUF022
     "AdEMAMix", "AdEMAMix8bit", "AdEMAMix32bit", "PagedAdEMAMix", "PagedAdEMAMix8bit", "PagedAdEMAMix32bit",
     "AdamWScheduleFree", "AdamWScheduleFree8bit", "AdamWScheduleFree32bit",
     "PagedAdamWScheduleFree", "PagedAdamWScheduleFree8bit", "PagedAdamWScheduleFree32bit",
-    "GlobalOptimManager", "Optimizer", "Rule", "State", "read_pages",
+    "GlobalOptimManager", "GradientRelease", "Optimizer", "Rule", "State", "read_pages",
 ]  # fmt: skip

@@ -6,7 +6,7 @@ stays as it was saved.
 
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +138,15 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        jobs = self._jobs()
+        self.advance([(p, group) for group in self.param_groups for p in group["params"]])
+        if self._placement.directory is not None:
+            steps = {i: self.state[p]["step"] for i, p in enumerate(self._parameters()) if self.state.get(p)}
+            self._placement.end(steps)
+        return loss
+
+    def advance(self, parameters: Sequence[tuple[Tensor, Mapping[str, Any]]]) -> None:
+        """The step of some parameters, each with its group. A `page_directory` is a checkpoint again after `step`."""
+        jobs = self._jobs(parameters)
         # Before anything is changed, what might be refused: the coefficients of each group and step, and the rule.
         planned: dict[Any, tuple[Equation, Tensor]] = {}
         for p, _, config in jobs:
@@ -160,29 +168,26 @@ class Optimizer(torch.optim.Optimizer):
             if state is not self.state[p]:  # in pages, which are written back before the next ones come
                 tails.run()
         tails.run()
-        if self._placement.directory is not None:
-            steps = {i: self.state[p]["step"] for i, p in enumerate(self._parameters()) if self.state.get(p)}
-            self._placement.end(steps)
-        return loss
 
     def _parameters(self) -> list[Tensor]:
         """All parameters, by the indices that they have in a state dict."""
         return [p for group in self.param_groups for p in group["params"]]
 
-    def _jobs(self) -> list[tuple[Tensor, Tensor, dict[str, Any]]]:
-        """The parameters that have a gradient, the part of it that this rank has, and their settings."""
+    def _jobs(
+        self, parameters: Sequence[tuple[Tensor, Mapping[str, Any]]]
+    ) -> list[tuple[Tensor, Tensor, dict[str, Any]]]:
+        """Those that have a gradient, the part of it that this rank has, and their settings."""
         overrides = GlobalOptimManager.get_instance().overrides()
+        common = {id(group): {**self._own, **group} for _, group in parameters}
         jobs = []
-        for group in self.param_groups:
-            common = {**self._own, **group}
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                own = overrides.get(p) if overrides else None
-                config = common if own is None else {**common, **own}
-                if own is not None:
-                    self._check(config)
-                jobs.append((p, self._checked_gradient(p, p.grad), config))
+        for p, group in parameters:
+            if p.grad is None:
+                continue
+            own = overrides.get(p) if overrides else None
+            config = common[id(group)] if own is None else {**common[id(group)], **own}
+            if own is not None:
+                self._check(config)
+            jobs.append((p, self._checked_gradient(p, p.grad), config))
         return jobs
 
     def _checked_gradient(self, p: Tensor, grad: Tensor) -> Tensor:
