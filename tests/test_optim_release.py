@@ -163,7 +163,7 @@ def test_the_peak_of_memory_on_cuda():
             found[released] = torch.cuda.max_memory_allocated() - before
             optimizer.zero_grad()
     layer = 2048 * 2048 * 4
-    assert found[False] >= 8 * layer and found[True] <= 3 * layer
+    assert found[False] >= 8 * layer and found[True] <= 4 * layer
 
 
 @quick
