@@ -78,6 +78,20 @@ def run_two(rank, ranks, path):
         end = trained(model, optimizer, 0, STEPS)
         exact = [optimizer.exact_weight(p).full_tensor() for p in model.parameters()]
         found[bits] = {"end": end, "exact": exact, "state": optimizer.state_dict()}
+    model = fully_shard(Model(), mesh=mesh)
+    optimizer = make("AdamW8bit", model.parameters(), **options("AdamW8bit"))
+    release = optim.GradientRelease(optimizer)
+    found["released"] = trained(model, optimizer, 0, STEPS)
+    model(STEPS).backward()
+    found["left"] = [p.grad is not None for p in model.parameters()]
+    release.remove()
+    model = fully_shard(Model(), mesh=mesh)
+    optimizer = make("AdamWScheduleFree8bit", model.parameters(), **options("AdamWScheduleFree8bit"))
+    found["Schedule-Free"] = {"y": trained(model, optimizer, 0, STEPS)}
+    optimizer.eval()
+    found["Schedule-Free"]["x"] = whole(model)
+    with pytest.raises(NotImplementedError, match="fully_shard"):
+        optim.GradientRelease(optim.AdamW8bit(Model().parameters()))
     model = DistributedDataParallel(Model())
     found["DDP"] = trained(model, make("AdamW8bit", model.parameters(), **options("AdamW8bit")), 0, STEPS)
     model = Model()
@@ -144,6 +158,17 @@ def test_sharded_is_unsharded(two):
         assert same_bits(found[name]["end"], end), name
         assert_same_state(found[name]["state"]["state"], state["state"])
     assert same_bits(found["bfloat16"], alone("AdamW8bit", torch.bfloat16)[2])
+
+
+@pytest.mark.usefixtures("eager")
+def test_sharded_released_and_averaged_is_unsharded(two):
+    assert same_bits(two[1]["released"], alone("AdamW8bit")[2])
+    assert not any(two[1]["left"])
+    model = Model()
+    optimizer = make("AdamWScheduleFree8bit", model.parameters(), **options("AdamWScheduleFree8bit"))
+    assert same_bits(two[1]["Schedule-Free"]["y"], trained(model, optimizer, 0, STEPS))
+    optimizer.eval()
+    assert same_bits(two[1]["Schedule-Free"]["x"], whole(model))
 
 
 @pytest.mark.usefixtures("eager")

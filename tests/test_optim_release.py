@@ -35,12 +35,9 @@ def tensors(model, optimizer):
     return [*(p.detach() for p in model.parameters()), *(x for x in states if isinstance(x, torch.Tensor))]
 
 
-FREE = [name for name in optim.__all__ if "ScheduleFree" in name]
-
-
 @quick
 @pytest.mark.filterwarnings("ignore:paged state")
-@pytest.mark.parametrize("name", [*ALL, *FREE])
+@pytest.mark.parametrize("name", ALL)
 def test_released_is_a_step_after_backward(name):
     results = []
     for released in (False, True):

@@ -19,7 +19,7 @@ from bnbref.optim.equation import at_step
 from bnbref.optim.step import step_blocks, step_elements
 from test_optim_classes import ALL, make
 
-BF16, F16 = torch.bfloat16, torch.float16
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 KINDS = [(BF16, torch.int16), (BF16, torch.int8), (F16, torch.int16), (F16, torch.int8)]
 each_kind = pytest.mark.parametrize(("dtype", "correction"), KINDS)
 quick = pytest.mark.usefixtures("eager")
@@ -94,6 +94,29 @@ def test_what_was_split_is_split_alike(dtype, correction, values):
     p, c = weights.split(tensor(values), dtype, correction)
     again = weights.split(weights.exact(p, c), dtype, correction)
     assert same_bits(p.float().nan_to_num(), again[0].float().nan_to_num()) and torch.equal(c, again[1])
+
+
+MISTAKES = {
+    "a tie to even": (BF16, torch.int16, lambda x, p, c: (x.to(BF16), c)),
+    "the last bit": (BF16, torch.int16, lambda x, p, c: (p, c & ~1)),
+    "a code too few": (BF16, torch.int8, lambda x, p, c: (p, c.clamp(min=-127))),
+    "nothing kept": (F16, torch.int8, lambda x, p, c: (p, c * 0)),
+    "no sign": (F16, torch.int16, lambda x, p, c: (p, c.abs())),
+}
+
+
+@quick
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_found(mistake, monkeypatch):
+    dtype, correction, wrong = MISTAKES[mistake]
+    right = weights.split
+    near = torch.arange(-300, 300)  # numbers around 1: ties, and what lies beside them
+    values = (near * 2**12 + near % 5 - 2 + 0x3F800000).to(torch.int32).view(F32).tolist()
+    check = test_split_and_exact.hypothesis.inner_test
+    check(dtype, correction, values)
+    monkeypatch.setattr(weights, "split", lambda x, *dtypes: wrong(x, *right(x, *dtypes)))
+    with pytest.raises(AssertionError):
+        check(dtype, correction, values)
 
 
 def test_every_bfloat16_with_every_correction_is_a_float32_of_its_own():
