@@ -50,7 +50,18 @@ SIGNATURES = {
 NAMES = [name for names in SIGNATURES for name in names.split()]
 ALL = [
     prefix + family + suffix
-    for family in ("SGD", "Adam", "AdamW", "Lion", "LAMB", "LARS", "RMSprop", "Adagrad", "AdEMAMix", "AdamWScheduleFree")
+    for family in (
+        "SGD",
+        "Adam",
+        "AdamW",
+        "Lion",
+        "LAMB",
+        "LARS",
+        "RMSprop",
+        "Adagrad",
+        "AdEMAMix",
+        "AdamWScheduleFree",
+    )
     for prefix in ("", "Paged")
     for suffix in ("", "8bit", "32bit")
 ]

@@ -10,6 +10,7 @@ import torch
 from conftest import same_bits
 from hypothesis import given
 from hypothesis import strategies as st
+from test_optim_classes import ALL, make
 from torch import nn
 
 import bnbref
@@ -17,7 +18,6 @@ from bnbref import optim
 from bnbref.optim import weights
 from bnbref.optim.equation import at_step
 from bnbref.optim.step import step_blocks, step_elements
-from test_optim_classes import ALL, make
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 KINDS = [(BF16, torch.int16), (BF16, torch.int8), (F16, torch.int16), (F16, torch.int8)]
@@ -31,7 +31,9 @@ def float32s(draw):
     bits = draw(st.integers(0, 2**32 - 1))
     kind = draw(st.sampled_from(["any", "bfloat16", "float16", "small"]))
     if kind == "bfloat16":
-        bits = (bits & 0xFFFF8000) + draw(st.sampled_from([-257, -129, -128, -127, -1, 0, 1, 127, 128, 129, 255])) & 0xFFFFFFFF
+        bits = (bits & 0xFFFF8000) + draw(
+            st.sampled_from([-257, -129, -128, -127, -1, 0, 1, 127, 128, 129, 255])
+        ) & 0xFFFFFFFF
     if kind == "float16":
         near = draw(st.floats(width=16, allow_nan=False))
         bits = (struct.unpack("I", struct.pack("f", near))[0] & 0xFFFFF000) + draw(st.integers(-40, 40)) & 0xFFFFFFFF
@@ -62,12 +64,15 @@ def test_split_and_exact(dtype, correction, values):
     x = tensor(values)
     p, c = weights.split(x, dtype, correction)
     back = weights.exact(p, c)
-    assert p.dtype == dtype and c.dtype == correction and back.dtype == torch.float32
+    assert p.dtype == dtype
+    assert c.dtype == correction
+    assert back.dtype == torch.float32
     if (dtype, correction) == (BF16, torch.int16):
         assert same_bits(torch.where(x.isnan(), 0.0, back), torch.where(x.isnan(), 0.0, x))
     for one, near, got in zip(values, p.tolist(), back.tolist(), strict=True):
         if math.isnan(one):
-            assert math.isnan(near) and math.isnan(got)
+            assert math.isnan(near)
+            assert math.isnan(got)
             continue
         assert math.copysign(1, one) == math.copysign(1, got) == math.copysign(1, near)
         if correction == torch.int16:
@@ -93,7 +98,8 @@ def test_split_and_exact(dtype, correction, values):
 def test_what_was_split_is_split_alike(dtype, correction, values):
     p, c = weights.split(tensor(values), dtype, correction)
     again = weights.split(weights.exact(p, c), dtype, correction)
-    assert same_bits(p.float().nan_to_num(), again[0].float().nan_to_num()) and torch.equal(c, again[1])
+    assert same_bits(p.float().nan_to_num(), again[0].float().nan_to_num())
+    assert torch.equal(c, again[1])
 
 
 MISTAKES = {
@@ -129,7 +135,8 @@ def test_every_bfloat16_with_every_correction_is_a_float32_of_its_own():
         assert torch.equal(x.view(torch.int32), (high << 16) + c)
         for sign in (1, -1):
             q, rest = weights.split(sign * x, BF16, torch.int16)
-            assert same_bits(q, sign * p) and torch.equal(rest.to(torch.int32), c)
+            assert same_bits(q, sign * p)
+            assert torch.equal(rest.to(torch.int32), c)
 
 
 @quick
@@ -138,7 +145,8 @@ def test_a_parameter_that_somebody_sets_keeps_its_sign(dtype, correction):
     least, most = torch.iinfo(correction).min, torch.iinfo(correction).max
     p = torch.tensor([0.0, -0.0, 0.0, 1.0, -1.0], dtype=dtype)
     got = weights.exact(p, torch.tensor([least, least, most, least, least], dtype=correction))
-    assert got[:2].tolist() == [0, 0] and 0 < got[2] < 2**-14
+    assert got[:2].tolist() == [0, 0]
+    assert 0 < got[2] < 2**-14
     assert (got[3:] - p[3:].float()).abs().max() <= 2**-5
 
 
@@ -168,7 +176,8 @@ def test_compiled_is_eager(kernel, dtype, correction):
             with bnbref.eager():
                 kernel(*args, rule=rule)
         results.append([y for y in args if y is not None])
-        assert same_bits(args[0].view(-1)[:3], p.view(-1)[:3]) and torch.equal(args[-1].view(-1)[:3], c.view(-1)[:3])
+        assert same_bits(args[0].view(-1)[:3], p.view(-1)[:3])
+        assert torch.equal(args[-1].view(-1)[:3], c.view(-1)[:3])
     assert all(map(same_bits, *results))
 
 
@@ -234,7 +243,8 @@ def test_a_step_is_one_on_float32_and_a_split(name, dtype, correction):
         want.step()
         for p, w in zip(params, wide, strict=True):
             near, rest = weights.split(w.detach(), dtype, correction)
-            assert same_bits(p.detach(), near) and torch.equal(optimizer.state[p][weights.CORRECTION], rest)
+            assert same_bits(p.detach(), near)
+            assert torch.equal(optimizer.state[p][weights.CORRECTION], rest)
             w.data.copy_(weights.exact(near, rest))
 
 
@@ -334,7 +344,9 @@ def test_groups_overrides_and_float32_parameters():
     step(params, optimizer, 0)
     found = [optimizer.state[p].get(weights.CORRECTION) for p in (*params, wide)]
     assert [None if x is None else x.dtype for x in found] == [torch.int8, torch.int8, torch.int16, None, None]
-    assert sum(x.nbytes for x in optimizer.state[params[2]].values() if isinstance(x, torch.Tensor)) == 5000 * 4 + 20 * 8
+    assert (
+        sum(x.nbytes for x in optimizer.state[params[2]].values() if isinstance(x, torch.Tensor)) == 5000 * 4 + 20 * 8
+    )
 
 
 @quick
@@ -384,3 +396,27 @@ def test_what_is_refused():
 
     with pytest.raises(ValueError, match="correction"):
         optim.Optimizer([wide], Taken(), {"lr": 1.0})
+
+
+@quick
+def test_bytes_of_weights():
+    """The table in docs/content/optimizers.md: weight, correction and states."""
+    table = {
+        ("AdamW", F32, None): (4, 0, 8),
+        ("AdamW8bit", F32, 24): (4, 0, 2 + 8 / 256),
+        ("AdamW8bit", BF16, 32): (2, 2, 2 + 8 / 256),
+        ("AdamW8bit", BF16, 24): (2, 1, 2 + 8 / 256),
+        ("AdamW8bit", BF16, None): (2, 0, 2 + 8 / 256),
+        ("Lion8bit", BF16, 24): (2, 1, 1 + 4 / 256),
+        ("SGD8bit", BF16, 24): (2, 1, 1 + 4 / 256),
+        ("AdEMAMix8bit", BF16, 24): (2, 1, 3 + 12 / 256),
+        ("AdamWScheduleFree8bit", BF16, 24): (2, 1, 2 + 8 / 256),
+    }
+    for (name, dtype, bits), want in table.items():
+        p = nn.Parameter(torch.ones(2**16, dtype=dtype))
+        p.grad = torch.ones_like(p)
+        optimizer = make(name, [p], master_weight_bits=bits)
+        optimizer.step()
+        sizes = {key: x.nbytes / p.numel() for key, x in optimizer.state[p].items() if isinstance(x, torch.Tensor)}
+        correction = sizes.pop(weights.CORRECTION, 0)
+        assert (p.element_size(), correction, sum(sizes.values())) == want, name

@@ -159,8 +159,8 @@ def completed(part: Part, zeros: Sequence[int], blocksize: int, shard: Shard) ->
 
     def write_back() -> None:
         for i, (_, block, here, place) in enumerate(own):
-            for target, weight in zip(part.weights, rows.weights, strict=True):
-                target[here] = weight[i, place]
+            for weight, completed_weight in zip(part.weights, rows.weights, strict=True):
+                weight[here] = completed_weight[i, place]
             for target, state in zip(part.states, rows.states, strict=True):
                 target.codes[here] = state.codes[i, place]
                 target.absmax[block - first] = state.absmax[i]

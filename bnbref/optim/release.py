@@ -1,4 +1,4 @@
-"""Gradient release: a parameter takes its step in the backward pass, as soon as its gradient is complete, and the gradient is freed.
+"""Gradient release: a parameter takes its step in the backward pass, when its gradient is complete, and the gradient is freed.
 
     after backward    all gradients, then all steps
     released          gradient of the last layer, its step; gradient of the layer before, its step; ...
@@ -7,7 +7,6 @@ The steps are the same, and so are the bits. At no time is there more than the g
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,8 +22,8 @@ class GradientRelease:
     The loop stays as it is. `optimizer.step()` ends the iteration, and steps what has no hook; `zero_grad()` finds nothing to do.
     What needs all gradients at once cannot be done:
 
-    - accumulation: a second gradient of a parameter before `step()` raises RuntimeError, and so does a graph in which a parameter is
-      differentiated in several passes (reentrant checkpointing)
+    - accumulation: a second gradient of a parameter before `step()` raises RuntimeError, and so does a graph in which a parameter
+      is differentiated in several passes (reentrant checkpointing)
     - clipping by the norm of all gradients, and `GradScaler`, come too late: they find no gradients
     - several processes, unless parameters are sharded by fully_shard, which reduces a gradient before the hook:
       NotImplementedError for DDP, which reduces it behind the hook
@@ -47,14 +46,18 @@ class GradientRelease:
             raise TypeError(f"optimizer must be one of bnbref.optim, got {type(optimizer).__name__}")
         self._optimizer = optimizer
         self._stepped: set[int] = set()
-        parameters = [(i, p) for i, group in enumerate(optimizer.param_groups) for p in group["params"] if p.requires_grad]
+        parameters = [
+            (i, p) for i, group in enumerate(optimizer.param_groups) for p in group["params"] if p.requires_grad
+        ]
         for _, p in parameters:
             if p.grad is not None:
-                raise RuntimeError(f"a parameter of shape {tuple(p.shape)} has a gradient already: step or zero_grad first")
+                raise RuntimeError(
+                    f"a parameter of shape {tuple(p.shape)} has a gradient already: step or zero_grad first"
+                )
             if shard_of(p) is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
                 raise NotImplementedError(
-                    f"a parameter of shape {tuple(p.shape)} is whole on each of {dist.get_world_size()} processes, whose gradients "
-                    f"would not be reduced before its step: shard the model by torch.distributed.fsdp.fully_shard"
+                    f"a parameter of shape {tuple(p.shape)} is whole on each of {dist.get_world_size()} processes, whose "
+                    f"gradients would not be reduced before its step: shard the model by torch.distributed.fsdp.fully_shard"
                 )
         self._handles = [p.register_post_accumulate_grad_hook(self._hook(i)) for i, p in parameters]
         self._handles.append(optimizer.register_step_post_hook(lambda *_: self._stepped.clear()))
@@ -63,8 +66,8 @@ class GradientRelease:
         def step(p: Tensor) -> None:
             if id(p) in self._stepped:
                 raise RuntimeError(
-                    f"a parameter of shape {tuple(p.shape)} has a second gradient before optimizer.step(): with released gradients "
-                    f"nothing is accumulated, neither over batches nor over passes of one graph"
+                    f"a parameter of shape {tuple(p.shape)} has a second gradient before optimizer.step(): with released "
+                    f"gradients nothing is accumulated, neither over batches nor over passes of one graph"
                 )
             with torch.no_grad():
                 self._optimizer.advance([(p, self._optimizer.param_groups[group])])

@@ -1,8 +1,8 @@
 """Schedule-Free AdamW: an average of the iterates takes the place of a decaying learning rate (Defazio et al., 2405.15682).
 
-Three sequences: z takes the steps, x is the average that is evaluated, and gradients are taken at y between them. The parameter is
-y while training, and x after `eval()`. Beside it stands d = z - x, which begins at 0, as states do, and has the size of steps, not of
-weights: so it can be kept in 8 bits, where z itself could not.
+Three sequences: z takes the steps, x is the average that is evaluated, and gradients are taken at y between them. The parameter
+is y while training, and x after `eval()`. Beside it stands d = z - x, which begins at 0, as states do, and has the size of steps,
+not of weights: so it can be kept in 8 bits, where z itself could not.
 """
 
 # ruff: noqa: E701, the table of variants has a line for each
@@ -41,7 +41,14 @@ class ScheduleFree(Rule):
         warmup = group["warmup_steps"]
         r, c = group["lr"] * min(1.0, t / max(1, warmup)), share(t, warmup)
         numbers = averages(b2=b2) | {"unbias": 1 - b2**t, "eps": group["eps"], "wd": group["weight_decay"]}
-        return numbers | {"rate": 1.0, "decay": 1.0, "r": r, "own": r * (1 - b1 * (1 - c)), "pull": b1 * c, "stay": 1 - c}
+        return numbers | {
+            "rate": 1.0,
+            "decay": 1.0,
+            "r": r,
+            "own": r * (1 - b1 * (1 - c)),
+            "pull": b1 * c,
+            "stay": 1 - c,
+        }
 
     def direction(self, p: Tensor, g: Tensor, d: Tensor, v: Tensor, c: Any) -> tuple[Tensor, ...]:
         v = c.b2 * v + c.not_b2 * (g * g)
@@ -80,9 +87,9 @@ class AdamWScheduleFree(Family):
         x = (1 - c) x + c z              c = r^2 / (sum of r^2 so far)
         y = (1 - b1) z + b1 x
 
-    Parameters are y, where gradients belong, while training. `eval()` makes them x, to be evaluated or given away; `train()` makes
-    them y again, before the next step. Each way is `p = p -+ (1 - b1) (z - x)`, two roundings to float32, and that to the parameter.
-    lr is constant: the averages do not see a change of it. There is no state for momentum.
+    Parameters are y, where gradients belong, while training. `eval()` makes them x, to be evaluated or given away; `train()`
+    makes them y again, before the next step. Each way is `p = p -+ (1 - b1) (z - x)`, two roundings to float32, and that to the
+    parameter. lr is constant: the averages do not see a change of it.
     """
 
     def __init__(

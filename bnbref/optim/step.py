@@ -11,8 +11,8 @@
 Each is one kernel per (equation, dtype), which writes into the parameter and its state. An element whose gradient is
 NaN, infinite or beyond 2^63 stays as it was, parameter and state; so does its code, unless its block's absmax grows.
 
-After the states a parameter of 16 bits may have one more tensor, its correction: then p is the float32 that both stand for, before
-the step and after it (`bnbref.optim.weights`).
+After the states a parameter of 16 bits may have one more tensor, its correction: then p is the float32 that both stand for,
+before the step and after it (`bnbref.optim.weights`).
 """
 
 from collections.abc import Callable, Sequence
@@ -65,9 +65,7 @@ def rounded(x: Tensor, dtype: torch.dtype, noise: Tensor | None) -> Tensor:
     return torch.where(x.abs() < torch.inf, bits.view(torch.float32), x).to(dtype)
 
 
-def closed(
-    x: Tensor, dtype: torch.dtype, noise: Tensor | None, correction: Sequence[Tensor]
-) -> tuple[Tensor, ...]:
+def closed(x: Tensor, dtype: torch.dtype, noise: Tensor | None, correction: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """x as a parameter of a dtype, and its new correction if it had one; then there is no noise."""
     return split(x, dtype, correction[0].dtype) if correction else (rounded(x, dtype, noise),)
 

@@ -11,8 +11,8 @@ for every float32, and no value of it too many. (With ties to even there would b
 
 float16 keeps every 8192nd float32, if its numbers are multiplied by 2^-112, which makes their exponents those of float32.
 
-The idea is that of FlashOptim (2602.23349, section 3.1). Kahan's compensation, a bfloat16 beside a bfloat16, takes as many bytes as
-the exact 16 bits, and keeps 8 of them.
+The idea is that of FlashOptim (2602.23349). Kahan's compensation, a bfloat16 beside a bfloat16, takes as many bytes as the
+exact 16 bits, and keeps 8 of them.
 """
 
 from collections.abc import Sequence
@@ -67,8 +67,8 @@ def exact(p: Tensor, correction: Tensor) -> Tensor:
 def split(x: Tensor, dtype: torch.dtype, correction: torch.dtype) -> tuple[Tensor, Tensor]:
     """The parameter nearest to x, a tie away from zero, and its correction: what `exact` takes.  Exact.
 
-        int16   exact(*split(x)) is x: for bfloat16 always, for float16 from 2^-14 on to 65,520; below it errs by 2^-38 at most
-        int8    x is first rounded to 16 bits (float16: 19) of significand, to the nearest, a tie to even
+    int16   exact(*split(x)) is x: for bfloat16 always, for float16 from 2^-14 on to 65,520; below it errs by 2^-38 at most
+    int8    x is first rounded to 16 bits (float16: 19) of significand, to the nearest, a tie to even
     """
     line = _LINES[dtype]
     scaled = x * line.scale
@@ -115,5 +115,7 @@ def checked_correction(p: Tensor, saved: Tensor) -> Tensor:
         raise ValueError(f"saved {CORRECTION} has {saved.numel()} elements, its parameter has {p.numel()}")
     most = 1 << (_LINES[p.dtype].shift - 1)
     if saved.numel() and not -most <= int(saved.min()) <= int(saved.max()) <= most:
-        raise ValueError(f"saved {CORRECTION} goes beyond {most}, half a step of {p.dtype}: it is of a bfloat16 parameter")
+        raise ValueError(
+            f"saved {CORRECTION} goes beyond {most}, half a step of {p.dtype}: it is of a bfloat16 parameter"
+        )
     return saved
