@@ -56,6 +56,15 @@ ALL = [
 ]
 
 
+OF_MATRICES = [
+    prefix + family + suffix
+    for family in ("Muon", "Adafactor", "SOAP")
+    for prefix in ("", "Paged")
+    for suffix in ("", "8bit", "32bit")
+]
+"""Without a counterpart in bitsandbytes: test_optim_matrices.py."""
+
+
 def make(name, params, **arguments):
     needed = {"lr": 1e-2, "momentum": 0.9} if "SGD" in name or "LARS" in name else {}
     return getattr(optim, name)(params, **{**needed, **arguments})
@@ -70,7 +79,8 @@ def parameter(numel=5000, dtype=torch.float32):
 
 def test_all_are_there():
     assert set(NAMES) <= set(ALL)
-    assert set(ALL) | {"GlobalOptimManager", "Optimizer", "Rule", "State", "read_pages"} == set(optim.__all__)
+    others = {"GlobalOptimManager", "Optimizer", "Rule", "State", "muon_groups", "read_pages"}
+    assert {*ALL, *OF_MATRICES, *others} == set(optim.__all__)
 
 
 @pytest.mark.parametrize(("names", "want"), SIGNATURES.items())

@@ -13,6 +13,13 @@ from bnbref.optim.families import (
     AdEMAMix, AdEMAMix8bit, AdEMAMix32bit, PagedAdEMAMix, PagedAdEMAMix8bit, PagedAdEMAMix32bit,
 )  # fmt: skip
 
+from bnbref.optim.matrix_families import (
+    Muon, Muon8bit, Muon32bit, PagedMuon, PagedMuon8bit, PagedMuon32bit,
+    Adafactor, Adafactor8bit, Adafactor32bit, PagedAdafactor, PagedAdafactor8bit, PagedAdafactor32bit,
+    SOAP, SOAP8bit, SOAP32bit, PagedSOAP, PagedSOAP8bit, PagedSOAP32bit,
+    muon_groups,
+)  # fmt: skip
+
 # isort: on
 from bnbref.optim.optimizer import Optimizer
 from bnbref.optim.paging import read_pages
@@ -29,5 +36,8 @@ __all__ = [  # noqa: RUF022
     "RMSprop", "RMSprop8bit", "RMSprop32bit", "PagedRMSprop", "PagedRMSprop8bit", "PagedRMSprop32bit",
     "Adagrad", "Adagrad8bit", "Adagrad32bit", "PagedAdagrad", "PagedAdagrad8bit", "PagedAdagrad32bit",
     "AdEMAMix", "AdEMAMix8bit", "AdEMAMix32bit", "PagedAdEMAMix", "PagedAdEMAMix8bit", "PagedAdEMAMix32bit",
-    "GlobalOptimManager", "Optimizer", "Rule", "State", "read_pages",
+    "Muon", "Muon8bit", "Muon32bit", "PagedMuon", "PagedMuon8bit", "PagedMuon32bit",
+    "Adafactor", "Adafactor8bit", "Adafactor32bit", "PagedAdafactor", "PagedAdafactor8bit", "PagedAdafactor32bit",
+    "SOAP", "SOAP8bit", "SOAP32bit", "PagedSOAP", "PagedSOAP8bit", "PagedSOAP32bit",
+    "GlobalOptimManager", "Optimizer", "Rule", "State", "muon_groups", "read_pages",
 ]  # fmt: skip

@@ -150,14 +150,16 @@ def total(shard: Shard | None, x: Tensor) -> Tensor:
     return x
 
 
-def gather(p: Tensor, x: Tensor) -> Tensor:
-    """A whole state, on the CPU. x: the part of it that belongs to this rank's part of p. A collective call."""
+def whole(p: Tensor, x: Tensor) -> Tensor:
+    """All of what belongs to p. x: what belongs to this rank's part of it. A collective call, if p is a DTensor."""
+    if not dist.is_available():
+        return x
     from torch.distributed.tensor import DTensor
 
     if not isinstance(p, DTensor):
-        raise TypeError(f"p must be a DTensor, got {type(p).__name__}")
-    whole = DTensor.from_local(x, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()).full_tensor()
-    return whole.cpu()
+        return x
+    every: Tensor = DTensor.from_local(x, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()).full_tensor()
+    return every
 
 
 def gather_scales(shard: Shard, absmax: Tensor, blocksize: int) -> Tensor:
