@@ -11,6 +11,7 @@ states, of which each is written by one kernel, the last that reads it. What a p
 computed again from what both read.
 """
 
+import contextlib
 import functools
 import re
 from collections.abc import Iterable, Sequence
@@ -32,8 +33,9 @@ class Part:
     """A call of a kernel.
 
     source: of its direction. states: the numbers of those that it has. p, g: the names of the matrices in these places; None
-    where it needs no second one. out: the name of what it computes. kind: DESCENT writes the parameter by the direction, and
-    its states; WRITE the direction itself in the place of p, and its states; LOOK returns the direction, and writes nothing.
+    where it needs no second one. out: the name of what it computes, if any. kind: DESCENT writes the parameter by the
+    direction, and its states; WRITE the direction itself in the place of p, and its states; LOOK returns the direction, and
+    writes nothing.
     """
 
     kind: str
@@ -45,7 +47,7 @@ class Part:
 
 
 def prefixed(name: str) -> str:
-    """What a part of kind WRITE calls a coefficient of its rule, as it has a rate and a decay of its own: -1 and 0."""
+    """What a part of kind WRITE calls a coefficient of its rule, as it has a rate and a decay of its own."""
     return f"_{name}"
 
 
@@ -81,15 +83,12 @@ class _Program:
         found = {name for name in self.lines(names)[1] if not name.startswith("s")}
         return sorted(found, key=lambda name: (name == "p", name != "g", name))
 
-    def room(self, kind: str, names: Iterable[str]) -> bool:
-        """Whether a kernel has places for the matrices that these are computed of."""
-        return len(set(self.matrices(names)) - ({"p"} if kind == DESCENT else set())) <= (1 if kind == DESCENT else 2)
-
     def part(self, kind: str, out: str | None, new: dict[int, str]) -> Part:
         """A call of a kernel that computes `out`, if any, and the states in `new`."""
         wanted = [*([out] if out else []), *new.values()]
         matrices = [x for x in self.matrices(wanted) if kind != DESCENT or x != "p"]
-        if not self.room(kind, wanted):
+        # The place of the parameter is taken where it is written, by the parameter itself or by `out`.
+        if len(matrices) > (1 if kind == DESCENT or (kind == WRITE and out) else 2):
             raise TooMany(f"needs {', '.join(matrices)} at once, and there is room for two matrices beside its states")
         states = sorted(self.states(wanted) | new.keys())
         g, second = (*matrices, "g")[0], (*matrices, None, None)[1]
@@ -157,10 +156,9 @@ def _stage(program: _Program, out: str | None, new: dict[int, str], final: bool)
     """The kernels for what a stage computes and writes: one, if it has room for what both need."""
     if out is None:
         return [program.part(WRITE, None, new)] if new else []
-    alone = program.states([out]) <= new.keys()
-    descent = [Part(DESCENT, "def direction(p, g, c):\n    return (g,)", (), "p", out, out)] if final else []
-    if final and alone and program.room(DESCENT, [out, *new.values()]):
-        return [program.part(DESCENT, out, new)]
-    if alone and program.room(WRITE, [out, *new.values()]):
-        return [program.part(WRITE, out, new), *descent]
+    descent = [Part(DESCENT, "def direction(p, g, c):\n    return (g,)", (), "p", out, None)] if final else []
+    if program.states([out]) <= new.keys():
+        for kind, after in [(DESCENT, [])] * final + [(WRITE, descent)]:
+            with contextlib.suppress(TooMany):
+                return [program.part(kind, out, new), *after]
     return [program.part(LOOK, out, {}), *([program.part(WRITE, None, new)] if new else []), *descent]

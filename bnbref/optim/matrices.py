@@ -132,8 +132,17 @@ def averaged(
     """The means of G G^T and G^T G, and bases that are nearer to their eigenvectors by one step of a power iteration."""
     left, right = left + not_b * (g @ g.mT - left), right + not_b * (g.mT @ g - right)
     if refresh:
-        of_left, of_right = torch.linalg.qr(left @ of_left)[0], torch.linalg.qr(right @ of_right)[0]
+        of_left, of_right = _nearer(left, of_left), _nearer(right, of_right)
     return left, right, of_left, of_right
+
+
+def _nearer(mean: Tensor, basis: Tensor) -> Tensor:
+    # From the largest eigenvalue to the smallest, as what a zero leaves is to be orthogonal to all others, not they to it; the
+    # columns stay in their places, in which the squares were summed.
+    power = mean @ basis
+    order = (basis * power).sum(-2).argsort(-1, descending=True, stable=True)
+    sorted_basis = torch.linalg.qr(torch.take_along_dim(power, order[..., None, :], -1))[0]
+    return torch.take_along_dim(sorted_basis, order.argsort(-1)[..., None, :], -1)
 
 
 class SOAP(Rule):

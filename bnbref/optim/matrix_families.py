@@ -42,8 +42,6 @@ class Muon(Family):
             raise ValueError(f"adjust_lr_fn must be one of {_ADJUSTS}, got {adjust_lr_fn!r}")
         if not 0 < ns_steps < 100 or len(ns_coefficients) != 3:
             raise ValueError(f"ns_steps must be 1 to 99, ns_coefficients three, got {ns_steps} and {ns_coefficients}")
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum must lie in [0, 1), got {momentum}")
         muon = matrices.Muon(nesterov, ns_coefficients, ns_steps, eps, adjust_lr_fn or "original")
         defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "betas": betas, "eps": adamw_eps}
         super().__init__(
@@ -97,10 +95,8 @@ class Adafactor(Family):
         d: float = 1.0, weight_decay: float = 0.0, beta1: float = 0.0, optim_bits: int = 32, min_8bit_size: int = 4096,
         **options: Unpack[PagedOptions],
     ) -> None:  # fmt: skip
-        if not d >= 1 or not beta2_decay <= 0 or not 0 <= beta1 < 1:
-            raise ValueError(
-                f"d must be at least 1, beta2_decay at most 0, beta1 in [0, 1), got {d}, {beta2_decay} and {beta1}"
-            )
+        if not d >= 1 or not beta2_decay <= 0:
+            raise ValueError(f"d must be at least 1 and beta2_decay at most 0, got {d} and {beta2_decay}")
         rule = matrices.Adafactor(beta1 > 0, (2.0**-23 if eps[0] is None else eps[0], eps[1]), d)
         defaults = {"lr": lr, "beta2_decay": beta2_decay, "beta1": beta1, "weight_decay": weight_decay}
         super().__init__(params, rule, defaults, optim_bits=optim_bits, min_8bit_size=min_8bit_size, **options)
@@ -122,10 +118,8 @@ class SOAP(Family):
         eps: float = 1e-8, weight_decay: float = 0.01, frequency: int = 10, optim_bits: int = 32, min_8bit_size: int = 4096,
         **options: Unpack[PagedOptions],
     ) -> None:  # fmt: skip
-        if frequency < 1 or not 0 <= shampoo_beta < 1:
-            raise ValueError(
-                f"frequency must be at least 1, shampoo_beta in [0, 1), got {frequency} and {shampoo_beta}"
-            )
+        if frequency < 1:
+            raise ValueError(f"frequency must be at least 1, got {frequency}")
         defaults = {"lr": lr, "betas": betas, "shampoo_beta": shampoo_beta, "eps": eps, "weight_decay": weight_decay}
         super().__init__(
             params, {"soap": matrices.SOAP(), "adamw": rules.Adam()}, {**defaults, "frequency": frequency},

@@ -58,8 +58,8 @@ class Optimizer(torch.optim.Optimizer):
 
     def __init__(
         self, params: Any, rule: Rule | Mapping[str, Rule], defaults: Mapping[str, Any], *, optim_bits: int = 32,
-        min_8bit_size: int = 4096, blocksize: int = 256, max_unorm: float = 0.0, is_paged: bool = False, page_directory: str | Path | None = None,
-        page_bytes: int = paging.PAGE_BYTES, stochastic_rounding: bool = False,
+        min_8bit_size: int = 4096, blocksize: int = 256, max_unorm: float = 0.0, is_paged: bool = False,
+        page_directory: str | Path | None = None, page_bytes: int = paging.PAGE_BYTES, stochastic_rounding: bool = False,
         generator: torch.Generator | None = None, maximize: bool = False, foreach: bool | None = None,
         fused: bool | None = None, capturable: bool = False, differentiable: bool = False,
     ) -> None:  # fmt: skip
@@ -352,7 +352,8 @@ def _partly_shared(p: Tensor, g: Tensor) -> bool:
     if p.device.type == "meta" or not (p.is_contiguous() and g.is_contiguous()):
         return False  # what is not contiguous is copied first
     start, other = p.data_ptr(), g.data_ptr()
-    return (start, p.dtype) != (other, g.dtype) and start < other + g.nbytes and other < start + p.nbytes
+    ends = start + p.numel() * p.itemsize, other + g.numel() * g.itemsize
+    return (start, p.dtype) != (other, g.dtype) and start < ends[1] and other < ends[0]
 
 
 class _Held:

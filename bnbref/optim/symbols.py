@@ -100,10 +100,13 @@ class Recording:
         return name
 
     def argument(self, x: Any) -> Any:
-        """An argument of a step of the whole matrix."""
-        if isinstance(x, Symbol):
-            return Name(x._name if x._name in self.matrices else self.operand(x))
-        return x
+        """An argument of a step of the whole matrix; a state by element is first computed, as it may be in 8 bits."""
+        if not isinstance(x, Symbol):
+            return x
+        if x._name in self.matrices:
+            return Name(x._name)
+        name = self.operand(x)
+        return Name(self.add(name)._name if name[0] == "s" else name)
 
     def condition(self, x: Any) -> str:
         if not (isinstance(x, Symbol) and x._condition and x._recording is self):

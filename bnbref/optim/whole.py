@@ -80,11 +80,11 @@ class Job:
         if part.kind == DESCENT:
             step(equation, hyper, self.flat, g, state, blocksize=self.blocksize, noise=self.noise, shard=self.shard)
             return
-        p = self.part(part.p).float() if part.p else torch.zeros_like(g)
+        p = self.part(part.p).float() if part.p else torch.zeros_like(g, dtype=torch.float32)
         if part.kind == LOOK:
             found = directions(equation, hyper, p, g, state, blocksize=self.blocksize, shard=self.shard)
         else:
-            found = p.clone()
+            found = p.clone() if part.p else p
             step(equation, hyper, found, g, state, blocksize=self.blocksize, shard=self.shard)
         if part.out:
             self._parts[part.out] = found.view(self.flat.shape)
@@ -116,7 +116,9 @@ def step_together(chain: Chain, hyper: Tensor, jobs: Sequence[Job], stream: Stre
 
     chain, hyper: as `equation.at_step` gives them. stream: brings states to their device, as `Placement.stream` does.
     """
-    direction = torch.cat([hyper, hyper.new_tensor([-1.0, 0.0])])  # p = 0 p + direction, in whose place it is written
+    direction = torch.cat(
+        [hyper, hyper.new_tensor([-1.0, -0.0])]
+    )  # p = -0.0 p + direction: with p = 0, to the sign of a zero
     for part in chain.parts:
         if isinstance(part, Call):
             _call(chain, hyper, part, jobs)
