@@ -140,7 +140,7 @@ def _nearer(mean: Tensor, basis: Tensor) -> Tensor:
     # From the largest eigenvalue to the smallest, as what a zero leaves is to be orthogonal to all others, not they to it; the
     # columns stay in their places, in which the squares were summed.
     power = mean @ basis
-    order = (basis * power).sum(-2).argsort(-1, descending=True, stable=True)
+    order = (basis * power).sum(-2).argsort(dim=-1, descending=True, stable=True)
     sorted_basis = torch.linalg.qr(torch.take_along_dim(power, order[..., None, :], -1))[0]
     return torch.take_along_dim(sorted_basis, order.argsort(-1)[..., None, :], -1)
 

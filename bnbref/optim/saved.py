@@ -27,7 +27,7 @@ def gathered(rule: Rule, p: Tensor, state: Mapping[str, Any], blocksize: int) ->
         return dict(state)
     found: dict[str, Any] = {"step": state["step"]}
     for s in rule.states:
-        found[s.key] = (whole(p, state[s.key]) if s.of == "elements" else state[s.key]).cpu()
+        found[s.key] = (whole(p, state[s.key]) if s.of == "elements" else state[s.key].clone()).cpu()
         if state[s.key].dtype == torch.uint8:
             blocks = check_blocksize(blocksize, p.numel())
             found[absmax_key(s.key)] = gather_scales(shard, state[absmax_key(s.key)], blocks)
