@@ -67,6 +67,23 @@ ALL = [
 ]
 
 
+OF_MATRICES = [
+    prefix + family + suffix
+    for family in ("Muon", "Adafactor", "SOAP")
+    for prefix in ("", "Paged")
+    for suffix in ("", "8bit", "32bit")
+]
+"""Without a counterpart in bitsandbytes: test_optim_matrices.py."""
+
+
+def by_rule(name, params, **settings):
+    """Groups of parameters: those that are no matrices apart, where the class has another rule for them."""
+    if not any(family in name for family in ("Muon", "SOAP")):
+        return [{"params": params, **settings}]
+    matrices, others = [p for p in params if p.dim() == 2], [p for p in params if p.dim() != 2]
+    return [{"params": matrices, **settings}, {"params": others, "rule": "adamw", **settings}]
+
+
 def make(name, params, **arguments):
     needed = {"lr": 1e-2, "momentum": 0.9} if "SGD" in name or "LARS" in name else {}
     return getattr(optim, name)(params, **{**needed, **arguments})
@@ -81,8 +98,8 @@ def parameter(numel=5000, dtype=torch.float32):
 
 def test_all_are_there():
     assert set(NAMES) <= set(ALL)
-    others = {"GlobalOptimManager", "GradientRelease", "Optimizer", "Rule", "State", "read_pages"}
-    assert set(ALL) | others == set(optim.__all__)
+    others = {"GlobalOptimManager", "GradientRelease", "Optimizer", "Rule", "State", "muon_groups", "read_pages"}
+    assert {*ALL, *OF_MATRICES, *others} == set(optim.__all__)
 
 
 @pytest.mark.parametrize(("names", "want"), SIGNATURES.items())

@@ -27,6 +27,8 @@ from bnbref.optim.saved import WRAPPED
 SHAPES = ((70, 61), (64, 128), (1, 5000), (3, 2000), (70, 61, 2), (100,))
 NAMES = ("AdamW8bit", "AdamW32bit", "Lion8bit", "SGD8bit", "AdEMAMix8bit")
 CLIPPED = ("LAMB8bit", "LARS8bit")
+OF_MATRICES = ("Muon8bit", "Adafactor8bit", "SOAP8bit")
+"""On each rank the same operators on the same whole matrices: bits too, with as many threads."""
 STEPS = 4
 
 
@@ -60,6 +62,16 @@ def options(name):
     return {"lr": 1e-2, "weight_decay": 0.1, "min_8bit_size": 4096}
 
 
+def of_matrices(name, model):
+    """Stacks of matrices by the same rule where it takes them, as vectors by AdamW if not."""
+    if name == "Adafactor8bit":
+        return optim.Adafactor8bit(model.parameters(), beta1=0.9, **options(name))
+    hidden, others = ([p for p in model.parameters() if (p.dim() == 2) == flag] for flag in (True, False))
+    extra = {"frequency": 2} if name == "SOAP8bit" else {}
+    groups = [{"params": hidden}, {"params": others, "rule": "adamw"}]
+    return getattr(optim, name)(groups, **extra, **options(name))
+
+
 def run_two(rank, ranks, path):
     """Everything that two ranks show; what rank 0 has is saved."""
     found = {}
@@ -67,6 +79,12 @@ def run_two(rank, ranks, path):
     for name in (*NAMES, *CLIPPED):
         model = fully_shard(Model(), mesh=mesh)
         optimizer = make(name, model.parameters(), **options(name))
+        halfway = trained(model, optimizer, 0, STEPS // 2)
+        state = optimizer.state_dict()
+        found[name] = {"params": halfway, "state": state, "end": trained(model, optimizer, STEPS // 2, STEPS)}
+    for name in OF_MATRICES:
+        model = fully_shard(Model(), mesh=mesh)
+        optimizer = of_matrices(name, model)
         halfway = trained(model, optimizer, 0, STEPS // 2)
         state = optimizer.state_dict()
         found[name] = {"params": halfway, "state": state, "end": trained(model, optimizer, STEPS // 2, STEPS)}
@@ -117,6 +135,13 @@ def run_three(rank, ranks, path):
     for name in NAMES:
         model = fully_shard(Model(), mesh=init_device_mesh("cpu", (ranks,)))
         optimizer = make(name, model.parameters(), **options(name))
+        for w, p in zip(model.parameters(), saved[name]["params"], strict=True):
+            w.data.copy_(distribute_tensor(p, w.device_mesh, w.placements))
+        optimizer.load_state_dict(saved[name]["state"])
+        ends[name] = trained(model, optimizer, STEPS // 2, STEPS)
+    for name in OF_MATRICES:
+        model = fully_shard(Model(), mesh=init_device_mesh("cpu", (ranks,)))
+        optimizer = of_matrices(name, model)
         for w, p in zip(model.parameters(), saved[name]["params"], strict=True):
             w.data.copy_(distribute_tensor(p, w.device_mesh, w.placements))
         optimizer.load_state_dict(saved[name]["state"])
@@ -191,6 +216,23 @@ def assert_same_state(got, want):
 
 
 @pytest.mark.usefixtures("eager")
+def test_sharded_matrices_are_whole_ones(two):
+    """Parameters, states by element and states of the whole matrix."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for name in OF_MATRICES:
+            model = Model()
+            optimizer = of_matrices(name, model)
+            found = two[1][name]
+            assert same_bits(found["params"], trained(model, optimizer, 0, STEPS // 2)), name
+            assert_same_state(found["state"]["state"], optimizer.state_dict()["state"])
+            assert same_bits(found["end"], trained(model, optimizer, STEPS // 2, STEPS)), name
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("eager")
 def test_clipped_rules_differ_by_their_norms_alone(two):
     """A norm of n elements is within n 2^-24 of the exact one, so with n <= 8540 the ratio of two on either side within 2e-3;
     the step is its product with lr and a direction, which with these betas is at most 10 long in each element, or with a
@@ -218,7 +260,8 @@ def test_two_ranks_save_and_three_go_on(two):
     path, found = two
     torch.multiprocessing.spawn(as_rank, (3, run_three, path), nprocs=3)
     ends = torch.load(path, weights_only=True)
-    assert {name: same_bits(ends[name], found[name]["end"]) for name in NAMES} == dict.fromkeys(NAMES, True)
+    every = (*NAMES, *OF_MATRICES)
+    assert {name: same_bits(ends[name], found[name]["end"]) for name in every} == dict.fromkeys(every, True)
 
 
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=5), st.integers(1, 16))

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import same_bits
-from test_optim_classes import ALL, make
+from test_optim_classes import ALL, OF_MATRICES, by_rule, make
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -37,12 +37,13 @@ def tensors(model, optimizer):
 
 @quick
 @pytest.mark.filterwarnings("ignore:paged state")
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [*ALL, *OF_MATRICES])
 def test_released_is_a_step_after_backward(name):
     results = []
     for released in (False, True):
         model = network()
-        optimizer = make(name, [{"params": model[:4].parameters(), "lr": 1e-3}, {"params": model[4:].parameters()}])
+        first, rest = [*model[:4].parameters()], [*model[4:].parameters()]
+        optimizer = make(name, [*by_rule(name, first, lr=1e-3), *by_rule(name, rest)])
         handle = GradientRelease(optimizer) if released else None
         trained(model, optimizer, 0, 3)
         if handle is not None:

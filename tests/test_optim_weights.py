@@ -10,7 +10,7 @@ import torch
 from conftest import same_bits
 from hypothesis import given
 from hypothesis import strategies as st
-from test_optim_classes import ALL, make
+from test_optim_classes import ALL, OF_MATRICES, by_rule, make
 from torch import nn
 
 import bnbref
@@ -208,12 +208,12 @@ def tensors(optimizer):
 
 @quick
 @pytest.mark.filterwarnings("ignore:paged state")
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [*ALL, *OF_MATRICES])
 def test_of_32_bits_every_class_trains_as_on_float32(name):
     """The same bits of values and states as a float32 parameter has; and the parameter is the nearest bfloat16."""
     params, wide = parameters(), [nn.Parameter(p.detach().float()) for p in parameters()]
-    optimizer = make(name, params, lr=1e-3, weight_decay=0.1, master_weight_bits=32)
-    want = make(name, wide, lr=1e-3, weight_decay=0.1)
+    optimizer = make(name, by_rule(name, params), lr=1e-3, weight_decay=0.1, master_weight_bits=32)
+    want = make(name, by_rule(name, wide), lr=1e-3, weight_decay=0.1)
     for t in range(4):
         step(params, optimizer, t)
         step(wide, want, t)

@@ -17,6 +17,12 @@ from bnbref.optim.schedule_free import (
     AdamWScheduleFree, AdamWScheduleFree8bit, AdamWScheduleFree32bit, PagedAdamWScheduleFree, PagedAdamWScheduleFree8bit,
     PagedAdamWScheduleFree32bit,
 )  # fmt: skip
+from bnbref.optim.matrix_families import (
+    Muon, Muon8bit, Muon32bit, PagedMuon, PagedMuon8bit, PagedMuon32bit,
+    Adafactor, Adafactor8bit, Adafactor32bit, PagedAdafactor, PagedAdafactor8bit, PagedAdafactor32bit,
+    SOAP, SOAP8bit, SOAP32bit, PagedSOAP, PagedSOAP8bit, PagedSOAP32bit,
+    muon_groups,
+)  # fmt: skip
 
 # isort: on
 from bnbref.optim.optimizer import Optimizer
@@ -37,5 +43,8 @@ __all__ = [  # noqa: RUF022
     "AdEMAMix", "AdEMAMix8bit", "AdEMAMix32bit", "PagedAdEMAMix", "PagedAdEMAMix8bit", "PagedAdEMAMix32bit",
     "AdamWScheduleFree", "AdamWScheduleFree8bit", "AdamWScheduleFree32bit",
     "PagedAdamWScheduleFree", "PagedAdamWScheduleFree8bit", "PagedAdamWScheduleFree32bit",
-    "GlobalOptimManager", "GradientRelease", "Optimizer", "Rule", "State", "read_pages",
+    "Muon", "Muon8bit", "Muon32bit", "PagedMuon", "PagedMuon8bit", "PagedMuon32bit",
+    "Adafactor", "Adafactor8bit", "Adafactor32bit", "PagedAdafactor", "PagedAdafactor8bit", "PagedAdafactor32bit",
+    "SOAP", "SOAP8bit", "SOAP32bit", "PagedSOAP", "PagedSOAP8bit", "PagedSOAP32bit",
+    "GlobalOptimManager", "GradientRelease", "Optimizer", "Rule", "State", "muon_groups", "read_pages",
 ]  # fmt: skip

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from bnbref.blockwise import check_blocksize, check_float
 from bnbref.optim import paging
-from bnbref.optim.equation import Equation, at_step, check, layout
+from bnbref.optim.equation import Chain, Equation, at_step, check, layout
 from bnbref.optim.rules import Rule
 from bnbref.optim.saved import gathered, packed, unpacked
 from bnbref.optim.settings import ANYWHERE, GlobalOptimManager, check_settings
 from bnbref.optim.sharding import like, local, shard_of
 from bnbref.optim.update import Tails, correction, new_state, step
 from bnbref.optim.weights import CORRECTION, check_correction, correction_dtype, opened, store
+from bnbref.optim.whole import Job, alike, batches, step_together
 
 _MANY = 8  # equations of one rule: a few numbers are changed by hand, more are computed
 
@@ -31,7 +32,8 @@ class Optimizer(torch.optim.Optimizer):
 
         8 bits: 2 bytes + 8/256 for two states of a parameter, against 8 in float32
 
-    params: tensors or groups of float32, float16 or bfloat16, read as float32 and rounded once. defaults: of the groups.
+    params: tensors or groups of float32, float16 or bfloat16, read as float32 and rounded once. rule: or several by name, of
+    which a group says "rule", and the first is meant by one that says nothing. defaults: of the groups.
     optim_bits: 32 or 8. min_8bit_size: smaller parameters have their state in 32 bits. max_unorm: of clipped rules. is_paged:
     the state of parameters of 100,000 elements or more is kept in pinned host memory and streamed, at most page_bytes of it
     on the device at a time. page_directory: it is kept in memory-mapped files there. stochastic_rounding: of bfloat16, by
@@ -58,19 +60,25 @@ class Optimizer(torch.optim.Optimizer):
     rule: Rule
 
     def __init__(
-        self, params: Any, rule: Rule, defaults: Mapping[str, Any], *, optim_bits: int = 32, min_8bit_size: int = 4096,
-        blocksize: int = 256, max_unorm: float = 0.0, is_paged: bool = False, page_directory: str | Path | None = None,
-        page_bytes: int = paging.PAGE_BYTES, stochastic_rounding: bool = False, master_weight_bits: int | None = None,
+        self, params: Any, rule: Rule | Mapping[str, Rule], defaults: Mapping[str, Any], *, optim_bits: int = 32,
+        min_8bit_size: int = 4096, blocksize: int = 256, max_unorm: float = 0.0, is_paged: bool = False,
+        page_directory: str | Path | None = None, page_bytes: int = paging.PAGE_BYTES, stochastic_rounding: bool = False,
+        master_weight_bits: int | None = None,
         generator: torch.Generator | None = None, maximize: bool = False, foreach: bool | None = None,
         fused: bool | None = None, capturable: bool = False, differentiable: bool = False,
     ) -> None:  # fmt: skip
-        self.rule = check(rule)
-        self._layout = layout(rule)
+        rules = dict(rule) if isinstance(rule, Mapping) else {"": rule}
+        self._rules = {name: check(one) for name, one in rules.items()}
+        self._layouts = {name: layout(one) for name, one in rules.items()}
+        first = next(iter(rules), None)
+        if first is None:
+            raise ValueError("rule must be a Rule, or at least one by its name, got none")
+        self.rule = rules[first]
         self._sources: set[str] = set()
         self.is_paged = is_paged
         self._own: dict[str, Any] = {
             "optim_bits": optim_bits, "min_8bit_size": min_8bit_size, "blocksize": blocksize,
-            "max_unorm": max_unorm if rule.clipped else 0.0, "stochastic_rounding": stochastic_rounding,
+            "max_unorm": max_unorm if self.rule.clipped else 0.0, "stochastic_rounding": stochastic_rounding,
             "master_weight_bits": master_weight_bits, "maximize": maximize,
         }  # fmt: skip
         others = {
@@ -80,7 +88,7 @@ class Optimizer(torch.optim.Optimizer):
         check_settings({**self._own, **others})
         self._generator = generator
         self._placement = paging.Placement(is_paged, page_directory, page_bytes)
-        super().__init__(params, dict(defaults))
+        super().__init__(params, {**defaults, **({"rule": first} if first else {})})
 
     # ---- settings ---------------------------------------------------------------------------------------------------
 
@@ -89,8 +97,11 @@ class Optimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            self._check({**self._own, **group})
-            self._at_step(1, {**self._own, **group})
+            config = {**self._own, **group}
+            self._check(config)
+            self._at_step(1, config)
+            for p in group["params"]:
+                self._check_shape(p, config)
         except (TypeError, ValueError, NotImplementedError):
             self.param_groups.pop()
             raise
@@ -111,19 +122,36 @@ class Optimizer(torch.optim.Optimizer):
         self, t: int, config: Mapping[str, Any], device: torch.device | None = None
     ) -> tuple[Equation, Tensor]:
         """What the rule computes now, and its coefficients in step t."""
-        if layout(self.rule) != self._layout:
+        rule, made = self.rule_of(config), self._layouts[config.get("rule", "")]
+        if layout(rule) != made:
             raise RuntimeError(
-                f"states or codebooks of {self.rule!r} are not those that it had when the optimizer was made: {self._layout}"
+                f"states or codebooks of {rule!r} are not those that it had when the optimizer was made: {made}"
             )
-        equation, hyper = at_step(self.rule, t, config, device)
+        equation, hyper = at_step(rule, t, config, device)
         if equation.source not in self._sources and len(self._sources) == _MANY:
             warnings.warn(
-                f"direction of {self.rule!r} has computed with other numbers in more than {_MANY} steps, and each of these is "
+                f"direction of {rule!r} has computed with other numbers in more than {_MANY} steps, and each of these is "
                 f"compiled anew: numbers that change belong to its coefficients",
                 stacklevel=4,
             )
         self._sources.add(equation.source)
         return equation, hyper
+
+    def rule_of(self, config: Mapping[str, Any]) -> Rule:
+        """The rule of a parameter with these settings."""
+        name = config.get("rule", "")
+        if name not in self._rules:
+            raise ValueError(f"rule of a group must be one of {[*self._rules]}, got {name!r}")
+        return self._rules[name]
+
+    def _check_shape(self, p: Tensor, config: Mapping[str, Any]) -> None:
+        rule = self.rule_of(config)
+        if not rule.takes(p.shape):
+            others = [name for name, other in self._rules.items() if other.takes(p.shape)]
+            raise ValueError(
+                f"{rule!r} takes no parameter of shape {tuple(p.shape)}"
+                + (f': let its group say "rule": {" or ".join(map(repr, others))}' if others else "")
+            )
 
     def settings(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
         """The settings of a parameter: those of `GlobalOptimManager`, then those of its group, then the optimizer's."""
@@ -149,29 +177,34 @@ class Optimizer(torch.optim.Optimizer):
         jobs = self._jobs(parameters)
         # Before anything is changed, what might be refused: the coefficients of each group and step, and the rule.
         planned: dict[Any, tuple[Equation, Tensor]] = {}
-        for p, _, config in jobs:
-            t = self.state[p].get("step", 0) + 1
-            key = (id(config), t, p.device)
+        keys = [(id(config), self.state[p].get("step", 0) + 1, p.device) for p, _, config in jobs]
+        for (p, _, config), key in zip(jobs, keys, strict=True):
+            self._check_shape(p, config)
             if key not in planned:
-                planned[key] = self._at_step(t, config, p.device)
+                planned[key] = self._at_step(key[1], config, p.device)
         self._placement.begin()
         for p, _, config in jobs:
             if not self.state[p]:
                 self.state[p] = self.new_state(p, config, self._memory(p))
             elif CORRECTION not in self.state[p]:  # loaded from a run without
                 self.state[p].update(_new_correction(p, config, self._memory(p)))
+        by_element = [job for job, key in zip(jobs, keys, strict=True) if not isinstance(planned[key][0], Chain)]
         tails = Tails()
-        states = self._placement.stream([(p.device, self.state[p]) for p, _, _ in jobs])
-        for (p, grad, config), state in zip(jobs, states, strict=True):
+        states = self._placement.stream([(p.device, self.state[p]) for p, _, _ in by_element])
+        for (p, grad, config), state in zip(by_element, states, strict=True):
             t = self.state[p]["step"] = self.state[p]["step"] + 1
             self._update(*planned[id(config), t, p.device], p, grad, state, config, tails)
             if state is not self.state[p]:  # in pages, which are written back before the next ones come
                 tails.run()
         tails.run()
+        self._update_together(jobs, keys, planned)
 
     def _parameters(self) -> list[Tensor]:
         """All parameters, by the indices that they have in a state dict."""
         return [p for group in self.param_groups for p in group["params"]]
+
+    def _rules_of_parameters(self) -> list[Rule]:
+        return [self.rule_of(self.settings(p, group)) for group in self.param_groups for p in group["params"]]
 
     def _jobs(
         self, parameters: Sequence[tuple[Tensor, Mapping[str, Any]]]
@@ -187,10 +220,10 @@ class Optimizer(torch.optim.Optimizer):
             config = common[id(group)] if own is None else {**common[id(group)], **own}
             if own is not None:
                 self._check(config)
-            jobs.append((p, self._checked_gradient(p, p.grad), config))
+            jobs.append((p, self._checked_gradient(p, p.grad, config), config))
         return jobs
 
-    def _checked_gradient(self, p: Tensor, grad: Tensor) -> Tensor:
+    def _checked_gradient(self, p: Tensor, grad: Tensor, config: Mapping[str, Any]) -> Tensor:
         if grad.layout != torch.strided:
             raise ValueError(f"gradients must be dense: {self!r} has no rule for layout {grad.layout}")
         check_float("a parameter", p)
@@ -208,7 +241,7 @@ class Optimizer(torch.optim.Optimizer):
             )
         if CORRECTION in self.state[p]:
             check_correction(p, self.state[p][CORRECTION].dtype)
-        for key in [s.key for s in self.rule.states] if self.state[p] else []:
+        for key in [s.key for s in self.rule_of(config).states if s.of == "elements"] if self.state[p] else []:
             if self.state[p][key].shape != shape:
                 raise ValueError(
                     f"a parameter must keep its shape: its {key} has {tuple(self.state[p][key].shape)}, from its first step, "
@@ -220,11 +253,7 @@ class Optimizer(torch.optim.Optimizer):
         self, equation: Equation, hyper: Tensor, p: Tensor, grad: Tensor, state: Mapping[str, Any], config: Mapping[str, Any],
         tails: Tails,
     ) -> None:  # fmt: skip
-        own, noise = local(p.detach()), None
-        if config["stochastic_rounding"] and p.dtype == torch.bfloat16:
-            noise = torch.randint(
-                -(2**15), 2**15, (own.numel(),), dtype=torch.int16, device=p.device, generator=self._generator
-            )
+        own = local(p.detach())
         flat = own.contiguous()
         step(
             equation,
@@ -233,13 +262,41 @@ class Optimizer(torch.optim.Optimizer):
             -grad if config["maximize"] else grad,
             state,
             blocksize=config["blocksize"],
-            noise=noise,
+            noise=self._noise(p, config),
             max_norm=config["max_unorm"],
             shard=shard_of(p),
             tails=tails if flat.data_ptr() == own.data_ptr() else None,
         )
         if flat.data_ptr() != own.data_ptr():
             own.copy_(flat)
+
+    def _update_together(self, jobs: Sequence[Any], keys: Sequence[Any], planned: Mapping[Any, Any]) -> None:
+        """Update the parameters whose rules see whole matrices, those of one shape together."""
+        together: dict[Any, list[Any]] = {}
+        for (p, grad, config), key in zip(jobs, keys, strict=True):
+            if isinstance(planned[key][0], Chain):
+                together.setdefault((key, *alike(p)), []).append((p, grad, config))
+        for (key, *_), all_of_them in together.items():
+            for batch in batches(all_of_them):
+                found = [self._job(p, grad, config) for p, grad, config in batch]
+                chain, hyper = planned[key]
+                step_together(chain, hyper, found, self._placement.stream)
+                for job in found:
+                    self.state[job.p]["step"] += 1
+                    own = local(job.p.detach())
+                    if job.flat.data_ptr() != own.data_ptr():
+                        own.copy_(job.flat)
+
+    def _job(self, p: Tensor, grad: Tensor, config: Mapping[str, Any]) -> Job:
+        flat, g = local(p.detach()).contiguous(), -grad if config["maximize"] else grad
+        return Job(p, flat, g, self.state[p], config["blocksize"], self._noise(p, config), shard_of(p))
+
+    def _noise(self, p: Tensor, config: Mapping[str, Any]) -> Tensor | None:
+        """Random bits for a parameter that is to be rounded at random."""
+        if not config["stochastic_rounding"] or p.dtype != torch.bfloat16:
+            return None
+        numel = local(p).numel()
+        return torch.randint(-(2**15), 2**15, (numel,), dtype=torch.int16, device=p.device, generator=self._generator)
 
     def new_state(self, p: Tensor, config: Mapping[str, Any], empty: Callable[..., Tensor]) -> dict[str, Any]:
         """The state of p before its first step, by the settings of `settings`. empty: as `update.new_state` takes it."""
@@ -251,7 +308,7 @@ class Optimizer(torch.optim.Optimizer):
                 f"page_directory takes whole parameters: one of shape {tuple(p.shape)} is sharded, and what its ranks would "
                 f"write is no checkpoint"
             )
-        state = new_state(self.rule, local(p).shape, bits, blocksize, empty, shard)
+        state = new_state(self.rule_of(config), local(p).shape, bits, blocksize, empty, shard, p.shape)
         return {"step": 0, **state, **_new_correction(p, config, empty)}
 
     def _memory(self, p: Tensor) -> Callable[[str, Any, torch.dtype], Tensor]:
@@ -303,9 +360,10 @@ class Optimizer(torch.optim.Optimizer):
         it is a collective call.
         """
         whole, parameters = super().state_dict(), self._parameters()
+        rules = self._rules_of_parameters()
         for i, state in whole["state"].items():
             if isinstance(i, int):
-                whole["state"][i] = packed(self.rule, gathered(self.rule, parameters[i], state, self._own["blocksize"]))
+                whole["state"][i] = packed(rules[i], gathered(rules[i], parameters[i], state, self._own["blocksize"]))
         return whole
 
     def load_state_dict(self, state_dict: Mapping[str, Any], move_to_device: bool = True) -> None:
@@ -324,12 +382,13 @@ class Optimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
+        rules = dict(zip(self._parameters(), self._rules_of_parameters(), strict=True))
         for p, value in list(self.state.items()):
             if isinstance(value, _Held):
-                self.state[p] = unpacked(self.rule, p, value.state, self._own["blocksize"], self._memory(p))
+                self.state[p] = unpacked(rules[p], p, value.state, self._own["blocksize"], self._memory(p))
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("rule", "is_paged", "_own", "_layout", "_sources", "_generator", "_placement")
+        own = ("rule", "is_paged", "_own", "_rules", "_layouts", "_sources", "_generator", "_placement")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
 
@@ -344,7 +403,8 @@ def _partly_shared(p: Tensor, g: Tensor) -> bool:
     if p.device.type == "meta" or not (p.is_contiguous() and g.is_contiguous()):
         return False  # what is not contiguous is copied first
     start, other = p.data_ptr(), g.data_ptr()
-    return (start, p.dtype) != (other, g.dtype) and start < other + g.nbytes and other < start + p.nbytes
+    ends = start + p.numel() * p.itemsize, other + g.numel() * g.itemsize
+    return (start, p.dtype) != (other, g.dtype) and start < ends[1] and other < ends[0]
 
 
 class _Held:

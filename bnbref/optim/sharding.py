@@ -160,11 +160,11 @@ def like(p: Tensor, x: Tensor) -> Tensor:
     return DTensor.from_local(x, sharded.device_mesh, sharded.placements, shape=p.shape, stride=p.stride())
 
 
-def gather(p: Tensor, x: Tensor) -> Tensor:
-    """A whole state, on the CPU. x: the part of it that belongs to this rank's part of p, a DTensor. A collective call."""
-    whole: Any = like(p, x)
-    tensor: Tensor = whole.full_tensor()
-    return tensor.cpu()
+def whole(p: Tensor, x: Tensor) -> Tensor:
+    """All of what belongs to p. x: what belongs to this rank's part of it. A collective call, if p is a DTensor."""
+    every: Any = like(p, x)
+    tensor: Tensor = every.full_tensor() if hasattr(every, "full_tensor") else every
+    return tensor
 
 
 def gather_scales(shard: Shard, absmax: Tensor, blocksize: int) -> Tensor:

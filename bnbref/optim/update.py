@@ -21,12 +21,13 @@ from bnbref.optim.weights import CORRECTION, opened
 
 
 def new_state(
-    rule: Rule, shape: torch.Size, bits: int, blocksize: int, empty: Callable[..., Tensor], shard: Shard | None = None
-) -> dict[str, Tensor]:
+    rule: Rule, shape: torch.Size, bits: int, blocksize: int, empty: Callable[..., Tensor], shard: Shard | None = None,
+    whole: torch.Size | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
     """All states zero, under the keys of bitsandbytes: `state1` and, of 8 bits, `absmax1`.
 
     bits: 32 or 8. empty: gives the memory of a tensor, called with its key, shape and dtype. shard: where the part lies that
-    has this shape, of a parameter that is spread over ranks.
+    has this shape, of a parameter that is spread over ranks, and whole: the shape of all of it.
 
     >>> from bnbref.optim.rules import Adam
     >>> state = new_state(Adam(), torch.Size([300]), 8, 256, lambda key, shape, dtype: torch.empty(shape, dtype=dtype))
@@ -37,7 +38,9 @@ def new_state(
     out: dict[str, Tensor] = {}
     for state in rule.states:
         key = state.key
-        if bits == 32:
+        if state.of != "elements":
+            out[key] = empty(key, state.shape(shape if whole is None else whole), torch.float32).zero_()
+        elif bits == 32:
             out[key] = empty(key, tuple(shape), torch.float32).zero_()
         else:
             out[key] = empty(key, tuple(shape), torch.uint8).fill_(rule.codebook(state).code_of_zero)
