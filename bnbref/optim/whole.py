@@ -19,7 +19,7 @@ from torch._compile import _disable_dynamo
 from bnbref.optim.chain import DESCENT, LOOK, WRITE, Part
 from bnbref.optim.equation import Chain, Equation
 from bnbref.optim.rules import Coefficients, absmax_key, matrix_shape
-from bnbref.optim.sharding import Shard, total, whole
+from bnbref.optim.sharding import Shard, shard_of, total, whole
 from bnbref.optim.step import LARGEST_GRADIENT
 from bnbref.optim.symbols import Call, Name
 from bnbref.optim.update import correction, directions, step
@@ -45,9 +45,9 @@ class Job:
     noise: Tensor | None
     shard: Shard | None
 
-    def __post_init__(self) -> None:
-        bad = total(self.shard, (~(self.g.abs() <= LARGEST_GRADIENT).all()).to(torch.int32))
-        self._finite = bad == 0
+    def begin(self, finite: Tensor) -> None:
+        """Forget what was computed. finite: whether all of the gradient is."""
+        self._finite = finite
         rest = [x.to(self.flat.device) for x in correction(self.state)]
         value = opened(self.flat.view(-1), rest).view(self.flat.shape) if rest else self.flat
         self._parts: dict[str, Tensor] = {"p": value, "g": self.g}
@@ -105,7 +105,8 @@ Stream = Callable[[Sequence[tuple[torch.device, Mapping[str, Any]]]], Iterable[M
 
 def alike(p: Tensor) -> tuple[Any, ...]:
     """What parameters have in common that are stepped together."""
-    return p.shape, p.dtype, p.device
+    shard = shard_of(p)
+    return p.shape, p.dtype, p.device, None if shard is None else shard.group
 
 
 def batches(jobs: Sequence[Any]) -> Iterator[Sequence[Any]]:
@@ -115,10 +116,13 @@ def batches(jobs: Sequence[Any]) -> Iterator[Sequence[Any]]:
 
 
 def step_together(chain: Chain, hyper: Tensor, jobs: Sequence[Job], stream: Stream) -> None:
-    """One step in place of parameters of one shape.  *Bounded* by what the rule says of its steps of the whole matrix.
+    """One step in place of parameters that are `alike`.  *Bounded* by what the rule says of its steps of the whole matrix.
 
     chain, hyper: as `equation.at_step` gives them. stream: brings states to their device, as `Placement.stream` does.
     """
+    bad = torch.stack([~(job.g.abs() <= LARGEST_GRADIENT).all() for job in jobs])
+    for job, finite in zip(jobs, total(jobs[0].shard, bad.to(torch.int32)) == 0, strict=True):
+        job.begin(finite)
     direction = torch.cat(
         [hyper, hyper.new_tensor([-1.0, -0.0])]
     )  # p = -0.0 p + direction: with p = 0, to the sign of a zero
