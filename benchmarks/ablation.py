@@ -9,13 +9,11 @@ batches in all four. A run is unstable if its loss, after the warm-up, is ever a
 
 import argparse
 import contextlib
-import functools
 import importlib
 import json
 import math
 import statistics
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,52 +39,40 @@ class LinearAdam(Adam):
     codebooks = (linear(), linear(signed=False))
 
 
-@dataclass(frozen=True)
-class Variant:
-    """A run: the optimizer of some parameters and a learning rate, the dtype of the weights, and whether lr is scheduled.
-
-    compiled: False where a block is a tensor, which would be a kernel to compile for each size of a tensor. The same bits.
-    """
-
-    optimizer: Callable[..., torch.optim.Optimizer]
-    dtype: torch.dtype = torch.float32
-    scheduled: bool = True
-    compiled: bool = True
-
-
-def adam(params: Any, lr: float, rule: Adam, **options: Any) -> optim.Optimizer:
-    group = {"lr": lr, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
-    return optim.Optimizer(params, rule, group, **options)
-
-
 WHOLE = 2**40  # elements of a block: one for each tensor
-VARIANTS = {
-    name: Variant(functools.partial(adam, **options), compiled=False)
-    for name, options in {
-        "32 bits": {"rule": Adam()},
-        "8 bits, linear, one scale": {"rule": LinearAdam(), "optim_bits": 8, "blocksize": WHOLE},
-        "8 bits, dynamic, one scale": {"rule": Adam(), "optim_bits": 8, "blocksize": WHOLE},
-        "8 bits, dynamic, blockwise": {"rule": Adam(), "optim_bits": 8},
-    }.items()
+
+Variants = Mapping[str, Callable[[nn.Module, float], Any]]
+"""By its name, what makes an optimizer of a model and a learning rate."""
+
+
+def adam(rule: Adam, **options: Any) -> Callable[[nn.Module, float], Any]:
+    group = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    return lambda model, lr: optim.Optimizer(model.parameters(), rule, {"lr": lr, **group}, **options)
+
+
+VARIANTS: Variants = {
+    "32 bits": adam(Adam(), optim_bits=32),
+    "8 bits, linear, one scale": adam(LinearAdam(), optim_bits=8, blocksize=WHOLE),
+    "8 bits, dynamic, one scale": adam(Adam(), optim_bits=8, blocksize=WHOLE),
+    "8 bits, dynamic, blockwise": adam(Adam(), optim_bits=8),
 }
 
 
 def trained(
-    name: str, variant: Variant, seed: int, tokens: Tensor, heldout: Tensor, args: Any, bar: Any
+    variant: str, variants: Variants, seed: int, tokens: Tensor, heldout: Tensor, args: Any, bar: Any
 ) -> dict[str, Any]:
-    """Losses of each step, and the held-out loss at the end."""
+    """Losses of each step, and the held-out perplexity at the end."""
     torch.manual_seed(seed)
     sizes = [f"--{name}={getattr(args, name)}" for name in ("hidden", "ffn", "layers", "device")]
-    model = build_model(arguments(["--out=unused", "--dropout=0", *sizes])).to(variant.dtype)
-    optimizer = variant.optimizer(model.parameters(), args.lr)
+    model = build_model(arguments(["--out=unused", "--dropout=0", *sizes]))
+    optimizer = variants[variant](model, args.lr)
+    averages = hasattr(optimizer, "eval")  # Schedule-Free: it has no schedule, and other parameters to be evaluated
     warmup = args.steps // 20 + 1
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda step: (
-            min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * min(1.0, step / args.steps)))
-            if variant.scheduled
-            else 1.0
-        ),
+        (lambda step: 1.0)
+        if averages
+        else lambda step: min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * min(1.0, step / args.steps))),
     )
     offsets = torch.arange(args.length, device=args.device)
     losses = []
@@ -95,20 +81,21 @@ def trained(
         loss = next_token_loss(model, tokens[first + offsets])
         torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        with contextlib.nullcontext() if variant.compiled else bnbref.eager():
+        # The same bits; a block for each tensor would be a kernel to compile for each size of a tensor.
+        with contextlib.nullcontext() if args.compiled else bnbref.eager():
             optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         losses.append(loss.item())
         bar.update()
     model.eval()
-    if hasattr(optimizer, "eval"):  # Schedule-Free: the parameters become averages
+    if averages:
         optimizer.eval()
     with torch.inference_mode():
         parts = windows(heldout, args.length)[: args.windows].split(16)
         held = statistics.fmean(next_token_loss(model, part).item() for part in parts)
     return {
-        "what": name,
+        "what": variant,
         "seed": seed,
         "loss": statistics.fmean(losses[-max(1, args.steps // 10) :]),
         "heldout_loss": held,
@@ -117,26 +104,25 @@ def trained(
     }
 
 
-def table(rows: list[dict[str, Any]], what: str) -> str:
-    """A variant a line: loss and held-out loss, the median of the seeds and their spread, and the unstable runs."""
-    lines = [f"| {what} | loss | held-out loss | of the seeds | unstable runs |", "|---|---|---|---|---|"]
-    for variant in dict.fromkeys(row["what"] for row in rows):
+def table(rows: list[dict[str, Any]], variants: Variants) -> str:
+    """A variant a line: loss and held-out loss, the median of the seeds, and the unstable runs."""
+    lines = ["| states | loss | held-out loss | unstable runs |", "|---|---|---|---|"]
+    for variant in variants:
         own = [row for row in rows if row["what"] == variant]
         loss, held = (statistics.median(row[key] for row in own) for key in ("loss", "heldout_loss"))
-        spread = " ".join(f"{row['heldout_loss']:.3f}" for row in own)
         unstable = sum(row["unstable"] for row in own)
-        lines.append(f"| {variant} | {loss:.3f} | {held:.3f} | {spread} | {unstable} of {len(own)} |")
+        lines.append(f"| {variant} | {loss:.3f} | {held:.3f} | {unstable} of {len(own)} |")
     return "\n".join(lines)
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
+def plot(rows: list[dict[str, Any]], variants: Variants, path: Path) -> None:
     """Loss by step: a colour for each variant, a line for each seed."""
     try:
         pyplot = importlib.import_module("matplotlib.pyplot")
     except ImportError as error:
         raise ImportError("a plot needs matplotlib: pip install 'bnbref[bench]', or leave out --plot") from error
     figure, axes = pyplot.subplots(figsize=(7, 4))
-    for i, variant in enumerate(dict.fromkeys(row["what"] for row in rows)):
+    for i, variant in enumerate(variants):
         for k, row in enumerate(row for row in rows if row["what"] == variant):
             axes.plot(row["losses"], color=f"C{i}", linewidth=1, alpha=0.8, label=variant if k == 0 else None)
     axes.set(xlabel="step", ylabel="training loss", yscale="log")
@@ -146,11 +132,10 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main(
-    variants: Mapping[str, Variant] = VARIANTS, name: str = "ablation", what: str = "states", doc: str | None = __doc__,
-    **defaults: Any,
-) -> None:  # fmt: skip
-    """Train each variant with each seed, save the rows under a name, print their table and plot them."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    variants: Variants = VARIANTS, name: str = "ablation", description: str | None = __doc__, **defaults: Any
+) -> None:
+    """Train each variant with each seed; rows, a table and a plot of them. defaults: of the arguments."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=64, help="tokens of a window")
@@ -162,8 +147,7 @@ def main(
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--plot", type=Path, help="file of the plot: needs matplotlib")
     parser.add_argument("--again", type=Path, help="print and plot the rows in this file, train nothing")
-    parser.add_argument("--only", help="variants whose name has this in it")
-    parser.set_defaults(**defaults)
+    parser.set_defaults(**{"compiled": False, **defaults})
     args = parser.parse_args()
     if args.again is not None:
         rows = json.loads(args.again.read_text(encoding="utf-8"))["rows"]
@@ -175,16 +159,15 @@ def main(
             encode(tokenizer, END.join(part)).to(args.device) for part in (texts, [d.text for d in held])
         )
         rows = []
-        chosen = {key: variant for key, variant in variants.items() if args.only is None or args.only in key}
-        with tqdm(total=len(chosen) * args.seeds * args.steps, unit="step") as bar:
+        with tqdm(total=len(variants) * args.seeds * args.steps, unit="step") as bar:
             for seed in range(args.seeds):
-                for key, variant in chosen.items():
-                    bar.set_description(f"{key}, seed {seed}")
-                    rows.append(trained(key, variant, seed, tokens, heldout, args, bar))
+                for variant in variants:
+                    bar.set_description(f"{variant}, seed {seed}")
+                    rows.append(trained(variant, variants, seed, tokens, heldout, args, bar))
                     timing.save(name, rows)  # as it goes: a run that is cut short leaves what it has
-    print(table(rows, what))
+    print(table(rows, variants))
     if args.plot is not None:
-        plot(rows, args.plot)
+        plot(rows, variants, args.plot)
 
 
 if __name__ == "__main__":

@@ -7,39 +7,44 @@ a correction of 8 bits (24 in all) and of 16 (32 in all). Then Schedule-Free Ada
 batches and what counts as unstable are those of ablation.py. With weights in bfloat16 the model computes in bfloat16.
 """
 
-import functools
+from collections.abc import Callable
 from typing import Any
 
-import ablation
 import torch
-from ablation import Variant
+from ablation import Variants, main
+from torch import nn
 
 from bnbref import optim
 
-AdamW = functools.partial(optim.AdamW8bit, betas=(0.9, 0.95), weight_decay=0.1)
+GROUP: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": 0.1}
 
 
-def stochastic(params: Any, lr: float) -> optim.Optimizer:
+def adamw(dtype: torch.dtype, **options: Any) -> Callable[[nn.Module, float], Any]:
+    return lambda model, lr: optim.AdamW8bit(model.to(dtype).parameters(), lr, **GROUP, **options)
+
+
+def at_random(model: nn.Module, lr: float) -> optim.Optimizer:
     """Random bits of its own, so that batches are drawn as in the other runs."""
-    return AdamW(params, lr, stochastic_rounding=True, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    return optim.AdamW8bit(model.bfloat16().parameters(), lr, **GROUP, stochastic_rounding=True, generator=generator)
 
 
-def schedule_free(params: Any, lr: float, **options: Any) -> optim.Optimizer:
-    return optim.AdamWScheduleFree(params, lr, betas=(0.9, 0.95), weight_decay=0.1, warmup_steps=5, **options)
+def schedule_free(bits: int) -> Callable[[nn.Module, float], Any]:
+    return lambda model, lr: optim.AdamWScheduleFree(model.parameters(), lr, **GROUP, warmup_steps=10, optim_bits=bits)
 
 
-VARIANTS = {
-    "float32": Variant(AdamW),
-    "bfloat16": Variant(AdamW, torch.bfloat16),
-    "bfloat16, stochastic": Variant(stochastic, torch.bfloat16),
-    "bfloat16, 24 bits": Variant(functools.partial(AdamW, master_weight_bits=24), torch.bfloat16),
-    "bfloat16, 32 bits": Variant(functools.partial(AdamW, master_weight_bits=32), torch.bfloat16),
-    "Schedule-Free, 32-bit states": Variant(schedule_free, scheduled=False),
-    "Schedule-Free, 8-bit states": Variant(functools.partial(schedule_free, optim_bits=8), scheduled=False),
+VARIANTS: Variants = {
+    "float32": adamw(torch.float32),
+    "bfloat16": adamw(torch.bfloat16),
+    "bfloat16, rounded at random": at_random,
+    "bfloat16, 24 bits": adamw(torch.bfloat16, master_weight_bits=24),
+    "bfloat16, 32 bits": adamw(torch.bfloat16, master_weight_bits=32),
+    "Schedule-Free, 32-bit states": schedule_free(32),
+    "Schedule-Free, 8-bit states": schedule_free(8),
 }
-"""Another optimizer is another line: "Muon8bit": Variant(optim.Muon8bit)."""
+"""Another optimizer is another line: "Muon8bit": lambda model, lr: optim.Muon8bit(optim.muon_groups(model), lr)."""
 
-SIZES = {"steps": 200, "batch": 16, "windows": 256, "lr": 1e-3, "layers": 2, "hidden": 64, "ffn": 160}
+SIZES = {"steps": 200, "batch": 16, "windows": 256, "lr": 1e-3, "layers": 2, "hidden": 64, "ffn": 160, "compiled": True}
 
 if __name__ == "__main__":
-    ablation.main(VARIANTS, "weights", "weights", __doc__, **SIZES)
+    main(VARIANTS, "weights", __doc__, **SIZES)
