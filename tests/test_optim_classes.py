@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 from conftest import same_bits
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -281,6 +281,7 @@ def test_a_parameter_keeps_its_size(name):
     start=st.integers(-700, 700),
     every=st.sampled_from([1, 2]),
 )
+@example(name="AdamW8bit", n=513, start=-513, every=2)  # a row with gaps, of which the last block is stepped last
 def test_a_gradient_in_the_memory_of_its_parameter(name, n, start, every):
     """Anywhere in the same memory it is as good as a copy, or refused: where a step would write what it has yet to read."""
     with bnbref.eager():

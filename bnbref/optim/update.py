@@ -56,7 +56,7 @@ def _in_8_bits(rule: Rule, state: Mapping[str, Any]) -> bool:
 def _part(rule: Rule, weights: Sequence[Tensor], g: Tensor, noise: Tensor | None, state: Mapping[str, Any]) -> Part:
     """A parameter with 8-bit states as one part: its elements in a row, and the scales of their blocks."""
     states = [Coded(state[s.key].view(-1), state[absmax_key(s.key)].view(-1)) for s in rule.states]
-    return Part(tuple(x.view(-1) for x in weights), g.reshape(-1), noise, states)
+    return Part(tuple(x.view(-1) for x in weights), g.contiguous().view(-1), noise, states)
 
 
 def correction(state: Mapping[str, Any]) -> list[Tensor]:
@@ -92,7 +92,7 @@ def step(
     if not _in_8_bits(rule, state):
         if p.numel() > 0:
             states = _in_float32(rule, state) + corrections
-            step_elements(p.view(-1), g.reshape(-1), hyper, noise, *states, rule=rule)
+            step_elements(p.view(-1), g.contiguous().view(-1), hyper, noise, *states, rule=rule)
         return
     blocksize = check_blocksize(blocksize, p.numel() if shard is None else shard.numel)
     part = everything = _part(rule, [p, *corrections], g, noise, state)
@@ -124,7 +124,7 @@ def directions(
         return p.new_empty(0, dtype=torch.float32)
     if not _in_8_bits(rule, state):
         states = _in_float32(rule, state)
-        return direction_elements(p.view(-1), g.reshape(-1), hyper, *states, rule=rule)
+        return direction_elements(p.view(-1), g.contiguous().view(-1), hyper, *states, rule=rule)
     blocksize = check_blocksize(blocksize, p.numel() if shard is None else shard.numel)
     everything = _part(rule, [p], g, None, state)
     # At each boundary of whole blocks what lies here is cut in two.
