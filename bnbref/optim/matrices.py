@@ -33,7 +33,7 @@ def newton_schulz(
     a, b, c = coefficients
     tall = x.shape[-2] > x.shape[-1]
     wide = (x.mT if tall else x).bfloat16()
-    y = wide.reshape(-1, *wide.shape[-2:])
+    y = wide.reshape(math.prod(wide.shape[:-2]), *wide.shape[-2:])
     y = y / torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True).clamp(min=eps)
     for _ in range(steps):
         gram = y @ y.mT
