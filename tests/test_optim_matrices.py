@@ -131,6 +131,7 @@ def woven(rule, steps=2):
 
 @settings(max_examples=150)
 @given(programs)
+@example(Woven([("scaled", 1, 0), ("flip", 4, 0)], (0, 0, 0)))  # -0.0 through a kernel and back
 @example(Woven([("flip", 2, 0), ("*", 4, 2), ("both", 5, 1), ("where", 6, 0)], (0, 1, 2)))
 def test_the_schedule_computes_what_the_direction_says(rule):
     """Bit for bit what the direction computes when it is called with matrices."""
