@@ -120,6 +120,8 @@ def write_down(rule: Rule, names: tuple[str, ...]) -> Equation:
         got = f"{len(results)} results" if isinstance(results, (tuple, list)) else f"no tuple but {results!r}"
         raise ValueError(f"direction of {rule!r} must return {1 + len(rule.states)} results, {wanted}, got {got}")
     if recording.calls:
+        if rule.clipped:
+            recording.refuse("is clipped after steps of the whole matrix: let the last of them clip it")
         return _chain(rule, recording, results, names)
     if matrices:
         recording.refuse(f"has states of the whole matrix, {list(matrices.values())}, and no call of Rule.whole")

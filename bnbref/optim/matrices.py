@@ -33,7 +33,7 @@ def newton_schulz(
     a, b, c = coefficients
     tall = x.shape[-2] > x.shape[-1]
     wide = (x.mT if tall else x).bfloat16()
-    y = wide.reshape(-1, *wide.shape[-2:])
+    y = wide.reshape(math.prod(wide.shape[:-2]), *wide.shape[-2:])
     y = y / torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True).clamp(min=eps)
     for _ in range(steps):
         gram = y @ y.mT
@@ -72,7 +72,11 @@ class Muon(Rule):
 
     def orthogonal(self, x: Tensor) -> Tensor:
         rows, columns = x.shape[-2:]
-        scale = math.sqrt(max(1, rows / columns)) if self.adjust == "original" else 0.2 * math.sqrt(max(rows, columns))
+        scale = (
+            math.sqrt(max(1, rows / max(1, columns)))
+            if self.adjust == "original"
+            else 0.2 * math.sqrt(max(rows, columns))
+        )
         return scale * newton_schulz(x, *self._how).float()
 
 

@@ -23,13 +23,6 @@ class Muon(Family):
     A group of embeddings, heads and vectors says `"rule": "adamw"` and has a learning rate of its own, betas and eps:
     `muon_groups` makes the groups of a model. eps: of newton_schulz; adamw_eps: of AdamW. adjust_lr_fn: "match_rms_adamw" for the
     second s, by which a learning rate of AdamW's will do. *Exact* but for newton_schulz, whose products are bfloat16.
-
-    >>> hidden, vector = nn.Parameter(torch.ones(64, 64)), nn.Parameter(torch.ones(64))
-    >>> optimizer = Muon([{"params": [hidden], "lr": 0.02}, {"params": [vector], "rule": "adamw"}], lr=1e-3)
-    >>> hidden.grad, vector.grad = torch.eye(64), torch.ones(64)
-    >>> optimizer.step()
-    >>> [[*optimizer.state[p]] for p in (hidden, vector)]
-    [['step', 'momentum'], ['step', 'state1', 'state2']]
     """
 
     def __init__(
@@ -56,8 +49,11 @@ def muon_groups(model: nn.Module, head: str | Iterable[str] | None = None, **ada
     `get_output_embeddings`, as those of transformers. adamw: settings of the second group, its learning rate first of all.
 
     >>> model = nn.Sequential(nn.Embedding(100, 16), nn.Linear(16, 16), nn.Linear(16, 100))
-    >>> [[tuple(p.shape) for p in group["params"]] for group in muon_groups(model, head="2", lr=3e-4)]
+    >>> groups = muon_groups(model, head="2", lr=3e-4)
+    >>> [[tuple(p.shape) for p in group["params"]] for group in groups]
     [[(16, 16)], [(100, 16), (16,), (100, 16), (100,)]]
+    >>> [(group["rule"], group["lr"]) for group in Muon8bit(groups, lr=0.02).param_groups]
+    [('muon', 0.02), ('adamw', 0.0003)]
     """
     if head is None:
         find = getattr(model, "get_output_embeddings", None)

@@ -78,8 +78,8 @@ class Optimizer(torch.optim.Optimizer):
         self.is_paged = is_paged
         self._own: dict[str, Any] = {
             "optim_bits": optim_bits, "min_8bit_size": min_8bit_size, "blocksize": blocksize,
-            "max_unorm": max_unorm if self.rule.clipped else 0.0, "stochastic_rounding": stochastic_rounding,
-            "master_weight_bits": master_weight_bits, "maximize": maximize,
+            "max_unorm": max_unorm if any(one.clipped for one in rules.values()) else 0.0,
+            "stochastic_rounding": stochastic_rounding, "master_weight_bits": master_weight_bits, "maximize": maximize,
         }  # fmt: skip
         others = {
             "is_paged": is_paged, "page_directory": page_directory, "page_bytes": page_bytes, "generator": generator,
@@ -263,7 +263,7 @@ class Optimizer(torch.optim.Optimizer):
             state,
             blocksize=config["blocksize"],
             noise=self._noise(p, config),
-            max_norm=config["max_unorm"],
+            max_norm=config["max_unorm"] if equation.clipped else 0.0,
             shard=shard_of(p),
             tails=tails if flat.data_ptr() == own.data_ptr() else None,
         )
