@@ -27,6 +27,7 @@ ROOMS = (
     ("bnbref.checkpoint",),
     ("bnbref.operators",),
     ("bnbref.products",),
+    ("bnbref.packed_weight",),
     ("bnbref.few_rows",),
     ("bnbref.fourbit", "bnbref.int8", "bnbref.nested", "bnbref.quant_state"),
     ("bnbref.blockwise",),
