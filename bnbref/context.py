@@ -60,13 +60,21 @@ def jit_tracing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._is_tracing()
 
 
+def exporting() -> bool:
+    """Whether torch.export traces. In torch 2.11 Dynamo takes `is_exporting()` for True in every trace."""
+    return torch.compiler.is_exporting()
+
+
+# Asked by Dynamo when it traces, as torch.compiler.assume_constant_result does without importing torch._dynamo.
+exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def under_functorch(derivative: bool = False) -> bool:
     """Whether `torch.func` transforms, also while Dynamo traces; with `derivative`, whether by other transforms than `vmap`."""
     stack = torch._C._functorch.get_interpreter_stack() or []
     return any(not derivative or level.key() != torch._C._functorch.TransformType.Vmap for level in stack)
 
 
-# Asked by Dynamo when it traces, as torch.compiler.assume_constant_result does without importing torch._dynamo.
 under_functorch._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
