@@ -22,6 +22,7 @@ def add_check(commands: Any) -> argparse.ArgumentParser:
     check.add_argument(
         "--backend", metavar="NAME", help="one of the kit's, or package.module[:attribute] (default: bnbref)"
     )
+    check.add_argument("--list", action="store_true", help="name the kit's backends, and what each of them needs")
     check.add_argument("--device", help="where it runs (default: cpu; with --self the accelerator if there is one)")
     check.add_argument("--quick", action="store_true", help="a selection of the cases")
     check.add_argument("--only", default="", metavar="TEXT", help="only cases whose id contains this")
@@ -80,6 +81,8 @@ def run_check(args: argparse.Namespace) -> int:
     """Run the cases on a backend, and write the reports."""
     from bnbref.conformance import backends, page, report, vectors, workers
 
+    if args.list:
+        return _list(backends)
     jobs = 1 if args.jobs is None else args.jobs
     if jobs < 1:
         raise Refused(f"--jobs must be at least 1, got {jobs}")
@@ -102,6 +105,18 @@ def run_check(args: argparse.Namespace) -> int:
             file.write_text(form(done), encoding="utf-8")
     print(report.as_text(done))
     return 0 if done.ok else 1
+
+
+def _list(backends: Any) -> int:
+    """Print the backends of the kit: whether each can be run here, and if not what it needs."""
+    for name in backends.KNOWN:
+        try:
+            backends.load(name)
+            state = "ready"
+        except (ImportError, RuntimeError, ValueError) as error:
+            state = str(error)
+        print(f"{name:24}{state}")
+    return 0
 
 
 def _chosen(args: argparse.Namespace) -> list[Any]:

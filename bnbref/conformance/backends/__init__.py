@@ -1,4 +1,4 @@
-"""Backends under test: bnbref itself, the real bitsandbytes in two ways, torchao, or any module of your own.
+"""Backends under test: bnbref itself, the real bitsandbytes in two ways, other packages, or any module of your own.
 
 A backend is a module, an object or a mapping with functions that are called as `operations` says. A function that is missing is
 not implemented; where one has no answer to a single case it raises `Unsupported`.
@@ -20,7 +20,16 @@ KNOWN = {
     "bnbref-eager": "bnbref.conformance.backends.reference",
     "bitsandbytes": "bnbref.conformance.backends.bitsandbytes",
     "bitsandbytes-default": "bnbref.conformance.backends.bitsandbytes_default",
+    "bitsandbytes-cpu-fork": "bnbref.conformance.backends.bitsandbytes",
+    "mps-bitsandbytes": "bnbref.conformance.backends.mps_bitsandbytes",
+    "neural-compressor": "bnbref.conformance.backends.neural_compressor",
+    "nncf": "bnbref.conformance.backends.nncf",
+    "nvidia-modelopt": "bnbref.conformance.backends.modelopt",
+    "onnxruntime": "bnbref.conformance.backends.onnxruntime",
+    "qwix": "bnbref.conformance.backends.qwix",
+    "tinygrad": "bnbref.conformance.backends.tinygrad",
     "torchao": "bnbref.conformance.backends.torchao",
+    "torchao-nf4": "bnbref.conformance.backends.torchao_nf4",
 }
 """The backends that come with the kit: each a module with a function `backend(name)`."""
 
