@@ -63,8 +63,8 @@ class Dialect(Conventions):
     bfloat16_nan: bfloat16 is rounded by adding to the bits, those of NaN too. nearest: a 4-bit code is that of the least distance
     in floating point, the first of equal ones. in_dtype: elements of 16 bits are scaled and compared in their dtype. tiny_is_one:
     an absmax below 2^-63 becomes 1. float16_weight: values and scales of a 4-bit weight are float16, their product is "rounded"
-    to it or, in a fused kernel, "kept". low_first: the first of two elements is in the low nibble. whole_blocks: packed codes are as
-    many as whole blocks have.
+    to it or, in a fused kernel, "kept". low_first: the first of two elements is in the low nibble. whole_blocks: packed codes are
+    as many as whole blocks have.
     """
 
     name: str

@@ -155,6 +155,7 @@ def _int8_matmul(d: Dialect, a: Tensor, b: Tensor) -> Tensors:
 
 def _int8_quantize(d: Dialect, x: Tensor, threshold: float) -> Tensors:
     absmax = x.abs().amax(1).float() if d.int8_2d and x.dim() > 2 else x.abs().amax(-1).float().view(-1)
+    absmax = absmax.clamp(min=d.floor)
     scale = absmax.unsqueeze(-1) if d.int8_2d and x.dim() > 2 else absmax.view(*x.shape[:-1], 1)
     return {"codes": (x * (127.0 / scale)).round().to(torch.int8), "absmax": absmax}
 
