@@ -18,6 +18,7 @@ from bnbref.conformance.operations import OPERATIONS
 KNOWN = {
     "bnbref": "bnbref.conformance.backends.reference",
     "bnbref-eager": "bnbref.conformance.backends.reference",
+    "bnbref-invariant": "bnbref.conformance.backends.reference",
     "bitsandbytes": "bnbref.conformance.backends.bitsandbytes",
     "bitsandbytes-default": "bnbref.conformance.backends.bitsandbytes_default",
     "bitsandbytes-cpu-fork": "bnbref.conformance.backends.bitsandbytes",
@@ -49,13 +50,15 @@ class Backend:
         self, name: str, functions: object, packages: Sequence[str] = (),
         within: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:  # fmt: skip
-        """functions: a mapping, or an object (a module), of the operations' names. within: makes the context of each call.
+        """functions: a mapping, or an object (a module), of the operations' names; of an object, `product_of_ones(n, k)` is for
+        order.py, where there is no `gemm_4bit`. within: makes the context of each call.
 
         Raises ValueError where there is none of the operations.
         """
         table = functions if isinstance(functions, Mapping) else {op: getattr(functions, op, None) for op in OPERATIONS}
         self.name = name
         found = {op: table.get(op) for op in OPERATIONS}
+        self.product_of_ones: Callable[[int, int], Any] | None = getattr(functions, "product_of_ones", None)
         self.functions = {op: _in_context(function, within) for op, function in found.items() if callable(function)}
         if not self.functions:
             raise ValueError(f"backend {name!r} has none of the operations {', '.join(OPERATIONS)}")

@@ -4,11 +4,13 @@ import importlib
 import importlib.util
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bnbref.conformance.backends import Backend, require
 from bnbref.conformance.backends.blocks import nf4_alone, rows
 
+_DTYPES = (torch.float32, torch.bfloat16)
 _MODULE = "torchao.dtypes.nf4tensor"
 
 
@@ -26,6 +28,13 @@ class TorchAONF4:
         blocks = rows(x.contiguous(), blocksize, "torchao")
         made = self.module.NF4Tensor.from_tensor(blocks, blocksize, 1)
         return made.quantized_data, self.module.get_block_absmax(blocks.flatten(), blocksize).float()
+
+    def product_of_ones(self, n: int, k: int) -> Any:
+        """A function of activations: the product with a weight that is constant along each row."""
+        weight = torch.ones(n, k)
+        weight[-1] = 2  # a weight that is constant as a whole has scales that are NaN
+        made = {dtype: self.module.NF4Tensor.from_tensor(weight.to(dtype), 64, k // 64) for dtype in _DTYPES}
+        return lambda a: self.module.linear_nf4(a, made[a.dtype])
 
 
 def backend(name: str) -> Backend:
