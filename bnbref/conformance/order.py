@@ -5,7 +5,7 @@
 
 The ones that are lost are those under the node at which i and j meet: n - y leaves. These numbers for pairs give the tree. What
 multiplies must be constant along the sum, so the weight is all ones, or all another number. An order depends on the shape of a
-call and not on its numbers, which is why each row of a batch asks another pair.
+call and not on its numbers; it may depend on the place of the row in its batch, which is why the first row alone is asked.
 """
 
 import functools
@@ -42,7 +42,7 @@ def leaves(tree: Tree) -> Iterator[int]:
 
 @dataclass(frozen=True)
 class Probe:
-    """Asks a product of `size` columns, in batches of `rows`, under how many leaves two elements meet."""
+    """Asks the first of `rows` rows of a product of `size` columns under how many leaves two elements meet."""
 
     product: Product
     size: int
@@ -51,15 +51,13 @@ class Probe:
 
     def meet(self, i: int, others: Sequence[int]) -> list[int]:
         """The number of leaves under the node where element i meets each of the others."""
-        found: list[int] = []
-        for start in range(0, len(others), self.rows):
-            part = others[start : start + self.rows]
-            a = torch.ones(self.rows, self.size, dtype=self.dtype)
-            a[:, i] = LARGE
-            a[torch.arange(len(part)), torch.tensor(part)] = -LARGE
-            a[len(part) :, i] = 1  # rows that ask nothing
-            left = self.product(a)[: len(part), 0].double()
-            found += [self.size - int(n) for n in (left / self.one).round().tolist()]
+        found = []
+        a = torch.ones(self.rows, self.size, dtype=self.dtype)
+        a[0, i] = LARGE
+        for j in others:
+            a[0, j] = -LARGE
+            found.append(self.size - round(float(self.product(a)[0, 0]) / self.one))
+            a[0, j] = 1
         return found
 
     @functools.cached_property
@@ -206,22 +204,27 @@ TRIALS = 8
 """Rows of random numbers whose bits are compared. All columns of the weight being ones, each gives one number."""
 
 
-def orders(multiply: Product, k: int, dtype: torch.dtype) -> list[tuple[str, list[int]]]:
-    """The order of the sum in words, with the sizes of batches that have it and give the first row the same bits."""
-    given = torch.randn(TRIALS, max(BATCHES), k, generator=torch.Generator().manual_seed(1)).to(dtype)
-    found: list[tuple[str, Tensor, list[int]]] = []
+def orders(multiply: Product, k: int, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """The order of the first row's sum, with the sizes of batches that have it and give the row the same bits.
+
+    anywhere: of these, the batches in which a row has the same bits in every place.
+    """
+    given = torch.randn(TRIALS, k, generator=torch.Generator().manual_seed(1)).to(dtype)
+    found: list[tuple[Tensor, dict[str, Any]]] = []
     for m in BATCHES:
-        row = torch.stack([multiply(a[:m].contiguous())[0] for a in given])
+        rows = torch.stack([multiply(a.expand(m, k).contiguous()) for a in given])
         try:
             order = in_words(Probe(multiply, k, m, dtype).tree())
         except ValueError as error:
             order = f"no tree: {error}"
-        same = [sizes for other, bits, sizes in found if order == other and torch.equal(row, bits)]
-        if same:
-            same[0].append(m)
-        else:
-            found.append((order, row, [m]))
-    return [(order, sizes) for order, _, sizes in found]
+        same = [entry for first, entry in found if order == entry["order"] and torch.equal(rows[:, 0], first)]
+        if not same:
+            same = [{"order": order, "batches": [], "anywhere": []}]
+            found.append((rows[:, 0], same[0]))
+        same[0]["batches"].append(m)
+        if bool((rows == rows[:, :1]).all()):
+            same[0]["anywhere"].append(m)
+    return [entry for _, entry in found]
 
 
 def report(backend: Backend, n: int = 64, sizes: Sequence[int] = (128, 256)) -> list[dict[str, Any]]:
@@ -236,8 +239,7 @@ def report(backend: Backend, n: int = 64, sizes: Sequence[int] = (128, 256)) -> 
                 made = orders(product(backend, n, k), k, dtype)
             except NotImplementedError:  # the backend has no such dtype
                 continue
-            kind = str(dtype).removeprefix("torch.")
-            found += [{"dtype": kind, "columns": k, "batches": batches, "order": order} for order, batches in made]
+            found += [{"dtype": str(dtype).removeprefix("torch."), "columns": k, **entry} for entry in made]
     return found
 
 
@@ -245,8 +247,10 @@ def as_text(backend: Backend, found: Sequence[dict[str, Any]]) -> str:
     """The report for a terminal."""
     lines = [f"{backend.name}: the order in which its product adds up, by batches that give a row the same bits"]
     for entry in found:
-        sizes = " ".join(map(str, entry["batches"]))
+        sizes = " ".join(f"{m}{'' if m in entry['anywhere'] else '*'}" for m in entry["batches"])
         lines += [f"{entry['dtype']}, {entry['columns']} columns, batches of {sizes}", f"    {entry['order']}"]
+    if any(entry["batches"] != entry["anywhere"] for entry in found):
+        lines.append("* a row has other bits in another place of the batch")
     return "\n".join(lines)
 
 
