@@ -160,7 +160,7 @@ GUESTS = ("bnbref.integrations.hf", "bnbref.demo", "bnbref.conformance.conftest"
           "bnbref.conformance.backends.qwix", "bnbref.conformance.backends.tinygrad")  # fmt: skip
 FOLDERS = ("bnbref", "tests", "benchmarks", "docs")
 BROUGHT = {"griffe", "tokenizers", "triton"}  # by mkdocstrings, by transformers, by a torch for GPUs
-BROUGHT |= {"jax", "onnx"}  # with the packages that programs of the conformance reports are about
+BROUGHT |= {"jax", "onnx", "openvino"}  # with the packages that programs of the conformance reports are about
 
 
 def project():
