@@ -122,7 +122,7 @@ def run_check_or_self(args: argparse.Namespace) -> int:
     """0 if every kernel, or every case of the kit, gave the right bits."""
     if not args.self:
         return run_check(args)
-    of_the_kit = ("backend", "quick", "only", "jobs", "json", "markdown", "html")
+    of_the_kit = ("backend", "list", "order", "quick", "only", "jobs", "json", "markdown", "html")
     given = [f"--{name}" for name in of_the_kit if getattr(args, name) not in (None, False, "")]
     if given:
         raise Refused(f"--self goes with --device alone, got {', '.join(given)}")

@@ -22,6 +22,8 @@ def add_check(commands: Any) -> argparse.ArgumentParser:
     check.add_argument(
         "--backend", metavar="NAME", help="one of the kit's, or package.module[:attribute] (default: bnbref)"
     )
+    check.add_argument("--order", action="store_true", help="find the order in which its products add up, instead")
+    check.add_argument("--list", action="store_true", help="name the kit's backends, and what each of them needs")
     check.add_argument("--device", help="where it runs (default: cpu; with --self the accelerator if there is one)")
     check.add_argument("--quick", action="store_true", help="a selection of the cases")
     check.add_argument("--only", default="", metavar="TEXT", help="only cases whose id contains this")
@@ -80,6 +82,8 @@ def run_check(args: argparse.Namespace) -> int:
     """Run the cases on a backend, and write the reports."""
     from bnbref.conformance import backends, page, report, vectors, workers
 
+    if args.list:
+        return _list(backends)
     jobs = 1 if args.jobs is None else args.jobs
     if jobs < 1:
         raise Refused(f"--jobs must be at least 1, got {jobs}")
@@ -89,6 +93,8 @@ def run_check(args: argparse.Namespace) -> int:
         backend = backends.load(args.backend or "bnbref")
     except (AttributeError, ImportError, RuntimeError, ValueError) as error:
         raise Refused(str(error)) from error
+    if args.order:
+        return _order(backend, args.json)
     cases = [c for c in vectors.read_all() if args.only in c.id and (c.quick or not args.quick)]
     results = workers.run(args.backend or "bnbref", cases, device, jobs)
     crashed = any(f.kind == "crashed" for r in results for f in r.failures)
@@ -102,6 +108,32 @@ def run_check(args: argparse.Namespace) -> int:
             file.write_text(form(done), encoding="utf-8")
     print(report.as_text(done))
     return 0 if done.ok else 1
+
+
+def _order(backend: Any, file: Path | None) -> int:
+    """Find the order of the sums of a backend."""
+    from bnbref.conformance import order
+
+    try:
+        found = order.report(backend)
+    except ValueError as error:
+        raise Refused(str(error)) from error
+    if file is not None:
+        file.write_text(order.as_json(backend, found), encoding="utf-8")
+    print(order.as_text(backend, found))
+    return 0
+
+
+def _list(backends: Any) -> int:
+    """Print the backends of the kit: whether each can be run here, and if not what it needs."""
+    for name in backends.KNOWN:
+        try:
+            backends.load(name)
+            state = "ready"
+        except (ImportError, RuntimeError, ValueError) as error:
+            state = str(error)
+        print(f"{name:24}{state}")
+    return 0
 
 
 def _chosen(args: argparse.Namespace) -> list[Any]:

@@ -27,7 +27,7 @@ _STEPS = ("optimizer_32bit", "optimizer_8bit")
 def _concern(case: Case) -> set[str]:
     """The fields of a dialect that can change the results of a case."""
     if case.operation in _PRODUCTS:
-        return {"row_scales"}
+        return {"row_scales", "nf4", "fp4", "float16_weight", "low_first"}
     if case.operation not in _STEPS:
         return set(TEXT) - _OF_OPTIMIZERS
     k = case.params
