@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import bnbref
-from bnbref.conformance.command import Refused, add_check, add_vectors, run_check, usable_device, writable
+from bnbref.conformance.command import Refused, add_board, add_check, add_vectors, run_check, usable_device, writable
 
 HUGGING_FACE = ("transformers", "peft", "accelerate")
 
@@ -42,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
     check = add_check(commands)
     check.add_argument("--self", action="store_true", help="bnbref's own exact kernels, eager and compiled, instead")
     check.set_defaults(run=run_check_or_self)
+    add_board(commands)
     add_vectors(commands)
 
     demo = commands.add_parser("demo", help="quantize a small language model, measure it, and fine-tune it")

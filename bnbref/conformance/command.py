@@ -1,4 +1,4 @@
-"""`python -m bnbref check` and `vectors`: their arguments, and what they run.
+"""`python -m bnbref check`, `board` and `vectors`: their arguments, and what they run.
 
 A function that runs a command returns its exit status: 0 no failure, 1 something failed. Where the command cannot be run as it
 was given, it raises `Refused`, which ends with status 2. What a command needs is imported when it runs.
@@ -32,6 +32,15 @@ def add_check(commands: Any) -> argparse.ArgumentParser:
         "--html", type=Path, metavar="FILE", help="write one page with a matrix, failures and error maps"
     )
     return check
+
+
+def add_board(commands: Any) -> None:
+    """Add `board` to the subparsers of `python -m bnbref`."""
+    board = commands.add_parser("board", help="reports of `check --json`, of any number of backends, as one page")
+    board.add_argument("reports", type=Path, nargs="+", metavar="REPORT.json", help="a column each, in this order")
+    board.add_argument("--html", type=Path, metavar="FILE", help="the page: rules by backends, filters, what failed")
+    board.add_argument("--svg", type=Path, metavar="FILE", help="the same as a drawing")
+    board.set_defaults(run=run_board)
 
 
 def add_vectors(commands: Any) -> None:
@@ -102,6 +111,24 @@ def run_check(args: argparse.Namespace) -> int:
             file.write_text(form(done), encoding="utf-8")
     print(report.as_text(done))
     return 0 if done.ok else 1
+
+
+def run_board(args: argparse.Namespace) -> int:
+    """Write the board of the reports, and print how many rules each backend keeps."""
+    from bnbref.conformance import board
+    from bnbref.conformance.board import page, picture
+
+    writable(args.html, args.svg)
+    try:
+        columns = board.board(args.reports)
+    except (OSError, ValueError) as error:
+        raise Refused(str(error)) from error
+    for file, form in ((args.html, page.as_page), (args.svg, picture.as_picture)):
+        if file is not None:
+            file.write_text(form(columns), encoding="utf-8")
+    for column in columns:
+        print(f"{column.title}: {', '.join(f'{column.count(s)} {s}' for s in board.STATES if column.count(s))}")
+    return 0
 
 
 def _chosen(args: argparse.Namespace) -> list[Any]:

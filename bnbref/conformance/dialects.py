@@ -128,3 +128,13 @@ def in_words(field: str, value: Any) -> str:
     """
     text = TEXT[field]
     return text[value] if isinstance(text, dict) else text.format(value)
+
+
+CHOICES = frozenset(
+    in_words(field, value)
+    for field, value in (
+        ("nf4", None), ("fp4", None), ("ties", "lower"), ("ties", "upper"), ("division", "always"), ("decay_after", True),
+        ("coupled", True), ("norm_eps", True),
+    )
+)  # fmt: skip
+"""Conventions that are another choice, and no mistake: as near to the paper, or another paper's formula."""

@@ -5,12 +5,12 @@ explanation is as narrow as it can be.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
 from bnbref.conformance.cases import Case
-from bnbref.conformance.dialects import DIALECTS, REFERENCE, TEXT, Dialect, in_words
+from bnbref.conformance.dialects import CHOICES, DIALECTS, REFERENCE, TEXT, Dialect, in_words
 from bnbref.conformance.expected import Expected, same, wrong_elements
 from bnbref.conformance.judge import Failure
 from bnbref.conformance.operations import arguments
@@ -93,3 +93,15 @@ def explain(failure: Failure) -> list[str]:
                 found.setdefault(text, []).append(dialect.name)
                 break
     return [f"{', '.join(names)}: {text}" for text, names in found.items()]
+
+
+def verdict(follows: Sequence[str]) -> str:
+    """Whether what `explain` says of a wrong result is a "dialect" or a "defect".
+
+    A dialect is a choice of `dialects.CHOICES` and nothing else. What no known convention explains is a defect.
+
+    >>> verdict(["bnb-triton, torchao: x / absmax"]), verdict(["bnb-cpu: codes from a table of 65,536 bins"]), verdict([])
+    ('dialect', 'defect', 'defect')
+    """
+    texts = {line.partition(": ")[2] for line in follows}
+    return "dialect" if texts and texts <= CHOICES else "defect"

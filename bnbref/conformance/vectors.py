@@ -202,3 +202,9 @@ def read(operation: str, folder: Path = FOLDER) -> list[Case]:
 def read_all(folder: Path = FOLDER) -> list[Case]:
     """All stored cases."""
     return [case for op in OPERATIONS for case in read(op, folder)]
+
+
+def rules_of_cases(folder: Path = FOLDER) -> dict[str, tuple[str, ...]]:
+    """The rules of each stored case, by its id, without its tensors."""
+    bodies = (json.loads((folder / f"{op}.json").read_text(encoding="utf-8")) for op in OPERATIONS)
+    return {case["id"]: tuple(case["rules"]) for body in bodies for case in body["cases"]}
