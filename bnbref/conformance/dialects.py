@@ -3,6 +3,7 @@
 A `Dialect` is the reference with some fields replaced. predictions.py computes what a backend with these conventions returns.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -130,11 +131,17 @@ def in_words(field: str, value: Any) -> str:
     return text[value] if isinstance(text, dict) else text.format(value)
 
 
-CHOICES = frozenset(
-    in_words(field, value)
-    for field, value in (
-        ("nf4", None), ("fp4", None), ("ties", "lower"), ("ties", "upper"), ("division", "always"), ("decay_after", True),
-        ("coupled", True), ("norm_eps", True),
-    )
-)  # fmt: skip
-"""Conventions that are another choice, and no mistake: as near to the paper, or another paper's formula."""
+_CHOSEN = {
+    "nf4": None, "fp4": None, "ties": ("lower", "upper"), "division": ("always",), "decay_after": None, "coupled": None,
+    "norm_eps": None,
+}  # fmt: skip
+
+
+def _choices() -> Iterator[str]:
+    for field, values in _CHOSEN.items():
+        text = TEXT[field]
+        yield from [text] if isinstance(text, str) else [text[value] for value in values or text]
+
+
+CHOICES = frozenset(_choices())
+"""Conventions, in words, that are another choice, and no mistake: as near to the paper, or another paper's formula."""
