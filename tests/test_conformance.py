@@ -50,7 +50,8 @@ def of(operation):
 
 def test_the_files_are_what_the_cases_give_byte_for_byte():
     made = vectors.files(vectors.all_cases())
-    stored = {path.name: path.read_bytes() for path in vectors.FOLDER.iterdir() if path.name != "schema.json"}
+    by_hand = ("README.md", "schema.json", "SHA256SUMS")
+    stored = {path.name: path.read_bytes() for path in vectors.FOLDER.iterdir() if path.name not in by_hand}
     assert sorted(made) == sorted(stored)
     assert [name for name in made if made[name] != stored[name]] == [], "python -m bnbref vectors write"
 

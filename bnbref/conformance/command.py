@@ -60,6 +60,9 @@ def add_vectors(commands: Any) -> None:
     write = actions.add_parser("write", help="compute all cases anew and write their files")
     write.add_argument("folder", type=Path)
     write.set_defaults(run=run_write)
+    archive = actions.add_parser("archive", help="the published vectors as one .tar.gz, with a digest of all of it")
+    archive.add_argument("file", type=Path)
+    archive.set_defaults(run=run_archive)
 
 
 def writable(*files: Path | None) -> None:
@@ -171,10 +174,25 @@ def run_answers(args: argparse.Namespace) -> int:
 
 
 def run_write(args: argparse.Namespace) -> int:
-    """Compute all cases and write their files."""
-    from bnbref.conformance import vectors
+    """Compute all cases and write their files, their sums, and print the digest."""
+    from bnbref.conformance import release, vectors
 
     if not args.folder.is_dir():
         raise Refused(f"cannot write to {args.folder}: there is no such directory")
     vectors.write(args.folder)
+    (args.folder / release.SUMS).write_text(release.sums(args.folder), encoding="utf-8")
+    print(release.digest(args.folder))
+    return 0
+
+
+def run_archive(args: argparse.Namespace) -> int:
+    """Write the archive of the published vectors, and print their digest."""
+    from bnbref.conformance import release
+
+    writable(args.file)
+    try:
+        args.file.write_bytes(release.archive())
+    except ValueError as error:
+        raise Refused(str(error)) from error
+    print(release.digest())
     return 0

@@ -170,8 +170,9 @@ def files(cases: Sequence[Case]) -> dict[str, bytes]:
 
 
 def write(folder: Path) -> None:
-    """Compute all cases and write their files."""
-    for name, data in files(all_cases()).items():
+    """Compute all cases and write their files, with the two that are written by hand."""
+    by_hand = {name: (FOLDER / name).read_bytes() for name in ("README.md", "schema.json")}
+    for name, data in {**files(all_cases()), **by_hand}.items():
         (folder / name).write_bytes(data)
 
 
