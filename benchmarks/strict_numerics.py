@@ -3,8 +3,8 @@
     python benchmarks/strict_numerics.py --device cpu --json strict.json
 
 Each definition is compiled by `torch.compile` with no options of bnbref's door, once by default and once with numerics="strict".
-Its results are compared bit for bit with the uncompiled ones, on the inputs of tests/strategies.py. Needs torch 2.14 and hypothesis.
-Prints a table: of how many cases the bits differ, and the first of them.
+Its results are compared bit for bit with the uncompiled ones, on the inputs of tests/strategies.py.
+Needs torch 2.14 and hypothesis. Prints a table: of how many cases the bits differ, and the first of them.
 """
 
 import argparse

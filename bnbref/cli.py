@@ -123,8 +123,8 @@ def run_check_or_self(args: argparse.Namespace) -> int:
     """0 if every kernel, or every case of the kit, gave the right bits."""
     if not args.self:
         return run_check(args)
-    of_the_kit = ("backend", "quick", "only", "jobs", "json", "markdown", "html")
-    given = [f"--{name}" for name in of_the_kit if getattr(args, name) not in (None, False, "")]
+    of_the_kit = ("backend", "quick", "only", "jobs", "fail_on", "json", "summary", "badge", "markdown", "html")
+    given = [f"--{name}" for name in of_the_kit if getattr(args, name) not in (None, False, "", "any")]
     if given:
         raise Refused(f"--self goes with --device alone, got {', '.join(given)}")
     from bnbref.info import check_kernels, default_device

@@ -26,7 +26,13 @@ def add_check(commands: Any) -> argparse.ArgumentParser:
     check.add_argument("--quick", action="store_true", help="a selection of the cases")
     check.add_argument("--only", default="", metavar="TEXT", help="only cases whose id contains this")
     check.add_argument("--jobs", type=int, metavar="N", help="processes that run the cases (default: 1)")
+    check.add_argument(
+        "--fail-on", choices=("any", "defect"), default="any",
+        help="what ends with status 1: anything that fails, or defects alone (default: %(default)s)",
+    )  # fmt: skip
     check.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON")
+    check.add_argument("--summary", type=Path, metavar="FILE", help="write the rules by what became of them, as JSON")
+    check.add_argument("--badge", type=Path, metavar="FILE", help="write a badge, as shields.io reads it")
     check.add_argument("--markdown", type=Path, metavar="FILE", help="write a table for a README")
     check.add_argument(
         "--html", type=Path, metavar="FILE", help="write one page with a matrix, failures and error maps"
@@ -90,12 +96,13 @@ def usable_device(name: str) -> Any:
 
 def run_check(args: argparse.Namespace) -> int:
     """Run the cases on a backend, and write the reports."""
-    from bnbref.conformance import backends, page, report, vectors, workers
+    from bnbref.conformance import backends, board, page, report, vectors, workers
+    from bnbref.conformance.board import summary
 
     jobs = 1 if args.jobs is None else args.jobs
     if jobs < 1:
         raise Refused(f"--jobs must be at least 1, got {jobs}")
-    writable(args.json, args.markdown, args.html)
+    writable(args.json, args.summary, args.badge, args.markdown, args.html)
     device = usable_device(args.device or "cpu")
     try:
         backend = backends.load(args.backend or "bnbref")
@@ -105,15 +112,19 @@ def run_check(args: argparse.Namespace) -> int:
     results = workers.run(args.backend or "bnbref", cases, device, jobs)
     crashed = any(f.kind == "crashed" for r in results for f in r.failures)
     done = report.report(backend, device, results, small=not crashed)  # shrinking would run the backend in this process
+    column = board.column(Path(f"{done.backend}.json"), report.as_json(done))
     for file, form in (
         (args.json, report.as_json),
+        (args.summary, lambda _: summary.as_summary(column)),
+        (args.badge, lambda _: summary.as_badge(column)),
         (args.html, lambda r: page.as_html([r])),
         (args.markdown, lambda r: report.as_markdown([r])),
     ):
         if file is not None:
             file.write_text(form(done), encoding="utf-8")
     print(report.as_text(done))
-    return 0 if done.ok else 1
+    failed = column.count("defect") + (column.count("dialect") if args.fail_on == "any" else 0)
+    return 1 if failed or not column.count("passed") else 0
 
 
 def run_board(args: argparse.Namespace) -> int:

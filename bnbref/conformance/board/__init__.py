@@ -4,6 +4,7 @@ board_page.py shows it as a page, board_picture.py as a drawing.
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -56,9 +57,9 @@ class Column:
 
     @property
     def title(self) -> str:
-        """The backend, the version of its package and the device: `torchao 0.18.0, cpu`."""
+        """The backend, the version of its package without the build's name, and the device: `torchao 0.18.0, cpu`."""
         own = [version for package, version in self.versions.items() if package != "torch"] or [""]
-        return f"{self.backend} {own[-1]}".strip() + f", {self.device}"
+        return f"{self.backend} {re.split('[-+]', own[-1])[0]}".strip() + f", {self.device}"
 
     def count(self, state: str) -> int:
         """How many rules are in this state."""
@@ -85,11 +86,11 @@ def _cell(rule: str, cases: Sequence[str], body: Mapping[str, Any]) -> Cell:
     return Cell(state, counts, findings)
 
 
-def column(file: Path) -> Column:
-    """The column of a report. Raises ValueError where the file is none, or of other rules or cases than this kit's."""
+def column(file: Path, text: str) -> Column:
+    """The column of a report, whose text is that of the file. Raises ValueError where it is none, or of other rules or cases."""
     try:
-        body = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        body = json.loads(text)
+    except json.JSONDecodeError as error:
         raise ValueError(f"{file} is no JSON: {error}") from error
     if not isinstance(body, dict) or any(not isinstance(body.get(key), kind) for key, kind in _KEYS.items()):
         raise ValueError(f"{file} is no report of `check --json`: it must have {', '.join(_KEYS)}")
@@ -110,4 +111,4 @@ def board(files: Sequence[Path]) -> list[Column]:
     repeated = [name for name, count in Counter(file.stem for file in files).items() if count > 1]
     if repeated:
         raise ValueError(f"reports must have names of their own, got {', '.join(repeated)} twice")
-    return [column(file) for file in files]
+    return [column(file, file.read_text(encoding="utf-8", errors="replace")) for file in files]
