@@ -94,7 +94,9 @@ def test_every_rule_is_on_the_board_but_the_one_that_says_what_is_not_compared(t
 def test_a_verdict_is_of_all_that_explains():
     assert "x / absmax" in CHOICES
     assert verdict([CHOICE, MISTAKE]) == "defect"
-    assert verdict(["bnb-default, bnb-cpu: all of its conventions together"]) == "defect"
+    assert verdict(["bnb-triton: x / absmax; a tie goes to the lower code"]) == "dialect"
+    assert verdict(["bnb-default: x / absmax in the partial last block; a tie goes to the lower code"]) == "defect"
+    assert not any(";" in text for text in CHOICES)
 
 
 @pytest.mark.parametrize(
@@ -194,6 +196,15 @@ def test_all_that_reports_say_is_in_the_page(tmp_path_factory, bodies):
     )
     drawn = picture.as_picture(columns)
     assert drawn.count("M") >= len(bodies) * len(CASES)
+
+
+def test_a_program_beside_the_report_is_named(tmp_path):
+    (tmp_path / "programs").mkdir()
+    (tmp_path / "programs" / "report-1.py").touch()
+    broken = body(dict.fromkeys(EVERY, "passed"), [finding("Q4-1", CASES["Q4-1"])])
+    links = Parsed(page.as_page(read(tmp_path, broken, broken))).links
+    assert links.count("programs/report-1.py") == 2  # of the backend, and of its cell
+    assert set(links) == {"report-0.json", "report-1.json", "programs/report-1.py"}
 
 
 def test_the_page_is_light():

@@ -56,6 +56,12 @@ class Column:
         return self.file.stem
 
     @property
+    def program(self) -> str:
+        """The program beside the report that shows its failures without bnbref, `programs/NAME.py`; empty if there is none."""
+        file = self.file.parent / "programs" / f"{self.name}.py"
+        return f"programs/{file.name}" if file.exists() else ""
+
+    @property
     def title(self) -> str:
         """The backend, the version of its package without the build's name, and the device: `torchao 0.18.0, cpu`."""
         own = [version for package, version in self.versions.items() if package != "torch"] or [""]

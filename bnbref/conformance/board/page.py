@@ -107,8 +107,13 @@ def _about_column(column: Column) -> str:
     versions = ", ".join(f"{package} {version}" for package, version in column.versions.items())
     states = "".join(f"<tr><th>{_signed(state)}<td>{column.count(state)}" for state in STATES)
     file = _text(column.file.name)
-    body = f'<p>{_text(versions)}</p><table>{states}</table><p>The report: <a href="{file}">{file}</a></p>'
+    body = f'<p>{_text(versions)}</p><table>{states}</table><p>The report: <a href="{file}">{file}</a></p>{_program(column)}'
     return _opened(column.name, _text(column.title), body)
+
+
+def _program(column: Column) -> str:
+    name = _text(column.program)
+    return f'<p>Without bnbref: <a href="{name}">{name}</a></p>' if name else ""
 
 
 def _about_rule(rule: str, columns: Sequence[Column]) -> str:
@@ -124,7 +129,7 @@ def _about_cell(column: Column, rule: str) -> str:
     cell = column.cells[rule]
     findings = "".join(_finding(column, finding) for finding in cell.findings)
     title = f"{_signed(cell.state)} {rule}, {_text(column.title)}"
-    return _opened(f"{column.name}/{rule}", title, f"<p>{_text(RULES[rule].text)}</p>{findings}")
+    return _opened(f"{column.name}/{rule}", title, f"<p>{_text(RULES[rule].text)}</p>{findings}{_program(column)}")
 
 
 def _finding(column: Column, finding: Mapping[str, Any]) -> str:
