@@ -89,7 +89,9 @@ def main() -> None:
             cells = [r["failed"] or f"{r['differ']} of {r['cases']}" for r in row.values()]
             print(f"| `{name}` {variant} | {' | '.join(cells)} | {row['strict']['first']} |", flush=True)
     if args.json:
-        args.json.write_text(json.dumps({"torch": torch.__version__, "device": args.device, "rows": table}, indent=1) + "\n")
+        args.json.write_text(
+            json.dumps({"torch": torch.__version__, "device": args.device, "rows": table}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

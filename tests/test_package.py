@@ -158,7 +158,12 @@ def test_no_assert(module):
 GUESTS = ("bnbref.integrations.hf", "bnbref.demo", "bnbref.conformance.conftest", "bnbref.conformance.test_backend",
           "bnbref.conformance.plugin")  # fmt: skip
 FOLDERS = ("bnbref", "tests", "benchmarks", "docs")
-BROUGHT = {"griffe", "tokenizers", "triton"}  # by mkdocstrings, by transformers, by a torch for GPUs
+BROUGHT = {
+    "griffe",
+    "tokenizers",
+    "triton",
+    "yaml",
+}  # by mkdocstrings, by transformers, by a torch for GPUs, by huggingface_hub
 
 
 def project():

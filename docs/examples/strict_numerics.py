@@ -68,4 +68,6 @@ def differ(function: Callable[..., Tensor], tensors: tuple[Tensor, ...], **optio
 if __name__ == "__main__":
     print(f"torch {torch.__version__}, {device}\n| operation | default | strict |\n|---|---|---|")
     for name, (function, tensors) in OPERATIONS.items():
-        print(f"| `{name}` | {differ(function, tensors)} | {differ(function, tensors, numerics='strict')} |", flush=True)
+        print(
+            f"| `{name}` | {differ(function, tensors)} | {differ(function, tensors, numerics='strict')} |", flush=True
+        )
