@@ -106,3 +106,9 @@ def test_the_page_has_the_lines_of_the_loader(language):
     code = lines.strip("\n")
     assert len([line for line in code.splitlines() if line.strip(" {}")]) <= 14
     assert code in (ROOT / "docs" / "content" / "vectors.md").read_text(encoding="utf-8")
+
+
+def test_the_page_names_the_digest():
+    assert f"    {release.DIGESTS[vectors.VERSION]}\n" in (ROOT / "docs" / "content" / "vectors.md").read_text(
+        encoding="utf-8"
+    )
