@@ -26,9 +26,11 @@ from hypothesis import strategies as st
 from bnbref.cli import main
 from bnbref.conformance import backends, judge, page, report, spec_pages, vectors, workers
 from bnbref.conformance.backends import Backend
+from bnbref.conformance.dialects import BNB_DEFAULT
 from bnbref.conformance.expected import Also, Expected, same, wrong_elements
 from bnbref.conformance.explain import explain
 from bnbref.conformance.operations import OPERATIONS, arguments
+from bnbref.conformance.predictions import predict
 from bnbref.conformance.shrink import shrink
 from bnbref.conformance.specification import FLAGS, RULES
 from bnbref.conformance.text import parse_tensor, tensor_line
@@ -50,7 +52,8 @@ def of(operation):
 
 def test_the_files_are_what_the_cases_give_byte_for_byte():
     made = vectors.files(vectors.all_cases())
-    stored = {path.name: path.read_bytes() for path in vectors.FOLDER.iterdir() if path.name != "schema.json"}
+    by_hand = ("README.md", "schema.json", "SHA256SUMS")
+    stored = {path.name: path.read_bytes() for path in vectors.FOLDER.iterdir() if path.name not in by_hand}
     assert sorted(made) == sorted(stored)
     assert [name for name in made if made[name] != stored[name]] == [], "python -m bnbref vectors write"
 
@@ -562,6 +565,14 @@ def test_a_convention_is_recognized():
         assert any(follows in explain(f) for f in failures), name
     (mutant,) = (m for m in MUTANTS if m.name == "half-away")
     assert not any(explain(f) for result in judge.run(mutant.backend, STORED, CPU) for f in result.failures)
+
+
+def test_conventions_that_explain_together_are_named():
+    """Those of a dialect that it takes, and no others."""
+    case = BY_ID["quantize_4bit/fp4-tail-formula"]
+    (failure,) = judge.failures_of(case, predict(BNB_DEFAULT, case))
+    thresholds = "FP4 thresholds at midpoints (5/12 ...) on the signed axis, code 8 above code 0"
+    assert explain(failure) == [f"bnb-default, bnb-cpu: {thresholds}; x / absmax in the partial last block"]
 
 
 def test_a_failure_is_shrunk_to_the_elements_that_matter():

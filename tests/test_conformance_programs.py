@@ -24,6 +24,9 @@ def published():
             yield pytest.param(report, id=report["backend"])
 
 
+PUBLISHED = list(published())
+
+
 def program(report):
     name = report["backend"]
     return PROGRAMS / f"red_{SAME_PROGRAM.get(name, name)}.py"
@@ -33,7 +36,7 @@ def red(report):
     return {finding["rule"] for finding in report["findings"]}
 
 
-@pytest.mark.parametrize("report", published())
+@pytest.mark.parametrize("report", PUBLISHED)
 def test_every_red_rule_has_a_program_that_does_not_import_bnbref(report):
     tree = ast.parse(program(report).read_text(encoding="utf-8"))
     calls = [
@@ -45,7 +48,7 @@ def test_every_red_rule_has_a_program_that_does_not_import_bnbref(report):
         assert not any(str(name).startswith("bnbref") for name in names)
 
 
-@pytest.mark.parametrize("report", published())
+@pytest.mark.parametrize("report", PUBLISHED)
 def test_the_program_finds_what_the_report_says(report):
     for package, version in report["versions"].items():
         try:

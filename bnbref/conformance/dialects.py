@@ -3,6 +3,7 @@
 A `Dialect` is the reference with some fields replaced. predictions.py computes what a backend with these conventions returns.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -192,3 +193,19 @@ def in_words(field: str, value: Any) -> str:
     """
     text = TEXT[field]
     return text[value] if isinstance(text, dict) else text.format(value)
+
+
+_CHOSEN = {
+    "nf4": (NF4_ON_H100, NF4_FOUR_DIGITS), "fp4": (FP4_BY_MIDPOINTS,), "nearest": None, "ties": ("lower", "upper"),
+    "division": ("always",), "decay_after": None, "coupled": None, "norm_eps": None,
+}  # fmt: skip
+
+
+def _choices() -> Iterator[str]:
+    for field, values in _CHOSEN.items():
+        text = TEXT[field]
+        yield from [text] if isinstance(text, str) else [text[value] for value in values or text]
+
+
+CHOICES = frozenset(_choices())
+"""Conventions, in words, that are another choice, and no mistake: as near to the paper, or another paper's formula."""

@@ -183,18 +183,26 @@ def _times(parts: Sequence[Tree], at: int, period: int) -> int:
     return times
 
 
-def product(backend: Backend, n: int, k: int) -> Product:
-    """The backend's product with a 4-bit weight of ones `[n, k]`. Raises ValueError where it has none."""
+CPU = torch.device("cpu")
+
+
+def product(backend: Backend, n: int, k: int, device: torch.device = CPU) -> Product:
+    """The backend's product on a device with a 4-bit weight of ones `[n, k]`; it takes and returns tensors of the CPU.
+
+    Raises ValueError where it has none there.
+    """
     if backend.product_of_ones is not None:
+        if device.type != "cpu":
+            raise ValueError(f"backend {backend.name!r} multiplies on the CPU, got device {str(device)!r}")
         made: Product = backend.product_of_ones(n, k)
         return made
     if "gemm_4bit" not in backend.functions:
         raise ValueError(f"backend {backend.name!r} has no gemm_4bit")
-    packed = torch.full((n * k // 2,), 0xFF, dtype=torch.uint8)  # NF4's code 15 is 1
-    weight: dict[str, Any] = {"packed": packed, "absmax": torch.ones(n * k // 64), "bias": None}
+    packed = torch.full((n * k // 2,), 0xFF, dtype=torch.uint8, device=device)  # NF4's code 15 is 1
+    weight: dict[str, Any] = {"packed": packed, "absmax": torch.ones(n * k // 64, device=device), "bias": None}
     return lambda a: backend.functions["gemm_4bit"](
-        a=a, **weight, blocksize=64, quant_type="nf4", shape=(n, k)
-    ).view(-1, n)  # fmt: skip
+        a=a.to(device), **weight, blocksize=64, quant_type="nf4", shape=(n, k)
+    ).view(-1, n).cpu()  # fmt: skip
 
 
 BATCHES = (1, 2, 3, 4, 7, 8, 16, 17, 33, 64)
@@ -227,7 +235,9 @@ def orders(multiply: Product, k: int, dtype: torch.dtype) -> list[dict[str, Any]
     return [entry for _, entry in found]
 
 
-def report(backend: Backend, n: int = 64, sizes: Sequence[int] = (128, 256)) -> list[dict[str, Any]]:
+def report(
+    backend: Backend, device: torch.device = CPU, n: int = 64, sizes: Sequence[int] = (128, 256)
+) -> list[dict[str, Any]]:
     """For each dtype and number of columns the orders of the sum, each with the batches that have it.
 
     bfloat16 has whole numbers up to 256, so that no more columns can be asked for in it.
@@ -236,16 +246,18 @@ def report(backend: Backend, n: int = 64, sizes: Sequence[int] = (128, 256)) -> 
     for dtype in (torch.float32, torch.bfloat16):
         for k in sizes:
             try:
-                made = orders(product(backend, n, k), k, dtype)
+                made = orders(product(backend, n, k, device), k, dtype)
             except NotImplementedError:  # the backend has no such dtype
                 continue
             found += [{"dtype": str(dtype).removeprefix("torch."), "columns": k, **entry} for entry in made]
     return found
 
 
-def as_text(backend: Backend, found: Sequence[dict[str, Any]]) -> str:
+def as_text(backend: Backend, device: torch.device, found: Sequence[dict[str, Any]]) -> str:
     """The report for a terminal."""
-    lines = [f"{backend.name}: the order in which its product adds up, by batches that give a row the same bits"]
+    lines = [
+        f"{backend.name} on {device}: the order in which its product adds up, by batches that give a row the same bits"
+    ]
     for entry in found:
         sizes = " ".join(f"{m}{'' if m in entry['anywhere'] else '*'}" for m in entry["batches"])
         lines += [f"{entry['dtype']}, {entry['columns']} columns, batches of {sizes}", f"    {entry['order']}"]
@@ -254,6 +266,7 @@ def as_text(backend: Backend, found: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def as_json(backend: Backend, found: Sequence[dict[str, Any]]) -> str:
-    """The report, and the versions of what was asked."""
-    return json.dumps({"backend": backend.name, "versions": backend.versions, "orders": found}, indent=1) + "\n"
+def as_json(backend: Backend, device: torch.device, found: Sequence[dict[str, Any]]) -> str:
+    """The report, and what was asked: where, and its versions."""
+    body = {"backend": backend.name, "device": str(device), "versions": backend.versions, "orders": found}
+    return json.dumps(body, indent=1) + "\n"

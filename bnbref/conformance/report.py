@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bnbref.conformance import cases
 from bnbref.conformance.backends import Backend
-from bnbref.conformance.explain import explain
+from bnbref.conformance.explain import explain, verdict
 from bnbref.conformance.judge import Failure, Result
 from bnbref.conformance.operations import OPERATIONS
 from bnbref.conformance.shrink import shrink
@@ -268,9 +268,10 @@ def as_json(done: Report) -> str:
                 "rule": f.rule,
                 "flags": list(f.flags),
                 "follows": list(f.follows),
+                "verdict": verdict(f.follows),
                 "cases": list(f.cases),
                 "message": f.example.message,
-                "input": inputs_of(f.example),
+                "input": inputs_of(f.example, most=64),
                 "elements": [e._asdict() for e in elements(f.example)],
             }
             for f in done.findings
