@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from bnbref.cli import main
 from bnbref.conformance import board
 from bnbref.conformance.board import page, picture
-from bnbref.conformance.dialects import CHOICES
+from bnbref.conformance.dialects import CHOICES, FP4_BY_MIDPOINTS, FP4_OF_EIGHTHS, in_words
 from bnbref.conformance.explain import verdict
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "content" / "conformance"
@@ -89,6 +89,38 @@ def test_every_rule_is_on_the_board_but_the_one_that_says_what_is_not_compared(t
     assert set(board.RULES) - set(column.cells) == {"G-5"}
     assert column.title == "mine 1.2, cpu"
     assert column.count("passed") == len(column.cells)
+
+
+def test_what_may_be_refused_by_now_is_no_defect_of_an_older_report(tmp_path):
+    may, must = "quantize_blockwise/signed-blocksize-32", "quantize_blockwise/signed-size-1"
+
+    def found(message):
+        failed = dict.fromkeys(EVERY, "passed") | {may: "failed", must: "failed"}
+        (column,) = read(tmp_path, body(failed, [finding("Q8-1", [may, must], message=message)]))
+        return column.cells["Q8-1"]
+
+    refused = found("raised ValueError: invalid blocksize 32")
+    assert (refused.counts["refused"], refused.counts["failed"]) == (1, 1)
+    assert [f["cases"] for f in refused.findings] == [[must]]
+    for message in ("raised ZeroDivisionError: none", "2 of 2 elements are wrong"):
+        assert found(message).findings[0]["cases"] == [may, must]
+
+
+def test_when_a_report_was_made(tmp_path):
+    shown = page.as_page(read(tmp_path, body({}, made="2026-11-26"), body({})))
+    assert "The report, made on 2026-11-26: " in shown
+    assert "The report, made by an earlier version of the kit: " in shown
+
+
+def test_another_table_of_the_same_name_is_no_choice():
+    assert verdict(["mps-bitsandbytes: " + in_words("fp4", FP4_OF_EIGHTHS)]) == "defect"
+    assert verdict(["bnb-default: " + in_words("fp4", FP4_BY_MIDPOINTS)]) == "dialect"
+
+
+def test_published_verdicts_are_those_of_this_version():
+    for file in RESULTS.glob("*.json"):
+        for found in json.loads(file.read_text(encoding="utf-8"))["findings"]:
+            assert found.get("verdict", verdict(found["follows"])) == verdict(found["follows"]), file
 
 
 def test_a_verdict_is_of_all_that_explains():

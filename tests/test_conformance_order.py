@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bnbref.cli import main
 from bnbref.conformance import backends
 from bnbref.conformance.order import Probe, in_words, leaves, orders, product, report
 
@@ -57,6 +58,29 @@ def test_in_a_fixed_order_a_row_does_not_depend_on_the_batch():
     found = report(backends.load("bnbref-invariant"), n=2, sizes=(64,))
     assert [len(entry["anywhere"]) for entry in found] == [10, 10]
     assert {entry["order"] for entry in found} == {", ".join(f"pairs by {2**i}" for i in range(6))}
+
+
+def test_a_product_of_another_device_is_asked_there():
+    seen = []
+
+    def gemm_4bit(a, packed, absmax, shape, **_):
+        seen.append({t.device.type for t in (a, packed, absmax)})
+        return torch.empty(*a.shape[:-1], shape[0], device="cpu")
+
+    product(backends.Backend("mine", {"gemm_4bit": gemm_4bit}), 2, 64, torch.device("meta"))(torch.ones(3, 64))
+    assert seen == [{"meta"}]
+    ones = type("Mine", (), {"gemm_4bit": gemm_4bit, "product_of_ones": print})
+    with pytest.raises(ValueError, match="multiplies on the CPU, got device 'meta'"):
+        product(backends.Backend("mine", ones), 2, 64, torch.device("meta"))
+
+
+def test_options_of_cases_are_refused_by_name(capsys):
+    assert main(["check", "--order", "--html", "x.html", "--markdown", "x.md", "--quick"]) == 2
+    assert "got --quick, --markdown, --html" in capsys.readouterr().err
+    assert main(["check", "--order", "--jobs", "0", "--fail-on", "defect"]) == 2
+    assert "got --jobs, --fail-on" in capsys.readouterr().err
+    assert main(["check", "--list", "--order", "--device", "cpu"]) == 2
+    assert "--list goes alone, got --order, --device" in capsys.readouterr().err
 
 
 def test_a_backend_without_a_product_has_none():

@@ -196,8 +196,8 @@ def in_words(field: str, value: Any) -> str:
 
 
 _CHOSEN = {
-    "nf4": (NF4_ON_H100, NF4_FOUR_DIGITS), "fp4": (FP4_BY_MIDPOINTS,), "nearest": None, "ties": ("lower", "upper"),
-    "division": ("always",), "decay_after": None, "coupled": None, "norm_eps": None,
+    "nf4": (NF4_ON_H100, NF4_FOUR_DIGITS, NF4_FLOAT16), "fp4": (FP4_BY_MIDPOINTS,), "nearest": None,
+    "ties": ("lower", "upper"), "division": ("always",), "decay_after": None, "coupled": None, "norm_eps": None,
 }  # fmt: skip
 
 

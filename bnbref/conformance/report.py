@@ -1,5 +1,6 @@
 """What a run found: for a terminal, as JSON, and as a table for a README."""
 
+import datetime
 import json
 import struct
 from collections.abc import Iterable, Mapping, Sequence
@@ -255,11 +256,12 @@ def as_markdown(reports: Sequence[Report]) -> str:
 
 
 def as_json(done: Report) -> str:
-    """Everything but the tensors: versions, every case's status, every finding."""
+    """Everything but the tensors: versions, the day, every case's status, every finding."""
     body = {
         "backend": done.backend,
         "device": done.device,
         "versions": dict(done.versions),
+        "made": datetime.date.today().isoformat(),
         "counts": counts(done.results),
         "cases": {r.case.id: r.status for r in done.results},
         "findings": [

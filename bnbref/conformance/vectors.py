@@ -205,7 +205,7 @@ def read_all(folder: Path = FOLDER) -> list[Case]:
     return [case for op in OPERATIONS for case in read(op, folder)]
 
 
-def rules_of_cases(folder: Path = FOLDER) -> dict[str, tuple[str, ...]]:
-    """The rules of each stored case, by its id, without its tensors."""
+def stored(folder: Path = FOLDER) -> dict[str, dict[str, Any]]:
+    """Each stored case by its id, as its file has it: without its tensors."""
     bodies = (json.loads((folder / f"{op}.json").read_text(encoding="utf-8")) for op in OPERATIONS)
-    return {case["id"]: tuple(case["rules"]) for body in bodies for case in body["cases"]}
+    return {case["id"]: case for body in bodies for case in body["cases"]}

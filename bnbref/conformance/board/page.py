@@ -105,9 +105,11 @@ def _counts(cell: Cell) -> str:
 
 def _about_column(column: Column) -> str:
     versions = ", ".join(f"{package} {version}" for package, version in column.versions.items())
+    made = f"made on {column.made}" if column.made else "made by an earlier version of the kit"
     states = "".join(f"<tr><th>{_signed(state)}<td>{column.count(state)}" for state in STATES)
     file = _text(column.file.name)
-    body = f'<p>{_text(versions)}</p><table>{states}</table><p>The report: <a href="{file}">{file}</a></p>{_program(column)}'
+    report = f'<p>The report, {_text(made)}: <a href="{file}">{file}</a></p>'
+    body = f"<p>{_text(versions)}</p><table>{states}</table>{report}{_program(column)}"
     return _opened(column.name, _text(column.title), body)
 
 
