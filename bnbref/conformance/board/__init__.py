@@ -67,7 +67,7 @@ class Column:
     def title(self) -> str:
         """The backend, the version of its package without the build's name, and the device: `torchao 0.18.0, cpu`."""
         own = [version for package, version in self.versions.items() if package != "torch"] or [""]
-        return f"{self.backend} {re.split('[-+]', own[-1])[0]}".strip() + f", {self.device}"
+        return f"{self.backend} {re.split('[-+]', own[0])[0]}".strip() + f", {self.device}"
 
     def count(self, state: str) -> int:
         """How many rules are in this state."""
