@@ -120,7 +120,7 @@ PANELS = (
 
 
 def plot(runs: list[dict[str, Any]], path: Path) -> None:
-    """Two rows of panels for each shape; a panel that was not measured is empty."""
+    """Two rows of panels for each shape; a panel that was not measured is left out."""
     try:
         pyplot = importlib.import_module("matplotlib.pyplot")
     except ImportError as error:
@@ -134,6 +134,7 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
                 own = [row for row in rows if (row["part"], row["what"]) == (part, what) and row.get(measure)]
                 bar_chart(axes, own, measure)
                 axes.set_title(f"{shape}, {title}")
+                axes.set_visible(bool(own))
         figure.legend(
             [pyplot.Rectangle((0, 0), 1, 1, color=c) for c in COLORS.values()],
             COLORS,
