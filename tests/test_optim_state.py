@@ -99,7 +99,7 @@ def test_what_is_not_finite_changes_nothing(bits, bad, eager):
 
 def test_state_is_the_second_implementations(eager):
     """Lion's state through the slow quantizer of tests/second.py."""
-    rule = RULES[4]
+    rule = rules.Lion()
     rng = np.random.default_rng(0)
     p, m = torch.zeros(600), np.zeros(600, np.float32)
     state = new_state(rule, p.shape, 8, 100, memory)
