@@ -54,7 +54,7 @@ def formats() -> Picture:
         "The values of NF4 and FP4 over a normal density",
         "NF4 has its sixteen values close together around zero, where most weights are, and wider apart outside. "
         "FP4 has a gap on both sides of its smallest values and few values beyond one half.",
-        330,
+        345,
     )
 
     def x(value: float) -> float:
@@ -71,10 +71,10 @@ def formats() -> Picture:
         for value, words in ((-1, "−1"), (0, "0"), (1, "1")):
             picture.text(x(value), base + 30, words, "small quiet", "middle")
         picture.text(x(-1), top, book.name.upper(), "bold")
-    picture.line(150, 315, 150, 303, "first", 2.5)
-    picture.text(158, 315, "value", "small")
-    picture.line(230, 315, 230, 303, "second", 1.5)
-    picture.text(238, 315, "threshold between two values", "small")
+    picture.line(150, 335, 150, 323, "first", 2.5)
+    picture.text(158, 335, "value", "small")
+    picture.line(230, 335, 230, 323, "second", 1.5)
+    picture.text(238, 335, "threshold between two values", "small")
     return picture
 
 
