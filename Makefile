@@ -9,7 +9,7 @@ PIP_INSTALL = -m pip install --disable-pip-version-check -c constraints.txt
 # Nothing here needs the network once it is installed: the demo model is part of the package.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help demo test matrix proofs bench docs lint clean
+.PHONY: help demo test matrix proofs bench docs board lint clean
 .NOTPARALLEL:
 
 help:  ## this list
@@ -33,6 +33,10 @@ bench: $(BENCH_VENV)/.with-bench  ## benchmarks beside bitsandbytes, torchao and
 
 docs: $(VENV)/.with-docs  ## the documentation, into docs/site
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict -f docs/mkdocs.yml
+
+board: $(VENV)/.with-test  ## the board of docs/content/conformance/*.json, as a page and as a drawing
+	$(VENV)/bin/python -m bnbref board $(sort $(wildcard docs/content/conformance/*.json)) \
+		--html docs/content/conformance/board.html --svg docs/content/board.svg
 
 lint: $(VENV)/.with-test $(VENV)/.with-lint  ## ruff check, ruff format --check, mypy --strict
 	$(VENV)/bin/ruff check .

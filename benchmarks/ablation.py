@@ -8,10 +8,12 @@ batches in all four. A run is unstable if its loss, after the warm-up, is ever a
 """
 
 import argparse
+import contextlib
 import importlib
 import json
 import math
 import statistics
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,25 +40,39 @@ class LinearAdam(Adam):
 
 
 WHOLE = 2**40  # elements of a block: one for each tensor
-VARIANTS: dict[str, tuple[Adam, dict[str, Any]]] = {
-    "32 bits": (Adam(), {"optim_bits": 32}),
-    "8 bits, linear, one scale": (LinearAdam(), {"optim_bits": 8, "blocksize": WHOLE}),
-    "8 bits, dynamic, one scale": (Adam(), {"optim_bits": 8, "blocksize": WHOLE}),
-    "8 bits, dynamic, blockwise": (Adam(), {"optim_bits": 8}),
+
+Variants = Mapping[str, Callable[[nn.Module, float], Any]]
+"""By its name, what makes an optimizer of a model and a learning rate."""
+
+
+def adam(rule: Adam, **options: Any) -> Callable[[nn.Module, float], Any]:
+    group = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    return lambda model, lr: optim.Optimizer(model.parameters(), rule, {"lr": lr, **group}, **options)
+
+
+VARIANTS: Variants = {
+    "32 bits": adam(Adam(), optim_bits=32),
+    "8 bits, linear, one scale": adam(LinearAdam(), optim_bits=8, blocksize=WHOLE),
+    "8 bits, dynamic, one scale": adam(Adam(), optim_bits=8, blocksize=WHOLE),
+    "8 bits, dynamic, blockwise": adam(Adam(), optim_bits=8),
 }
 
 
-def trained(variant: str, seed: int, tokens: Tensor, heldout: Tensor, args: Any, bar: Any) -> dict[str, Any]:
+def trained(
+    variant: str, variants: Variants, seed: int, tokens: Tensor, heldout: Tensor, args: Any, bar: Any
+) -> dict[str, Any]:
     """Losses of each step, and the held-out perplexity at the end."""
     torch.manual_seed(seed)
     sizes = [f"--{name}={getattr(args, name)}" for name in ("hidden", "ffn", "layers", "device")]
     model = build_model(arguments(["--out=unused", "--dropout=0", *sizes]))
-    rule, options = VARIANTS[variant]
-    group = {"lr": args.lr, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
-    optimizer = optim.Optimizer(model.parameters(), rule, group, **options)
+    optimizer = variants[variant](model, args.lr)
+    averages = hasattr(optimizer, "eval")  # Schedule-Free: it has no schedule, and other parameters to be evaluated
     warmup = args.steps // 20 + 1
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * min(1.0, step / args.steps)))
+        optimizer,
+        (lambda step: 1.0)
+        if averages
+        else lambda step: min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * min(1.0, step / args.steps))),
     )
     offsets = torch.arange(args.length, device=args.device)
     losses = []
@@ -65,15 +81,16 @@ def trained(variant: str, seed: int, tokens: Tensor, heldout: Tensor, args: Any,
         loss = next_token_loss(model, tokens[first + offsets])
         torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        with (
-            bnbref.eager()
-        ):  # the same bits; a block for each tensor would be a kernel to compile for each size of a tensor
+        # The same bits; a block for each tensor would be a kernel to compile for each size of a tensor.
+        with contextlib.nullcontext() if args.compiled else bnbref.eager():
             optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         losses.append(loss.item())
         bar.update()
     model.eval()
+    if averages:
+        optimizer.eval()
     with torch.inference_mode():
         parts = windows(heldout, args.length)[: args.windows].split(16)
         held = statistics.fmean(next_token_loss(model, part).item() for part in parts)
@@ -87,10 +104,10 @@ def trained(variant: str, seed: int, tokens: Tensor, heldout: Tensor, args: Any,
     }
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[dict[str, Any]], variants: Variants) -> str:
     """A variant a line: loss and held-out loss, the median of the seeds, and the unstable runs."""
     lines = ["| states | loss | held-out loss | unstable runs |", "|---|---|---|---|"]
-    for variant in VARIANTS:
+    for variant in variants:
         own = [row for row in rows if row["what"] == variant]
         loss, held = (statistics.median(row[key] for row in own) for key in ("loss", "heldout_loss"))
         unstable = sum(row["unstable"] for row in own)
@@ -98,14 +115,14 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
+def plot(rows: list[dict[str, Any]], variants: Variants, path: Path) -> None:
     """Loss by step: a colour for each variant, a line for each seed."""
     try:
         pyplot = importlib.import_module("matplotlib.pyplot")
     except ImportError as error:
         raise ImportError("a plot needs matplotlib: pip install 'bnbref[bench]', or leave out --plot") from error
     figure, axes = pyplot.subplots(figsize=(7, 4))
-    for i, variant in enumerate(VARIANTS):
+    for i, variant in enumerate(variants):
         for k, row in enumerate(row for row in rows if row["what"] == variant):
             axes.plot(row["losses"], color=f"C{i}", linewidth=1, alpha=0.8, label=variant if k == 0 else None)
     axes.set(xlabel="step", ylabel="training loss", yscale="log")
@@ -114,19 +131,23 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(
+    variants: Variants = VARIANTS, name: str = "ablation", description: str | None = __doc__, **defaults: Any
+) -> None:
+    """Train each variant with each seed; rows, a table and a plot of them. defaults: of the arguments."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=64, help="tokens of a window")
     parser.add_argument("--lr", type=float, default=2e-3)
-    for name, default in (("hidden", 128), ("ffn", 320), ("layers", 4)):
-        parser.add_argument(f"--{name}", type=int, default=default, help="of the model; the demo's are 256, 640, 6")
+    for size, default in (("hidden", 128), ("ffn", 320), ("layers", 4)):
+        parser.add_argument(f"--{size}", type=int, default=default, help="of the model; the demo's are 256, 640, 6")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--windows", type=int, default=64, help="of held-out text")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--plot", type=Path, help="file of the plot: needs matplotlib")
     parser.add_argument("--again", type=Path, help="print and plot the rows in this file, train nothing")
+    parser.set_defaults(**{"compiled": False, **defaults})
     args = parser.parse_args()
     if args.again is not None:
         rows = json.loads(args.again.read_text(encoding="utf-8"))["rows"]
@@ -138,15 +159,15 @@ def main() -> None:
             encode(tokenizer, END.join(part)).to(args.device) for part in (texts, [d.text for d in held])
         )
         rows = []
-        with tqdm(total=len(VARIANTS) * args.seeds * args.steps, unit="step") as bar:
+        with tqdm(total=len(variants) * args.seeds * args.steps, unit="step") as bar:
             for seed in range(args.seeds):
-                for variant in VARIANTS:
+                for variant in variants:
                     bar.set_description(f"{variant}, seed {seed}")
-                    rows.append(trained(variant, seed, tokens, heldout, args, bar))
-                    timing.save("ablation", rows)  # as it goes: a run that is cut short leaves what it has
-    print(table(rows))
+                    rows.append(trained(variant, variants, seed, tokens, heldout, args, bar))
+                    timing.save(name, rows)  # as it goes: a run that is cut short leaves what it has
+    print(table(rows, variants))
     if args.plot is not None:
-        plot(rows, args.plot)
+        plot(rows, variants, args.plot)
 
 
 if __name__ == "__main__":

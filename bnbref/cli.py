@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import bnbref
-from bnbref.conformance.command import Refused, add_check, add_vectors, run_check, usable_device, writable
+from bnbref.conformance import command as kit
+from bnbref.conformance.command import Refused, usable_device, writable
 
 HUGGING_FACE = ("transformers", "peft", "accelerate")
 
@@ -39,10 +40,11 @@ def parser() -> argparse.ArgumentParser:
     )
     info.set_defaults(run=run_info)
 
-    check = add_check(commands)
+    check = kit.add_check(commands)
     check.add_argument("--self", action="store_true", help="bnbref's own exact kernels, eager and compiled, instead")
     check.set_defaults(run=run_check_or_self)
-    add_vectors(commands)
+    kit.add_board(commands)
+    kit.add_vectors(commands)
 
     demo = commands.add_parser("demo", help="quantize a small language model, measure it, and fine-tune it")
     demo.add_argument("--quick", action="store_true", help="a tenth of the text and of the steps; other numbers")
@@ -123,11 +125,8 @@ def run_info(args: argparse.Namespace) -> int:
 def run_check_or_self(args: argparse.Namespace) -> int:
     """0 if every kernel, or every case of the kit, gave the right bits."""
     if not args.self:
-        return run_check(args)
-    of_the_kit = ("backend", "quick", "only", "jobs", "json", "markdown", "html")
-    given = [f"--{name}" for name in of_the_kit if getattr(args, name) not in (None, False, "")]
-    if given:
-        raise Refused(f"--self goes with --device alone, got {', '.join(given)}")
+        return kit.run_check(args)
+    kit.refuse(args, "--self goes with --device alone", "device")
     from bnbref.info import check_kernels, default_device
 
     return 0 if check_kernels(usable_device(args.device) if args.device else default_device()) else 1

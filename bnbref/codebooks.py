@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from bnbref.context import kept
 from bnbref.kernels import tracing
 
 
@@ -222,7 +223,7 @@ def _new_table(codebook: Codebook, values: bool, device: torch.device) -> Tensor
     return torch.tensor(numbers, dtype=torch.float32, device=device)
 
 
-_kept_table = functools.cache(_new_table)
+_kept_table = kept()(_new_table)
 
 
 # ---- four bits ------------------------------------------------------------------------------------------------------

@@ -5,13 +5,20 @@ torch.func, torch.autograd.forward_ad plain operations, and a derivative of ours
 torch.jit.trace                       plain operations, no derivative of ours: a program that is saved cannot hold it
 no_grad, inference_mode               nothing is a view of what autograd has not seen, so that it may be changed in place
 a subclass of Tensor as a weight      is taken for its memory
+a CUDA graph that is being recorded   memory that is kept is not of its pool
 """
 
 import contextlib
-from typing import Any
+import functools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _NOTHING = contextlib.nullcontext()
 
@@ -60,13 +67,21 @@ def jit_tracing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._is_tracing()
 
 
+def exporting() -> bool:
+    """Whether torch.export traces. In torch 2.11 Dynamo takes `is_exporting()` for True in every trace."""
+    return torch.compiler.is_exporting()
+
+
+# Asked by Dynamo when it traces, as torch.compiler.assume_constant_result does without importing torch._dynamo.
+exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def under_functorch(derivative: bool = False) -> bool:
     """Whether `torch.func` transforms, also while Dynamo traces; with `derivative`, whether by other transforms than `vmap`."""
     stack = torch._C._functorch.get_interpreter_stack() or []
     return any(not derivative or level.key() != torch._C._functorch.TransformType.Vmap for level in stack)
 
 
-# Asked by Dynamo when it traces, as torch.compiler.assume_constant_result does without importing torch._dynamo.
 under_functorch._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -132,3 +147,24 @@ def as_bytes(codes: Tensor) -> Tensor:
     if jit_tracing():  # it records `view(dtype)` as an operator that does not exist
         raise NotImplementedError(f"torch.jit.trace needs codes of quant_storage torch.uint8, got {flat.dtype}")
     return flat.view(torch.uint8)
+
+
+def kept(maxsize: int | None = None) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Like `functools.lru_cache`, for a function that makes a tensor on the device that is among its arguments.
+
+    While torch.compile warms up or records a CUDA graph, memory that this thread allocates on the GPU belongs to the graph, and
+    torch raises if any of it is still in use afterwards. So what is kept is made by another thread.
+    """
+
+    def decorate(make: Callable[P, T]) -> Callable[P, T]:
+        @functools.lru_cache(maxsize)
+        @functools.wraps(make)
+        def found(*args: P.args, **kwargs: P.kwargs) -> T:
+            if not any(isinstance(x, torch.device) and x.type == "cuda" for x in args):
+                return make(*args, **kwargs)
+            with ThreadPoolExecutor(1) as other:
+                return other.submit(make, *args, **kwargs).result()
+
+        return found  # type: ignore[return-value]
+
+    return decorate

@@ -23,6 +23,7 @@ from bnbref.blockwise import check_device
 from bnbref.context import (
     as_autocast,
     differentiated,
+    exporting,
     own,
     plain,
     transforming,
@@ -39,7 +40,7 @@ from bnbref.quant_state import QuantState, present
 def _in_graph() -> bool:
     """Whether a product becomes an operator of a graph: Dynamo traces it, and neither for an export nor under `torch.func`, which
     differentiate or keep plain operations."""
-    return torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting() and not under_functorch()
+    return torch.compiler.is_dynamo_compiling() and not exporting() and not under_functorch()
 
 
 def _flat(weight: PackedWeight) -> tuple[Any, ...]:

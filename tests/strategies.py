@@ -412,12 +412,15 @@ def _float_state(signed: bool, count: int) -> st.SearchStrategy[Tensor]:
     return finite if signed else finite.map(torch.abs)
 
 
-def _step_elements(rule: rules.Rule, dtype: torch.dtype, noise: bool, direction: bool = False) -> Variant:
+def _step_elements(
+    rule: rules.Rule, dtype: torch.dtype, noise: bool, direction: bool = False, correction: torch.dtype | None = None
+) -> Variant:
     @st.composite
     def cases(draw: st.DrawFn, rows: Blocks) -> Case:
         count = 37 * draw(rows)
         p, g, hyper, constants = draw(_step_inputs(rule, dtype, count))
         states = [draw(_float_state(s.signed, count)) for s in rule.states]
+        states += [] if correction is None else [draw(_some_integers(correction, count))]
         extra = () if direction else (draw(_noise(noise, count)),)
         return Case((p, g, hyper, *extra, *states), constants)
 
@@ -425,8 +428,9 @@ def _step_elements(rule: rules.Rule, dtype: torch.dtype, noise: bool, direction:
 
 
 def _step_blocks(
-    rule: rules.Rule, dtype: torch.dtype, noise: bool, blocksize: int = 256, direction: bool = False
-) -> Variant:
+    rule: rules.Rule, dtype: torch.dtype, noise: bool, blocksize: int = 256, direction: bool = False,
+    correction: torch.dtype | None = None,
+) -> Variant:  # fmt: skip
     @st.composite
     def cases(draw: st.DrawFn, rows: Blocks) -> Case:
         n = draw(rows)
@@ -437,6 +441,7 @@ def _step_blocks(
         for _ in rule.states:
             states.append(draw(_some_integers(torch.uint8, count)).view(n, blocksize))
             states.append(draw(_float_state(False, n)))
+        states += [] if correction is None else [draw(_some_integers(correction, count)).view(n, blocksize)]
         p, g = p.view(n, blocksize), g.view(n, blocksize)
         if direction:
             return Case((p, g, hyper, *states), constants)
@@ -490,9 +495,18 @@ KERNELS: dict[str, dict[str, Variant]] = {
     "multiply_int8_row_and_outliers": _named(_multiply_int8_row, (F32, True), (BF16, True)),
     "add_products": {"float32": _add_products},
     "dequantize_int8_rows": _named(_dequantize_int8_rows, (F32,), (BF16,)),
-    "step_elements": _named(_step_elements, (rules.Adam(), F32, False), (rules.AdEMAMix(), BF16, True)),
+    "step_elements": _named(
+        _step_elements,
+        (rules.Adam(), F32, False),
+        (rules.AdEMAMix(), BF16, True),
+        (rules.SGD(), F16, False, False, torch.int8),
+    ),
     "step_blocks": _named(
-        _step_blocks, (rules.Adam(), F32, False), (rules.AdEMAMix(), BF16, True), (rules.Lion(), F16, False)
+        _step_blocks,
+        (rules.Adam(), F32, False),
+        (rules.AdEMAMix(), BF16, True),
+        (rules.Lion(), F16, False),
+        (rules.SGD(), BF16, False, 256, False, torch.int16),
     ),
     "direction_elements": _named(_step_elements, (rules.LARS(), F32, False, True)),
     "direction_blocks": _named(_step_blocks, (rules.LAMB(), F32, False, 256, True)),

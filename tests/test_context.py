@@ -3,6 +3,7 @@
 import contextlib
 import io
 import itertools
+import threading
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stac
 
 import bnbref
 from bnbref import int8
+from bnbref.context import kept
 from bnbref.functional import dequantize_4bit, gemv_4bit, int8_linear_matmul, int8_mm_dequant, int8_vectorwise_quant
 from bnbref.integrations.bitsandbytes import ops
 from bnbref.nn import Linear4bit, Linear8bitLt
@@ -365,3 +367,17 @@ def test_what_was_quantized_or_loaded_in_inference_mode_is_trained_through(bits,
     layer(x).sum().backward()
     F.linear(want, weight_of(layer)).sum().backward()
     assert close(x.grad, want.grad)
+
+
+def test_what_is_kept_on_a_gpu_is_made_by_another_thread():
+    """A CUDA graph that is being recorded would own what this thread allocates."""
+    here, made = threading.get_ident(), []
+
+    @kept()
+    def table(name, device):
+        made.append((name, threading.get_ident() == here))
+        return torch.zeros(1)
+
+    for name, kind in (("a", "cpu"), ("b", "cuda"), ("b", "cuda")):
+        assert table(name, torch.device(kind)) is table(name, torch.device(kind))
+    assert made == [("a", True), ("b", False)]

@@ -25,6 +25,8 @@ from bnbref.optim.saved import WRAPPED
 SHAPES = ((70, 61), (64, 128), (1, 5000), (3, 2000), (70, 61, 2), (100,))
 NAMES = ("AdamW8bit", "AdamW32bit", "Lion8bit", "SGD8bit", "AdEMAMix8bit", "PagedAdamW8bit")
 CLIPPED = ("LAMB8bit", "LARS8bit")
+OF_MATRICES = ("Muon8bit", "Adafactor8bit", "SOAP8bit")
+"""On each rank the same operators on the same whole matrices: bits too, with as many threads."""
 STEPS = 4
 pytestmark = pytest.mark.gpus
 
@@ -60,6 +62,16 @@ def options(name):
     return {"lr": 1e-2, "weight_decay": 0.1, "min_8bit_size": 4096}
 
 
+def of_matrices(name, model):
+    """Stacks of matrices by the same rule where it takes them, as vectors by AdamW if not."""
+    if name == "Adafactor8bit":
+        return optim.Adafactor8bit(model.parameters(), beta1=0.9, **options(name))
+    hidden, others = ([p for p in model.parameters() if (p.dim() == 2) == flag] for flag in (True, False))
+    extra = {"frequency": 2} if name == "SOAP8bit" else {}
+    groups = [{"params": hidden}, {"params": others, "rule": "adamw"}]
+    return getattr(optim, name)(groups, **extra, **options(name))
+
+
 @mock.patch.object(paging, "PAGED_FROM", 1000)
 def run_all(rank, ranks, path):
     """Everything that the ranks show; what rank 0 has is saved."""
@@ -70,8 +82,34 @@ def run_all(rank, ranks, path):
         halfway = trained(model, optimizer, 0, STEPS // 2)
         state = optimizer.state_dict()
         found[name] = {"params": halfway, "state": state, "end": trained(model, optimizer, STEPS // 2, STEPS)}
+    for name in OF_MATRICES:
+        model = fully_shard(Model().to(device), mesh=mesh)
+        optimizer = of_matrices(name, model)
+        halfway = trained(model, optimizer, 0, STEPS // 2)
+        state = optimizer.state_dict()
+        found[name] = {"params": halfway, "state": state, "end": trained(model, optimizer, STEPS // 2, STEPS)}
     model = fully_shard(Model(torch.bfloat16).to(device), mesh=mesh)
     found["bfloat16"] = trained(model, make("AdamW8bit", model.parameters(), **options("AdamW8bit")), 0, STEPS)
+    for bits in (24, 32):
+        model = fully_shard(Model(torch.bfloat16).to(device), mesh=mesh)
+        optimizer = make("AdamW8bit", model.parameters(), **options("AdamW8bit"), master_weight_bits=bits)
+        end = trained(model, optimizer, 0, STEPS)
+        exact = [optimizer.exact_weight(p).full_tensor().cpu() for p in model.parameters()]
+        found[bits] = {"end": end, "exact": exact, "state": optimizer.state_dict()}
+    model = fully_shard(Model().to(device), mesh=mesh)
+    optimizer = make("AdamW8bit", model.parameters(), **options("AdamW8bit"))
+    release = optim.GradientRelease(optimizer)
+    found["released"] = trained(model, optimizer, 0, STEPS)
+    model(STEPS).backward()
+    found["left"] = [p.grad is not None for p in model.parameters()]
+    release.remove()
+    model = fully_shard(Model().to(device), mesh=mesh)
+    optimizer = make("AdamWScheduleFree8bit", model.parameters(), **options("AdamWScheduleFree8bit"))
+    found["Schedule-Free"] = {"y": trained(model, optimizer, 0, STEPS)}
+    optimizer.eval()
+    found["Schedule-Free"]["x"] = whole(model)
+    with pytest.raises(NotImplementedError, match="fully_shard"):
+        optim.GradientRelease(optim.AdamW8bit(Model().to(device).parameters()))
     model = DistributedDataParallel(Model().to(device))
     found["DDP"] = trained(model, make("AdamW8bit", model.parameters(), **options("AdamW8bit")), 0, STEPS)
     model = Model().to(device)
@@ -98,6 +136,13 @@ def run_others(rank, ranks, path):
     for name in NAMES:
         model = fully_shard(Model().to(backend.device(rank)), mesh=backend.mesh(ranks))
         optimizer = make(name, model.parameters(), **options(name))
+        for w, p in zip(model.parameters(), saved[name]["params"], strict=True):
+            w.data.copy_(distribute_tensor(p.detach().to(w.device), w.device_mesh, w.placements))
+        optimizer.load_state_dict(saved[name]["state"])
+        ends[name] = trained(model, optimizer, STEPS // 2, STEPS)
+    for name in OF_MATRICES:
+        model = fully_shard(Model().to(backend.device(rank)), mesh=backend.mesh(ranks))
+        optimizer = of_matrices(name, model)
         for w, p in zip(model.parameters(), saved[name]["params"], strict=True):
             w.data.copy_(distribute_tensor(p.detach().to(w.device), w.device_mesh, w.placements))
         optimizer.load_state_dict(saved[name]["state"])
@@ -133,6 +178,27 @@ def test_sharded_is_unsharded(ranked):
     assert same_bits(found["bfloat16"], alone("AdamW8bit", torch.bfloat16)[2])
 
 
+@pytest.mark.usefixtures("eager")
+def test_sharded_released_and_averaged_is_unsharded(ranked):
+    assert same_bits(ranked[1]["released"], alone("AdamW8bit")[2])
+    assert not any(ranked[1]["left"])
+    model = Model()
+    optimizer = make("AdamWScheduleFree8bit", model.parameters(), **options("AdamWScheduleFree8bit"))
+    assert same_bits(ranked[1]["Schedule-Free"]["y"], trained(model, optimizer, 0, STEPS))
+    optimizer.eval()
+    assert same_bits(ranked[1]["Schedule-Free"]["x"], whole(model))
+
+
+@pytest.mark.usefixtures("eager")
+def test_sharded_weights_have_the_corrections_of_unsharded_ones(ranked):
+    for bits in (24, 32):
+        found, model = ranked[1][bits], Model(torch.bfloat16)
+        optimizer = make("AdamW8bit", model.parameters(), **options("AdamW8bit"), master_weight_bits=bits)
+        assert same_bits(found["end"], trained(model, optimizer, 0, STEPS))
+        assert same_bits(found["exact"], [optimizer.exact_weight(p) for p in model.parameters()])
+        assert_same_state(found["state"]["state"], optimizer.state_dict()["state"])
+
+
 def assert_same_state(got, want):
     assert got.keys() == want.keys()
     for i, state in want.items():
@@ -140,6 +206,23 @@ def assert_same_state(got, want):
         assert got[i][WRAPPED].keys() == state[WRAPPED].keys()
         for key, x in state[WRAPPED].items():
             assert same_bits(got[i][WRAPPED][key], x), (i, key)
+
+
+@pytest.mark.usefixtures("eager")
+def test_sharded_matrices_are_whole_ones(ranked):
+    """Parameters, states by element and states of the whole matrix."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for name in OF_MATRICES:
+            model = Model().to(backend.device())  # products have other bits on another device
+            optimizer = of_matrices(name, model)
+            found = ranked[1][name]
+            assert same_bits(found["params"], trained(model, optimizer, 0, STEPS // 2)), name
+            assert_same_state(found["state"]["state"], optimizer.state_dict()["state"])
+            assert same_bits(found["end"], trained(model, optimizer, STEPS // 2, STEPS)), name
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.usefixtures("eager")
@@ -170,7 +253,8 @@ def test_two_ranks_save_and_three_go_on(ranked):
     folder, found = ranked
     backend.spawn(run_others, backend.OTHER, folder, str(folder / "saved.pt"))
     ends = torch.load(folder / "saved.pt", weights_only=True, map_location="cpu")
-    assert {name: same_bits(ends[name], found[name]["end"]) for name in NAMES} == dict.fromkeys(NAMES, True)
+    every = (*NAMES, *OF_MATRICES)
+    assert {name: same_bits(ends[name], found[name]["end"]) for name in every} == dict.fromkeys(every, True)
 
 
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=5), st.integers(1, 16))

@@ -27,6 +27,7 @@ ROOMS = (
     ("bnbref.checkpoint",),
     ("bnbref.operators",),
     ("bnbref.products",),
+    ("bnbref.packed_weight",),
     ("bnbref.few_rows",),
     ("bnbref.fourbit", "bnbref.int8", "bnbref.nested", "bnbref.quant_state"),
     ("bnbref.blockwise",),
@@ -156,9 +157,11 @@ def test_no_assert(module):
 
 # What only these may import is an extra's; all the rest of the package runs with the dependencies alone. pytest loads three.
 GUESTS = ("bnbref.integrations.hf", "bnbref.demo", "bnbref.conformance.conftest", "bnbref.conformance.test_backend",
-          "bnbref.conformance.plugin")  # fmt: skip
+          "bnbref.conformance.plugin", "bnbref.conformance.backends.nncf", "bnbref.conformance.backends.onnxruntime",
+          "bnbref.conformance.backends.qwix", "bnbref.conformance.backends.tinygrad")  # fmt: skip
 FOLDERS = ("bnbref", "tests", "benchmarks", "docs")
-BROUGHT = {"griffe", "tokenizers", "triton"}  # by mkdocstrings, by transformers, by a torch for GPUs
+BROUGHT = {"griffe", "tokenizers", "triton", "yaml"}  # by mkdocstrings, transformers, a torch for GPUs, huggingface_hub
+BROUGHT |= {"jax", "onnx", "openvino"}  # with the packages that programs of the conformance reports are about
 
 
 def project():

@@ -1,4 +1,4 @@
-"""`python -m bnbref check` and `vectors`: their arguments, and what they run.
+"""`python -m bnbref check`, `board` and `vectors`: their arguments, and what they run.
 
 A function that runs a command returns its exit status: 0 no failure, 1 something failed. Where the command cannot be run as it
 was given, it raises `Refused`, which ends with status 2. What a command needs is imported when it runs.
@@ -14,6 +14,19 @@ class Refused(Exception):
     """Why a command cannot be run as it was given."""
 
 
+_OF_CHECK = (
+    "backend", "order", "list", "device", "quick", "only", "jobs", "fail_on", "json", "summary", "badge", "markdown", "html",
+)  # fmt: skip
+
+
+def refuse(args: argparse.Namespace, why: str, *allowed: str) -> None:
+    """Raises Refused where another option of `check` was given than these."""
+    values = {f"--{name.replace('_', '-')}": getattr(args, name) for name in _OF_CHECK if name not in allowed}
+    given = [option for option, value in values.items() if value is not False and value not in (None, "", "any")]
+    if given:
+        raise Refused(f"{why}, got {', '.join(given)}")
+
+
 def add_check(commands: Any) -> argparse.ArgumentParser:
     """Add `check` to the subparsers of `python -m bnbref`; its parser, whose `run` the caller sets."""
     check: argparse.ArgumentParser = commands.add_parser(
@@ -22,16 +35,33 @@ def add_check(commands: Any) -> argparse.ArgumentParser:
     check.add_argument(
         "--backend", metavar="NAME", help="one of the kit's, or package.module[:attribute] (default: bnbref)"
     )
+    check.add_argument("--order", action="store_true", help="find the order in which its products add up, instead")
+    check.add_argument("--list", action="store_true", help="name the kit's backends, and what each of them needs")
     check.add_argument("--device", help="where it runs (default: cpu; with --self the accelerator if there is one)")
     check.add_argument("--quick", action="store_true", help="a selection of the cases")
     check.add_argument("--only", default="", metavar="TEXT", help="only cases whose id contains this")
     check.add_argument("--jobs", type=int, metavar="N", help="processes that run the cases (default: 1)")
+    check.add_argument(
+        "--fail-on", choices=("any", "defect"), default="any",
+        help="what ends with status 1: anything that fails, or defects alone (default: %(default)s)",
+    )  # fmt: skip
     check.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON")
+    check.add_argument("--summary", type=Path, metavar="FILE", help="write the rules by what became of them, as JSON")
+    check.add_argument("--badge", type=Path, metavar="FILE", help="write a badge, as shields.io reads it")
     check.add_argument("--markdown", type=Path, metavar="FILE", help="write a table for a README")
     check.add_argument(
         "--html", type=Path, metavar="FILE", help="write one page with a matrix, failures and error maps"
     )
     return check
+
+
+def add_board(commands: Any) -> None:
+    """Add `board` to the subparsers of `python -m bnbref`."""
+    board = commands.add_parser("board", help="reports of `check --json`, of any number of backends, as one page")
+    board.add_argument("reports", type=Path, nargs="+", metavar="REPORT.json", help="a column each, in this order")
+    board.add_argument("--html", type=Path, metavar="FILE", help="the page: rules by backends, filters, what failed")
+    board.add_argument("--svg", type=Path, metavar="FILE", help="the same as a drawing")
+    board.set_defaults(run=run_board)
 
 
 def add_vectors(commands: Any) -> None:
@@ -51,6 +81,9 @@ def add_vectors(commands: Any) -> None:
     write = actions.add_parser("write", help="compute all cases anew and write their files")
     write.add_argument("folder", type=Path)
     write.set_defaults(run=run_write)
+    archive = actions.add_parser("archive", help="the published vectors as one .tar.gz, with a digest of all of it")
+    archive.add_argument("file", type=Path)
+    archive.set_defaults(run=run_archive)
 
 
 def writable(*files: Path | None) -> None:
@@ -78,30 +111,86 @@ def usable_device(name: str) -> Any:
 
 def run_check(args: argparse.Namespace) -> int:
     """Run the cases on a backend, and write the reports."""
-    from bnbref.conformance import backends, page, report, vectors, workers
+    from bnbref.conformance import backends, board, page, report, vectors, workers
+    from bnbref.conformance.board import summary
 
+    if args.list:
+        refuse(args, "--list goes alone", "list")
+        return _list(backends)
+    if args.order:
+        refuse(args, "--order goes with --backend, --device and --json", "order", "backend", "device", "json")
     jobs = 1 if args.jobs is None else args.jobs
     if jobs < 1:
         raise Refused(f"--jobs must be at least 1, got {jobs}")
-    writable(args.json, args.markdown, args.html)
+    writable(args.json, args.summary, args.badge, args.markdown, args.html)
     device = usable_device(args.device or "cpu")
     try:
         backend = backends.load(args.backend or "bnbref")
     except (AttributeError, ImportError, RuntimeError, ValueError) as error:
         raise Refused(str(error)) from error
+    if args.order:
+        return _order(backend, device, args.json)
     cases = [c for c in vectors.read_all() if args.only in c.id and (c.quick or not args.quick)]
     results = workers.run(args.backend or "bnbref", cases, device, jobs)
     crashed = any(f.kind == "crashed" for r in results for f in r.failures)
     done = report.report(backend, device, results, small=not crashed)  # shrinking would run the backend in this process
+    column = board.column(Path(f"{done.backend}.json"), report.as_json(done))
     for file, form in (
         (args.json, report.as_json),
+        (args.summary, lambda _: summary.as_summary(column)),
+        (args.badge, lambda _: summary.as_badge(column)),
         (args.html, lambda r: page.as_html([r])),
         (args.markdown, lambda r: report.as_markdown([r])),
     ):
         if file is not None:
             file.write_text(form(done), encoding="utf-8")
     print(report.as_text(done))
-    return 0 if done.ok else 1
+    failed = column.count("defect") + (column.count("dialect") if args.fail_on == "any" else 0)
+    return 1 if failed or not column.count("passed") else 0
+
+
+def run_board(args: argparse.Namespace) -> int:
+    """Write the board of the reports, and print how many rules each backend keeps."""
+    from bnbref.conformance import board
+    from bnbref.conformance.board import page, picture
+
+    writable(args.html, args.svg)
+    try:
+        columns = board.board(args.reports)
+    except (OSError, ValueError) as error:
+        raise Refused(str(error)) from error
+    for file, form in ((args.html, page.as_page), (args.svg, picture.as_picture)):
+        if file is not None:
+            file.write_text(form(columns), encoding="utf-8")
+    for column in columns:
+        print(f"{column.title}: {', '.join(f'{column.count(s)} {s}' for s in board.STATES if column.count(s))}")
+    return 0
+
+
+def _order(backend: Any, device: Any, file: Path | None) -> int:
+    """Find the order of the sums of a backend."""
+    from bnbref.conformance import order
+
+    try:
+        found = order.report(backend, device)
+    except ValueError as error:
+        raise Refused(str(error)) from error
+    if file is not None:
+        file.write_text(order.as_json(backend, device, found), encoding="utf-8")
+    print(order.as_text(backend, device, found))
+    return 0
+
+
+def _list(backends: Any) -> int:
+    """Print the backends of the kit: whether each can be run here, and if not what it needs."""
+    for name in backends.KNOWN:
+        try:
+            backends.load(name)
+            state = "ready"
+        except (ImportError, RuntimeError, ValueError) as error:
+            state = str(error)
+        print(f"{name:24}{state}")
+    return 0
 
 
 def _chosen(args: argparse.Namespace) -> list[Any]:
@@ -144,10 +233,25 @@ def run_answers(args: argparse.Namespace) -> int:
 
 
 def run_write(args: argparse.Namespace) -> int:
-    """Compute all cases and write their files."""
-    from bnbref.conformance import vectors
+    """Compute all cases and write their files, their sums, and print the digest."""
+    from bnbref.conformance import release, vectors
 
     if not args.folder.is_dir():
         raise Refused(f"cannot write to {args.folder}: there is no such directory")
     vectors.write(args.folder)
+    (args.folder / release.SUMS).write_text(release.sums(args.folder), encoding="utf-8")
+    print(release.digest(args.folder))
+    return 0
+
+
+def run_archive(args: argparse.Namespace) -> int:
+    """Write the archive of the published vectors, and print their digest."""
+    from bnbref.conformance import release
+
+    writable(args.file)
+    try:
+        args.file.write_bytes(release.archive())
+    except ValueError as error:
+        raise Refused(str(error)) from error
+    print(release.digest())
     return 0

@@ -3,6 +3,7 @@
 A `Dialect` is the reference with some fields replaced. predictions.py computes what a backend with these conventions returns.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +29,26 @@ NF4_ON_H100 = Codebook(
 )
 """NF4 as bitsandbytes 0.50.2 encoded it on an H100 (benchmarks/gpu.py, "facts"): four thresholds are an ulp off."""
 
+_FOUR_DIGITS = (-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0,
+                0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.7230, 1.0)  # fmt: skip
+
+
+def _nf4_in(dtype: torch.dtype, values: tuple[float, ...]) -> Codebook:
+    return Codebook.nearest("nf4", torch.tensor(values, dtype=dtype).float().tolist())
+
+
+NF4_FOUR_DIGITS = _nf4_in(torch.float32, _FOUR_DIGITS)
+NF4_FOUR_DIGITS_BFLOAT16 = _nf4_in(torch.bfloat16, _FOUR_DIGITS)
+NF4_FLOAT16 = _nf4_in(torch.float16, NF4.values)
+
+FP4_OF_EIGHTHS = Codebook(
+    "fp4",
+    (0.0, 0.0625, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0, -0.0, -0.0625, -0.125, -0.25, -0.375, -0.5, -0.75, -1.0),
+    (0.03125, 0.09375, 0.1875, 0.3125, 0.4375, 0.625, 0.875),
+    sign_bit=True,
+)
+"""A table called FP4 whose values are not those of bitsandbytes."""
+
 
 @dataclass(frozen=True)
 class Dialect(Conventions):
@@ -40,7 +61,11 @@ class Dialect(Conventions):
     the code in all-zero blocks, None for the codebook's. row_scales: the scale of an element is indexed by its row.
     vector_as_row: a vector comes back as a matrix of one row. row_transposed: one packed byte comes back as a column.
     int8_constant: 1/16129. int8_float32: int8 products are summed in float32. int8_2d: only matrices are understood.
-    bfloat16_nan: bfloat16 is rounded by adding to the bits, those of NaN too.
+    bfloat16_nan: bfloat16 is rounded by adding to the bits, those of NaN too. nearest: a 4-bit code is that of the least distance
+    in floating point, the first of equal ones. in_dtype: elements of 16 bits are scaled and compared in their dtype. tiny_is_one:
+    an absmax below 2^-63 becomes 1. float16_weight: values and scales of a 4-bit weight are float16, their product is "rounded"
+    to it or, in a fused kernel, "kept". low_first: the first of two elements is in the low nibble. whole_blocks: packed codes are
+    as many as whole blocks have.
     """
 
     name: str
@@ -59,6 +84,12 @@ class Dialect(Conventions):
     int8_float32: bool = False
     int8_2d: bool = False
     bfloat16_nan: bool = False
+    nearest: bool = False
+    in_dtype: bool = False
+    tiny_is_one: bool = False
+    float16_weight: str = ""
+    low_first: bool = False
+    whole_blocks: bool = False
 
 
 REFERENCE = Dialect("reference")
@@ -77,13 +108,38 @@ BNB_CPU = replace(
 BNB_TRITON = Dialect("bnb-triton", division="always", ties="lower")
 
 TORCHAO = Dialect("torchao", floor=1e-12, division="always", ties="upper", bad_gradient="any")
+_BY_DISTANCES = Dialect("", nearest=True, division="always")
+TORCHAO_NF4 = replace(_BY_DISTANCES, name="torchao-nf4", nf4=NF4_FOUR_DIGITS, in_dtype=True, zero_block=0)
+MODELOPT = replace(TORCHAO_NF4, name="nvidia-modelopt", nf4=NF4_FOUR_DIGITS_BFLOAT16)
+QWIX = replace(_BY_DISTANCES, name="qwix", tiny_is_one=True, large=True)
+TINYGRAD = replace(
+    _BY_DISTANCES, name="tinygrad", nf4=NF4_FLOAT16, in_dtype=True, float16_weight="rounded", zero_block=16,
+)  # fmt: skip
+TINYGRAD_FUSED = replace(TINYGRAD, name="tinygrad-fused", float16_weight="kept")
+MPS = replace(
+    _BY_DISTANCES, name="mps-bitsandbytes", fp4=FP4_OF_EIGHTHS, floor=1e-8, low_first=True, whole_blocks=True,
+)  # fmt: skip
+NEURAL_COMPRESSOR = Dialect("neural-compressor", in_dtype=True, division="always")
+ONNXRUNTIME = Dialect("onnxruntime", nf4=NF4_ON_H100, small="keep")
+NNCF = Dialect("nncf", nf4=NF4_ON_H100, floor=2.0**-23, division="always")
 
-DIALECTS = (BNB_CUDA, BNB_DEFAULT, BNB_CPU, BNB_TRITON, TORCHAO)
+DIALECTS = (
+    BNB_CUDA, BNB_DEFAULT, BNB_CPU, BNB_TRITON, TORCHAO, TORCHAO_NF4, MODELOPT, NEURAL_COMPRESSOR, QWIX, TINYGRAD, TINYGRAD_FUSED,
+    ONNXRUNTIME, NNCF, MPS,
+)  # fmt: skip
 """Every dialect but the reference. 4-bit quantization of bnb-cpu is bnb-default's."""
 
-TEXT: dict[str, str | dict[str, str]] = {
-    "nf4": "NF4 thresholds at -0.848, 0.502 and 0.861 an ulp lower, at 0.120 an ulp higher",
-    "fp4": "FP4 thresholds at midpoints (5/12 ...) on the signed axis, code 8 above code 0",
+TEXT: dict[str, str | dict[Any, str]] = {
+    "nf4": {
+        NF4_ON_H100: "NF4 thresholds at -0.848, 0.502 and 0.861 an ulp lower, at 0.120 an ulp higher",
+        NF4_FOUR_DIGITS: "NF4 values of four decimal digits",
+        NF4_FOUR_DIGITS_BFLOAT16: "NF4 values of four decimal digits, rounded to bfloat16",
+        NF4_FLOAT16: "NF4 values rounded to float16",
+    },
+    "fp4": {
+        FP4_BY_MIDPOINTS: "FP4 thresholds at midpoints (5/12 ...) on the signed axis, code 8 above code 0",
+        FP4_OF_EIGHTHS: "other values by the name of FP4: 0, 1/16, 1/8, 1/4, 3/8, 1/2, 3/4, 1",
+    },
     "ties": {
         "lower": "a tie goes to the lower code",
         "upper": "a tie, by distances, goes to the upper code",
@@ -103,6 +159,15 @@ TEXT: dict[str, str | dict[str, str]] = {
     "int8_float32": "the product is summed in float32",
     "int8_2d": "matrices only: leading dimensions are flattened, or the wrong one is reduced",
     "bfloat16_nan": "bfloat16 rounded by adding 0x7FFF to the bits of NaN",
+    "nearest": "the code of the least distance, computed in floating point",
+    "in_dtype": "elements of 16 bits are scaled and compared in 16 bits",
+    "tiny_is_one": "an absmax below 2^-63 becomes 1",
+    "float16_weight": {
+        "rounded": "the weight is a float16 product of float16 values and scales",
+        "kept": "values and scales of the weight are rounded to float16",
+    },
+    "low_first": "the first of two elements is in the low nibble",
+    "whole_blocks": "packed codes are as many as whole blocks have",
     "decay_after": "weight decay multiplies the parameter after the step",
     "coupled": "weight decay is added to the gradient",
     "raw_gradient": "the step has the gradient without scaling and decay, the state has it with them",
@@ -128,3 +193,19 @@ def in_words(field: str, value: Any) -> str:
     """
     text = TEXT[field]
     return text[value] if isinstance(text, dict) else text.format(value)
+
+
+_CHOSEN = {
+    "nf4": (NF4_ON_H100, NF4_FOUR_DIGITS, NF4_FLOAT16), "fp4": (FP4_BY_MIDPOINTS,), "nearest": None,
+    "ties": ("lower", "upper"), "division": ("always",), "decay_after": None, "coupled": None, "norm_eps": None,
+}  # fmt: skip
+
+
+def _choices() -> Iterator[str]:
+    for field, values in _CHOSEN.items():
+        text = TEXT[field]
+        yield from [text] if isinstance(text, str) else [text[value] for value in values or text]
+
+
+CHOICES = frozenset(_choices())
+"""Conventions, in words, that are another choice, and no mistake: as near to the paper, or another paper's formula."""

@@ -1,16 +1,17 @@
 """Whose convention a wrong result follows.
 
-The result is compared with what each convention alone predicts, and then with all conventions of a dialect, so that an
+The result is compared with what each convention alone predicts, and then with those of a dialect together, so that an
 explanation is as narrow as it can be.
 """
 
 import functools
-from collections.abc import Iterator
+import itertools
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
 from bnbref.conformance.cases import Case
-from bnbref.conformance.dialects import DIALECTS, REFERENCE, TEXT, Dialect, in_words
+from bnbref.conformance.dialects import CHOICES, DIALECTS, REFERENCE, TEXT, Dialect, in_words
 from bnbref.conformance.expected import Expected, same, wrong_elements
 from bnbref.conformance.judge import Failure
 from bnbref.conformance.operations import arguments
@@ -27,7 +28,7 @@ _STEPS = ("optimizer_32bit", "optimizer_8bit")
 def _concern(case: Case) -> set[str]:
     """The fields of a dialect that can change the results of a case."""
     if case.operation in _PRODUCTS:
-        return {"row_scales"}
+        return {"row_scales", "nf4", "fp4", "float16_weight", "low_first"}
     if case.operation not in _STEPS:
         return set(TEXT) - _OF_OPTIMIZERS
     k = case.params
@@ -47,15 +48,25 @@ def _concern(case: Case) -> set[str]:
     return {name for name, can in when.items() if can}
 
 
-def _changes(dialect: Dialect, case: Case) -> Iterator[tuple[str, Dialect]]:
-    """The reference with one field of the dialect that concerns the case, and at last with all of them."""
-    concern = _concern(case)
-    different = [name for name in TEXT if name in concern and getattr(dialect, name) != getattr(REFERENCE, name)]
-    for name in different:
-        changed: dict[str, Any] = {name: getattr(dialect, name)}
-        yield in_words(name, changed[name]), replace(REFERENCE, **changed)
-    if len(different) > 1:
-        yield "all of its conventions together", dialect
+def _conventions(dialect: Dialect, failure: Failure) -> dict[str, Any]:
+    """The fewest fields of the dialect that predict the failure: one, or all without those that it does not take."""
+    concern = _concern(failure.case)
+    different = {name: getattr(dialect, name) for name in TEXT if name in concern}
+    different = {name: value for name, value in different.items() if value != getattr(REFERENCE, name)}
+
+    def predict_it(changed: dict[str, Any]) -> bool:
+        return _matches(failure, replace(REFERENCE, **changed))
+
+    for name, value in different.items():
+        if predict_it({name: value}):
+            return {name: value}
+    if len(different) < 2 or not predict_it(different):
+        return {}
+    for name in list(different):
+        fewer = {other: value for other, value in different.items() if other != name}
+        if predict_it(fewer):
+            different = fewer
+    return different
 
 
 @functools.lru_cache(maxsize=32)  # asked again for each result of a case, and for each dialect that has the convention
@@ -85,11 +96,25 @@ def _matches(failure: Failure, dialect: Dialect) -> bool:
 
 
 def explain(failure: Failure) -> list[str]:
-    """Whose rule a wrong result follows: "bnb-cpu: codes from a table of 65,536 bins". Empty if nobody's is known."""
+    """Whose rule a wrong result follows: "bnb-cpu: codes from a table of 65,536 bins". Empty if nobody's is known.
+
+    Where it takes several conventions of a dialect, they stand between semicolons.
+    """
     found: dict[str, list[str]] = {}
     for dialect in DIALECTS:
-        for text, changed in _changes(dialect, failure.case):
-            if _matches(failure, changed):
-                found.setdefault(text, []).append(dialect.name)
-                break
+        conventions = _conventions(dialect, failure)
+        if conventions:
+            found.setdefault("; ".join(itertools.starmap(in_words, conventions.items())), []).append(dialect.name)
     return [f"{', '.join(names)}: {text}" for text, names in found.items()]
+
+
+def verdict(follows: Sequence[str]) -> str:
+    """Whether what `explain` says of a wrong result is a "dialect" or a "defect".
+
+    A dialect is a choice of `dialects.CHOICES` and nothing else. What no known convention explains is a defect.
+
+    >>> verdict(["bnb-triton, torchao: x / absmax"]), verdict(["bnb-cpu: codes from a table of 65,536 bins"]), verdict([])
+    ('dialect', 'defect', 'defect')
+    """
+    texts = {text for line in follows for text in line.partition(": ")[2].split("; ")}
+    return "dialect" if texts and texts <= CHOICES else "defect"

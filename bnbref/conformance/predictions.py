@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bnbref import blockwise
 from bnbref.blockwise import SMALLEST_NORMAL, count_below
-from bnbref.codebooks import DYNAMIC, four_bit, value_table
+from bnbref.codebooks import DYNAMIC, value_table
 from bnbref.conformance.cases import CPU, Case
 from bnbref.conformance.dialects import Dialect
 from bnbref.conformance.expected import Expected
@@ -25,12 +25,12 @@ Tensors = dict[str, Tensor]
 
 def _scaled(x: Tensor, blocksize: int, d: Dialect, pad: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Scaled elements, stored absmax, and which elements are in an all-zero block."""
-    flat = F.pad(x.reshape(-1).float(), (0, pad))
+    flat = F.pad(x.reshape(-1) if d.in_dtype else x.reshape(-1).float(), (0, pad))
     count = -(-x.numel() // blocksize)
     blocks = F.pad(flat, (0, count * blocksize - flat.numel())).view(count, blocksize)
     absmax = blocks.abs().nan_to_num(0.0, posinf=torch.inf).amax(-1)
     partial = torch.arange(count) == (count - 1 if x.numel() % blocksize else count)
-    absmax = absmax.clamp(min=d.floor)
+    absmax = torch.where(absmax < 2.0**-63, 1.0, absmax) if d.tiny_is_one else absmax.clamp(min=d.floor)
     stored, divisor = absmax, absmax
     if d.small == "zero":
         stored = divisor = torch.where(absmax >= SMALLEST_NORMAL, absmax, 0.0)
@@ -47,7 +47,7 @@ def _scaled(x: Tensor, blocksize: int, d: Dialect, pad: int = 0) -> tuple[Tensor
     divided = torch.where(divisor[:, None] > 0, blocks / divisor[:, None], scaled)
     scaled = torch.where(by_division, divided, scaled)
     zero = (absmax == 0)[:, None].expand(blocks.shape)
-    return scaled.reshape(-1)[: flat.numel()], stored, zero.reshape(-1)[: flat.numel()]
+    return scaled.reshape(-1)[: flat.numel()], stored.float(), zero.reshape(-1)[: flat.numel()]
 
 
 def _eight_bit(scaled: Tensor, values: Tensor, ties: str) -> Tensor:
@@ -76,10 +76,16 @@ def _quantize_blockwise(d: Dialect, x: Tensor, values: Tensor, blocksize: int) -
 
 def _quantize_4bit(d: Dialect, x: Tensor, blocksize: int, quant_type: str) -> Tensors:
     book = d.fp4 if quant_type == "fp4" else d.nf4
-    scaled, absmax, zero = _scaled(x, blocksize, d, pad=x.numel() % 2)
-    codes = blockwise.encode(scaled, book)
-    codes = codes if d.zero_block is None else torch.where(zero, d.zero_block, codes).to(torch.uint8)
-    return {"packed": codes[0::2] << 4 | codes[1::2], "absmax": absmax}
+    scaled, absmax, zero = _scaled(x, blocksize, d, pad=-x.numel() % blocksize if d.whole_blocks else x.numel() % 2)
+    if d.nearest:
+        codes = (scaled[:, None] - torch.tensor(book.values, dtype=scaled.dtype)).abs().argmin(-1)
+    elif d.in_dtype:
+        codes = count_below(scaled.float(), torch.tensor(book.thresholds).to(scaled.dtype).float())
+    else:
+        codes = blockwise.encode(scaled, book)
+    codes = (codes if d.zero_block is None else torch.where(zero, d.zero_block, codes)).to(torch.uint8)
+    first, second = (codes[1::2], codes[0::2]) if d.low_first else (codes[0::2], codes[1::2])
+    return {"packed": (first << 4) + second, "absmax": absmax}
 
 
 def _quantize_4bit_nested(d: Dialect, x: Tensor, blocksize: int, quant_type: str) -> Tensors:
@@ -98,8 +104,14 @@ def weight(
         block = (i // columns) * (columns // blocksize) + i % columns // blocksize
     else:
         block = i // blocksize
-    values = value_table(four_bit(quant_type), CPU)[unpack(packed, len(i))]
-    return (values * absmax[block]).view(shape).to(dtype)
+    packed = packed >> 4 | packed << 4 if d.low_first else packed
+    book = d.fp4 if quant_type == "fp4" else d.nf4
+    values, scale = value_table(book, CPU)[unpack(packed, len(i))], absmax[block]
+    if d.float16_weight:
+        values, scale = values.half().float(), scale.half().float()
+    product = values * scale
+    product = product.half() if d.float16_weight == "rounded" else product
+    return product.view(shape).to(dtype)
 
 
 def _dequantize_4bit(d: Dialect, packed: Tensor, absmax: Tensor, shape: tuple[int, ...], **rest: Any) -> Tensors:
@@ -143,6 +155,7 @@ def _int8_matmul(d: Dialect, a: Tensor, b: Tensor) -> Tensors:
 
 def _int8_quantize(d: Dialect, x: Tensor, threshold: float) -> Tensors:
     absmax = x.abs().amax(1).float() if d.int8_2d and x.dim() > 2 else x.abs().amax(-1).float().view(-1)
+    absmax = absmax.clamp(min=d.floor)
     scale = absmax.unsqueeze(-1) if d.int8_2d and x.dim() > 2 else absmax.view(*x.shape[:-1], 1)
     return {"codes": (x * (127.0 / scale)).round().to(torch.int8), "absmax": absmax}
 

@@ -1,5 +1,6 @@
 """What a run found: for a terminal, as JSON, and as a table for a README."""
 
+import datetime
 import json
 import struct
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from bnbref.conformance import cases
 from bnbref.conformance.backends import Backend
-from bnbref.conformance.explain import explain
+from bnbref.conformance.explain import explain, verdict
 from bnbref.conformance.judge import Failure, Result
 from bnbref.conformance.operations import OPERATIONS
 from bnbref.conformance.shrink import shrink
@@ -255,11 +256,12 @@ def as_markdown(reports: Sequence[Report]) -> str:
 
 
 def as_json(done: Report) -> str:
-    """Everything but the tensors: versions, every case's status, every finding."""
+    """Everything but the tensors: versions, the day, every case's status, every finding."""
     body = {
         "backend": done.backend,
         "device": done.device,
         "versions": dict(done.versions),
+        "made": datetime.date.today().isoformat(),
         "counts": counts(done.results),
         "cases": {r.case.id: r.status for r in done.results},
         "findings": [
@@ -268,9 +270,10 @@ def as_json(done: Report) -> str:
                 "rule": f.rule,
                 "flags": list(f.flags),
                 "follows": list(f.follows),
+                "verdict": verdict(f.follows),
                 "cases": list(f.cases),
                 "message": f.example.message,
-                "input": inputs_of(f.example),
+                "input": inputs_of(f.example, most=64),
                 "elements": [e._asdict() for e in elements(f.example)],
             }
             for f in done.findings

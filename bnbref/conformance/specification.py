@@ -92,8 +92,8 @@ Q4-2 = Q8-2
 Q4-3 The code is the number of thresholds strictly below the scaled value (NF4, whose thresholds are the float32 midpoints fl(fl(a
     + b) / 2) of its values), or strictly below its magnitude (FP4, in the order 0 1 6 7 4 5 2 3).
 Q4-4 FP4's thresholds are 0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333, 0.8333333 as float32.
-Q4-5 FP4's code has 8 added if x < 0, also where the magnitude rounds to zero; a tie has the smaller magnitude on both sides of
-    zero.
+Q4-5 FP4's code has 8 added if the scaled value is below 0, also where its magnitude rounds to zero; a tie has the smaller
+    magnitude on both sides of zero. In a block whose absmax is stored as 0 nothing is below 0.
     Freedom: The code of -0.0 may be 0 or 8.
 Q4-6 The first element of two is in the high nibble; after an odd last element comes the code of 0.0.
     Freedom: In an all-zero block the nibble may be 0, as its codes may.

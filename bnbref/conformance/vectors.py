@@ -170,8 +170,9 @@ def files(cases: Sequence[Case]) -> dict[str, bytes]:
 
 
 def write(folder: Path) -> None:
-    """Compute all cases and write their files."""
-    for name, data in files(all_cases()).items():
+    """Compute all cases and write their files, with the two that are written by hand."""
+    by_hand = {name: (FOLDER / name).read_bytes() for name in ("README.md", "schema.json")}
+    for name, data in {**files(all_cases()), **by_hand}.items():
         (folder / name).write_bytes(data)
 
 
@@ -202,3 +203,9 @@ def read(operation: str, folder: Path = FOLDER) -> list[Case]:
 def read_all(folder: Path = FOLDER) -> list[Case]:
     """All stored cases."""
     return [case for op in OPERATIONS for case in read(op, folder)]
+
+
+def stored(folder: Path = FOLDER) -> dict[str, dict[str, Any]]:
+    """Each stored case by its id, as its file has it: without its tensors."""
+    bodies = (json.loads((folder / f"{op}.json").read_text(encoding="utf-8")) for op in OPERATIONS)
+    return {case["id"]: case for body in bodies for case in body["cases"]}

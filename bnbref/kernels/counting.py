@@ -11,7 +11,6 @@ A code has c bits, and the lower bits of a float are at most 32 - 2c, so that al
 What this replaces and gains: docs/content/reading.md, table "formulations".
 """
 
-import functools
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from bnbref.blockwise import count_below, encode, magnitude, reciprocal
 from bnbref.codebooks import Codebook, threshold_table
+from bnbref.context import kept
 from bnbref.kernels import by_address
 from bnbref.kernels.compiler import TUNED, is_gpu
 from bnbref.kernels.door import formulation, tracing
@@ -33,7 +33,7 @@ def float_of(pattern: Tensor) -> Tensor:
     return torch.where(pattern >= 2**31, pattern - 2**32, pattern).to(torch.int32).view(torch.float32)
 
 
-@functools.cache
+@kept()
 def code_table(codebook: Codebook, device: torch.device, code_bits: int = 8) -> Tensor | None:
     """The table by which `code_by_table` does what `encode` does: int32 `[cells]`, with as few cells as will do.
 
@@ -77,7 +77,7 @@ def code_by_table(scaled: Tensor, table: Tensor, code_bits: int = 8) -> Tensor:
 # ---- a whole threshold in each entry --------------------------------------------------------------------------------
 
 
-@functools.cache
+@kept()
 def wide_table(codebook: Codebook, device: torch.device) -> Tensor | None:
     """The table by which `code_by_wide_table` does what `encode` does: int64 `[cells + 1]`, see `by_address`.
 

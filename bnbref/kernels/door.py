@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from bnbref.context import jit_tracing, transforming, without_autocast
+from bnbref.context import exporting, jit_tracing, transforming, without_autocast
 from bnbref.kernels.compiler import compiles, missing_compiler, options_for, why_failed
 from bnbref.kernels.launch import Launch, launch_alone, recorded_launches
 
@@ -120,7 +120,7 @@ def tracing() -> bool:
 
 def traced() -> bool:
     """Whether Dynamo or an export traces. (`is_compiling()` is also true for other code that runs meanwhile, in any thread.)"""
-    return torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting()
+    return torch.compiler.is_dynamo_compiling() or exporting()
 
 
 def _recorded_outside() -> bool:

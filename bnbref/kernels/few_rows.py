@@ -5,7 +5,6 @@ block multiplies the sum over the codes of a lane instead of each code. What thi
 "formulations".
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from einops import rearrange
 from torch import Tensor
 
 from bnbref.codebooks import Codebook
+from bnbref.context import kept
 from bnbref.kernels.byte_permute import lookup8, planes
 from bnbref.kernels.decoding import sixteen
 from bnbref.kernels.door import formulation, tracing
@@ -21,16 +21,18 @@ from bnbref.kernels.floats import in_lanes, look_up
 from bnbref.kernels.lookup16 import lookup16
 
 
-@functools.lru_cache(maxsize=64)
-def _planes(codebook: Codebook, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _new_planes(codebook: Codebook, dtype: torch.dtype, device: torch.device) -> Tensor:
     return planes(torch.tensor(sixteen(codebook), dtype=torch.float32, device="cpu").to(dtype)).to(device)
+
+
+_planes = kept(maxsize=64)(_new_planes)
 
 
 def _tables(a: Tensor, *_: Tensor | None, codebook: Codebook, **constants: Any) -> tuple[Tensor, ...]:
     if a.shape[1] != 1:
         return ()
     dtype = torch.float32 if a.dtype == torch.float32 else torch.float16
-    return ((_planes.__wrapped__ if tracing() else _planes)(codebook, dtype, a.device),)
+    return ((_new_planes if tracing() else _planes)(codebook, dtype, a.device),)
 
 
 def _by_words(a: Tensor, packed: Tensor, scale: Tensor, table: Tensor, blocksize: int) -> list[Tensor]:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
+from bnbref.context import exporting
 from bnbref.kernels.floats import rounded, rounded_bits
 
 Table = tuple[float, ...]
@@ -120,12 +121,7 @@ def _check(table: Table) -> None:
 def _native(codes: Tensor) -> bool:
     """Whether to call our operator, which Inductor knows as shuffles: when compiling for a CPU that has them. An eager call has
     nothing from it, and an exported program must run where bnbref is not installed."""
-    return (
-        torch.compiler.is_compiling()
-        and not torch.compiler.is_exporting()
-        and codes.device.type == "cpu"
-        and enable() > 0
-    )
+    return torch.compiler.is_compiling() and not exporting() and codes.device.type == "cpu" and enable() > 0
 
 
 # ---- the operators: what a backend other than Inductor runs ---------------------------------------------------------

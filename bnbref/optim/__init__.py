@@ -13,9 +13,21 @@ from bnbref.optim.families import (
     AdEMAMix, AdEMAMix8bit, AdEMAMix32bit, PagedAdEMAMix, PagedAdEMAMix8bit, PagedAdEMAMix32bit,
 )  # fmt: skip
 
+from bnbref.optim.schedule_free import (
+    AdamWScheduleFree, AdamWScheduleFree8bit, AdamWScheduleFree32bit, PagedAdamWScheduleFree, PagedAdamWScheduleFree8bit,
+    PagedAdamWScheduleFree32bit,
+)  # fmt: skip
+from bnbref.optim.matrix_families import (
+    Muon, Muon8bit, Muon32bit, PagedMuon, PagedMuon8bit, PagedMuon32bit,
+    Adafactor, Adafactor8bit, Adafactor32bit, PagedAdafactor, PagedAdafactor8bit, PagedAdafactor32bit,
+    SOAP, SOAP8bit, SOAP32bit, PagedSOAP, PagedSOAP8bit, PagedSOAP32bit,
+    muon_groups,
+)  # fmt: skip
+
 # isort: on
 from bnbref.optim.optimizer import Optimizer
 from bnbref.optim.paging import read_pages
+from bnbref.optim.release import GradientRelease
 from bnbref.optim.rules import Rule, State
 from bnbref.optim.settings import GlobalOptimManager
 
@@ -29,5 +41,10 @@ __all__ = [  # noqa: RUF022
     "RMSprop", "RMSprop8bit", "RMSprop32bit", "PagedRMSprop", "PagedRMSprop8bit", "PagedRMSprop32bit",
     "Adagrad", "Adagrad8bit", "Adagrad32bit", "PagedAdagrad", "PagedAdagrad8bit", "PagedAdagrad32bit",
     "AdEMAMix", "AdEMAMix8bit", "AdEMAMix32bit", "PagedAdEMAMix", "PagedAdEMAMix8bit", "PagedAdEMAMix32bit",
-    "GlobalOptimManager", "Optimizer", "Rule", "State", "read_pages",
+    "AdamWScheduleFree", "AdamWScheduleFree8bit", "AdamWScheduleFree32bit",
+    "PagedAdamWScheduleFree", "PagedAdamWScheduleFree8bit", "PagedAdamWScheduleFree32bit",
+    "Muon", "Muon8bit", "Muon32bit", "PagedMuon", "PagedMuon8bit", "PagedMuon32bit",
+    "Adafactor", "Adafactor8bit", "Adafactor32bit", "PagedAdafactor", "PagedAdafactor8bit", "PagedAdafactor32bit",
+    "SOAP", "SOAP8bit", "SOAP32bit", "PagedSOAP", "PagedSOAP8bit", "PagedSOAP32bit",
+    "GlobalOptimManager", "GradientRelease", "Optimizer", "Rule", "State", "muon_groups", "read_pages",
 ]  # fmt: skip

@@ -16,7 +16,7 @@ but these lines reaches the compiler: what it could not compile, or not with the
 import functools
 import inspect
 import keyword
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,8 +24,10 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from bnbref.codebooks import Codebook
-from bnbref.optim.rules import Rule, State, absmax_key, qmap_key
-from bnbref.optim.symbols import LARGEST, Names, Recording, Symbol
+from bnbref.optim.chain import WRITE, Part, TooMany, prefixed, schedule
+from bnbref.optim.rules import OF, Rule, State, absmax_key, qmap_key
+from bnbref.optim.symbols import LARGEST, Call, Name, Names, Recording, Symbol
+from bnbref.optim.weights import CORRECTION
 
 
 class Equation(Rule):
@@ -34,9 +36,12 @@ class Equation(Rule):
     names: of its coefficients, in the order in which a step has them in a tensor.
     """
 
-    def __init__(self, rule: Rule, source: str, names: tuple[str, ...]) -> None:
+    def __init__(
+        self, rule: Rule, source: str, names: tuple[str, ...], states: tuple[State, ...] | None = None
+    ) -> None:
         self.source, self.names = source, names
         self.states, self.stacked, self.codebooks, self.clipped = layout(rule)
+        self.states = self.states if states is None else states
         self._name, self._function = repr(rule), _function(source)
         self._identity = (source, names, self.states, self.codebooks)
         self._hash = hash(self._identity)
@@ -52,6 +57,29 @@ class Equation(Rule):
 
     def __hash__(self) -> int:
         return self._hash
+
+
+class Chain(Equation):
+    """A rule with steps of the whole matrix: equations of kernels, and between them calls by torch.
+
+    parts: in their order. memory: for each state of the whole matrix the name of its new value.
+    """
+
+    def __init__(
+        self, rule: Rule, source: str, names: tuple[str, ...], calls: Sequence[Call], parts: Sequence[Part | int],
+        memory: Mapping[str, str],
+    ) -> None:  # fmt: skip
+        super().__init__(rule, "def direction(*args): pass", names)
+        self.source = source
+        self.parts: list[tuple[Part, Equation] | Call] = []
+        self.memory = memory
+        for part in parts:
+            if isinstance(part, int):
+                self.parts.append(calls[part])
+                continue
+            states = tuple(rule.states[i] for i in part.states)
+            own = (*map(prefixed, names), "rate", "decay") if part.kind == WRITE else names
+            self.parts.append((part, Equation(rule, part.source, own, states)))
 
 
 Layout = tuple[tuple[State, ...], tuple[str, ...], tuple[Codebook, Codebook], bool]
@@ -83,16 +111,44 @@ def write_down(rule: Rule, names: tuple[str, ...]) -> Equation:
         a3 = a0 + a2
         return (a3, a3,)
     """
-    recording = Recording(repr(rule))
+    matrices = {f"s{i}": s.key for i, s in enumerate(rule.states) if s.of != "elements"}
+    recording = Recording(repr(rule), matrices)
     inputs = ["p", "g", *(f"s{i}" for i in range(len(rule.states)))]
     results = rule.direction(*(Symbol(recording, name) for name in inputs), Names(recording, names))
     if not isinstance(results, (tuple, list)) or len(results) != 1 + len(rule.states):
         wanted = ", ".join(["direction", *(s.key for s in rule.states)])
         got = f"{len(results)} results" if isinstance(results, (tuple, list)) else f"no tuple but {results!r}"
         raise ValueError(f"direction of {rule!r} must return {1 + len(rule.states)} results, {wanted}, got {got}")
-    returned = ", ".join(map(recording.tensor, results))
-    lines = [f"def direction({', '.join(inputs)}, c):", *recording.lines, f"return ({returned},)"]
-    return Equation(rule, "\n    ".join(lines), names)
+    if recording.calls:
+        if rule.clipped:
+            recording.refuse("is clipped after steps of the whole matrix: let the last of them clip it")
+        return _chain(rule, recording, results, names)
+    if matrices:
+        recording.refuse(f"has states of the whole matrix, {list(matrices.values())}, and no call of Rule.whole")
+    return Equation(rule, _text(inputs, recording, list(map(recording.tensor, results))), names)
+
+
+def _text(inputs: Sequence[str], recording: Recording, results: Sequence[str]) -> str:
+    lines = [f"def direction({', '.join(inputs)}, c):", *recording.lines, f"return ({', '.join(results)},)"]
+    return "\n    ".join(lines)
+
+
+def _chain(rule: Rule, recording: Recording, results: Sequence[Any], names: tuple[str, ...]) -> Chain:
+    memory, new = {}, []
+    direction = recording.named(results[0])
+    for i, (state, result) in enumerate(zip(rule.states, results[1:], strict=True)):
+        if state.of == "elements":
+            new.append((i, recording.named(result)))
+        else:
+            memory[state.key] = recording.of_the_whole(state.key, result)
+    calls = tuple((tuple(x for x in call.args if isinstance(x, Name)), call.results) for call in recording.calls)
+    try:
+        parts = schedule(tuple(recording.lines), calls, direction, tuple(new))
+    except TooMany as error:
+        recording.refuse(f"has a part between two steps of the whole matrix that {error}")
+    inputs = ["p", "g", *(f"s{i}" for i in range(len(rule.states)))]
+    results = [direction, *(dict(new).get(i) or memory[s.key] for i, s in enumerate(rule.states))]
+    return Chain(rule, _text(inputs, recording, results), names, recording.calls, parts, memory)
 
 
 def numbers(rule: Rule, t: int, group: Mapping[str, Any]) -> dict[str, float]:
@@ -138,10 +194,12 @@ def check(rule: Any) -> Rule:
     states: Any = getattr(rule, "states", None)
     if not isinstance(states, tuple) or not all(isinstance(s, State) for s in states):
         raise TypeError(f'states of {rule!r} must be a tuple of State, as in (State("state1"),), got {states!r}')
-    keys = ["step", "unorm_vec"]
+    keys = ["step", "unorm_vec", CORRECTION]
     for s in states:
         if not isinstance(s.key, str) or not s.key.isidentifier():
             raise ValueError(f"a state of {rule!r} must have a name of letters, digits and underscores, got {s.key!r}")
+        if s.of not in OF:
+            raise ValueError(f"a state of {rule!r} must be of one of {OF}, got {s.of!r} for {s.key!r}")
         keys += [s.key, absmax_key(s.key), qmap_key(s.key)]
     twice = sorted({key for key in keys if keys.count(key) > 1})
     if twice:

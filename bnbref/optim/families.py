@@ -26,6 +26,7 @@ class Options(TypedDict, total=False):
     page_directory: str | Path | None
     page_bytes: int
     stochastic_rounding: bool
+    master_weight_bits: int | None
     generator: torch.Generator | None
     maximize: bool
     foreach: bool | None
@@ -61,8 +62,8 @@ class Family(Optimizer):
     """
 
     def __init__(
-        self, params: Any, rule: rules.Rule, defaults: Mapping[str, Any], *, percentile_clipping: int = 100,
-        block_wise: bool = True, **options: Any,
+        self, params: Any, rule: rules.Rule | Mapping[str, rules.Rule], defaults: Mapping[str, Any], *,
+        percentile_clipping: int = 100, block_wise: bool = True, **options: Any,
     ) -> None:  # fmt: skip
         if percentile_clipping != 100:
             raise ValueError(

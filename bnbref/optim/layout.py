@@ -27,9 +27,12 @@ class Coded(NamedTuple):
 
 @dataclass(frozen=True)
 class Part:
-    """What a step reads and writes of a parameter: elements in a row, or `[blocks, blocksize]`."""
+    """What a step reads and writes of a parameter: elements in a row, or `[blocks, blocksize]`.
 
-    p: Tensor
+    weights: the parameter, and its correction if it has one.
+    """
+
+    weights: tuple[Tensor, ...]
     g: Tensor
     noise: Tensor | None
     states: list[Coded]
@@ -38,12 +41,17 @@ class Part:
         """A part of new tensors: `elements` of each tensor that has a number for each element, and `scales` of the scales."""
         states = [Coded(elements(codes), scales(absmax)) for codes, absmax in self.states]
         noise = None if self.noise is None else elements(self.noise)
-        return Part(elements(self.p), elements(self.g), noise, states)
+        return Part(tuple(map(elements, self.weights)), elements(self.g), noise, states)
+
+    @property
+    def p(self) -> Tensor:
+        """The parameter."""
+        return self.weights[0]
 
     @property
     def flat_states(self) -> list[Tensor]:
-        """The codes and then the scales of each state, one state after the other, as kernels take them."""
-        return [x for state in self.states for x in state]
+        """The codes and then the scales of each state, one state after the other, and the correction, as kernels take them."""
+        return [x for state in self.states for x in state] + list(self.weights[1:])
 
 
 Padded = tuple[Part, Callable[[], None]]
@@ -86,9 +94,10 @@ def padded(rests: Sequence[Part], zeros: Sequence[int], blocksize: int) -> Padde
         return torch.cat([*tensors, tensors[0].new_zeros(extra)])
 
     noises = [rest.noise for rest in rests if rest.noise is not None]
+    by_weight = zip(*(rest.weights for rest in rests), strict=True)
     by_state = zip(*(rest.states for rest in rests), strict=True)
     part = Part(
-        rows([rest.p for rest in rests]),
+        tuple(map(rows, by_weight)),
         rows([rest.g for rest in rests]),
         rows(noises) if noises else None,
         [
@@ -99,8 +108,10 @@ def padded(rests: Sequence[Part], zeros: Sequence[int], blocksize: int) -> Padde
 
     def write_back() -> None:
         blocks = [len(rest.states[0].absmax) for rest in rests] if zeros else []
-        targets = [rest.p for rest in rests]
-        sources = list(part.p.view(-1).split(bounds)[::2])
+        targets, sources = [], []
+        for i, weight in enumerate(part.weights):
+            targets += [rest.weights[i] for rest in rests]
+            sources += weight.view(-1).split(bounds)[::2]
         for i, (codes, absmax) in enumerate(part.states):
             targets += [rest.states[i].codes for rest in rests] + [rest.states[i].absmax for rest in rests]
             sources += [*codes.view(-1).split(bounds)[::2], *absmax.split([*blocks, extra])[:-1]]
@@ -128,7 +139,8 @@ def completed(part: Part, zeros: Sequence[int], blocksize: int, shard: Shard) ->
     if not cut:
         return None
     codes = [state.codes for state in part.states]
-    p, g, *whole = complete(shard, blocksize, [part.p, part.g, *codes], [0, 0, *zeros])
+    given, n = [*part.weights, part.g, *codes], len(part.weights)
+    whole = complete(shard, blocksize, given, [0] * (n + 1) + list(zeros))
     places = [(row, block, *shard.part(block, blocksize)) for row, block in enumerate(cut)]
     own = [(row, block, here, place) for row, block, here, place in places if here.start < here.stop]
     if not own:
@@ -141,12 +153,14 @@ def completed(part: Part, zeros: Sequence[int], blocksize: int, shard: Shard) ->
         for i, (_, _, here, place) in enumerate(own):
             noise[i, place] = part.noise[here]
     scales = [torch.stack([state.absmax[block - first] for _, block, *_ in own]) for state in part.states]
-    states = [Coded(rows[picked], absmax) for rows, absmax in zip(whole, scales, strict=True)]
-    rows = Part(p[picked], g[picked], noise, states)
+    *elements, g = (x[picked] for x in whole[: n + 1])
+    states = [Coded(x[picked], absmax) for x, absmax in zip(whole[n + 1 :], scales, strict=True)]
+    rows = Part(tuple(elements), g, noise, states)
 
     def write_back() -> None:
         for i, (_, block, here, place) in enumerate(own):
-            part.p[here] = rows.p[i, place]
+            for weight, completed_weight in zip(part.weights, rows.weights, strict=True):
+                weight[here] = completed_weight[i, place]
             for target, state in zip(part.states, rows.states, strict=True):
                 target.codes[here] = state.codes[i, place]
                 target.absmax[block - first] = state.absmax[i]

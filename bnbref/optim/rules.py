@@ -5,7 +5,8 @@
 in float32, one rounding for each operation in the order of the formula. A rule knows nothing of 8 bits, paging or compilation.
 
 `coefficients` computes on the host, in float64, whatever does not depend on an element: bias corrections, 1 - beta, schedules.
-They reach the kernel as float32 numbers in a tensor, so that no schedule compiles anything twice. Weight decay is *decoupled*
+They reach the kernel as float32 numbers in a tensor, so that no schedule compiles anything twice. What needs a
+whole matrix at once (a product, a norm, a mean by row) is a call of `Rule.whole` in a direction. Weight decay is *decoupled*
 (`decay = 1 - lr wd`, before the step: Loshchilov & Hutter, 1711.05101) or *coupled* (`g + wd p` takes the gradient's place);
 each rule says which.
 
@@ -13,21 +14,50 @@ Symbols: g gradient, t the step from 1, b1, b2, b3 the betas, wd weight_decay.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from bnbref.codebooks import DYNAMIC, DYNAMIC_UNSIGNED, Codebook
+
+OF = ("elements", "rows", "columns", "rows x rows", "columns x columns")
 
 
 @dataclass(frozen=True)
 class State:
-    """A state tensor: its name in `state_dict`, and whether it can be negative, which chooses its 8-bit codebook."""
+    """A state tensor: its name in `state_dict`, and whether it can be negative, which chooses its 8-bit codebook.
+
+    of: what it has a number for. Any but "elements" is a state of the whole matrix, in float32, for `Rule.whole` alone.
+    """
 
     key: str
     signed: bool = True
+    of: str = "elements"
+
+    def shape(self, parameter: torch.Size) -> tuple[int, ...]:
+        """The shape of this state for a parameter of that shape.
+
+        >>> State("row", of="rows").shape(torch.Size([3, 5])), State("column", of="columns").shape(torch.Size([5]))
+        ((3,), (5,))
+        """
+        if self.of == "elements":
+            return tuple(parameter)
+        *stack, rows, columns = matrix_shape(parameter)
+        sizes = {"rows": rows, "columns": columns}
+        return (*stack, *(sizes[side] for side in self.of.split(" x ")))
+
+
+def matrix_shape(parameter: torch.Size) -> tuple[int, ...]:
+    """The shape in which `Rule.whole` sees a parameter: a vector is one row, and what has more sides a stack of matrices.
+
+    >>> matrix_shape(torch.Size([5])), matrix_shape(torch.Size([8, 3, 5]))
+    ((1, 5), (8, 3, 5))
+    """
+    return (1,) * (2 - len(parameter)) + tuple(parameter)
 
 
 def absmax_key(key: str) -> str:
@@ -89,6 +119,23 @@ class Rule:
         A subclass takes `(p, g, *states, c)`: parameter, gradient and states in float32, and the `Coefficients` of this step.
         """
         raise NotImplementedError(f"{self!r} has no direction: a rule says where a parameter goes")
+
+    @staticmethod
+    def whole(step: Callable[..., Any], *args: Any, results: int = 1) -> Any:
+        """`step(*args)`, of whole matrices: between two parts of a direction that act element by element.
+
+        step: a function of float32 tensors `[..., rows, columns]` (parameter, gradient, states and what was computed of them),
+        of states of the whole matrix, of coefficients and of whatever else is given. It treats each matrix of a stack alike and
+        alone, and returns as many tensors as `results` says. It is run by torch as it stands, never compiled by us: so its
+        bits are the same eager and compiled, and how near they are to the real numbers (*bounded*) is for it to say.
+        """
+        if has_torch_function(args):
+            return handle_torch_function(Rule.whole, args, step, *args, results=results)
+        return step(*args)
+
+    def takes(self, parameter: torch.Size) -> bool:
+        """Whether a parameter of that shape has a step by this rule."""
+        return True
 
     @staticmethod
     def sqrt(x: Tensor) -> Tensor:

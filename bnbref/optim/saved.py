@@ -15,7 +15,8 @@ from bnbref import blockwise
 from bnbref.blockwise import block_count, check_blocksize
 from bnbref.codebooks import DYNAMIC, DYNAMIC_UNSIGNED, is_table_of, value_table
 from bnbref.optim.rules import Rule, State, absmax_key, qmap_key
-from bnbref.optim.sharding import gather, gather_scales, local, shard_of
+from bnbref.optim.sharding import gather_scales, local, shard_of, whole
+from bnbref.optim.weights import CORRECTION, checked_correction
 
 WRAPPED = "__bnb_optimizer_quant_state__"
 
@@ -25,13 +26,16 @@ def gathered(rule: Rule, p: Tensor, state: Mapping[str, Any], blocksize: int) ->
     shard = shard_of(p)
     if shard is None or not state:
         return dict(state)
-    whole: dict[str, Any] = {"step": state["step"]}
+    found: dict[str, Any] = {"step": state["step"]}
     for s in rule.states:
-        whole[s.key] = gather(p, state[s.key])
+        found[s.key] = (whole(p, state[s.key]) if s.of == "elements" else state[s.key].clone()).cpu()
         if state[s.key].dtype == torch.uint8:
             blocks = check_blocksize(blocksize, p.numel())
-            whole[absmax_key(s.key)] = gather_scales(p, shard, state[absmax_key(s.key)], blocks)
-    return whole
+            found[absmax_key(s.key)] = gather_scales(p, shard, state[absmax_key(s.key)], blocks)
+    if CORRECTION in state:
+        # As int32, because gloo knows no int16.
+        found[CORRECTION] = whole(p, state[CORRECTION].to(torch.int32)).to(state[CORRECTION].dtype).cpu()
+    return found
 
 
 def packed(rule: Rule, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -47,6 +51,8 @@ def packed(rule: Rule, state: Mapping[str, Any]) -> dict[str, Any]:
                 wrapped[name(s.key)] = parts[0] if len(parts) == 1 else torch.stack(parts)
         if state[s.key].dtype == torch.uint8:
             wrapped[qmap_key(s.key)] = value_table(rule.codebook(s), torch.device("cpu"))
+    if CORRECTION in state:
+        wrapped[CORRECTION] = state[CORRECTION]
     if rule.clipped and wrapped:
         wrapped["unorm_vec"] = torch.zeros(1)  # room that bitsandbytes expects to find
     return {"step": state["step"], WRAPPED: wrapped} if wrapped else {"step": state["step"]}
@@ -62,27 +68,33 @@ def unpacked(
     shard, shape = shard_of(p), tuple(local(p).shape)
     state: dict[str, Any] = {"step": int(saved["step"])}
 
-    def keep(key: str, whole: Tensor, dtype: torch.dtype) -> None:
-        flat = whole.reshape(-1)
+    def keep(key: str, every: Tensor, dtype: torch.dtype) -> None:
+        flat = every.reshape(-1)
         mine = (flat if shard is None else flat[shard.start : shard.stop]).view(shape)
         state[key] = empty(key, shape, dtype).copy_(mine)
 
     for s in rule.states:
-        tensor = _saved(saved, s.key)
-        if tensor.numel() != p.numel():
-            raise ValueError(f"saved {s.key} has {tensor.numel()} elements, its parameter has {p.numel()}")
+        tensor, size = _saved(saved, s.key), torch.Size(s.shape(p.shape))
+        if tensor.numel() != size.numel():
+            raise ValueError(f"saved {s.key} has {tensor.numel()} numbers, its parameter has {size.numel()} {s.of}")
         if tensor.dtype != torch.uint8 and not tensor.is_floating_point():
             raise ValueError(f"saved {s.key} must be uint8 codes or floats, got {tensor.dtype}")
+        if s.of != "elements":
+            state[s.key] = empty(s.key, tuple(size), torch.float32).copy_(tensor.view(size))
+            continue
         if tensor.dtype != torch.uint8:
             keep(s.key, tensor, torch.float32)
             continue
-        size, key = check_blocksize(blocksize, p.numel()), absmax_key(s.key)
-        codes, scales = _translated(rule, s, tensor, _saved(saved, key), saved.get(qmap_key(s.key)), size)
+        each, key = check_blocksize(blocksize, p.numel()), absmax_key(s.key)
+        codes, scales = _translated(rule, s, tensor, _saved(saved, key), saved.get(qmap_key(s.key)), each)
         if shard is not None:
-            blocks = shard.blocks(size)
+            blocks = shard.blocks(each)
             scales = scales[blocks.start : blocks.stop]
         keep(s.key, codes, torch.uint8)
         state[key] = empty(key, tuple(scales.shape), torch.float32).copy_(scales)
+    if CORRECTION in saved:
+        correction = checked_correction(p, saved[CORRECTION])
+        keep(CORRECTION, correction, correction.dtype)
     return state
 
 

@@ -18,6 +18,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("is_paged", "stochastic_rounding", "maximize", "capturable", "differentiable"), (bool,)),
     **dict.fromkeys(("foreach", "fused"), (bool, type(None))),
     "generator": (torch.Generator, type(None)),
+    "master_weight_bits": (Integral, type(None)),
     "page_directory": (str, Path, type(None)),
 }
 
@@ -44,11 +45,19 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         one = isinstance(x, Real) or (isinstance(x, Tensor) and x.numel() == 1)
         if not one or not 0 <= float(x) < math.inf:
             raise ValueError(f"{name} must not be negative, but a finite number, got {x!r}")
-    for beta in settings.get("betas", ()):
-        if not 0 <= beta < 1:
-            raise ValueError(f"betas must lie in [0, 1), got {settings['betas']}")
+    for name in ("betas", "momentum", "beta1", "shampoo_beta"):
+        weights = settings.get(name, ())
+        if not all(0 <= beta < 1 for beta in (weights if isinstance(weights, (tuple, list)) else [weights])):
+            raise ValueError(f"{name} must lie in [0, 1), got {weights}")
     if settings.get("optim_bits", 8) not in (8, 32):
         raise ValueError(f"optim_bits must be 8 or 32, got {settings['optim_bits']!r}")
+    bits = settings.get("master_weight_bits")
+    if bits not in (None, 24, 32):
+        raise ValueError(f"master_weight_bits must be 24, 32 or None, got {bits!r}")
+    if bits is not None and settings.get("stochastic_rounding"):
+        raise ValueError(
+            f"stochastic_rounding must be False where master_weight_bits is {bits}: the correction keeps what rounding takes away"
+        )
     check_blocksize(settings.get("blocksize", 1), 1)
     for name, reason in _REFUSED.items():
         if settings.get(name):

@@ -150,19 +150,26 @@ def total(shard: Shard | None, x: Tensor) -> Tensor:
     return x
 
 
-def gather(p: Tensor, x: Tensor) -> Tensor:
-    """A whole state, on the CPU. x: the part of it that belongs to this rank's part of p. A collective call."""
+def like(p: Tensor, x: Tensor) -> Tensor:
+    """What this rank has of a tensor as such a tensor as p is: a DTensor with p's placements, if p is one."""
+    if shard_of(p) is None:
+        return x
     from torch.distributed.tensor import DTensor
 
-    if not isinstance(p, DTensor):
-        raise TypeError(f"p must be a DTensor, got {type(p).__name__}")
-    whole = DTensor.from_local(x, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()).full_tensor()
-    return whole.cpu()
+    sharded: Any = p
+    return DTensor.from_local(x, sharded.device_mesh, sharded.placements, shape=p.shape, stride=p.stride())
+
+
+def whole(p: Tensor, x: Tensor) -> Tensor:
+    """All of what belongs to p. x: what belongs to this rank's part of it. A collective call, if p is a DTensor."""
+    # On p's device, for which its process group is made: a paged state is on the host, where NCCL reads nothing.
+    every: Any = like(p, x.to(p.device))
+    tensor: Tensor = every.full_tensor() if hasattr(every, "full_tensor") else every
+    return tensor
 
 
 def gather_scales(p: Tensor, shard: Shard, absmax: Tensor, blocksize: int) -> Tensor:
     """The scales of all blocks of a state of p, on the CPU. absmax: of the blocks of this rank's part. A collective call."""
-    # On p's device, for which its process group is made: a paged state is on the host, where NCCL reads nothing.
     whole = absmax.new_zeros(block_count(shard.numel, blocksize), device=p.device)
     own = shard.blocks(blocksize)
     whole[own.start : own.stop] = absmax

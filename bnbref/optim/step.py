@@ -10,6 +10,9 @@
 
 Each is one kernel per (equation, dtype), which writes into the parameter and its state. An element whose gradient is
 NaN, infinite or beyond 2^63 stays as it was, parameter and state; so does its code, unless its block's absmax grows.
+
+After the states a parameter of 16 bits may have one more tensor, its correction: then p is the float32 that both stand for,
+before the step and after it (`bnbref.optim.weights`).
 """
 
 from collections.abc import Callable, Sequence
@@ -23,6 +26,7 @@ from bnbref.codebooks import value_table
 from bnbref.kernels import fused
 from bnbref.optim.equation import Equation
 from bnbref.optim.rules import Coefficients, Rule
+from bnbref.optim.weights import opened, split
 
 # The square of a larger gradient is no float32. The gradient is asked and not the new state, which Inductor would then write to
 # memory (docs: How to read the code, table "formulations").
@@ -61,6 +65,11 @@ def rounded(x: Tensor, dtype: torch.dtype, noise: Tensor | None) -> Tensor:
     return torch.where(x.abs() < torch.inf, bits.view(torch.float32), x).to(dtype)
 
 
+def closed(x: Tensor, dtype: torch.dtype, noise: Tensor | None, correction: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """x as a parameter of a dtype, and its new correction if it had one; then there is no noise."""
+    return split(x, dtype, correction[0].dtype) if correction else (rounded(x, dtype, noise),)
+
+
 # ---- float32 --------------------------------------------------------------------------------------------------------
 
 
@@ -68,12 +77,14 @@ def rounded(x: Tensor, dtype: torch.dtype, noise: Tensor | None) -> Tensor:
 def step_elements(
     p: Tensor, g: Tensor, hyper: Tensor, noise: Tensor | None, *states: Tensor, rule: Equation
 ) -> tuple[Tensor, ...]:
-    """The new p and the new states, float32.  Exact.
+    """The new p and the new states, float32, and the new correction.  Exact.
 
     p, g, states: `[n]`. hyper: the rule's coefficients in float32. noise: int16 `[n]` for stochastic rounding, or None.
     """
-    _, p_new, _, new = advance(rule, p, g, states, hyper)
-    return (rounded(p_new, p.dtype, noise), *new)
+    states, correction = states[: len(rule.states)], states[len(rule.states) :]
+    _, p_new, _, new = advance(rule, opened(p, correction), g, states, hyper)
+    rounded_p, *rest = closed(p_new, p.dtype, noise, correction)
+    return (rounded_p, *new, *rest)
 
 
 @fused(dynamic={"p": (0,), "g": (0,), "states": (0,)})
@@ -83,7 +94,7 @@ def direction_elements(p: Tensor, g: Tensor, hyper: Tensor, *states: Tensor, rul
 
 
 # ---- eight bits -----------------------------------------------------------------------------------------------------
-# states: of each one its uint8 codes `[blocks, blocksize]`, then its float32 scales `[blocks]`.
+# states: of each one its uint8 codes `[blocks, blocksize]`, then its float32 scales `[blocks]`; at last the correction.
 
 
 def decoded(states: Sequence[Tensor], values: ByState) -> list[Tensor]:
@@ -97,13 +108,15 @@ def advance_blocks(
     codes: ByState,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """What `step_blocks` returns, with states decoded by `values` and encoded by `codes`."""
-    finite, p_new, _, new = advance(rule, p, g, decoded(states, values), hyper)
-    results = [rounded(p_new, p.dtype, noise)]
+    states, correction = states[: 2 * len(rule.states)], states[2 * len(rule.states) :]
+    finite, p_new, _, new = advance(rule, opened(p, correction), g, decoded(states, values), hyper)
+    rounded_p, *rest = closed(p_new, p.dtype, noise, correction)
+    results = [rounded_p]
     for i, (x, before) in enumerate(zip(new, states[1::2], strict=True)):
         # An element that stays holds its block's absmax where it was, lest it move by the rounding of another scale.
         absmax = torch.where(finite, magnitude(x), rearrange(before, "b -> b 1")).amax(-1)
         results += [codes(i, x * rearrange(reciprocal(absmax), "b -> b 1")).to(torch.uint8), absmax]
-    return tuple(results)
+    return (*results, *rest)
 
 
 def _value(rule: Rule, i: int, codes: Tensor) -> Tensor:
@@ -118,7 +131,7 @@ def _code(rule: Rule, i: int, scaled: Tensor) -> Tensor:
 def step_blocks(
     p: Tensor, g: Tensor, hyper: Tensor, noise: Tensor | None, *states: Tensor, rule: Equation
 ) -> tuple[Tensor, ...]:
-    """The new p, and then the codes and the scales of each new state.  Exact.
+    """The new p, then the codes and the scales of each new state, and the new correction.  Exact.
 
     p, g: `[blocks, blocksize]`. hyper: the rule's coefficients in float32. noise: int16, shaped like p, or None.
     """

@@ -7,9 +7,9 @@ product with its reciprocal on GPUs, and so is 3.0 / x everywhere), the line is 
 
 import functools
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from numbers import Real
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from torch import Tensor
 
@@ -22,12 +22,30 @@ class Refusal(TypeError):
     """A rule asks for what is no operation of a rule."""
 
 
-class Recording:
-    """The lines of a program so far."""
+class Name(str):
+    """The name of a symbol, among other arguments."""
 
-    def __init__(self, rule: str) -> None:
-        self.rule = rule
+    __slots__ = ()
+
+
+class Call(NamedTuple):
+    """A call of `Rule.whole`: the names of its results, and its arguments, of which symbols are names too."""
+
+    step: Callable[..., Any]
+    args: tuple[Any, ...]
+    results: tuple[str, ...]
+
+
+class Recording:
+    """The lines of a program so far, and what it asked `Rule.whole` for.
+
+    matrices: the names of states of the whole matrix, and the names that the rule has for them.
+    """
+
+    def __init__(self, rule: str, matrices: Mapping[str, str] | None = None) -> None:
+        self.rule, self.matrices = rule, matrices or {}
         self.lines: list[str] = []
+        self.calls: list[Call] = []
 
     def add(self, text: str, condition: bool = False) -> "Symbol":
         name = f"a{len(self.lines)}"
@@ -42,6 +60,8 @@ class Recording:
         if isinstance(x, Symbol):
             if x._recording is not self:
                 self.refuse("keeps a tensor of another step: what lasts from step to step is a state")
+            if x._name in self.matrices:
+                self.refuse(f"uses its state {self.matrices[x._name]!r}, of the whole matrix, other than by Rule.whole")
             return (self.number(x) if x._condition else x)._name
         if isinstance(x, Real):
             number: Any = x
@@ -56,6 +76,37 @@ class Recording:
     def tensor(self, x: Any) -> str:
         """The same, a number as a tensor: where torch would round differently, or take another dtype, for a scalar."""
         return self.operand(x) if isinstance(x, Symbol) else f"full_like(p, {self.operand(x)})"
+
+    def call(self, step: Any, args: tuple[Any, ...], results: int) -> "tuple[Symbol, ...]":
+        if not callable(step):
+            self.refuse(f"calls whole with {step!r}, which is no function")
+        first = sum(len(call.results) for call in self.calls)
+        names = tuple(f"w{first + i}" for i in range(results))
+        given = [self.argument(x) for x in args]
+        self.calls.append(Call(step, tuple(given), names))
+        self.lines.append(f"{', '.join(names)} = {getattr(step, '__name__', repr(step))}({', '.join(map(str, given))})")
+        return tuple(Symbol(self, name) for name in names)
+
+    def named(self, x: Any) -> str:
+        """The name of a result; a number or a coefficient becomes a tensor."""
+        text = self.operand(x)
+        return text if text[0] in "apgsw" and text.isalnum() else self.add(f"full_like(p, 0.0) + {text}")._name
+
+    def of_the_whole(self, key: str, x: Any) -> str:
+        """The name of the new value of a state of the whole matrix."""
+        name = x._name if isinstance(x, Symbol) and x._recording is self else ""
+        if not name.startswith("w") and name not in self.matrices:
+            self.refuse(f"returns for its state {key!r}, of the whole matrix, what is no result of Rule.whole")
+        return name
+
+    def argument(self, x: Any) -> Any:
+        """An argument of a step of the whole matrix; a state by element is first computed, as it may be in 8 bits."""
+        if not isinstance(x, Symbol):
+            return x
+        if x._name in self.matrices:
+            return Name(x._name)
+        name = self.operand(x)
+        return Name(self.add(name)._name if name[0] == "s" else name)
 
     def condition(self, x: Any) -> str:
         if not (isinstance(x, Symbol) and x._condition and x._recording is self):
@@ -122,6 +173,11 @@ def _sqrt(r: Recording, x: Any) -> Any:
     return r.add(f"sqrt({r.operand(x)})")
 
 
+def _whole(r: Recording, step: Any, *args: Any, results: int = 1) -> Any:
+    found = r.call(step, args, results)
+    return found[0] if results == 1 else found
+
+
 _add, _sub, _mul, _div = map(_infix, "+-*/")
 
 OPERATIONS: dict[str, Callable[..., Any]] = {
@@ -136,7 +192,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "where": _where, "maximum": _maximum, "minimum": _minimum, "clamp": _clamp,
     "float": lambda r, x: r.number(x) if x._condition else x,
     "clone": lambda r, x: x,
-    "zeros_like": lambda r, x: 0.0, "ones_like": lambda r, x: 1.0,
+    "zeros_like": lambda r, x: 0.0, "ones_like": lambda r, x: 1.0, "whole": _whole,
 }  # fmt: skip
 """By the names that they have as functions of torch or as methods of a tensor."""
 

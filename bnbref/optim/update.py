@@ -5,7 +5,7 @@ written back.
 """
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,15 +17,17 @@ from bnbref.optim.layout import Coded, Part, completed, padded, sliced, split, z
 from bnbref.optim.rules import Rule, absmax_key
 from bnbref.optim.sharding import Shard, total
 from bnbref.optim.step import direction_blocks, direction_elements, step_blocks, step_elements
+from bnbref.optim.weights import CORRECTION, opened
 
 
 def new_state(
-    rule: Rule, shape: torch.Size, bits: int, blocksize: int, empty: Callable[..., Tensor], shard: Shard | None = None
-) -> dict[str, Tensor]:
+    rule: Rule, shape: torch.Size, bits: int, blocksize: int, empty: Callable[..., Tensor], shard: Shard | None = None,
+    whole: torch.Size | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
     """All states zero, under the keys of bitsandbytes: `state1` and, of 8 bits, `absmax1`.
 
     bits: 32 or 8. empty: gives the memory of a tensor, called with its key, shape and dtype. shard: where the part lies that
-    has this shape, of a parameter that is spread over ranks.
+    has this shape, of a parameter that is spread over ranks, and whole: the shape of all of it.
 
     >>> from bnbref.optim.rules import Adam
     >>> state = new_state(Adam(), torch.Size([300]), 8, 256, lambda key, shape, dtype: torch.empty(shape, dtype=dtype))
@@ -36,7 +38,9 @@ def new_state(
     out: dict[str, Tensor] = {}
     for state in rule.states:
         key = state.key
-        if bits == 32:
+        if state.of != "elements":
+            out[key] = empty(key, state.shape(shape if whole is None else whole), torch.float32).zero_()
+        elif bits == 32:
             out[key] = empty(key, tuple(shape), torch.float32).zero_()
         else:
             out[key] = empty(key, tuple(shape), torch.uint8).fill_(rule.codebook(state).code_of_zero)
@@ -49,10 +53,15 @@ def _in_8_bits(rule: Rule, state: Mapping[str, Any]) -> bool:
     return any(state[s.key].dtype == torch.uint8 for s in rule.states)
 
 
-def _part(rule: Rule, p: Tensor, g: Tensor, noise: Tensor | None, state: Mapping[str, Any]) -> Part:
+def _part(rule: Rule, weights: Sequence[Tensor], g: Tensor, noise: Tensor | None, state: Mapping[str, Any]) -> Part:
     """A parameter with 8-bit states as one part: its elements in a row, and the scales of their blocks."""
     states = [Coded(state[s.key].view(-1), state[absmax_key(s.key)].view(-1)) for s in rule.states]
-    return Part(p.view(-1), g.reshape(-1), noise, states)
+    return Part(tuple(x.view(-1) for x in weights), g.contiguous().view(-1), noise, states)
+
+
+def correction(state: Mapping[str, Any]) -> list[Tensor]:
+    """The correction of a parameter with this state, its elements in a row, if it has one."""
+    return [state[CORRECTION].view(-1)] if CORRECTION in state else []
 
 
 def _in_float32(rule: Rule, state: Mapping[str, Any]) -> list[Tensor]:
@@ -75,16 +84,18 @@ def step(
     spread over ranks; then it is a collective call. tails: where an incomplete last block waits for those of other parameters;
     the step is over after `tails.run()`.
     """
+    corrections = correction(state)
     if max_norm > 0:
-        u = directions(rule, hyper, p, g, state, blocksize=blocksize, shard=shard)
-        hyper = _clipped(rule, hyper, p, u, max_norm, shard)
+        value = opened(p.view(-1), corrections) if corrections else p
+        u = directions(rule, hyper, value, g, state, blocksize=blocksize, shard=shard)
+        hyper = _clipped(rule, hyper, value, u, max_norm, shard)
     if not _in_8_bits(rule, state):
         if p.numel() > 0:
-            states = _in_float32(rule, state)
-            step_elements(p.view(-1), g.reshape(-1), hyper, noise, *states, rule=rule)
+            states = _in_float32(rule, state) + corrections
+            step_elements(p.view(-1), g.contiguous().view(-1), hyper, noise, *states, rule=rule)
         return
     blocksize = check_blocksize(blocksize, p.numel() if shard is None else shard.numel)
-    part = everything = _part(rule, p, g, noise, state)
+    part = everything = _part(rule, [p, *corrections], g, noise, state)
     if shard is not None:
         part = sliced(part, *shard.whole(blocksize), shard, blocksize)
     whole, rest = split(part, blocksize)
@@ -105,14 +116,17 @@ def directions(
     rule: Equation, hyper: Tensor, p: Tensor, g: Tensor, state: Mapping[str, Any], *, blocksize: int,
     shard: Shard | None = None,
 ) -> Tensor:  # fmt: skip
-    """The direction that `step` would take, float32 `[numel]`, 0 where the gradient is not finite.  Exact."""
+    """The direction that `step` would take, float32 `[numel]`, 0 where the gradient is not finite.  Exact.
+
+    p: what the parameter and its correction stand for, see `weights.opened`.
+    """
     if p.numel() == 0:
         return p.new_empty(0, dtype=torch.float32)
     if not _in_8_bits(rule, state):
         states = _in_float32(rule, state)
-        return direction_elements(p.view(-1), g.reshape(-1), hyper, *states, rule=rule)
+        return direction_elements(p.view(-1), g.contiguous().view(-1), hyper, *states, rule=rule)
     blocksize = check_blocksize(blocksize, p.numel() if shard is None else shard.numel)
-    everything = _part(rule, p, g, None, state)
+    everything = _part(rule, [p], g, None, state)
     # At each boundary of whole blocks what lies here is cut in two.
     bounds = (0, p.numel()) if shard is None else (0, *shard.whole(blocksize), p.numel())
     us = []
@@ -152,7 +166,8 @@ class Tails:
     def add(self, rule: Equation, hyper: Tensor, blocksize: int, rest: Part) -> None:
         """Let an incomplete last block, which `split` left of a parameter, wait."""
         p, g = rest.p, rest.g
-        key = (rule, blocksize, id(hyper), p.device, p.dtype, g.dtype, rest.noise is None)
+        dtypes = *(weight.dtype for weight in rest.weights), g.dtype
+        key = (rule, blocksize, id(hyper), p.device, dtypes, rest.noise is None)
         self._waiting.setdefault(key, (hyper, []))[1].append(rest)  # it holds hyper, whose id nobody else then has
         self._elements += p.numel()
         if self._elements >= 2**20:

@@ -19,6 +19,7 @@ from bnbref.kernels import Kernel
 from bnbref.optim import rules
 from bnbref.optim.equation import at_step
 from bnbref.optim.update import new_state, step
+from bnbref.optim.weights import CORRECTION, split
 from bnbref.selfcheck import example
 from bnbref.selfcheck.kernels import CHECKS, GROUP
 
@@ -48,6 +49,15 @@ def _bfloat16_parameters() -> None:
             step(*at_step(rule, 1, GROUP), p, X[1400:2100].bfloat16(), state, blocksize=256, noise=noise)
 
 
+def _corrected_parameters() -> None:
+    """Of 24 and 32 bits, in both dtypes and both kernels: all rules take the same way."""
+    for dtype in (torch.bfloat16, torch.float16):
+        for bits, correction in ((8, torch.int8), (32, torch.int16)):
+            rule, (p, rest) = rules.Lion(), split(X[:700], dtype, correction)
+            state = new_state(rule, p.shape, bits, 256, lambda _, shape, dtype: torch.empty(shape, dtype=dtype))
+            step(*at_step(rule, 1, GROUP), p, X[1400:2100].to(dtype), {**state, CORRECTION: rest}, blocksize=256)
+
+
 def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     """What is called, by name."""
     for check in CHECKS:
@@ -55,6 +65,7 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "multiply_rows", _rows_times_weight
     yield "multiply_int8_row", _row_times_int8_weight
     yield "bfloat16 parameters", _bfloat16_parameters
+    yield "corrected parameters", _corrected_parameters
 
 
 @contextlib.contextmanager

@@ -54,7 +54,8 @@ def answer(value: Any) -> Callable[..., Any]:
 
 ANSWERS = {
     "current_device": 0, "device_count": 1, "exchange_device": 0, "get_compute_capability": 90, "get_device_properties": H100,
-    "get_raw_stream": 0, "is_available": True, "is_bf16_supported": True, "is_triton_capable": True, "maybe_exchange_device": 0,
+    "get_raw_stream": 0, "is_available": True, "is_bf16_supported": True, "is_current_stream_capturing": False,
+    "is_triton_capable": True, "maybe_exchange_device": 0,
     "memory_allocated": 0, "raise_if_triton_unavailable": None, "set_device": None, "synchronize": None,
 }  # fmt: skip
 """Of Dynamo's interface to a device."""

@@ -1,4 +1,4 @@
-"""Backends under test: bnbref itself, the real bitsandbytes in two ways, torchao, or any module of your own.
+"""Backends under test: bnbref itself, the real bitsandbytes in two ways, other packages, or any module of your own.
 
 A backend is a module, an object or a mapping with functions that are called as `operations` says. A function that is missing is
 not implemented; where one has no answer to a single case it raises `Unsupported`.
@@ -18,9 +18,19 @@ from bnbref.conformance.operations import OPERATIONS
 KNOWN = {
     "bnbref": "bnbref.conformance.backends.reference",
     "bnbref-eager": "bnbref.conformance.backends.reference",
+    "bnbref-invariant": "bnbref.conformance.backends.reference",
     "bitsandbytes": "bnbref.conformance.backends.bitsandbytes",
     "bitsandbytes-default": "bnbref.conformance.backends.bitsandbytes_default",
+    "bitsandbytes-cpu-fork": "bnbref.conformance.backends.bitsandbytes",
+    "mps-bitsandbytes": "bnbref.conformance.backends.mps_bitsandbytes",
+    "neural-compressor": "bnbref.conformance.backends.neural_compressor",
+    "nncf": "bnbref.conformance.backends.nncf",
+    "nvidia-modelopt": "bnbref.conformance.backends.modelopt",
+    "onnxruntime": "bnbref.conformance.backends.onnxruntime",
+    "qwix": "bnbref.conformance.backends.qwix",
+    "tinygrad": "bnbref.conformance.backends.tinygrad",
     "torchao": "bnbref.conformance.backends.torchao",
+    "torchao-nf4": "bnbref.conformance.backends.torchao_nf4",
 }
 """The backends that come with the kit: each a module with a function `backend(name)`."""
 
@@ -40,13 +50,15 @@ class Backend:
         self, name: str, functions: object, packages: Sequence[str] = (),
         within: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:  # fmt: skip
-        """functions: a mapping, or an object (a module), of the operations' names. within: makes the context of each call.
+        """functions: a mapping, or an object (a module), of the operations' names; of an object, `product_of_ones(n, k)` is for
+        order.py, where there is no `gemm_4bit`. within: makes the context of each call.
 
         Raises ValueError where there is none of the operations.
         """
         table = functions if isinstance(functions, Mapping) else {op: getattr(functions, op, None) for op in OPERATIONS}
         self.name = name
         found = {op: table.get(op) for op in OPERATIONS}
+        self.product_of_ones: Callable[[int, int], Any] | None = getattr(functions, "product_of_ones", None)
         self.functions = {op: _in_context(function, within) for op, function in found.items() if callable(function)}
         if not self.functions:
             raise ValueError(f"backend {name!r} has none of the operations {', '.join(OPERATIONS)}")

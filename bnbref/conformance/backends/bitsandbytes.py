@@ -1,5 +1,6 @@
 """The real bitsandbytes: its operators, whatever kernel the device has for them, and its public functions and layers."""
 
+import importlib.metadata
 from typing import Any
 
 import torch
@@ -93,5 +94,7 @@ def _unstacked(first: Tensor, second: Tensor | None, third: Tensor | None, name:
 
 
 def backend(name: str) -> Backend:
-    """bitsandbytes. Raises ValueError where it is not installed."""
+    """bitsandbytes, or a fork that is imported by the same name. Raises ValueError where it is not installed."""
+    if name != "bitsandbytes" and name not in importlib.metadata.packages_distributions().get("bitsandbytes", ()):
+        raise ValueError(f"backend {name!r} needs the package {name}, which is not installed")
     return Backend(name, BitsAndBytes(), ("bitsandbytes",), within=uncompiled)

@@ -1,4 +1,4 @@
-"""bnbref, compiled where it can be ("bnbref") or not at all ("bnbref-eager")."""
+"""bnbref, compiled where it can be ("bnbref"), not at all ("-eager"), or with products in a fixed order ("-invariant")."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -14,6 +14,7 @@ from bnbref.conformance.backends import Backend
 from bnbref.conformance.backends.public_names import PublicNames
 from bnbref.conformance.oracles.steps import BLOCKSIZE
 from bnbref.kernels import eager
+from bnbref.kernels.ordered import batch_invariant
 from bnbref.optim import rules, update
 from bnbref.optim.equation import at_step
 from bnbref.quant_state import QuantState
@@ -93,5 +94,6 @@ class Reference(PublicNames):
 
 
 def backend(name: str) -> Backend:
-    """bnbref, under one of its two names."""
-    return Backend(name, Reference(), ("bnbref",), within=eager if name == "bnbref-eager" else nullcontext)
+    """bnbref, under one of its names."""
+    within = {"bnbref-eager": eager, "bnbref-invariant": batch_invariant}.get(name, nullcontext)
+    return Backend(name, Reference(), ("bnbref",), within=within)

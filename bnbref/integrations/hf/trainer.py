@@ -21,7 +21,8 @@ def optimizer_cls_and_kwargs(
     """An optimizer and what the TrainingArguments say for it, as Trainer takes them. options: more arguments, or other ones.
 
     The learning rate, and betas and epsilon for an optimizer that has two betas and an epsilon. Weight decay is the groups',
-    which Trainer makes. TypeError for a class that is not of `bnbref.optim`.
+    which Trainer makes; for Muon, whose groups are others, give Trainer an optimizer that is made. TypeError for a class that is
+    not of `bnbref.optim`.
 
     >>> from types import SimpleNamespace
     >>> from bnbref.optim import PagedAdamW8bit
@@ -36,8 +37,8 @@ def optimizer_cls_and_kwargs(
     betas = parameters.get("betas")
     if betas is not None and len(betas.default) == 2:
         found["betas"] = (args.adam_beta1, args.adam_beta2)
-        if "eps" in parameters:
-            found["eps"] = args.adam_epsilon
+        for name in [name for name in ("adamw_eps", "eps") if name in parameters][:1]:
+            found[name] = args.adam_epsilon
     return optimizer, {**found, **options}
 
 

@@ -1,0 +1,134 @@
+"""The board: backends by rules, from the JSON reports that `check --json` writes, of this machine or of somebody else's.
+
+page.py shows it as a page, picture.py as a drawing, summary.py as a few lines.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bnbref.conformance import vectors
+from bnbref.conformance.explain import verdict
+from bnbref.conformance.judge import REFUSALS
+from bnbref.conformance.specification import RULES
+
+STATES = {
+    "passed": "every case of the rule that ran keeps it",
+    "dialect": "another choice, and no mistake: a tie, a threshold an ulp off, another paper's formula",
+    "defect": "a result that the rule does not allow, and no paper asks for",
+    "refused": "an exception says that it is not supported, where the rules allow that",
+    "not offered": "the backend has no such function, or none for these arguments",
+    "not judged": "the report has no case that tells: they did not run, or failed by another rule first",
+}
+"""What a cell of the board may be, and what that means."""
+
+_KEYS = {"backend": str, "device": str, "versions": dict, "cases": dict, "findings": list}
+
+
+class Cell(NamedTuple):
+    """What became of one rule in one report.
+
+    state: one of STATES. counts: the cases of the rule by their status, those aside that fail by another rule. findings: those of
+    the report that break the rule, as its JSON has them.
+    """
+
+    state: str
+    counts: Mapping[str, int]
+    findings: Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One report. file: where it was read. made: the day, empty where an earlier kit wrote none. cells: by rule."""
+
+    file: Path
+    backend: str
+    device: str
+    versions: Mapping[str, str]
+    made: str
+    cells: Mapping[str, Cell]
+
+    @property
+    def name(self) -> str:
+        """The name of the file, which no other column of a board has."""
+        return self.file.stem
+
+    @property
+    def program(self) -> str:
+        """The program beside the report that shows its failures without bnbref, `programs/red_NAME.py`, or empty."""
+        file = self.file.parent / "programs" / f"red_{self.name}.py"
+        return f"programs/{file.name}" if file.exists() else ""
+
+    @property
+    def title(self) -> str:
+        """The backend, the version of its package without the build's name, and the device: `torchao 0.18.0, cpu`."""
+        own = [version for package, version in self.versions.items() if package != "torch"] or [""]
+        return f"{self.backend} {re.split('[-+]', own[0])[0]}".strip() + f", {self.device}"
+
+    def count(self, state: str) -> int:
+        """How many rules are in this state."""
+        return sum(cell.state == state for cell in self.cells.values())
+
+
+def cases_of_rules() -> dict[str, list[str]]:
+    """The ids of the cases of each rule. G-2 is judged in every case; G-5 only says what is not compared, and is left out."""
+    listed = vectors.stored()
+    found = {rule: [name for name, case in listed.items() if rule in case["rules"] or rule == "G-2"] for rule in RULES}
+    return {rule: cases for rule, cases in found.items() if cases}
+
+
+def _cell(rule: str, cases: Sequence[str], body: Mapping[str, Any]) -> Cell:
+    findings = [finding for finding in body["findings"] if finding["rule"] == rule]
+    broken = {case for finding in findings for case in finding["cases"]}
+    counts = Counter(body["cases"][case] for case in cases if case in body["cases"])
+    counts["failed"] = len(broken)
+    if findings:
+        state = "defect" if any(verdict(f["follows"]) == "defect" for f in findings) else "dialect"
+    else:
+        named = {"passed": "passed", "refused": "refused", "not implemented": "not offered"}
+        state = next((state for status, state in named.items() if counts[status]), "not judged")
+    return Cell(state, counts, findings)
+
+
+def column(file: Path, text: str) -> Column:
+    """The column of a report, whose text is that of the file. Raises ValueError where it is none, or of other rules or cases."""
+    try:
+        body = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is no JSON: {error}") from error
+    if not isinstance(body, dict) or any(not isinstance(body.get(key), kind) for key, kind in _KEYS.items()):
+        raise ValueError(f"{file} is no report of `check --json`: it must have {', '.join(_KEYS)}")
+    cases = cases_of_rules()
+    unknown = sorted({finding["rule"] for finding in body["findings"]} - set(cases))
+    unknown += sorted(set(body["cases"]) - set(cases["G-2"]))
+    if unknown:
+        raise ValueError(f"{file} has rules or cases that this version of the kit has not: {', '.join(unknown[:3])}")
+    _allow_refusals(body)
+    cells = {rule: _cell(rule, ids, body) for rule, ids in cases.items()}
+    return Column(file, body["backend"], body["device"], body["versions"], body.get("made", ""), cells)
+
+
+def _allow_refusals(body: dict[str, Any]) -> None:
+    """Takes for refused what a report of an earlier kit has as failed, if an exception is as good as the result by now."""
+    allowed = {name for name, case in vectors.stored().items() if case.get("may_refuse")}
+    kinds = {f"raised {error.__name__}" for error in REFUSALS}
+    for finding in body["findings"]:
+        if finding["message"].partition(":")[0] in kinds:
+            body["cases"].update(dict.fromkeys(allowed.intersection(finding["cases"]), "refused"))
+            finding["cases"] = [case for case in finding["cases"] if case not in allowed]
+    body["findings"] = [finding for finding in body["findings"] if finding["cases"]]
+
+
+def board(files: Sequence[Path]) -> list[Column]:
+    """The columns of the board, a report each.
+
+    Raises ValueError where two files have one name, and as `column` does; OSError where a file cannot be read.
+    """
+    repeated = [name for name, count in Counter(file.stem for file in files).items() if count > 1]
+    if repeated:
+        raise ValueError(f"reports must have names of their own, got {', '.join(repeated)} twice")
+    return [column(file, file.read_text(encoding="utf-8", errors="replace")) for file in files]

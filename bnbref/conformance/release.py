@@ -1,0 +1,47 @@
+"""The vectors as a product: the sums of their files, one digest of all of it, and an archive.
+
+A published version never changes. `DIGESTS` has the digest of each; another case, rule or byte is another version, in a folder of
+its own beside the old ones.
+"""
+
+import gzip
+import hashlib
+import io
+import tarfile
+from pathlib import Path
+
+from bnbref.conformance.vectors import FOLDER, VERSION
+
+SUMS = "SHA256SUMS"
+
+DIGESTS = {1: "97dac90b433fa78b446176c9fe7a5b2f8ef8e4c92a1abbd1468f0cd41278c5ea"}
+"""The digest of each version: the SHA-256 of its file SHA256SUMS, which has that of every other file."""
+
+
+def sums(folder: Path) -> str:
+    """The lines of SHA256SUMS, as `sha256sum -c` reads them: every file of the folder but that one, sorted by name."""
+    names = sorted(path.name for path in folder.iterdir() if path.name != SUMS)
+    return "".join(f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n" for name in names)
+
+
+def digest(folder: Path = FOLDER) -> str:
+    """The digest of all files of a folder."""
+    return hashlib.sha256(sums(folder).encode()).hexdigest()
+
+
+def archive(folder: Path = FOLDER, version: int = VERSION) -> bytes:
+    """A .tar.gz of the vectors: the same files in the same order, without times and owners.
+
+    Raises ValueError where a file is not that of the published version.
+    """
+    found = digest(folder)
+    if found != DIGESTS[version]:
+        raise ValueError(f"{folder} must have the digest of v{version}, {DIGESTS[version]}, got {found}")
+    packed = io.BytesIO()
+    with gzip.GzipFile(fileobj=packed, mode="wb", mtime=0) as stream, tarfile.open(fileobj=stream, mode="w|") as tar:
+        for path in sorted(folder.iterdir()):
+            data = path.read_bytes()
+            entry = tarfile.TarInfo(f"bnbref-vectors-v{version}/{path.name}")
+            entry.size, entry.mode = len(data), 0o644
+            tar.addfile(entry, io.BytesIO(data))
+    return packed.getvalue()

@@ -1,0 +1,139 @@
+"""Schedule-Free AdamW: an average of the iterates takes the place of a decaying learning rate (Defazio et al., 2405.15682).
+
+Three sequences: z takes the steps, x is the average that is evaluated, and gradients are taken at y between them. The parameter
+is y while training, and x after `eval()`. Beside it stands d = z - x, which begins at 0, as states do, and has the size of steps,
+not of weights: so it can be kept in 8 bits, where z itself could not.
+"""
+
+# ruff: noqa: E701, the table of variants has a line for each
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from bnbref.optim.equation import at_step
+from bnbref.optim.families import Family, Options, _betas
+from bnbref.optim.rules import Rule, State, averages
+from bnbref.optim.sharding import local, shard_of
+from bnbref.optim.update import correction, directions
+from bnbref.optim.weights import opened, store
+
+
+class ScheduleFree(Rule):
+    """Algorithm 1 of 2405.15682, with the bias correction of its authors' package since 1.3.  Decay of y, as of a gradient.
+
+    z = z - r u                      u = g / (sqrt(v^) + eps) + wd y,        r = lr min(1, t / warmup_steps)
+    x = (1 - c) x + c z              c = r^2 / (sum of r^2 so far)
+    y = (1 - b1) z + b1 x
+
+    Written in y and d = z - x:      e = d - r u,    y = y - r (1 - b1 (1 - c)) u + b1 c d,    d = (1 - c) e
+    """
+
+    states = (State("state1"), State("state2", signed=False))
+
+    def coefficients(self, t: int, group: Mapping[str, Any]) -> dict[str, float]:
+        if not group["train_mode"]:
+            raise RuntimeError("the parameters are averages since eval(): call train() before the next step")
+        b1, b2 = group["betas"]
+        warmup = group["warmup_steps"]
+        r, c = group["lr"] * min(1.0, t / max(1, warmup)), share(t, warmup)
+        numbers = averages(b2=b2) | {"unbias": 1 - b2**t, "eps": group["eps"], "wd": group["weight_decay"]}
+        return numbers | {
+            "rate": 1.0,
+            "decay": 1.0,
+            "r": r,
+            "own": r * (1 - b1 * (1 - c)),
+            "pull": b1 * c,
+            "stay": 1 - c,
+        }
+
+    def direction(self, p: Tensor, g: Tensor, d: Tensor, v: Tensor, c: Any) -> tuple[Tensor, ...]:
+        v = c.b2 * v + c.not_b2 * (g * g)
+        u = g / (self.sqrt(v / c.unbias) + c.eps) + c.wd * p
+        return c.own * u - c.pull * d, c.stay * (d - c.r * u), v
+
+
+def share(t: int, warmup: int) -> float:
+    """The weight of step t in the average: its squared learning rate over the sum of those so far, by the sum of squares.
+
+    >>> share(1, 0), share(4, 0), share(2, 3) == 2**2 / (1**2 + 2**2)
+    (1.0, 0.25, True)
+    """
+    w = max(1, warmup)
+    if t <= w:
+        return 6 * t / ((t + 1) * (2 * t + 1))
+    return 1 / (t - w + (w + 1) * (2 * w + 1) / (6 * w))
+
+
+class _Difference(Rule):
+    """The rule by which y becomes x: its direction is d."""
+
+    states = ScheduleFree.states
+
+    def coefficients(self, t: int, group: Mapping[str, Any]) -> dict[str, float]:
+        return {"rate": 1 - group["betas"][0], "decay": 1.0}
+
+    def direction(self, p: Tensor, g: Tensor, d: Tensor, v: Tensor, c: Any) -> tuple[Tensor, ...]:
+        return d, d, v
+
+
+class AdamWScheduleFree(Family):
+    """Adam whose parameters are averaged instead of its learning rate scheduled (2405.15682).  Decay at y.  Exact.
+
+        z = z - r u                      u = g / (sqrt(v^) + eps) + wd y,        r = lr min(1, t / warmup_steps)
+        x = (1 - c) x + c z              c = r^2 / (sum of r^2 so far)
+        y = (1 - b1) z + b1 x
+
+    Parameters are y, where gradients belong, while training. `eval()` makes them x, to be evaluated or given away; `train()`
+    makes them y again, before the next step. Each way is `p = p -+ (1 - b1) (z - x)`, two roundings to float32, and that to the
+    parameter. lr is constant: the averages do not see a change of it.
+    """
+
+    def __init__(
+        self, params: Any, lr: float = 2.5e-3, betas: tuple[float, float] | str = (0.9, 0.999), eps: float = 1e-8,
+        weight_decay: float = 0, warmup_steps: int = 0, optim_bits: int = 32, min_8bit_size: int = 4096, is_paged: bool = False,
+        **options: Unpack[Options],
+    ) -> None:  # fmt: skip
+        if not isinstance(warmup_steps, int) or warmup_steps < 0:
+            raise ValueError(f"warmup_steps must be an integer from 0 on, got {warmup_steps!r}")
+        defaults = {"lr": lr, "betas": _betas(betas), "eps": eps, "weight_decay": weight_decay}
+        super().__init__(
+            params, ScheduleFree(), {**defaults, "warmup_steps": warmup_steps, "train_mode": True},
+            optim_bits=optim_bits, min_8bit_size=min_8bit_size, is_paged=is_paged, **options,
+        )  # fmt: skip
+
+    def eval(self) -> None:
+        """Make the parameters the averages x. They are then no parameters to take a step from."""
+        self._switch(train=False)
+
+    def train(self) -> None:
+        """Make the parameters y again, where gradients are taken."""
+        self._switch(train=True)
+
+    @torch.no_grad()
+    def _switch(self, train: bool) -> None:
+        groups = [group for group in self.param_groups if group["train_mode"] != train]
+        found = [(p, group) for group in groups for p in group["params"] if self.state.get(p)]
+        states = self._placement.stream([(p.device, self.state[p]) for p, _ in found])
+        for (p, group), state in zip(found, states, strict=True):
+            own, shard, size = local(p.detach()), shard_of(p), self.settings(p, group)["blocksize"]
+            value, rest = opened(own.reshape(-1), correction(state)), correction(state)
+            rule, hyper = at_step(_Difference(), 1, group, p.device)
+            d = directions(rule, hyper, value, torch.zeros_like(value), state, blocksize=size, shard=shard)
+            step = hyper[0] * d
+            store(own, rest, value + step if train else value - step)
+        for group in groups:
+            group["train_mode"] = train
+
+
+# ---- variants -------------------------------------------------------------------------------------------------------
+# fmt: off
+
+class AdamWScheduleFree8bit(AdamWScheduleFree, bits=8): """`AdamWScheduleFree`: states in 8 bits."""
+class AdamWScheduleFree32bit(AdamWScheduleFree, bits=32): """`AdamWScheduleFree`: states in 32 bits."""
+class PagedAdamWScheduleFree(AdamWScheduleFree, paged=True): """`AdamWScheduleFree`: states in pages."""
+class PagedAdamWScheduleFree8bit(AdamWScheduleFree, bits=8, paged=True): """`AdamWScheduleFree`: states in 8 bits, in pages."""
+class PagedAdamWScheduleFree32bit(AdamWScheduleFree, bits=32, paged=True): """`AdamWScheduleFree`: states in 32 bits, in pages."""

@@ -1,0 +1,63 @@
+"""No false red: what a report says is broken, a program shows that does not know bnbref."""
+
+import ast
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+RESULTS = Path(__file__).resolve().parent.parent / "docs" / "content" / "conformance"
+PROGRAMS = RESULTS / "programs"
+SAME_PROGRAM = {"bitsandbytes-cpu-fork": "bitsandbytes"}
+
+
+def published():
+    """The reports with failures that were made on a CPU."""
+    for file in sorted(RESULTS.glob("*.json")):
+        report = json.loads(file.read_text(encoding="utf-8"))
+        if report.get("device") == "cpu" and report["findings"]:
+            yield pytest.param(report, id=report["backend"])
+
+
+PUBLISHED = list(published())
+
+
+def program(report):
+    name = report["backend"]
+    return PROGRAMS / f"red_{SAME_PROGRAM.get(name, name)}.py"
+
+
+def red(report):
+    return {finding["rule"] for finding in report["findings"]}
+
+
+@pytest.mark.parametrize("report", PUBLISHED)
+def test_every_red_rule_has_a_program_that_does_not_import_bnbref(report):
+    tree = ast.parse(program(report).read_text(encoding="utf-8"))
+    calls = [
+        node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "id", "")[:3] == "red"
+    ]
+    assert red(report) <= {call.args[0].value for call in calls}
+    for node in ast.walk(tree):
+        names = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in getattr(node, "names", [])]
+        assert not any(str(name).startswith("bnbref") for name in names)
+
+
+@pytest.mark.parametrize("report", PUBLISHED)
+def test_the_program_finds_what_the_report_says(report):
+    for package, version in report["versions"].items():
+        try:
+            installed = importlib.metadata.version(package.replace("modelopt", "nvidia-modelopt"))
+        except importlib.metadata.PackageNotFoundError:
+            installed = None
+        if installed != version:
+            pytest.skip(f"{package} {version} is not installed")
+    if report["backend"] == "tinygrad" and "TINYGRAD" not in os.environ:
+        pytest.skip("needs tinygrad's repository")
+    done = subprocess.run([sys.executable, program(report)], capture_output=True, text=True, check=True)
+    assert set(re.findall(r"^(\S+) is broken", done.stdout, re.MULTILINE)) == red(report)

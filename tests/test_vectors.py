@@ -1,0 +1,114 @@
+"""The vectors as a product: published versions do not change, an archive has all of it, four languages read them in ten lines."""
+
+import hashlib
+import io
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from bnbref.cli import main
+from bnbref.conformance import release, vectors
+from bnbref.conformance.operations import OPERATIONS
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = ROOT / "docs" / "examples"
+LOADERS = {
+    "py": [sys.executable, EXAMPLES / "read_vectors.py"],
+    "js": ["node", EXAMPLES / "read_vectors.js"],
+    "c": ["gcc", "-std=c11", "-Wall", "-Wextra", "-Werror", "-O1", "-o", "read", EXAMPLES / "read_vectors.c"],
+    "rs": ["rustc", "--edition", "2021", "-O", "-D", "warnings", "-o", "read", EXAMPLES / "read_vectors.rs"],
+}
+"""For each language what runs its loader, or what compiles it to `read`."""
+
+
+def test_published_versions_do_not_change():
+    folders = {int(folder.name[1:]): folder for folder in vectors.FOLDER.parent.glob("v[0-9]*")}
+    assert folders.keys() == release.DIGESTS.keys()
+    for version, folder in folders.items():
+        assert (folder / release.SUMS).read_text(encoding="utf-8") == release.sums(folder), (
+            "python -m bnbref vectors write"
+        )
+        assert release.digest(folder) == release.DIGESTS[version], (
+            "what is published stays: another byte is another version"
+        )
+        assert hashlib.sha256((folder / release.SUMS).read_bytes()).hexdigest() == release.DIGESTS[version]
+
+
+def test_the_digest_is_of_every_byte(tmp_path):
+    shutil.copytree(vectors.FOLDER, tmp_path / "v1")
+    assert release.digest(tmp_path / "v1") == release.DIGESTS[1]
+    for file in sorted((tmp_path / "v1").glob("int8*")):
+        data = file.read_bytes()
+        file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        assert release.digest(tmp_path / "v1") != release.DIGESTS[1]
+        with pytest.raises(ValueError, match="must have the digest of v1"):
+            release.archive(tmp_path / "v1")
+        file.write_bytes(data)
+    (tmp_path / "v1" / "more").touch()
+    assert release.digest(tmp_path / "v1") != release.DIGESTS[1]
+
+
+def test_the_archive_is_the_published_files(tmp_path, capsys):
+    assert main(["vectors", "archive", str(tmp_path / "v1.tar.gz")]) == 0
+    assert capsys.readouterr().out == release.DIGESTS[1] + "\n"
+    data = (tmp_path / "v1.tar.gz").read_bytes()
+    assert data == release.archive()
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        found = {Path(entry.name).name: tar.extractfile(entry).read() for entry in tar}
+        assert {Path(name).parent.name for name in tar.getnames()} == {"bnbref-vectors-v1"}
+    assert found == {path.name: path.read_bytes() for path in vectors.FOLDER.iterdir()}
+    assert main(["vectors", "archive", str(tmp_path / "nowhere" / "v1.tar.gz")]) == 2
+
+
+def test_vectors_are_written_with_their_sums(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(vectors, "all_cases", list)
+    assert main(["vectors", "write", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.strip() == release.digest(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in vectors.FOLDER.iterdir()}
+    assert (tmp_path / release.SUMS).read_text() == release.sums(tmp_path)
+
+
+@pytest.mark.parametrize("language", LOADERS)
+def test_a_loader_reads_every_tensor(language, tmp_path):
+    command = LOADERS[language]
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"needs {command[0]}")
+    if "-o" in command:
+        subprocess.run(command, check=True, cwd=tmp_path)
+        command = [tmp_path / "read"]
+    names = {dtype: name for name, dtype in vectors.DTYPES.items()}
+    for operation in OPERATIONS:
+        asked, wanted = [], []
+        for case in vectors.read(operation):
+            parts = {"inputs": case.inputs, "outputs": {name: one.value for name, one in case.expected.items()}}
+            for part, tensors in parts.items():
+                for name, tensor in tensors.items():
+                    asked.append(f"{case.id} {part} {name}\n")
+                    shape = ",".join(map(str, tensor.shape))
+                    wanted.append(f"{names[tensor.dtype]} {shape} {vectors.raw(tensor).hex()}")
+        done = subprocess.run(
+            [*command, vectors.FOLDER, operation], input="".join(asked), capture_output=True, text=True, check=True
+        )
+        got = done.stdout.splitlines()
+        assert len(got) == len(wanted)
+        assert [a for a, g, w in zip(asked, got, wanted, strict=True) if g != w] == []
+
+
+@pytest.mark.parametrize("language", LOADERS)
+def test_the_page_has_the_lines_of_the_loader(language):
+    source = (EXAMPLES / f"read_vectors.{language}").read_text(encoding="utf-8")
+    (lines,) = re.findall(r"^\S+ ten lines.*\n((?:.*\n)*?)\S+ end\b", source, re.MULTILINE)
+    code = lines.strip("\n")
+    assert len([line for line in code.splitlines() if line.strip(" {}")]) <= 14
+    assert code in (ROOT / "docs" / "content" / "vectors.md").read_text(encoding="utf-8")
+
+
+def test_the_page_names_the_digest():
+    assert f"    {release.DIGESTS[vectors.VERSION]}\n" in (ROOT / "docs" / "content" / "vectors.md").read_text(
+        encoding="utf-8"
+    )
