@@ -54,14 +54,16 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--plot", type=Path, metavar="FILE", help="draw the losses of fine-tuning (needs matplotlib)")
     demo.set_defaults(run=run_demo)
 
-    plan = commands.add_parser("plan", help="memory that a model needs in each format, from its config.json alone")
-    plan.add_argument("model", metavar="MODEL", help="a directory, a config.json, or a name on the hub")
+    plan = commands.add_parser("plan", help="what fits on which GPU: formats, QLoRA or full training, optimizers")
+    plan.add_argument("model", metavar="MODEL", help="a directory, a config.json, a name on the hub, or a size like 7B")
+    plan.add_argument("--memory", metavar="SIZE", help="of one device, like 24GiB: what fits, and the code for it")
     plan.add_argument(
-        "--memory", default="24GiB", metavar="SIZE", help="of the device, like 24GiB (default: %(default)s)"
+        "--train",
+        choices=("qlora", "full"),
+        help="train an adapter, or everything (default: all; with --memory: neither)",
     )
-    plan.add_argument("--train", choices=("qlora", "full"), help="train adapters, or everything (default: inference)")
     plan.add_argument(
-        "--optimizer", default="PagedAdamW8bit", metavar="NAME", help="of bnbref.optim (default: %(default)s)"
+        "--optimizer", metavar="NAME", help="of bnbref.optim (default: some; with --memory: PagedAdamW8bit)"
     )
     plan.add_argument("--seq", type=positive, default=2048, metavar="N", help="tokens (default: %(default)s)")
     plan.add_argument("--batch", type=positive, default=1, metavar="N", help="sequences (default: %(default)s)")
@@ -150,20 +152,27 @@ def run_demo(args: argparse.Namespace) -> int:
 def run_plan(args: argparse.Namespace) -> int:
     """0 if something fits, 1 if nothing does."""
     needs("plan", "transformers", "accelerate")
-    from bnbref.integrations.hf import plan
+    from bnbref.integrations.hf import plan, plan_report
 
     optimizers = sorted(family.__name__ for family in plan.optimizers())
-    if args.optimizer not in optimizers:
+    if args.optimizer not in (None, *optimizers):
         raise Refused(f"--optimizer must be one of {', '.join(optimizers)}, got {args.optimizer!r}")
     try:
-        memory = plan.parse_bytes(args.memory)
         config = plan.read_config(args.model)
-        optimizer = getattr(bnbref.optim, args.optimizer)
-        found = plan.plans(config, args.train, optimizer, args.seq, args.batch)
+        optimizer = getattr(bnbref.optim, args.optimizer) if args.optimizer else None
+        if args.memory is None:
+            text, fits = plan_report.cards(config, args.train, optimizer, args.seq, args.batch)
+        else:
+            memory = plan_report.parse_bytes(args.memory)
+            optimizer = optimizer or bnbref.optim.PagedAdamW8bit
+            found = plan.plans(config, args.train, optimizer, args.seq, args.batch)
+            name = args.model if plan.number_of_parameters(args.model) is None else "NAME OF THE MODEL"
+            text = plan_report.report(name, found, memory, args.train, optimizer.__name__)
+            fits = any(p.total <= memory for p in found)
     except (OSError, ValueError) as error:
         raise Refused(str(error)) from error
-    print(plan.report(args.model, found, memory, args.train, args.optimizer))
-    return 0 if any(p.total <= memory for p in found) else 1
+    print(text)
+    return 0 if fits else 1
 
 
 def run_qlora(args: argparse.Namespace) -> int:

@@ -1,6 +1,7 @@
 """`python -m bnbref plan`: against the bytes of models that are loaded, trained and generate, and published sizes."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,8 @@ def test_training_to_the_byte(demo):
         model.train()(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
     assert p.parts["adapters"] == sum(parameter.nbytes for parameter in trained)
+    weights = sum(parameter.nbytes for name, parameter in model.named_parameters() if "lora_" not in name)
+    assert p.parts["weights"] == weights  # peft casts what is not quantized to float32
     assert p.parts["gradients"] == sum(parameter.grad.nbytes for parameter in trained)
     states = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
     assert p.parts["optimizer"] == sum(t.nbytes for t in states)
@@ -104,6 +107,12 @@ def test_full_training_of_7b(monkeypatch):
     assert resident.total - p.total == pytest.approx(p.host, rel=0.03)
 
 
+@pytest.mark.parametrize("size", ["0.5B", "1.1B", "3B", "7B", "13B", "33B", "70B"])
+def test_a_llama_of_a_size(size):
+    count = sum(p.numel() for p in plan.on_meta(plan.read_config(size), None)[0].parameters())
+    assert count == pytest.approx(float(size[:-1]) * 1e9, rel=0.1)
+
+
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 
@@ -121,6 +130,65 @@ def test_the_command_recommends_and_its_code_runs(capsys, tmp_path):
     with bnbref.eager():
         exec("import torch" + code[2].replace('device_map="auto"', 'device_map="cpu"'), namespace)
     assert isinstance(namespace["optimizer"], optim.PagedAdamW8bit)
+    assert cli.main(["plan", str(DEMO), "--memory", "1GiB", "--seq", "64", "--train", "qlora"]) == 0
+    code = capsys.readouterr().out
+    assert "recommended: bfloat16" in code
+    exec(code[code.index("import torch") :].replace('device_map="auto"', 'device_map="cpu"'), namespace)
+    kept = {p.dtype for name, p in namespace["model"].named_parameters() if "lora_" not in name}
+    assert kept == {torch.bfloat16}
+    ids = torch.arange(16)[None]
+    namespace["model"].train()(input_ids=ids, labels=ids).loss.backward()
+
+
+def cells(line):
+    """The columns of a line of the table, which are two blanks apart."""
+    return [cell.strip() for cell in re.split(r" {2,}", line.strip())]
+
+
+def test_what_fits_on_which_card(capsys):
+    assert cli.main(["plan", "7B"]) == 0
+    rows = [cells(line) for line in capsys.readouterr().out.splitlines() if "yes" in line]
+    first = {}  # use, format and optimizer -> the smallest GPU
+    for use, form, *rest in rows:
+        number = [cell in ("yes", "-") for cell in rest].index(True)
+        chosen = rest[0] if rest[0][0].isalpha() else None
+        first[use, form, chosen] = (8, 12, 16, 24, 40, 80)[rest[number:].index("yes")]
+    assert first == {
+        ("run", "bfloat16", None): 16,
+        ("run", "int8", None): 8,
+        ("run", "nf4", None): 8,
+        ("run", "nf4, double", None): 8,
+        ("train an adapter", "bfloat16", "PagedAdamW8bit"): 16,
+        ("train an adapter", "int8", "PagedAdamW8bit"): 12,
+        ("train an adapter", "nf4", "PagedAdamW8bit"): 8,
+        ("train an adapter", "nf4, double", "PagedAdamW8bit"): 8,
+        ("train everything", "bfloat16", "AdamW"): 80,
+        ("train everything", "bfloat16", "AdamW8bit"): 40,
+        ("train everything", "bfloat16", "PagedAdamW8bit"): 40,
+        ("train everything", "bfloat16", "Lion8bit"): 40,
+    }
+
+
+def test_the_table_of_one_use_and_what_fits_nowhere(capsys):
+    assert cli.main(["plan", "7B", "--train", "full", "--optimizer", "LAMB"]) == 0
+    (row,) = [cells(line) for line in capsys.readouterr().out.splitlines() if "LAMB" in line]
+    parts = dict(zip(("weights", "training", "tokens", "GiB"), map(float, row[3:7]), strict=True))
+    assert parts["training"] == pytest.approx(PARAMETERS["7b"] * (2 + 8) / 2**30, abs=0.01)
+    assert parts["GiB"] == pytest.approx(parts["weights"] + parts["training"] + parts["tokens"], abs=0.02)
+    assert cli.main(["plan", "70B", "--train", "full"]) == 1
+
+
+def test_a_size_has_no_name_to_load(capsys):
+    assert cli.main(["plan", "7B", "--memory", "8GiB"]) == 0
+    assert "recommended: int8" in (text := capsys.readouterr().out)
+    assert "'NAME OF THE MODEL'" in text
+
+
+def test_the_page_shows_what_the_command_prints(capsys):
+    page = (Path(__file__).parent.parent / "docs/content/memory.md").read_text(encoding="utf-8")
+    for arguments in (["7B"], ["7B", "--memory", "8GiB", "--train", "qlora"]):
+        cli.main(["plan", *arguments])
+        assert f"```text\n{capsys.readouterr().out}```" in page, arguments
 
 
 def test_what_does_not_fit(capsys):

@@ -1,4 +1,4 @@
-"""How much memory a model takes, from its config.json alone: `python -m bnbref plan MODEL --memory 24GiB`.
+"""How much memory a model takes, from its config.json alone or from its number of parameters: `python -m bnbref plan`.
 
 The model is built on the meta device, without weights, and quantized as `from_pretrained` would. Weights, scales, adapters,
 gradients, optimizer states and the KV cache are counted to the byte; activations are an estimate, and called so.
@@ -6,9 +6,10 @@ gradients, optimizer states and the KV cache are counted to the byte; activation
     inference    weights + KV cache + activations of one layer
     qlora        quantized weights + adapters, their gradients and states + activations, by gradient checkpointing
     full         weights, gradients and states of all parameters + activations, by gradient checkpointing
+
+What is said of it, and the code to paste, is in `plan_report`.
 """
 
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from bnbref import optim
 from bnbref.integrations.hf.config import BnbRefConfig
@@ -61,9 +62,46 @@ def optimizers() -> list[type[optim.Optimizer]]:
 
 
 def read_config(model: str) -> Any:
-    """A config from a directory, a config.json, or a name on the hub. OSError if there is none."""
+    """A config from a directory, a config.json, a name on the hub or a number of parameters. OSError if there is none.
+
+    >>> read_config("7B").num_hidden_layers
+    32
+    """
     path = Path(model)
+    parameters = number_of_parameters(model)
+    if parameters is not None:
+        return llama(parameters)
     return AutoConfig.from_pretrained(path.parent if path.name == "config.json" else model)
+
+
+def number_of_parameters(model: str) -> float | None:
+    """What a size means; None for the name of a model, or of a file that is there.
+
+    >>> number_of_parameters("0.5B"), number_of_parameters("demo")
+    (500000000.0, None)
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([MmBb])", model)
+    if found is None or Path(model).exists():
+        return None
+    return float(found[1]) * (1e6 if found[2] in "Mm" else 1e9)
+
+
+def llama(parameters: float) -> LlamaConfig:
+    """A Llama of about so many parameters, in the proportions of Llama-2 7B: heads of 128, a layer for each.
+
+    With h heads a layer has (4 + 3 * 2.6875) * (128 h)^2 parameters; there are h layers, and two matrices of the vocabulary.
+    """
+
+    def count(heads: int) -> float:
+        hidden = 128 * heads
+        return 12.0625 * heads * hidden**2 + 2 * 32000 * hidden
+
+    heads = min(range(1, 512), key=lambda h: abs(count(h) - parameters))
+    hidden = 128 * heads
+    return LlamaConfig(
+        vocab_size=32000, hidden_size=hidden, intermediate_size=hidden * 43 // 16, num_hidden_layers=heads,
+        num_attention_heads=heads,
+    )  # fmt: skip
 
 
 def on_meta(config: Any, spec: BnbRefConfig | None) -> tuple[Any, set[str]]:
@@ -79,8 +117,8 @@ def on_meta(config: Any, spec: BnbRefConfig | None) -> tuple[Any, set[str]]:
     return model, set(quantizer.fused)
 
 
-def weight_bytes(config: Any, spec: BnbRefConfig | None) -> dict[str, int]:
-    """Bytes of a model: what stays float, codes, scales."""
+def weight_bytes(config: Any, spec: BnbRefConfig | None, floats: torch.dtype = DTYPE) -> dict[str, int]:
+    """Bytes of a model: what stays float, codes, scales. floats: the dtype of what stays float."""
     model, fused = on_meta(config, spec)
     layers = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, QuantizedLayer)}
     found = {"weights": 0, "scales": 0}
@@ -91,7 +129,7 @@ def weight_bytes(config: Any, spec: BnbRefConfig | None) -> dict[str, int]:
             found["weights"] += codes
             found["scales"] += scales
         else:
-            found["weights"] += p.nbytes
+            found["weights"] += p.numel() * floats.itemsize
     return found
 
 
@@ -168,7 +206,8 @@ def plans(
     for name, spec in FORMATS.items():
         if train == "full" and spec is not None:
             continue
-        parts = weight_bytes(config, spec)
+        # What is not quantized, embeddings above all, is cast to float32 by peft's prepare_model_for_kbit_training.
+        parts = weight_bytes(config, spec, torch.float32 if train == "qlora" and spec is not None else DTYPE)
         host = 0
         if train is None:
             parts["KV cache"] = cache_bytes(config, batch, seq)
@@ -184,68 +223,3 @@ def plans(
         parts["activations"] = activation_bytes(config, batch, seq, train is not None)
         found.append(Plan(name, parts, host))
     return found
-
-
-def parse_bytes(text: str) -> int:
-    """A number of bytes with a unit.
-
-    >>> parse_bytes("24GiB"), parse_bytes("1.5 GB")
-    (25769803776, 1500000000)
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?)b)?\s*", text.lower())
-    if found is None:
-        raise ValueError(f"memory must be a number with a unit, like 24GiB or 16GB, got {text!r}")
-    number, letter, binary = found.groups()
-    unit: int = (1024 if binary else 1000) ** " kmgt".index(letter or " ")
-    return math.floor(float(number) * unit)
-
-
-def report(model: str, found: list[Plan], memory: int, train: str | None, optimizer: str) -> str:
-    """A table of plans, what is recommended, and the code to paste."""
-    columns = list(dict.fromkeys(name for plan in found for name in plan.parts))
-    unit, power = ("GiB", 30) if max(plan.total for plan in found) >= 2**30 else ("MiB", 20)
-    rows = [[unit, *columns, "total", "host", "fits"]]
-    for plan in found:
-        sizes = [plan.parts.get(name, 0) for name in columns]
-        fits = "yes" if plan.total <= memory else "no"
-        rows.append([plan.format, *(f"{size / 2**power:.2f}" for size in (*sizes, plan.total, plan.host)), fits])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    best = next((plan for plan in found if plan.total <= memory), None)
-    lines += ["", f"activations are an estimate; {memory / 2**power:.2f} {unit} are there"]
-    if best is None:
-        least = min(found, key=lambda plan: plan.total)
-        return "\n".join(
-            [*lines, f"none fits: {least.format} needs {(least.total - memory) / 2**power:.2f} {unit} more"]
-        )
-    return "\n".join([*lines, f"recommended: {best.format}", "", code(model, best.format, train, optimizer)])
-
-
-def code(model: str, format_name: str, train: str | None, optimizer: str) -> str:
-    """Python that does what a plan says."""
-    spec = FORMATS[format_name]
-    quantization = ""
-    if spec is not None:
-        double = "" if spec.is_int8 else f", double_quant={spec.double_quant}"
-        quantization = f"    quantization_config=BnbRefConfig({spec.quant_type!r}{double}),\n"
-    lines = ["import torch", "from transformers import AutoModelForCausalLM"]
-    if spec is not None:
-        lines.append("from bnbref import BnbRefConfig")
-    lines += ["", "model = AutoModelForCausalLM.from_pretrained("]
-    lines += [f'    {model!r},\n{quantization}    dtype=torch.bfloat16,\n    device_map="auto",', ")"]
-    if train == "qlora":
-        lines += [
-            "",
-            "from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training",
-            "from bnbref import register_lora",
-            "",
-            "model = prepare_model_for_kbit_training(model)",
-            'lora = LoraConfig(r=16, target_modules=r".*\\.(' + "|".join(PROJECTIONS) + ')", task_type="CAUSAL_LM")',
-            "model = get_peft_model(model, register_lora(lora))",
-        ]
-    if train is not None:
-        lines += ["", "from bnbref import optim", ""]
-        if train == "full":
-            lines.append("model.gradient_checkpointing_enable()")
-        lines.append(f"optimizer = optim.{optimizer}([p for p in model.parameters() if p.requires_grad], lr=1e-4)")
-    return "\n".join(lines)

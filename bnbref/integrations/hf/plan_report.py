@@ -1,0 +1,127 @@
+"""What `python -m bnbref plan` prints: a table of the usual GPUs; or, of one memory, what fits and the code to paste."""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from bnbref import optim
+from bnbref.integrations.hf.plan import FORMATS, PROJECTIONS, Plan, plans
+
+CARDS = (8, 12, 16, 24, 40, 80)
+"""Memory of usual GPUs, in GiB."""
+
+USES: dict[str | None, tuple[str, tuple[type[optim.Optimizer], ...]]] = {
+    None: ("run", (optim.PagedAdamW8bit,)),
+    "qlora": ("train an adapter", (optim.PagedAdamW8bit,)),
+    "full": ("train everything", (optim.AdamW, optim.AdamW8bit, optim.PagedAdamW8bit, optim.Lion8bit)),
+}
+"""What a model is loaded for, and optimizers of different cost. An adapter is so small that its optimizer hardly counts."""
+
+
+PREPARED = ("model = prepare_model_for_kbit_training(model)",)
+CHECKPOINTED = ("model.gradient_checkpointing_enable()", "model.enable_input_require_grads()")
+"""Of a float model, which `prepare_model_for_kbit_training` would cast to float32 as a whole."""
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table, its columns aligned at the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+
+
+# ---- all devices ----------------------------------------------------------------------------------------------------
+
+
+def cards(
+    config: Any, train: str | None, optimizer: type[optim.Optimizer] | None, seq: int, batch: int
+) -> tuple[str, bool]:
+    """A table of what fits on which GPU, and whether anything fits on any. train, optimizer: None for all of `USES`."""
+    found: list[tuple[str, str, Plan]] = []
+    for use, (name, usual) in USES.items():
+        if train not in (None, use):
+            continue
+        for choice in (optimizer,) if optimizer and use else usual:
+            found += [(name, choice.__name__ if use else "", p) for p in plans(config, use, choice, seq, batch)]
+    unit, power = ("GiB", 30) if max(p.total for *_, p in found) >= 2**30 else ("MiB", 20)
+    rows = [["", "format", "optimizer", "weights", "training", "tokens", unit, "host", *map(str, CARDS)]]
+    for name, chosen, p in found:
+        weights = p.parts["weights"] + p.parts["scales"] if "scales" in p.parts else p.parts["weights"]
+        tokens = p.parts.get("KV cache", 0) + p.parts["activations"]
+        sizes = (weights, p.total - weights - tokens, tokens, p.total, p.host)
+        fits = ["yes" if p.total <= card * 2**30 else "-" for card in CARDS]
+        rows.append([name, p.format, chosen, *(f"{size / 2**power:.2f}" if size else "" for size in sizes), *fits])
+    lines = [
+        *aligned(rows), "",
+        f"{batch} x {seq} tokens. training: adapters, gradients and states of the optimizer. tokens: KV cache and activations,",
+        "which are an estimate; the driver takes some hundred MiB more. host: states in the memory of the host.",
+        "Right: GPUs by their GiB. Add --memory SIZE for a recommendation and the code to paste.",
+    ]  # fmt: skip
+    return "\n".join(lines), any(p.total <= max(CARDS) * 2**30 for *_, p in found)
+
+
+def parse_bytes(text: str) -> int:
+    """A number of bytes with a unit.
+
+    >>> parse_bytes("24GiB"), parse_bytes("1.5 GB")
+    (25769803776, 1500000000)
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?)b)?\s*", text.lower())
+    if found is None:
+        raise ValueError(f"memory must be a number with a unit, like 24GiB or 16GB, got {text!r}")
+    number, letter, binary = found.groups()
+    unit: int = (1024 if binary else 1000) ** " kmgt".index(letter or " ")
+    return math.floor(float(number) * unit)
+
+
+# ---- one device -----------------------------------------------------------------------------------------------------
+
+
+def report(model: str, found: list[Plan], memory: int, train: str | None, optimizer: str) -> str:
+    """A table of plans, what is recommended, and the code to paste."""
+    columns = list(dict.fromkeys(name for plan in found for name in plan.parts))
+    unit, power = ("GiB", 30) if max(plan.total for plan in found) >= 2**30 else ("MiB", 20)
+    rows = [[unit, *columns, "total", "host", "fits"]]
+    for plan in found:
+        sizes = [plan.parts.get(name, 0) for name in columns]
+        fits = "yes" if plan.total <= memory else "no"
+        rows.append([plan.format, *(f"{size / 2**power:.2f}" for size in (*sizes, plan.total, plan.host)), fits])
+    lines = aligned(rows)
+    best = next((plan for plan in found if plan.total <= memory), None)
+    lines += ["", f"activations are an estimate; {memory / 2**power:.2f} {unit} are there"]
+    if best is None:
+        least = min(found, key=lambda plan: plan.total)
+        return "\n".join(
+            [*lines, f"none fits: {least.format} needs {(least.total - memory) / 2**power:.2f} {unit} more"]
+        )
+    return "\n".join([*lines, f"recommended: {best.format}", "", code(model, best.format, train, optimizer)])
+
+
+def code(model: str, format_name: str, train: str | None, optimizer: str) -> str:
+    """Python that does what a plan says."""
+    spec = FORMATS[format_name]
+    quantization = ""
+    if spec is not None:
+        double = "" if spec.is_int8 else f", double_quant={spec.double_quant}"
+        quantization = f"    quantization_config=BnbRefConfig({spec.quant_type!r}{double}),\n"
+    lines = ["import torch", "from transformers import AutoModelForCausalLM"]
+    if spec is not None:
+        lines.append("from bnbref import BnbRefConfig")
+    lines += ["", "model = AutoModelForCausalLM.from_pretrained("]
+    lines += [f'    {model!r},\n{quantization}    dtype=torch.bfloat16,\n    device_map="auto",', ")"]
+    if train == "qlora":
+        lines += [
+            "",
+            f"from peft import LoraConfig, get_peft_model{', prepare_model_for_kbit_training' if spec else ''}",
+            "from bnbref import register_lora",
+            "",
+            *(PREPARED if spec else CHECKPOINTED),
+            'lora = LoraConfig(r=16, target_modules=r".*\\.(' + "|".join(PROJECTIONS) + ')", task_type="CAUSAL_LM")',
+            "model = get_peft_model(model, register_lora(lora))",
+        ]
+    if train is not None:
+        lines += ["", "from bnbref import optim", ""]
+        if train == "full":
+            lines.append(CHECKPOINTED[0])
+        lines.append(f"optimizer = optim.{optimizer}([p for p in model.parameters() if p.requires_grad], lr=1e-4)")
+    return "\n".join(lines)
