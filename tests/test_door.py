@@ -626,3 +626,20 @@ def test_peak_memory_is_measured():
     assert 8 * N <= peak_of(lambda: (x + 1) * 2) <= 8 * N + 4096
     assert peak_of(lambda: ((x + 1) * 2).sum() + 1) <= 8 * N + 4096
     assert peak_of(lambda: (x[:, None] > table).any(-1)) >= 16 * N
+
+
+def test_an_argument_in_the_memory_of_one_that_is_written_to():
+    """A first call, of which no cache on disk has the code."""
+
+    @fused(dynamic={"x": (0,), "g": (0,)}, writes=("x",))
+    def shrunk(x: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor]:
+        return (x - 0.25 * g,)
+
+    try:
+        with torch._inductor.config.patch(force_disable_caches=True):
+            for _ in range(2):
+                x = torch.arange(5000.0)
+                shrunk(x, x)
+                assert torch.equal(x, torch.arange(5000.0) * 0.75)
+    finally:
+        del REGISTRY["shrunk"]

@@ -416,6 +416,16 @@ class Kernel(Generic[P, R]):
         _warn_once(device_type, reason)
         return self._uncompiled(args, constants), None
 
+    def _apart(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The arguments, those copied that are in the memory of one that is written to, as a gradient may be in its parameter's:
+        Inductor fails to compile for these."""
+        memory = {t.untyped_storage().data_ptr() for t in self.written(tensors)}
+        places = self._for_each(self._written, len(tensors))
+        return [
+            t if t is None or written or t.untyped_storage().data_ptr() not in memory else t.clone()
+            for t, written in zip(tensors, places, strict=True)
+        ]
+
     def _compiled_call(
         self, device_type: str, args: Sequence[Any], constants: Mapping[str, Any], writes: bool
     ) -> tuple[R, Callable[[Sequence[Any]], R] | None]:
@@ -425,6 +435,8 @@ class Kernel(Generic[P, R]):
         # Aliases of the arguments, because Dynamo marks dynamic sizes on the tensor itself, and the argument is the caller's. The
         # alias of a parameter is a plain tensor too, so that parameters and tensors share a variant.
         tensors = [None if t is None else t.detach() for t in args]
+        if writes:
+            tensors = self._apart(tensors)
         dynamic = self._with_dynamic(tensors)
         named = {name: constants[name] for name in formulation.constants if name in constants}
         key = (device_type, *(_signature(t, dims) for t, dims in dynamic), *named.items(), *map(type, named.values()))
