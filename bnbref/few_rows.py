@@ -103,7 +103,7 @@ def prepared(
     arguments: tuple[Any, ...] = (_columns(a), codes, absmax(), bias, *second)
     multiply_rows(*arguments, **constants)
     code = multiply_rows.ready(arguments, constants)
-    if code is None:
+    if code is None or codes.data_ptr() != packed.data_ptr():  # a copy would not see a change in place
         return None
     return lambda a, bias: _shaped(code((_columns(a), codes, absmax(), bias, *second)), a)
 

@@ -9,6 +9,7 @@ What depends on the scales is kept with the quant state, also for codes that com
 the rest with the weight's parameter. It is void once an attribute of the state is assigned, and neither copied nor saved.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -32,7 +33,8 @@ class PackedWeight:
     def __init__(self, packed: Tensor, state: QuantState) -> None:
         self.codes, self.state = plain(packed), state
         self._of_state = None if tracing() else state.kept()
-        self._products: dict[Any, Product] = {}
+        # None stands for `multiply`, whose bound method would keep this object, and the codes, alive.
+        self._products: dict[Any, Product | None] = {}
         self._rows: Tensor | None = None
 
     def is_of(self, state: QuantState | None) -> bool:
@@ -41,14 +43,17 @@ class PackedWeight:
 
     def decoded(self, dtype: torch.dtype) -> Tensor:
         """The weight in a dtype, in the shape that was quantized: `QuantState.dequantize`."""
-        if not tracing() and compile_enabled():
-            kept, key = self.state.kept(), (dtype, self.codes.device, self.codes.nbytes, torch.get_num_threads())
-            decode = kept.get(key)
-            if decode is not None:
-                return decode(self)  # type: ignore[no-any-return]
-            if not _captured(self.codes):
-                kept[key] = self._decoder(dtype)
-        return self.state.dequantize(self.codes, dtype)
+        if tracing() or not compile_enabled() or type(self.codes) is not Tensor:
+            return self.state.dequantize(self.codes, dtype)
+        kept, key = self.state.kept(), (dtype, self.codes.device, self.codes.nbytes, torch.get_num_threads())
+        decode = kept.get(key)
+        if decode is not None:
+            return decode(self)  # type: ignore[no-any-return]
+        weight = self.state.dequantize(self.codes, dtype)
+        if not _captured(self.codes):
+            # At the second call, as the state that an operator of a graph makes has only one.
+            kept[key] = self._decoder(dtype) if key in kept else None
+        return weight
 
     def multiply(self, a: Tensor, bias: Tensor | None) -> Tensor:
         """`a @ W^T + bias` without a gradient, in the order of the device's product."""
@@ -61,62 +66,75 @@ class PackedWeight:
 
     def find(self, a: Tensor, bias: Tensor | None) -> Product | None:
         """The product that was prepared for activations and a bias of this layout."""
-        return self._products.get(_layout(a, bias))
+        try:
+            return self._products[_layout(a, bias)] or self.multiply
+        except KeyError:
+            return None
 
     def prepare(self, a: Tensor, bias: Tensor | None) -> Product | None:
         """Prepares the product for activations and a bias of this layout, and keeps it. None if they do not fit the weight."""
         shape = present(self.state.shape, "shape")
         others = self.codes if bias is None else bias
         fits = len(shape) == 2 and a.dim() > 0 and a.shape[-1] == shape[1] and a.dtype in FLOATS
-        fits = fits and a.device == self.codes.device == others.device and (bias is None or bias.dtype == a.dtype)
+        fits = fits and a.device == self.codes.device == others.device and not a.is_neg()
+        fits = fits and (bias is None or (_is_plain(bias) and bias.dtype == a.dtype))
         if not fits or _captured(a):
             return None
-        product: Product = self.multiply
+        product: Product | None = None
         if few_rows.are_few(a, self.state, bias):
-            product = few_rows.prepared(a, self.codes, self.state, bias, self._scales()) or product
+            product = few_rows.prepared(a, self.codes, self.state, bias, self._scales())
         self._products[_layout(a, bias)] = product
-        return product
+        return product or self.multiply
 
     def _scales(self) -> Callable[[], Tensor]:
         """The scales as float32 `[blocks]`, by `QuantState.scales`, but prepared where they are nested."""
         state, second = self.state, self.state.state2
         if second is None:
-            return state.scales
+            return state.absmax.float
         values, blocksize = present(second.code, "state2.code"), present(second.blocksize, "state2.blocksize")
         rows, absmax2 = in_rows(state.absmax, blocksize), in_rows(second.absmax, 1).view(-1)
         arguments = (rows, absmax2, values, present(state.offset, "offset"))
         nested.dequantize_nested(*arguments)
         code, blocks = nested.dequantize_nested.ready(arguments, {}), state.absmax.numel()
-        if code is None:
-            return state.scales
+        copied = (rows.data_ptr(), absmax2.data_ptr()) != (state.absmax.data_ptr(), second.absmax.data_ptr())
+        if code is None or copied:  # a copy would not see a change in place
+            return functools.partial(nested.dequantize, state.absmax, second.absmax, values, arguments[3], blocksize)
         return lambda: code(arguments).view(-1)[:blocks]
 
     def _decoder(self, dtype: torch.dtype) -> Callable[["PackedWeight"], Tensor]:
         """`decoded` for a dtype, of any weight with this state and so many codes, prepared."""
+        # What is returned is kept with the state, and so must not hold it.
         state = self.state
         shape, blocksize = present(state.shape, "shape"), present(state.blocksize, "blocksize")
-        n, width = state.dequantize(self.codes, dtype).numel(), fourbit.row_blocks(blocksize)
+        n, width = shape.numel(), fourbit.row_blocks(blocksize)
         if n % (2 * width * blocksize) != 0:  # a padded row, or a single one
-            return lambda weight: state.dequantize(weight.codes, dtype)
+            return lambda weight: weight.state.dequantize(weight.codes, dtype)
         scales, bytes_of_row = self._scales(), width * blocksize // 2
         constants = {"blocksize": blocksize, "codebook": state.codebook, "dtype": dtype}
         code = fourbit.dequantize_rows.ready((self._in_rows(bytes_of_row), scales().view(-1, width)), constants)
         if code is None:
-            return lambda weight: state.dequantize(weight.codes, dtype)
+            return lambda weight: weight.state.dequantize(weight.codes, dtype)
         return lambda weight: code((weight._in_rows(bytes_of_row), scales().view(-1, width))).view(shape)
 
     def _in_rows(self, width: int) -> Tensor:
-        if self._rows is None:
-            self._rows = in_rows(as_bytes(self.codes), width)
-        return self._rows
+        if self._rows is not None:
+            return self._rows
+        rows = in_rows(as_bytes(self.codes), width)
+        if rows.data_ptr() == self.codes.data_ptr():  # a copy would not see a change in place
+            self._rows = rows
+        return rows
 
 
 def _layout(a: Tensor, bias: Tensor | None) -> Any:
     """All that the product of a weight depends on, but for the elements. That of many rows takes any number of them."""
     k = a.shape[-1] if a.dim() else 0
     rows = a.shape if a.numel() <= few_rows.MOST * k else k
-    other = None if bias is None else (bias.dtype, bias.device, bias.shape, bias.stride())
-    return rows, a.dtype, a.device, torch.get_num_threads(), other
+    other = None if bias is None else (type(bias), bias.is_neg(), bias.dtype, bias.device, bias.shape, bias.stride())
+    return rows, a.is_neg(), a.dtype, a.device, torch.get_num_threads(), other
+
+
+def _is_plain(x: Tensor) -> bool:
+    return type(x) in (Tensor, torch.nn.Parameter) and not x.is_neg()
 
 
 def _captured(x: Tensor) -> bool:

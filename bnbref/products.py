@@ -186,7 +186,8 @@ def prepared_product(a: Tensor, packed: Tensor, state: QuantState | None, bias: 
         return None
     if ordered.batch_invariant_enabled() or differentiated(a, bias):
         return None
-    weight = packed.products if packed.products is not None and packed.products.is_of(state) else _kept(packed, state)
+    kept: PackedWeight | None = packed.products
+    weight = kept if kept is not None and kept.is_of(state) else _kept(packed, state)
     return weight.find(a, bias) or weight.prepare(a, bias)
 
 

@@ -61,7 +61,7 @@ class QuantState:
 
     def kept(self) -> dict[Any, Any]:
         """For who prepares something from the state: a dictionary that is kept with it until an attribute of the state, or of
-        its state2, is assigned. It is neither copied nor saved."""
+        its state2, is assigned (not through `__dict__`). It is neither copied nor saved."""
         version = self._changed, None if self.state2 is None else self.state2._changed
         if self._kept is None or self._kept[0] != version:
             self.__dict__["_kept"] = version, {}

@@ -17,6 +17,7 @@ from bnbref import products
 from bnbref.kernels.compiler import missing_compiler
 from bnbref.nn import Linear4bit
 from bnbref.packed_weight import PackedWeight
+from bnbref.quant_state import QuantState
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 COMPILED = missing_compiler("cpu") is None and bnbref.kernels.compile_enabled()
@@ -182,6 +183,7 @@ def test_codes_that_come_from_elsewhere_each_time_share_what_their_state_keeps(m
     x, state, codes = torch.randn(4, 64, requires_grad=True), made.quant_state, made.weight.data
     made._parameters["weight"] = nn.Parameter(codes.clone(), requires_grad=False)
     want = made(x)
+    made(x)
     monkeypatch.setattr(bnbref.kernels.Kernel, "__call__", None)
     made._parameters["weight"] = nn.Parameter(codes.clone(), requires_grad=False)
     assert raw(made(x)) == raw(want)
@@ -195,7 +197,7 @@ def test_codes_that_come_from_elsewhere_each_time_share_what_their_state_keeps(m
 @compiled
 @pytest.mark.parametrize("nested", [False, True])
 def test_decoded_weights_of_gradients_are_kept_too(nested, monkeypatch):
-    made, x = layer(32, 64, nested=nested), torch.randn(4, 64, requires_grad=True)
+    made, x = layer(512, 64, nested=nested), torch.randn(4, 64, requires_grad=True)  # two whole blocks of nested scales
     made(x).sum().backward()
     monkeypatch.setattr(bnbref.kernels.Kernel, "__call__", None)
     want, x.grad = x.grad, None
@@ -225,3 +227,57 @@ def test_what_is_kept_frees_the_codes_with_the_weight():
     assert codes() is None
     with pytest.raises((RuntimeError, ValueError)):
         made(x)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_what_is_kept_frees_the_codes_at_once(rows, nested):
+    """Not when the collector of cycles comes by: offloading makes new parameters in every forward."""
+    gc.disable()
+    try:
+        made, x = layer(64, 64, nested), torch.randn(rows, 64)
+        check(made, x)
+        alive = weakref.ref(made.weight), weakref.ref(made.weight.data.untyped_storage()), weakref.ref(made.quant_state)
+        made._parameters["weight"] = None
+        made._remembered = None
+        assert [one() for one in alive] == [None] * 3
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("n", [6, 64])
+def test_writes_in_place_are_seen_whatever_was_copied_to_align_it(n, rows):
+    made, x = layer(n, 64, nested=True), torch.randn(rows, 64)
+    codes = torch.cat([torch.zeros(1, dtype=torch.uint8), made.weight.data.view(-1)])[1:].view(-1, 1)  # an odd offset
+    made.weight = bnbref.nn.Params4bit.of_codes(codes, made.quant_state)
+    check(made, x)
+    state = made.quant_state
+    for tensor in (state.absmax, codes):
+        tensor.copy_(torch.randint(0, 256, tensor.shape, dtype=torch.uint8))
+        check(made, x)
+    for tensor in (state.state2.absmax, state.state2.code, state.offset):
+        tensor.mul_(1.5)
+        check(made, x)
+
+
+def test_a_bias_that_is_a_negative_view():
+    made, x = layer(bias=True), torch.randn(1, 64)
+    made.bias.requires_grad_(False)
+    check(made, x)
+    made._parameters["bias"] = None
+    made._parameters["bias"] = torch._neg_view(torch.full((6,), 5.0))
+    check(made, x)
+    check(made, torch._neg_view(x))
+
+
+def test_a_product_in_a_graph_decodes_its_weight_once(monkeypatch):
+    made, x, calls = layer(64, 64), torch.randn(4, 64), []
+    dequantize = QuantState.dequantize
+    monkeypatch.setattr(QuantState, "dequantize", lambda *args: calls.append(1) or dequantize(*args))
+    graph = torch.compile(made, fullgraph=True)
+    with torch.no_grad():
+        for _ in range(3):
+            calls.clear()
+            graph(x)
+            assert len(calls) == 1

@@ -208,8 +208,11 @@ class Optimizer(torch.optim.Optimizer):
                     progress.end()
             tails.run()
             self._update_together(jobs, keys, planned, progress)
-        except BaseException:
-            progress.say_interrupted(self._parameters(), [p for p, _, _ in jobs], tails)
+        except BaseException as error:
+            try:
+                progress.say_interrupted(self._parameters(), [p for p, _, _ in jobs], tails)
+            except Warning as said:  # where warnings are errors, what happened is still this error
+                raise error from said
             raise
 
     def _parameters(self) -> list[Tensor]:

@@ -33,7 +33,9 @@ class Progress:
         made, partly = self._made, self._begun
         try:
             tails.run()
-        except RuntimeError:  # they lack their last blocks, each of which may be of any of them
+        except RuntimeError:
+            tails.torn = True
+        if tails.torn:  # they lack their last blocks, each of which may be of any of them
             made, partly = [], made + partly
         index = {id(p): i for i, p in enumerate(every)}
         done, part = ({index[id(p)] for p in ps} for ps in (made, partly))

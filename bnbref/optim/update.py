@@ -162,6 +162,8 @@ class Tails:
     def __init__(self) -> None:
         self._waiting: dict[Any, tuple[Tensor, list[Part]]] = {}
         self._elements = 0
+        self.torn = False
+        """Whether an exception came while tails were written: they may have made the step or not."""
 
     def add(self, rule: Equation, hyper: Tensor, blocksize: int, rest: Part) -> None:
         """Let an incomplete last block, which `split` left of a parameter, wait."""
@@ -179,6 +181,8 @@ class Tails:
             rule, blocksize, *_ = key
             part, write_back = padded(rests, zeros_of(rule), blocksize)
             _run(part, rule, hyper)
+            self.torn = True
+            del self._waiting[key]  # before any is changed: `run` again must not step it again
             write_back()
-            del self._waiting[key]
+            self.torn = False
         self._elements = 0
