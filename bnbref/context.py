@@ -157,13 +157,19 @@ def kept(maxsize: int | None = None) -> Callable[[Callable[P, T]], Callable[P, T
     """
 
     def decorate(make: Callable[P, T]) -> Callable[P, T]:
+        def whole(*args: P.args, **kwargs: P.kwargs) -> T:
+            made = make(*args, **kwargs)
+            if isinstance(made, Tensor) and made.is_cuda:
+                torch.cuda.current_stream(made.device).synchronize()  # other streams will read it
+            return made
+
         @functools.lru_cache(maxsize)
         @functools.wraps(make)
         def found(*args: P.args, **kwargs: P.kwargs) -> T:
             if not any(isinstance(x, torch.device) and x.type == "cuda" for x in args):
                 return make(*args, **kwargs)
             with ThreadPoolExecutor(1) as other:
-                return other.submit(make, *args, **kwargs).result()
+                return other.submit(whole, *args, **kwargs).result()
 
         return found  # type: ignore[return-value]
 
