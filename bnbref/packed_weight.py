@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bnbref import few_rows, fourbit, nested
 from bnbref.blockwise import FLOATS, in_rows
-from bnbref.context import as_bytes, own, plain
+from bnbref.context import as_bytes, own
 from bnbref.kernels import compile_enabled, tracing
 from bnbref.quant_state import QuantState, present
 
@@ -28,10 +28,10 @@ Product = Callable[[Tensor, Tensor | None], Tensor]
 
 
 class PackedWeight:
-    """The codes of a weight, and the state that decodes them."""
+    """The codes of a weight, as a plain tensor, and the state that decodes them."""
 
-    def __init__(self, packed: Tensor, state: QuantState) -> None:
-        self.codes, self.state = plain(packed), state
+    def __init__(self, codes: Tensor, state: QuantState) -> None:
+        self.codes, self.state = codes, state
         self._of_state = None if tracing() else state.kept()
         # None stands for `multiply`, whose bound method would keep this object, and the codes, alive.
         self._products: dict[Any, Product | None] = {}

@@ -92,16 +92,25 @@ class _MatMul4Bit(torch.autograd.Function):
 
 
 class _TransformedMatMul4Bit(torch.autograd.Function):
-    """The same for `torch.func` and forward mode. Calling it costs more, and torch.compile would not trace it."""
+    """The same for `torch.func` and forward mode. Calling it costs more, and torch.compile would not trace it.
+
+    The codes are an argument of their own, because torch.func unwraps the tensors among the arguments.
+    """
 
     generate_vmap_rule = True
-    forward = staticmethod(product_4bit)
-    backward = _MatMul4Bit.backward
+
+    @staticmethod
+    def forward(a: Tensor, codes: Tensor, bias: Tensor | None, state: QuantState, in_order: bool) -> Tensor:
+        return product_4bit(a, PackedWeight(codes, state), bias, in_order)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        a, ctx.weight, _, ctx.in_order = inputs
-        ctx.k = a.shape[-1]
+        a, codes, _, state, ctx.in_order = inputs
+        ctx.weight, ctx.k = PackedWeight(codes, state), a.shape[-1]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return *_MatMul4Bit.backward(ctx, *grads), None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor | None:
@@ -160,8 +169,11 @@ def matmul_4bit(
             result: Tensor = torch.ops.bnbref.linear_4bit(A, bias, n, in_order, *_flat(weight))
         # What torch.func does inside of torch.compile it does to plain operations.
         elif not (torch.compiler.is_dynamo_compiling() and under_functorch()) and differentiated(A, bias):
-            function = _TransformedMatMul4Bit if transforming() else _MatMul4Bit
-            result = function.apply(A, weight, bias, in_order)  # type: ignore[no-untyped-call]
+            if transforming():
+                arguments = A, weight.codes, bias, quant_state, in_order
+                result = _TransformedMatMul4Bit.apply(*arguments)  # type: ignore[no-untyped-call]
+            else:
+                result = _MatMul4Bit.apply(A, weight, bias, in_order)  # type: ignore[no-untyped-call]
         else:
             result = product_4bit(A, weight, bias, in_order)
     return result if out is None else out.copy_(result)
@@ -170,10 +182,10 @@ def matmul_4bit(
 def _kept(packed: Tensor, state: QuantState) -> PackedWeight:
     """A weight with what it keeps of its products; a tensor of codes that is no parameter of ours keeps nothing."""
     if tracing() or not hasattr(packed, "products"):
-        return PackedWeight(packed, state)
+        return PackedWeight(plain(packed), state)
     weight: PackedWeight | None = packed.products
     if weight is None or not weight.is_of(state):
-        weight = packed.products = PackedWeight(packed, state)
+        weight = packed.products = PackedWeight(plain(packed), state)
     return weight
 
 
