@@ -150,11 +150,11 @@ def gradients():
         yield g
 
 
-GOLDEN = ("SGD", "LARS", "Adam", "LAMB", "Lion", "RMSprop", "Adagrad", "AdEMAMix")
+IN_DIGESTS = ("SGD", "LARS", "Adam", "LAMB", "Lion", "RMSprop", "Adagrad", "AdEMAMix")
 """The rules of the digests, in their order: another rule changes no digest."""
 
 
-def steps(bits, names=GOLDEN, results=lambda p, u, states: (p, *states)):
+def steps(bits, names=IN_DIGESTS, results=lambda p, u, states: (p, *states)):
     """A zero of the codebooks is code 127 with a sign and code 0 without."""
     for name in names:
         p, signed = X[:700], second.STATES[name]
