@@ -3,8 +3,8 @@
     rank 0    ... block ][ bl                     words     [ bl | ock ]      the same on all ranks: each writes what it has among
     rank 1                   ock ][ block ...                                 zeros, and the bytes of all are added
 
-What is exchanged of a cut block is its parameter, gradient and codes, and the correction if there is one. They are bytes, since the
-sum of a -0.0 and nothing would be 0.0. The scale of the block is on each rank that has a part of it.
+What is exchanged of a cut block is its parameter, gradient and codes, and the correction if there is one: as bytes, since the sum
+of a -0.0 and nothing would be 0.0. The scale of the block is on each rank that has a part of it.
 """
 
 from collections.abc import Callable, Sequence

@@ -12,7 +12,6 @@ Rows of whole blocks exchange nothing, nor do states in 32 bits.
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 

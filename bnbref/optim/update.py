@@ -155,8 +155,8 @@ def _clipped(rule: Equation, hyper: Tensor, p: Tensor, u: Tensor, max_norm: floa
 class Tails:
     """Incomplete blocks of many parameters: one call of the kernel for all that take the same step.
 
-    Last blocks wait for `run`, or until there are so many that their copies would take more than some megabytes. So do blocks that
-    a boundary between ranks cuts, which one collective call completes: as many wait on each rank.
+    Last blocks wait for `run`, or until there are so many that their copies would take more than some megabytes. So do blocks
+    that a boundary between ranks cuts, the same ones on each rank, which one collective call completes.
     """
 
     def __init__(self) -> None:
