@@ -59,7 +59,7 @@ def recorded(trace: Mapping[str, Any]) -> dict[str, Any]:
             found[kind].append((float(event["ts"]), float(event["ts"]) + float(event["dur"])))
             moved[kind] += int(event.get("args", {}).get("bytes", 0))
     if not all(found.values()):
-        raise ValueError(f"a trace must have kernels and copies both ways, got {({k: len(v) for k, v in found.items()})}")
+        raise ValueError(f"a trace must have kernels and copies both ways, got {[k for k, v in found.items() if v]}")
     begin = min(start for spans in found.values() for start, _ in spans)
     end = max(end for spans in found.values() for _, end in spans)
     kernels, inwards, outwards = found.values()

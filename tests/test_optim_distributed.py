@@ -92,7 +92,10 @@ def turned(device, mesh=None):
     ps = [torch.randn(2100, rows).to(device).t() for rows in (3, 70)]
     ps = [p if mesh is None else distribute_tensor(p, mesh, [Shard(0)]) for p in ps]
     if mesh is not None:
-        ps = [DTensor.from_local(p.to_local().t().contiguous().t(), mesh, [Shard(0)], shape=p.shape, stride=p.stride()) for p in ps]
+        ps = [
+            DTensor.from_local(p.to_local().t().contiguous().t(), mesh, [Shard(0)], shape=p.shape, stride=p.stride())
+            for p in ps
+        ]
     ps = [nn.Parameter(p) for p in ps]
     optimizer = make("AdamW8bit", ps, **options("AdamW8bit"))
     for t in range(3):
@@ -116,7 +119,7 @@ def interrupted(device, mesh):
 
     with (
         mock.patch.object(optimizer, "_update", until_the_last),
-        pytest.warns(UserWarning) as said,
+        pytest.warns(UserWarning, match="interrupted") as said,
         pytest.raises(torch.OutOfMemoryError),
     ):
         optimizer.step()
@@ -169,7 +172,9 @@ def run_all(rank, ranks, path):
     zero.consolidate_state_dict(to=0)
     if rank == 0:
         found["ZeRO state"] = zero.state_dict()["state"]
-    found["collective calls"] = [calls_of_a_step(name, device, mesh) for name in ("AdamW8bit", "PagedAdamW8bit", "AdamW32bit")]
+    found["collective calls"] = [
+        calls_of_a_step(name, device, mesh) for name in ("AdamW8bit", "PagedAdamW8bit", "AdamW32bit")
+    ]
     found["turned"] = turned(device, mesh)
     found["interrupted"] = interrupted(device, mesh)
     if rank == 0:
@@ -386,7 +391,9 @@ def test_cut_blocks_are_completed(data):
             assert (part is None) == (not blocks)
             if part is not None:
                 want = torch.cat([torch.arange(whole.p.numel())[b * blocksize : (b + 1) * blocksize] for b in blocks])
-                assert same_bits([part.p, part.g, part.states[0].codes], [x[want] for x in (whole.p, whole.g, whole.states[0].codes)])
+                assert same_bits(
+                    [part.p, part.g, part.states[0].codes], [x[want] for x in (whole.p, whole.g, whole.states[0].codes)]
+                )
                 assert same_bits(part.states[0].absmax, whole.states[0].absmax[blocks])
                 part.p.neg_(), part.states[0].codes.bitwise_not_(), part.states[0].absmax.neg_()
         before = [(cut.part.p.clone(), cut.part.states[0].codes.clone(), cut.part.g.clone()) for cut in own]

@@ -51,7 +51,13 @@ def copied(name, start, ms, way=None):
     if way is None:
         return {"cat": "kernel", "name": name, "ts": start * 1e3, "dur": ms * 1e3, "args": {"stream": 7}}
     args = {"stream": 20, "bytes": int(ms * 25e6)}
-    return {"cat": "gpu_memcpy", "name": f"Memcpy {way} (Pinned -> Device)", "ts": start * 1e3, "dur": ms * 1e3, "args": args}
+    return {
+        "cat": "gpu_memcpy",
+        "name": f"Memcpy {way} (Pinned -> Device)",
+        "ts": start * 1e3,
+        "dur": ms * 1e3,
+        "args": args,
+    }
 
 
 def test_what_ran_at_the_same_time_is_drawn(pictures):
@@ -62,8 +68,17 @@ def test_what_ran_at_the_same_time_is_drawn(pictures):
         import overlap
     finally:
         sys.path.remove(benchmarks)
-    events = [copied("", 0, 4, "HtoD"), copied("a", 4, 1), copied("", 4, 4, "HtoD"), copied("", 5, 4, "DtoH"), copied("b", 8, 1)]
-    others = [{"cat": "cpu_op", "ts": 0, "dur": 90_000}, {"cat": "gpu_memcpy", "name": "Memcpy DtoD", "ts": 0, "dur": 5}]
+    events = [
+        copied("", 0, 4, "HtoD"),
+        copied("a", 4, 1),
+        copied("", 4, 4, "HtoD"),
+        copied("", 5, 4, "DtoH"),
+        copied("b", 8, 1),
+    ]
+    others = [
+        {"cat": "cpu_op", "ts": 0, "dur": 90_000},
+        {"cat": "gpu_memcpy", "name": "Memcpy DtoD", "ts": 0, "dur": 5},
+    ]
     found = overlap.recorded({"traceEvents": [*events, copied("", 9.005, 4, "DtoH"), *others]})
     assert found["ms"] == pytest.approx(13.005)
     assert found["busy_ms"] == pytest.approx({"kernels": 2, "to the GPU": 8, "to the host": 8})
@@ -76,7 +91,7 @@ def test_what_ran_at_the_same_time_is_drawn(pictures):
     machine = {"gpu": "a GPU", "packages": {"torch": "2.11.0"}}
     picture = pictures.timeline({**found, "what": "two matrices", "machine": machine})
     root = ElementTree.fromstring(picture.svg())
-    bars = [box for box in root.iter(f"{SVG}rect")]
+    bars = list(root.iter(f"{SVG}rect"))
     assert len(bars) == 4
     for box in bars:
         assert 0 <= float(box.get("x")) <= float(box.get("x")) + float(box.get("width")) <= 560
