@@ -9,6 +9,7 @@ of a -0.0 and nothing would be 0.0. The scale of the block is on each rank that 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -34,7 +35,7 @@ class Cut:
         """What is exchanged: the gradient, then what a step writes."""
         return [self.part.g, *self.part.weights, *(state.codes for state in self.part.states)]
 
-    @property
+    @cached_property
     def numel(self) -> int:
         """Elements of the cut blocks. The last block of a parameter may be a short one."""
         blocks = self.shard.cut(self.blocksize)
