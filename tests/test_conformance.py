@@ -586,6 +586,68 @@ def test_a_failure_is_shrunk_to_the_elements_that_matter():
     assert explain(small) == explain(failure)
 
 
+def test_what_takes_whole_blocks_alone_is_shrunk_to_zeros():
+    """A package that refuses a part of a block."""
+    (mutant,) = (m for m in MUTANTS if m.name == "fp4-midpoints")
+    wrong = mutant.backend.functions["quantize_4bit"]
+
+    def quantize_4bit(x, blocksize, quant_type):
+        if x.numel() % blocksize:
+            raise NotImplementedError
+        return wrong(x=x, blocksize=blocksize, quant_type=quant_type)
+
+    backend = Backend("mine", {"quantize_4bit": quantize_4bit})
+    case = next(c for c in STORED if c.operation == "quantize_4bit" and judge.run_case(backend, c, CPU).failures)
+    (failure,) = judge.run_case(backend, case, CPU).failures
+    small = shrink(backend, failure, CPU)
+    x = small.case.inputs["x"]
+    assert x.numel() == small.case.params["blocksize"]
+    assert 1 <= int((x != 0).sum()) <= 2
+    assert explain(small) == explain(failure)
+
+
+def test_products_are_shrunk_to_a_row_of_each():
+    (mutant,) = (m for m in MUTANTS if m.name == "bias-lost")
+    (failure,) = judge.run_case(mutant.backend, BY_ID["gemm_4bit/nf4-5-32x128-bias-float32"], CPU).failures
+    small = shrink(mutant.backend, failure, CPU)
+    assert small.case.inputs["a"].shape == (1, 128)
+    assert small.case.inputs["bias"].shape == (1,)
+    assert small.case.params["shape"] == [1, 128]
+
+
+def low_first(x, blocksize, quant_type):
+    """NF4 with the first element in the low nibble."""
+    if quant_type != "nf4":
+        raise NotImplementedError("no FP4 here")
+    packed, absmax = kit_mutants.right("quantize_4bit")(x=x, blocksize=blocksize, quant_type=quant_type)
+    return packed << 4 | packed >> 4, absmax
+
+
+def test_one_cause_is_told_once_and_what_is_not_implemented_is_no_failure():
+    backend = Backend("mine", {"quantize_4bit": low_first})
+    results = judge.run(backend, [c for c in STORED if c.operation == "quantize_4bit"], CPU)
+    assert {r.status for r in results if r.case.params["quant_type"] == "fp4"} <= {"not implemented", "refused"}
+    done = report.report(backend, CPU, results)
+    told = [together for together in report.by_cause(done.findings) if together[0].follows]
+    assert len(told) <= 2 < len(done.findings)
+    assert sorted(f.cases for together in report.by_cause(done.findings) for f in together) == sorted(
+        f.cases for f in done.findings
+    )
+    text = report.as_text(done)
+    assert text.count("the first of two elements is in the low nibble") == 1
+    assert "also     the same cause: " in text
+    assert "odd-size, " in text
+
+
+def test_a_product_that_is_summed_in_float16_is_told_so():
+    def gemm_4bit(a, **rest):
+        return kit_mutants.right("gemm_4bit")(a=a, **rest).half().to(a.dtype)
+
+    case = BY_ID["gemm_4bit/nf4-1-32x128-float32"]
+    (failure,) = judge.run_case(Backend("mine", {"gemm_4bit": gemm_4bit}), case, CPU).failures
+    assert explain(failure) == ["no backend: all elements are numbers of float16, as sums in it are"]
+
+
 @pytest.mark.parametrize(
     ("name", "message"), [("nobody", "backend must be one of"), ("json", "has none of the operations")]
 )
