@@ -102,7 +102,7 @@ def test_streamed_is_resident(kind, page_bytes):
     largest = max(
         sum(x.nbytes for x in state.values() if isinstance(x, torch.Tensor)) for state in optimizer.state.values()
     )
-    assert 0 < made[0].most <= max(page_bytes, largest)
+    assert 0 < made[0].most <= max(page_bytes, 2 * largest)
     assert made[0].on_device == 0
 
 
@@ -116,7 +116,7 @@ def test_the_next_states_are_fetched_before_the_current_ones_are_awaited():
     trained(optim.PagedAdamW8bit, steps=1, placement=FarAway(True, copies=copies))
     assert made[0].log == ["fetch"] * 4 + ["wait", "write"] * 4 + ["finish"]
     trained(optim.PagedAdamW8bit, steps=1, placement=FarAway(True, page_bytes=1, copies=copies))
-    assert made[1].log == ["fetch", "wait", "write"] * 4 + ["finish"]
+    assert made[1].log == ["fetch", *["fetch", "wait", "write"] * 3, "wait", "write", "finish"]
 
 
 @each_kind

@@ -22,7 +22,7 @@ PAGED_FROM = 100_000
 """Elements from which the state of a parameter is paged, as in bitsandbytes. In a directory every state is."""
 
 PAGE_BYTES = 2**28
-"""Bytes of paged state that are on the device at a time, unless a single parameter's are more."""
+"""Bytes of paged state that are on the device at a time, unless those of two parameters are more."""
 
 Tensors = Mapping[str, Any]
 
@@ -104,7 +104,8 @@ class Placement:
     def stream(self, states: Sequence[tuple[torch.device, Tensors]]) -> Generator[Tensors, None, None]:
         """Each state in turn, its tensors on the device. What is done to them before the next one is asked for is kept.
 
-        To be closed: then the host has all that was written back.
+        The next one is fetched while the current one is in use, however large they are: one at a time, a link that carries both
+        ways at once would carry one way after the other. To be closed: then the host has all that was written back.
         """
         away = [[k for k, x in s.items() if isinstance(x, Tensor) and self._is_away(x, d)] for d, s in states]
         sizes = [sum(s[k].nbytes for k in keys) for keys, (_, s) in zip(away, states, strict=True)]
@@ -112,7 +113,7 @@ class Placement:
         used, following = 0, 0
         try:
             for i, (device, state) in enumerate(states):
-                while following < len(states) and (used == 0 or used + sizes[following] <= self._page_bytes):
+                while following < len(states) and (len(fetched) < 2 or used + sizes[following] <= self._page_bytes):
                     place, tensors = states[following]
                     keys = away[following]
                     fetched.append(self._copies(place).fetch([tensors[k] for k in keys]) if keys else ([], None))
