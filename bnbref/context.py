@@ -93,8 +93,8 @@ def transforming() -> bool:
 
 
 def undisturbed(x: Tensor) -> bool:
-    """Whether x is a plain tensor and torch does none of this around a call but, perhaps, no_grad, inference_mode, and an autocast
-    to the dtype that x has."""
+    """Whether x is a plain tensor and torch does none of this around a call but, perhaps, no_grad, inference_mode, and autocast to
+    the dtype that x has."""
     return (
         not torch.compiler.is_dynamo_compiling()
         and type(x) is Tensor

@@ -39,7 +39,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from bnbref.context import exporting, jit_tracing, transforming, without_autocast
 from bnbref.kernels.compiler import compiles, missing_compiler, options_for, why_failed
-from bnbref.kernels.launch import Launch, launch_alone, recorded_launches
+from bnbref.kernels.launch import Call, launch_alone, launches, recorded
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -459,10 +459,10 @@ class Kernel(Generic[P, R]):
         everything = [*tensors, *tables]
         # A device, a number of threads, a default dtype are compiled for anew, as often as somebody asks.
         unlimited = torch._dynamo.config.patch(recompile_limit=_NO_LIMIT, accumulated_recompile_limit=_NO_LIMIT)
-        launches: contextlib.AbstractContextManager[list[Launch]] = contextlib.nullcontext([])
-        if device_type == "cuda":
-            launches = recorded_launches()
-        with _recorded() as ran, launches as launched, unlimited:
+        from torch._inductor.output_code import CompiledFxGraph
+
+        alone = launches() if device_type == "cuda" else contextlib.nullcontext(list[Call]())
+        with recorded(CompiledFxGraph, "__call__") as ran, alone as launched, unlimited:
             result = variant(*everything)
         targets = self._for_each(self._written, len(args)) if writes else ()
         call = _direct(ran, launched, everything, len(args), result, tuple(i for i, w in enumerate(targets) if w))
@@ -504,31 +504,9 @@ def _compiled(
 # ---- every later call -----------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _recorded() -> Iterator[list[tuple[Any, list[Any], Any]]]:
-    """A list that grows by (code, inputs, outputs) whenever this thread runs Inductor's code inside the block."""
-    from torch._inductor.output_code import CompiledFxGraph
-
-    ran: list[tuple[Any, list[Any], Any]] = []
-    original, thread = CompiledFxGraph.__call__, threading.get_ident()
-
-    def record(graph: Any, inputs: Any) -> Any:
-        given = list(inputs)  # the code empties the list
-        outputs = original(graph, inputs)
-        if threading.get_ident() == thread:
-            ran.append((graph, given, outputs))
-        return outputs
-
-    CompiledFxGraph.__call__ = record  # type: ignore[assignment,method-assign]
-    try:
-        yield ran
-    finally:
-        CompiledFxGraph.__call__ = original  # type: ignore[method-assign]
-
-
 def _direct(
-    ran: list[tuple[Any, list[Any], Any]],
-    launched: Sequence[Launch],
+    ran: Sequence[Call],
+    launched: Sequence[Call],
     tensors: Sequence[Any],
     count: int,
     result: Any,
@@ -542,7 +520,7 @@ def _direct(
     """
     if len(ran) != 1:
         return None
-    graph, inputs, outputs = ran[0]
+    graph, (inputs,), _, outputs = ran[0]
     place = {id(t): i for i, t in enumerate(tensors) if t is not None}
     if any(isinstance(value, Tensor) and id(value) not in place for value in inputs):
         return None

@@ -8,41 +8,57 @@ the arguments and the results of the call, the next call of that layout allocate
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
-"""A Triton kernel of Inductor, and the arguments with which it was launched."""
+
+class Call(NamedTuple):
+    """A call of a method: of what object, with what, and what it returned."""
+
+    of: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    result: Any
+
 
 _ALIGNED = 16
 """Bytes that divide the addresses for which Inductor compiles."""
 
 
 @contextlib.contextmanager
-def recorded_launches() -> Iterator[list[Launch]]:
-    """A list that grows by a launch whenever this thread runs a Triton kernel of Inductor inside the block."""
-    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+def recorded(owner: type, method: str) -> Iterator[list[Call]]:
+    """A list that grows by a call whenever this thread runs the method of that class inside the block.
 
-    launches: list[Launch] = []
-    original, thread = CachingAutotuner.run, threading.get_ident()
+    Of the class and not of an object, because the objects are made inside the block. One such block at a time.
+    """
+    calls: list[Call] = []
+    original, thread = getattr(owner, method), threading.get_ident()
 
-    def record(kernel: Any, *args: Any, **kwargs: Any) -> Any:
-        result = original(kernel, *args, **kwargs)  # type: ignore[no-untyped-call]
+    def record(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = tuple(list(x) if isinstance(x, list) else x for x in args)  # Inductor's code empties its list
+        result = original(self, *args, **kwargs)
         if threading.get_ident() == thread:
-            launches.append((kernel, args, kwargs))
+            calls.append(Call(self, given, kwargs, result))
         return result
 
-    CachingAutotuner.run = record  # type: ignore[assignment,method-assign]
+    setattr(owner, method, record)
     try:
-        yield launches
+        yield calls
     finally:
-        CachingAutotuner.run = original  # type: ignore[method-assign]
+        setattr(owner, method, original)
+
+
+def launches() -> contextlib.AbstractContextManager[list[Call]]:
+    """`recorded` for Triton kernels of Inductor."""
+    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+
+    return recorded(CachingAutotuner, "run")
 
 
 def launch_alone(
-    launches: Sequence[Launch], tensors: Sequence[Any], count: int, results: Sequence[Tensor]
+    launched: Sequence[Call], tensors: Sequence[Any], count: int, results: Sequence[Tensor]
 ) -> Callable[[Sequence[Any]], list[Tensor] | None] | None:
     """A function that does what was recorded while `results` were computed of `tensors`, for other tensors of the same layout.
 
@@ -50,9 +66,9 @@ def launch_alone(
     returns the results; or None, if what was compiled does not hold for them: another device is the current one, or an address is
     not aligned. Returns None if more was done than one launch, or if it is not known from what each of its arguments came.
     """
-    if len(launches) != 1 or not results:
+    if len(launched) != 1 or not results:
         return None
-    kernel, given, options = launches[0]
+    kernel, given, options, _ = launched[0]
     if set(options) != {"stream"} or len(kernel.launchers) != 1:
         return None
     inputs = {t.data_ptr(): i for i, t in enumerate(tensors) if t is not None}
