@@ -31,7 +31,7 @@ def gathered(rule: Rule, p: Tensor, state: Mapping[str, Any], blocksize: int) ->
         found[s.key] = (whole(p, state[s.key]) if s.of == "elements" else state[s.key].clone()).cpu()
         if state[s.key].dtype == torch.uint8:
             blocks = check_blocksize(blocksize, p.numel())
-            found[absmax_key(s.key)] = gather_scales(p, shard, state[absmax_key(s.key)], blocks)
+            found[absmax_key(s.key)] = gather_scales(p, shard, state[absmax_key(s.key)], blocks).cpu()
     if CORRECTION in state:
         # As int32, because gloo knows no int16.
         found[CORRECTION] = whole(p, state[CORRECTION].to(torch.int32)).to(state[CORRECTION].dtype).cpu()
