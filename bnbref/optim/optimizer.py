@@ -308,7 +308,15 @@ class Optimizer(torch.optim.Optimizer):
 
     def _job(self, p: Tensor, grad: Tensor, config: Mapping[str, Any]) -> Job:
         flat, g = local(p.detach()).contiguous(), -grad if config["maximize"] else grad
-        return Job(p, flat, g, self.state[p], check_blocksize(config["blocksize"], p.numel()), self._noise(p, config), shard_of(p))
+        return Job(
+            p,
+            flat,
+            g,
+            self.state[p],
+            check_blocksize(config["blocksize"], p.numel()),
+            self._noise(p, config),
+            shard_of(p),
+        )
 
     def _noise(self, p: Tensor, config: Mapping[str, Any]) -> Tensor | None:
         """Random bits for a parameter that is to be rounded at random."""

@@ -32,7 +32,10 @@ class ScheduleFree(Rule):
     Written in y and d = z - x:      e = d - r u,    y = y - r (1 - b1 (1 - c)) u + b1 c d,    d = (1 - c) e
     """
 
-    states = (State("state1"), State("state2", signed=False))
+    states = (
+        State("difference"),
+        State("squares", signed=False),
+    )  # not what Adam's "state1" is, which must not be loaded here
 
     def coefficients(self, t: int, group: Mapping[str, Any]) -> dict[str, float]:
         if not group["train_mode"]:

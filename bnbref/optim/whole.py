@@ -4,7 +4,7 @@
     of a batch           direction(p, g, *states, c)         [k, rows, columns], by torch as it stands
     of each parameter    states encoded again,  p = decay p - rate direction
 
-What lies on several ranks is gathered for it. Each of them runs the same operators on the same numbers, and keeps its part; states
+What lies on several ranks is gathered. Each of them runs the same operators on the same numbers, and keeps its part; states
 of the whole matrix are on each. A parameter whose gradient has one element that is not finite stays as it was, with all states.
 """
 
