@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnbref.checkpoint import Checkpoint
 from bnbref.nn.params import Int8Params, Params4bit, QuantizedParameter, in_bytes
 from bnbref.quant_state import QuantState
+from bnbref.stored import Checkpoint
 
 
 class QuantizedLayer(nn.Module):

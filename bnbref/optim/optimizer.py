@@ -298,7 +298,8 @@ class Optimizer(torch.optim.Optimizer):
             for batch in batches(all_of_them):
                 progress.begin([p for p, _, _ in batch])
                 found = [self._job(p, grad, config) for p, grad, config in batch]
-                step_together(*planned[key], found, self._placement.stream)
+                equation, hyper = planned[key]
+                step_together(equation, hyper, found, self._placement.stream)
                 for job in found:
                     self.state[job.p]["step"] += 1
                     own = local(job.p.detach())
