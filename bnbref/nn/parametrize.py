@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 from bnbref.codebooks import Codebook, four_bit
 from bnbref.functional import quantize_4bit
 from bnbref.kernels import tracing
-from bnbref.nn.params import check_finite, in_bytes
+from bnbref.nn.parameter import check_finite, in_bytes
 from bnbref.quant_state import QuantState, present
 from bnbref.stored import Checkpoint
 
