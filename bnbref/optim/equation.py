@@ -25,7 +25,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from bnbref.codebooks import Codebook
-from bnbref.optim.rules import OF, Rule, State, absmax_key, qmap_key
+from bnbref.optim.rule import OF, Rule, State, absmax_key, qmap_key
 from bnbref.optim.symbols import LARGEST, Call, Names, Recording, Symbol
 from bnbref.optim.weights import CORRECTION
 

@@ -18,7 +18,7 @@ from bnbref.blockwise import check_blocksize, check_float
 from bnbref.optim import paging
 from bnbref.optim.equation import Equation, at_step, check, layout
 from bnbref.optim.progress import Progress
-from bnbref.optim.rules import Rule
+from bnbref.optim.rule import Rule
 from bnbref.optim.saved import gathered, packed, unpacked
 from bnbref.optim.settings import ANYWHERE, GlobalOptimManager, check_settings
 from bnbref.optim.sharding import like, local, shard_of

@@ -14,7 +14,7 @@ from torch import Tensor
 from bnbref import blockwise
 from bnbref.blockwise import block_count, check_blocksize
 from bnbref.codebooks import DYNAMIC, DYNAMIC_UNSIGNED, is_table_of, value_table
-from bnbref.optim.rules import Rule, State, absmax_key, qmap_key
+from bnbref.optim.rule import Rule, State, absmax_key, qmap_key
 from bnbref.optim.sharding import gather_scales, local, shard_of, whole
 from bnbref.optim.weights import CORRECTION, checked_correction
 

@@ -19,7 +19,7 @@ from torch._compile import _disable_dynamo
 from bnbref import blockwise
 from bnbref.codebooks import value_table
 from bnbref.optim.equation import Equation
-from bnbref.optim.rules import Coefficients, Rule, State, absmax_key, matrix_shape
+from bnbref.optim.rule import Coefficients, Rule, State, absmax_key, matrix_shape
 from bnbref.optim.sharding import Shard, gather_scales, shard_of, total, whole
 from bnbref.optim.step import LARGEST_GRADIENT
 from bnbref.optim.update import correction, step
