@@ -45,6 +45,12 @@ def llama(hidden: int, inner: int, layers: int, tied: bool, **other: int) -> dic
 SHAPES = {
     "1.2B": Shape(llama(2048, 8192, 16, tied=True)),  # Llama 3.2 1B
     "8B": Shape(llama(4096, 14336, 32, tied=False)),  # Llama 3 8B
+    "13B": Shape(
+        llama(5120, 13824, 40, tied=False, vocab_size=32000, num_attention_heads=40, num_key_value_heads=40),
+        batch=8,
+        steps=4,
+    ),  # Llama 2 13B
+    "70B": Shape(llama(8192, 28672, 80, tied=False, num_attention_heads=64), batch=1, steps=3),  # Llama 3 70B
     "tiny": Shape(
         llama(64, 128, 2, tied=False, vocab_size=256, num_attention_heads=4, num_key_value_heads=2),
         prompt=8,
@@ -212,14 +218,14 @@ def qlora(job: Job) -> Iterator[dict[str, Any]]:
     shape, model = SHAPES[job.shape], adapted(job)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1, shape.config["vocab_size"], (shape.batch, shape.length), generator=generator)
-    yield job.row("loop", **loop(model, ids, job.device, SHAPES[job.shape].steps))
+    adamw = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    yield job.row("loop", **loop(model, adamw, ids, job.device, SHAPES[job.shape].steps))
     yield job.row("Trainer", **trainer(job, model, ids))
 
 
-def loop(model: Any, ids: torch.Tensor, device: str, steps: int) -> dict[str, Any]:
-    """Steps with torch's AdamW, after two that are not counted."""
+def loop(model: Any, optimizer: Any, ids: torch.Tensor, device: str, steps: int) -> dict[str, Any]:
+    """Steps, after two that are not counted."""
     batch = {"input_ids": ids.to(device), "labels": ids.to(device)}
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     losses = []
 
     def step() -> None:

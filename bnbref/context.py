@@ -93,7 +93,8 @@ def transforming() -> bool:
 
 
 def undisturbed(x: Tensor) -> bool:
-    """Whether x is a plain tensor and torch does none of this around a call but, perhaps, no_grad and inference_mode."""
+    """Whether x is a plain tensor and torch does none of this around a call but, perhaps, no_grad, inference_mode, and an autocast
+    to the dtype that x has."""
     return (
         not torch.compiler.is_dynamo_compiling()
         and type(x) is Tensor
@@ -102,7 +103,7 @@ def undisturbed(x: Tensor) -> bool:
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch.autograd.forward_ad._current_level < 0
         and not torch._C._is_tracing()
-        and not torch.is_autocast_enabled(x.device.type)
+        and (not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.get_autocast_dtype(x.device.type))
     )
 
 

@@ -1,7 +1,8 @@
 """What somebody's graph holds of bnbref: a product is one operator, which runs what an eager call runs.
 
 So a graph compiles as fast as that of the float model. Each product has a fake kernel, by which it is traced, and a gradient.
-The weights, which the gradients multiply by, are operators for the same reason.
+The weights, which the gradients multiply by, are operators for the same reason. A graph gives an operator a layer's parameter
+itself, which watches what is done to it; the operator computes with its memory.
 """
 
 import functools
@@ -14,7 +15,7 @@ from torch import Tensor, library
 
 from bnbref import int8
 from bnbref.codebooks import FOUR_BIT, Codebook, words
-from bnbref.context import without_autocast
+from bnbref.context import plain, without_autocast
 from bnbref.int8 import as_matrix
 from bnbref.packed_weight import PackedWeight
 from bnbref.products import multiply_in_order, product_4bit, product_8bit
@@ -63,7 +64,7 @@ def _state(
 
 @library.impl(_operators, "linear_4bit", "CompositeExplicitAutograd")
 def _(a: Tensor, bias: Tensor | None, n: int, in_order: bool, packed: Tensor, *state: Any) -> Tensor:
-    return product_4bit(a, PackedWeight(packed, _state(*state)), bias, in_order)
+    return product_4bit(a, PackedWeight(plain(packed), _state(*state)), bias, in_order)
 
 
 @library.register_fake("bnbref::linear_4bit", lib=_operators)  # type: ignore[untyped-decorator]
@@ -73,7 +74,7 @@ def _(a: Tensor, bias: Tensor | None, n: int, in_order: bool, packed: Tensor, *s
 
 @library.impl(_operators, "weight_4bit", "CompositeExplicitAutograd")
 def _(packed: Tensor, *state: Any) -> Tensor:
-    return _state(*state[:-1]).dequantize(packed, state[-1])
+    return _state(*state[:-1]).dequantize(plain(packed), state[-1])
 
 
 @library.register_fake("bnbref::weight_4bit", lib=_operators)  # type: ignore[untyped-decorator]
@@ -109,7 +110,7 @@ library.register_autograd("bnbref::linear_4bit", _gradient_4bit, setup_context=_
 
 @library.impl(_operators, "linear_8bit", "CompositeExplicitAutograd")
 def _(a: Tensor, weight: Tensor | None, codes: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
-    return product_8bit(a, codes, absmax, bias, threshold, gather=False)
+    return product_8bit(a, plain(codes), absmax, bias, threshold, gather=False)
 
 
 @library.register_fake("bnbref::linear_8bit", lib=_operators)  # type: ignore[untyped-decorator]
@@ -119,7 +120,7 @@ def _(a: Tensor, weight: Tensor | None, codes: Tensor, absmax: Tensor, bias: Ten
 
 @library.impl(_operators, "weight_8bit", "CompositeExplicitAutograd")
 def _(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
-    return int8.dequantize(codes, absmax, dtype)
+    return int8.dequantize(plain(codes), absmax, dtype)
 
 
 @library.register_fake("bnbref::weight_8bit", lib=_operators)  # type: ignore[untyped-decorator]

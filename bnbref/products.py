@@ -73,9 +73,11 @@ class _MatMul4Bit(torch.autograd.Function):
     """The codes are an attribute and not saved tensors: they have no gradient, and so may be tensors of inference mode."""
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, weight: PackedWeight, bias: Tensor | None, in_order: bool) -> Tensor:
+    def forward(
+        ctx: Any, a: Tensor, weight: PackedWeight, bias: Tensor | None, in_order: bool, product: Product | None = None
+    ) -> Tensor:
         ctx.weight, ctx.in_order, ctx.k = weight, in_order, a.shape[-1]
-        return product_4bit(a, weight, bias, in_order)
+        return product_4bit(a, weight, bias, in_order) if product is None else product(a, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -88,7 +90,7 @@ class _MatMul4Bit(torch.autograd.Function):
             if ctx.needs_input_grad[2]:
                 rows = as_matrix(grad)
                 grad_bias = multiply(rows.new_ones(1, len(rows)), rows)[0] if ctx.in_order else rows.sum(0)
-        return grad_a, None, grad_bias, None
+        return grad_a, None, grad_bias, None, None
 
 
 class _TransformedMatMul4Bit(torch.autograd.Function):
@@ -110,7 +112,7 @@ class _TransformedMatMul4Bit(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return *_MatMul4Bit.backward(ctx, *grads), None
+        return _MatMul4Bit.backward(ctx, *grads)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor | None:
@@ -192,15 +194,18 @@ def _kept(packed: Tensor, state: QuantState) -> PackedWeight:
 def prepared_product(a: Tensor, packed: Tensor, state: QuantState | None, bias: Tensor | None) -> Product | None:
     """A function of a and bias that is `matmul_4bit` of these, with everything done that the next such call would do again.
 
-    None if the call needs more than a product (a gradient, a trace, a dtype of autocast, a fixed order, an error).
+    None if the call needs more than a product and its gradient (a trace, a dtype of autocast, a fixed order, an error).
     """
     if not undisturbed(a) or state is None or not compile_enabled() or not hasattr(packed, "products"):
         return None
-    if ordered.batch_invariant_enabled() or differentiated(a, bias):
+    if ordered.batch_invariant_enabled():
         return None
     kept: PackedWeight | None = packed.products
     weight = kept if kept is not None and kept.is_of(state) else _kept(packed, state)
-    return weight.find(a, bias) or weight.prepare(a, bias)
+    product = weight.find(a, bias) or weight.prepare(a, bias)
+    if product is None or not differentiated(a, bias):
+        return product
+    return lambda a, bias: _MatMul4Bit.apply(a, weight, bias, False, product)  # type: ignore[no-untyped-call]
 
 
 # ---- 8 bits ---------------------------------------------------------------------------------------------------------

@@ -5,16 +5,19 @@
 `tests/test_pictures.py` compares the files with what this draws.
 """
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import NormalDist
 
 from svg import WIDTH, Picture
+from timeline import timeline
 
 from bnbref.codebooks import FP4, NF4, Codebook, dynamic, linear
 
 FOLDER = Path(__file__).parent / "content" / "pictures"
+OVERLAP = Path(__file__).parent.parent / "benchmarks" / "results" / "overlap.json"
 BLOCK = 64
 CARDS = (8, 12, 16, 24, 40, 80)
 """Memory of usual GPUs, in GiB."""
@@ -233,6 +236,8 @@ def adam() -> Picture:
 
 
 PICTURES = {"formats": formats, "dynamic": dynamic_maps, "memory": memory, "house": house, "adam": adam}
+if OVERLAP.exists():  # benchmarks/overlap.py has run on a GPU
+    PICTURES["overlap"] = lambda: timeline(json.loads(OVERLAP.read_text(encoding="utf-8")))
 
 if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)

@@ -50,6 +50,13 @@ class Picture:
             f'<circle class="{style}" cx="{x:.1f}" cy="{y:.1f}" r="5" style="fill: var(--{style}); stroke: none"/>'
         )
 
+    def bar(self, x: float, y: float, width: float, height: float, style: str) -> None:
+        """A filled rectangle, in the colour of a class."""
+        self.parts.append(
+            f'<rect class="{style}" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" '
+            f'style="fill: var(--{style}); stroke: none"/>'
+        )
+
     def box(self, x: float, y: float, width: float, height: float, lines: list[str], style: str = "quiet") -> None:
         """A box with lines of words in its middle, the first of them bold."""
         self.parts.append(

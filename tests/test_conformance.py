@@ -15,6 +15,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import kit_mutants
+import kit_mutants_strangers
 import kit_mutants_training
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ from bnbref.conformance.text import parse_tensor, tensor_line
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 STORED = vectors.read_all()
-MUTANTS = [*kit_mutants.MUTANTS, *kit_mutants_training.MUTANTS]
+MUTANTS = [*kit_mutants.MUTANTS, *kit_mutants_training.MUTANTS, *kit_mutants_strangers.MUTANTS]
 BY_ID = {case.id: case for case in STORED}
 each_operation = pytest.mark.parametrize("operation", OPERATIONS)
 
@@ -525,8 +526,8 @@ def test_workers_that_cannot_work():
     assert main(["check", "--jobs", "0"]) == 2
 
 
-def test_at_least_thirty_backends_are_wrong():
-    assert len(MUTANTS) >= 30
+def test_at_least_a_hundred_backends_are_wrong():
+    assert len(MUTANTS) >= 100
     assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS)
 
 
@@ -584,6 +585,68 @@ def test_a_failure_is_shrunk_to_the_elements_that_matter():
     (element,) = report.elements(small)
     assert (element.got, element.want) == ("1 (01)", "2 (02)")
     assert explain(small) == explain(failure)
+
+
+def test_what_takes_whole_blocks_alone_is_shrunk_to_zeros():
+    """A package that refuses a part of a block."""
+    (mutant,) = (m for m in MUTANTS if m.name == "fp4-midpoints")
+    wrong = mutant.backend.functions["quantize_4bit"]
+
+    def quantize_4bit(x, blocksize, quant_type):
+        if x.numel() % blocksize:
+            raise NotImplementedError
+        return wrong(x=x, blocksize=blocksize, quant_type=quant_type)
+
+    backend = Backend("mine", {"quantize_4bit": quantize_4bit})
+    case = next(c for c in STORED if c.operation == "quantize_4bit" and judge.run_case(backend, c, CPU).failures)
+    (failure,) = judge.run_case(backend, case, CPU).failures
+    small = shrink(backend, failure, CPU)
+    x = small.case.inputs["x"]
+    assert x.numel() == small.case.params["blocksize"]
+    assert 1 <= int((x != 0).sum()) <= 2
+    assert explain(small) == explain(failure)
+
+
+def test_products_are_shrunk_to_a_row_of_each():
+    (mutant,) = (m for m in MUTANTS if m.name == "bias-lost")
+    (failure,) = judge.run_case(mutant.backend, BY_ID["gemm_4bit/nf4-5-32x128-bias-float32"], CPU).failures
+    small = shrink(mutant.backend, failure, CPU)
+    assert small.case.inputs["a"].shape == (1, 128)
+    assert small.case.inputs["bias"].shape == (1,)
+    assert small.case.params["shape"] == [1, 128]
+
+
+def low_first(x, blocksize, quant_type):
+    """NF4 with the first element in the low nibble."""
+    if quant_type != "nf4":
+        raise NotImplementedError("no FP4 here")
+    packed, absmax = kit_mutants.right("quantize_4bit")(x=x, blocksize=blocksize, quant_type=quant_type)
+    return packed << 4 | packed >> 4, absmax
+
+
+def test_one_cause_is_told_once_and_what_is_not_implemented_is_no_failure():
+    backend = Backend("mine", {"quantize_4bit": low_first})
+    results = judge.run(backend, [c for c in STORED if c.operation == "quantize_4bit"], CPU)
+    assert {r.status for r in results if r.case.params["quant_type"] == "fp4"} <= {"not implemented", "refused"}
+    done = report.report(backend, CPU, results)
+    told = [together for together in report.by_cause(done.findings) if together[0].follows]
+    assert len(told) <= 2 < len(done.findings)
+    assert sorted(f.cases for together in report.by_cause(done.findings) for f in together) == sorted(
+        f.cases for f in done.findings
+    )
+    text = report.as_text(done)
+    assert text.count("the first of two elements is in the low nibble") == 1
+    assert "also     the same cause: " in text
+    assert "odd-size, " in text
+
+
+def test_a_product_that_is_summed_in_float16_is_told_so():
+    def gemm_4bit(a, **rest):
+        return kit_mutants.right("gemm_4bit")(a=a, **rest).half().to(a.dtype)
+
+    case = BY_ID["gemm_4bit/nf4-1-32x128-float32"]
+    (failure,) = judge.run_case(Backend("mine", {"gemm_4bit": gemm_4bit}), case, CPU).failures
+    assert explain(failure) == ["no backend: all elements are numbers of float16, as sums in it are"]
 
 
 @pytest.mark.parametrize(

@@ -12,14 +12,18 @@ import torch.distributed.checkpoint as dcp
 from conftest import same_bits
 from test_optim_classes import make
 from test_optim_distributed import Model, assert_same_state, options, trained
+from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_model_state_dict,
     get_optimizer_state_dict,
+    set_model_state_dict,
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from bnbref.nn import replace_parameter_4bit
 from bnbref.optim import paging
 
 pytestmark = [pytest.mark.gpus, pytest.mark.usefixtures("eager"), pytest.mark.filterwarnings("ignore:paged state")]
@@ -104,6 +108,48 @@ def test_one_process_to_several_and_back(tmp_path):
             load(model, optimizer, tmp_path / name / kind, no_dist=True)
             assert_same_state(optimizer.state_dict()["state"], states[name])
             assert same_bits(trained(model, optimizer, SECOND, LAST), ends[name]), (name, kind)
+
+
+class Experts(nn.Module):
+    """Three-dimensional weights in four bits, and one to train."""
+
+    def __init__(self, seed):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.experts = nn.Module()
+        self.experts.up = nn.Parameter(torch.randn(3, 64, 64, generator=generator))
+        self.scale = nn.Parameter(torch.ones(64))
+        replace_parameter_4bit(self.experts, "up")
+
+    def forward(self, x):
+        return sum((x * self.scale) @ w for w in self.experts.up)
+
+
+def run_experts(rank, ranks, folder):
+    x, device, mesh = torch.ones(2, 64), backend.device(rank), backend.mesh(ranks)
+    one, other = (fully_shard(Experts(seed).to(device), mesh=mesh) for seed in (0, 1))
+    want = one(x.to(device))
+    with pytest.raises(NotImplementedError, match=r"spread over ranks .* model\.state_dict"):
+        get_model_state_dict(one)
+    dcp.save(one.state_dict(), checkpoint_id=folder)
+    state = other.state_dict()
+    dcp.load(state, checkpoint_id=folder)
+    other.load_state_dict(state)
+    assert same_bits(other(x.to(device)), want)
+    if rank == 0:
+        torch.save(want.cpu(), folder / "want.pt")
+
+
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="FSDP2 of older versions shards no integers")
+def test_experts_in_four_bits_go_from_several_to_one(tmp_path):
+    backend.spawn(run_experts, backend.RANKS, tmp_path, tmp_path)
+    model = Experts(2).to(backend.device())
+    state = get_model_state_dict(model)
+    dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
+    set_model_state_dict(model, state)
+    assert same_bits(
+        model(torch.ones(2, 64, device=backend.device())).cpu(), torch.load(tmp_path / "want.pt", weights_only=True)
+    )
 
 
 class Killed(dcp.FileSystemWriter):

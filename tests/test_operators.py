@@ -47,6 +47,20 @@ def test_gradients_in_a_graph(product, backend):
     assert all(map(torch.equal, got, want))
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_layer_gives_its_parameter_and_the_kernels_see_memory(rows, backend, monkeypatch):
+    """What a graph passes to an operator is the parameter, also where a GPU would multiply a row of int8 by its own kernel."""
+    monkeypatch.setattr(few_rows, "is_row_of_int8", lambda a, codes: len(a) == 1)
+    layers = bnbref.nn.Linear4bit(64, 64, quant_type="nf4"), bnbref.nn.Linear8bitLt(64, 32, has_fp16_weights=False)
+    model = torch.nn.Sequential(*layers).requires_grad_(False).to("cpu")
+    x = randn(rows, 64, seed=1)
+    assert torch.equal(compiled(model, backend)(x), model(x))
+    x.requires_grad_()
+    want = torch.autograd.grad(model(x).sum(), x)
+    assert all(map(torch.equal, torch.autograd.grad(compiled(model, backend)(x).sum(), x), want))
+
+
 def test_compiled_autograd():
     from torch._dynamo import compiled_autograd
 

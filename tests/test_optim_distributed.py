@@ -1,6 +1,7 @@
 """Sharded is unsharded: FSDP2, DDP and ZeRO give, on gloo or on NCCL (`backend.py`), the bits of a single process of the CPU."""
 
 import copy
+import itertools
 from unittest import mock
 
 import backend
@@ -18,6 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bnbref import optim
 from bnbref.optim import paging, sharding
+from bnbref.optim.cuts import Cut, complete
+from bnbref.optim.layout import Coded, Part
 from bnbref.optim.saved import WRAPPED
 
 # Two ranks cut 70 x 61 and 3 x 2000 inside a block, and 64 x 128 between two; a rank has nothing of 1 x 5000; 2000 elements
@@ -72,6 +75,57 @@ def of_matrices(name, model):
     return getattr(optim, name)(groups, **extra, **options(name))
 
 
+def calls_of_a_step(name, device, mesh):
+    """How many parameters have blocks that are cut, and how often the ranks exchange something for them."""
+    model = fully_shard(Model().to(device), mesh=mesh)
+    optimizer = make(name, model.parameters(), **options(name))
+    model(0).backward()
+    shards = [sharding.shard_of(p) for p in model.parameters() if p.numel() >= 4096]
+    with mock.patch.object(torch.distributed, "all_reduce", wraps=torch.distributed.all_reduce) as exchange:
+        optimizer.step()
+    return sum(bool(shard.cut(256)) for shard in shards), exchange.call_count
+
+
+def turned(device, mesh=None):
+    """Parameters that are not contiguous; a rank that has one row of one has a contiguous part."""
+    torch.manual_seed(0)
+    ps = [torch.randn(2100, rows).to(device).t() for rows in (3, 70)]
+    ps = [p if mesh is None else distribute_tensor(p, mesh, [Shard(0)]) for p in ps]
+    if mesh is not None:
+        ps = [
+            DTensor.from_local(p.to_local().t().contiguous().t(), mesh, [Shard(0)], shape=p.shape, stride=p.stride())
+            for p in ps
+        ]
+    ps = [nn.Parameter(p) for p in ps]
+    optimizer = make("AdamW8bit", ps, **options("AdamW8bit"))
+    for t in range(3):
+        for p in ps:
+            p.grad = torch.sin(p.detach() * (t + 1))
+        optimizer.step()
+    return [(p.full_tensor() if mesh is not None else p).detach().cpu().contiguous() for p in ps]
+
+
+def interrupted(device, mesh):
+    """What a warning says when memory ends at the last parameter, on all ranks."""
+    model = fully_shard(Model().to(device), mesh=mesh)
+    optimizer = make("AdamW8bit", model.parameters(), **options("AdamW8bit"))
+    model(0).backward()
+    update, last = optimizer._update, list(model.parameters())[-1]
+
+    def until_the_last(equation, hyper, p, *rest):
+        if p is last:
+            raise torch.OutOfMemoryError
+        update(equation, hyper, p, *rest)
+
+    with (
+        mock.patch.object(optimizer, "_update", until_the_last),
+        pytest.warns(UserWarning, match="interrupted") as said,
+        pytest.raises(torch.OutOfMemoryError),
+    ):
+        optimizer.step()
+    return str(said[0].message)
+
+
 @mock.patch.object(paging, "PAGED_FROM", 1000)
 def run_all(rank, ranks, path):
     """Everything that the ranks show; what rank 0 has is saved."""
@@ -118,6 +172,12 @@ def run_all(rank, ranks, path):
     zero.consolidate_state_dict(to=0)
     if rank == 0:
         found["ZeRO state"] = zero.state_dict()["state"]
+    found["collective calls"] = [
+        calls_of_a_step(name, device, mesh) for name in ("AdamW8bit", "PagedAdamW8bit", "AdamW32bit")
+    ]
+    found["turned"] = turned(device, mesh)
+    found["interrupted"] = interrupted(device, mesh)
+    if rank == 0:
         torch.save(found, path)
     columns = nn.Parameter(distribute_tensor(torch.ones(4, 4, device=device), mesh, [Shard(1)]))
     columns.grad = columns.detach()
@@ -176,6 +236,24 @@ def test_sharded_is_unsharded(ranked):
         assert same_bits(found[name]["end"], end), name
         assert_same_state(found[name]["state"]["state"], state["state"])
     assert same_bits(found["bfloat16"], alone("AdamW8bit", torch.bfloat16)[2])
+
+
+def test_one_exchange_for_all_parameters(ranked):
+    """And for each parameter that may be in pages, which come and go one after the other."""
+    by_element, paged, none = ranked[1]["collective calls"]
+    assert by_element == (by_element[0], 1)
+    assert paged == (by_element[0], by_element[0])
+    assert none == (by_element[0], 0)
+    assert by_element[0] >= 3
+
+
+@pytest.mark.usefixtures("eager")
+def test_sharded_is_unsharded_for_what_is_not_contiguous(ranked):
+    assert same_bits(ranked[1]["turned"], turned(torch.device("cpu")))
+
+
+def test_an_interrupted_exchange_is_no_finished_step(ranked):
+    assert "[] have made it, [] are as they were, and [0, 1, 2, 3, 4, 5] may have made" in ranked[1]["interrupted"]
 
 
 @pytest.mark.usefixtures("eager")
@@ -276,3 +354,59 @@ def test_shards_have_every_element_and_block(sizes, blocksize):
             here, place = shard.part(block, blocksize)
             elements = range(shard.start + here.start, shard.start + here.stop)
             assert [e - block * blocksize for e in elements] == list(range(place.start, place.stop))
+
+
+@given(st.data())
+def test_cut_blocks_are_completed(data):
+    """Of several parameters of any dtype: what each rank has of the blocks, and back."""
+    blocksize, ranks = data.draw(st.integers(1, 20)), data.draw(st.integers(2, 4))
+    sizes = data.draw(st.lists(st.lists(st.integers(0, 50), min_size=ranks, max_size=ranks), min_size=1, max_size=3))
+    dtypes, generator = (torch.float32, torch.bfloat16, torch.float16), torch.Generator().manual_seed(0)
+    wholes, bounds = [], []
+    for own in sizes:
+        bounds.append((0, *itertools.accumulate(own)))
+        n, blocks = sum(own), -(-sum(own) // blocksize)
+        weights = tuple(torch.randn(n, generator=generator).to(data.draw(st.sampled_from(dtypes))) for _ in range(2))
+        codes = torch.randint(256, (n,), generator=generator, dtype=torch.uint8)
+        wholes.append(Part(weights[:1], weights[1], None, [Coded(codes, torch.rand(blocks))]))
+    cuts = {}
+    for rank in range(ranks):
+        shards = [sharding.Shard(b, rank, None) for b in bounds]
+        parts = [sliced_whole(whole, shard, blocksize) for whole, shard in zip(wholes, shards, strict=True)]
+        found = [Cut(*pair, blocksize) for pair in zip(parts, shards, strict=True)]
+        cuts[rank] = [cut for cut in found if cut.shard.cut(blocksize)]
+    if not cuts[0]:
+        return
+    words = []
+    with mock.patch.object(torch.distributed, "all_reduce", lambda x, group: words.append(x.clone())):
+        for own in cuts.values():
+            complete(own)
+    every = sum(words)
+    for own in cuts.values():
+        with mock.patch.object(torch.distributed, "all_reduce", lambda x, group: x.copy_(every)):
+            parts, write_back = complete(own)
+        for cut, part in zip(own, parts, strict=True):
+            whole = next(w for w, b in zip(wholes, bounds, strict=True) if b is cut.shard.bounds)
+            blocks = [b for b in cut.shard.cut(blocksize) if b in cut.shard.blocks(blocksize)]
+            assert (part is None) == (not blocks)
+            if part is not None:
+                want = torch.cat([torch.arange(whole.p.numel())[b * blocksize : (b + 1) * blocksize] for b in blocks])
+                assert same_bits(
+                    [part.p, part.g, part.states[0].codes], [x[want] for x in (whole.p, whole.g, whole.states[0].codes)]
+                )
+                assert same_bits(part.states[0].absmax, whole.states[0].absmax[blocks])
+                part.p.neg_(), part.states[0].codes.bitwise_not_(), part.states[0].absmax.neg_()
+        before = [(cut.part.p.clone(), cut.part.states[0].codes.clone(), cut.part.g.clone()) for cut in own]
+        write_back()
+        for cut, (p, codes, g) in zip(own, before, strict=True):
+            mine = torch.arange(cut.shard.start, cut.shard.stop) // blocksize
+            cutting = torch.isin(mine, torch.tensor(cut.shard.cut(blocksize)))
+            assert same_bits(cut.part.p, torch.where(cutting, -p, p))
+            assert same_bits(cut.part.states[0].codes, torch.where(cutting, ~codes, codes))
+            assert same_bits(cut.part.g, g)
+
+
+def sliced_whole(whole, shard, blocksize):
+    """A copy of what a rank has."""
+    blocks = shard.blocks(blocksize)
+    return whole.map(lambda x: x[shard.start : shard.stop].clone(), lambda x: x[blocks.start : blocks.stop].clone())

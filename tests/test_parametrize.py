@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import io
 import itertools
 import weakref
 
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from layers import BF16, F16, F32, fill, raw, raw_state
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.func import functional_call
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
@@ -170,6 +172,21 @@ def test_what_does_not_fit_is_refused():
         experts(device="meta").load_state_dict(
             {k: v for k, v in module.state_dict().items() if k != "bias"}, strict=False
         )
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_functions_of_torch_distributed_checkpoint_get_and_set(nested):
+    """They look for what each key of a state dict names."""
+    module, other = experts(0, compress_statistics=nested), experts(1, compress_statistics=nested)
+    state = get_model_state_dict(module)
+    assert state.keys() == module.state_dict().keys()
+    set_model_state_dict(other, state)
+    assert torch.equal(other.up, module.up)
+    assert torch.equal(other.down, module.down)
+    file = io.BytesIO()
+    torch.save(module.up, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=True), module.up)
 
 
 def test_prequantized():

@@ -112,11 +112,11 @@ def run_case(backend: Backend, case: Case, device: torch.device) -> Result:
     begin = time.perf_counter()
     try:
         results, mutated = call(function, case, device)
-    except Unsupported:
-        return of_answer(case, None, seconds=time.perf_counter() - begin)
     except Exception as error:  # whatever a backend throws is a finding, not the end of the run
-        if case.may_refuse and isinstance(error, REFUSALS):
+        if case.may_refuse and isinstance(error, REFUSALS) and not isinstance(error, Unsupported):
             return Result(case, "refused", seconds=time.perf_counter() - begin)
+        if isinstance(error, NotImplementedError):
+            return of_answer(case, None, seconds=time.perf_counter() - begin)
         text = f"raised {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         return Result(case, "failed", (Failure(case, "", "raised", text),), time.perf_counter() - begin)
     return of_answer(case, results, mutated, time.perf_counter() - begin)

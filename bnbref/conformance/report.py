@@ -153,8 +153,11 @@ def inputs_of(failure: Failure, most: int = 8) -> list[str]:
     return lines + ([params] if params else [])
 
 
-def describe(finding: Finding) -> str:
-    """A finding on one screen: the rule, the input, what came and what is allowed, whose convention it is, the flags' stories."""
+def describe(finding: Finding, same: Sequence[Finding] = ()) -> str:
+    """A finding on one screen: the rule, the input, what came and what is allowed, whose convention it is, the flags' stories.
+
+    same: other findings that have the same cause.
+    """
     rule, example = RULES[finding.rule], finding.example
     lines = [finding.cases[0] + (f" and {len(finding.cases) - 1} more" if len(finding.cases) > 1 else "")]
     lines += [f"  rule     {rule.id}: {rule.text}", f"  found    {example.message}"]
@@ -164,7 +167,20 @@ def describe(finding: Finding) -> str:
     lines += [f"  element  {example.output}{list(e.place)}: got {e.got}, want {e.want}" for e in elements(example)]
     lines += [f"  follows  {text}" for text in finding.follows]
     lines += [f"  flag     {name}: {FLAGS[name].story}{bracketed_issue(name)}" for name in finding.flags]
+    if same:
+        lines.append("  also     the same cause: " + "; ".join(line.replace("  ", ", ") for line in _broken_by(same)))
     return "\n".join(lines)
+
+
+def by_cause(findings: Sequence[Finding]) -> list[list[Finding]]:
+    """The findings of an operation that follow the same conventions, or raise the same exception, together. First stands one of
+    cases that were made for no bug, if there is one."""
+    found: dict[Any, list[Finding]] = {}
+    for finding in findings:
+        raised = finding.example.message if finding.example.kind in ("raised", "crashed") else ""
+        cause = finding.follows or raised or id(finding)
+        found.setdefault((finding.operation, cause), []).append(finding)
+    return [sorted(together, key=lambda f: (len(f.flags), _size(f.example))) for together in found.values()]
 
 
 def bracketed_issue(flag: str) -> str:
@@ -187,8 +203,12 @@ def counts(results: Iterable[Result]) -> dict[str, int]:
 
 def broken(done: Report) -> list[str]:
     """One line for each rule and flag that a finding has: `Q8-5 zero-in-nonzero-block  8 cases`."""
+    return _broken_by(done.findings)
+
+
+def _broken_by(findings: Iterable[Finding]) -> list[str]:
     found: dict[tuple[str, str], set[str]] = {}
-    for finding in done.findings:
+    for finding in findings:
         for flag in finding.flags or ("no flag",):
             found.setdefault((finding.rule, flag), set()).update(finding.cases)
     return [f"{rule} {flag}  {len(ids)} {'case' if len(ids) == 1 else 'cases'}" for (rule, flag), ids in found.items()]
@@ -198,7 +218,7 @@ def as_text(done: Report) -> str:
     """The report for a terminal; the last lines name each broken rule and its flag."""
     total = ", ".join(f"{n} {status}" for status, n in counts(done.results).items() if n)
     lines = [f"{done.backend} on {done.device} ({versions(done)})", ""]
-    lines += [describe(finding) + "\n" for finding in done.findings]
+    lines += [describe(first, same) + "\n" for first, *same in by_cause(done.findings)]
     lines += [matrix_text(done), f"{len(done.results)} cases in {done.seconds:.1f} s: {total}"]
     lines += [f"broken: {line}" for line in broken(done)] or ["conforms" if done.ok else "nothing was checked"]
     return "\n".join(lines)

@@ -42,8 +42,9 @@ def _vary(case: Case, inputs: dict[str, Tensor], **params: Any) -> Case:
 def _smaller(case: Case) -> Iterator[Case]:
     """Cases that are smaller, or simpler."""
     match case.operation:
-        case "quantize_blockwise" | "quantize_4bit":
-            # One block, then fewer elements of it, its absmax among them: the scaled values stay what they were.
+        case "quantize_blockwise" | "quantize_4bit" | "quantize_4bit_nested":
+            # One block, then fewer elements of it, or zeros for them: packages that have whole blocks alone refuse fewer. The
+            # absmax is among them: the scaled values stay what they were.
             x, blocksize = case.inputs["x"].reshape(-1), case.params["blocksize"]
             if x.numel() > blocksize:
                 for block in x.split(blocksize):
@@ -53,6 +54,9 @@ def _smaller(case: Case) -> Iterator[Case]:
                 for kept in _without(x.numel()):
                     if largest in kept:
                         yield _vary(case, {"x": x[kept]})
+                        simple = torch.zeros_like(x).index_copy(0, kept, x[kept])
+                        if not torch.equal(simple, x):
+                            yield _vary(case, {"x": simple})
         case "dequantize_4bit":
             packed, absmax = case.inputs["packed"], case.inputs["absmax"]
             ones = torch.full_like(packed, 0x33 if case.params["quant_type"] == "fp4" else 0xFF)
@@ -67,6 +71,24 @@ def _smaller(case: Case) -> Iterator[Case]:
                 yield _vary(case, {"packed": ones})
             if not torch.equal(absmax, counted):
                 yield _vary(case, {"absmax": counted})
+        case "gemm_4bit" if case.inputs["a"].dim() == 2:
+            a, blocksize, (n, k) = case.inputs["a"], case.params["blocksize"], case.params["shape"]
+            for kept in _without(a.shape[0]):
+                yield _vary(case, {"a": a[kept]})
+            if "bias" in case.inputs:
+                yield _vary(_without_bias(case), {})
+            if k % blocksize == 0 and blocksize % 2 == 0:  # a row is whole blocks, and whole bytes
+                packed, absmax = case.inputs["packed"].reshape(n, -1), case.inputs["absmax"].reshape(n, -1)
+                for kept in _without(n):
+                    biased = {"bias": case.inputs["bias"][kept]} if "bias" in case.inputs else {}
+                    own = {"packed": packed[kept].reshape(-1), "absmax": absmax[kept].reshape(-1), **biased}
+                    yield _vary(case, own, shape=[len(kept), k])
+        case "int8_quantize" if case.inputs["x"].dim() == 2:
+            x = case.inputs["x"]
+            for kept in _without(x.shape[0]):
+                yield _vary(case, {"x": x[kept]})
+            for kept in _without(x.shape[1]):
+                yield _vary(case, {"x": x[:, kept]})
         case "int8_mm_dequant" if case.inputs["product"].dim() == 2:
             product, row, column = (case.inputs[name] for name in ("product", "row", "column"))
             for kept in _without(product.shape[0]):
@@ -88,6 +110,10 @@ def _smaller(case: Case) -> Iterator[Case]:
                 yield _vary(case, {"b": b[kept]})
 
 
+def _without_bias(case: Case) -> Case:
+    return replace(case, inputs={name: x for name, x in case.inputs.items() if name != "bias"})
+
+
 def _part(name: str, x: Tensor, kept: Tensor) -> Tensor:
     """The part of an optimizer's argument that belongs to the kept elements of its first block."""
     return x if name.startswith("values") else x[:1] if name.startswith("absmax") else x[kept]
@@ -96,12 +122,13 @@ def _part(name: str, x: Tensor, kept: Tensor) -> Tensor:
 def shrink(backend: Backend, failure: Failure, device: torch.device) -> Failure:
     """The failure of a smaller case, or the same failure if none was found. The expectation is computed anew each time."""
     best, left, why = failure, BUDGET, explain(failure)
-    if not failure.case.derived or failure.kind not in ("value", "raised"):
+    if not failure.case.derived or failure.kind not in ("value", "shape", "raised"):
         return failure
     candidates = _smaller(best.case)
     while left > 0 and (candidate := next(candidates, None)) is not None:
-        left -= 1
-        for other in run_case(backend, candidate, device).failures:
+        result = run_case(backend, candidate, device)
+        left -= result.status != "not implemented"
+        for other in result.failures:
             if (other.kind, other.output) == (best.kind, best.output) and explain(other) == why:
                 best, candidates = other, _smaller(other.case)
                 break

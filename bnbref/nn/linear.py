@@ -90,26 +90,27 @@ class Linear4bit(FourBitLayer, nn.Linear):
 
         Raises RuntimeError if the weight is not quantized yet, and TypeError if x is not floating.
         """
-        state = self.quant_state
-        if self.compute_dtype in (None, x.dtype):
-            bias = self.bias
-            product = prepared_product(x, self.weight, state, bias)
+        weight, state, bias = self.weight, self.quant_state, self.bias
+        if x.is_floating_point():
+            dtype = x.dtype if self.compute_dtype is None else self.compute_dtype
+            if dtype == torch.float32 != x.dtype and not tracing():
+                _say_slow(x.dtype)
+            a = x.to(dtype)
+            product = prepared_product(a, weight, state, bias)
             if product is not None:
-                return product(x, bias)
-        if state is None and not isinstance(self.weight, Params4bit) and self.weight.is_floating_point():
+                y = product(a, bias)
+                return y if y.dtype == x.dtype else y.to(x.dtype)
+        if state is None and not isinstance(weight, Params4bit) and weight.is_floating_point():
             # The weight is tied to a float one: transformers makes a model's embedding the weight of its output head.
-            return F.linear(x.to(self.weight.dtype), self.weight, self.bias).to(x.dtype)
+            return F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
         if state is None:
             raise RuntimeError(f"the weight of {self} is not quantized yet: move the layer to a device, .to(device)")
         if not x.is_floating_point():
             raise TypeError(
                 f"x must be floating, got {x.dtype}: code that casts it to the dtype of the weight, whose codes are "
-                f"{self.weight.dtype}, cannot have this layer quantized; name it in skip_modules"
+                f"{weight.dtype}, cannot have this layer quantized; name it in skip_modules"
             )
-        dtype = x.dtype if self.compute_dtype is None else self.compute_dtype
-        if dtype == torch.float32 != x.dtype and not tracing():
-            _say_slow(x.dtype)
-        return matmul_4bit(x.to(dtype), self.weight, state, bias=self.bias).to(x.dtype)
+        return matmul_4bit(a, weight, state, bias=bias).to(x.dtype)
 
 
 class LinearFP4(Linear4bit):

@@ -48,11 +48,18 @@ class Bnb4bitParametrization(nn.Module):
         kept = None if tracing() else self.kept
         if kept:
             return kept[0]
+        if hasattr(packed, "full_tensor"):
+            raise NotImplementedError(
+                "a 4-bit parameter that is spread over ranks has values only in a forward of what FSDP gathered. Its state dict, "
+                "without values, is that of model.state_dict(), not of get_model_state_dict(model)"
+            )
         # When accelerate offloads, it moves the module's parameters and buffers to where they are used, but not these scales.
         state = self.quant_state.map(lambda t: t.to(packed.device))
         values = state.dequantize(packed, self.dtype)
         if kept is not None:
             kept.append(values)
+        elif isinstance(state.quant_type, str) and not torch.compiler.is_compiling():
+            _name_parts(values, state)
         return values
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Bnb4bitParametrization":
@@ -60,6 +67,16 @@ class Bnb4bitParametrization(nn.Module):
         self.quant_state = self.quant_state.map(lambda t: in_bytes(fn, t))
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
         return self
+
+
+def _name_parts(values: Any, state: QuantState) -> None:
+    """Let getattr find what is beside the codes by its key, `values.absmax`: so torch.distributed.checkpoint checks the keys of a
+    state dict. All are plain tensors, since a pickle of the values has them too."""
+    values.absmax, values.quant_map = state.absmax, state.code
+    if state.state2 is not None:
+        values.nested_absmax, values.nested_quant_map = state.state2.absmax, state.state2.code
+    values.quant_state = torch.empty(0)
+    setattr(values.quant_state, f"bitsandbytes__{state.quant_type}", torch.empty(0))
 
 
 def replace_parameter_4bit(

@@ -3,7 +3,7 @@
     elements of a parameter    [    block    ][    block    ][  rest ]
                                 whole blocks: views           a padded copy, with the rests of other parameters
 
-A block that a boundary between ranks cuts is completed on each rank that has a part of it (`bnbref.optim.sharding`).
+A block that a boundary between ranks cuts is completed on each rank that has a part of it (`bnbref.optim.cuts`).
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bnbref.blockwise import block_count
 from bnbref.optim.rule import Rule
-from bnbref.optim.sharding import Shard, complete
+from bnbref.optim.sharding import Shard
 
 
 class Coded(NamedTuple):
@@ -128,41 +128,3 @@ def sliced(part: Part, first: int, last: int, shard: Shard, blocksize: int) -> P
     before = shard.blocks(blocksize).start
     blocks = slice((shard.start + first) // blocksize - before, block_count(shard.start + last, blocksize) - before)
     return part.map(lambda x: x[first:last], lambda x: x[blocks])
-
-
-def completed(part: Part, zeros: Sequence[int], blocksize: int, shard: Shard) -> Padded | None:
-    """The blocks that a boundary between ranks cuts, completed by what the other ranks have of them. A collective call.
-
-    None if this rank has a part of no such block.
-    """
-    cut = shard.cut(blocksize)
-    if not cut:
-        return None
-    codes = [state.codes for state in part.states]
-    given, n = [*part.weights, part.g, *codes], len(part.weights)
-    whole = complete(shard, blocksize, given, [0] * (n + 1) + list(zeros))
-    places = [(row, block, *shard.part(block, blocksize)) for row, block in enumerate(cut)]
-    own = [(row, block, here, place) for row, block, here, place in places if here.start < here.stop]
-    if not own:
-        return None
-    own = own if len(own) > 1 else own * 2  # two rows at least, which Dynamo does not specialise
-    first, picked = shard.blocks(blocksize).start, [row for row, *_ in own]
-    noise = None
-    if part.noise is not None:
-        noise = part.noise.new_zeros(len(own), blocksize)
-        for i, (_, _, here, place) in enumerate(own):
-            noise[i, place] = part.noise[here]
-    scales = [torch.stack([state.absmax[block - first] for _, block, *_ in own]) for state in part.states]
-    *elements, g = (x[picked] for x in whole[: n + 1])
-    states = [Coded(x[picked], absmax) for x, absmax in zip(whole[n + 1 :], scales, strict=True)]
-    rows = Part(tuple(elements), g, noise, states)
-
-    def write_back() -> None:
-        for i, (_, block, here, place) in enumerate(own):
-            for weight, completed_weight in zip(part.weights, rows.weights, strict=True):
-                weight[here] = completed_weight[i, place]
-            for target, state in zip(part.states, rows.states, strict=True):
-                target.codes[here] = state.codes[i, place]
-                target.absmax[block - first] = state.absmax[i]
-
-    return rows, write_back

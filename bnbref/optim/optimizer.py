@@ -202,8 +202,8 @@ class Optimizer(torch.optim.Optimizer):
                     progress.begin([p])
                     t = self.state[p]["step"] + 1
                     self._update(*planned[id(config), t, p.device], p, grad, state, config, tails)
-                    if state is not self.state[p]:  # in pages, which are written back before the next ones come
-                        tails.run()
+                    if state is not self.state[p] or self._placement.pages(p.numel()):
+                        tails.run()  # pages, here or on another rank, are written back before the next ones come
                     self.state[p]["step"] = t
                     progress.end()
             tails.run()
@@ -269,8 +269,9 @@ class Optimizer(torch.optim.Optimizer):
         self, equation: Equation, hyper: Tensor, p: Tensor, grad: Tensor, state: Mapping[str, Any], config: Mapping[str, Any],
         tails: Tails,
     ) -> None:  # fmt: skip
-        own = local(p.detach())
+        own, shard = local(p.detach()), shard_of(p)
         flat = own.contiguous()
+        copied = flat.data_ptr() != own.data_ptr()
         step(
             equation,
             hyper,
@@ -280,11 +281,13 @@ class Optimizer(torch.optim.Optimizer):
             blocksize=config["blocksize"],
             noise=self._noise(p, config),
             max_norm=config["max_unorm"] if equation.clipped else 0.0,
-            shard=shard_of(p),
-            tails=tails if flat.data_ptr() == own.data_ptr() else None,
+            shard=shard,
+            tails=None if copied and shard is None else tails,
         )
-        if flat.data_ptr() != own.data_ptr():
+        if copied and shard is None:
             own.copy_(flat)
+        elif copied:  # other ranks may have no copy, and all exchange their blocks at the same time
+            tails.then(lambda: own.copy_(flat))
 
     def _update_together(
         self, jobs: Sequence[Any], keys: Sequence[Any], planned: Mapping[Any, Any], progress: Progress

@@ -80,11 +80,15 @@ class Placement:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_made": {}}
 
+    def pages(self, numel: int) -> bool:
+        """Whether the state of a parameter of so many elements may be in pages of host memory."""
+        return self.is_paged and numel >= PAGED_FROM
+
     def empty(self, device: torch.device, numel: int, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Uninitialised memory for a state called `name` of a parameter with that device and number of elements."""
         if self.directory is not None:
             return _mapped(self.directory, name, shape, dtype)
-        if not self.is_paged or numel < PAGED_FROM:
+        if not self.pages(numel):
             return torch.empty(shape, dtype=dtype, device=device)
         if device.type != "cuda":
             if not self._warned:

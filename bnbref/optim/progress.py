@@ -32,7 +32,7 @@ class Progress:
         """
         made, partly = self._made, self._begun
         try:
-            tails.run()
+            tails.interrupt()
         except RuntimeError:
             tails.torn = True
         if tails.torn:  # they lack their last blocks, each of which may be of any of them

@@ -5,16 +5,13 @@
                                                      ^ cut                  ^ cut
 
 Which state is in 8 bits, and where its blocks begin, is decided from the whole parameter. A block that a boundary cuts is
-completed on each rank that has a part of it: parameter, gradient and codes of that block are exchanged, as integers, since
-the sum of a -0.0 and nothing would be 0.0. Each such rank then makes the same step, and keeps what is its own. Rows of whole
-blocks exchange nothing, nor do states in 32 bits.
+completed on each rank that has a part of it, which then makes the same step, and keeps what is its own (`bnbref.optim.cuts`).
+Rows of whole blocks exchange nothing, nor do states in 32 bits.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -114,29 +111,6 @@ def shard_of(p: Tensor) -> Shard | None:
 def local(x: Tensor) -> Tensor:
     """The part of a tensor that this rank has: of a DTensor its local tensor, of any other tensor all of it."""
     return x.to_local() if hasattr(x, "to_local") else x
-
-
-# ---- blocks that a boundary cuts --------------------------------------------------------------------------------------
-
-_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
-
-
-def complete(shard: Shard, blocksize: int, tensors: Sequence[Tensor], fill: Sequence[int]) -> list[Tensor]:
-    """The cut blocks of each tensor, completed: `[blocks, blocksize]`, the same on all ranks.
-
-    tensors: the elements that this rank has of each. fill: for each tensor the integer that pads it after its last element. A
-    collective call.
-    """
-    blocks = shard.cut(blocksize)
-    words = torch.zeros(len(tensors), len(blocks), blocksize, dtype=torch.int32, device=tensors[0].device)
-    for row, block in enumerate(blocks):
-        here, place = shard.part(block, blocksize)
-        for x, word in zip(tensors, words, strict=True):
-            word[row, place] = x[here].view(_INTEGER[x.itemsize]).to(torch.int32)
-    dist.all_reduce(words, group=shard.group)  # nobody has what another has: the sum is either's
-    for word, value in zip(words, fill, strict=True):
-        word.view(-1)[(len(blocks) - 1) * blocksize + shard.numel - blocks[-1] * blocksize :] = value
-    return [word.to(_INTEGER[x.itemsize]).view(x.dtype) for x, word in zip(tensors, words, strict=True)]
 
 
 # ---- the whole ----------------------------------------------------------------------------------------------------------

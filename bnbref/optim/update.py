@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from bnbref.blockwise import block_count, check_blocksize
+from bnbref.optim.cuts import Cut, complete
 from bnbref.optim.equation import Equation
-from bnbref.optim.layout import Coded, Part, completed, padded, sliced, split, zeros_of
+from bnbref.optim.layout import Coded, Part, padded, sliced, split, zeros_of
 from bnbref.optim.rule import Rule, absmax_key
 from bnbref.optim.sharding import Shard, total
 from bnbref.optim.step import direction_blocks, direction_elements, step_blocks, step_elements
@@ -81,8 +82,8 @@ def step(
     rule, hyper: as `equation.at_step` gives them. blocksize: of 8-bit states. noise: int16 `[numel]`, for stochastic rounding.
     max_norm: for a rule that is `clipped`, the largest ratio of the direction's norm to that of p, 0 for none. The norms are
     float sums, whose last bits depend on device, threads and shards. shard: where p, g and the state lie in a parameter that is
-    spread over ranks; then it is a collective call. tails: where an incomplete last block waits for those of other parameters;
-    the step is over after `tails.run()`.
+    spread over ranks. tails: where incomplete blocks wait for those of other parameters; the step is over after `tails.run()`.
+    With a shard that is a collective call, and so is a step without tails.
     """
     corrections = correction(state)
     if max_norm > 0:
@@ -101,15 +102,13 @@ def step(
     whole, rest = split(part, blocksize)
     if whole is not None:
         _run(whole, rule, hyper)
-    waiting = Tails() if tails is None or shard is not None else tails
+    waiting = Tails() if tails is None else tails
     if rest is not None:
         waiting.add(rule, hyper, blocksize, rest)
-    if waiting is not tails:
+    if shard is not None and shard.cut(blocksize):
+        waiting.add_cut(rule, hyper, Cut(everything, shard, blocksize))
+    if tails is None:
         waiting.run()
-    cut = None if shard is None else completed(everything, zeros_of(rule), blocksize, shard)
-    if cut is not None:
-        _run(cut[0], rule, hyper)
-        cut[1]()
 
 
 def directions(
@@ -154,16 +153,20 @@ def _clipped(rule: Equation, hyper: Tensor, p: Tensor, u: Tensor, max_norm: floa
 
 
 class Tails:
-    """Incomplete last blocks of many parameters: one call of the kernel for all that take the same step.
+    """Incomplete blocks of many parameters: one call of the kernel for all that take the same step.
 
-    They wait for `run`, or until there are so many that their copies would take more than some megabytes.
+    Last blocks wait for `run`, or until there are so many that their copies would take more than some megabytes. So do blocks
+    that a boundary between ranks cuts, the same ones on each rank, which one collective call completes.
     """
 
     def __init__(self) -> None:
         self._waiting: dict[Any, tuple[Tensor, list[Part]]] = {}
         self._elements = 0
+        self._cuts: list[tuple[Equation, Tensor, Cut]] = []
+        self._bytes = 0
+        self._after: list[Callable[[], Any]] = []
         self.torn = False
-        """Whether an exception came while tails were written: they may have made the step or not."""
+        """Whether an exception came while blocks were written: they may have made the step or not."""
 
     def add(self, rule: Equation, hyper: Tensor, blocksize: int, rest: Part) -> None:
         """Let an incomplete last block, which `split` left of a parameter, wait."""
@@ -173,10 +176,49 @@ class Tails:
         self._waiting.setdefault(key, (hyper, []))[1].append(rest)  # it holds hyper, whose id nobody else then has
         self._elements += p.numel()
         if self._elements >= 2**20:
+            self._run_own()
+
+    def add_cut(self, rule: Equation, hyper: Tensor, cut: Cut) -> None:
+        """Let the blocks of a parameter wait that boundaries cut."""
+        self._cuts.append((rule, hyper, cut))
+        self._bytes += cut.size
+        if self._bytes >= 2**24:
             self.run()
 
+    def then(self, run: Callable[[], Any]) -> None:
+        """Call this when nothing waits any more."""
+        self._after.append(run)
+
     def run(self) -> None:
-        """Step all that wait. Those that an exception keeps from it still wait."""
+        """Step all that wait. Those that an exception keeps from it still wait. A collective call if there are shards."""
+        groups: dict[Any, list[tuple[Equation, Tensor, Cut]]] = {}
+        for waiting in self._cuts:
+            groups.setdefault((waiting[2].shard.group, waiting[2].part.p.device), []).append(waiting)
+        written = []
+        for cuts in groups.values():
+            parts, write_back = complete([cut for *_, cut in cuts])
+            written.append(write_back)
+            for (rule, hyper, cut), part in zip(cuts, parts, strict=True):
+                if part is not None:
+                    self.add(rule, hyper, cut.blocksize, part)
+        self._run_own()
+        self.torn = True
+        for write_back in written:
+            write_back()
+        self._cuts, self._bytes, self.torn = [], 0, False
+        self._finish()
+
+    def interrupt(self) -> None:
+        """After an exception: step what needs no other rank."""
+        self._run_own()
+        self.torn |= bool(self._cuts)
+        self._finish()
+
+    def _finish(self) -> None:
+        while self._after:
+            self._after.pop()()
+
+    def _run_own(self) -> None:
         for key, (hyper, rests) in list(self._waiting.items()):
             rule, blocksize, *_ = key
             part, write_back = padded(rests, zeros_of(rule), blocksize)

@@ -1,0 +1,172 @@
+"""bitsandbytes on an NVIDIA GPU: what is red, `pip install bitsandbytes torch`. Each rule by itself: one that raises says so."""
+
+import bitsandbytes as bnb
+import bitsandbytes.functional as F
+import torch
+from rules import THRESHOLDS, red
+
+OPS, CUDA = torch.ops.bitsandbytes, torch.device("cuda")
+MAP = F.create_dynamic_map().to(CUDA)
+SIGNED = MAP.double().cpu()
+
+
+def nearest(x):
+    """The code of the nearest value of the dynamic map."""
+    return (SIGNED - x).abs().argmin().item()
+
+
+def shown(rule, *want):
+    """A decorator: compares what a function returns, or the exception that it raises."""
+
+    def run(function):
+        try:
+            got = function()
+        except (AssertionError, RuntimeError, ValueError) as error:
+            got = f"{type(error).__name__}: {error}"
+        red(rule, got, *want)
+
+    return run
+
+
+def tensor(*x, **options):
+    return torch.tensor(x, device=CUDA, **options)
+
+
+def fourbit(x, kind="nf4", **options):
+    packed, state = F.quantize_4bit(x, quant_type=kind, **options)
+    return packed.view(-1), state
+
+
+@shown("Q8-2", nearest(0.5))
+def reciprocal_of_a_large_absmax():
+    return F.quantize_blockwise(tensor(3e38, 1.5e38))[0][1].item()
+
+
+@shown("Q4-2", 15)
+def reciprocal_of_a_large_absmax_4bit():
+    return fourbit(tensor(3e38, 3e38))[0][0].item() & 15
+
+
+@shown("Q4-3", 0)
+def a_threshold_that_is_an_ulp_off():
+    """Exactly at the midpoint of codes 0 and 1, which is the lower one's."""
+    return fourbit(torch.cat((torch.ones(1), THRESHOLDS[:1], torch.zeros(62))).to(CUDA))[0][0].item() & 15
+
+
+@shown("Q4-1", 7 * 17)
+def codes_of_a_large_block():
+    """A block of 1024 zeros and one number: the second byte has two codes of zero."""
+    x = torch.zeros(1024, device=CUDA)
+    x[0] = 1
+    return OPS.quantize_4bit(x, 1024, "nf4", torch.uint8)[0].view(-1)[1].item()
+
+
+@shown("D8-2", 2.0)
+def the_scale_of_a_block_of_100():
+    codes = torch.full((200,), nearest(1.0), dtype=torch.uint8, device=CUDA)
+    return OPS.dequantize_blockwise(codes, tensor(1.0, 2.0), MAP, 100, torch.float32)[100].item()
+
+
+@shown("QN-2", 7 * 17)
+def a_block_of_zeros_among_others():
+    """Its scale does not come back as 0, so that its codes must be those of 0."""
+    x = torch.cat((torch.ones(64), torch.zeros(64))).to(CUDA)
+    return fourbit(x, compress_statistics=True)[0][-1].item()
+
+
+@shown("DN-2", [1, 2])
+def the_shape_of_one_byte():
+    return list(F.dequantize_4bit(*F.quantize_4bit(torch.ones(1, 2, device=CUDA), compress_statistics=True)).shape)
+
+
+@shown("G-3", 0)
+def what_is_not_contiguous():
+    x = torch.randn(64, 32, device=CUDA).half().t()
+    got, want = (OPS.int8_vectorwise_quant(one, 0.0)[0] for one in (x, x.contiguous()))
+    return (got != want).sum().item()
+
+
+@shown("I8-1", 0.25)
+def the_scale_of_a_row_with_an_outlier():
+    x = tensor(8.0, 0.25, dtype=torch.float16).view(1, 2)
+    return OPS.int8_vectorwise_quant(x, 6.0)[1].item()
+
+
+@shown("IM-1", 127 * 127 * 2081)
+def a_product_of_2081_columns():
+    a = torch.full((2, 2081), 127, dtype=torch.int8, device=CUDA)
+    return OPS.int8_linear_matmul(a, a)[0, 0].item()
+
+
+@shown("ID-1", 1.0)
+def the_constant_of_int8():
+    y = OPS.int8_mm_dequant(
+        tensor(127 * 127, dtype=torch.int32).view(1, 1), tensor(1.0), tensor(1.0), dtype=torch.float32
+    )
+    return y.item()
+
+
+@shown("ID-2", 70000.0)
+def a_result_beyond_float16():
+    """70,000 in float32: float16 ends at 65,504."""
+    product = tensor(127 * 127 * 70, dtype=torch.int32).view(1, 1)
+    return round(OPS.int8_mm_dequant(product, tensor(1000.0), tensor(1.0), dtype=torch.float32).item(), -2)
+
+
+@shown("ID-3", [2, 3, 4])
+def three_dimensions():
+    y = OPS.int8_mm_dequant(
+        torch.ones(2, 3, 4, dtype=torch.int32, device=CUDA), torch.ones(6, device=CUDA), torch.ones(4, device=CUDA)
+    )
+    return list(y.shape)
+
+
+@shown("IB-2", 4.0)
+def the_gradient_of_an_int8_weight():
+    """Two rows of ones: each element of the gradient is 2 times 2."""
+    state = bnb.MatmulLtState()
+    state.is_training = state.has_fp16_weights = True
+    a = torch.ones(2, 32, device=CUDA, dtype=torch.float16)
+    weight = torch.ones(16, 32, device=CUDA, dtype=torch.float16, requires_grad=True)
+    y = bnb.matmul(a, weight, state=state)
+    y.backward(torch.full_like(y, 2.0))
+    return round(weight.grad[0, 0].item(), 2)
+
+
+def stepped(name, p, *gradients, **options):
+    """The parameter after a step for each gradient, and the state."""
+    p = torch.nn.Parameter(p.clone())
+    optimizer = getattr(bnb.optim, name)([p], **options)
+    for p.grad in gradients:
+        optimizer.step()
+    return p.detach(), optimizer.state[p]
+
+
+ONES = torch.ones(4096, device=CUDA)
+
+
+@shown("OS-2", 0.4)
+def the_decay_of_adam():
+    """Decoupled: 1 * (1 - 0.1 * 5) - 0.1, and not (1 - 0.1) * (1 - 0.5)."""
+    p, _ = stepped("AdamW32bit", ONES[:1], ONES[:1], lr=0.1, eps=0.0, weight_decay=5.0)
+    return round(p.item(), 3)
+
+
+@shown("OS-5", 1.96)
+def the_norm_of_an_update():
+    p, _ = stepped("LAMB32bit", tensor(2.0), tensor(1.0), lr=0.1, max_unorm=0.2, eps=0.0)
+    return round(p.item(), 4)
+
+
+@shown("OB-6", True)
+def an_infinite_gradient():
+    bad = ONES.clone()
+    bad[7] = float("inf")
+    _, state = stepped("SGD8bit", ONES, ONES, bad, lr=0.1, momentum=0.9)
+    return state["absmax1"][0].isfinite().item()
+
+
+@shown("OB-3", 0.4)
+def the_decay_of_adam_in_8_bits():
+    p, _ = stepped("AdamW8bit", ONES, ONES, lr=0.1, eps=0.0, weight_decay=5.0)
+    return round(p[0].item(), 3)
