@@ -218,30 +218,30 @@ def qlora(job: Job) -> Iterator[dict[str, Any]]:
     shape, model = SHAPES[job.shape], adapted(job)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1, shape.config["vocab_size"], (shape.batch, shape.length), generator=generator)
-    yield job.row("loop", **loop(job, model, ids))
+    adamw = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    yield job.row("loop", **loop(model, adamw, ids, job.device, SHAPES[job.shape].steps))
     yield job.row("Trainer", **trainer(job, model, ids))
 
 
-def loop(job: Job, model: Any, ids: torch.Tensor) -> dict[str, Any]:
-    """Steps with torch's AdamW, after two that are not counted."""
-    batch = {"input_ids": ids.to(job.device), "labels": ids.to(job.device)}
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+def loop(model: Any, optimizer: Any, ids: torch.Tensor, device: str, steps: int) -> dict[str, Any]:
+    """Steps, after two that are not counted."""
+    batch = {"input_ids": ids.to(device), "labels": ids.to(device)}
     losses = []
 
     def step() -> None:
-        with torch.autocast(torch.device(job.device).type, torch.bfloat16):
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
             loss = model(**batch).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.detach())
 
-    first = seconds(step, job.device)
+    first = seconds(step, device)
     step()
-    forget_peak(job.device)
-    times = [seconds(step, job.device) for _ in range(SHAPES[job.shape].steps)]
-    measured = {"ms": statistics.median(times) * 1e3, "first_s": first, **peak(job.device)}
-    return {**measured, "losses": [float(loss) for loss in losses]}
+    forget_peak(device)
+    times = [seconds(step, device) for _ in range(steps)]
+    measured = {"ms": statistics.median(times) * 1e3, "first_s": first, **peak(device)}
+    return {**measured, "seconds": times, "losses": [float(loss) for loss in losses]}
 
 
 def trainer(job: Job, model: Any, ids: torch.Tensor) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from flow_parts import PROJECTIONS, ROW, SHAPES, forget_peak, peak, seconds
+from flow_parts import PROJECTIONS, ROW, SHAPES, forget_peak, loop, peak, seconds
 
 
 @dataclass(frozen=True)
@@ -122,25 +122,9 @@ def training(job: Job) -> dict[str, Any]:
         fully_shard(model, mp_policy=policy)
     generator = torch.Generator().manual_seed(int(os.environ["RANK"]))
     ids = torch.randint(1, shape.config["vocab_size"], (shape.batch, shape.length), generator=generator).to(device)
-    optimizer = optimizer_of(job, model)
-    losses = []
-
-    def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16):
-            loss = run(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.detach())
-
-    first = seconds(step, job.device)
-    step()
-    forget_peak(job.device)
-    times = [seconds(step, job.device) for _ in range(shape.steps)]
-    middle = statistics.median(times)
+    found = loop(run, optimizer_of(job, model), ids, job.device, shape.steps)
     tokens = shape.batch * shape.length * job.ranks
-    found = {"tokens/s": tokens / middle, "ms": middle * 1e3, "first_s": first, "made_s": made, **peak(job.device)}
-    return {**found, "seconds": times, "losses": [float(x) for x in losses]}
+    return {"tokens/s": tokens / (found["ms"] / 1e3), "made_s": made, **found}
 
 
 def exchange(job: Job) -> dict[str, Any]:

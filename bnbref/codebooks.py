@@ -1,229 +1,27 @@
-"""The codebooks: which values a format has, where one ends and the next begins, and where both come from.
+"""The codebooks that there are, and where their numbers come from: NF4 and FP4, dynamic trees, equal steps, small floats.
 
-A codebook is two tables. The code of x is found by counting the thresholds strictly below x, so every rounding
-convention is just another threshold table: a tie that goes to the even code moves a threshold by one ulp, and the
-constants of a hand-written kernel are seven other thresholds.
+Each is a `Codebook`. A format of four bits is an entry of `FOUR_BIT`; a family of eight bits is a function of its parameters.
 """
 
 import functools
 import itertools
-import math
-import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from statistics import NormalDist
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from bnbref.context import kept
-from bnbref.kernels import tracing
+from bnbref.codebook import Codebook, float32, is_table_of, threshold_table, value_table, words
 
-
-@dataclass(frozen=True, eq=False)
-class Codebook:
-    """A format: its values by code, and the thresholds between them. All are floats, each of them exactly a float32.
-
-        rank = number of thresholds strictly below x            code = order[rank]
-
-    order: the code of each rank; None if code and rank are the same. sign_bit: whether a code is a sign and a magnitude. Then
-    the thresholds lie between magnitudes, and the upper half of the codes are the negative numbers:
-
-        rank = number of thresholds strictly below |x|          code = order[rank] + (len(values) / 2 if x < 0 else 0)
-
-    No threshold is below NaN, so its rank is 0. source: where the numbers come from. Raises ValueError for tables that break a
-    rule of docs/content/codebooks.md.
-
-    >>> Codebook.nearest("ternary", [-1, 0, 1]).thresholds
-    (-0.5, 0.5)
-    """
-
-    name: str
-    values: tuple[float, ...]
-    thresholds: tuple[float, ...]
-    order: tuple[int, ...] | None = None
-    sign_bit: bool = False
-    source: str = ""
-    _identity: tuple[object, ...] = field(init=False, repr=False)
-    _hash: int = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not self.name:
-            raise ValueError(f"a codebook must have a name, got {self.name!r}")
-        for label in ("values", "thresholds"):
-            table = _numbers(f"{label} of codebook {self.name!r}", getattr(self, label))
-            if not all(math.isfinite(v) and v == float(_float32(v)) for v in table):
-                raise ValueError(f"{label} of codebook {self.name!r} must be finite float32 numbers, got {table}")
-            object.__setattr__(self, label, table)
-        n = len(self.values)
-        ranks = n // 2 if self.sign_bit else n
-        if not 2 <= n <= 256:
-            raise ValueError(f"codebook {self.name!r} must have 2 to 256 values, got {n}")
-        if len(self.thresholds) != ranks - 1:
-            raise ValueError(f"codebook {self.name!r} needs {ranks - 1} thresholds, got {len(self.thresholds)}")
-        largest = max(map(abs, self.values))
-        if largest > 1:
-            raise ValueError(
-                f"values of codebook {self.name!r} must lie in [-1, 1], as the largest magnitude of a block is scaled to 1: "
-                f"divide them by {largest}"
-            )
-        if any(a > b for a, b in itertools.pairwise(self.thresholds)):
-            raise ValueError(f"thresholds of codebook {self.name!r} must be sorted, got {self.thresholds}")
-        if self.order is not None:
-            object.__setattr__(self, "order", tuple(map(int, self.order)))
-            if n > 16 or sorted(self.order) != list(range(ranks)):
-                raise ValueError(
-                    f"order of codebook {self.name!r} must be a permutation of {ranks} ranks of at most 16 values"
-                )
-        self._check_ranks(ranks)
-        # Compared by the bits of its numbers, because -0.0 is equal to 0.0 and yet decodes to another float. The hash is kept:
-        # codebooks are in the key of every kernel call, and hashing 511 floats each time would cost more than the look-up.
-        identity = (self.name, *map(words, (self.values, self.thresholds)), self.order, self.sign_bit)
-        object.__setattr__(self, "_identity", identity)
-        object.__setattr__(self, "_hash", hash(identity))
-
-    def _check_ranks(self, ranks: int) -> None:
-        """ValueError unless each threshold lies between the values of the ranks beside it."""
-        if self.sign_bit and any(-a != b for a, b in zip(self.values, self.values[ranks:], strict=False)):
-            raise ValueError(f"the second half of the values of codebook {self.name!r} must be the first, negative")
-        by_rank = [self.values[code] for code in self.order or range(ranks)]
-        # A threshold may lie one ulp below the lower value: `ties="even"` puts it there if the values are neighbouring floats,
-        # their midpoint is rounded to the lower one, and the tie goes to the upper one.
-        below = _float32(by_rank[:-1]).nextafter(_float32(-math.inf)).tolist()
-        for a, t, b in zip(below, self.thresholds, by_rank[1:], strict=True):
-            if not a <= t <= b:
-                raise ValueError(
-                    f"thresholds of codebook {self.name!r} must lie between its values, in the order of their ranks: "
-                    f"{t} does not lie between {a} and {b}"
-                )
-
-    def __reduce__(self) -> tuple[object, ...]:
-        # A pickle holds what the codebook is made of and not its hash, which includes that of a string: another in each process.
-        return type(self), (self.name, self.values, self.thresholds, self.order, self.sign_bit, self.source)
-
-    def __eq__(self, other: object) -> bool:
-        return self is other or (isinstance(other, Codebook) and self._identity == other._identity)
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    @property
-    def bits(self) -> int:
-        """How many bits a code is stored in: 4 if it fits into a nibble, else 8."""
-        return 4 if len(self.values) <= 16 else 8
-
-    @functools.cached_property
-    def code_of_zero(self) -> int:
-        """The code of 0.0. All-zero blocks consist of it, and it fills the last nibble after an odd number of elements."""
-        rank = sum(t < 0.0 for t in self.thresholds)
-        return rank if self.order is None else self.order[rank]
-
-    @classmethod
-    def nearest(
-        cls, name: str, values: Sequence[float], ties: Literal["lower", "even"] = "lower", source: str = ""
-    ) -> "Codebook":
-        """The codebook that rounds to the nearest value: its thresholds are the float32 midpoints `fl(fl(a + b) / 2)`.
-
-        values: sorted numbers. ties: a number on a midpoint gets the lower code ("lower") or the even one ("even"). If the even
-        code is the upper one, the threshold is one ulp below the midpoint. Raises ValueError for values that are not sorted, or
-        are not in [-1, 1].
-
-        >>> Codebook.nearest("ternary", [-1, 0, 1], ties="even").thresholds
-        (-0.5, 0.4999999701976776)
-        """
-        values = _numbers(f"values of codebook {name!r}", values)
-        table = _float32(values)
-        if table.numel() < 2 or not bool((table.diff() >= 0).all()):
-            raise ValueError(f"values of codebook {name!r} must be at least two, sorted, got {list(values)}")
-        middle = (table[:-1] + table[1:]) / 2
-        if ties == "even":
-            upper_is_even = torch.arange(middle.numel(), device="cpu") % 2 == 1
-            middle = torch.where(upper_is_even, middle.nextafter(_float32(-math.inf)), middle)
-            middle = middle.cummax(0).values  # equal values (the zeros that pad a map of few bits) leave no room below
-        elif ties != "lower":
-            raise ValueError(f"ties must be 'lower' or 'even', got {ties!r}")
-        return cls(name, tuple(table.tolist()), tuple(middle.tolist()), source=source)
-
-
-def _numbers(what: str, values: Any) -> tuple[float, ...]:
-    try:
-        return tuple(map(float, values))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{what} must be a sequence of numbers, got {values!r}") from error
-
-
-def words(values: Sequence[float]) -> bytes:
-    """The float32 bits of numbers, which tell -0.0 from 0.0."""
-    return struct.pack(f"{len(values)}f", *values)
-
-
-def _float32(values: float | Sequence[float]) -> Tensor:
-    """A float32 tensor on the CPU. Both are named, because models are loaded under other default devices and dtypes."""
-    return torch.tensor(values, dtype=torch.float32, device="cpu")
-
-
-def linspace(start: float, end: float, points: int) -> Tensor:
-    """What float32 `torch.linspace` returns on CPUs with AVX, computed so that every CPU gives the same: float32 `[points]`.
-
-    The lower half is counted from the start and the upper half from the end, each point by one fused multiply-add. On a CPU
-    without that instruction torch itself rounds once more, and 42 values of the dynamic map are others.
-
-    >>> linspace(0.0, 1.0, 3)
-    tensor([0.0000, 0.5000, 1.0000])
-    """
-    edges = _float32([start, end])
-    step = ((edges[1] - edges[0]) / max(points - 1, 1)).double()  # in float64 products are exact, and sums nearly so
-    index = torch.arange(points, dtype=torch.float64, device="cpu")
-    upper = edges[1].double() - step * (points - 1 - index)
-    return torch.where(index < points // 2, edges[0].double() + step * index, upper).float()
+__all__ = [
+    "AF4", "DYNAMIC", "DYNAMIC_UNSIGNED", "FOUR_BIT", "FP4", "INT4", "NF4", "Codebook", "Formats", "dynamic", "four_bit", "fp8",
+    "is_table_of", "linear", "linspace", "normal", "threshold_table", "value_table", "words",
+]  # fmt: skip
 
 
 def _from_hex(words: str) -> tuple[float, ...]:
     bits = torch.tensor([int(w, 16) - (int(w, 16) >> 31 << 32) for w in words.split()], dtype=torch.int32, device="cpu")
     return tuple(bits.view(torch.float32).tolist())
-
-
-def value_table(codebook: Codebook, device: torch.device) -> Tensor:
-    """`codebook.values` as a float32 tensor, padded by zeros to one entry for each of the 16 or 256 codes.
-
-    >>> value_table(NF4, torch.device("cpu"))[7:9]
-    tensor([0.0000, 0.0796])
-    """
-    return _table(codebook, True, device)
-
-
-def is_table_of(values: Tensor, codebook: Codebook) -> bool:
-    """Whether a table of values that was stored with codes is that of a codebook: each value within a relative 2^-19 of its own.
-
-    It need not have the same bits, because the writer's torch may have computed the dynamic map without fused multiply-adds. Its
-    linspace on [0.1, 1] then differs by 2^-23 at most, which relative to 0.1 is less than 2^-19. Neighbouring values of a map
-    differ by 1 % or more.
-
-    >>> is_table_of(value_table(NF4, torch.device("cpu")), NF4), is_table_of(value_table(NF4, torch.device("cpu")).flip(0), NF4)
-    (True, False)
-    """
-    own = value_table(codebook, torch.device("cpu"))
-    found = values.detach().to("cpu", torch.float32)
-    return found.shape == own.shape and bool(((found - own).abs() <= own.abs() * 2.0**-19).all())
-
-
-def threshold_table(codebook: Codebook, device: torch.device) -> Tensor:
-    """`codebook.thresholds` as a float32 tensor on a device."""
-    return _table(codebook, False, device)
-
-
-def _table(codebook: Codebook, values: bool, device: torch.device) -> Tensor:
-    return (_new_table if tracing() else _kept_table)(codebook, values, device)
-
-
-def _new_table(codebook: Codebook, values: bool, device: torch.device) -> Tensor:
-    padding = (0.0,) * (2**codebook.bits - len(codebook.values))
-    numbers = codebook.values + padding if values else codebook.thresholds
-    return torch.tensor(numbers, dtype=torch.float32, device=device)
-
-
-_kept_table = kept()(_new_table)
 
 
 # ---- four bits ------------------------------------------------------------------------------------------------------
@@ -242,9 +40,9 @@ _FP4_MAGNITUDES = (0.0, 1 / 192, 2 / 3, 1.0, 1 / 3, 1 / 2, 1 / 6, 1 / 4)  # by c
 
 FP4 = Codebook(
     "fp4",
-    tuple(_float32([*_FP4_MAGNITUDES, 0.0, *(-v for v in _FP4_MAGNITUDES[1:])]).tolist()),
+    tuple(float32([*_FP4_MAGNITUDES, 0.0, *(-v for v in _FP4_MAGNITUDES[1:])]).tolist()),
     # The literals of bitsandbytes' CUDA kernel; five of the seven are not the float32 midpoints.
-    tuple(_float32([0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333, 0.8333333]).tolist()),
+    tuple(float32([0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333, 0.8333333]).tolist()),
     order=(0, 1, 6, 7, 4, 5, 2, 3),
     sign_bit=True,
     source="bitsandbytes csrc/kernels.cu dQuantizeFP4: sign, two exponent bits, one mantissa bit, scaled to 1",
@@ -268,7 +66,7 @@ AF4 = _descending(
 
 INT4 = _descending(
     "int4",
-    _float32([i / 7 for i in (-7, -6, -5, -4, -3, -2, -1, 0, 0, 1, 2, 3, 4, 5, 6, 7)]).tolist(),
+    float32([i / 7 for i in (-7, -6, -5, -4, -3, -2, -1, 0, 0, 1, 2, 3, 4, 5, 6, 7)]).tolist(),
     source="bitsandbytes get_4bit_type('int4'): sixteen codes from +7/7 down to -7/7, zero twice",
 )
 """Symmetric integers over 7, from +1 down. Zero has two codes, 7 and 8; quantization uses 8, or 7 for numbers above 0."""
@@ -304,6 +102,22 @@ def four_bit(quant_type: str | Codebook) -> Codebook:
 
 
 # ---- families -------------------------------------------------------------------------------------------------------
+
+
+def linspace(start: float, end: float, points: int) -> Tensor:
+    """What float32 `torch.linspace` returns on CPUs with AVX, computed so that every CPU gives the same: float32 `[points]`.
+
+    The lower half is counted from the start and the upper half from the end, each point by one fused multiply-add. On a CPU
+    without that instruction torch itself rounds once more, and 42 values of the dynamic map are others.
+
+    >>> linspace(0.0, 1.0, 3)
+    tensor([0.0000, 0.5000, 1.0000])
+    """
+    edges = float32([start, end])
+    step = ((edges[1] - edges[0]) / max(points - 1, 1)).double()  # in float64 products are exact, and sums nearly so
+    index = torch.arange(points, dtype=torch.float64, device="cpu")
+    upper = edges[1].double() - step * (points - 1 - index)
+    return torch.where(index < points // 2, edges[0].double() + step * index, upper).float()
 
 
 @functools.cache
@@ -395,7 +209,7 @@ def fp8(signed: bool = True, exponent_bits: int = 5, precision_bits: int = 2) ->
         fraction = mantissa / 2**precision_bits
         value = fraction * 2.0**-bias if exponent == 0 else (1 + fraction) * 2.0 ** (bias + 1 - exponent)
         values += [value, -value] if signed else [value]
-    scaled = _float32(sorted(values))
+    scaled = float32(sorted(values))
     sign = "s" if signed else "u"
     return Codebook.nearest(f"fp8-{sign}-e{exponent_bits}p{precision_bits}", (scaled / scaled.max()).tolist(), "even")
 
@@ -417,5 +231,5 @@ def normal(offset: float = 0.9677083, use_extra_value: bool = True) -> Codebook:
     def side(count: int) -> list[float]:
         return [quantile(p) for p in linspace(offset, 0.5, count).tolist()[:-1]]
 
-    values = _float32(sorted([-v for v in side(8)] + [0.0] + side(9 if use_extra_value else 8)))
+    values = float32(sorted([-v for v in side(8)] + [0.0] + side(9 if use_extra_value else 8)))
     return Codebook.nearest("normal", (values / values.max()).tolist(), source="2305.14314")

@@ -145,7 +145,8 @@ def test_every_class_steps_copies_and_pickles(name):
     p = parameter()
     optimizer = make(name, [p])
     optimizer.step()
-    assert optimizer.state[p]["state1"].dtype == (torch.uint8 if "8bit" in name else torch.float32)
+    (first, *_) = optimizer.rule.states
+    assert optimizer.state[p][first.key].dtype == (torch.uint8 if "8bit" in name else torch.float32)
     assert optimizer.is_paged == name.startswith("Paged")
     assert type(optimizer).__name__ in repr(optimizer)
     assert "p" in inspect.getdoc(type(optimizer))

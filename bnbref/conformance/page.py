@@ -6,6 +6,7 @@ Nothing is loaded from anywhere, error maps and histograms are inline SVG, and i
 import html
 import math
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,37 +17,7 @@ from bnbref.conformance.operations import OPERATIONS
 from bnbref.conformance.report import DTYPES, Finding, Report, bracketed_issue, cell, describe, rows, versions
 from bnbref.conformance.specification import RULES
 
-_STYLE = """
-:root { color-scheme: light dark; --ok: #1a7f37; --bad: #cf222e; --line: #8886; --none: #8884; }
-body { font: 16px/1.45 system-ui, sans-serif; margin: 1rem auto; max-width: 60rem; padding: 0 .8rem; }
-h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; } h3 { font-size: 1rem; margin: .2rem 0; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; }
-th, td { border: 1px solid var(--line); padding: .2rem .45rem; text-align: right; white-space: nowrap; }
-th[colspan] { text-align: left; }
-th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: Canvas; }
-td button { all: unset; cursor: pointer; color: var(--bad); font-weight: 600; }
-td button:focus-visible { outline: 2px solid; } td.ok { color: var(--ok); } td.none { color: var(--none); }
-article { border: 1px solid var(--line); border-radius: .4rem; padding: .6rem .8rem; margin: .8rem 0; }
-article[hidden] { display: none; } pre { overflow-x: auto; font-size: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }
-svg { width: 100%; height: auto; max-width: 40rem; } svg text { font-size: 9px; fill: currentColor; }
-"""
-
-_SCRIPT = """
-const articles = [...document.querySelectorAll('article')];
-const status = document.getElementById('shown');
-function show(cell) {
-  for (const a of articles) a.hidden = cell !== '' && !a.dataset.cells.split(' ').includes(cell);
-  const n = articles.filter(a => !a.hidden).length;
-  status.textContent = cell === '' ? `all ${n} findings` : `${n} of ${articles.length} findings: ${cell.replaceAll('/', ' ')}`;
-}
-document.addEventListener('click', event => {
-  const button = event.target.closest('button[data-cell]');
-  if (!button) return;
-  show(button.dataset.cell);
-  status.scrollIntoView({block: 'start'});
-});
-show('');
-"""
+_STYLE, _SCRIPT = (Path(__file__).with_name(f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
 
 
 def as_html(reports: Sequence[Report]) -> str:

@@ -1,19 +1,8 @@
-"""What every layer with a quantized weight does when it is moved, saved and loaded; what it computes is elsewhere.
+"""Layers with a weight in four or in eight bits: which keys of a state dict it has, and what is remembered of it.
 
-FSDP replaces a weight by a view or a DTensor, which loses the weight's attributes and the scales among them. So the layer
-remembers the scales that its weight came with, and uses them when the weight has none.
-
-A weight is loaded whole or not at all. `load_state_dict`, strict or not, makes of the weight
-
-    checkpoint      layer is float          layer is quantized          layer is on meta, assign=True
-    float           copied                  quantized, as by `.to`      float
-    quantized       quantized, as there     quantized, as there         quantized, as there
-
-and raises for a quantized weight without its scales, for scales without the weight, and for scales that do not fit it.
-"As there": the quant_type, blocksize, nesting and storage of the checkpoint hold, not those of the constructor.
+What both do when they are moved, saved and loaded is in `bnbref.nn.quantized`.
 """
 
-import sys
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -21,173 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnbref.checkpoint import Checkpoint
-from bnbref.nn.params import Int8Params, Params4bit, QuantizedParameter, in_bytes
+from bnbref.nn.parameter import in_bytes
+from bnbref.nn.params import Int8Params, Params4bit
+from bnbref.nn.quantized import QuantizedLayer
 from bnbref.quant_state import QuantState
-
-
-class QuantizedLayer(nn.Module):
-    """A layer whose parameter `weight` is a `QuantizedParameter`."""
-
-    weight: Tensor
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Like the method of `nn.Module`, but it remembers the scales of a weight. `layer.weight = ...` calls it too."""
-        if name != "weight" and isinstance(param, QuantizedParameter) and param.holds_codes():
-            raise TypeError(
-                f"the weight of {self} holds codes and cannot be pruned or normalized: {name} would be codes"
-            )
-        super().register_parameter(name, param)
-        if name == "weight":
-            self._remember(param)
-
-    def __delattr__(self, name: str) -> None:
-        """As of `nn.Module`. torch's parametrizations and spectral_norm, which remove a weight first, are refused here, where the
-        layer is still whole. FSDP removes it too, and puts a view of the same codes in its place."""
-        asking = sys._getframe(1).f_globals.get("__name__", "")
-        if isinstance(self._parameters.get(name), QuantizedParameter) and asking.startswith("torch.nn.utils."):
-            raise TypeError(f"the {name} of {self} cannot be parametrized: it holds codes, or will")
-        super().__delattr__(name)
-
-    def _fqn_modifiers(self) -> dict[str, str]:
-        """torch.distributed.checkpoint's question, by what attribute it comes to the object that a key of the state dict names.
-
-        It walks along the key, and `weight.absmax` is an attribute of a quantized weight, but of no DTensor in its place.
-        """
-        return dict.fromkeys(("weight", "weight_format"), "_saved")
-
-    @property
-    def _saved(self) -> SimpleNamespace:
-        """An object that has an attribute for all that is beside the weight in a state dict."""
-        raise NotImplementedError
-
-    def _remember(self, weight: Tensor | None) -> None:
-        """Keeps the scales of the weight, if it has some."""
-        raise NotImplementedError
-
-    def _move_remembered(self, function: Callable[[Tensor], Tensor]) -> None:
-        raise NotImplementedError
-
-    def _shape(self) -> tuple[int, int]:
-        """The shape of the float weight."""
-        raise NotImplementedError
-
-    def _is_of_weight(self, name: str) -> bool:
-        """Whether a key of a state dict, without the layer's prefix, belongs to the weight or its scales."""
-        raise NotImplementedError
-
-    def _read(self, entries: Mapping[str, Tensor]) -> QuantizedParameter | None:
-        """The quantized weight that the entries of a state dict make; None if they are a float weight. ValueError if something
-        is missing or does not fit."""
-        raise NotImplementedError
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restores the layer from a pickle. In bitsandbytes' pickles the weight is a plain parameter that has the attributes of a
-        quantized one."""
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        weight = self._parameters.get("weight")
-        if weight is not None and not isinstance(weight, QuantizedParameter):
-            self._restore(weight)
-
-    def _restore(self, weight: nn.Parameter) -> None:
-        """Makes the weight a quantized parameter again, from a plain one that has the attributes of one."""
-        raise NotImplementedError
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLayer":
-        weight = self._parameters.get("weight")
-        if not isinstance(weight, QuantizedParameter):
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-            self._move_remembered(fn)
-            return self
-        self._parameters["weight"] = None
-        try:
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-            with torch.no_grad():
-                new = weight.applied(fn)
-                grad = None if weight.grad is None or new.holds_codes() else fn(weight.grad)
-        finally:
-            self._parameters["weight"] = weight
-        self._replace(new)
-        self.weight.grad = grad
-        return self
-
-    def _replace(self, new: QuantizedParameter) -> None:
-        """Makes `new` the weight. If torch allows, the parameter stays the same object, which other modules may share."""
-        weight = self.weight
-        if torch._has_compatible_shallow_copy_type(weight, new):
-            weight.grad = None
-            weight.data = new
-            self._remember(weight)
-        else:
-            self.weight = new
-
-    def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Mapping[str, Any], strict: bool,
-        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
-    ) -> None:  # fmt: skip
-        weight = self._parameters["weight"]
-        self._parameters["weight"] = None
-        try:
-            super()._load_from_state_dict(
-                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-            )
-        finally:
-            self._parameters["weight"] = weight
-        entries = {
-            key.removeprefix(prefix): value
-            for key, value in state_dict.items()
-            if key.startswith(prefix) and self._is_of_weight(key.removeprefix(prefix))
-        }
-        unexpected_keys[:] = [key for key in unexpected_keys if key.removeprefix(prefix) not in entries]
-        if not entries:
-            if strict:
-                missing_keys.append(f"{prefix}weight")
-            return
-        try:
-            self._load_weight(entries, assign=local_metadata.get("assign_to_params_buffers", False))
-        except (TypeError, ValueError) as error:
-            error_msgs.append(f"{prefix.removesuffix('.') or type(self).__name__}: {error}")
-
-    def _load_weight(self, entries: Mapping[str, Tensor], assign: bool) -> None:
-        old = self.weight
-        if not isinstance(old, QuantizedParameter):
-            data = entries.get("weight", old).detach()
-            if len(entries) > 1 or not data.is_floating_point() or not data.shape == old.shape == self._shape():
-                raise TypeError(
-                    f"weight is a {type(old).__name__}, not a quantized parameter: load before it is wrapped or tied"
-                )
-            if assign:  # the weight is tied to a float one, and loaded as such
-                self.weight = nn.Parameter(data, old.requires_grad)
-            else:
-                with torch.no_grad():
-                    old.copy_(data)
-            return
-        if old.device.type == "meta" and not assign:
-            raise ValueError("weight is on the meta device: load_state_dict needs assign=True")
-        for name, value in entries.items():
-            if not isinstance(value, Tensor) and name != "weight_format":  # in old files that one is a string
-                raise ValueError(f"{name} must be a tensor, got {type(value).__name__}")
-        new = self._read(entries)
-        if new is None:
-            data = entries["weight"].detach()
-            if data.shape != self._shape() or not data.is_floating_point():
-                raise ValueError(
-                    f"weight must be float {list(self._shape())} or quantized with its scales beside it, "
-                    f"got {data.dtype} {list(data.shape)}"
-                )
-            if not assign and not old.holds_codes():
-                with torch.no_grad():
-                    old.copy_(data)
-                return
-            new = old.unquantized(data)
-            new = new if assign else new.to(old.device)
-        elif not assign:
-            # A copy, as load_state_dict makes of every tensor that is not assigned.
-            new = new.applied(lambda t: t.to(old.device, copy=True))
-        if assign:
-            self.weight = new
-        else:
-            self._replace(new)
+from bnbref.stored import Checkpoint
 
 
 class FourBitLayer(QuantizedLayer):

@@ -16,7 +16,8 @@ but these lines reaches the compiler: what it could not compile, or not with the
 import functools
 import inspect
 import keyword
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -24,30 +25,35 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from bnbref.codebooks import Codebook
-from bnbref.optim.chain import WRITE, Part, TooMany, prefixed, schedule
-from bnbref.optim.rules import OF, Rule, State, absmax_key, qmap_key
-from bnbref.optim.symbols import LARGEST, Call, Name, Names, Recording, Symbol
+from bnbref.optim.rule import OF, Rule, State, absmax_key, qmap_key
+from bnbref.optim.symbols import LARGEST, Call, Names, Recording, Symbol
 from bnbref.optim.weights import CORRECTION
 
 
 class Equation(Rule):
     """A rule written down: compared by what it computes and by how its states are coded.
 
-    names: of its coefficients, in the order in which a step has them in a tensor.
+    names: of its coefficients, in the order in which a step has them in a tensor. calls: of functions of the whole matrix; where
+    there are some, direction takes stacks of matrices. read: the tensors that it uses.
     """
 
     def __init__(
-        self, rule: Rule, source: str, names: tuple[str, ...], states: tuple[State, ...] | None = None
-    ) -> None:
-        self.source, self.names = source, names
+        self, rule: Rule, source: str, names: tuple[str, ...], states: tuple[State, ...] | None = None,
+        calls: Mapping[str, Call] | None = None, read: Collection[str] = (),
+    ) -> None:  # fmt: skip
+        self.source, self.names, self.calls, self.read = source, names, calls or {}, read
         self.states, self.stacked, self.codebooks, self.clipped = layout(rule)
         self.states = self.states if states is None else states
         self._name, self._function = repr(rule), _function(source)
+        if self.calls:
+            scope = {**self._function.__globals__, **self.calls}
+            self._function = FunctionType(self._function.__code__, scope)
         self._identity = (source, names, self.states, self.codebooks)
         self._hash = hash(self._identity)
 
     def direction(self, *args: Any) -> tuple[Tensor, ...]:
-        return self._function(*args)
+        found: tuple[Tensor, ...] = self._function(*args)
+        return found
 
     def __repr__(self) -> str:
         return self._name
@@ -59,29 +65,6 @@ class Equation(Rule):
         return self._hash
 
 
-class Chain(Equation):
-    """A rule with steps of the whole matrix: equations of kernels, and between them calls by torch.
-
-    parts: in their order. memory: for each state of the whole matrix the name of its new value.
-    """
-
-    def __init__(
-        self, rule: Rule, source: str, names: tuple[str, ...], calls: Sequence[Call], parts: Sequence[Part | int],
-        memory: Mapping[str, str],
-    ) -> None:  # fmt: skip
-        super().__init__(rule, "def direction(*args): pass", names)
-        self.source = source
-        self.parts: list[tuple[Part, Equation] | Call] = []
-        self.memory = memory
-        for part in parts:
-            if isinstance(part, int):
-                self.parts.append(calls[part])
-                continue
-            states = tuple(rule.states[i] for i in part.states)
-            own = (*map(prefixed, names), "rate", "decay") if part.kind == WRITE else names
-            self.parts.append((part, Equation(rule, part.source, own, states)))
-
-
 Layout = tuple[tuple[State, ...], tuple[str, ...], tuple[Codebook, Codebook], bool]
 
 
@@ -91,10 +74,10 @@ def layout(rule: Rule) -> Layout:
 
 
 @functools.lru_cache(maxsize=1024)
-def _function(source: str) -> Callable[..., tuple[Tensor, ...]]:
+def _function(source: str) -> FunctionType:
     scope: dict[str, Any] = {"sqrt": Rule.sqrt, "where": torch.where, "full_like": torch.full_like}
     exec(compile(source, "<direction of a rule>", "exec"), scope)
-    function: Callable[..., tuple[Tensor, ...]] = scope["direction"]
+    function: FunctionType = scope["direction"]
     return function
 
 
@@ -119,36 +102,18 @@ def write_down(rule: Rule, names: tuple[str, ...]) -> Equation:
         wanted = ", ".join(["direction", *(s.key for s in rule.states)])
         got = f"{len(results)} results" if isinstance(results, (tuple, list)) else f"no tuple but {results!r}"
         raise ValueError(f"direction of {rule!r} must return {1 + len(rule.states)} results, {wanted}, got {got}")
-    if recording.calls:
-        if rule.clipped:
-            recording.refuse("is clipped after steps of the whole matrix: let the last of them clip it")
-        return _chain(rule, recording, results, names)
-    if matrices:
+    if recording.calls and rule.clipped:
+        recording.refuse("is clipped after steps of the whole matrix: let the last of them clip it")
+    if matrices and not recording.calls:
         recording.refuse(f"has states of the whole matrix, {list(matrices.values())}, and no call of Rule.whole")
-    return Equation(rule, _text(inputs, recording, list(map(recording.tensor, results))), names)
-
-
-def _text(inputs: Sequence[str], recording: Recording, results: Sequence[str]) -> str:
-    lines = [f"def direction({', '.join(inputs)}, c):", *recording.lines, f"return ({', '.join(results)},)"]
-    return "\n    ".join(lines)
-
-
-def _chain(rule: Rule, recording: Recording, results: Sequence[Any], names: tuple[str, ...]) -> Chain:
-    memory, new = {}, []
-    direction = recording.named(results[0])
-    for i, (state, result) in enumerate(zip(rule.states, results[1:], strict=True)):
-        if state.of == "elements":
-            new.append((i, recording.named(result)))
-        else:
-            memory[state.key] = recording.of_the_whole(state.key, result)
-    calls = tuple((tuple(x for x in call.args if isinstance(x, Name)), call.results) for call in recording.calls)
-    try:
-        parts = schedule(tuple(recording.lines), calls, direction, tuple(new))
-    except TooMany as error:
-        recording.refuse(f"has a part between two steps of the whole matrix that {error}")
-    inputs = ["p", "g", *(f"s{i}" for i in range(len(rule.states)))]
-    results = [direction, *(dict(new).get(i) or memory[s.key] for i, s in enumerate(rule.states))]
-    return Chain(rule, _text(inputs, recording, results), names, recording.calls, parts, memory)
+    if recording.calls:
+        new = zip(rule.states, results[1:], strict=True)
+        texts = [recording.named(results[0])]
+        texts += [recording.named(x) if s.of == "elements" else recording.of_the_whole(s.key, x) for s, x in new]
+    else:
+        texts = list(map(recording.tensor, results))
+    lines = [f"def direction({', '.join(inputs)}, c):", *recording.lines, f"return ({', '.join(texts)},)"]
+    return Equation(rule, "\n    ".join(lines), names, calls=recording.calls, read=recording.read)
 
 
 def numbers(rule: Rule, t: int, group: Mapping[str, Any]) -> dict[str, float]:

@@ -1,157 +1,14 @@
-"""The optimizers under bitsandbytes' names: nine families, each with 8-bit, 32-bit and paged variants.
-
-A family is a name, a rule and its defaults. A variant of it fixes `optim_bits`, `is_paged` or both.
-Arguments that bitsandbytes accepts and ignores are refused here if they would change anything.
-"""
+"""The optimizers under bitsandbytes' names: nine families, each with 8-bit, 32-bit and paged variants."""
 
 # ruff: noqa: E701, the table of variants has a line for each
 
-import functools
-import inspect
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypedDict
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
-import torch
 from typing_extensions import Unpack
 
 from bnbref.optim import rules
-from bnbref.optim.optimizer import Optimizer
-
-
-class Options(TypedDict, total=False):
-    """Keywords that every optimizer takes beside the arguments of bitsandbytes: see `bnbref.optim.Optimizer`."""
-
-    blocksize: int
-    page_directory: str | Path | None
-    page_bytes: int
-    stochastic_rounding: bool
-    master_weight_bits: int | None
-    generator: torch.Generator | None
-    maximize: bool
-    foreach: bool | None
-    fused: bool | None
-    capturable: bool
-    differentiable: bool
-    percentile_clipping: int
-    block_wise: bool
-
-
-class PagedOptions(Options, total=False):
-    """The same and `is_paged`, for the families that bitsandbytes does not page."""
-
-    is_paged: bool
-
-
-class Args(NamedTuple):
-    """`optimizer.args`, where code for bitsandbytes looks for the settings. To be read only."""
-
-    optim_bits: int
-    min_8bit_size: int
-    max_unorm: float
-    is_paged: bool
-    skip_zeros: bool = False
-    percentile_clipping: int = 100
-    block_wise: bool = True
-
-
-class Family(Optimizer):
-    """Base of the named optimizers.
-
-    percentile_clipping and block_wise, which bitsandbytes took until 0.49, may say what always holds: 100 and True.
-    """
-
-    def __init__(
-        self, params: Any, rule: rules.Rule | Mapping[str, rules.Rule], defaults: Mapping[str, Any], *,
-        percentile_clipping: int = 100, block_wise: bool = True, **options: Any,
-    ) -> None:  # fmt: skip
-        if percentile_clipping != 100:
-            raise ValueError(
-                f"percentile_clipping of {type(self).__name__} must be 100, which clips nothing, got "
-                f"{percentile_clipping!r}: clip gradients before the step, by torch.nn.utils.clip_grad_norm_"
-            )
-        if not block_wise:
-            raise ValueError(
-                f"block_wise of {type(self).__name__} must be True, got {block_wise!r}: states in 8 bits are blockwise"
-            )
-        super().__init__(params, rule, defaults, **options)
-
-    @property
-    def args(self) -> Args:
-        """The settings, as bitsandbytes has them."""
-        own: Mapping[str, Any] = self._own
-        return Args(own["optim_bits"], own["min_8bit_size"], own["max_unorm"], self.is_paged)
-
-    def __init_subclass__(
-        cls, *, bits: int | None = None, paged: bool = False, keeps: tuple[str, ...] = (), **kwargs: Any
-    ) -> None:
-        """bits, paged: fixed in a variant, and gone from its signature unless the family `keeps` it for compatibility."""
-        super().__init_subclass__(**kwargs)
-        if bits is None and not paged:
-            cls._keeps = keeps
-        else:
-            _fix(cls, {**({"optim_bits": bits} if bits else {}), **({"is_paged": True} if paged else {})})
-
-    _keeps: tuple[str, ...] = ()
-    _placeholders: ClassVar[Mapping[str, Any]] = {}
-    """What bitsandbytes' variants have in their signatures and ignore: Adam8bit says optim_bits=32, and refuses anything else."""
-
-
-def _fix(cls: type[Family], fixed: dict[str, Any]) -> None:
-    """Give a variant the signature and the docstring of its family, less what is fixed."""
-    family = cls.__mro__[1]
-    parameters = []
-    for p in inspect.signature(family.__init__).parameters.values():  # type: ignore[misc]
-        if p.name not in fixed:
-            parameters.append(p)
-        elif p.name in cls._keeps:
-            parameters.append(p.replace(default=fixed[p.name]))
-    signature = inspect.Signature(parameters)
-
-    @functools.wraps(family.__init__)  # type: ignore[misc]
-    def init(self: Family, *args: Any, **kwargs: Any) -> None:
-        bound = signature.bind(self, *args, **kwargs).arguments
-        del bound["self"]
-        given = {**bound.pop("options", {}), **bound}
-        for name, value in fixed.items():
-            if given.get(name, value) not in (value, cls._placeholders.get(name, value)):
-                raise ValueError(f"{name} of {cls.__name__} is {value}, got {given[name]!r}")
-        family.__init__(self, **{**given, **fixed})  # type: ignore[misc]
-
-    init.__signature__ = signature  # type: ignore[attr-defined]
-    init.__qualname__ = f"{cls.__qualname__}.__init__"
-    cls.__init__ = init  # type: ignore[method-assign]
-    cls.__doc__ = f"{cls.__doc__}\n\n{family.__doc__}"
-
-
-_UNUSED = {
-    "args": "args was an object with settings; pass them by name",
-    "amsgrad": "no rule here keeps the largest v, torch.optim.Adam(amsgrad=True) does",
-    "dampening": "the rule is heavy-ball momentum alone",
-    "nesterov": "the rule is heavy-ball momentum alone",
-    "momentum": "use torch.optim.RMSprop",
-    "centered": "use torch.optim.RMSprop",
-    "lr_decay": "schedule lr instead",
-    "initial_accumulator_value": "states start at zero",
-}
-"""Arguments of bitsandbytes that some families have no use for, and what to do instead."""
-
-
-def _refuse(optimizer: Family, **arguments: Any) -> None:
-    """Raise if one of these arguments has a value that would have to mean something."""
-    for name, value in arguments.items():
-        if value:
-            raise ValueError(
-                f"{name} of {type(optimizer).__name__} must be left at its default, got {value!r}: {_UNUSED[name]}"
-            )
-
-
-def _betas(betas: Sequence[float] | str) -> tuple[float, ...]:
-    """Betas as numbers; a string like "(0.9, 0.95)" comes from a command line."""
-    return tuple(float(b) for b in (betas.strip("() ").split(",") if isinstance(betas, str) else betas))
-
-
-# ---- families -------------------------------------------------------------------------------------------------------
+from bnbref.optim.family import Family, Options, PagedOptions, betas_of, refuse
 
 
 class Adam(Family, keeps=("optim_bits", "is_paged")):
@@ -171,9 +28,9 @@ class Adam(Family, keeps=("optim_bits", "is_paged")):
         weight_decay: float = 0, amsgrad: bool = False, optim_bits: int = 32, args: None = None, min_8bit_size: int = 4096,
         is_paged: bool = False, **options: Unpack[Options],
     ) -> None:  # fmt: skip
-        _refuse(self, amsgrad=amsgrad, args=args)
+        refuse(self, amsgrad=amsgrad, args=args)
         super().__init__(
-            params, rules.Adam(), {"lr": lr, "betas": _betas(betas), "eps": eps, "weight_decay": weight_decay},
+            params, rules.Adam(), {"lr": lr, "betas": betas_of(betas), "eps": eps, "weight_decay": weight_decay},
             optim_bits=optim_bits, min_8bit_size=min_8bit_size, is_paged=is_paged, **options,
         )  # fmt: skip
 
@@ -212,7 +69,7 @@ class AdEMAMix(Family):
     ) -> None:  # fmt: skip
         if t_beta3 and not betas[0] * betas[2] > 0:
             raise ValueError(f"with t_beta3 the first and the last of betas must be above 0, got {betas}")
-        defaults = {"lr": lr, "betas": _betas(betas), "eps": eps, "weight_decay": weight_decay}
+        defaults = {"lr": lr, "betas": betas_of(betas), "eps": eps, "weight_decay": weight_decay}
         super().__init__(
             params, rules.AdEMAMix(), {**defaults, "alpha": alpha, "t_alpha": t_alpha, "t_beta3": t_beta3},
             optim_bits=optim_bits, min_8bit_size=min_8bit_size, is_paged=is_paged, **options,
@@ -229,9 +86,9 @@ class Lion(Family):
         self, params: Any, lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0,
         optim_bits: int = 32, args: None = None, min_8bit_size: int = 4096, is_paged: bool = False, **options: Unpack[Options],
     ) -> None:  # fmt: skip
-        _refuse(self, args=args)
+        refuse(self, args=args)
         super().__init__(
-            params, rules.Lion(), {"lr": lr, "betas": _betas(betas), "eps": 0.0, "weight_decay": weight_decay},
+            params, rules.Lion(), {"lr": lr, "betas": betas_of(betas), "eps": 0.0, "weight_decay": weight_decay},
             optim_bits=optim_bits, min_8bit_size=min_8bit_size, is_paged=is_paged, **options,
         )  # fmt: skip
 
@@ -248,7 +105,7 @@ class SGD(Family):
         self, params: Any, lr: float, momentum: float = 0, dampening: float = 0, weight_decay: float = 0, nesterov: bool = False,
         optim_bits: int = 32, args: None = None, min_8bit_size: int = 4096, **options: Unpack[PagedOptions],
     ) -> None:  # fmt: skip
-        _refuse(self, dampening=dampening, nesterov=nesterov, args=args)
+        refuse(self, dampening=dampening, nesterov=nesterov, args=args)
         if momentum == 0:
             raise NotImplementedError("momentum must be above 0: without it use torch.optim.SGD, which keeps no state")
         super().__init__(
@@ -270,7 +127,7 @@ class LARS(Family):
         optim_bits: int = 32, args: None = None, min_8bit_size: int = 4096, max_unorm: float = 0.02,
         **options: Unpack[PagedOptions],
     ) -> None:  # fmt: skip
-        _refuse(self, dampening=dampening, nesterov=nesterov, args=args)
+        refuse(self, dampening=dampening, nesterov=nesterov, args=args)
         if momentum == 0:
             raise NotImplementedError("momentum must be above 0: LARS is momentum with clipped steps")
         super().__init__(
@@ -292,14 +149,14 @@ class LAMB(Family):
         eps: float = 1e-8, weight_decay: float = 0, amsgrad: bool = False, adam_w_mode: bool = True, optim_bits: int = 32,
         args: None = None, min_8bit_size: int = 4096, max_unorm: float = 1.0, **options: Unpack[PagedOptions],
     ) -> None:  # fmt: skip
-        _refuse(self, amsgrad=amsgrad, args=args)
+        refuse(self, amsgrad=amsgrad, args=args)
         if not bias_correction or not adam_w_mode:
             raise ValueError(
                 f"bias_correction and adam_w_mode must be True, got {bias_correction} and {adam_w_mode}: "
                 f"the rule has both"
             )
         super().__init__(
-            params, rules.LAMB(), {"lr": lr, "betas": _betas(betas), "eps": eps, "weight_decay": weight_decay},
+            params, rules.LAMB(), {"lr": lr, "betas": betas_of(betas), "eps": eps, "weight_decay": weight_decay},
             optim_bits=optim_bits, min_8bit_size=min_8bit_size, max_unorm=max_unorm, **options,
         )  # fmt: skip
 
@@ -315,7 +172,7 @@ class RMSprop(Family):
         momentum: float = 0, centered: bool = False, optim_bits: int = 32, args: None = None, min_8bit_size: int = 4096,
         **options: Unpack[PagedOptions],
     ) -> None:  # fmt: skip
-        _refuse(self, momentum=momentum, centered=centered, args=args)
+        refuse(self, momentum=momentum, centered=centered, args=args)
         if alpha == 0:
             raise NotImplementedError("alpha must be above 0: at 0 the rule is the sign of the gradient")
         super().__init__(
@@ -334,7 +191,7 @@ class Adagrad(Family, keeps=("optim_bits",)):
         self, params: Any, lr: float = 1e-2, lr_decay: float = 0, weight_decay: float = 0, initial_accumulator_value: float = 0,
         eps: float = 1e-10, optim_bits: int = 32, args: None = None, min_8bit_size: int = 4096, **options: Unpack[PagedOptions],
     ) -> None:  # fmt: skip
-        _refuse(self, lr_decay=lr_decay, initial_accumulator_value=initial_accumulator_value, args=args)
+        refuse(self, lr_decay=lr_decay, initial_accumulator_value=initial_accumulator_value, args=args)
         super().__init__(
             params, rules.Adagrad(), {"lr": lr, "betas": (0.0, 0.0), "eps": eps, "weight_decay": weight_decay},
             optim_bits=optim_bits, min_8bit_size=min_8bit_size, **options,

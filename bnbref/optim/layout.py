@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bnbref.blockwise import block_count
-from bnbref.optim.rules import Rule
+from bnbref.optim.rule import Rule
 from bnbref.optim.sharding import Shard
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from typing_extensions import Unpack
 
 from bnbref.optim import matrices, rules
-from bnbref.optim.families import Family, PagedOptions
+from bnbref.optim.family import Family, PagedOptions
 
 _ADJUSTS = (None, "original", "match_rms_adamw")
 

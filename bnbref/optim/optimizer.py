@@ -16,9 +16,9 @@ from torch import Tensor
 
 from bnbref.blockwise import check_blocksize, check_float
 from bnbref.optim import paging
-from bnbref.optim.equation import Chain, Equation, at_step, check, layout
+from bnbref.optim.equation import Equation, at_step, check, layout
 from bnbref.optim.progress import Progress
-from bnbref.optim.rules import Rule
+from bnbref.optim.rule import Rule
 from bnbref.optim.saved import gathered, packed, unpacked
 from bnbref.optim.settings import ANYWHERE, GlobalOptimManager, check_settings
 from bnbref.optim.sharding import like, local, shard_of
@@ -194,7 +194,7 @@ class Optimizer(torch.optim.Optimizer):
                 self.state[p] = self.new_state(p, config, self._memory(p))
             elif CORRECTION not in self.state[p]:  # loaded from a run without
                 self.state[p].update(_new_correction(p, config, self._memory(p)))
-        by_element = [job for job, key in zip(jobs, keys, strict=True) if not isinstance(planned[key][0], Chain)]
+        by_element = [job for job, key in zip(jobs, keys, strict=True) if not planned[key][0].calls]
         tails, progress = Tails(), Progress()
         try:
             with closing(self._placement.stream([(p.device, self.state[p]) for p, _, _ in by_element])) as states:
@@ -295,14 +295,14 @@ class Optimizer(torch.optim.Optimizer):
         """Update the parameters whose rules see whole matrices, those of one shape together."""
         together: dict[Any, list[Any]] = {}
         for (p, grad, config), key in zip(jobs, keys, strict=True):
-            if isinstance(planned[key][0], Chain):
+            if planned[key][0].calls:
                 together.setdefault((key, *alike(p)), []).append((p, grad, config))
         for (key, *_), all_of_them in together.items():
             for batch in batches(all_of_them):
                 progress.begin([p for p, _, _ in batch])
                 found = [self._job(p, grad, config) for p, grad, config in batch]
-                chain, hyper = planned[key]
-                step_together(chain, hyper, found, self._placement.stream)
+                equation, hyper = planned[key]
+                step_together(equation, hyper, found, self._placement.stream)
                 for job in found:
                     self.state[job.p]["step"] += 1
                     own = local(job.p.detach())
@@ -312,7 +312,15 @@ class Optimizer(torch.optim.Optimizer):
 
     def _job(self, p: Tensor, grad: Tensor, config: Mapping[str, Any]) -> Job:
         flat, g = local(p.detach()).contiguous(), -grad if config["maximize"] else grad
-        return Job(p, flat, g, self.state[p], config["blocksize"], self._noise(p, config), shard_of(p))
+        return Job(
+            p,
+            flat,
+            g,
+            self.state[p],
+            check_blocksize(config["blocksize"], p.numel()),
+            self._noise(p, config),
+            shard_of(p),
+        )
 
     def _noise(self, p: Tensor, config: Mapping[str, Any]) -> Tensor | None:
         """Random bits for a parameter that is to be rounded at random."""

@@ -14,11 +14,14 @@ from torch import Tensor
 from bnbref import blockwise
 from bnbref.blockwise import block_count, check_blocksize
 from bnbref.codebooks import DYNAMIC, DYNAMIC_UNSIGNED, is_table_of, value_table
-from bnbref.optim.rules import Rule, State, absmax_key, qmap_key
+from bnbref.optim.rule import Rule, State, absmax_key, qmap_key
 from bnbref.optim.sharding import gather_scales, local, shard_of, whole
 from bnbref.optim.weights import CORRECTION, checked_correction
 
 WRAPPED = "__bnb_optimizer_quant_state__"
+
+_BESIDE = {"step", CORRECTION, "unorm_vec", "gnorm_vec"}
+"""What a saved state may have beside those of its rule; the last two are bitsandbytes', and mean nothing here."""
 
 
 def gathered(rule: Rule, p: Tensor, state: Mapping[str, Any], blocksize: int) -> dict[str, Any]:
@@ -31,7 +34,7 @@ def gathered(rule: Rule, p: Tensor, state: Mapping[str, Any], blocksize: int) ->
         found[s.key] = (whole(p, state[s.key]) if s.of == "elements" else state[s.key].clone()).cpu()
         if state[s.key].dtype == torch.uint8:
             blocks = check_blocksize(blocksize, p.numel())
-            found[absmax_key(s.key)] = gather_scales(p, shard, state[absmax_key(s.key)], blocks)
+            found[absmax_key(s.key)] = gather_scales(p, shard, state[absmax_key(s.key)], blocks).cpu()
     if CORRECTION in state:
         # As int32, because gloo knows no int16.
         found[CORRECTION] = whole(p, state[CORRECTION].to(torch.int32)).to(state[CORRECTION].dtype).cpu()
@@ -61,10 +64,18 @@ def packed(rule: Rule, state: Mapping[str, Any]) -> dict[str, Any]:
 def unpacked(
     rule: Rule, p: Tensor, saved: dict[str, Any], blocksize: int, empty: Callable[..., Tensor]
 ) -> dict[str, Any]:
-    """The state of p of what was saved, wrapped or not, in the memory that `empty` gives. ValueError if it is none of p's."""
-    saved = _apart(rule, {**saved, **saved.pop(WRAPPED, {})})
+    """The state of p of what was saved, wrapped or not, in the memory that `empty` gives.
+
+    ValueError if it is none of p's, or another rule's as far as that can be seen: Adam, AdamW and LAMB take each other's.
+    """
+    wrapped = saved.pop(WRAPPED, {})
+    saved = _apart(rule, {**saved, **wrapped})
     if not saved:
         return {}
+    known = {name(s.key) for s in rule.states for name in (str, absmax_key, qmap_key)}
+    unknown = sorted(saved.keys() - known - _BESIDE)
+    if unknown and known & saved.keys():
+        raise ValueError(f"the saved state has {unknown}, which {rule!r} has not: it is of another rule")
     shard, shape = shard_of(p), tuple(local(p).shape)
     state: dict[str, Any] = {"step": int(saved["step"])}
 
@@ -79,6 +90,7 @@ def unpacked(
             raise ValueError(f"saved {s.key} has {tensor.numel()} numbers, its parameter has {size.numel()} {s.of}")
         if tensor.dtype != torch.uint8 and not tensor.is_floating_point():
             raise ValueError(f"saved {s.key} must be uint8 codes or floats, got {tensor.dtype}")
+        _check_sign(rule, s, tensor, saved)
         if s.of != "elements":
             state[s.key] = empty(s.key, tuple(size), torch.float32).copy_(tensor.view(size))
             continue
@@ -108,6 +120,21 @@ def _saved(saved: Mapping[str, Any], key: str) -> Tensor:
         )
     tensor: Tensor = saved[key]
     return tensor
+
+
+def _check_sign(rule: Rule, s: State, tensor: Tensor, saved: Mapping[str, Any]) -> None:
+    """Bitsandbytes calls all states state1, state2: only their signs tell a momentum from an average of squares."""
+    lowest, values = tensor, saved.get(qmap_key(s.key))
+    if tensor.dtype == torch.uint8:
+        if values is None:
+            return
+        if s.signed and bool((values >= 0).all()):
+            raise ValueError(
+                f"saved {s.key} is coded without a sign, but {rule!r} keeps it with one: it is of another rule"
+            )
+        lowest = values.to(tensor.device)[tensor.int()]
+    if not s.signed and bool((lowest < 0).any()):
+        raise ValueError(f"saved {s.key} has negative numbers, but that of {rule!r} has none: it is of another rule")
 
 
 def _apart(rule: Rule, saved: dict[str, Any]) -> dict[str, Any]:

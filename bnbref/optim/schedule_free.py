@@ -15,7 +15,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from bnbref.optim.equation import at_step
-from bnbref.optim.families import Family, Options, _betas
+from bnbref.optim.family import Family, Options, betas_of
 from bnbref.optim.rules import Rule, State, averages
 from bnbref.optim.sharding import local, shard_of
 from bnbref.optim.update import correction, directions
@@ -32,7 +32,10 @@ class ScheduleFree(Rule):
     Written in y and d = z - x:      e = d - r u,    y = y - r (1 - b1 (1 - c)) u + b1 c d,    d = (1 - c) e
     """
 
-    states = (State("state1"), State("state2", signed=False))
+    states = (
+        State("difference"),
+        State("squares", signed=False),
+    )  # not what Adam's "state1" is, which must not be loaded here
 
     def coefficients(self, t: int, group: Mapping[str, Any]) -> dict[str, float]:
         if not group["train_mode"]:
@@ -99,7 +102,7 @@ class AdamWScheduleFree(Family):
     ) -> None:  # fmt: skip
         if not isinstance(warmup_steps, int) or warmup_steps < 0:
             raise ValueError(f"warmup_steps must be an integer from 0 on, got {warmup_steps!r}")
-        defaults = {"lr": lr, "betas": _betas(betas), "eps": eps, "weight_decay": weight_decay}
+        defaults = {"lr": lr, "betas": betas_of(betas), "eps": eps, "weight_decay": weight_decay}
         super().__init__(
             params, ScheduleFree(), {**defaults, "warmup_steps": warmup_steps, "train_mode": True},
             optim_bits=optim_bits, min_8bit_size=min_8bit_size, is_paged=is_paged, **options,

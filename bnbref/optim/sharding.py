@@ -143,10 +143,10 @@ def whole(p: Tensor, x: Tensor) -> Tensor:
 
 
 def gather_scales(p: Tensor, shard: Shard, absmax: Tensor, blocksize: int) -> Tensor:
-    """The scales of all blocks of a state of p, on the CPU. absmax: of the blocks of this rank's part. A collective call."""
+    """The scales of all blocks of a state of p, on its device. absmax: of the blocks of this rank's part. A collective call."""
     whole = absmax.new_zeros(block_count(shard.numel, blocksize), device=p.device)
     own = shard.blocks(blocksize)
     whole[own.start : own.stop] = absmax
     if shard.group is not None:
         dist.all_reduce(whole, op=dist.ReduceOp.MAX, group=shard.group)  # none is negative; two of one block are equal
-    return whole.cpu()
+    return whole

@@ -25,7 +25,7 @@ from bnbref.blockwise import encode, magnitude, reciprocal
 from bnbref.codebooks import value_table
 from bnbref.kernels import fused
 from bnbref.optim.equation import Equation
-from bnbref.optim.rules import Coefficients, Rule
+from bnbref.optim.rule import Coefficients, Rule
 from bnbref.optim.weights import opened, split
 
 # The square of a larger gradient is no float32. The gradient is asked and not the new state, which Inductor would then write to

@@ -6,6 +6,7 @@ product with its reciprocal on GPUs, and so is 3.0 / x everywhere), the line is 
 """
 
 import functools
+import re
 import struct
 from collections.abc import Callable, Mapping
 from numbers import Real
@@ -18,34 +19,50 @@ ALLOWED = "+ - * /, comparisons, & | ~, abs, sign, sqrt, square, where, minimum,
 LARGEST = (2 - 2.0**-23) * 2.0**127  # of float32
 
 
+_TAKEN = re.compile(r"[apsw]\d*|[cg]|sqrt|where|full_like|whole\d+|direction")
+"""Names that a program has for something else than a function of whole matrices."""
+
+
 class Refusal(TypeError):
     """A rule asks for what is no operation of a rule."""
 
 
-class Name(str):
-    """The name of a symbol, among other arguments."""
-
-    __slots__ = ()
-
-
 class Call(NamedTuple):
-    """A call of `Rule.whole`: the names of its results, and its arguments, of which symbols are names too."""
+    """A call of `Rule.whole` by a rule: its function, its arguments, of which symbols are to be given, and how many results."""
 
+    rule: str
     step: Callable[..., Any]
     args: tuple[Any, ...]
-    results: tuple[str, ...]
+    results: int
+
+    def __call__(self, *given: Tensor) -> Any:
+        """The results for stacks of matrices in the places of the symbols. ValueError if they are no such stacks."""
+        tensors = iter(given)
+        found = self.step(*(next(tensors) if isinstance(x, Symbol) else x for x in self.args))
+        results = (found,) if self.results == 1 and isinstance(found, Tensor) else found
+        of = f"{getattr(self.step, '__name__', repr(self.step))} of {self.rule}"
+        if not isinstance(results, (tuple, list)) or len(results) != self.results:
+            raise ValueError(f"{of} must return {self.results} results, got {results!r}")
+        matrices = next((len(x) for x in given if x.dim()), None)
+        for x in results:
+            if not isinstance(x, Tensor) or (matrices is not None and x.shape[:1] != (matrices,)):
+                got = tuple(x.shape) if isinstance(x, Tensor) else repr(x)
+                raise ValueError(f"{of} must return tensors of a stack of {matrices} matrices, got {got}")
+        return results if self.results > 1 else results[0]
 
 
 class Recording:
     """The lines of a program so far, and what it asked `Rule.whole` for.
 
-    matrices: the names of states of the whole matrix, and the names that the rule has for them.
+    matrices: the names of states of the whole matrix, and the names that the rule has for them. calls: of `Rule.whole`, by the
+    names that they have in the lines. read: the names of the tensors that are used.
     """
 
     def __init__(self, rule: str, matrices: Mapping[str, str] | None = None) -> None:
         self.rule, self.matrices = rule, matrices or {}
         self.lines: list[str] = []
-        self.calls: list[Call] = []
+        self.calls: dict[str, Call] = {}
+        self.read: set[str] = set()
 
     def add(self, text: str, condition: bool = False) -> "Symbol":
         name = f"a{len(self.lines)}"
@@ -62,6 +79,7 @@ class Recording:
                 self.refuse("keeps a tensor of another step: what lasts from step to step is a state")
             if x._name in self.matrices:
                 self.refuse(f"uses its state {self.matrices[x._name]!r}, of the whole matrix, other than by Rule.whole")
+            self.read.add(x._name)
             return (self.number(x) if x._condition else x)._name
         if isinstance(x, Real):
             number: Any = x
@@ -80,11 +98,14 @@ class Recording:
     def call(self, step: Any, args: tuple[Any, ...], results: int) -> "tuple[Symbol, ...]":
         if not callable(step):
             self.refuse(f"calls whole with {step!r}, which is no function")
-        first = sum(len(call.results) for call in self.calls)
-        names = tuple(f"w{first + i}" for i in range(results))
-        given = [self.argument(x) for x in args]
-        self.calls.append(Call(step, tuple(given), names))
-        self.lines.append(f"{', '.join(names)} = {getattr(step, '__name__', repr(step))}({', '.join(map(str, given))})")
+        given = [x._name if x._name in self.matrices else self.operand(x) for x in args if isinstance(x, Symbol)]
+        name = getattr(step, "__name__", "")
+        if not name.isidentifier() or name in self.calls or _TAKEN.fullmatch(name):
+            name = f"whole{len(self.calls)}"
+        first = sum(call.results for call in self.calls.values())
+        names = [f"w{first + i}" for i in range(results)]
+        self.calls[name] = Call(self.rule, step, args, results)
+        self.lines.append(f"{', '.join(names)} = {name}({', '.join(given)})")
         return tuple(Symbol(self, name) for name in names)
 
     def named(self, x: Any) -> str:
@@ -98,15 +119,6 @@ class Recording:
         if not name.startswith("w") and name not in self.matrices:
             self.refuse(f"returns for its state {key!r}, of the whole matrix, what is no result of Rule.whole")
         return name
-
-    def argument(self, x: Any) -> Any:
-        """An argument of a step of the whole matrix; a state by element is first computed, as it may be in 8 bits."""
-        if not isinstance(x, Symbol):
-            return x
-        if x._name in self.matrices:
-            return Name(x._name)
-        name = self.operand(x)
-        return Name(self.add(name)._name if name[0] == "s" else name)
 
     def condition(self, x: Any) -> str:
         if not (isinstance(x, Symbol) and x._condition and x._recording is self):

@@ -15,7 +15,7 @@ from bnbref.blockwise import block_count, check_blocksize
 from bnbref.optim.cuts import Cut, complete
 from bnbref.optim.equation import Equation
 from bnbref.optim.layout import Coded, Part, padded, sliced, split, zeros_of
-from bnbref.optim.rules import Rule, absmax_key
+from bnbref.optim.rule import Rule, absmax_key
 from bnbref.optim.sharding import Shard, total
 from bnbref.optim.step import direction_blocks, direction_elements, step_blocks, step_elements
 from bnbref.optim.weights import CORRECTION, opened

@@ -4,6 +4,7 @@ alias      `install_as_bitsandbytes`, and the start-up hook
 finder     what the import system asks
 surface    where each public name of bitsandbytes comes from, and which are missing, with the reason
 ops        `torch.ops.bitsandbytes`
+fakes      what their results look like, for torch.compile
 extras     old functions and constants, which bnbref has for the alias alone
 updates    steps of optimizers on bare tensors
 utils      `bitsandbytes.utils`

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, library
 
 from bnbref import functional, int8
-from bnbref.blockwise import FLOATS, block_count, check_float
 from bnbref.codebooks import FOUR_BIT, value_table
 from bnbref.context import without_autocast
 from bnbref.fourbit import dequantize as dequantize_packed
 from bnbref.fourbit import quantize as quantize_packed
 from bnbref.integrations.bitsandbytes import updates
+from bnbref.integrations.bitsandbytes.fakes import FAKES, WITH_OUT, check_4bit
 from bnbref.nested import dequantize as dequantize_scales
 from bnbref.products import matmul_4bit
 from bnbref.quant_state import QuantState
@@ -49,16 +49,13 @@ SCHEMAS = {
     "quantize_blockwise": "(Tensor A, Tensor code, int blocksize) -> (Tensor, Tensor)",
 }
 
-WITH_OUT = ("dequantize_4bit", "dequantize_blockwise", "gemv_4bit", "int8_linear_matmul")
-"""Operators that have an overload `.out`, which writes its result into the last argument and returns nothing."""
-
 # ---- kernels --------------------------------------------------------------------------------------------------------
 
 
 def _dequantize_4bit(
     A: Tensor, absmax: Tensor, blocksize: int, quant_type: str, shape: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
-    _check_4bit(quant_type, dtype)
+    check_4bit(quant_type, dtype)
     return dequantize_packed(A, absmax, FOUR_BIT[quant_type], blocksize, torch.Size(shape), dtype)
 
 
@@ -78,7 +75,7 @@ def _gemm_4bit(
         absmax = dequantize_scales(absmax_8bit, absmax, absmax_code, absmax_offset, 256)
     if len(shapeB) != 2 or A.shape[-1:] != torch.Size(shapeB[1:]):
         raise ValueError(f"shapeB must be [n, k] with k the last size of A, got {list(shapeB)} and {tuple(A.shape)}")
-    _check_4bit(quant_type, A.dtype)
+    check_4bit(quant_type, A.dtype)
     state = QuantState(absmax, shape=torch.Size(shapeB), blocksize=blocksize, quant_type=quant_type)
     with without_autocast(A):  # as the schema has it, the result has A's dtype
         return matmul_4bit(A, B, state, bias=bias)
@@ -142,20 +139,13 @@ def _optimizer_update_32bit(
 
 
 def _quantize_4bit(A: Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype) -> tuple[Tensor, Tensor]:
-    _check_4bit(quant_type, A.dtype)
+    check_4bit(quant_type, A.dtype)
     return quantize_packed(A, FOUR_BIT[quant_type], blocksize, quant_storage)
 
 
 def _quantize_blockwise(A: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     codes, state = functional.quantize_blockwise(A, code, blocksize=blocksize)
     return codes, state.absmax
-
-
-def _check_4bit(quant_type: str, dtype: torch.dtype) -> None:
-    if quant_type not in FOUR_BIT:
-        raise ValueError(f"quant_type must be one of {sorted(FOUR_BIT)}, got {quant_type!r}")
-    if dtype not in FLOATS:
-        raise ValueError(f"dtype must be one of {FLOATS}, got {dtype}")
 
 
 _NAMED = (
@@ -183,74 +173,6 @@ def _writing(function: Callable[..., Tensor]) -> Callable[..., None]:
 
 
 KERNELS |= {f"{name}.out": _writing(KERNELS[name]) for name in WITH_OUT}
-
-# ---- fake kernels ---------------------------------------------------------------------------------------------------
-
-
-def _fake_int8_quant(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
-    codes, rows = torch.empty_like(A, dtype=torch.int8), A.new_empty(A.shape[:-1].numel(), dtype=torch.float32)
-    if threshold == 0.0:
-        return codes, rows, None
-    return codes, rows, A.new_empty(library.get_ctx().new_dynamic_size(), dtype=torch.int64)
-
-
-def _fake_int8_double_quant(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    codes, rows, columns = _fake_int8_quant(A, threshold)
-    by_column = A.new_empty(A.shape, dtype=torch.int8)
-    return codes, by_column, rows, A.new_empty(A.shape[-1], dtype=torch.float32), columns
-
-
-def _fake_mixed(
-    A: Tensor, CA: Tensor, CB: Tensor, SCA: Tensor, SCB: Tensor, outlier_cols: Tensor | None = None,
-    *bias: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    y = A.new_empty((*A.shape[:-1], CB.shape[0]))
-    if outlier_cols is None:
-        return y, A.new_empty(0)
-    return y, A.new_empty((A.shape[:-1].numel(), outlier_cols.shape[0]))
-
-
-def _fake_quantize_4bit(
-    A: Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    _check_4bit(quant_type, A.dtype)
-    packed = A.new_empty(((A.numel() + 1) // 2 // quant_storage.itemsize, 1), dtype=quant_storage)
-    return packed, A.new_empty(block_count(A.numel(), blocksize), dtype=torch.float32)
-
-
-def _fake_quantize_blockwise(A: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    check_float("A", A)
-    absmax = A.new_empty(block_count(A.numel(), blocksize), dtype=torch.float32)
-    return A.new_empty(A.shape, dtype=torch.uint8), absmax
-
-
-def _fake_dequantize_4bit(
-    A: Tensor, absmax: Tensor, blocksize: int, quant_type: str, shape: Sequence[int], dtype: torch.dtype
-) -> Tensor:
-    _check_4bit(quant_type, dtype)
-    return A.new_empty(tuple(shape), dtype=dtype)
-
-
-FAKES: dict[str, Callable[..., Any]] = {
-    "dequantize_4bit": _fake_dequantize_4bit,
-    "dequantize_blockwise": lambda A, absmax, code, blocksize, dtype: A.new_empty(A.shape, dtype=dtype),
-    "gemm_4bit": lambda A, B, shapeB, *rest, **options: A.new_empty((*A.shape[:-1], shapeB[0])),
-    "gemv_4bit": lambda A, B, shapeB, *rest: A.new_empty((*A.shape[:-1], shapeB[0])),
-    "int8_double_quant": _fake_int8_double_quant,
-    "int8_linear_matmul": lambda A, B: A.new_empty((*A.shape[:-1], B.shape[0]), dtype=torch.int32),
-    "int8_mixed_scaled_mm": _fake_mixed,
-    "int8_mm_dequant": lambda A, row, col, dtype=None, bias=None: A.new_empty(A.shape, dtype=dtype or torch.float16),
-    "int8_scaled_mm": lambda A, B, row, col, bias=None, dtype=None: A.new_empty(
-        (*A.shape[:-1], B.shape[0]), dtype=dtype or torch.float16
-    ),
-    "int8_vectorwise_dequant": lambda A, stats: A.new_empty(A.shape, dtype=torch.float32),
-    "int8_vectorwise_quant": _fake_int8_quant,
-    "optimizer_update_32bit": lambda *args, **options: None,
-    "optimizer_update_8bit_blockwise": lambda *args, **options: None,
-    "quantize_4bit": _fake_quantize_4bit,
-    "quantize_blockwise": _fake_quantize_blockwise,
-    **{f"{name}.out": lambda *args, **options: None for name in WITH_OUT},
-}
 
 # ---- registration ---------------------------------------------------------------------------------------------------
 

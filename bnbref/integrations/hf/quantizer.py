@@ -26,8 +26,8 @@ from bnbref.integrations.hf.loading import ANOTHER_SHAPE, Identity, Quantize, Re
 from bnbref.integrations.hf.readers import read_by_others
 from bnbref.nn import Linear8bitLt
 from bnbref.nn.inventory import REASONS, Report, report
-from bnbref.nn.layer import QuantizedLayer
-from bnbref.nn.params import QuantizedParameter
+from bnbref.nn.parameter import QuantizedParameter
+from bnbref.nn.quantized import QuantizedLayer
 from bnbref.quant_state import QuantState
 
 logger = logging.getLogger(__name__)

@@ -34,7 +34,8 @@ from bnbref.integrations.hf.layers import dequantized
 from bnbref.integrations.hf.quantizer import BnbRefHfQuantizer
 from bnbref.nn import Params4bit
 from bnbref.nn.inventory import REASONS
-from bnbref.nn.layer import FourBitLayer, QuantizedLayer
+from bnbref.nn.layer import FourBitLayer
+from bnbref.nn.quantized import QuantizedLayer
 
 __all__ = ["BnbRefConfig", "BnbRefHfQuantizer", "give_back_bitsandbytes", "take_over_bitsandbytes"]
 

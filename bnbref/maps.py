@@ -1,0 +1,68 @@
+"""The values of codebooks as bitsandbytes has them: tensors of 256 numbers, with zeros for the codes that a map lacks."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bnbref import codebooks
+from bnbref.codebooks import dynamic, four_bit, value_table
+
+
+def _map_of_256(values: Sequence[float]) -> Tensor:
+    return torch.tensor(sorted([*values, *(0.0,) * (256 - len(values))]), dtype=torch.float32, device="cpu")
+
+
+def create_dynamic_map(signed: bool = True, max_exponent_bits: int = 7, total_bits: int = 8) -> Tensor:
+    """The values of `codebooks.dynamic`, float32 `[256]`, padded by zeros and sorted.  Exact.
+
+    >>> create_dynamic_map()[126:129]
+    tensor([-5.5000e-07,  0.0000e+00,  5.5000e-07])
+    """
+    return _map_of_256(dynamic(signed, max_exponent_bits, total_bits).values)
+
+
+def create_linear_map(signed: bool = True, total_bits: int = 8, add_zero: bool = True) -> Tensor:
+    """`codebooks.linspace` from -1 or 0 to 1, float32 `[256]`, the missing codes zero in the middle.  Exact.
+
+    >>> create_linear_map(signed=False)[:2]
+    tensor([0.0000, 0.0039])
+    """
+    spend = signed and (add_zero or total_bits < 8)
+    values = codebooks.linspace(-float(signed), 1.0, 2**total_bits - spend)
+    half = values.numel() // 2
+    return torch.cat([values[:half], values.new_zeros(256 - values.numel()), values[half:]])
+
+
+def create_fp8_map(signed: bool = True, exponent_bits: int = 5, precision_bits: int = 2, total_bits: int = 8) -> Tensor:
+    """The values of `codebooks.fp8`, float32 `[256]`, padded by zeros and sorted.  Exact.
+
+    >>> create_fp8_map(True, 4, 3)[-1]
+    tensor(1.)
+    """
+    if exponent_bits + precision_bits + signed != total_bits:
+        raise ValueError(
+            f"total_bits must be exponent_bits + precision_bits + sign = {exponent_bits + precision_bits + signed}, "
+            f"got {total_bits}"
+        )
+    return _map_of_256(codebooks.fp8(signed, exponent_bits, precision_bits).values)
+
+
+def create_normal_map(offset: float = 0.9677083, use_extra_value: bool = True) -> Tensor:
+    """The values of `codebooks.normal`, float32 `[256]`, padded by zeros and sorted.  Exact.
+
+    >>> create_normal_map()[[0, -1]]
+    tensor([-1.,  1.])
+    """
+    return _map_of_256(codebooks.normal(offset, use_extra_value).values)
+
+
+def get_4bit_type(typename: str, device: torch.device | str | None = None, blocksize: int = 64) -> Tensor:
+    """The sixteen values of a 4-bit type by code, float32, on `device` (CPU by default).  Exact.
+
+    >>> get_4bit_type("fp4")[3]
+    tensor(1.)
+    """
+    if typename == "af4" and blocksize != 64:
+        raise ValueError(f"af4 is defined for blocksize 64, got {blocksize}")
+    return value_table(four_bit(typename), torch.device(device or "cpu")).clone()

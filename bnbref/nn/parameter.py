@@ -1,0 +1,223 @@
+"""A quantized parameter: its data are codes, and their scales are plain attributes.
+
+    float weight  --.to(device)-->  quantized weight  --.to(device)-->  quantized weight elsewhere
+
+A move to a device, `.to(device)`, quantizes a weight that is not quantized yet; a move to the meta device does not. `.to` returns
+a new parameter with scales of its own and does not change the old one. The Hugging Face libraries rebuild parameters as
+`cls(data, **old.__dict__)`, so every attribute has the name of the constructor's keyword.
+
+The elements of a quantized weight are bytes, in a tensor of some dtype. A cast of them would be wrong, and is refused.
+"""
+
+import copy
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from bnbref.kernels import once, tracing
+from bnbref.nn.codes import Watched
+
+Self = TypeVar("Self", bound="QuantizedParameter")
+
+DATA: Any = torch.Tensor.data
+"""What reads and writes the data of any tensor: that of a quantized parameter does more."""
+
+_CUTS = {"chunk", "split", "split_with_sizes", "tensor_split", "narrow", "view", "reshape", "flatten", "__getitem__"}
+
+
+def in_bytes(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """Applies `function` to the bytes of a tensor, so that it can move or share them but not cast them; TypeError if it tries.
+
+    >>> in_bytes(lambda t: t.half() if t.is_floating_point() else t.clone(), torch.tensor([1.5]))
+    tensor([1.5000])
+    """
+    moved = function(tensor.detach().reshape(-1).view(torch.uint8))
+    if moved.dtype != torch.uint8:
+        raise TypeError(f"a quantized weight is bytes, which cannot become {moved.dtype}: dequantize it first")
+    return moved.view(tensor.dtype).view(tensor.shape)
+
+
+class QuantizedParameter(Watched, nn.Parameter):
+    """A parameter whose attributes follow it when it is moved, copied, pickled, shared and cut into pieces.
+
+    products: what `products.matmul_4bit` keeps of this weight. It is a slot, because it must not follow.
+    """
+
+    __slots__ = ("products",)
+
+    @property
+    def data(self) -> Tensor:
+        """The codes, or the float weight, as a plain tensor: torch asks its type. Assigning another quantized parameter, or what
+        was detached from one, takes over its scales too."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return DATA.__get__(self)  # type: ignore[no-any-return]
+
+    # nn.Module moves a parameter by `param.data = fn(param)`. Without the attributes that would be half a move.
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        if self.holds_codes() and not isinstance(value, Watched):
+            self._check_assigned(value)
+        self.products = None
+        with torch._C.DisableTorchFunctionSubclass():
+            DATA.__set__(self, value)
+        if isinstance(value, Watched):
+            self.__dict__.update(value.__dict__)
+
+    def _check_assigned(self, value: Tensor) -> None:
+        """Raises TypeError if a plain tensor cannot take the place of the codes."""
+        raise NotImplementedError
+
+    def requires_grad_(self: Self, requires_grad: bool = True) -> Self:
+        """Like the method of Tensor; but codes have no gradient and stay frozen, with a warning. It is no error, so that
+        `model.requires_grad_()` works and sets all that can be trained."""
+        if requires_grad and self.holds_codes():
+            warnings.warn(
+                "a quantized weight stays frozen: its codes are no numbers that a gradient could change. Train an adapter",
+                stacklevel=2,
+            )
+            return self
+        super().requires_grad_(requires_grad)
+        return self
+
+    def result_of(self, name: str, result: Any) -> Any:
+        """The result of the function called `name`; pieces of the codes (a chunk, a slice) get the scales of their blocks."""
+        if name not in _CUTS or not self.holds_codes():
+            return super().result_of(name, result)
+        if isinstance(result, (list, tuple)):
+            return type(result)(map(self._piece, result))
+        return self._piece(result)
+
+    def _piece(self, view: Any) -> Any:
+        same_dtype = isinstance(view, Tensor) and view.dtype == self.dtype
+        if not same_dtype or not view.is_contiguous() or view.numel() == 0:
+            return view
+        if view.numel() == self.numel():
+            return self._like_this(view)
+        scales = self._scales_of_piece(view, view.storage_offset() - self.storage_offset())
+        return view if scales is None else self._like_this(view, **scales)
+
+    def _scales_of_piece(self, view: Tensor, first: int) -> dict[str, Any] | None:
+        """The scales of a contiguous view that begins at element `first`, by attribute; None if a block is only partly in it."""
+        raise NotImplementedError
+
+    def unquantized(self: Self, weight: Tensor) -> Self:
+        """A parameter with this float weight, which a move will quantize in the format of this one."""
+        raise NotImplementedError
+
+    def _quantized(self: Self, weight: Tensor) -> Self:
+        raise NotImplementedError
+
+    def _scales(self, function: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        """The attributes that hold scales, by name, with `function` applied to each tensor."""
+        raise NotImplementedError
+
+    def _like_this(self: Self, data: Tensor, **changed: Any) -> Self:
+        # requires_grad replaces what may be in __dict__ under that name: accelerate writes its keywords there.
+        attributes = {**self.__dict__, **changed, "requires_grad": self.requires_grad and data.is_floating_point()}
+        return type(self)(data, **attributes)
+
+    def to(self: Self, *args: Any, **kwargs: Any) -> Self:
+        """Moves the parameter. A float weight that is moved to a device, the meta device excepted, is quantized there.
+
+        Raises ValueError if that weight has NaN or infinite elements, and TypeError for a cast of a quantized weight.
+        """
+        # When accelerate offloads int8 weights, it moves them to device 0 and back to the CPU, even if there is no device 0.
+        if args and type(args[0]) is int and not torch.accelerator.is_available():
+            args = ("cpu", *args[1:])
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        if self.holds_codes():
+            if dtype not in (None, self.dtype):
+                raise TypeError(
+                    f"a quantized {type(self).__name__} cannot become {dtype}: its {self.dtype} elements are codes, "
+                    "not numbers. Dequantize it, or cast the activations"
+                )
+            moved = self.data.to(*args, **kwargs)
+            # The move to meta is how offloading frees a weight. The scales stay: they are small, and needed to load it again.
+            meta = moved.device.type == "meta"
+            return self._like_this(moved, **({} if meta else self._scales(lambda t: t.to(moved.device))))
+        moved = self.data.to(*args, **kwargs)
+        if device is None or device.type == "meta":
+            return self._like_this(moved)
+        with once():
+            return self._quantized(moved)
+
+    def applied(self: Self, function: Callable[[Tensor], Tensor]) -> Self:
+        """The parameter, with its attributes, that `nn.Module._apply(function)` is to put in the place of this one."""
+        if self.holds_codes():
+            moved = in_bytes(function, self.data)
+            meta = moved.device.type == "meta"
+            return self._like_this(moved, **({} if meta else self._scales(lambda t: in_bytes(function, t))))
+        moved = function(self)
+        return moved if isinstance(moved, type(self)) else self._like_this(moved)
+
+    def cpu(self: Self, *args: Any, **kwargs: Any) -> Self:
+        """`.to("cpu")`."""
+        return self.to("cpu", *args, **kwargs)
+
+    def cuda(self: Self, device: Any = None, non_blocking: bool = False) -> Self:  # type: ignore[override]
+        """`.to("cuda")`."""
+        return self.to(_numbered("cuda", device), non_blocking=non_blocking)
+
+    def xpu(self: Self, device: Any = None, non_blocking: bool = False) -> Self:  # type: ignore[override]
+        """`.to("xpu")`."""
+        return self.to(_numbered("xpu", device), non_blocking=non_blocking)
+
+    def half(self: Self, *args: Any, **kwargs: Any) -> Self:
+        """`.to(torch.float16)`."""
+        return self.to(torch.float16)
+
+    def bfloat16(self: Self, *args: Any, **kwargs: Any) -> Self:
+        """`.to(torch.bfloat16)`."""
+        return self.to(torch.bfloat16)
+
+    def float(self: Self, *args: Any, **kwargs: Any) -> Self:
+        """`.to(torch.float32)`."""
+        return self.to(torch.float32)
+
+    def double(self: Self, *args: Any, **kwargs: Any) -> Self:
+        """`.to(torch.float64)`."""
+        return self.to(torch.float64)
+
+    def share_memory_(self: Self) -> Self:
+        """Moves codes and scales to shared memory, in place."""
+        super().share_memory_()  # type: ignore[no-untyped-call]
+        self._scales(lambda t: t.share_memory_())
+        return self
+
+    def __deepcopy__(self: Self, memo: dict[int, Any]) -> Self:
+        if id(self) in memo:
+            return memo[id(self)]  # type: ignore[no-any-return]
+        new = memo[id(self)] = type(self)(self.data.clone(), self.requires_grad)
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return new
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, (type(self), self.data, self.requires_grad), self.__dict__.copy()
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.__dict__.update(state)
+
+
+def _numbered(device_type: str, device: Any) -> torch.device:
+    if device is None:
+        return torch.device(device_type)
+    return torch.device(device_type, device) if isinstance(device, int) else torch.device(device)
+
+
+def _rebuild(cls: type[QuantizedParameter], data: Tensor, requires_grad: bool) -> QuantizedParameter:
+    return cls(data, requires_grad)
+
+
+def check_finite(name: str, weight: Tensor, quant_type: str) -> None:
+    """Raises ValueError if a weight that is to be quantized has NaN or infinite elements."""
+    if weight.numel() == 0 or weight.device.type == "meta" or tracing():
+        return
+    low, high = weight.aminmax()  # both are NaN if any element is
+    if not bool(low.isfinite() & high.isfinite()):
+        count = int((~weight.isfinite()).sum())
+        raise ValueError(
+            f"{name} of shape {tuple(weight.shape)} cannot become {quant_type}: {count} of its elements are NaN or infinite"
+        )
