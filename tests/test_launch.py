@@ -30,7 +30,7 @@ def runtime(monkeypatch):
 def recorded(a, b, out, n=3, kernel=None):
     kernel = kernel or Kernel()
     kernel.launcher(a, b, n, out, stream=70)
-    return [(kernel, (a, b, n, out), {"stream": 70})]
+    return [launch.Call(kernel, (a, b, n, out), {"stream": 70}, None)]
 
 
 def tensors(*sizes):

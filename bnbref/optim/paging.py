@@ -110,19 +110,21 @@ class Placement:
         away = [[k for k, x in s.items() if isinstance(x, Tensor) and self._is_away(x, d)] for d, s in states]
         sizes = [sum(s[k].nbytes for k in keys) for keys, (_, s) in zip(away, states, strict=True)]
         fetched: deque[tuple[list[Tensor], Any]] = deque()
-        used, following = 0, 0
+        used, ahead, following = 0, 0, 0
         try:
             for i, (device, state) in enumerate(states):
-                while following < len(states) and (len(fetched) < 2 or used + sizes[following] <= self._page_bytes):
+                while following < len(states) and (ahead < 2 or used + sizes[following] <= self._page_bytes):
                     place, tensors = states[following]
                     keys = away[following]
                     fetched.append(self._copies(place).fetch([tensors[k] for k in keys]) if keys else ([], None))
                     used += sizes[following]
+                    ahead += bool(keys)
                     following += 1
                 here, event = fetched.popleft()
                 if not away[i]:
                     yield state
                     continue
+                ahead -= 1
                 self._copies(device).wait(event)
                 yield {**state, **dict(zip(away[i], here, strict=True))}
                 self._copies(device).write_back([state[k] for k in away[i]], here)
