@@ -310,6 +310,78 @@ def test_adafactor_is_torchs(eager):
             assert bool(((ours.double() - theirs).abs() <= bound).all())
 
 
+def test_adafactor_is_transformers(eager):
+    """As test_adafactor_is_torchs, whose bound this is, but for decay, which transformers multiplies by the root of a mean, too.
+
+    It adds 1e-30 to squares, which is far below a rounding.
+    """
+    theirs = pytest.importorskip("transformers.optimization").Adafactor
+    torch.manual_seed(5)
+    for shape, beta1 in (((40, 30), 0.0), ((500,), 0.0), ((40, 30), 0.9)):
+        ours, q = nn.Parameter(torch.randn(shape)), nn.Parameter(torch.empty(shape, dtype=torch.float64))
+        mine = optim.Adafactor([ours], lr=0.02, beta1=beta1)
+        other = theirs([q], lr=0.02, beta1=beta1 or None, relative_step=False)
+        names = {"row": "exp_avg_sq_row", "column": "exp_avg_sq_col"} if len(shape) == 2 else {"column": "exp_avg_sq"}
+        names |= {"momentum": "exp_avg"} if beta1 else {}
+        kept = torch.zeros(shape, dtype=torch.float64)
+        for _ in range(5):
+            ours.grad = torch.randn(shape)
+            q.data, q.grad = ours.data.double(), ours.grad.double()
+            if mine.state[ours]:
+                other.state[q].update({name: mine.state[ours][key].double() for key, name in names.items()})
+                if beta1:  # theirs has the learning rate in it
+                    kept = other.state[q]["exp_avg"].mul_(0.02).abs()
+            before = q.data.clone()
+            mine.step()
+            other.step()
+            step = (q.data - before).abs() + 2 * kept
+            bound = 1.01 * U * (3 * before.abs() + (4 * before.numel() + 20) * step)
+            assert bool(((ours.double() - q).abs() <= bound).all())
+
+
+def test_soap_is_pytorch_optimizers(eager):
+    """From equal states; theirs in float64. The first gradient makes bases, which no two programs order alike, and no step."""
+    theirs = pytest.importorskip("pytorch_optimizer").SOAP
+    torch.manual_seed(6)
+    rows, columns, b1, b2, b = 12, 20, 0.9, 0.95, 0.8
+    ours, q = nn.Parameter(torch.randn(rows, columns)), nn.Parameter(torch.zeros(rows, columns, dtype=torch.float64))
+    options = {"lr": 0.01, "weight_decay": 0.0, "betas": (b1, b2), "shampoo_beta": b, "eps": 0.0}
+    mine, other = optim.SOAP32bit([ours], **options, frequency=3), theirs([q], **options, precondition_frequency=1000)
+    q.grad = torch.ones_like(q)
+    other.step()
+    ours.grad, p = torch.randn(rows, columns), ours.detach().clone()
+    mine.step()
+    assert same_bits(ours.detach(), p)
+    for t in range(1, 8):
+        ours.grad = torch.randn(rows, columns)
+        p, g = ours.detach().double(), ours.grad.double()
+        m, v, left, right, of_left, of_right = (x.double() for key, x in mine.state[ours].items() if key != "step")
+        mine.step()
+        q.data, q.grad = p.clone(), g.clone()
+        other.state[q].update(exp_avg=m.clone(), exp_avg_sq=v.clone(), GG=[left.clone(), right.clone()], Q=[of_left, of_right])
+        other.step()
+
+        # A product of three matrices errs by n U of the product of magnitudes, n being the terms of both sums and some roundings;
+        # what comes in erring goes out erring by as much times magnitudes. x, y, r, z are as in the rule: z = y / r.
+        n, rate = rows + columns + 4, 0.01 / (1 - b1**t)
+        turned = lambda x: of_left.abs().mT @ x @ of_right.abs()  # noqa: E731
+        x, y = (of_left.mT @ a @ of_right for a in (g, b1 * m + (1 - b1) * g))
+        v = b2 * v + (1 - b2) * x * x
+        r = v.sqrt() / math.sqrt(1 - b2**t)
+        dx, dy = n * U * turned(g.abs()), (n + 3) * U * turned(b1 * m.abs() + (1 - b1) * g.abs())
+        dv = 4 * U * v + (1 - b2) * (2 * x.abs() + dx) * dx
+        dr = dv / v * r + 4 * U * r
+        assert bool((dr < r).all())
+        z = y.abs() / r
+        dz = (dy + z * dr) / (r - dr) + U * z
+        u = of_left.abs() @ (dz + n * U * z) @ of_right.abs().mT
+        step = (q - p).abs()
+        assert bool(((ours.double() - q).abs() <= 1.01 * (rate * u + U * (p.abs() + 4 * step))).all())
+        for key, mean, square in (("left", left, g.abs() @ g.abs().mT), ("right", right, g.abs().mT @ g.abs())):
+            got, want = mine.state[ours][key].double(), other.state[q]["GG"][key == "right"]
+            assert bool(((got - want).abs() <= (n + 4) * U * (mean.abs() + square)).all())
+
+
 @settings(max_examples=20)
 @given(st.permutations(range(5)), st.integers(5, 8), st.sampled_from([1, 2, 100]))
 def test_soap_is_adam_where_the_axes_are_the_eigenvectors(places, columns, frequency):
@@ -320,13 +392,43 @@ def test_soap_is_adam_where_the_axes_are_the_eigenvectors(places, columns, frequ
         q = nn.Parameter(p.detach().clone())
         soap = optim.SOAP32bit([p], lr=1e-2, betas=(0.9, 0.99), frequency=frequency)
         adam = optim.AdamW32bit([q], lr=1e-2, betas=(0.9, 0.99))
-        for _ in range(4):
+        for t in range(5):
             p.grad = torch.zeros(5, columns)
             p.grad[range(5), places] = torch.randn(5, generator=generator)
             q.grad = p.grad.clone()
             soap.step()
-            adam.step()
+            if t > 0:  # the first gradient makes no step
+                adam.step()
         assert same_bits(p.detach(), q.detach())
+
+
+def test_the_first_gradient_of_soap_makes_no_step(eager):
+    """In its own bases it is a diagonal, and a step would go where the rounding of the zeros beside it points."""
+    p = nn.Parameter(torch.randn(8, 20))
+    before = p.detach().clone()
+    optimizer = optim.SOAP8bit([p], lr=0.1, min_8bit_size=0)
+    p.grad = torch.randn(8, 20)
+    optimizer.step()
+    assert same_bits(p.detach(), before)
+    state = optimizer.state[p]
+    assert state["momentum_absmax"].tolist() == state["squares_absmax"].tolist() == [0.0]
+    inside = state["of_left"].mT @ state["left"] @ state["of_left"]
+    assert float((inside - inside.diagonal().diag()).abs().max()) < 1e-4 * float(inside.abs().max())
+    optimizer.step()
+    assert not same_bits(p.detach(), before)
+
+
+def test_soap_begins_where_a_gradient_is_finite(eager):
+    """After a first gradient that is not, bases are those of the mean when they are made again."""
+    p = nn.Parameter(torch.randn(8, 20))
+    before = p.detach().clone()
+    optimizer = optim.SOAP32bit([p], weight_decay=0.0, frequency=3)
+    for t in range(5):
+        p.grad = torch.full_like(p, math.nan) if t == 0 else torch.randn(8, 20)
+        optimizer.step()
+        assert same_bits(p.detach(), before) == (t < 4)
+    basis = optimizer.state[p]["of_left"]
+    assert float((basis.mT @ basis - torch.eye(8)).abs().max()) < 4 * 8**2.5 * U
 
 
 def test_soap_turns_towards_the_eigenvectors():
@@ -334,7 +436,7 @@ def test_soap_turns_towards_the_eigenvectors():
     torch.manual_seed(0)
     g = torch.randn(3, 6, 9)
     left, right, of_left, of_right = (torch.zeros(3, n, n) for n in (6, 9, 6, 9))
-    *_, of_left, of_right = matrices.turned(g, g, of_left, of_right, torch.tensor(1.0))
+    left, right, of_left, of_right = matrices.averaged(g, left, right, of_left, of_right, *torch.tensor([0.1, 1.0]))
     others = []
     for _ in range(30):
         left, right, of_left, of_right = matrices.averaged(
@@ -429,7 +531,7 @@ def test_one_element_that_is_not_finite_changes_nothing(name, bad, eager):
 
 @eight_bit
 def test_bfloat16_maximize_and_strides(name, eager):
-    """Parameters that are rounded, transposed, or go up."""
+    """Parameters that are rounded, transposed, as their gradients are then, or go up."""
     params, optimizer = start(name, torch.bfloat16)
     want = advanced(params, optimizer, 0, 2)
     params, _ = start(name, torch.bfloat16)
@@ -438,7 +540,8 @@ def test_bfloat16_maximize_and_strides(name, eager):
     for t in range(2):
         generator = torch.Generator().manual_seed(t)
         for p in params:
-            p.grad = -torch.randn(p.shape, generator=generator).bfloat16()
+            p.grad = torch.empty_like(p).copy_(-torch.randn(p.shape, generator=generator))
+            assert p.grad.stride() == p.stride()
         optimizer.step()
     assert same_bits([p.detach() for p in params], want)
 
@@ -449,7 +552,9 @@ def test_scalars_and_nothing_are_parameters(name, eager):
     params = [nn.Parameter(torch.full(shape, 2.0)) for shape in shapes]
     for p in params:
         p.grad = torch.ones_like(p)
-    made(name, params, min_8bit_size=0).step()
+    optimizer = made(name, params, min_8bit_size=0)
+    optimizer.step()
+    optimizer.step()  # SOAP's first is here
     assert all(bool((p.detach() < 2.0).all()) for p in params)
 
 

@@ -308,7 +308,7 @@ class Optimizer(torch.optim.Optimizer):
                 progress.end()
 
     def _job(self, p: Tensor, grad: Tensor, config: Mapping[str, Any]) -> Job:
-        flat, g = local(p.detach()).contiguous(), -grad if config["maximize"] else grad
+        flat, g = local(p.detach()).contiguous(), (-grad if config["maximize"] else grad).contiguous()
         return Job(p, flat, g, self.state[p], config["blocksize"], self._noise(p, config), shard_of(p))
 
     def _noise(self, p: Tensor, config: Mapping[str, Any]) -> Tensor | None:
