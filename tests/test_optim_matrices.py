@@ -624,12 +624,62 @@ def test_what_is_no_matrix_is_refused():
         optimizer.add_param_group({"params": [vector], "rule": "adam"})
     for arguments, message in (
         ({"adjust_lr_fn": "none"}, "adjust_lr_fn must be one of"), ({"momentum": 1.0}, "momentum must lie in"),
-        ({"ns_steps": 0}, "ns_steps must be 1 to 99"), ({"lr": -1}, "lr must not be negative"),
+        ({"ns_steps": 0}, "ns_steps must be an integer"), ({"lr": -1}, "lr must not be negative"),
+        ({"ns_steps": 2.5}, "ns_steps must be an integer"), ({"eps": math.nan}, "eps must not be negative"),
+        ({"ns_coefficients": "abc"}, "ns_coefficients must be three finite"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             optim.Muon([nn.Parameter(torch.ones(4, 4))], **arguments)
     with pytest.raises(ValueError, match="nesterov is no setting of a group"):
         optim.Muon([{"params": [nn.Parameter(torch.ones(4, 4))], "nesterov": True}])
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value", "in_a_group"),
+    [
+        (optim.Adafactor, "eps", (None, -1.0), False), (optim.Adafactor, "eps", (math.nan, 1e-3), False),
+        (optim.Adafactor, "eps", 1e-8, False), (optim.Adafactor, "d", math.nan, False),
+        (optim.Adafactor, "beta1", None, False), (optim.Adafactor, "beta2_decay", 0.8, True),
+        (optim.SOAP, "frequency", 0, True), (optim.SOAP, "frequency", 1.5, True), (optim.SOAP, "frequency", True, True),
+        (optim.SOAP, "shampoo_beta", 1.0, True), (optim.AdamWScheduleFree, "warmup_steps", -1, True),
+    ],
+)  # fmt: skip
+def test_a_setting_that_means_nothing_is_refused(kind, name, value, in_a_group):
+    """By its name; and in a group, where it may stand there, as by the constructor."""
+    p = nn.Parameter(torch.ones(4, 4))
+    with pytest.raises(ValueError, match=f"{name} must"):
+        kind([p], **{name: value})
+    if in_a_group:
+        with pytest.raises(ValueError, match=f"{name} must"):
+            kind([{"params": [p], name: value}])
+
+
+@pytest.mark.parametrize("lr", [math.nan, "1", None])
+@each_family
+@pytest.mark.filterwarnings("ignore:paged state")
+def test_a_learning_rate_that_is_none_is_refused_at_the_first_step(name, lr, eager):
+    params, optimizer = start(name)
+    before = [p.detach().clone() for p in params]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.param_groups[0]["lr"] = lr
+    with pytest.raises((TypeError, ValueError)):
+        optimizer.step()
+    assert same_bits([p.detach() for p in params], before)
+
+
+@pytest.mark.filterwarnings("error")  # a step that was interrupted is one
+def test_a_matrix_keeps_its_shape(eager):
+    """Adafactor has no state by element whose shape would say so."""
+    for shape in ((6, 4), (4, 6), (24,)):
+        p = nn.Parameter(torch.ones(4, 6) if shape != (4, 6) else torch.ones(6, 4))
+        p.grad = torch.ones_like(p)
+        optimizer = optim.Adafactor([p])
+        optimizer.step()
+        p.data = torch.ones(shape)
+        p.grad = torch.ones(shape)
+        with pytest.raises(ValueError, match="a parameter must keep its shape"):
+            optimizer.step()
 
 
 def test_the_others_are_by_adamw(eager):

@@ -424,3 +424,10 @@ def test_bytes_of_weights():
         sizes = {key: x.nbytes / p.numel() for key, x in optimizer.state[p].items() if isinstance(x, torch.Tensor)}
         correction = sizes.pop(weights.CORRECTION, 0)
         assert (p.element_size(), correction, sum(sizes.values())) == want, name
+
+
+def test_a_value_belongs_to_a_parameter_of_the_optimizer():
+    own, other = (nn.Parameter(torch.ones(3, dtype=BF16)) for _ in range(2))
+    optimizer = optim.AdamW8bit([own], master_weight_bits=24)
+    with pytest.raises(ValueError, match=r"p must be a parameter of this optimizer, got another one of shape \(3,\)"):
+        optimizer.set_exact_weight(other, torch.ones(3))

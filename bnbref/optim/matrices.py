@@ -174,7 +174,7 @@ class SOAP(Rule):
         numbers = decoupled(group) | averages(b1=b1, b2=b2, b=group["shampoo_beta"]) | {"eps": group["eps"]}
         numbers |= {"refresh": float(s % group["frequency"] == 0)}
         if s == 0:  # P and Q are 0, and so is the direction
-            return numbers | averages(b1=1.0) | {"rate": 0.0, "decay": 1.0, "root": 1.0}
+            return numbers | averages(b1=1.0) | {"rate": 0.0 * group["lr"], "decay": 1.0, "root": 1.0}
         return numbers | {"rate": group["lr"] / (1 - b1**s), "root": math.sqrt(1 - b2**s)}
 
     def direction(self, p: Tensor, g: Tensor, m: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:

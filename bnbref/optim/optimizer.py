@@ -257,10 +257,10 @@ class Optimizer(torch.optim.Optimizer):
             )
         if CORRECTION in self.state[p]:
             check_correction(p, self.state[p][CORRECTION].dtype)
-        for key in [s.key for s in self.rule_of(config).states if s.of == "elements"] if self.state[p] else []:
-            if self.state[p][key].shape != shape:
+        for s in self.rule_of(config).states if self.state[p] else ():
+            if self.state[p][s.key].shape != (shape if s.of == "elements" else s.shape(p.shape)):
                 raise ValueError(
-                    f"a parameter must keep its shape: its {key} has {tuple(self.state[p][key].shape)}, from its first step, "
+                    f"a parameter must keep its shape: its {s.key} has {tuple(self.state[p][s.key].shape)}, from its first step, "
                     f"the parameter now {tuple(shape)}. `del optimizer.state[p]` begins anew"
                 )
         return here
@@ -366,8 +366,10 @@ class Optimizer(torch.optim.Optimizer):
             raise ValueError(
                 f"value must be float32 of shape {tuple(own.shape)}, as the parameter, got {given.dtype} of {tuple(given.shape)}"
             )
+        group = next((group for group in self.param_groups if any(q is p for q in group["params"])), None)
+        if group is None:
+            raise ValueError(f"p must be a parameter of this optimizer, got another one of shape {tuple(p.shape)}")
         if not self.state[p]:
-            group = next(group for group in self.param_groups if any(q is p for q in group["params"]))
             self.state[p] = self.new_state(p, self.settings(p, group), self._memory(p))
         store(own, correction(self.state[p]), given.reshape(-1))
 
