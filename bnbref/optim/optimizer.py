@@ -392,12 +392,17 @@ class Optimizer(torch.optim.Optimizer):
         """Load what `state_dict` of this class or of bitsandbytes' gave, wrapped or not.
 
         States are copied to where this optimizer keeps its own. Codes of the other dynamic map (bitsandbytes keeps squares with
-        the signed one) are decoded and encoded again; a map of other values is refused.
+        the signed one) are decoded and encoded again; a map of other values is refused. What is refused changes nothing.
         """
         if not move_to_device:
             raise ValueError("move_to_device must be True: a state is where its parameter is, or paged")
         held = {i: _Held(dict(state)) for i, state in state_dict["state"].items()}
-        super().load_state_dict({**state_dict, "state": held})
+        before = {"state": self.state, "param_groups": self.param_groups}
+        try:
+            super().load_state_dict({**state_dict, "state": held})
+        except BaseException:
+            self.__dict__.update(before)
+            raise
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -405,9 +410,11 @@ class Optimizer(torch.optim.Optimizer):
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
         rules = dict(zip(self._parameters(), self._rules_of_parameters(), strict=True))
-        for p, value in list(self.state.items()):
-            if isinstance(value, _Held):
-                self.state[p] = unpacked(rules[p], p, value.state, self._own["blocksize"], self._memory(p))
+        held = [(p, value.state) for p, value in self.state.items() if isinstance(value, _Held)]
+        for p, saved in held:  # what is refused is refused before a page is written to
+            unpacked(rules[p], p, saved, self._own["blocksize"], _nowhere)
+        for p, saved in held:
+            self.state[p] = unpacked(rules[p], p, saved, self._own["blocksize"], self._memory(p))
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("rule", "is_paged", "_own", "_rules", "_layouts", "_sources", "_generator", "_placement")
@@ -427,6 +434,10 @@ def _partly_shared(p: Tensor, g: Tensor) -> bool:
     start, other = p.data_ptr(), g.data_ptr()
     ends = start + p.numel() * p.itemsize, other + g.numel() * g.itemsize
     return (start, p.dtype) != (other, g.dtype) and start < ends[1] and other < ends[0]
+
+
+def _nowhere(key: str, shape: Any, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 class _Held:

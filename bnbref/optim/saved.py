@@ -59,12 +59,14 @@ def packed(rule: Rule, state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unpacked(
-    rule: Rule, p: Tensor, saved: dict[str, Any], blocksize: int, empty: Callable[..., Tensor]
+    rule: Rule, p: Tensor, saved: Mapping[str, Any], blocksize: int, empty: Callable[..., Tensor]
 ) -> dict[str, Any]:
     """The state of p of what was saved, wrapped or not, in the memory that `empty` gives. ValueError if it is none of p's."""
-    saved = _apart(rule, {**saved, **saved.pop(WRAPPED, {})})
+    saved = _apart(rule, {**saved, **saved.get(WRAPPED, {})})
     if not saved:
         return {}
+    if "step" not in saved:
+        raise ValueError(f"the saved state has no 'step', only {sorted(saved)}")
     shard, shape = shard_of(p), tuple(local(p).shape)
     state: dict[str, Any] = {"step": int(saved["step"])}
 
