@@ -23,7 +23,6 @@ from torch import nn  # noqa: E402
 
 from bnbref import optim  # noqa: E402
 
-
 FREQUENCY = 10
 """Steps of SOAP to a decomposition."""
 

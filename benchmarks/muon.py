@@ -42,7 +42,9 @@ VARIANTS: Variants = {
     for bits in (32, 8)
 } | {"SOAP, 8 bits, embedding in 32": soap(8, optim_bits=32)}
 
-SIZES = {"steps": 200, "batch": 16, "windows": 256, "lr": 1e-3, "layers": 2, "hidden": 128, "ffn": 320, "compiled": True}
+SIZES = {"steps": 200, "batch": 16, "windows": 256, "lr": 1e-3, "layers": 2, "hidden": 128, "ffn": 320} | {
+    "compiled": True
+}
 
 if __name__ == "__main__":
     main(VARIANTS, "muon", __doc__, **SIZES)

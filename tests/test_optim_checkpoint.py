@@ -156,7 +156,7 @@ def test_half_a_checkpoint_is_refused():
 @pytest.mark.parametrize("name", ["AdamW8bit", "Lion8bit", "AdamWScheduleFree", "PagedAdamW8bit"])
 @pytest.mark.parametrize("wrong", ["last", "rule", "step"])
 def test_what_is_refused_changes_nothing(name, wrong, tmp_path):
-    """A state that is none of its parameter's, the last of several, or a group that has no rule: the run goes on as if nothing was."""
+    """A state that is none of its parameter's, the last of several, or a group without a rule: the run goes on as before."""
     (params, optimizer), (others, other) = (
         start(name, tmp_path / str(i) if name.startswith("Paged") else None) for i in range(2)
     )
@@ -172,7 +172,7 @@ def test_what_is_refused_changes_nothing(name, wrong, tmp_path):
         last[WRAPPED][key] = last[WRAPPED][key][:3]
     if wrong == "step":
         del last["step"]
-    with pytest.raises(ValueError, match="none|has 3 numbers|has no 'step'"):
+    with pytest.raises(ValueError, match=r"none|has 3 numbers|has no 'step'"):
         optimizer.load_state_dict(saved)
     want, (again, undisturbed) = advanced(params, optimizer, 2, 4), start(name)
     assert same_bits(want, advanced(again, undisturbed, 0, 4))

@@ -358,23 +358,26 @@ def test_soap_is_pytorch_optimizers(eager):
         m, v, left, right, of_left, of_right = (x.double() for key, x in mine.state[ours].items() if key != "step")
         mine.step()
         q.data, q.grad = p.clone(), g.clone()
-        other.state[q].update(exp_avg=m.clone(), exp_avg_sq=v.clone(), GG=[left.clone(), right.clone()], Q=[of_left, of_right])
+        other.state[q].update(
+            exp_avg=m.clone(), exp_avg_sq=v.clone(), GG=[left.clone(), right.clone()], Q=[of_left, of_right]
+        )
         other.step()
 
         # A product of three matrices errs by n U of the product of magnitudes, n being the terms of both sums and some roundings;
         # what comes in erring goes out erring by as much times magnitudes. x, y, r, z are as in the rule: z = y / r.
         n, rate = rows + columns + 4, 0.01 / (1 - b1**t)
-        turned = lambda x: of_left.abs().mT @ x @ of_right.abs()  # noqa: E731
+        left_abs, right_abs = of_left.abs(), of_right.abs()
         x, y = (of_left.mT @ a @ of_right for a in (g, b1 * m + (1 - b1) * g))
         v = b2 * v + (1 - b2) * x * x
         r = v.sqrt() / math.sqrt(1 - b2**t)
-        dx, dy = n * U * turned(g.abs()), (n + 3) * U * turned(b1 * m.abs() + (1 - b1) * g.abs())
+        dx = n * U * left_abs.mT @ g.abs() @ right_abs
+        dy = (n + 3) * U * left_abs.mT @ (b1 * m.abs() + (1 - b1) * g.abs()) @ right_abs
         dv = 4 * U * v + (1 - b2) * (2 * x.abs() + dx) * dx
         dr = dv / v * r + 4 * U * r
         assert bool((dr < r).all())
         z = y.abs() / r
         dz = (dy + z * dr) / (r - dr) + U * z
-        u = of_left.abs() @ (dz + n * U * z) @ of_right.abs().mT
+        u = left_abs @ (dz + n * U * z) @ right_abs.mT
         step = (q - p).abs()
         assert bool(((ours.double() - q).abs() <= 1.01 * (rate * u + U * (p.abs() + 4 * step))).all())
         for key, mean, square in (("left", left, g.abs() @ g.abs().mT), ("right", right, g.abs().mT @ g.abs())):

@@ -126,7 +126,7 @@ def test_a_mistake_is_found(mistake, monkeypatch):
 
 
 def test_a_bfloat16_with_every_correction_is_a_float32_of_its_own():
-    """Every 97th bfloat16, the first and the last: their pairs number float32s, with no gap, and come back. `make proofs` has all."""
+    """Every 97th bfloat16, first and last: their pairs number float32s without a gap, and come back. `make proofs`: all."""
     steps = torch.arange(-(2**15), 2**15, dtype=torch.int32)
     for high in [*range(0, 0x7F80, 97), 1, 0x7F7F]:
         p = torch.full((2**16,), high, dtype=torch.int16).view(BF16)

@@ -115,8 +115,8 @@ class SOAP(Family):
         p = (1 - lr wd) p - lr P ((P^T m^ Q) / (sqrt(v^) + eps)) Q^T
         L = b L + (1 - b) G G^T          R = b R + (1 - b) G^T G          every `frequency` steps P, Q = qr(L P), qr(R Q)
 
-    The first gradient makes L, R, P and Q, and no step. L, R, P and Q are float32, and more than the states in 8 bits: of a square matrix 16 bytes a parameter. *Exact* but for the
-    products and decompositions, which are torch's.
+    The first gradient makes L, R, P and Q, and no step. They are float32, and more than the states in 8 bits: of a square matrix
+    16 bytes a parameter. *Exact* but for the products and decompositions, which are torch's.
     """
 
     def __init__(

@@ -48,7 +48,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     for name in ("betas", "momentum", "beta1", "shampoo_beta"):
         weights = settings.get(name, ())
         each = weights if isinstance(weights, (tuple, list)) else [weights]
-        if not all(isinstance(beta, (Real, Tensor)) and 0 <= beta < 1 for beta in each):
+        if not all(isinstance(beta, (Real, Tensor)) and 0 <= float(beta) < 1 for beta in each):
             raise ValueError(f"{name} must lie in [0, 1), got {weights!r}")
     for name, least in (("frequency", 1), ("warmup_steps", 0)):
         count = settings.get(name, least)
