@@ -3,7 +3,7 @@
     python benchmarks/muon.py [--steps 200] [--seeds 2] [--lr 1e-3] [--plot docs/content/muon.svg]
 
 The run, the batches and what counts as unstable are those of benchmarks/ablation.py. Muon and SOAP have the hidden matrices, and
-AdamW embeddings, head and vectors, in as many bits. A step of Muon has the root mean square of AdamW's, so that one learning
+AdamW the embedding, which is the head, and vectors, in as many bits where the row does not say otherwise. A step of Muon has the root mean square of AdamW's, so that one learning
 rate does for all but Adafactor, whose steps are relative to weights of 0.02.
 """
 
@@ -42,9 +42,9 @@ VARIANTS: Variants = {
     for bits in (32, 8)
 } | {"SOAP, 8 bits, embedding in 32": soap(8, optim_bits=32)}
 
-SIZES = {"steps": 200, "batch": 16, "windows": 256, "lr": 1e-3, "layers": 2, "hidden": 128, "ffn": 320} | {
-    "compiled": True
-}
+SIZES = {
+    "steps": 200, "batch": 16, "windows": 256, "lr": 1e-3, "layers": 2, "hidden": 128, "ffn": 320, "compiled": True,
+}  # fmt: skip
 
 if __name__ == "__main__":
     main(VARIANTS, "muon", __doc__, **SIZES)
