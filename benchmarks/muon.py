@@ -3,8 +3,8 @@
     python benchmarks/muon.py [--steps 200] [--seeds 2] [--lr 1e-3] [--plot docs/content/muon.svg]
 
 The run, the batches and what counts as unstable are those of benchmarks/ablation.py. Muon and SOAP have the hidden matrices, and
-AdamW the embedding, which is the head, and vectors, in as many bits where the row does not say otherwise. A step of Muon has the root mean square of AdamW's, so that one learning
-rate does for all but Adafactor, whose steps are relative to weights of 0.02.
+AdamW the embedding, which is the head, and vectors, in as many bits where the row does not say otherwise. A step of Muon has the
+root mean square of AdamW's, so that one learning rate does for all but Adafactor, whose steps are relative to weights of 0.02.
 """
 
 from collections.abc import Callable
