@@ -62,7 +62,8 @@ def unpacked(
     rule: Rule, p: Tensor, saved: Mapping[str, Any], blocksize: int, empty: Callable[..., Tensor]
 ) -> dict[str, Any]:
     """The state of p of what was saved, wrapped or not, in the memory that `empty` gives. ValueError if it is none of p's."""
-    saved = _apart(rule, {**saved, **saved.get(WRAPPED, {})})
+    bare = {key: x for key, x in saved.items() if key != WRAPPED}
+    saved = _apart(rule, {**bare, **saved.get(WRAPPED, {})})
     if not saved:
         return {}
     if "step" not in saved:
