@@ -1,10 +1,10 @@
 """Steps of optimizers that see whole matrices, on the CPU: milliseconds and ratios (theirs / ours; above 1 is faster).
 
-    python benchmarks/matrix_optimizers.py [--size 1024] [--matrices 8] [--threads 2] [--rounds 9] [--processor-time]
+    python benchmarks/matrix_optimizers.py [--size 512] [--matrices 8] [--threads 2] [--rounds 9] [--processor-time]
 
-Against torch.optim and, where it is installed, pytorch_optimizer. Rounds are interleaved, and the load of the machine is saved
-beside them. SOAP is timed over `frequency` steps, of which one has the decomposition. On a machine that others use too, compare
-the processor time of one thread.
+Against torch.optim and, where they are installed, transformers, schedulefree and pytorch_optimizer. Rounds are interleaved, and
+the load of the machine is saved beside them. SOAP is timed over ten steps, of which one has the decompositions. On a machine that
+others use too, compare the processor time of one thread.
 """
 
 import argparse
@@ -23,6 +23,28 @@ from torch import nn  # noqa: E402
 
 from bnbref import optim  # noqa: E402
 
+FREQUENCY = 10
+"""Steps of SOAP to a decomposition."""
+
+TRANSFORMERS = {"scale_parameter": True, "relative_step": False}
+CONTENDERS: list[tuple[str, dict[str, Any], str, str, str, dict[str, Any]]] = [
+    ("AdamW8bit", {}, "AdamW, torch", "torch.optim", "AdamW", {}),
+    ("AdamW32bit", {}, "AdamW, torch", "torch.optim", "AdamW", {}),
+    ("Muon8bit", {}, "Muon, torch", "torch.optim", "Muon", {}),
+    ("Muon32bit", {}, "Muon, torch", "torch.optim", "Muon", {}),
+    ("Adafactor", {}, "Adafactor, torch", "torch.optim", "Adafactor", {}),
+    ("Adafactor", {}, "Adafactor, transformers", "transformers.optimization", "Adafactor", TRANSFORMERS),
+    ("Adafactor8bit, beta1 0.9", {"beta1": 0.9}, "Adafactor, transformers, beta1 0.9", "transformers.optimization", "Adafactor",
+     {**TRANSFORMERS, "beta1": 0.9}),
+    ("AdamWScheduleFree8bit", {}, "AdamWScheduleFree, schedulefree", "schedulefree", "AdamWScheduleFree", {}),
+    ("AdamWScheduleFree32bit", {}, "AdamWScheduleFree, schedulefree", "schedulefree", "AdamWScheduleFree", {}),
+    ("SOAP8bit", {"frequency": FREQUENCY}, "SOAP, pytorch_optimizer", "pytorch_optimizer", "SOAP",
+     {"precondition_frequency": FREQUENCY}),
+    ("SOAP32bit", {"frequency": FREQUENCY}, "SOAP, pytorch_optimizer", "pytorch_optimizer", "SOAP",
+     {"precondition_frequency": FREQUENCY}),
+]  # fmt: skip
+"""Of each row: ours, its options; theirs, its package, its class there, its options."""
+
 
 def made(kind: Any, args: Any, **options: Any) -> Any:
     params = [nn.Parameter(torch.randn(args.size, args.size)) for _ in range(args.matrices)]
@@ -40,45 +62,37 @@ def several(optimizer: Any, steps: int) -> Callable[[], None]:
 
 
 def state_bytes(optimizer: Any) -> float:
-    found = sum(x.nbytes for s in optimizer.state.values() for x in s.values() if isinstance(x, torch.Tensor))
+    values = [x for s in optimizer.state.values() for x in s.values()]
+    tensors = [x for value in values for x in (value if isinstance(value, list) else [value])]
+    found = sum(x.nbytes for x in tensors if isinstance(x, torch.Tensor))
     return float(found / sum(p.numel() for group in optimizer.param_groups for p in group["params"]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, default=1024, help="rows and columns of a matrix")
+    parser.add_argument("--size", type=int, default=512, help="rows and columns of a matrix")
     parser.add_argument("--matrices", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--frequency", type=int, default=10, help="steps of SOAP to a decomposition")
     parser.add_argument("--processor-time", action="store_true", help="of one thread, instead of the time that passes")
     args = parser.parse_args()
     torch.set_num_threads(1 if args.processor_time else args.threads)
     torch.manual_seed(0)
-    optimizers = {
-        "Muon8bit": made(optim.Muon8bit, args),
-        "Muon32bit": made(optim.Muon32bit, args),
-        "Muon, torch": made(torch.optim.Muon, args),
-        "Adafactor": made(optim.Adafactor, args),
-        "Adafactor, torch": made(torch.optim.Adafactor, args),
-        "Adafactor8bit, beta1 0.9": made(optim.Adafactor8bit, args, beta1=0.9),
-        "SOAP8bit": made(optim.SOAP8bit, args, frequency=args.frequency),
-    }
-    rows = [
-        ("Muon8bit", "Muon, torch"),
-        ("Muon32bit", "Muon, torch"),
-        ("Adafactor", "Adafactor, torch"),
-        ("Adafactor8bit, beta1 0.9", "Adafactor, torch"),
-    ]
-    try:
-        others = importlib.import_module("pytorch_optimizer")
-    except ImportError:
-        print("pytorch_optimizer is not installed: no comparison with it")
-        rows.append(("SOAP8bit", "SOAP8bit"))
-    else:
-        optimizers["SOAP, pytorch_optimizer"] = made(others.SOAP, args, precondition_frequency=args.frequency)
-        rows.append(("SOAP8bit", "SOAP, pytorch_optimizer"))
-    runs = {name: several(x, args.frequency if "SOAP" in name else 1) for name, x in optimizers.items()}
+    optimizers: dict[str, Any] = {}
+    rows = []
+    for ours, options, theirs, package, kind, other_options in CONTENDERS:
+        try:
+            module = importlib.import_module(package)
+        except ImportError:
+            print(f"{package} is not installed: {ours} is not compared with it")
+            continue
+        optimizers.setdefault(ours, made(getattr(optim, ours.partition(",")[0]), args, **options))
+        if theirs not in optimizers:
+            optimizers[theirs] = made(getattr(module, kind), args, **other_options)
+        rows.append((ours, theirs))
+    for optimizer in optimizers.values():
+        getattr(optimizer, "train", lambda: None)()
+    runs = {name: several(x, FREQUENCY if "SOAP" in name else 1) for name, x in optimizers.items()}
     before = os.getloadavg()[0]
     clock = time.process_time if args.processor_time else time.perf_counter
     ms = timing.medians(runs, args.rounds, clock)

@@ -1,32 +1,50 @@
-"""Muon with its momentum in 8 bits against Muon in 32, and AdamW beside them, on the demo's model and text.
+"""Optimizers of matrices with their states in 8 bits against 32, and AdamW beside them: on the demo's model and text.
 
-    python benchmarks/muon.py [--steps 80] [--seeds 2] [--device cpu] [--plot docs/content/muon.svg]
+    python benchmarks/muon.py [--steps 200] [--seeds 2] [--lr 1e-3] [--plot docs/content/muon.svg]
 
-The run, its arguments and what is unstable are those of benchmarks/ablation.py. Embeddings, head and vectors are by AdamW, in
-as many bits; the step of a matrix has the root mean square of AdamW's, so that one learning rate does for all.
+The run, the batches and what counts as unstable are those of benchmarks/ablation.py. Muon and SOAP have the hidden matrices, and
+AdamW the embedding, which is the head, and vectors, in as many bits where the row does not say otherwise. A step of Muon has the
+root mean square of AdamW's, so that one learning rate does for all but Adafactor, whose steps are relative to weights of 0.02.
 """
 
 from collections.abc import Callable
 from typing import Any
 
-from ablation import adam, main
+from ablation import Variants, main
 from torch import nn
 
 from bnbref import optim
-from bnbref.optim.rules import Adam
+
+GROUP: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": 0.1}
+
+
+def adamw(bits: int) -> Callable[[nn.Module, float], Any]:
+    return lambda model, lr: optim.AdamW(model.parameters(), lr, **GROUP, optim_bits=bits)
 
 
 def muon(bits: int) -> Callable[[nn.Module, float], Any]:
     return lambda model, lr: optim.Muon(
-        optim.muon_groups(model), lr=lr, adjust_lr_fn="match_rms_adamw", optim_bits=bits
+        optim.muon_groups(model), lr, adjust_lr_fn="match_rms_adamw", **GROUP, optim_bits=bits
     )
 
 
+def soap(bits: int, **others: Any) -> Callable[[nn.Module, float], Any]:
+    return lambda model, lr: optim.SOAP(optim.muon_groups(model, **others), lr, **GROUP, optim_bits=bits)
+
+
+def adafactor(bits: int) -> Callable[[nn.Module, float], Any]:
+    return lambda model, lr: optim.Adafactor(model.parameters(), 50 * lr, beta1=0.9, optim_bits=bits)
+
+
+VARIANTS: Variants = {
+    f"{name}, {bits} bits": make(bits)
+    for name, make in {"Muon": muon, "AdamW": adamw, "SOAP": soap, "Adafactor with momentum": adafactor}.items()
+    for bits in (32, 8)
+} | {"SOAP, 8 bits, embedding in 32": soap(8, optim_bits=32)}
+
+SIZES = {
+    "steps": 200, "batch": 16, "windows": 256, "lr": 1e-3, "layers": 2, "hidden": 128, "ffn": 320, "compiled": True,
+}  # fmt: skip
+
 if __name__ == "__main__":
-    variants = {
-        "Muon, 32 bits": muon(32),
-        "Muon, 8 bits": muon(8),
-        "AdamW, 32 bits": adam(Adam(), optim_bits=32),
-        "AdamW, 8 bits": adam(Adam(), optim_bits=8),
-    }
-    main(variants, "muon", __doc__)
+    main(VARIANTS, "muon", __doc__, **SIZES)

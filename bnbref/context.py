@@ -93,7 +93,7 @@ def transforming() -> bool:
 
 
 def undisturbed(x: Tensor) -> bool:
-    """Whether x is a plain tensor and torch does none of this around a call but, perhaps, no_grad, inference_mode, and autocast to
+    """Whether x is a plain tensor and torch does none of this around a call but, perhaps, no_grad, inference_mode, or autocast to
     the dtype that x has."""
     return (
         not torch.compiler.is_dynamo_compiling()

@@ -186,7 +186,7 @@ def eagerly(function: Function) -> Function:
 
     def run(x: Tensor) -> Tensor:
         with bnbref.eager():
-            return torch.cat([function(part) for part in x.split(2**17 if x.device == CPU else CHUNK)])
+            return torch.cat([function(part) for part in x.split(2**17 if x.device == CPU else CHUNK)], -1)
 
     return run
 

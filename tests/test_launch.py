@@ -75,7 +75,7 @@ def refused():
     yield "no launch", [], [a, b], [out]
     yield "two launches", one + one, [a, b], [out]
     yield "two choices", recorded(a, b, out, kernel=Untuned()), [a, b], [out]
-    yield "an option", [(one[0][0], one[0][1], {"stream": 70, "grid": 1})], [a, b], [out]
+    yield "an option", [one[0]._replace(kwargs={"stream": 70, "grid": 1})], [a, b], [out]
     yield "an input that is no argument", one, [a, torch.randn(8)], [out]
     yield "a part of an argument", recorded(a[:4], b[4:], out[:4]), [a, b], [out[:4].clone()]
     yield "an argument twice", recorded(a, a, out), [a, a], [out]

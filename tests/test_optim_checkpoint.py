@@ -180,3 +180,30 @@ def test_a_state_of_another_rule_is_refused_where_it_would_be_another_number():
         for names, others in ((momentum, momentum), (adam, adam), (["RMSprop", "Adagrad"], squares[bits]))
         for name in names
     } | {f"{name} {bits}": [name] for name in ("AdEMAMix", "AdamWScheduleFree") for bits in ("8bit", "32bit")}
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("name", ["AdamW8bit", "Lion8bit", "AdamWScheduleFree", "PagedAdamW8bit"])
+@pytest.mark.parametrize("wrong", ["last", "rule", "step"])
+def test_what_is_refused_changes_nothing(name, wrong, tmp_path):
+    """A state that is none of its parameter's, the last of several, or a group without a rule: the run goes on as before."""
+    (params, optimizer), (others, other) = (
+        start(name, tmp_path / str(i) if name.startswith("Paged") else None) for i in range(2)
+    )
+    advanced(params, optimizer, 0, 2)
+    advanced(others, other, 0, 3)
+    saved = other.state_dict()
+    for group in saved["param_groups"]:
+        group["lr"] = 0.5
+        group["rule"] = "none" if wrong == "rule" else group.get("rule", "")
+    last = saved["state"][len(params) - 1]
+    if wrong == "last":
+        key = next(iter(last[WRAPPED]))
+        last[WRAPPED][key] = last[WRAPPED][key][:3]
+    if wrong == "step":
+        del last["step"]
+    with pytest.raises(ValueError, match=r"none|has 3 numbers|has no 'step'"):
+        optimizer.load_state_dict(saved)
+    want, (again, undisturbed) = advanced(params, optimizer, 2, 4), start(name)
+    assert same_bits(want, advanced(again, undisturbed, 0, 4))
+    assert {group["lr"] for group in optimizer.param_groups} == {group["lr"] for group in undisturbed.param_groups}

@@ -299,6 +299,81 @@ def test_adafactor_is_torchs(eager):
             assert bool(((ours.double() - theirs).abs() <= bound).all())
 
 
+def test_adafactor_is_transformers(eager):
+    """As test_adafactor_is_torchs, whose bound this is, but for decay, which transformers multiplies by the root of a mean, too.
+
+    It adds 1e-30 to squares, which is far below a rounding.
+    """
+    theirs = pytest.importorskip("transformers.optimization").Adafactor
+    torch.manual_seed(5)
+    for shape, beta1 in (((40, 30), 0.0), ((500,), 0.0), ((40, 30), 0.9)):
+        ours, q = nn.Parameter(torch.randn(shape)), nn.Parameter(torch.empty(shape, dtype=torch.float64))
+        mine = optim.Adafactor([ours], lr=0.02, beta1=beta1)
+        other = theirs([q], lr=0.02, beta1=beta1 or None, relative_step=False)
+        names = {"row": "exp_avg_sq_row", "column": "exp_avg_sq_col"} if len(shape) == 2 else {"column": "exp_avg_sq"}
+        names |= {"momentum": "exp_avg"} if beta1 else {}
+        kept = torch.zeros(shape, dtype=torch.float64)
+        for _ in range(5):
+            ours.grad = torch.randn(shape)
+            q.data, q.grad = ours.data.double(), ours.grad.double()
+            if mine.state[ours]:
+                other.state[q].update({name: mine.state[ours][key].double() for key, name in names.items()})
+                if beta1:  # theirs has the learning rate in it
+                    kept = other.state[q]["exp_avg"].mul_(0.02).abs()
+            before = q.data.clone()
+            mine.step()
+            other.step()
+            step = (q.data - before).abs() + 2 * kept
+            bound = 1.01 * U * (3 * before.abs() + (4 * before.numel() + 20) * step)
+            assert bool(((ours.double() - q).abs() <= bound).all())
+
+
+def test_soap_is_pytorch_optimizers(eager):
+    """From equal states; theirs in float64. The first gradient makes bases, which no two programs order alike, and no step."""
+    theirs = pytest.importorskip("pytorch_optimizer").SOAP
+    torch.manual_seed(6)
+    rows, columns, b1, b2, b = 12, 20, 0.9, 0.95, 0.8
+    ours, q = nn.Parameter(torch.randn(rows, columns)), nn.Parameter(torch.zeros(rows, columns, dtype=torch.float64))
+    options = {"lr": 0.01, "weight_decay": 0.0, "betas": (b1, b2), "shampoo_beta": b, "eps": 0.0}
+    mine, other = optim.SOAP32bit([ours], **options, frequency=3), theirs([q], **options, precondition_frequency=1000)
+    q.grad = torch.ones_like(q)
+    other.step()
+    ours.grad, p = torch.randn(rows, columns), ours.detach().clone()
+    mine.step()
+    assert same_bits(ours.detach(), p)
+    for t in range(1, 8):
+        ours.grad = torch.randn(rows, columns)
+        p, g = ours.detach().double(), ours.grad.double()
+        m, v, left, right, of_left, of_right = (x.double() for key, x in mine.state[ours].items() if key != "step")
+        mine.step()
+        q.data, q.grad = p.clone(), g.clone()
+        other.state[q].update(
+            exp_avg=m.clone(), exp_avg_sq=v.clone(), GG=[left.clone(), right.clone()], Q=[of_left, of_right]
+        )
+        other.step()
+
+        # A product of three matrices errs by n U of the product of magnitudes, n being the terms of both sums and some roundings;
+        # what comes in erring goes out erring by as much times magnitudes. x, y, r, z are as in the rule: z = y / r.
+        n, rate = rows + columns + 4, 0.01 / (1 - b1**t)
+        left_abs, right_abs = of_left.abs(), of_right.abs()
+        x, y = (of_left.mT @ a @ of_right for a in (g, b1 * m + (1 - b1) * g))
+        v = b2 * v + (1 - b2) * x * x
+        r = v.sqrt() / math.sqrt(1 - b2**t)
+        dx = n * U * left_abs.mT @ g.abs() @ right_abs
+        dy = (n + 3) * U * left_abs.mT @ (b1 * m.abs() + (1 - b1) * g.abs()) @ right_abs
+        dv = 4 * U * v + (1 - b2) * (2 * x.abs() + dx) * dx
+        dr = dv / v * r + 4 * U * r
+        assert bool((dr < r).all())
+        z = y.abs() / r
+        dz = (dy + z * dr) / (r - dr) + U * z
+        u = left_abs @ (dz + n * U * z) @ right_abs.mT
+        step = (q - p).abs()
+        assert bool(((ours.double() - q).abs() <= 1.01 * (rate * u + U * (p.abs() + 4 * step))).all())
+        for key, mean, square in (("left", left, g.abs() @ g.abs().mT), ("right", right, g.abs().mT @ g.abs())):
+            got, want = mine.state[ours][key].double(), other.state[q]["GG"][key == "right"]
+            assert bool(((got - want).abs() <= (n + 4) * U * (mean.abs() + square)).all())
+
+
 @settings(max_examples=20)
 @given(st.permutations(range(5)), st.integers(5, 8), st.sampled_from([1, 2, 100]))
 def test_soap_is_adam_where_the_axes_are_the_eigenvectors(places, columns, frequency):
@@ -309,13 +384,43 @@ def test_soap_is_adam_where_the_axes_are_the_eigenvectors(places, columns, frequ
         q = nn.Parameter(p.detach().clone())
         soap = optim.SOAP32bit([p], lr=1e-2, betas=(0.9, 0.99), frequency=frequency)
         adam = optim.AdamW32bit([q], lr=1e-2, betas=(0.9, 0.99))
-        for _ in range(4):
+        for t in range(5):
             p.grad = torch.zeros(5, columns)
             p.grad[range(5), places] = torch.randn(5, generator=generator)
             q.grad = p.grad.clone()
             soap.step()
-            adam.step()
+            if t > 0:  # the first gradient makes no step
+                adam.step()
         assert same_bits(p.detach(), q.detach())
+
+
+def test_the_first_gradient_of_soap_makes_no_step(eager):
+    """In its own bases it is a diagonal, and a step would go where the rounding of the zeros beside it points."""
+    p = nn.Parameter(torch.randn(8, 20))
+    before = p.detach().clone()
+    optimizer = optim.SOAP8bit([p], lr=0.1, min_8bit_size=0)
+    p.grad = torch.randn(8, 20)
+    optimizer.step()
+    assert same_bits(p.detach(), before)
+    state = optimizer.state[p]
+    assert state["momentum_absmax"].tolist() == state["squares_absmax"].tolist() == [0.0]
+    inside = state["of_left"].mT @ state["left"] @ state["of_left"]
+    assert float((inside - inside.diagonal().diag()).abs().max()) < 1e-4 * float(inside.abs().max())
+    optimizer.step()
+    assert not same_bits(p.detach(), before)
+
+
+def test_soap_begins_where_a_gradient_is_finite(eager):
+    """After a first gradient that is not, bases are those of the mean when they are made again."""
+    p = nn.Parameter(torch.randn(8, 20))
+    before = p.detach().clone()
+    optimizer = optim.SOAP32bit([p], weight_decay=0.0, frequency=3)
+    for t in range(5):
+        p.grad = torch.full_like(p, math.nan) if t == 0 else torch.randn(8, 20)
+        optimizer.step()
+        assert same_bits(p.detach(), before) == (t < 4)
+    basis = optimizer.state[p]["of_left"]
+    assert float((basis.mT @ basis - torch.eye(8)).abs().max()) < 4 * 8**2.5 * U
 
 
 def test_soap_turns_towards_the_eigenvectors():
@@ -323,7 +428,7 @@ def test_soap_turns_towards_the_eigenvectors():
     torch.manual_seed(0)
     g = torch.randn(3, 6, 9)
     left, right, of_left, of_right = (torch.zeros(3, n, n) for n in (6, 9, 6, 9))
-    *_, of_left, of_right = matrices.turned(g, g, of_left, of_right, torch.tensor(1.0))
+    left, right, of_left, of_right = matrices.averaged(g, left, right, of_left, of_right, *torch.tensor([0.1, 1.0]))
     others = []
     for _ in range(30):
         left, right, of_left, of_right = matrices.averaged(
@@ -418,7 +523,7 @@ def test_one_element_that_is_not_finite_changes_nothing(name, bad, eager):
 
 @eight_bit
 def test_bfloat16_maximize_and_strides(name, eager):
-    """Parameters that are rounded, transposed, or go up."""
+    """Parameters that are rounded, transposed, as their gradients are then, or go up."""
     params, optimizer = start(name, torch.bfloat16)
     want = advanced(params, optimizer, 0, 2)
     params, _ = start(name, torch.bfloat16)
@@ -427,7 +532,8 @@ def test_bfloat16_maximize_and_strides(name, eager):
     for t in range(2):
         generator = torch.Generator().manual_seed(t)
         for p in params:
-            p.grad = -torch.randn(p.shape, generator=generator).bfloat16()
+            p.grad = torch.empty_like(p).copy_(-torch.randn(p.shape, generator=generator))
+            assert p.grad.stride() == p.stride()
         optimizer.step()
     assert same_bits([p.detach() for p in params], want)
 
@@ -438,7 +544,9 @@ def test_scalars_and_nothing_are_parameters(name, eager):
     params = [nn.Parameter(torch.full(shape, 2.0)) for shape in shapes]
     for p in params:
         p.grad = torch.ones_like(p)
-    made(name, params, min_8bit_size=0).step()
+    optimizer = made(name, params, min_8bit_size=0)
+    optimizer.step()
+    optimizer.step()  # SOAP's first is here
     assert all(bool((p.detach() < 2.0).all()) for p in params)
 
 
@@ -508,12 +616,62 @@ def test_what_is_no_matrix_is_refused():
         optimizer.add_param_group({"params": [vector], "rule": "adam"})
     for arguments, message in (
         ({"adjust_lr_fn": "none"}, "adjust_lr_fn must be one of"), ({"momentum": 1.0}, "momentum must lie in"),
-        ({"ns_steps": 0}, "ns_steps must be 1 to 99"), ({"lr": -1}, "lr must not be negative"),
+        ({"ns_steps": 0}, "ns_steps must be an integer"), ({"lr": -1}, "lr must not be negative"),
+        ({"ns_steps": 2.5}, "ns_steps must be an integer"), ({"eps": math.nan}, "eps must not be negative"),
+        ({"ns_coefficients": "abc"}, "ns_coefficients must be three finite"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             optim.Muon([nn.Parameter(torch.ones(4, 4))], **arguments)
     with pytest.raises(ValueError, match="nesterov is no setting of a group"):
         optim.Muon([{"params": [nn.Parameter(torch.ones(4, 4))], "nesterov": True}])
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value", "in_a_group"),
+    [
+        (optim.Adafactor, "eps", (None, -1.0), False), (optim.Adafactor, "eps", (math.nan, 1e-3), False),
+        (optim.Adafactor, "eps", 1e-8, False), (optim.Adafactor, "d", math.nan, False),
+        (optim.Adafactor, "beta1", None, False), (optim.Adafactor, "beta2_decay", 0.8, True),
+        (optim.SOAP, "frequency", 0, True), (optim.SOAP, "frequency", 1.5, True), (optim.SOAP, "frequency", True, True),
+        (optim.SOAP, "shampoo_beta", 1.0, True), (optim.AdamWScheduleFree, "warmup_steps", -1, True),
+    ],
+)  # fmt: skip
+def test_a_setting_that_means_nothing_is_refused(kind, name, value, in_a_group):
+    """By its name; and in a group, where it may stand there, as by the constructor."""
+    p = nn.Parameter(torch.ones(4, 4))
+    with pytest.raises(ValueError, match=f"{name} must"):
+        kind([p], **{name: value})
+    if in_a_group:
+        with pytest.raises(ValueError, match=f"{name} must"):
+            kind([{"params": [p], name: value}])
+
+
+@pytest.mark.parametrize("lr", [math.nan, "1", None])
+@each_family
+@pytest.mark.filterwarnings("ignore:paged state")
+def test_a_learning_rate_that_is_none_is_refused_at_the_first_step(name, lr, eager):
+    params, optimizer = start(name)
+    before = [p.detach().clone() for p in params]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.param_groups[0]["lr"] = lr
+    with pytest.raises((TypeError, ValueError)):
+        optimizer.step()
+    assert same_bits([p.detach() for p in params], before)
+
+
+@pytest.mark.filterwarnings("error")  # a step that was interrupted is one
+def test_a_matrix_keeps_its_shape(eager):
+    """Adafactor has no state by element whose shape would say so."""
+    for shape in ((6, 4), (4, 6), (24,)):
+        p = nn.Parameter(torch.ones(4, 6) if shape != (4, 6) else torch.ones(6, 4))
+        p.grad = torch.ones_like(p)
+        optimizer = optim.Adafactor([p])
+        optimizer.step()
+        p.data = torch.ones(shape)
+        p.grad = torch.ones(shape)
+        with pytest.raises(ValueError, match="a parameter must keep its shape"):
+            optimizer.step()
 
 
 def test_the_others_are_by_adamw(eager):

@@ -125,8 +125,8 @@ def test_a_mistake_is_found(mistake, monkeypatch):
         check(dtype, correction, values)
 
 
-def test_every_bfloat16_with_every_correction_is_a_float32_of_its_own():
-    """All 2^32: the pairs of a finite parameter number the float32s, with no gap, and come back."""
+def test_a_bfloat16_with_every_correction_is_a_float32_of_its_own():
+    """Every 97th bfloat16, first and last: their pairs number float32s without a gap, and come back. `make proofs`: all."""
     steps = torch.arange(-(2**15), 2**15, dtype=torch.int32)
     for high in [*range(0, 0x7F80, 97), 1, 0x7F7F]:
         p = torch.full((2**16,), high, dtype=torch.int16).view(BF16)
@@ -424,3 +424,10 @@ def test_bytes_of_weights():
         sizes = {key: x.nbytes / p.numel() for key, x in optimizer.state[p].items() if isinstance(x, torch.Tensor)}
         correction = sizes.pop(weights.CORRECTION, 0)
         assert (p.element_size(), correction, sum(sizes.values())) == want, name
+
+
+def test_a_value_belongs_to_a_parameter_of_the_optimizer():
+    own, other = (nn.Parameter(torch.ones(3, dtype=BF16)) for _ in range(2))
+    optimizer = optim.AdamW8bit([own], master_weight_bits=24)
+    with pytest.raises(ValueError, match=r"p must be a parameter of this optimizer, got another one of shape \(3,\)"):
+        optimizer.set_exact_weight(other, torch.ones(3))

@@ -118,11 +118,9 @@ class Adafactor(Rule):
         return (*(m or [u]), row, column, *m)
 
 
-def turned(g: Tensor, m: Tensor, of_left: Tensor, of_right: Tensor, first: Tensor) -> tuple[Tensor, ...]:
-    """The gradient and the momentum in the bases of SOAP, and the bases: at the first step those of the gradient itself."""
-    if first:
-        of_left, of_right = torch.linalg.eigh(g @ g.mT)[1], torch.linalg.eigh(g.mT @ g)[1]
-    return of_left.mT @ g @ of_right, of_left.mT @ m @ of_right, of_left, of_right
+def turned(g: Tensor, m: Tensor, of_left: Tensor, of_right: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient and the momentum in the bases of SOAP."""
+    return of_left.mT @ g @ of_right, of_left.mT @ m @ of_right
 
 
 def turned_back(u: Tensor, of_left: Tensor, of_right: Tensor) -> Tensor:
@@ -133,7 +131,7 @@ def turned_back(u: Tensor, of_left: Tensor, of_right: Tensor) -> Tensor:
 def averaged(
     g: Tensor, left: Tensor, right: Tensor, of_left: Tensor, of_right: Tensor, not_b: Tensor, refresh: Tensor
 ) -> tuple[Tensor, ...]:
-    """The means of G G^T and G^T G, and bases that are nearer to their eigenvectors by one step of a power iteration."""
+    """The means of G G^T and G^T G, and bases of their eigenvectors, or nearer to them by one step of a power iteration."""
     left, right = left + not_b * (g @ g.mT - left), right + not_b * (g.mT @ g - right)
     if refresh:
         of_left, of_right = _nearer(left, of_left), _nearer(right, of_right)
@@ -146,7 +144,9 @@ def _nearer(mean: Tensor, basis: Tensor) -> Tensor:
     power = mean @ basis
     order = (basis * power).sum(-2).argsort(dim=-1, descending=True, stable=True)
     sorted_basis = torch.linalg.qr(torch.take_along_dim(power, order[..., None, :], -1))[0]
-    return torch.take_along_dim(sorted_basis, order.argsort(-1)[..., None, :], -1)
+    nearer = torch.take_along_dim(sorted_basis, order.argsort(-1)[..., None, :], -1)
+    none = ~basis.any(-1).any(-1)[..., None, None]
+    return torch.where(none, torch.linalg.eigh(mean)[1], nearer) if none.any() else nearer
 
 
 class SOAP(Rule):
@@ -155,6 +155,9 @@ class SOAP(Rule):
     m = b1 m + (1 - b1) G            v = b2 v + (1 - b2) (P^T G Q)^2
     p = (1 - lr wd) p - lr P ((P^T m^ Q) / (sqrt(v^) + eps)) Q^T
     L = b L + (1 - b) G G^T          R = b R + (1 - b) G^T G          every `frequency` steps P, Q = qr(L P), qr(R Q)
+
+    The first gradient makes L, R, P and Q alone, as in the authors' program: in its own bases it is a diagonal, and a step would
+    go where the rounding of the zeros beside that points.
     """
 
     states = (
@@ -167,14 +170,17 @@ class SOAP(Rule):
 
     def coefficients(self, t: int, group: Mapping[str, Any]) -> dict[str, float]:
         b1, b2 = group["betas"]
+        s = t - 1
         numbers = decoupled(group) | averages(b1=b1, b2=b2, b=group["shampoo_beta"]) | {"eps": group["eps"]}
-        flags = {"first": float(t == 1), "refresh": float(t % group["frequency"] == 0)}
-        return numbers | flags | {"rate": group["lr"] / (1 - b1**t), "root": math.sqrt(1 - b2**t)}
+        numbers |= {"refresh": float(s % group["frequency"] == 0)}
+        if s == 0:  # P and Q are 0, and so is the direction
+            return numbers | averages(b1=1.0) | {"rate": 0.0 * group["lr"], "decay": 1.0, "root": 1.0}
+        return numbers | {"rate": group["lr"] / (1 - b1**s), "root": math.sqrt(1 - b2**s)}
 
     def direction(self, p: Tensor, g: Tensor, m: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         left, right, of_left, of_right, c = rest
         m = c.b1 * m + c.not_b1 * g
-        x, y, of_left, of_right = self.whole(turned, g, m, of_left, of_right, c.first, results=4)
+        x, y = self.whole(turned, g, m, of_left, of_right, results=2)
         v = c.b2 * v + c.not_b2 * (x * x)
         u = self.whole(turned_back, y / (self.sqrt(v) / c.root + c.eps), of_left, of_right)
         return u, m, v, *self.whole(averaged, g, left, right, of_left, of_right, c.not_b, c.refresh, results=4)

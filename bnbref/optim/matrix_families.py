@@ -2,7 +2,9 @@
 
 # ruff: noqa: E701, the table of variants has a line for each
 
+import math
 from collections.abc import Iterable
+from numbers import Real
 from typing import Any
 
 from torch import nn
@@ -10,6 +12,7 @@ from typing_extensions import Unpack
 
 from bnbref.optim import matrices, rules
 from bnbref.optim.family import Family, PagedOptions
+from bnbref.optim.settings import check_settings
 
 _ADJUSTS = (None, "original", "match_rms_adamw")
 
@@ -33,8 +36,11 @@ class Muon(Family):
     ) -> None:  # fmt: skip
         if adjust_lr_fn not in _ADJUSTS:
             raise ValueError(f"adjust_lr_fn must be one of {_ADJUSTS}, got {adjust_lr_fn!r}")
-        if not 0 < ns_steps < 100 or len(ns_coefficients) != 3:
-            raise ValueError(f"ns_steps must be 1 to 99, ns_coefficients three, got {ns_steps} and {ns_coefficients}")
+        if not isinstance(ns_steps, int) or not 0 < ns_steps < 100:
+            raise ValueError(f"ns_steps must be an integer of 1 to 99, got {ns_steps!r}")
+        if len(ns_coefficients) != 3 or not all(isinstance(x, Real) and math.isfinite(x) for x in ns_coefficients):
+            raise ValueError(f"ns_coefficients must be three finite numbers, got {ns_coefficients!r}")
+        check_settings({"eps": eps})
         muon = matrices.Muon(nesterov, ns_coefficients, ns_steps, eps, adjust_lr_fn or "original")
         defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "betas": betas, "eps": adamw_eps}
         super().__init__(
@@ -91,8 +97,12 @@ class Adafactor(Family):
         d: float = 1.0, weight_decay: float = 0.0, beta1: float = 0.0, optim_bits: int = 32, min_8bit_size: int = 4096,
         **options: Unpack[PagedOptions],
     ) -> None:  # fmt: skip
-        if not d >= 1 or not beta2_decay <= 0:
-            raise ValueError(f"d must be at least 1 and beta2_decay at most 0, got {d} and {beta2_decay}")
+        if not d >= 1:
+            raise ValueError(f"d must be at least 1, got {d!r}")
+        if not isinstance(eps, (tuple, list)) or len(eps) != 2:
+            raise ValueError(f"eps must be two numbers, of which the first may be None, got {eps!r}")
+        for x in eps:
+            check_settings({"eps": x or 0.0, "beta1": beta1})
         rule = matrices.Adafactor(beta1 > 0, (2.0**-23 if eps[0] is None else eps[0], eps[1]), d)
         defaults = {"lr": lr, "beta2_decay": beta2_decay, "beta1": beta1, "weight_decay": weight_decay}
         super().__init__(params, rule, defaults, optim_bits=optim_bits, min_8bit_size=min_8bit_size, **options)
@@ -105,8 +115,8 @@ class SOAP(Family):
         p = (1 - lr wd) p - lr P ((P^T m^ Q) / (sqrt(v^) + eps)) Q^T
         L = b L + (1 - b) G G^T          R = b R + (1 - b) G^T G          every `frequency` steps P, Q = qr(L P), qr(R Q)
 
-    L, R, P and Q are float32, and more than the states in 8 bits: of a square matrix 16 bytes a parameter. *Exact* but for the
-    products and decompositions, which are torch's.
+    The first gradient makes L, R, P and Q, and no step. They are float32, and more than the states in 8 bits: of a square matrix
+    16 bytes a parameter. *Exact* but for the products and decompositions, which are torch's.
     """
 
     def __init__(
@@ -114,8 +124,6 @@ class SOAP(Family):
         eps: float = 1e-8, weight_decay: float = 0.01, frequency: int = 10, optim_bits: int = 32, min_8bit_size: int = 4096,
         **options: Unpack[PagedOptions],
     ) -> None:  # fmt: skip
-        if frequency < 1:
-            raise ValueError(f"frequency must be at least 1, got {frequency}")
         defaults = {"lr": lr, "betas": betas, "shampoo_beta": shampoo_beta, "eps": eps, "weight_decay": weight_decay}
         super().__init__(
             params, {"soap": matrices.SOAP(), "adamw": rules.Adam()}, {**defaults, "frequency": frequency},

@@ -257,10 +257,10 @@ class Optimizer(torch.optim.Optimizer):
             )
         if CORRECTION in self.state[p]:
             check_correction(p, self.state[p][CORRECTION].dtype)
-        for key in [s.key for s in self.rule_of(config).states if s.of == "elements"] if self.state[p] else []:
-            if self.state[p][key].shape != shape:
+        for s in self.rule_of(config).states if self.state[p] else ():
+            if self.state[p][s.key].shape != (shape if s.of == "elements" else s.shape(p.shape)):
                 raise ValueError(
-                    f"a parameter must keep its shape: its {key} has {tuple(self.state[p][key].shape)}, from its first step, "
+                    f"a parameter must keep its shape: its {s.key} has {tuple(self.state[p][s.key].shape)}, from its first step, "
                     f"the parameter now {tuple(shape)}. `del optimizer.state[p]` begins anew"
                 )
         return here
@@ -311,16 +311,9 @@ class Optimizer(torch.optim.Optimizer):
                 progress.end()
 
     def _job(self, p: Tensor, grad: Tensor, config: Mapping[str, Any]) -> Job:
-        flat, g = local(p.detach()).contiguous(), -grad if config["maximize"] else grad
-        return Job(
-            p,
-            flat,
-            g,
-            self.state[p],
-            check_blocksize(config["blocksize"], p.numel()),
-            self._noise(p, config),
-            shard_of(p),
-        )
+        flat, g = local(p.detach()).contiguous(), (-grad if config["maximize"] else grad).contiguous()
+        blocksize = check_blocksize(config["blocksize"], p.numel())
+        return Job(p, flat, g, self.state[p], blocksize, self._noise(p, config), shard_of(p))
 
     def _noise(self, p: Tensor, config: Mapping[str, Any]) -> Tensor | None:
         """Random bits for a parameter that is to be rounded at random."""
@@ -377,8 +370,10 @@ class Optimizer(torch.optim.Optimizer):
             raise ValueError(
                 f"value must be float32 of shape {tuple(own.shape)}, as the parameter, got {given.dtype} of {tuple(given.shape)}"
             )
+        group = next((group for group in self.param_groups if any(q is p for q in group["params"])), None)
+        if group is None:
+            raise ValueError(f"p must be a parameter of this optimizer, got another one of shape {tuple(p.shape)}")
         if not self.state[p]:
-            group = next(group for group in self.param_groups if any(q is p for q in group["params"]))
             self.state[p] = self.new_state(p, self.settings(p, group), self._memory(p))
         store(own, correction(self.state[p]), given.reshape(-1))
 
@@ -401,12 +396,17 @@ class Optimizer(torch.optim.Optimizer):
         """Load what `state_dict` of this class or of bitsandbytes' gave, wrapped or not.
 
         States are copied to where this optimizer keeps its own. Codes of the other dynamic map (bitsandbytes keeps squares with
-        the signed one) are decoded and encoded again; a map of other values is refused.
+        the signed one) are decoded and encoded again; a map of other values is refused. What is refused changes nothing.
         """
         if not move_to_device:
             raise ValueError("move_to_device must be True: a state is where its parameter is, or paged")
         held = {i: _Held(dict(state)) for i, state in state_dict["state"].items()}
-        super().load_state_dict({**state_dict, "state": held})
+        before = {"state": self.state, "param_groups": self.param_groups}
+        try:
+            super().load_state_dict({**state_dict, "state": held})
+        except BaseException:
+            self.__dict__.update(before)
+            raise
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -414,9 +414,11 @@ class Optimizer(torch.optim.Optimizer):
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
         rules = dict(zip(self._parameters(), self._rules_of_parameters(), strict=True))
-        for p, value in list(self.state.items()):
-            if isinstance(value, _Held):
-                self.state[p] = unpacked(rules[p], p, value.state, self._own["blocksize"], self._memory(p))
+        held = [(p, value.state) for p, value in self.state.items() if isinstance(value, _Held)]
+        for p, saved in held:  # what is refused is refused before a page is written to
+            unpacked(rules[p], p, saved, self._own["blocksize"], _nowhere)
+        for p, saved in held:
+            self.state[p] = unpacked(rules[p], p, saved, self._own["blocksize"], self._memory(p))
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("rule", "is_paged", "_own", "_rules", "_layouts", "_sources", "_generator", "_placement")
@@ -436,6 +438,10 @@ def _partly_shared(p: Tensor, g: Tensor) -> bool:
     start, other = p.data_ptr(), g.data_ptr()
     ends = start + p.numel() * p.itemsize, other + g.numel() * g.itemsize
     return (start, p.dtype) != (other, g.dtype) and start < ends[1] and other < ends[0]
+
+
+def _nowhere(key: str, shape: Any, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 class _Held:

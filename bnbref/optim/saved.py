@@ -62,16 +62,18 @@ def packed(rule: Rule, state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unpacked(
-    rule: Rule, p: Tensor, saved: dict[str, Any], blocksize: int, empty: Callable[..., Tensor]
+    rule: Rule, p: Tensor, saved: Mapping[str, Any], blocksize: int, empty: Callable[..., Tensor]
 ) -> dict[str, Any]:
     """The state of p of what was saved, wrapped or not, in the memory that `empty` gives.
 
     ValueError if it is none of p's, or another rule's as far as that can be seen: Adam, AdamW and LAMB take each other's.
     """
-    wrapped = saved.pop(WRAPPED, {})
-    saved = _apart(rule, {**saved, **wrapped})
+    bare = {key: x for key, x in saved.items() if key != WRAPPED}
+    saved = _apart(rule, {**bare, **saved.get(WRAPPED, {})})
     if not saved:
         return {}
+    if "step" not in saved:
+        raise ValueError(f"the saved state has no 'step', only {sorted(saved)}")
     known = {name(s.key) for s in rule.states for name in (str, absmax_key, qmap_key)}
     unknown = sorted(saved.keys() - known - _BESIDE)
     if unknown and known & saved.keys():

@@ -100,8 +100,6 @@ class AdamWScheduleFree(Family):
         weight_decay: float = 0, warmup_steps: int = 0, optim_bits: int = 32, min_8bit_size: int = 4096, is_paged: bool = False,
         **options: Unpack[Options],
     ) -> None:  # fmt: skip
-        if not isinstance(warmup_steps, int) or warmup_steps < 0:
-            raise ValueError(f"warmup_steps must be an integer from 0 on, got {warmup_steps!r}")
         defaults = {"lr": lr, "betas": betas_of(betas), "eps": eps, "weight_decay": weight_decay}
         super().__init__(
             params, ScheduleFree(), {**defaults, "warmup_steps": warmup_steps, "train_mode": True},

@@ -47,8 +47,15 @@ def check_settings(settings: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} must not be negative, but a finite number, got {x!r}")
     for name in ("betas", "momentum", "beta1", "shampoo_beta"):
         weights = settings.get(name, ())
-        if not all(0 <= beta < 1 for beta in (weights if isinstance(weights, (tuple, list)) else [weights])):
-            raise ValueError(f"{name} must lie in [0, 1), got {weights}")
+        each = weights if isinstance(weights, (tuple, list)) else [weights]
+        if not all(isinstance(beta, (Real, Tensor)) and 0 <= float(beta) < 1 for beta in each):
+            raise ValueError(f"{name} must lie in [0, 1), got {weights!r}")
+    for name, least in (("frequency", 1), ("warmup_steps", 0)):
+        count = settings.get(name, least)
+        if not isinstance(count, Integral) or isinstance(count, bool) or count < least:
+            raise ValueError(f"{name} must be an integer from {least} on, got {count!r}")
+    if not settings.get("beta2_decay", 0.0) <= 0:
+        raise ValueError(f"beta2_decay must not be positive, got {settings['beta2_decay']!r}")
     if settings.get("optim_bits", 8) not in (8, 32):
         raise ValueError(f"optim_bits must be 8 or 32, got {settings['optim_bits']!r}")
     bits = settings.get("master_weight_bits")
