@@ -219,8 +219,10 @@ class Optimizer(torch.optim.Optimizer):
         """All parameters, by the indices that they have in a state dict."""
         return [p for group in self.param_groups for p in group["params"]]
 
-    def _rules_of_parameters(self) -> list[Rule]:
-        return [self.rule_of(self.settings(p, group)) for group in self.param_groups for p in group["params"]]
+    def _rules_and_blocks(self) -> list[tuple[Rule, int]]:
+        """The rule and the block size of each parameter, in the order of `_parameters`."""
+        settings = [self.settings(p, group) for group in self.param_groups for p in group["params"]]
+        return [(self.rule_of(config), config["blocksize"]) for config in settings]
 
     def _jobs(
         self, parameters: Sequence[tuple[Tensor, Mapping[str, Any]]]
@@ -309,7 +311,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _job(self, p: Tensor, grad: Tensor, config: Mapping[str, Any]) -> Job:
         flat, g = local(p.detach()).contiguous(), -grad if config["maximize"] else grad
-        return Job(p, flat, g, self.state[p], config["blocksize"], self._noise(p, config), shard_of(p))
+        return Job(p, flat, g.contiguous(), self.state[p], config["blocksize"], self._noise(p, config), shard_of(p))
 
     def _noise(self, p: Tensor, config: Mapping[str, Any]) -> Tensor | None:
         """Random bits for a parameter that is to be rounded at random."""
@@ -380,10 +382,11 @@ class Optimizer(torch.optim.Optimizer):
         it is a collective call.
         """
         whole, parameters = super().state_dict(), self._parameters()
-        rules = self._rules_of_parameters()
+        own = self._rules_and_blocks()
         for i, state in whole["state"].items():
             if isinstance(i, int):
-                whole["state"][i] = packed(rules[i], gathered(rules[i], parameters[i], state, self._own["blocksize"]))
+                rule, blocksize = own[i]
+                whole["state"][i] = packed(rule, gathered(rule, parameters[i], state, blocksize))
         return whole
 
     def load_state_dict(self, state_dict: Mapping[str, Any], move_to_device: bool = True) -> None:
@@ -402,10 +405,11 @@ class Optimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
-        rules = dict(zip(self._parameters(), self._rules_of_parameters(), strict=True))
+        own = dict(zip(self._parameters(), self._rules_and_blocks(), strict=True))
         for p, value in list(self.state.items()):
             if isinstance(value, _Held):
-                self.state[p] = unpacked(rules[p], p, value.state, self._own["blocksize"], self._memory(p))
+                rule, blocksize = own[p]
+                self.state[p] = unpacked(rule, p, value.state, blocksize, self._memory(p))
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("rule", "is_paged", "_own", "_rules", "_layouts", "_sources", "_generator", "_placement")
