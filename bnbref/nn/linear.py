@@ -88,7 +88,8 @@ class Linear4bit(FourBitLayer, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., in_features]` -> `[..., out_features]` in the dtype of x.
 
-        Raises RuntimeError if the weight is not quantized yet, and TypeError if x is not floating.
+        Raises RuntimeError if the weight is not quantized yet, TypeError if x is not floating, ValueError if it has another
+        last size than in_features.
         """
         state = self.quant_state
         if self.compute_dtype in (None, x.dtype):
@@ -106,6 +107,8 @@ class Linear4bit(FourBitLayer, nn.Linear):
                 f"x must be floating, got {x.dtype}: code that casts it to the dtype of the weight, whose codes are "
                 f"{self.weight.dtype}, cannot have this layer quantized; name it in skip_modules"
             )
+        if x.shape[-1:] != (self.in_features,) and state.shape == self._shape():  # else the product would turn the weight
+            raise ValueError(f"x must be [..., {self.in_features}] for {self}, got {tuple(x.shape)}")
         dtype = x.dtype if self.compute_dtype is None else self.compute_dtype
         if dtype == torch.float32 != x.dtype and not tracing():
             _say_slow(x.dtype)
