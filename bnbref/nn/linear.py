@@ -107,7 +107,8 @@ class Linear4bit(FourBitLayer, nn.Linear):
                 f"x must be floating, got {x.dtype}: code that casts it to the dtype of the weight, whose codes are "
                 f"{self.weight.dtype}, cannot have this layer quantized; name it in skip_modules"
             )
-        if x.shape[-1:] != (self.in_features,) and state.shape == self._shape():  # else the product would turn the weight
+        # As wide as the result, x would be multiplied by the turned weight.
+        if x.shape[-1:] != (self.in_features,) and state.shape == self._shape():
             raise ValueError(f"x must be [..., {self.in_features}] for {self}, got {tuple(x.shape)}")
         dtype = x.dtype if self.compute_dtype is None else self.compute_dtype
         if dtype == torch.float32 != x.dtype and not tracing():
