@@ -77,7 +77,7 @@ class PackedWeight:
         others = self.codes if bias is None else bias
         fits = len(shape) == 2 and a.dim() > 0 and a.shape[-1] == shape[1] and a.dtype in FLOATS
         fits = fits and a.device == self.codes.device == others.device and not a.is_neg()
-        fits = fits and (bias is None or (_is_plain(bias) and bias.dtype == a.dtype))
+        fits = fits and (bias is None or (_is_plain(bias) and bias.dtype == a.dtype and bias.shape == shape[:1]))
         if not fits or _captured(a):
             return None
         product: Product | None = None

@@ -54,6 +54,11 @@ def _flat(weight: PackedWeight) -> tuple[Any, ...]:
     return weight.codes, state.absmax, second, shape, blocksize, blocksize2, list(state.codebook.values)
 
 
+def _check_bias(bias: Tensor | None, n: int) -> None:
+    if bias is not None and bias.shape != (n,):
+        raise ValueError(f"bias must be [{n}], a number for each row of the weight, got {tuple(bias.shape)}")
+
+
 # ---- 4 bits ---------------------------------------------------------------------------------------------------------
 
 
@@ -159,6 +164,8 @@ def matmul_4bit(
             DeprecationWarning,
             stacklevel=2,
         )
+    n = shape[0] if A.shape[-1] == shape[1] else shape[1]
+    _check_bias(bias, n)
     weight = _kept(B, quant_state)
     check_device("A", A, B=weight.codes, bias=bias)
     A = as_autocast(A)
@@ -167,7 +174,6 @@ def matmul_4bit(
     in_order = ordered.batch_invariant_enabled()
     with without_autocast(A):
         if _in_graph():
-            n = shape[0] if A.shape[-1] == shape[1] else shape[1]
             result: Tensor = torch.ops.bnbref.linear_4bit(A, bias, n, in_order, *_flat(weight))
         # What torch.func does inside of torch.compile it does to plain operations.
         elif not (torch.compiler.is_dynamo_compiling() and under_functorch()) and differentiated(A, bias):
@@ -354,6 +360,7 @@ def matmul(
         raise ValueError("B is int8, but state.CB or state.SCB is None: its scales are unknown")
     if A.dim() < 1 or A.shape[-1] != codes.shape[1]:
         raise ValueError(f"B must be [n, k] with k the last size of A, got {tuple(codes.shape)} and {tuple(A.shape)}")
+    _check_bias(bias, codes.shape[0])
     if torch.compiler.is_dynamo_compiling() and under_functorch(derivative=True):
         raise NotImplementedError(
             "torch.func inside torch.compile cannot differentiate an int8 product, whose rounding has the derivative 0: "

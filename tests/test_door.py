@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -643,3 +644,26 @@ def test_an_argument_in_the_memory_of_one_that_is_written_to():
                 assert torch.equal(x, torch.arange(5000.0) * 0.75)
     finally:
         del REGISTRY["shrunk"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_warning_of_torchs_compiler_is_no_error(monkeypatch):
+    """Test suites make warnings errors, and Inductor warns, of what it imports first of all."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from torch._inductor import compile_fx
+    original = compile_fx.compile_fx
+
+    def warning(*args, **kwargs):
+        warnings.warn("deprecated in torch", DeprecationWarning, stacklevel=2)
+        return original(*args, **kwargs)
+
+    @fused(dynamic={"x": (0,)})
+    def plus_three(x: torch.Tensor) -> torch.Tensor:
+        return x + 3
+
+    monkeypatch.setattr(compile_fx, "compile_fx", warning)
+    try:
+        assert plus_three(torch.arange(5)).tolist() == [3, 4, 5, 6, 7]
+    finally:
+        del REGISTRY["plus_three"]

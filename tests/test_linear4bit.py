@@ -136,6 +136,16 @@ def test_activations_that_were_cast_to_the_dtype_of_codes_are_refused(dtype, com
         layer(torch.ones(3, 64).to(dtype))
 
 
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("shape", [(8,), (1, 8), (3, 8), (3, 5), ()])
+def test_activations_of_another_width_are_refused(grad, shape):
+    """As wide as the layer's result, they were multiplied by the turned weight."""
+    layer = linear4(8, 64, bias=False)
+    layer(inputs(1, 64))
+    with pytest.raises(ValueError, match=r"x must be \[\.\.\., 64\] for Linear4bit\(in_features=64, "):
+        layer(torch.ones(shape).requires_grad_(grad))
+
+
 # ---- nothing is left behind -----------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """Interrupted and continued is uninterrupted, bit for bit; and files go to bitsandbytes and come back."""
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -207,3 +208,27 @@ def test_what_is_refused_changes_nothing(name, wrong, tmp_path):
     want, (again, undisturbed) = advanced(params, optimizer, 2, 4), start(name)
     assert same_bits(want, advanced(again, undisturbed, 0, 4))
     assert {group["lr"] for group in optimizer.param_groups} == {group["lr"] for group in undisturbed.param_groups}
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("where", ["group", "parameter"])
+def test_a_block_size_of_its_own_is_saved_and_loaded(where):
+    """A group's, or that of one parameter: the states of these have other numbers of scales."""
+
+    def begun():
+        params, _ = start("AdamW8bit")
+        if where == "parameter":
+            optim.GlobalOptimManager.get_instance().override_config(params[0], "blocksize", 128)
+        groups = [{"params": params[:1], **({"blocksize": 128} if where == "group" else {})}, {"params": params[1:]}]
+        return params, make("AdamW8bit", groups, lr=1e-2)
+
+    params, optimizer = begun()
+    advanced(params, optimizer, 0, 2)
+    saved, values = copy.deepcopy(optimizer.state_dict()), [p.detach().clone() for p in params]
+    want = advanced(params, optimizer, 2, 4)
+    params, other = begun()
+    for p, value in zip(params, values, strict=True):
+        p.data.copy_(value)
+    other.load_state_dict(saved)
+    assert len(other.state[params[0]]["absmax1"]) == -(-70 * 61 // 128)
+    assert same_bits(advanced(params, other, 2, 4), want)

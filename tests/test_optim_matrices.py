@@ -521,19 +521,27 @@ def test_one_element_that_is_not_finite_changes_nothing(name, bad, eager):
         assert same_bits(p.detach(), data) == same == any(p is q for q in params[:2])
 
 
+def transposed(x):
+    """The same matrix, column after column in memory."""
+    return x.mT.contiguous().mT
+
+
 @eight_bit
-def test_bfloat16_maximize_and_strides(name, eager):
-    """Parameters that are rounded, transposed, as their gradients are then, or go up."""
+@pytest.mark.parametrize("gradients", [False, True])
+def test_bfloat16_maximize_and_strides(name, gradients, eager):
+    """Parameters that are rounded, transposed with their gradients or without, or go up."""
     params, optimizer = start(name, torch.bfloat16)
     want = advanced(params, optimizer, 0, 2)
     params, _ = start(name, torch.bfloat16)
-    params = [nn.Parameter(p.detach().mT.contiguous().mT if p.dim() == 2 else p.detach()) for p in params]
+    params = [nn.Parameter(transposed(p.detach()) if p.dim() == 2 else p.detach()) for p in params]
     optimizer = made(name, params, maximize=True)
     for t in range(2):
         generator = torch.Generator().manual_seed(t)
         for p in params:
             p.grad = torch.empty_like(p).copy_(-torch.randn(p.shape, generator=generator))
             assert p.grad.stride() == p.stride()
+            if not gradients:
+                p.grad = p.grad.contiguous()
         optimizer.step()
     assert same_bits([p.detach() for p in params], want)
 

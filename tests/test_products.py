@@ -428,3 +428,20 @@ x must be float32, float16 or bfloat16, got torch.float64
 x must be float32, float16 or bfloat16, got torch.float64""",
     )
     assert FP4.bits == 4
+
+
+@pytest.mark.parametrize("shape", [(3,), (1,), (), (1, 8), (8, 1)])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_bias_is_a_number_for_each_row_of_the_weight(rows, shape, mode):
+    """Compiled, another one ended in an AssertionError of Dynamo's guards, or an IndexError."""
+    a, bias = randn(rows, 64), randn(*shape)
+    with bnbref.eager():
+        packed, state = F.quantize_4bit(randn(8, 64), quant_type="nf4")
+    with pytest.raises(ValueError, match=r"bias must be \[8\], a number for each row of the weight, got \("):
+        bnbref.matmul_4bit(a, packed, state, bias=bias)
+    with pytest.raises(ValueError, match=r"bias must be \[8\]"):
+        bnbref.matmul(a, randn(8, 64), bias=bias)
+    layer = bnbref.nn.Linear4bit(64, 8, bias=False, quant_type="nf4").to("cpu")
+    layer.bias = torch.nn.Parameter(bias)
+    with torch.no_grad(), pytest.raises(ValueError, match=r"bias must be \[8\]"):
+        layer(a)

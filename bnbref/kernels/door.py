@@ -408,7 +408,11 @@ class Kernel(Generic[P, R]):
         Where the compiler does not work, after all, the call is uncompiled.
         """
         try:
-            return self._compiled_call(device_type, args, constants, writes)
+            with warnings.catch_warnings():
+                # What torch warns of while it compiles is no user's concern, and where warnings are errors, as in many a test
+                # suite, it would end in one of Dynamo's.
+                warnings.simplefilter("ignore")
+                return self._compiled_call(device_type, args, constants, writes)
         except (OSError, RuntimeError) as error:
             reason = why_failed(device_type, error)
             if reason is None:

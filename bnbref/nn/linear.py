@@ -88,7 +88,8 @@ class Linear4bit(FourBitLayer, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., in_features]` -> `[..., out_features]` in the dtype of x.
 
-        Raises RuntimeError if the weight is not quantized yet, and TypeError if x is not floating.
+        Raises RuntimeError if the weight is not quantized yet, TypeError if x is not floating, ValueError if it has another
+        last size than in_features.
         """
         weight, state, bias = self.weight, self.quant_state, self.bias
         if x.is_floating_point():
@@ -110,6 +111,9 @@ class Linear4bit(FourBitLayer, nn.Linear):
                 f"x must be floating, got {x.dtype}: code that casts it to the dtype of the weight, whose codes are "
                 f"{weight.dtype}, cannot have this layer quantized; name it in skip_modules"
             )
+        # As wide as the result, x would be multiplied by the turned weight.
+        if x.shape[-1:] != (self.in_features,) and state.shape == self._shape():
+            raise ValueError(f"x must be [..., {self.in_features}] for {self}, got {tuple(x.shape)}")
         return matmul_4bit(a, weight, state, bias=bias).to(x.dtype)
 
 

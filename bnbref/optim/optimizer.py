@@ -219,8 +219,10 @@ class Optimizer(torch.optim.Optimizer):
         """All parameters, by the indices that they have in a state dict."""
         return [p for group in self.param_groups for p in group["params"]]
 
-    def _rules_of_parameters(self) -> list[Rule]:
-        return [self.rule_of(self.settings(p, group)) for group in self.param_groups for p in group["params"]]
+    def _rules_and_blocks(self) -> list[tuple[Rule, int]]:
+        """The rule and the block size of each parameter, in the order of `_parameters`."""
+        settings = [self.settings(p, group) for group in self.param_groups for p in group["params"]]
+        return [(self.rule_of(config), config["blocksize"]) for config in settings]
 
     def _jobs(
         self, parameters: Sequence[tuple[Tensor, Mapping[str, Any]]]
@@ -386,10 +388,11 @@ class Optimizer(torch.optim.Optimizer):
         it is a collective call.
         """
         whole, parameters = super().state_dict(), self._parameters()
-        rules = self._rules_of_parameters()
+        own = self._rules_and_blocks()
         for i, state in whole["state"].items():
             if isinstance(i, int):
-                whole["state"][i] = packed(rules[i], gathered(rules[i], parameters[i], state, self._own["blocksize"]))
+                rule, blocksize = own[i]
+                whole["state"][i] = packed(rule, gathered(rule, parameters[i], state, blocksize))
         return whole
 
     def load_state_dict(self, state_dict: Mapping[str, Any], move_to_device: bool = True) -> None:
@@ -413,12 +416,14 @@ class Optimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
-        rules = dict(zip(self._parameters(), self._rules_of_parameters(), strict=True))
+        own = dict(zip(self._parameters(), self._rules_and_blocks(), strict=True))
         held = [(p, value.state) for p, value in self.state.items() if isinstance(value, _Held)]
         for p, saved in held:  # what is refused is refused before a page is written to
-            unpacked(rules[p], p, saved, self._own["blocksize"], _nowhere)
+            rule, blocksize = own[p]
+            unpacked(rule, p, saved, blocksize, _nowhere)
         for p, saved in held:
-            self.state[p] = unpacked(rules[p], p, saved, self._own["blocksize"], self._memory(p))
+            rule, blocksize = own[p]
+            self.state[p] = unpacked(rule, p, saved, blocksize, self._memory(p))
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("rule", "is_paged", "_own", "_rules", "_layouts", "_sources", "_generator", "_placement")
