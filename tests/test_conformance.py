@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -647,6 +648,21 @@ def test_a_product_that_is_summed_in_float16_is_told_so():
     case = BY_ID["gemm_4bit/nf4-1-32x128-float32"]
     (failure,) = judge.run_case(Backend("mine", {"gemm_4bit": gemm_4bit}), case, CPU).failures
     assert explain(failure) == ["no backend: all elements are numbers of float16, as sums in it are"]
+
+
+def test_a_package_whose_module_has_another_name_has_a_version(monkeypatch):
+    """As neural-compressor-pt, which says no version in its module neural_compressor."""
+    monkeypatch.setattr(importlib.metadata, "packages_distributions", lambda: {"colorsys": ["hypothesis"]})
+    found = Backend("mine", {"int8_matmul": torch.matmul}, ("colorsys",)).versions["colorsys"]
+    assert found == importlib.metadata.version("hypothesis")
+
+
+def test_an_input_that_is_zeros_but_for_a_few_numbers_says_which():
+    case = BY_ID["quantize_4bit/nf4-noise-float32"]
+    x = torch.zeros(64)
+    x[[0, 7]] = torch.tensor([1.0, -0.5])
+    failure = judge.Failure(replace(case, inputs={"x": x}), "packed", "value", "")
+    assert report.inputs_of(failure)[0] == "x = float32 [64], zeros but for [0] 1.0 (3f800000), [7] -0.5 (bf000000)"
 
 
 @pytest.mark.parametrize(

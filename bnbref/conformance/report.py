@@ -146,6 +146,9 @@ def inputs_of(failure: Failure, most: int = 8) -> list[str]:
             lines.append(f"{name} = the codebook's, {kind} {shape}")
         elif tensor.numel() <= most:
             lines.append(f"{name} = {tensor.tolist()} {kind}, hex {' '.join(hex_words(tensor))}")
+        elif 0 < len(places := tensor.reshape(-1).nonzero().flatten()) <= 4:
+            numbers = ", ".join(f"[{int(i)}] {number(tensor.reshape(-1)[i])}" for i in places)
+            lines.append(f"{name} = {kind} {shape}, zeros but for {numbers}")
         else:
             words = " ".join(hex_words(tensor.reshape(-1)[:4]))
             lines.append(f"{name} = {kind} {shape}, hex {words} ...")

@@ -202,8 +202,11 @@ class Optimizer(torch.optim.Optimizer):
                     progress.begin([p])
                     t = self.state[p]["step"] + 1
                     self._update(*planned[id(config), t, p.device], p, grad, state, config, tails)
-                    if state is not self.state[p] or self._placement.pages(p.numel()):
-                        tails.run()  # pages, here or on another rank, are written back before the next ones come
+                    # Pages are written back before the next ones come. Of a shard they may be on another rank alone.
+                    if self._placement.pages(p.numel()) and shard_of(p) is not None:
+                        tails.run()
+                    elif state is not self.state[p]:
+                        tails.run_own()
                     self.state[p]["step"] = t
                     progress.end()
             tails.run()

@@ -176,7 +176,7 @@ class Tails:
         self._waiting.setdefault(key, (hyper, []))[1].append(rest)  # it holds hyper, whose id nobody else then has
         self._elements += p.numel()
         if self._elements >= 2**20:
-            self._run_own()
+            self.run_own()
 
     def add_cut(self, rule: Equation, hyper: Tensor, cut: Cut) -> None:
         """Let the blocks of a parameter wait that boundaries cut."""
@@ -201,7 +201,7 @@ class Tails:
             for (rule, hyper, cut), part in zip(cuts, parts, strict=True):
                 if part is not None:
                     self.add(rule, hyper, cut.blocksize, part)
-        self._run_own()
+        self.run_own()
         self.torn = True
         for write_back in written:
             write_back()
@@ -209,8 +209,8 @@ class Tails:
         self._finish()
 
     def interrupt(self) -> None:
-        """After an exception: step what needs no other rank."""
-        self._run_own()
+        """After an exception: `run_own`, and what is left is not whole."""
+        self.run_own()
         self.torn |= bool(self._cuts)
         self._finish()
 
@@ -218,7 +218,8 @@ class Tails:
         while self._after:
             self._after.pop()()
 
-    def _run_own(self) -> None:
+    def run_own(self) -> None:
+        """Step those that need no other rank."""
         for key, (hyper, rests) in list(self._waiting.items()):
             rule, blocksize, *_ = key
             part, write_back = padded(rests, zeros_of(rule), blocksize)

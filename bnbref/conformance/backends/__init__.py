@@ -77,7 +77,11 @@ def _in_context(function: Callable[..., Any], within: Callable[[], AbstractConte
 def _version(package: str) -> str:
     # The module's own word first: a fork may have the module's name under a distribution of another.
     found = getattr(importlib.import_module(package), "__version__", None)
-    return str(found) if found else importlib.metadata.version(package)
+    if found:
+        return str(found)
+    # neural-compressor-pt has the module neural_compressor.
+    names = importlib.metadata.packages_distributions().get(package, [package])
+    return importlib.metadata.version(names[0])
 
 
 def require(package: str) -> Any:

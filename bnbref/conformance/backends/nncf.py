@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,8 +45,7 @@ class OpenVINO:
         if dtype != torch.float32:
             raise Unsupported("NNCF's decompression is judged in float32")
         codes = code_rows(packed, blocksize, torch.Size(shape).numel(), _NAME)
-        y = self._run(self._weight(codes, absmax.view(-1, 1)))
-        return y.reshape(shape)
+        return self._compiled(self._weight(codes, absmax.view(-1, 1)), [])([]).reshape(shape)
 
     def gemm_4bit(
         self, a: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, blocksize: int, quant_type: str,
@@ -55,9 +55,28 @@ class OpenVINO:
         if a.dtype != torch.float32 or bias is not None or shape[1] % blocksize:
             raise Unsupported("judged are products in float32 of blocks of a row, without a bias")
         codes = code_rows(packed, blocksize, torch.Size(shape).numel(), _NAME).view(shape[0], -1, blocksize)
-        weight = self.ov.opset13.reshape(self._weight(codes, absmax.view(shape[0], -1, 1)), list(shape), False)
-        given = self.ov.opset13.parameter(list(a.shape), self.ov.Type.f32)
-        return self._run(self.ov.opset13.matmul(given, weight, False, True), given, a)
+        return self._product(codes, absmax.view(shape[0], -1, 1), list(a.shape))(a)
+
+    def product_of_ones(self, n: int, k: int) -> Any:
+        """A product with a weight of ones that is compiled once for each number of rows."""
+        blocks = (n, k // 64, 64)
+        made = functools.cache(
+            lambda rows: self._product(torch.full(blocks, 15), torch.ones(*blocks[:2], 1), [rows, k])
+        )
+
+        def multiply(a: Tensor) -> Tensor:
+            if a.dtype != torch.float32:
+                raise Unsupported("judged are products in float32")
+            return made(len(a))(a)
+
+        return multiply
+
+    def _product(self, codes: Tensor, scale: Tensor, shape: list[int]) -> Callable[[Tensor], Tensor]:
+        """The product of activations of a shape with a weight, from its codes `[rows, blocks, blocksize]`."""
+        weight = self.ov.opset13.reshape(self._weight(codes, scale), [len(codes), shape[-1]], False)
+        given = self.ov.opset13.parameter(shape, self.ov.Type.f32)
+        run = self._compiled(self.ov.opset13.matmul(given, weight, False, True), [given])
+        return lambda a: run([a.contiguous().numpy()])
 
     def _weight(self, codes: Tensor, scale: Tensor) -> Any:
         """The nodes of a compressed weight: a constant of type nf4, converted, times its scales."""
@@ -68,12 +87,10 @@ class OpenVINO:
         ops = self.ov.opset13
         return ops.multiply(ops.convert(constant, "f32"), ops.constant(scale.numpy()))
 
-    def _run(self, node: Any, parameter: Any = None, a: Tensor | None = None) -> Tensor:
-        model = self.ov.Model([node], [] if parameter is None else [parameter], "weight")
+    def _compiled(self, node: Any, parameters: list[Any]) -> Callable[[list[Any]], Tensor]:
         hints = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
-        compiled = _core().compile_model(model, "CPU", hints)
-        found = compiled([] if a is None else [a.contiguous().numpy()])
-        return torch.from_numpy(found[compiled.output(0)].copy())
+        compiled = _core().compile_model(self.ov.Model([node], parameters, "weight"), "CPU", hints)
+        return lambda inputs: torch.from_numpy(compiled(inputs)[compiled.output(0)].copy())
 
 
 @functools.cache
