@@ -1,4 +1,4 @@
-"""The pictures of README.md and of the pages, drawn from the codebooks and from `python -m bnbref plan`.
+"""The pictures of README.md and of the pages, drawn from the codebooks, from `python -m bnbref plan` and from `errors.json`.
 
     python docs/pictures.py            writes docs/content/pictures/*.svg
 
@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import NormalDist
 
+import errors
 from svg import WIDTH, Picture
 
 from bnbref.codebooks import FP4, NF4, Codebook, dynamic, linear
@@ -232,7 +233,9 @@ def adam() -> Picture:
     return picture
 
 
-PICTURES = {"formats": formats, "dynamic": dynamic_maps, "memory": memory, "house": house, "adam": adam}
+PICTURES = {
+    "formats": formats, "dynamic": dynamic_maps, "errors": errors.picture, "memory": memory, "house": house, "adam": adam,
+}  # fmt: skip
 
 if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)
