@@ -510,13 +510,14 @@ def judge(
 HEAD = """\
 # Side by side with bitsandbytes
 
-This page is for those who move a program from bitsandbytes to bnbref and see another number. The same programs were run on both,
-with bnbref under [the name of bitsandbytes](dropin.md), and their results compared bit by bit. Where they differ, the table says why.
+This page is for those who move a program from bitsandbytes to bnbref and see another number. The same programs were run on
+both, with bnbref under [the name of bitsandbytes](dropin.md), and their results compared bit by bit. Where they differ, the
+table says why.
 
-There are {rows} programs, called flows (`tests/flows.py`): loading, saving, generating, adapters, `Trainer`, optimizers, and the
-calls of bitsandbytes' documentation. {equal} of them have the same bits on both, or raise the same error. Each of the others has one or
-several of the reasons below. A reason was tested by an experiment: with these faults of bitsandbytes corrected the flow gives the
-bits that it gives on bnbref, and with one of the corrections missing it does not.
+There are {rows} programs, called flows (`tests/flows.py`): loading, saving, generating, adapters, `Trainer`, optimizers, and
+the calls of bitsandbytes' documentation. {equal} of them have the same bits on both, or raise the same error. Each of the
+others has one or several of the reasons below. A reason was tested by an experiment: with these faults of bitsandbytes
+corrected the flow gives the bits that it gives on bnbref, and with one of the corrections missing it does not.
 
 In the column of differences, *of codes* is the share of codes that differ, and *of the norm* the length of the difference divided
 by the length of the result. *One raises* means that the program fails on one of the two.
