@@ -1,4 +1,4 @@
-"""The pictures of README.md and of the pages, drawn from the codebooks and from `python -m bnbref plan`.
+"""The pictures of README.md and of the pages, drawn from the codebooks, from `python -m bnbref plan` and from `errors.json`.
 
     python docs/pictures.py            writes docs/content/pictures/*.svg
 
@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import NormalDist
 
+import errors
 from svg import WIDTH, Picture
 from timeline import timeline
 
@@ -235,7 +236,9 @@ def adam() -> Picture:
     return picture
 
 
-PICTURES = {"formats": formats, "dynamic": dynamic_maps, "memory": memory, "house": house, "adam": adam}
+PICTURES = {
+    "formats": formats, "dynamic": dynamic_maps, "errors": errors.picture, "memory": memory, "house": house, "adam": adam,
+}  # fmt: skip
 if OVERLAP.exists():  # benchmarks/overlap.py has run on a GPU
     PICTURES["overlap"] = lambda: timeline(json.loads(OVERLAP.read_text(encoding="utf-8")))
 

@@ -507,6 +507,26 @@ def judge(
 # ---- the page -------------------------------------------------------------------------------------------------------
 
 
+HEAD = """\
+# Side by side with bitsandbytes
+
+This page is for those who move a program from bitsandbytes to bnbref and see another number. The same programs were run on
+both, with bnbref under [the name of bitsandbytes](dropin.md), and their results compared bit by bit. Where they differ, the
+table says why.
+
+There are {rows} programs, called flows (`tests/flows.py`): loading, saving, generating, adapters, `Trainer`, optimizers, and
+the calls of bitsandbytes' documentation. {equal} of them have the same bits on both, or raise the same error. Each of the
+others has one or several of the reasons below. A reason was tested by an experiment: with these faults of bitsandbytes
+corrected the flow gives the bits that it gives on bnbref, and with one of the corrections missing it does not.
+
+In the column of differences, *of codes* is the share of codes that differ, and *of the norm* the length of the difference divided
+by the length of the result. *One raises* means that the program fails on one of the two.
+
+`python tests/side_by_side.py --write` made this page: {made}, on a CPU.
+`tests/test_side_by_side.py` checks it.
+"""
+
+
 def page(facts: Mapping[str, Any]) -> str:
     """The page, from what is stored."""
     from test_alias_snippets import SNIPPETS
@@ -515,16 +535,7 @@ def page(facts: Mapping[str, Any]) -> str:
     numbers = {name: i for i, name in enumerate(CORRECTIONS, 1)}
     equal = sum(not row.difference for row in rows)
     lines = [
-        "# Side by side with bitsandbytes",
-        "",
-        f"Every flow of `tests/flows.py` on the real bitsandbytes and on bnbref under its name: {len(rows)} flows, of which "
-        f"{equal} have",
-        "the same bits (or the same error) on both. The others differ for the reasons below. A reason is an experiment: with",
-        "these corrections of bitsandbytes the flow has the bits that it has on bnbref, and with one of them less it has not.",
-        "",
-        f"`python tests/side_by_side.py --write` made this page: {facts['made with']}, on a CPU.",
-        "`tests/test_side_by_side.py` checks it.",
-        "",
+        HEAD.format(rows=len(rows), equal=equal, made=facts["made with"]),
         "## Reasons",
         "",
         "| | bitsandbytes 0.50.2 |",

@@ -1,5 +1,6 @@
 """The pictures of the documentation: what their script draws, with words for those who do not see them."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -31,6 +32,18 @@ def test_pictures_are_what_the_script_draws(pictures):
         if (pictures.FOLDER / f"{name}.svg").read_text(encoding="utf-8") != draw().svg()
     ]
     assert stale == [], "python docs/pictures.py"
+
+
+@pytest.mark.parametrize("column", ["normal", pytest.param("demo", marks=pytest.mark.slow)])
+def test_errors_of_the_formats_are_those_that_are_stored(pictures, column):
+    """But for MiniLM's, whose weights are a download."""
+    errors = pictures.errors
+    stored = json.loads(errors.STORED.read_text(encoding="utf-8"))
+    measured = errors.demo() if column == "demo" else errors.errors(errors.gaussian())
+    assert {name: row[column] for name, row in stored.items()} == pytest.approx(measured, rel=2e-3)
+    assert {name: row["bits"] for name, row in stored.items()} == {
+        name: bits for name, (bits, _) in errors.FORMATS.items()
+    }
 
 
 def test_pictures_say_what_they_show_and_stay_inside(pictures):
