@@ -12,7 +12,8 @@ from torch import Tensor
 from bnbref.codebooks import Codebook, threshold_table, value_table
 from bnbref.context import kept
 from bnbref.kernels import by_address, floats
-from bnbref.kernels.compiler import TUNED, is_gpu, is_nvidia
+from bnbref.kernels.compiler import is_gpu, is_nvidia
+from bnbref.kernels.configured import configured
 from bnbref.kernels.counting import code_table, count, wide_table
 from bnbref.kernels.door import formulation, tracing
 from bnbref.optim.equation import Equation
@@ -27,7 +28,8 @@ _PIECE = 4096
 _CPU = {"cpp.simdlen": 256}
 
 
-_GPU = {**TUNED, **by_address.REAL_INPUTS}
+def _gpu(*_: Any, **constants: Any) -> dict[str, Any]:
+    return {**configured(rows=2, warps=2, width=256), **by_address.REAL_INPUTS}
 
 
 @kept()
@@ -68,7 +70,7 @@ def _largest_by_bits(finite: Tensor, size: Tensor, before: Tensor) -> Tensor:
     return torch.where(finite, size, rearrange(before, "b -> b 1")).view(torch.int32).amax(-1).view(torch.float32)
 
 
-@formulation("step_blocks", tables=_values_and_codes, cpu=_CPU, gpu=_GPU, piece=_PIECE)
+@formulation("step_blocks", tables=_values_and_codes, cpu=_CPU, gpu=_gpu, piece=_PIECE)
 def _(
     p: Tensor, g: Tensor, hyper: Tensor, noise: Tensor | None, *states: Tensor, tables: tuple[Tensor, ...], rule: Equation
 ) -> tuple[Tensor, ...]:  # fmt: skip
