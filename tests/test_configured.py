@@ -3,25 +3,30 @@
 import pickle
 from types import SimpleNamespace
 
-from torch._inductor.virtualized import V
-
 from bnbref.kernels.configured import configured, in_effect
+
+
+def choices():
+    """Inductor's."""
+    from torch._inductor.virtualized import V
+
+    return V.choices
 
 
 def config_of(options, *, reduction=True, numel=256):
     """What Inductor would be told about a kernel with that many columns."""
     features = SimpleNamespace(is_reduction=lambda: reduction, reduction_numel=numel)
     with in_effect(options):
-        told = V.choices.triton_kernel_kwargs(None, features, [], {"other": 1})
+        told = choices().triton_kernel_kwargs(None, features, [], {"other": 1})
     assert told["other"] == 1
     return told.get("fixed_config") and told["fixed_config"].config
 
 
 def test_it_is_in_effect_inside_and_not_after():
     blocks = {"XBLOCK": 1, "R0_BLOCK": 64, "num_warps": 2, "num_stages": 1}
-    before = type(V.choices)
+    before = type(choices())
     assert config_of(configured(rows=1, warps=2, columns=64)) == blocks
-    assert type(V.choices) is before
+    assert type(choices()) is before
     assert config_of({}) is None
 
 
@@ -39,5 +44,5 @@ def test_caches_on_disk_tell_configurations_apart():
     names = set()
     for options in several:
         with in_effect(options):
-            names.add(V.choices.uuid())
+            names.add(choices().uuid())
     assert len(names) == 3
