@@ -45,7 +45,8 @@ def _by_words(
     neighbours in a warp: then Triton gives all of them one layout, and no value passes through shared memory on its way.
     """
     m, n = len(a), len(packed)
-    groups = next(count for count in (4, 2, 1) if n % count == 0)
+    # More rows than one in a group, because Dynamo makes a size of one a constant.
+    groups = next((count for count in (4, 2) if n % count == 0 and n > count), 1)
     words = rearrange(packed.view(torch.int64), "(g n) (b l w) -> g w n b l", g=groups, l=blocksize // 32, w=2)
     scales = rearrange(scale, "(g n) b 1 -> g n b 1", g=groups)
     columns = in_lanes(rearrange(a, "m 1 k -> m k"), blocksize, 32)
