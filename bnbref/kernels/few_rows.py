@@ -15,6 +15,7 @@ from torch import Tensor
 from bnbref.codebooks import Codebook
 from bnbref.context import kept
 from bnbref.kernels.byte_permute import lookup8, planes
+from bnbref.kernels.compiler import is_gpu
 from bnbref.kernels.configured import configured
 from bnbref.kernels.decoding import sixteen
 from bnbref.kernels.door import formulation, tracing
@@ -45,8 +46,9 @@ def _by_words(
     neighbours in a warp: then Triton gives all of them one layout, and no value passes through shared memory on its way.
     """
     m, n = len(a), len(packed)
-    # More rows than one in a group, because Dynamo makes a size of one a constant.
-    groups = next((count for count in (4, 2) if n % count == 0 and n > count), 1)
+    # More rows than one in a group, because Dynamo makes a size of one a constant. On a CPU it is told another size than n, and may
+    # not ask what divides it.
+    groups = next((count for count in (4, 2) if n % count == 0 and n > count), 1) if is_gpu(packed) else 1
     words = rearrange(packed.view(torch.int64), "(g n) (b l w) -> g w n b l", g=groups, l=blocksize // 32, w=2)
     scales = rearrange(scale, "(g n) b 1 -> g n b 1", g=groups)
     columns = in_lanes(rearrange(a, "m 1 k -> m k"), blocksize, 32)
