@@ -46,8 +46,8 @@ def _by_words(
     neighbours in a warp: then Triton gives all of them one layout, and no value passes through shared memory on its way.
     """
     m, n = len(a), len(packed)
-    # More rows than one in a group, because Dynamo makes a size of one a constant. On a CPU it is told another size than n, and may
-    # not ask what divides it.
+    # More rows than one in a group, because Dynamo makes a size of one a constant. On a CPU it is told another size than n, and
+    # may not ask what divides it.
     groups = next((count for count in (4, 2) if n % count == 0 and n > count), 1) if is_gpu(packed) else 1
     words = rearrange(packed.view(torch.int64), "(g n) (b l w) -> g w n b l", g=groups, l=blocksize // 32, w=2)
     scales = rearrange(scale, "(g n) b 1 -> g n b 1", g=groups)
