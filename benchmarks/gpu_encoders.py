@@ -33,6 +33,7 @@ from torch import Tensor
 from bnbref import blockwise, fourbit
 from bnbref.codebooks import DYNAMIC, DYNAMIC_UNSIGNED, FP4, NF4, Codebook, threshold_table, value_table
 from bnbref.kernels import by_address, compiler, counting, floats
+from bnbref.kernels import steps as formulations
 from bnbref.optim import rules
 from bnbref.optim import step as steps
 from bnbref.optim.equation import at_step
@@ -59,8 +60,8 @@ EQUATION, HYPER = at_step(rules.Adam(), 1, GROUP)
 BOOKS = (DYNAMIC, DYNAMIC_UNSIGNED)
 
 
-def adam(values: str, codes: str) -> Variant:
-    """AdamW with two states of 8 bits: how values of codes are found, and codes of values."""
+def adam(values: str, codes: str, largest: str) -> Variant:
+    """AdamW with two states of 8 bits: how values of codes are found, codes of values, and the largest magnitude of a block."""
 
     def value(table: Tensor, code: Tensor) -> Tensor:
         if values == "gather":
@@ -72,6 +73,7 @@ def adam(values: str, codes: str) -> Variant:
         results = steps.advance_blocks(
             EQUATION, p, g, hyper, None, states,
             lambda i, codes: value(tables[i], codes), lambda i, x: counting.count(x, tables[2 + i]),
+            formulations._largest_by_bits if largest == "bits" else steps.largest,
         )  # fmt: skip
         for target, result in zip((p, *states), results, strict=True):
             target.copy_(result)
@@ -96,10 +98,11 @@ for _dtype in (torch.bfloat16, torch.float16, torch.float32):
         VARIANTS.append((f"four {_book.name}", _dtype, _make))
     _make = functools.partial(encoder, blockwise.quantize_blocks, _dtype, 256, codebook=DYNAMIC)
     VARIANTS.append(("eight dynamic", _dtype, _make))
-for _dtype, _values, _codes in itertools.product(
-    (torch.float32, torch.bfloat16), ("gather", "address"), ("code table", "wide table")
+for _dtype, *_ways in itertools.product(
+    (torch.float32, torch.bfloat16), ("gather", "address"), ("code table", "wide table"), ("floats", "bits")
 ):
-    VARIANTS.append((f"adam values by {_values}, {_codes}", _dtype, functools.partial(adam, _values, _codes)))
+    _name = "adam values by {}, {}, maximum of {}".format(*_ways)
+    VARIANTS.append((_name, _dtype, functools.partial(adam, *_ways)))
 
 # ---- compilation ----------------------------------------------------------------------------------------------------
 

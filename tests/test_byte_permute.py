@@ -30,6 +30,7 @@ def prmt(a, b, selectors):
 def ptx(text, *operands):
     """The instructions of an inline assembly, run; $0 is the result, $1 the first operand."""
     names = {f"${i + 1}": value for i, value in enumerate(operands)}
+    names["%lanemask_eq"] = 1 << 17  # as in some lane
 
     def read(name):
         return names[name] if name in names else int(name, 0)
@@ -39,6 +40,14 @@ def ptx(text, *operands):
             continue
         if found := re.fullmatch(r"prmt\.b32 (\S+), (\S+), (\S+), (\S+)", line):
             names[found[1]] = prmt(*map(read, found.groups()[1:]))
+        elif found := re.fullmatch(r"lop3\.b32 (\S+), (\S+), (\S+), (\S+), 0xca", line):
+            a, b, c = map(read, found.groups()[1:])
+            names[found[1]] = a & b | ~a & c
+        elif found := re.fullmatch(r"(add\.s32|and\.b32|or\.b32) (\S+), (\S+), (\S+)", line):
+            a, b = map(read, found.groups()[2:])
+            names[found[2]] = {"add.s32": a + b & MASK, "and.b32": a & b, "or.b32": a | b}[found[1]]
+        elif found := re.fullmatch(r"mov\.b32 (\w+), (\S+)", line):
+            names[found[1]] = read(found[2])
         elif found := re.fullmatch(r"mov\.b32 {(\w+), (\w+)}, (\S+)", line):
             names[found[1]], names[found[2]] = read(found[3]) & 0xFFFF, read(found[3]) >> 16
         elif found := re.fullmatch(r"cvt\.f32\.f16 (\S+), (\w+)", line):
@@ -55,7 +64,7 @@ def signed(x):
 OPS = SimpleNamespace(
     constant=lambda value, dtype: value & MASK,
     bitwise_and=lambda a, b: a & b,
-    bitwise_or=lambda a, b: a | b,
+    bitwise_left_shift=lambda a, b: a << b & MASK,
     bitwise_right_shift=lambda a, b: signed(a) >> b & MASK,  # arithmetic, as for int32
     inline_asm_elementwise=lambda *operands, asm, **rest: ptx(asm, *operands),
     to_dtype_bitcast=lambda x, dtype, source: float(np.uint32(x).view(np.float32)),

@@ -1,11 +1,12 @@
 """Eight values of sixteen looked up for a word of eight 4-bit codes, by the byte permute of NVIDIA GPUs.
 
 A look-up in memory occupies the load unit for several cycles a warp, and bounds a product with few rows. `prmt` picks four bytes
-out of eight by four selectors of four bits, of which the lower three count: a packed word of codes is a word of selectors.
+out of eight by four selectors of four bits. The lower three are the place of the byte, so that a packed word of codes is a word
+of selectors; with the fourth it copies the sign of that byte to all bits.
 
-    select = word & 0x77777777                                 the lower three bits of each code
-    half   = (word >> 1) & 0x44444444 | 0x32103210             for byte i: from the lower or from the upper half of the table
-    bytes  = prmt(prmt(t0, t1, select), prmt(t2, t3, select), half)
+    select = word & 0x77777777                          the lower three bits of each code
+    upper  = prmt(word, word << 4, 0x9d8c)              for each of four codes a byte of its fourth bit
+    bytes  = upper ? prmt(t2, t3, select) : prmt(t0, t1, select)
 
 looks up one byte of the values of four codes; t0 to t3 are the sixteen bytes of that place, one of each value: a plane. Values of
 two planes (float16) are put together by `prmt` and widened, those of four planes (float32) are put together by three.
@@ -21,13 +22,21 @@ from torch import Tensor, library
 
 from bnbref.kernels.compiler import taught
 
-_PLANE = "{ .reg .b32 s, t; prmt.b32 s, $3, $4, $1; prmt.b32 t, $5, $6, $1; prmt.b32 $0, s, t, $2; }"
+# 0xca: by each bit of the first operand the bit of the second or of the third one.
+_PLANE = "{ .reg .b32 s, t; prmt.b32 s, $3, $4, $1; prmt.b32 t, $5, $6, $1; lop3.b32 $0, $2, t, s, 0xca; }"
+_UPPER = (
+    "prmt.b32 $0, $1, $2, 0x9d8c;",
+    "prmt.b32 $0, $1, $2, 0xbfae;",
+)  # of the lower, of the upper four codes of a word
 _PAIRS = ("prmt.b32 $0, $1, $2, 0x5140;", "prmt.b32 $0, $1, $2, 0x7362;")  # codes 0 and 1, codes 2 and 3 of four
 _WORDS = ("prmt.b32 $0, $1, $2, 0x5410;", "prmt.b32 $0, $1, $2, 0x7632;")  # the lower, the upper code of a pair
 _WIDEN = (
     "{ .reg .b16 l, h; mov.b32 {l, h}, $1; cvt.f32.f16 $0, l; }",
     "{ .reg .b16 l, h; mov.b32 {l, h}, $1; cvt.f32.f16 $0, h; }",
 )
+# The operand, of which ptxas does not know that all threads have the same: it would keep the table in registers of the warp, of
+# which `prmt` takes none, and copy them before each one. The mask of a lane has one bit.
+_OWN = "{ .reg .b32 m, t; mov.b32 m, %lanemask_eq; add.s32 t, m, -1; and.b32 t, t, m; or.b32 $0, $1, t; }"
 
 _native: bool | None = None  # what `_enable` found: None before it was called
 
@@ -95,17 +104,17 @@ def value_of(ops: Any, word: Any, table: list[Any], place: int) -> Any:
             *operands, asm=text, constraints=constraints, dtype=dtype, is_pure=True, pack=1
         )
 
+    table = [asm(_OWN, entry) for entry in table]
     select = ops.bitwise_and(word, number(0x77777777))
-    half = ops.bitwise_and(ops.bitwise_right_shift(word, number(1)), number(0x44444444))
-    half = ops.bitwise_or(half, number(0x32103210))
+    upper = asm(_UPPER[place // 4], word, ops.bitwise_left_shift(word, number(4)))
     if place >= 4:
-        select, half = (ops.bitwise_right_shift(x, number(16)) for x in (select, half))
-    found = [asm(_PLANE, select, half, *table[i : i + 4]) for i in range(0, len(table), 4)]
-    pair, upper = _PAIRS[place % 4 // 2], place % 2 == 0  # of two elements the first is in the high nibble
+        select = ops.bitwise_right_shift(select, number(16))
+    found = [asm(_PLANE, select, upper, *table[i : i + 4]) for i in range(0, len(table), 4)]
+    pair, first = _PAIRS[place % 4 // 2], place % 2 == 0  # of two elements the first is in the high nibble
     halves = [asm(pair, *found[i : i + 2]) for i in range(0, len(found), 2)]
     if len(halves) == 1:
-        return asm(_WIDEN[upper], halves[0], dtype=torch.float32)
-    return ops.to_dtype_bitcast(asm(_WORDS[upper], *halves), torch.float32, torch.int32)
+        return asm(_WIDEN[first], halves[0], dtype=torch.float32)
+    return ops.to_dtype_bitcast(asm(_WORDS[first], *halves), torch.float32, torch.int32)
 
 
 # ---- teaching Inductor ----------------------------------------------------------------------------------------------

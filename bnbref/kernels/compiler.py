@@ -54,6 +54,11 @@ def is_gpu(x: Tensor) -> bool:
     return x.device.type != "cpu"
 
 
+def is_nvidia(x: Tensor) -> bool:
+    """Whether a formulation may look up by address: the signs of a GPU's NaN count there, and nobody looked at others'."""
+    return is_gpu(x) and x.device.type != "xpu" and torch.version.hip is None  # a CPU comes here in tests alone
+
+
 _failed: dict[str, str] = {}
 """Device types for which a compilation failed for a reason that was not in what was compiled, with that reason."""
 

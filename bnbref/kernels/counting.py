@@ -21,7 +21,7 @@ from bnbref.blockwise import count_below, encode, magnitude, reciprocal
 from bnbref.codebooks import Codebook, threshold_table
 from bnbref.context import kept
 from bnbref.kernels import by_address
-from bnbref.kernels.compiler import TUNED, is_gpu
+from bnbref.kernels.compiler import TUNED, is_gpu, is_nvidia
 from bnbref.kernels.door import formulation, tracing
 from bnbref.kernels.floats import absmax_of_lanes, in_lanes, look_up
 
@@ -96,15 +96,19 @@ def wide_table(codebook: Codebook, device: torch.device) -> Tensor | None:
         if bool((nan | ((one - other).abs() <= 1)).all()):
             # A difference with a negative NaN has its sign, and counts as one: its code is 0 then too.
             low = torch.where(nan, -(first >> 31), torch.minimum(one, other))
-            return by_address.addressed(low << 32 | above[low].view(torch.int32).long() & 0xFFFFFFFF, device)
+            # The cell of an infinity is that of NaN too, but of signalling ones, which no product is. Its threshold is NaN, whose
+            # difference with infinity has no sign: that of two infinities has one on a CPU.
+            low = torch.where(ends[0].isinf(), one, low)
+            threshold = torch.where(ends[0] == torch.inf, torch.nan, above[low])
+            return by_address.addressed(low << 32 | threshold.view(torch.int32).long() & 0xFFFFFFFF, device)
     return None
 
 
 def code_by_wide_table(scaled: Tensor, table: Tensor) -> Tensor:
     """The codes that `encode` would give, as int32, by the `wide_table` of the codebook.
 
-    Exact for every float32 but infinities, which no scaled element is (`inf * (1 / inf)` is NaN), if the machine gives both NaN,
-    that of the scaling and that of the difference here, the same sign. CPUs keep the one that NaN had, NVIDIA GPUs never set it.
+    Exact for every float32 but signalling NaN, which no product is, if the machine gives both NaN, that of the scaling and that
+    of the difference here, the same sign. CPUs keep the one that NaN had, NVIDIA GPUs never set it.
     """
     bits = table.numel().bit_length() - 1
     entry = by_address.look_up(table, scaled.view(torch.int32) >> (32 - bits) & (1 << bits) - 1)
@@ -119,9 +123,7 @@ def code_by_wide_table(scaled: Tensor, table: Tensor) -> Tensor:
 def table_for(x: Tensor, codebook: Codebook, code_bits: int, blocksize: int) -> Tensor | None:
     """The table by which codes are found, None if the codebook has none: on an NVIDIA GPU the wide one for floats of 16 bits,
     whose encoders wait for look-ups and not for memory."""
-    # On others nobody has looked at the signs of NaN (`code_by_wide_table`). A CPU comes here in tests alone.
-    nvidia = is_gpu(x) and x.device.type != "xpu" and torch.version.hip is None
-    table = wide_table(codebook, x.device) if nvidia and x.itemsize == 2 and blocksize % 4 == 0 else None
+    table = wide_table(codebook, x.device) if is_nvidia(x) and x.itemsize == 2 and blocksize % 4 == 0 else None
     return code_table(codebook, x.device, code_bits) if table is None else table
 
 

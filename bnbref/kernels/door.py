@@ -39,6 +39,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from bnbref.context import exporting, jit_tracing, transforming, without_autocast
 from bnbref.kernels.compiler import compiles, missing_compiler, options_for, why_failed
+from bnbref.kernels.configured import in_effect
 from bnbref.kernels.launch import Call, launch_alone, launches, recorded
 
 P = ParamSpec("P")
@@ -497,7 +498,8 @@ def _compiled(
     def inductor(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
         from torch._inductor.compile_fx import compile_fx
 
-        return compile_fx(graph, example_inputs, config_patches=dict(options))
+        with in_effect(options):
+            return compile_fx(graph, example_inputs, config_patches=dict(options))
 
     # Dynamo counts recompilations per code object and gives up at eight: each variant gets a code object to itself.
     code = call.__code__.replace(co_name=name)

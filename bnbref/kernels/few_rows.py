@@ -15,6 +15,8 @@ from torch import Tensor
 from bnbref.codebooks import Codebook
 from bnbref.context import kept
 from bnbref.kernels.byte_permute import lookup8, planes
+from bnbref.kernels.compiler import is_gpu
+from bnbref.kernels.configured import configured
 from bnbref.kernels.decoding import sixteen
 from bnbref.kernels.door import formulation, tracing
 from bnbref.kernels.floats import in_lanes, look_up
@@ -35,15 +37,41 @@ def _tables(a: Tensor, *_: Tensor | None, codebook: Codebook, **constants: Any) 
     return ((_new_planes if tracing() else _planes)(codebook, dtype, a.device),)
 
 
-def _by_words(a: Tensor, packed: Tensor, scale: Tensor, table: Tensor, blocksize: int) -> list[Tensor]:
-    """For GPUs: a lane takes a word of eight codes and the eight activations beside each other that they multiply, p = 1."""
-    words = rearrange(packed.view(torch.int32), "n (b w) -> n b w", w=blocksize // 8)
-    columns = in_lanes(rearrange(a, "m 1 k -> m k"), blocksize, 8)
-    values = [lookup8(words, table, place) for place in range(8)]
-    return [_summed(values, [column[row] for column in columns], scale) for row in range(a.shape[0])]
+def _by_words(
+    a: Tensor, packed: Tensor, scale: Tensor, table: Tensor, bias: Tensor | None, blocksize: int, dtype: torch.dtype
+) -> Tensor:
+    """For GPUs: a lane takes 32 codes, two words of 64 bits, and the activations beside each other that they multiply, p = 1.
+
+    It does so in several rows of the weight, for which it loads and widens the activations once. No load is of neighbours of its
+    neighbours in a warp: then Triton gives all of them one layout, and no value passes through shared memory on its way.
+    """
+    m, n = len(a), len(packed)
+    # More rows than one in a group, because Dynamo makes a size of one a constant. On a CPU it is told another size than n, and
+    # may not ask what divides it.
+    groups = next((count for count in (4, 2) if n % count == 0 and n > count), 1) if is_gpu(packed) else 1
+    words = rearrange(packed.view(torch.int64), "(g n) (b l w) -> g w n b l", g=groups, l=blocksize // 32, w=2)
+    scales = rearrange(scale, "(g n) b 1 -> g n b 1", g=groups)
+    columns = in_lanes(rearrange(a, "m 1 k -> m k"), blocksize, 32)
+    parts: list[list[Tensor]] = [[] for _ in range(m)]
+    for group in range(groups):
+        halves = [half.to(torch.int32) for word in words[group] for half in (word, word >> 32)]
+        values = [lookup8(half, table, place) for half in halves for place in range(8)]
+        own = None if bias is None else rearrange(bias, "(g n) -> g n", g=groups)[group]
+        for row, part in enumerate(parts):
+            total = _summed(values, [column[row] for column in columns], scales[group])
+            part.append(_finished(total, own, dtype))
+    return torch.stack([y for part in parts for y in part]).view(m, 1, n)
 
 
-def _by_bytes(a: Tensor, packed: Tensor, scale: Tensor, blocksize: int, codebook: Codebook) -> list[Tensor]:
+def _by_bytes(
+    a: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    blocksize: int,
+    codebook: Codebook,
+    dtype: torch.dtype,
+) -> Tensor:
     """For CPUs: a lane takes a byte of two codes, p = 2.
 
     The rows of the weight are taken in two halves, so that two sums are under way at a time.
@@ -55,7 +83,7 @@ def _by_bytes(a: Tensor, packed: Tensor, scale: Tensor, blocksize: int, codebook
         codes = rearrange(half.to(torch.int32), "n (b s) -> n b s", s=blocksize // 2)
         values = [lookup16(codes >> 4, table), lookup16(codes, table)]
         halves.append([_summed(values, row.unbind(), scales) for row in columns.unbind()])
-    return [torch.cat(row) for row in zip(*halves, strict=True)]
+    return _finished(torch.stack([torch.cat(row) for row in zip(*halves, strict=True)]).unsqueeze(1), bias, dtype)
 
 
 def _summed(values: Sequence[Tensor], columns: Sequence[Tensor], scale: Tensor) -> Tensor:
@@ -66,17 +94,28 @@ def _summed(values: Sequence[Tensor], columns: Sequence[Tensor], scale: Tensor) 
     return (total * scale).sum((1, 2))
 
 
+def _finished(total: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return (total if bias is None else total + bias.float()).to(dtype)
+
+
+def _gpu(*_: Any, **constants: Any) -> dict[str, Any]:
+    # A loop over the columns, because a row that is one tile takes too many registers. Each sum is one expression and all of them
+    # one kernel: Inductor would write what reads many tensors to memory, and cut long sums into two kernels.
+    return {
+        "triton.persistent_reductions": False,
+        "emulate_precision_casts": False,
+        "split_reductions": False,
+        **dict.fromkeys(("realize_reads_threshold", "realize_acc_reads_threshold", "realize_opcount_threshold"), 10**6),
+        **configured(rows=1, columns=64, warps=2),
+    }
+
+
 @formulation(
     "multiply_rows",
     tables=_tables,
     # The kernel is bounded: the order of its sum is the compiler's, so it may fuse products and sums to one rounding as well.
     cpu={"cpp.enable_floating_point_contract_flag": "fast"},
-    # A loop over the columns, because a row that is one tile takes too many registers.
-    gpu={
-        "coordinate_descent_tuning": True,
-        "triton.persistent_reductions": False,
-        "emulate_precision_casts": False,
-    },
+    gpu=_gpu,
 )
 def _(
     a: Tensor,
@@ -96,12 +135,9 @@ def _(
     scale = absmax
     if absmax2 is not None and values2 is not None and offset is not None:
         block = torch.arange(absmax.numel(), device=absmax.device) // blocksize2
-        scale = look_up(values2, absmax) * look_up(absmax2, block).view(absmax.shape) + offset
+        values = values2.expand(len(absmax), -1).gather(1, absmax.to(torch.int64))
+        scale = values * look_up(absmax2, block).view(absmax.shape) + offset
     scale = rearrange(scale, "n b -> n b 1")
-    rows = (
-        _by_words(a, packed, scale, tables[0], blocksize)
-        if tables
-        else _by_bytes(a, packed, scale, blocksize, codebook)
-    )
-    y = torch.stack(rows).unsqueeze(1)
-    return (y if bias is None else y + bias.float()).to(dtype)
+    if tables:
+        return _by_words(a, packed, scale, tables[0], bias, blocksize, dtype)
+    return _by_bytes(a, packed, scale, bias, blocksize, codebook, dtype)

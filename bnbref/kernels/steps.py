@@ -1,18 +1,24 @@
 """Optimizer steps with 8-bit states: values and codes are found by look-up, and a CPU takes as many rows at a time as its cache
-holds. What this gains: docs/content/reading.md, table "formulations".
+holds. On NVIDIA GPUs every look-up is by address: Triton would give a gathered load a layout of its own, and pass what it reads
+and what it returns through shared memory. What this gains: docs/content/reading.md, table "formulations".
 """
 
 from typing import Any
 
+import torch
+from einops import rearrange
 from torch import Tensor
 
-from bnbref.codebooks import threshold_table, value_table
-from bnbref.kernels.counting import code_table, count
+from bnbref.codebooks import Codebook, threshold_table, value_table
+from bnbref.context import kept
+from bnbref.kernels import by_address, floats
+from bnbref.kernels.compiler import is_gpu, is_nvidia
+from bnbref.kernels.configured import configured
+from bnbref.kernels.counting import code_table, count, wide_table
 from bnbref.kernels.door import formulation, tracing
-from bnbref.kernels.floats import look_up
 from bnbref.optim.equation import Equation
 from bnbref.optim.rules import Rule
-from bnbref.optim.step import advance, advance_blocks, decoded
+from bnbref.optim.step import advance, advance_blocks, decoded, largest
 
 # How many rows, of 256 elements, a CPU takes at a time. What is then to be copied back stays in its cache: 6 MB for a float32
 # parameter and two states.
@@ -22,29 +28,60 @@ _PIECE = 4096
 _CPU = {"cpp.simdlen": 256}
 
 
+def _gpu(*_: Any, **constants: Any) -> dict[str, Any]:
+    return {**configured(rows=2, warps=2, width=256), **by_address.REAL_INPUTS}
+
+
+@kept()
+def _addressed_values(codebook: Codebook, device: torch.device) -> Tensor:
+    return by_address.addressed(value_table(codebook, torch.device("cpu")).view(torch.int32).long(), device)
+
+
 def _values(p: Tensor, *_: Tensor | None, rule: Rule, **constants: Any) -> tuple[Tensor, ...]:
-    return tuple(value_table(rule.codebook(state), p.device) for state in rule.states)
+    """The values of the codebook of each state: float32, or their bits as int64, which are looked up by address."""
+    table = _addressed_values if is_nvidia(p) and not tracing() else value_table
+    return tuple(table(rule.codebook(state), p.device) for state in rule.states)
+
+
+def _look_up(table: Tensor, codes: Tensor) -> Tensor:
+    if table.dtype == torch.float32:
+        return floats.look_up(table, codes)
+    return by_address.look_up(table, codes.to(torch.int32)).to(torch.int32).view(torch.float32)
+
+
+def _table_of_codes(codebook: Codebook, p: Tensor) -> Tensor:
+    """The table that `count` takes."""
+    table = None
+    if not tracing():
+        table = wide_table(codebook, p.device) if is_nvidia(p) else None
+        table = code_table(codebook, p.device) if table is None else table
+    return threshold_table(codebook, p.device) if table is None else table
 
 
 def _values_and_codes(p: Tensor, *_: Tensor | None, rule: Rule, **constants: Any) -> tuple[Tensor, ...]:
-    """The values of the codebook of each state; then, again for each state, the table that `count` takes."""
-    books = [rule.codebook(state) for state in rule.states]
-    codes = [None if tracing() else code_table(book, p.device) for book in books]
-    tables = [threshold_table(b, p.device) if t is None else t for b, t in zip(books, codes, strict=True)]
-    return (*_values(p, rule=rule), *tables)
+    """The values of the codebook of each state; then, again for each state, the table of its codes."""
+    return (*_values(p, rule=rule), *(_table_of_codes(rule.codebook(state), p) for state in rule.states))
 
 
-@formulation("step_blocks", tables=_values_and_codes, cpu=_CPU, piece=_PIECE)
+def _largest_by_bits(finite: Tensor, size: Tensor, before: Tensor) -> Tensor:
+    """`largest` as a maximum of integers, one instruction instead of three: floats that are not negative are in the order of
+    their bits, and a NaN without its sign is above them."""
+    before = torch.where(before == before, before, torch.nan)
+    return torch.where(finite, size, rearrange(before, "b -> b 1")).view(torch.int32).amax(-1).view(torch.float32)
+
+
+@formulation("step_blocks", tables=_values_and_codes, cpu=_CPU, gpu=_gpu, piece=_PIECE)
 def _(
     p: Tensor, g: Tensor, hyper: Tensor, noise: Tensor | None, *states: Tensor, tables: tuple[Tensor, ...], rule: Equation
 ) -> tuple[Tensor, ...]:  # fmt: skip
     of_values, of_codes = tables[: len(tables) // 2], tables[len(tables) // 2 :]
     return advance_blocks(
-        rule, p, g, hyper, noise, states, lambda i, codes: look_up(of_values[i], codes), lambda i, x: count(x, of_codes[i])
+        rule, p, g, hyper, noise, states, lambda i, codes: _look_up(of_values[i], codes), lambda i, x: count(x, of_codes[i]),
+        _largest_by_bits if is_gpu(p) else largest,
     )  # fmt: skip
 
 
-@formulation("direction_blocks", tables=_values, cpu=_CPU)
+@formulation("direction_blocks", tables=_values, cpu=_CPU, gpu=by_address.REAL_INPUTS)
 def _(p: Tensor, g: Tensor, hyper: Tensor, *states: Tensor, tables: tuple[Tensor, ...], rule: Equation) -> Tensor:
-    floats = decoded(states, lambda i, codes: look_up(tables[i], codes))
-    return advance(rule, p, g, floats, hyper)[2]
+    states32 = decoded(states, lambda i, codes: _look_up(tables[i], codes))
+    return advance(rule, p, g, states32, hyper)[2]

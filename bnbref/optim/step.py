@@ -35,6 +35,9 @@ LARGEST_GRADIENT = 2.0**63
 ByState = Callable[[int, Tensor], Tensor]
 """A function of the number of a state and of its codes, or of its scaled elements."""
 
+Largest = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""A function of what `largest` takes."""
+
 
 # ---- arithmetic -----------------------------------------------------------------------------------------------------
 
@@ -103,18 +106,25 @@ def decoded(states: Sequence[Tensor], values: ByState) -> list[Tensor]:
     return [values(i, codes) * rearrange(absmax, "b -> b 1") for i, (codes, absmax) in pairs]
 
 
+def largest(finite: Tensor, size: Tensor, before: Tensor) -> Tensor:
+    """The new absmax of each block, of the magnitudes of its elements `[blocks, blocksize]` and its absmax before the step.
+
+    An element that stays holds its block's absmax where it was, lest it move by the rounding of another scale.
+    """
+    return torch.where(finite, size, rearrange(before, "b -> b 1")).amax(-1)
+
+
 def advance_blocks(
     rule: Equation, p: Tensor, g: Tensor, hyper: Tensor, noise: Tensor | None, states: Sequence[Tensor], values: ByState,
-    codes: ByState,
+    codes: ByState, largest: Largest = largest,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """What `step_blocks` returns, with states decoded by `values` and encoded by `codes`."""
+    """What `step_blocks` returns, with states decoded by `values`, scaled by `largest` and encoded by `codes`."""
     states, correction = states[: 2 * len(rule.states)], states[2 * len(rule.states) :]
     finite, p_new, _, new = advance(rule, opened(p, correction), g, decoded(states, values), hyper)
     rounded_p, *rest = closed(p_new, p.dtype, noise, correction)
     results = [rounded_p]
     for i, (x, before) in enumerate(zip(new, states[1::2], strict=True)):
-        # An element that stays holds its block's absmax where it was, lest it move by the rounding of another scale.
-        absmax = torch.where(finite, magnitude(x), rearrange(before, "b -> b 1")).amax(-1)
+        absmax = largest(finite, magnitude(x), before)
         results += [codes(i, x * rearrange(reciprocal(absmax), "b -> b 1")).to(torch.uint8), absmax]
     return (*results, *rest)
 
