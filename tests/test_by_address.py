@@ -25,11 +25,14 @@ def ptx(text, *operands):
         if found := re.fullmatch(r"mad\.wide\.u32 (\S+), (\S+), (\S+), (\S+)", line):
             a, b, c = map(read, found.groups()[1:])
             names[found[1]] = (a & 0xFFFFFFFF) * (b & 0xFFFFFFFF) + c
-        elif found := re.fullmatch(r"ld\.global\.nc\.b64 (\S+), \[(\S+)\]", line):
-            names[found[1]] = ctypes.c_int64.from_address(read(found[2])).value
+        elif found := re.fullmatch(r"setp\.ne\.b64 (\S+), (\S+), (\S+)", line):
+            names[found[1]] = read(found[2]) != read(found[3])
+        elif found := re.fullmatch(r"@(\S+) ld\.global\.nc\.b64 (\S+), \[(\S+)\]", line):
+            if names[found[1]]:
+                names[found[2]] = ctypes.c_int64.from_address(read(found[3])).value
         elif not line.startswith(".reg"):
             raise AssertionError(f"an instruction that is not emulated: {line!r}")
-    return names["$0"]
+    return names.get("$0")
 
 
 @given(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=20))
@@ -38,6 +41,7 @@ def test_the_instructions_load_what_a_look_up_finds(entries):
     index = torch.arange(len(entries), dtype=torch.int32)
     assert look_up(table, index).tolist() == entries
     assert [ptx(by_address._LOAD, table.data_ptr(), i) for i in index.tolist()] == entries
+    assert ptx(by_address._LOAD, 0, 7) is None  # a lane beyond the end of the tensors, whose address is 0
 
 
 def test_a_table_on_a_gpu_ends_with_its_address(monkeypatch):
@@ -55,4 +59,4 @@ def test_a_table_on_a_gpu_ends_with_its_address(monkeypatch):
 def test_the_operator_is_whole():
     table = addressed(torch.tensor([5, 6, 7]), CPU)
     index = torch.tensor([[2, 0], [1, 1]], dtype=torch.int32)
-    library.opcheck(torch.ops.bnbref.table_entry.default, (table, index))
+    library.opcheck(torch.ops.bnbref.entry_at.default, (table, index))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import library
 
 from bnbref.kernels import byte_permute
-from bnbref.kernels.byte_permute import lookup8, planes
+from bnbref.kernels.byte_permute import dot8, lookup8, planes
 
 MASK = 0xFFFFFFFF
 
@@ -81,8 +81,8 @@ OPS = SimpleNamespace(
 def test_it_finds_what_a_plain_look_up_finds(word, values, dtype):
     table = planes(torch.tensor(values, dtype=torch.float32).to(dtype))
     words = torch.tensor([signed(word)], dtype=torch.int32)
-    for place in range(8):
-        got = byte_permute.value_of(OPS, word, [w & MASK for w in table.tolist()], place)
+    found = byte_permute.values_of(OPS, word, [byte_permute.own(OPS, w & MASK) for w in table.tolist()])
+    for place, got in enumerate(found):
         want = lookup8(words, table, place)
         assert np.float32(got).tobytes() == want.numpy().tobytes()
 
@@ -94,7 +94,7 @@ def test_every_code_in_every_place(dtype):
     for code in range(16):
         for place in range(8):
             word = code << 4 * (place ^ 1)
-            got = [byte_permute.value_of(OPS, word, table, other) for other in range(8)]
+            got = byte_permute.values_of(OPS, word, table)
             assert got == [code / 16 if other == place else 0.0 for other in range(8)]
 
 
@@ -111,4 +111,13 @@ def test_the_plain_look_up_is_a_look_up():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_the_operator_is_whole(dtype):
     words = torch.randint(-(2**31), 2**31 - 1, (3, 5), dtype=torch.int32)
-    library.opcheck(torch.ops.bnbref.lookup8.default, (words, planes(torch.rand(16).to(dtype)), 3))
+    columns = list(torch.rand(16, 5).unbind())
+    library.opcheck(torch.ops.bnbref.dot8.default, ([words, words + 1], columns, planes(torch.rand(16).to(dtype))))
+
+
+def test_the_sum_is_in_order():
+    words, columns, table = torch.tensor([0x76543210, 0x01]), torch.rand(16, 1).unbind(), planes(torch.rand(16))
+    want = torch.zeros(2)
+    for i, column in enumerate(columns):
+        want = want + lookup8(words + i // 8, table, i % 8) * column
+    assert torch.equal(dot8([words, words + 1], columns, table), want)

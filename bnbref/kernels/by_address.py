@@ -2,11 +2,12 @@
 
 Triton's load of a gathered entry has a mask, a hint for the cache and a layout of its own. These two instructions of PTX do not:
 
-    mad.wide.u32 a, index, 8, address        ld.global.nc.b64 entry, [a]
+    mad.wide.u32 a, index, 8, address        @p ld.global.nc.b64 entry, [a]
 
 The address is data and no part of what is compiled: the last entry of a table is the address of its first. Code on disk so serves
 every process, and code for one GPU the next one; and what holds the address holds the memory too, as they are one tensor. Tables
-are kept for good, and never written again. A copy of one, as CUDA graph trees make of inputs, points at the original.
+are kept for good, and never written again. In a kernel with a reduction, Inductor gives lanes beyond the end of the tensors the
+address 0: p keeps these from loading. A copy of one, as CUDA graph trees make of inputs, points at the original.
 
 Elsewhere (a CPU, another maker's GPU, a torch whose internals look different) the same operator is a plain look-up.
 What this gains: docs/content/reading.md, table "formulations".
@@ -21,7 +22,7 @@ from bnbref.kernels import floats
 from bnbref.kernels.compiler import taught
 
 # Inductor's cache on disk knows the operator but not this text: another text needs another operator.
-_LOAD = "{ .reg .b64 a; mad.wide.u32 a, $2, 8, $1; ld.global.nc.b64 $0, [a]; }"
+_LOAD = "{ .reg .b64 a; .reg .pred p; setp.ne.b64 p, $1, 0; mad.wide.u32 a, $2, 8, $1; @p ld.global.nc.b64 $0, [a]; }"
 
 REAL_INPUTS = {
     "cpp_wrapper": False,
@@ -34,7 +35,7 @@ REAL_INPUTS = {
 _native: bool | None = None  # what `_enable` found: None before it was called
 
 _operators = library.Library("bnbref", "FRAGMENT")
-_operators.define("table_entry(Tensor table, Tensor index) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_operators.define("entry_at(Tensor table, Tensor index) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
 def addressed(entries: Tensor, device: torch.device) -> Tensor:
@@ -54,17 +55,17 @@ def look_up(table: Tensor, index: Tensor) -> Tensor:
     tensor([[7, 5]])
     """
     if table.device.type == "cuda" and torch.compiler.is_compiling() and _enable():
-        native: Tensor = torch.ops.bnbref.table_entry(table, index)
+        native: Tensor = torch.ops.bnbref.entry_at(table, index)
         return native
     return floats.look_up(table, index)
 
 
-@library.impl(_operators, "table_entry", "CompositeExplicitAutograd")
+@library.impl(_operators, "entry_at", "CompositeExplicitAutograd")
 def _(table: Tensor, index: Tensor) -> Tensor:
     return floats.look_up(table, index)
 
 
-@library.register_fake("bnbref::table_entry", lib=_operators)  # type: ignore[untyped-decorator]
+@library.register_fake("bnbref::entry_at", lib=_operators)  # type: ignore[untyped-decorator]
 def _(table: Tensor, index: Tensor) -> Tensor:
     return torch.empty(index.shape, dtype=torch.int64, device=index.device)
 
@@ -93,7 +94,7 @@ def _register() -> None:
     for owner, name in ((ir, "Pointwise"), (lowerings, "register_lowering"), (OpsHandler, "inline_asm_elementwise")):
         getattr(owner, name)
 
-    @lowerings.register_lowering(torch.ops.bnbref.table_entry.default, type_promotion_kind=None)
+    @lowerings.register_lowering(torch.ops.bnbref.entry_at.default, type_promotion_kind=None)
     def _(table: Any, index: Any) -> Any:
         load_table, load_index, last = table.make_loader(), index.make_loader(), int(table.get_size()[0]) - 1
 

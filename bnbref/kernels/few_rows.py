@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bnbref.codebooks import Codebook
 from bnbref.context import kept
-from bnbref.kernels.byte_permute import lookup8, planes
+from bnbref.kernels.byte_permute import dot8, planes
 from bnbref.kernels.compiler import is_gpu
 from bnbref.kernels.configured import configured
 from bnbref.kernels.decoding import sixteen
@@ -49,18 +49,19 @@ def _by_words(
     # More rows than one in a group, because Dynamo makes a size of one a constant. On a CPU it is told another size than n, and
     # may not ask what divides it.
     groups = next((count for count in (4, 2) if n % count == 0 and n > count), 1) if is_gpu(packed) else 1
-    words = rearrange(packed.view(torch.int64), "(g n) (b l w) -> g w n b l", g=groups, l=blocksize // 32, w=2)
-    scales = rearrange(scale, "(g n) b 1 -> g n b 1", g=groups)
+    words = rearrange(packed.view(torch.int64), "(n g) (b l w) -> g w n b l", g=groups, l=blocksize // 32, w=2)
+    scales = rearrange(scale, "(n g) b 1 -> g n b 1", g=groups)
     columns = in_lanes(rearrange(a, "m 1 k -> m k"), blocksize, 32)
-    parts: list[list[Tensor]] = [[] for _ in range(m)]
-    for group in range(groups):
-        halves = [half.to(torch.int32) for word in words[group] for half in (word, word >> 32)]
-        values = [lookup8(half, table, place) for half in halves for place in range(8)]
-        own = None if bias is None else rearrange(bias, "(g n) -> g n", g=groups)[group]
-        for row, part in enumerate(parts):
-            total = _summed(values, [column[row] for column in columns], scales[group])
-            part.append(_finished(total, own, dtype))
-    return torch.stack([y for part in parts for y in part]).view(m, 1, n)
+    out = []
+    for row in range(m):
+        parts = []
+        for group in range(groups):
+            halves = [half.to(torch.int32) for word in words[group] for half in (word, word >> 32)]
+            total = dot8(halves, [column[row] for column in columns], table)
+            own = None if bias is None else rearrange(bias, "(n g) -> g n", g=groups)[group]
+            parts.append(_finished((total * scales[group]).sum((1, 2)), own, dtype))
+        out.append(torch.stack(parts, -1).flatten())
+    return torch.stack(out).view(m, 1, n)
 
 
 def _by_bytes(
