@@ -324,12 +324,12 @@ def test_a_gpu_that_is_full_leaves_whole_what_came_before():
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**26) / total)  # the state needs 2**27
     try:
-        said = pytest.warns(UserWarning, match=r"\[0, 1\] have made it, \[2, 3\] are as they were, and \[\]")
+        said = pytest.warns(UserWarning, match=r"\[0\] have made it, \[1, 2, 3\] are as they were, and \[\]")
         with said, pytest.raises(torch.OutOfMemoryError):
             optimizer.step()
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     after = everything(params, optimizer)
-    assert all(equal(after[i], want[i]) for i in (0, 1))
-    assert all(equal(after[i], before[i]) for i in (2, 3))
+    assert equal(after[0], want[0])
+    assert all(equal(after[i], before[i]) for i in (1, 2, 3))  # the second waits for the fetch of the third to begin
     optimizer.step()  # with room it goes on

@@ -14,9 +14,7 @@ from torch import Tensor
 
 from bnbref.codebooks import Codebook
 from bnbref.context import kept
-from bnbref.kernels.byte_permute import dot8, planes
-from bnbref.kernels.compiler import is_gpu
-from bnbref.kernels.configured import configured
+from bnbref.kernels.byte_permute import lookup8, planes
 from bnbref.kernels.decoding import sixteen
 from bnbref.kernels.door import formulation, tracing
 from bnbref.kernels.floats import in_lanes, look_up
@@ -37,42 +35,15 @@ def _tables(a: Tensor, *_: Tensor | None, codebook: Codebook, **constants: Any) 
     return ((_new_planes if tracing() else _planes)(codebook, dtype, a.device),)
 
 
-def _by_words(
-    a: Tensor, packed: Tensor, scale: Tensor, table: Tensor, bias: Tensor | None, blocksize: int, dtype: torch.dtype
-) -> Tensor:
-    """For GPUs: a lane takes 32 codes, two words of 64 bits, and the activations beside each other that they multiply, p = 1.
-
-    It does so in several rows of the weight, for which it loads and widens the activations once. No load is of neighbours of its
-    neighbours in a warp: then Triton gives all of them one layout, and no value passes through shared memory on its way.
-    """
-    m, n = len(a), len(packed)
-    # More rows than one in a group, because Dynamo makes a size of one a constant. On a CPU it is told another size than n, and
-    # may not ask what divides it.
-    groups = next((count for count in (4, 2) if n % count == 0 and n > count), 1) if is_gpu(packed) else 1
-    words = rearrange(packed.view(torch.int64), "(n g) (b l w) -> g w n b l", g=groups, l=blocksize // 32, w=2)
-    scales = rearrange(scale, "(n g) b 1 -> g n b 1", g=groups)
-    columns = in_lanes(rearrange(a, "m 1 k -> m k"), blocksize, 32)
-    out = []
-    for row in range(m):
-        parts = []
-        for group in range(groups):
-            halves = [half.to(torch.int32) for word in words[group] for half in (word, word >> 32)]
-            total = dot8(halves, [column[row] for column in columns], table)
-            own = None if bias is None else rearrange(bias, "(n g) -> g n", g=groups)[group]
-            parts.append(_finished((total * scales[group]).sum((1, 2)), own, dtype))
-        out.append(torch.stack(parts, -1).flatten())
-    return torch.stack(out).view(m, 1, n)
+def _by_words(a: Tensor, packed: Tensor, scale: Tensor, table: Tensor, blocksize: int) -> list[Tensor]:
+    """For GPUs: a lane takes a word of eight codes and the eight activations beside each other that they multiply, p = 1."""
+    words = rearrange(packed.view(torch.int32), "n (b w) -> n b w", w=blocksize // 8)
+    columns = in_lanes(rearrange(a, "m 1 k -> m k"), blocksize, 8)
+    values = [lookup8(words, table, place) for place in range(8)]
+    return [_summed(values, [column[row] for column in columns], scale) for row in range(a.shape[0])]
 
 
-def _by_bytes(
-    a: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    blocksize: int,
-    codebook: Codebook,
-    dtype: torch.dtype,
-) -> Tensor:
+def _by_bytes(a: Tensor, packed: Tensor, scale: Tensor, blocksize: int, codebook: Codebook) -> list[Tensor]:
     """For CPUs: a lane takes a byte of two codes, p = 2.
 
     The rows of the weight are taken in two halves, so that two sums are under way at a time.
@@ -84,7 +55,7 @@ def _by_bytes(
         codes = rearrange(half.to(torch.int32), "n (b s) -> n b s", s=blocksize // 2)
         values = [lookup16(codes >> 4, table), lookup16(codes, table)]
         halves.append([_summed(values, row.unbind(), scales) for row in columns.unbind()])
-    return _finished(torch.stack([torch.cat(row) for row in zip(*halves, strict=True)]).unsqueeze(1), bias, dtype)
+    return [torch.cat(row) for row in zip(*halves, strict=True)]
 
 
 def _summed(values: Sequence[Tensor], columns: Sequence[Tensor], scale: Tensor) -> Tensor:
@@ -95,28 +66,17 @@ def _summed(values: Sequence[Tensor], columns: Sequence[Tensor], scale: Tensor) 
     return (total * scale).sum((1, 2))
 
 
-def _finished(total: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return (total if bias is None else total + bias.float()).to(dtype)
-
-
-def _gpu(*_: Any, **constants: Any) -> dict[str, Any]:
-    # A loop over the columns, because a row that is one tile takes too many registers. Each sum is one expression and all of them
-    # one kernel: Inductor would write what reads many tensors to memory, and cut long sums into two kernels.
-    return {
-        "triton.persistent_reductions": False,
-        "emulate_precision_casts": False,
-        "split_reductions": False,
-        **dict.fromkeys(("realize_reads_threshold", "realize_acc_reads_threshold", "realize_opcount_threshold"), 10**6),
-        **configured(rows=1, columns=64, warps=2),
-    }
-
-
 @formulation(
     "multiply_rows",
     tables=_tables,
     # The kernel is bounded: the order of its sum is the compiler's, so it may fuse products and sums to one rounding as well.
     cpu={"cpp.enable_floating_point_contract_flag": "fast"},
-    gpu=_gpu,
+    # A loop over the columns, because a row that is one tile takes too many registers.
+    gpu={
+        "coordinate_descent_tuning": True,
+        "triton.persistent_reductions": False,
+        "emulate_precision_casts": False,
+    },
 )
 def _(
     a: Tensor,
@@ -136,9 +96,12 @@ def _(
     scale = absmax
     if absmax2 is not None and values2 is not None and offset is not None:
         block = torch.arange(absmax.numel(), device=absmax.device) // blocksize2
-        values = values2.expand(len(absmax), -1).gather(1, absmax.to(torch.int64))
-        scale = values * look_up(absmax2, block).view(absmax.shape) + offset
+        scale = look_up(values2, absmax) * look_up(absmax2, block).view(absmax.shape) + offset
     scale = rearrange(scale, "n b -> n b 1")
-    if tables:
-        return _by_words(a, packed, scale, tables[0], bias, blocksize, dtype)
-    return _by_bytes(a, packed, scale, bias, blocksize, codebook, dtype)
+    rows = (
+        _by_words(a, packed, scale, tables[0], blocksize)
+        if tables
+        else _by_bytes(a, packed, scale, blocksize, codebook)
+    )
+    y = torch.stack(rows).unsqueeze(1)
+    return (y if bias is None else y + bias.float()).to(dtype)
