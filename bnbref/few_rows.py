@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bnbref.blockwise import FLOATS
 from bnbref.codebooks import Codebook, value_table
-from bnbref.context import as_bytes, own
+from bnbref.context import as_bytes, own, same_memory
 from bnbref.int8 import RECIPROCAL_127, RECIPROCAL_127_SQUARED
 from bnbref.kernels import compile_enabled, fused, tracing
 from bnbref.kernels.compiler import is_gpu, missing_compiler
@@ -120,14 +120,17 @@ def _of_weight(
     if not is_gpu(a):
         return codes, lambda: scales().view(n, k // blocksize), (), constants
     codes = codes.view(torch.int32)
+    scales_of = state.absmax
     if state.state2 is None:
         absmax = scales().view(n, k // blocksize)
-        return codes, lambda: absmax, (), constants
+        is_same = same_memory(absmax, scales_of)
+        return codes, lambda: absmax if is_same() else scales().view(n, k // blocksize), (), constants
     # A CPU would look up one scale at a time.
-    absmax = state.absmax.view(n, k // blocksize)
+    absmax = scales_of.view(n, k // blocksize)
     constants["blocksize2"] = present(state.state2.blocksize, "state2.blocksize")
     second = (state.state2.absmax, present(state.state2.code, "state2.code"), present(state.offset, "offset"))
-    return codes, lambda: absmax, second, constants
+    is_same = same_memory(absmax, scales_of)
+    return codes, lambda: absmax if is_same() else scales_of.view(n, k // blocksize), second, constants
 
 
 def _columns(a: Tensor) -> Tensor:

@@ -205,6 +205,19 @@ def test_what_chooses_an_implementation_of_torch_changes_nothing(name):
     assert same_bits(p.data, q.data)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("percentile_clipping", 5), ("block_wise", False), ("weight_decy", 0.1), ("rho", 1)]
+)
+def test_an_override_that_would_mean_nothing_is_refused(name, value):
+    p, q = parameter(), parameter()
+    manager = optim.GlobalOptimManager.get_instance()
+    manager.override_config(p, key_value_dict={"percentile_clipping": 100, "block_wise": True, "skip_zeros": False})
+    optim.AdamW8bit([p]).step()
+    manager.override_config(q, name, value)
+    with pytest.raises(ValueError, match=f"overrides {name} by {value}, which AdamW8bit has not"):
+        optim.AdamW8bit([q]).step()
+
+
 @pytest.mark.parametrize("where", ["all", "group", "override"])
 @pytest.mark.parametrize("name", ["capturable", "differentiable"])
 def test_what_no_step_here_can_be_is_refused(name, where):

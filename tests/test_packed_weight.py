@@ -1,5 +1,6 @@
 """What a weight keeps of its products has the bits of new ones, whatever was done to the weight, its state or the call."""
 
+import contextlib
 import copy
 import gc
 import pickle
@@ -7,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+from conftest import as_on_gpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layers import raw
@@ -112,6 +114,27 @@ def test_of_nested_scales_too(field):
         state.offset = state.offset + 1
     else:
         setattr(state.state2, field, getattr(state.state2, field) * 2)
+    check(made, x)
+
+
+@pytest.mark.parametrize("around", [contextlib.nullcontext, as_on_gpu], ids=["cpu", "as on a GPU"])
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("which", ["absmax", "nested absmax", "second absmax", "nested code"])
+def test_other_memory_under_the_same_scales_is_seen(which, rows, around):
+    """`scales.data = `, as some who offload do; also as a GPU keeps its arguments."""
+    made, x = layer(n=256, k=128, nested=" " in which), torch.randn(rows, 128)
+    with around():
+        seen_to_follow(which, made, x)
+
+
+def seen_to_follow(which, made, x):
+    check(made, x)
+    state = made.quant_state
+    scales = {
+        "absmax": state.absmax, "nested absmax": state.absmax, "second absmax": state.state2 and state.state2.absmax,
+        "nested code": state.state2 and state.state2.code,
+    }[which]  # fmt: skip
+    scales.data = scales.flip(0).clone()
     check(made, x)
 
 

@@ -20,7 +20,7 @@ from bnbref.optim.equation import Equation, at_step, check, layout
 from bnbref.optim.progress import Progress
 from bnbref.optim.rule import Rule
 from bnbref.optim.saved import gathered, packed, unpacked
-from bnbref.optim.settings import ANYWHERE, GlobalOptimManager, check_settings
+from bnbref.optim.settings import ALWAYS, ANYWHERE, GlobalOptimManager, check_settings
 from bnbref.optim.sharding import like, local, shard_of
 from bnbref.optim.update import Tails, correction, new_state, step
 from bnbref.optim.weights import CORRECTION, check_correction, correction_dtype, opened, store
@@ -117,6 +117,16 @@ class Optimizer(torch.optim.Optimizer):
             if settings[name] not in (None, False):
                 raise ValueError(
                     f"{name} is no setting of a group or of a parameter, got {settings[name]!r}: {type(self).__name__} has "
+                    f"{sorted(here)}"
+                )
+
+    def _check_known(self, own: Mapping[str, Any]) -> None:
+        """Raise if a setting of one parameter is none of this optimizer's, and so would mean nothing."""
+        here = {*self._own, *self.defaults, *ANYWHERE}
+        for name, value in own.items():
+            if name not in here and ALWAYS.get(name) != value:
+                raise ValueError(
+                    f"GlobalOptimManager overrides {name} by {value!r}, which {type(self).__name__} has not: it has "
                     f"{sorted(here)}"
                 )
 
@@ -241,6 +251,7 @@ class Optimizer(torch.optim.Optimizer):
             config = common[id(group)] if own is None else {**common[id(group)], **own}
             if own is not None:
                 self._check(config)
+                self._check_known(own)
             jobs.append((p, self._checked_gradient(p, p.grad, config), config))
         return jobs
 

@@ -27,6 +27,9 @@ _REFUSED = {
     "differentiable": "a step is made in place, and keeps nothing for a gradient",
 }
 
+ALWAYS = {"percentile_clipping": 100, "block_wise": True, "skip_zeros": False}
+"""Settings of older versions of bitsandbytes, which may say what always holds here."""
+
 ANYWHERE = {"params", "foreach", "fused", *_REFUSED}
 """What a group may say besides its settings: they have one meaning, or were checked."""
 
