@@ -1,4 +1,7 @@
-"""bitsandbytes on an NVIDIA GPU: what is red, `pip install bitsandbytes torch`. Each rule by itself: one that raises says so."""
+"""bitsandbytes on an NVIDIA GPU: what is red, `pip install bitsandbytes torch`. Each rule by itself: one that raises says so.
+
+Written where there was no GPU, and not run yet: that it shows what the report has is still to be seen.
+"""
 
 import bitsandbytes as bnb
 import bitsandbytes.functional as F
