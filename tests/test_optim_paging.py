@@ -294,6 +294,23 @@ def test_paged_on_cuda_is_resident(kind, stream):
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("kind", [optim.AdamW8bit, optim.Lion8bit, optim.AdamW32bit], ids=lambda c: c.__name__)
+def test_a_step_does_not_wait_for_the_gpu(kind):
+    """What the host does for a step is done while the GPU is at the backward pass."""
+    params = [nn.Parameter(torch.randn(size, device="cuda")) for size in (2**17, 5000, 7)]
+    optimizer = kind(params, lr=1e-2)
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.cuda
 @pytest.mark.gpus
 def test_a_gpu_that_is_full_leaves_whole_what_came_before():
     def start():

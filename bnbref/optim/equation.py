@@ -147,7 +147,11 @@ def at_step(
     (('rate', 'decay', 'wd', 'b1'), tensor([0.5000, 1.0000, 0.0000, 0.7500]))
     """
     found = numbers(rule, t, group)
-    return write_down(rule, tuple(found)), torch.tensor(list(found.values()), dtype=torch.float32).to(device)
+    hyper = torch.tensor(list(found.values()), dtype=torch.float32)
+    if device is not None and device.type == "cuda":
+        # From pinned memory: a copy of any other waits until the GPU has done all before it, which is the backward pass.
+        return write_down(rule, tuple(found)), hyper.pin_memory().to(device, non_blocking=True)
+    return write_down(rule, tuple(found)), hyper.to(device)
 
 
 def check(rule: Any) -> Rule:
