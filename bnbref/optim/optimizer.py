@@ -38,10 +38,10 @@ class Optimizer(torch.optim.Optimizer):
     which a group says "rule", and the first is meant by one that says nothing. defaults: of the groups.
     optim_bits: 32 or 8. min_8bit_size: smaller parameters have their state in 32 bits. max_unorm: of clipped rules. is_paged:
     the state of parameters of 100,000 elements or more is kept in pinned host memory and streamed, at most page_bytes of it
-    on the device at a time. page_directory: it is kept in memory-mapped files there. stochastic_rounding: of bfloat16, by
-    the default generator of the device or the one given: set its state to repeat a run. master_weight_bits: 24 or 32 keeps a
-    correction of 8 or 16 bits beside parameters of 16 bits, which are then trained as if they had so many bits (see
-    `bnbref.optim.weights`, `exact_weight`). maximize: against the gradient's sign.
+    or that of two parameters on the device at a time. page_directory: it is kept in memory-mapped files there.
+    stochastic_rounding: of bfloat16, by the default generator of the device or the one given: set its state to repeat a run.
+    master_weight_bits: 24 or 32 keeps a correction of 8 or 16 bits beside parameters of 16 bits, which are then trained as if
+    they had so many bits (see `bnbref.optim.weights`, `exact_weight`). maximize: against the gradient's sign.
     foreach, fused: which of torch's implementations is to run; there is one here, whatever they say. capturable,
     differentiable: False, as the coefficients of a step are made on the host and no graph is kept.
 

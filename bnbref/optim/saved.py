@@ -92,7 +92,8 @@ def unpacked(
             raise ValueError(f"saved {s.key} has {tensor.numel()} numbers, its parameter has {size.numel()} {s.of}")
         if tensor.dtype != torch.uint8 and not tensor.is_floating_point():
             raise ValueError(f"saved {s.key} must be uint8 codes or floats, got {tensor.dtype}")
-        _check_sign(rule, s, tensor, saved)
+        if tensor.dtype != torch.uint8:
+            _check_sign(rule, s, tensor)
         if s.of != "elements":
             state[s.key] = empty(s.key, tuple(size), torch.float32).copy_(tensor.view(size))
             continue
@@ -101,6 +102,7 @@ def unpacked(
             continue
         each, key = check_blocksize(blocksize, p.numel()), absmax_key(s.key)
         codes, scales = _translated(rule, s, tensor, _saved(saved, key), saved.get(qmap_key(s.key)), each)
+        _check_sign(rule, s, tensor, saved.get(qmap_key(s.key)))
         if shard is not None:
             blocks = shard.blocks(each)
             scales = scales[blocks.start : blocks.stop]
@@ -124,9 +126,12 @@ def _saved(saved: Mapping[str, Any], key: str) -> Tensor:
     return tensor
 
 
-def _check_sign(rule: Rule, s: State, tensor: Tensor, saved: Mapping[str, Any]) -> None:
-    """Bitsandbytes calls all states state1, state2: only their signs tell a momentum from an average of squares."""
-    lowest, values = tensor, saved.get(qmap_key(s.key))
+def _check_sign(rule: Rule, s: State, tensor: Tensor, values: Tensor | None = None) -> None:
+    """Bitsandbytes calls all states state1, state2: only their signs tell a momentum from an average of squares.
+
+    values: of codes, what they stand for; without them nothing is known.
+    """
+    lowest = tensor
     if tensor.dtype == torch.uint8:
         if values is None:
             return
