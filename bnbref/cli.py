@@ -9,6 +9,7 @@ import inspect
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import bnbref
 from bnbref.conformance import command as kit
@@ -32,7 +33,13 @@ def parser() -> argparse.ArgumentParser:
     """All commands: each sets `run`, a function of the parsed arguments that returns the exit status."""
     top = argparse.ArgumentParser(prog="bnbref", description=bnbref.__doc__)
     top.add_argument("--version", action="version", version=f"bnbref {bnbref.__version__}")
-    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    subparsers = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add_parser(name: str, help: str) -> argparse.ArgumentParser:  # noqa: A002, argparse's name
+        # `bnbref COMMAND --help` begins with what `bnbref --help` says of the command.
+        return subparsers.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}")
+
+    commands = SimpleNamespace(add_parser=add_parser)
 
     info = commands.add_parser("info", help="versions, devices, and a self-check against golden digests")
     info.add_argument(

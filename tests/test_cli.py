@@ -176,6 +176,17 @@ bnbref: error: demo needs matplotlib: pip install matplotlib
     )
 
 
+def test_the_help_of_a_command_says_what_it_does(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    listed = re.findall(r"^    ([a-z]+) +(\S.*)$", capsys.readouterr().out, re.M)
+    assert len(listed) >= 8
+    for name, begins in listed:
+        with pytest.raises(SystemExit):
+            main([name, "--help"])
+        assert f"\n\n{begins[0].upper()}{begins[1:]}" in capsys.readouterr().out
+
+
 def test_no_command(capsys):
     with pytest.raises(SystemExit) as stopped:
         main([])
