@@ -122,6 +122,8 @@ def test_of_nested_scales_too(field):
 @pytest.mark.parametrize("which", ["absmax", "nested absmax", "second absmax", "nested code"])
 def test_other_memory_under_the_same_scales_is_seen(which, rows, around):
     """`scales.data = `, as some who offload do; also as a GPU keeps its arguments."""
+    if around is as_on_gpu and rows == 1 and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12):
+        pytest.skip("Inductor of torch 2.11 cannot compile the kernel of GPUs for a CPU")
     made, x = layer(n=256, k=128, nested=" " in which), torch.randn(rows, 128)
     with around():
         seen_to_follow(which, made, x)
