@@ -97,16 +97,7 @@ def main() -> None:
     clock = time.process_time if args.processor_time else time.perf_counter
     ms = timing.medians(runs, args.rounds, clock)
     load = {"before": before, "after": os.getloadavg()[0]}
-    results: list[dict[str, Any]] = [
-        {
-            "what": f"{ours} / {theirs}",
-            "ours": ms[ours],
-            "theirs": ms[theirs],
-            "ratio": ms[theirs] / ms[ours],
-            "bar": None,
-        }
-        for ours, theirs in rows
-    ]
+    results: list[dict[str, Any]] = [timing.beside(ours, theirs, ms) for ours, theirs in rows]
     for ours, theirs in rows:
         mine, other = state_bytes(optimizers[ours]), state_bytes(optimizers[theirs])
         what = f"{ours} / {theirs}, bytes of state"

@@ -81,16 +81,7 @@ def main() -> None:
     clock = time.process_time if args.processor_time else time.perf_counter
     ms = timing.medians({name: optimizer.step for name, optimizer in contenders.items()}, args.rounds, clock)
     load = {"before": before, "after": os.getloadavg()[0]}
-    results = [
-        {
-            "what": f"{ours} / {theirs}",
-            "ours": ms[ours],
-            "theirs": ms[theirs],
-            "ratio": ms[theirs] / ms[ours],
-            "bar": bar,
-        }
-        for ours, theirs, bar in rows
-    ]
+    results = [timing.beside(ours, theirs, ms, bar) for ours, theirs, bar in rows]
     for name in ("AdamW8bit", "AdamW32bit"):
         ours, theirs = (state_bytes(contenders[n]) for n in (name, f"{name}, bitsandbytes"))
         what = f"{name} state, bytes per parameter"

@@ -67,6 +67,12 @@ def machine() -> dict[str, Any]:
     }
 
 
+def beside(ours: str, theirs: str, ms: Mapping[str, float], bar: float | None = None) -> dict[str, Any]:
+    """The row of a table that compares two contenders by their times: above 1 ours is faster."""
+    ratio = ms[theirs] / ms[ours]
+    return {"what": f"{ours} / {theirs}", "ours": ms[ours], "theirs": ms[theirs], "ratio": ratio, "bar": bar}
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Aligned text: what, ours, theirs, ratio, bar."""
     lines = [f"{'':58s} {'bnbref':>9s} {'bnb':>9s} {'ratio':>7s}  {'bar':>5s}"]

@@ -121,12 +121,6 @@ def own(result: Tensor) -> Tensor:
     return torch.ops.aten._unsafe_view(result, result.shape)  # type: ignore[no-any-return]
 
 
-def same_memory(view: Tensor, of: Tensor) -> Callable[[], bool]:
-    """A function that says whether a tensor still has the memory in which a view of it lies: `of.data = ` may exchange it."""
-    place = view.data_ptr()
-    return lambda: of.data_ptr() == place
-
-
 def _is_batch_of_codes(weight: Tensor) -> bool:
     return not weight.is_floating_point() and torch._C._functorch.is_batchedtensor(weight)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bnbref.blockwise import FLOATS
 from bnbref.codebooks import Codebook, value_table
-from bnbref.context import as_bytes, own, same_memory
+from bnbref.context import as_bytes, own
 from bnbref.int8 import RECIPROCAL_127, RECIPROCAL_127_SQUARED
 from bnbref.kernels import compile_enabled, fused, tracing
 from bnbref.kernels.compiler import is_gpu, missing_compiler
@@ -120,17 +120,18 @@ def _of_weight(
     if not is_gpu(a):
         return codes, lambda: scales().view(n, k // blocksize), (), constants
     codes = codes.view(torch.int32)
-    scales_of = state.absmax
-    if state.state2 is None:
-        absmax = scales().view(n, k // blocksize)
-        is_same = same_memory(absmax, scales_of)
-        return codes, lambda: absmax if is_same() else scales().view(n, k // blocksize), (), constants
-    # A CPU would look up one scale at a time.
-    absmax = scales_of.view(n, k // blocksize)
-    constants["blocksize2"] = present(state.state2.blocksize, "state2.blocksize")
-    second = (state.state2.absmax, present(state.state2.code, "state2.code"), present(state.offset, "offset"))
-    is_same = same_memory(absmax, scales_of)
-    return codes, lambda: absmax if is_same() else scales_of.view(n, k // blocksize), second, constants
+    second: tuple[Tensor, ...] = ()
+    given = state.absmax
+    if state.state2 is not None:  # not on a CPU, which would look up one scale at a time
+        second = (state.state2.absmax, present(state.state2.code, "state2.code"), present(state.offset, "offset"))
+        constants["blocksize2"] = present(state.state2.blocksize, "state2.blocksize")
+
+    def viewed() -> Tensor:
+        return (given if second else scales()).view(n, k // blocksize)
+
+    kept = viewed()
+    # `absmax.data = ` may give the scales other memory.
+    return codes, lambda: kept if kept.data_ptr() == given.data_ptr() else viewed(), second, constants
 
 
 def _columns(a: Tensor) -> Tensor:

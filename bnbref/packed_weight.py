@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bnbref import few_rows, fourbit, nested
 from bnbref.blockwise import FLOATS, in_rows
-from bnbref.context import as_bytes, own, same_memory
+from bnbref.context import as_bytes, own
 from bnbref.kernels import compile_enabled, tracing
 from bnbref.quant_state import QuantState, present
 
@@ -96,12 +96,16 @@ class PackedWeight:
         arguments = (rows, absmax2, values, present(state.offset, "offset"))
         nested.dequantize_nested(*arguments)
         code, blocks = nested.dequantize_nested.ready(arguments, {}), state.absmax.numel()
-        copied = (rows.data_ptr(), absmax2.data_ptr()) != (state.absmax.data_ptr(), second.absmax.data_ptr())
-        plainly = functools.partial(nested.dequantize, state.absmax, second.absmax, values, arguments[3], blocksize)
-        if code is None or copied:  # a copy would not see a change in place
+        given, given2 = state.absmax, second.absmax
+        plainly = functools.partial(nested.dequantize, given, given2, values, arguments[3], blocksize)
+
+        def in_place() -> bool:
+            # A copy would not see a change in place, and `absmax.data = ` may give the scales other memory.
+            return rows.data_ptr() == given.data_ptr() and absmax2.data_ptr() == given2.data_ptr()
+
+        if code is None or not in_place():
             return plainly
-        both, rows_of, absmax2_of = arguments, same_memory(rows, state.absmax), same_memory(absmax2, second.absmax)
-        return lambda: code(both).view(-1)[:blocks] if rows_of() and absmax2_of() else plainly()
+        return lambda: code(arguments).view(-1)[:blocks] if in_place() else plainly()
 
     def _decoder(self, dtype: torch.dtype) -> Callable[["PackedWeight"], Tensor]:
         """`decoded` for a dtype, of any weight with this state and so many codes, prepared."""

@@ -149,6 +149,24 @@ def test_a_call_with_other_weights_does_not_use_what_is_kept():
     check(made, x)
 
 
+@compiled
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_training_step_is_a_call_of_what_is_kept(rows, dtype, autocast, monkeypatch):
+    """Its bits and gradient are those of a product that keeps nothing, also of inputs that are cast and under autocast."""
+    made, x = layer(nested=True, compute_dtype=BF16), torch.randn(rows, 64).to(dtype).requires_grad_()
+    with torch.autocast("cpu", dtype=BF16, enabled=autocast):
+        y = products.matmul_4bit(x.to(BF16), made.weight.data.clone(), made.quant_state).to(dtype)
+    (want,) = torch.autograd.grad(y.sum(), x)
+    monkeypatch.setattr("bnbref.nn.linear.matmul_4bit", None)  # what a call comes to that is not prepared
+    for _ in range(3):
+        with torch.autocast("cpu", dtype=BF16, enabled=autocast):
+            got = made(x)
+        assert raw(got) == raw(y)
+        assert raw(torch.autograd.grad(got.sum(), x)[0]) == raw(want)
+
+
 @pytest.mark.parametrize("rows", [1, 4])
 def test_what_is_under_way_around_a_call_is_honoured(rows):
     made, x = layer(bias=True), torch.randn(rows, 64)

@@ -6,8 +6,10 @@ Triton's load of a gathered entry has a mask, a hint for the cache and a layout 
 
 The address is data and no part of what is compiled: the last entry of a table is the address of its first. Code on disk so serves
 every process, and code for one GPU the next one; and what holds the address holds the memory too, as they are one tensor. Tables
-are kept for good, and never written again. In a kernel with a reduction, Inductor gives lanes beyond the end of the tensors the
-address 0: p keeps these from loading. A copy of one, as CUDA graph trees make of inputs, points at the original.
+are kept for good, and never written again. A copy of one, as CUDA graph trees make of inputs, points at the original.
+
+p says that the address is not 0. In a kernel with a reduction, Inductor sets to 0 what lanes beyond the end of the tensors have
+loaded, the address too, and these lanes must not load from there.
 
 Elsewhere (a CPU, another maker's GPU, a torch whose internals look different) the same operator is a plain look-up.
 What this gains: docs/content/reading.md, table "formulations".

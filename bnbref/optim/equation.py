@@ -148,10 +148,12 @@ def at_step(
     """
     found = numbers(rule, t, group)
     hyper = torch.tensor(list(found.values()), dtype=torch.float32)
-    if device is not None and device.type == "cuda":
-        # From pinned memory: a copy of any other waits until the GPU has done all before it, which is the backward pass.
-        return write_down(rule, tuple(found)), hyper.pin_memory().to(device, non_blocking=True)
-    return write_down(rule, tuple(found)), hyper.to(device)
+    on_gpu = device is not None and device.type == "cuda"
+    if (
+        on_gpu
+    ):  # a copy from other than pinned memory waits until the GPU has done all before it, such as the backward pass
+        hyper = hyper.pin_memory()
+    return write_down(rule, tuple(found)), hyper.to(device, non_blocking=on_gpu)
 
 
 def check(rule: Any) -> Rule:
