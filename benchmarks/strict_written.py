@@ -24,7 +24,7 @@ import torch  # noqa: E402
 import written  # noqa: E402
 from strict_numerics import MODES  # noqa: E402
 
-from bnbref.kernels import Kernel, door  # noqa: E402
+from bnbref.kernels import Kernel, variants  # noqa: E402
 
 
 def made(kernel: Kernel[..., Any], tensors: list[Any], constants: Any, options: dict[str, Any], plain: bool) -> str:
@@ -33,7 +33,7 @@ def made(kernel: Kernel[..., Any], tensors: list[Any], constants: Any, options: 
     kernel.variants.clear()
     form = kernel._plain if plain else kernel.formulation
     with (
-        mock.patch.object(door, "options_for", return_value=options),
+        mock.patch.object(variants, "options_for", return_value=options),
         mock.patch.object(Kernel, "formulation", form),
     ):
         kernels = written.compiled(written.source_of(kernel, tensors, constants))

@@ -21,8 +21,8 @@ import bnbref
 from bnbref import blockwise, fourbit, int8, nested
 from bnbref import functional as F
 from bnbref.codebooks import DYNAMIC, NF4, Codebook, value_table
-from bnbref.kernels import REGISTRY, compiler, door, fused
-from bnbref.kernels.door import Kernel
+from bnbref.kernels import REGISTRY, Kernel, compiler, formulations, fused
+from bnbref.kernels.variants import Variants
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -247,7 +247,7 @@ def test_what_fails_only_when_it_compiles_is_said_once_too(digest, tmp_path):
 def test_a_folder_that_fills_up_in_the_middle_of_a_step(error, monkeypatch):
     """The pieces of a step that were computed are not computed again; any other error is no reason to go on."""
     monkeypatch.setattr(compiler, "_failed", {})
-    compiled_call, left = Kernel._compiled_call, [1]
+    compiled_call, left = Variants.call, [1]
 
     def call(self, *args, **kwargs):
         left[0] -= 1
@@ -255,9 +255,9 @@ def test_a_folder_that_fills_up_in_the_middle_of_a_step(error, monkeypatch):
             raise error
         return compiled_call(self, *args, **kwargs)
 
-    monkeypatch.setattr(Kernel, "_compiled_call", call)
+    monkeypatch.setattr(Variants, "call", call)
     kernel = Kernel(plus_one, {"x": (0,)}, writes=("x",))
-    monkeypatch.setitem(door._FORMULATIONS, "plus_one", door.Formulation(plus_one, piece=3))
+    monkeypatch.setitem(formulations.ATTACHED, "plus_one", formulations.Formulation(plus_one, piece=3))
     x = torch.arange(16.0).view(8, 2)  # pieces of 2, 3 and 3 rows
     if isinstance(error, OSError):
         with pytest.warns(UserWarning, match="Inductor cannot keep code in its folder.*No space left on device"):

@@ -29,8 +29,8 @@ from bnbref.blockwise import encode
 from bnbref.codebooks import AF4, DYNAMIC, DYNAMIC_UNSIGNED, FP4, INT4, NF4, Codebook, value_table
 from bnbref.kernels import REGISTRY, Kernel
 from bnbref.kernels.counting import code_by_table, code_by_wide_table, code_table, wide_table
-from bnbref.kernels.door import Formulation
 from bnbref.kernels.encoding import code_by_tree
+from bnbref.kernels.formulations import Formulation
 
 CPU = torch.device("cpu")
 CHUNK = 2**23  # all floats of one sign and exponent

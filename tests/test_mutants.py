@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import bnbref
 from bnbref import blockwise, codebooks, few_rows, fourbit, int8, nested
-from bnbref.kernels import REGISTRY, counting, door, encoding, floats, fused, lookup16, ordered
+from bnbref.kernels import REGISTRY, counting, encoding, floats, formulations, fused, lookup16, ordered
 from bnbref.optim import rules
 from bnbref.optim import step as optim_step
 from bnbref.optim.rules import Coefficients
@@ -141,21 +141,21 @@ MUTANTS = {
     ),
     "x / absmax": (fourbit.quantize_rows, "definition", replaced(quotient), "quantize_rows", False),
     "swapped nibbles": (
-        door._FORMULATIONS,
+        formulations.ATTACHED,
         "quantize_rows",
         with_body(swap_nibbles),
         "quantize_rows",
         True,
     ),
     "tree: first threshold an ulp off": (
-        door._FORMULATIONS,
+        formulations.ATTACHED,
         "quantize_rows",
         with_body(with_book(0)),
         "quantize_rows",
         True,
     ),
     "tree: last threshold an ulp off": (
-        door._FORMULATIONS,
+        formulations.ATTACHED,
         "quantize_rows",
         with_body(with_book(-1)),
         "quantize_rows",

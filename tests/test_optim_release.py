@@ -11,8 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 import bnbref
 from bnbref import optim
+from bnbref.kernels import compile_enabled
 from bnbref.kernels.compiler import missing_compiler
-from bnbref.kernels.door import compile_enabled
 from bnbref.optim import GradientRelease
 
 quick = pytest.mark.usefixtures("eager")

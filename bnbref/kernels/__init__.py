@@ -1,11 +1,15 @@
 """The workshop: it makes the definitions of the book (`blockwise`, `fourbit`, `int8` and others) fast, and changes no bit.
 
-`door` is the one door to torch.compile, with the registry of kernels. `compiler` has the compilers' options. Every other file is
+`door` is what a call of a kernel goes through, with the registry of kernels. Eight files are parts of it: `modes` (whether to
+compile), `parameters` (what a kernel says of its arguments), `formulations` (what is compiled), `compiler` and `configured`
+(under which options), `variants` (the one call of torch.compile), `direct` and `launch` (every later call). Every other file is
 one idea of how to compute a definition in a way that suits a compiler and a processor. Such a formulation attaches itself to the
-name of its kernel, is loaded when something is compiled for the first time, and is proven equal to the definition. Nobody
-needs one to read the book: docs/content/reading.md says how to read both.
+name of its kernel, is loaded when something is compiled for the first time, and is proven equal to the definition. Nobody needs
+one to read the book: docs/content/reading.md says how to read both.
 """
 
-from bnbref.kernels.door import REGISTRY, Kernel, compile_enabled, eager, formulation, fused, once, tracing
+from bnbref.kernels.door import REGISTRY, Kernel, fused
+from bnbref.kernels.formulations import formulation
+from bnbref.kernels.modes import compile_enabled, eager, once, tracing
 
 __all__ = ["REGISTRY", "Kernel", "compile_enabled", "eager", "formulation", "fused", "once", "tracing"]

@@ -20,9 +20,8 @@ from torch import Tensor
 from bnbref.blockwise import count_below, encode, magnitude, reciprocal
 from bnbref.codebooks import Codebook, threshold_table
 from bnbref.context import kept
-from bnbref.kernels import by_address
+from bnbref.kernels import by_address, formulation, tracing
 from bnbref.kernels.compiler import TUNED, is_gpu, is_nvidia
-from bnbref.kernels.door import formulation, tracing
 from bnbref.kernels.floats import absmax_of_lanes, in_lanes, look_up
 
 _SMALLEST_TABLE, _LARGEST_TABLE = 9, 16  # upper bits of a float that number its cell: a table has 2^9 to 2^16 entries

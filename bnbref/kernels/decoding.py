@@ -14,8 +14,8 @@ from einops import rearrange
 from torch import Tensor
 
 from bnbref.codebooks import Codebook, value_table
+from bnbref.kernels import formulation, tracing
 from bnbref.kernels.compiler import TUNED, is_gpu
-from bnbref.kernels.door import formulation, tracing
 from bnbref.kernels.floats import look_up, rounded_bits
 from bnbref.kernels.lookup16 import lookup16, scaled16_bits
 

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from bnbref.blockwise import magnitude, reciprocal
 from bnbref.codebooks import Codebook
+from bnbref.kernels import formulation, tracing
 from bnbref.kernels.by_address import REAL_INPUTS
 from bnbref.kernels.compiler import TUNED, is_gpu
 from bnbref.kernels.counting import count, table_for
-from bnbref.kernels.door import formulation, tracing
 from bnbref.kernels.floats import absmax_of_lanes, in_lanes, in_pairs
 
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from bnbref.codebooks import Codebook
 from bnbref.context import kept
+from bnbref.kernels import formulation, tracing
 from bnbref.kernels.byte_permute import lookup8, planes
 from bnbref.kernels.decoding import sixteen
-from bnbref.kernels.door import formulation, tracing
 from bnbref.kernels.floats import in_lanes, look_up
 from bnbref.kernels.lookup16 import lookup16
 

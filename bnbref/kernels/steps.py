@@ -11,11 +11,10 @@ from torch import Tensor
 
 from bnbref.codebooks import Codebook, threshold_table, value_table
 from bnbref.context import kept
-from bnbref.kernels import by_address, floats
+from bnbref.kernels import by_address, floats, formulation, tracing
 from bnbref.kernels.compiler import is_gpu, is_nvidia
 from bnbref.kernels.configured import configured
 from bnbref.kernels.counting import code_table, count, wide_table
-from bnbref.kernels.door import formulation, tracing
 from bnbref.optim.equation import Equation
 from bnbref.optim.rules import Rule
 from bnbref.optim.step import advance, advance_blocks, decoded, largest

@@ -77,7 +77,7 @@ def calls_go_to(run: Callable[[Kernel[..., Any], list[Any], Any], Any]) -> Itera
 
     def call(kernel: Kernel[..., Any], *args: Any, **constants: Any) -> Any:
         result = run(kernel, list(args), constants)
-        return tuple(kernel.written(args)) if kernel.written(args) else result
+        return tuple(kernel.parameters.written(args)) if kernel.parameters.written(args) else result
 
     with as_on_gpu(), mock.patch.object(Kernel, "__call__", call):
         yield

@@ -121,7 +121,7 @@ def interpret(kernel: Kernel[..., Any], tensors: Sequence[Any], constants: Any) 
     pairs = zip([*fakes, *fake_tables], [*tensors, *tables], strict=True)
     REAL.update({f.untyped_storage()._cdata: t for f, t in pairs if f is not None})
     results = pretend.generate(kernel, fakes, fake_tables, constants, loaded)
-    return tuple(kernel.written(tensors)) if kernel.written(tensors) else results
+    return tuple(kernel.parameters.written(tensors)) if kernel.parameters.written(tensors) else results
 
 
 def magnitudes(kernel: Kernel[..., Any], tensors: Sequence[Any], constants: Any) -> torch.Tensor:

@@ -190,4 +190,4 @@ def generate(
         mock.patch.object(type(kernel), "tables", return_value=tuple(tables)),
         _mode(),
     ):
-        return kernel._through_dynamo("cuda", fakes, constants, writes=bool(kernel.written(fakes)))[0]
+        return kernel._through_dynamo("cuda", fakes, constants, writes=bool(kernel.parameters.written(fakes)))[0]

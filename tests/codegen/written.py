@@ -15,7 +15,7 @@ from torch._inductor.codecache import PyCodeCache
 from triton.compiler import ASTSource
 
 from bnbref.kernels import Kernel
-from bnbref.kernels.door import _LARGE
+from bnbref.kernels.variants import LARGE
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -31,10 +31,10 @@ def stop(source: str) -> Any:
 def source_of(kernel: Kernel[..., Any], tensors: list[Any], constants: Any) -> str:
     """What Inductor writes for large tensors, whose kernels are tuned for bandwidth: all sizes that vary times the same."""
     size = max(t.numel() for t in tensors if t is not None)
-    dims = kernel._with_dynamic(tensors)
+    dims = kernel.parameters.with_dynamic(tensors)
     both = max(len(d) for t, d in dims if t is not None)
     factor = 2
-    while size * factor**both < _LARGE:
+    while size * factor**both < LARGE:
         factor *= 2
     sizes = [
         () if t is None else [n * factor if i in d and n > 1 else n for i, n in enumerate(t.shape)] for t, d in dims

@@ -1,0 +1,73 @@
+"""What decides, beside its arguments, whether a kernel is compiled: switches of ours, and what torch records."""
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+
+import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from bnbref.context import exporting, jit_tracing, transforming
+
+# How many `eager()` are entered. BNBREF_COMPILE=0 is one that is never left. It is read once, because looking a variable up that
+# is not set costs more than the look-up of a kernel.
+_eager_depth = 1 if os.environ.get("BNBREF_COMPILE") == "0" else 0
+
+_here = threading.local()
+"""`once`: how many `once()` this thread has entered."""
+
+
+@contextlib.contextmanager
+def eager() -> Iterator[None]:
+    """Run every kernel uncompiled inside the block, in all threads of the process.
+
+    >>> import bnbref
+    >>> with bnbref.eager():
+    ...     packed, state = bnbref.functional.quantize_4bit(torch.ones(64))
+    """
+    global _eager_depth
+    _eager_depth += 1
+    try:
+        yield
+    finally:
+        _eager_depth -= 1
+
+
+@contextlib.contextmanager
+def once() -> Iterator[None]:
+    """For what is computed once, as a weight is quantized when it is loaded: inside, this thread compiles nothing for GPUs.
+
+    A GPU runs a definition in milliseconds, and to compile it takes seconds. What is compiled already is used.
+    """
+    _here.once = getattr(_here, "once", 0) + 1
+    try:
+        yield
+    finally:
+        _here.once -= 1
+
+
+def inside_once() -> bool:
+    """Whether this thread is inside `once()`."""
+    return getattr(_here, "once", 0) > 0
+
+
+def compile_enabled() -> bool:
+    """Whether kernels are to be compiled: not inside `eager()`, and BNBREF_COMPILE was not 0 when bnbref was imported."""
+    return _eager_depth == 0
+
+
+def tracing() -> bool:
+    """Whether somebody records operations (a trace, a dispatch mode). A tensor that is made now is then part of the recording,
+    and must not be kept in a cache."""
+    return traced() or recorded_outside()
+
+
+def traced() -> bool:
+    """Whether Dynamo or an export traces. (`is_compiling()` is also true for other code that runs meanwhile, in any thread.)"""
+    return torch.compiler.is_dynamo_compiling() or exporting()
+
+
+def recorded_outside() -> bool:
+    """Whether a dispatch mode, `torch.jit.trace` or a transform of functions sees the operations that are called now."""
+    return _get_current_dispatch_mode() is not None or jit_tracing() or transforming()

@@ -1,0 +1,126 @@
+"""The compiled variants of a kernel: what each is specialised on, and the one call of `torch.compile`."""
+
+import contextlib
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnbref.kernels.compiler import options_for
+from bnbref.kernels.configured import in_effect
+from bnbref.kernels.direct import direct
+from bnbref.kernels.formulations import Formulation
+from bnbref.kernels.launch import Call, launches, recorded
+from bnbref.kernels.parameters import Parameters
+
+# On a GPU, Inductor chooses the block sizes of a kernel by timing its first call. A tensor of a few thousand elements must not
+# choose them for one of millions, so each variant exists twice there: for tensors below this many elements, and for the others
+# (docs: How to read the code, table "choices of the door").
+LARGE = 2**22
+
+_NO_LIMIT = 2**31
+
+# Inductor decides by the size that it expects of a dynamic dimension how loops are fused and work is split, and keeps that code
+# on disk for all sizes. On a CPU it is told this size, so that a small first tensor does not decide for large ones (table
+# "choices of the door"). On a GPU it is not: there Inductor guards what it has decided by size, and a guard that holds for
+# this size but not for the actual one is an error.
+_TYPICAL_SIZE = 2**16
+
+
+class Variants(dict[Any, Callable[..., Any]]):
+    """The compiled formulations of a kernel, by the device type, dtypes, static sizes and constants that each is for."""
+
+    def __init__(self, name: str, parameters: Parameters) -> None:
+        super().__init__()
+        self._name, self._parameters = name, parameters
+
+    def call(
+        self,
+        device_type: str,
+        formulation: Formulation,
+        args: Sequence[Any],
+        tables: tuple[Tensor, ...],
+        constants: Mapping[str, Any],
+        writes: bool,
+    ) -> tuple[Any, Callable[[Sequence[Any]], Any] | None]:
+        """A call by way of Dynamo, which finds or compiles the code for these sizes.
+
+        Returns the result, and the function that makes the next call of this layout without Dynamo, or None if there can be none.
+        """
+        # Aliases of the arguments, because Dynamo marks dynamic sizes on the tensor itself, and the argument is the caller's. The
+        # alias of a parameter is a plain tensor too, so that parameters and tensors share a variant.
+        tensors = [None if t is None else t.detach() for t in args]
+        if writes:
+            tensors = self._parameters.apart(tensors)
+        into = self._parameters.written(range(len(args))) if writes else []
+        dynamic = self._parameters.with_dynamic(tensors)
+        named = {name: constants[name] for name in formulation.constants if name in constants}
+        key = (device_type, *(_signature(t, dims) for t, dims in dynamic), *named.items(), *map(type, named.values()))
+        key = (*key, *(_signature(t, ()) for t in tables), writes)
+        large = device_type != "cpu" and max(t.numel() for t in tensors if t is not None) >= LARGE
+        if large:
+            key = (*key, "large")
+        variant = self.get(key)
+        if variant is None:
+            dtypes = [None if t is None else t.dtype for t in tensors]
+            options = options_for(device_type, formulation.options(device_type, dtypes, constants), large)
+            variant = self[key] = _compiled(self._name, formulation, len(tensors), into, constants, options)
+        hint = _TYPICAL_SIZE if device_type == "cpu" else None
+        for tensor, dims in dynamic:
+            if tensor is not None:
+                for dim in dims:
+                    if tensor.shape[dim] > 1:  # Dynamo always specialises sizes 0 and 1
+                        torch._dynamo.mark_dynamic(tensor, dim, hint_override=hint)
+        everything = [*tensors, *tables]
+        # A device, a number of threads, a default dtype are compiled for anew, as often as somebody asks.
+        unlimited = torch._dynamo.config.patch(recompile_limit=_NO_LIMIT, accumulated_recompile_limit=_NO_LIMIT)
+        from torch._inductor.output_code import CompiledFxGraph
+
+        alone = launches() if device_type == "cuda" else contextlib.nullcontext(list[Call]())
+        with recorded(CompiledFxGraph, "__call__") as ran, alone as launched, unlimited:
+            result = variant(*everything)
+        call = direct(ran, launched, everything, len(args), result, into)
+        return (tuple(args[i] for i in into) if writes else result), call
+
+
+def _signature(tensor: Tensor | None, dynamic: tuple[int, ...]) -> Any:
+    """What a variant is specialised on: the dtype, the sizes that are not dynamic, and of dynamic sizes whether they are 0 or 1,
+    which Dynamo always specialises."""
+    if tensor is None:
+        return None
+    return tensor.dtype, tuple(min(n, 2) if dim in dynamic else n for dim, n in enumerate(tensor.shape))
+
+
+def _compiled(
+    name: str,
+    formulation: Formulation,
+    count: int,
+    into: Sequence[int],
+    constants: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> Callable[..., Any]:
+    """A compiled function of `count` tensors followed by tables, which runs the formulation.
+
+    into: the places of the arguments into which the results are copied; if it is empty, the results are returned.
+    """
+
+    def call(*tensors: Any) -> Any:
+        results = formulation(tensors[:count], tensors[count:], constants)
+        if not into:
+            return results
+        for place, value in zip(into, results, strict=True):
+            tensors[place].copy_(value)
+        return ()
+
+    def inductor(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
+        from torch._inductor.compile_fx import compile_fx
+
+        with in_effect(options):
+            return compile_fx(graph, example_inputs, config_patches=dict(options))
+
+    # Dynamo counts recompilations per code object and gives up at eight: each variant gets a code object to itself.
+    code = call.__code__.replace(co_name=name)
+    own = types.FunctionType(code, call.__globals__, name, call.__defaults__, call.__closure__)
+    return torch.compile(own, fullgraph=True, dynamic=False, backend=inductor)
