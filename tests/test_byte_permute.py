@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import library
 
 from bnbref.kernels import byte_permute
-from bnbref.kernels.byte_permute import lookup8, planes
+from bnbref.kernels.byte_permute import dot8, lookup8, planes
 
 MASK = 0xFFFFFFFF
 
@@ -30,6 +30,7 @@ def prmt(a, b, selectors):
 def ptx(text, *operands):
     """The instructions of an inline assembly, run; $0 is the result, $1 the first operand."""
     names = {f"${i + 1}": value for i, value in enumerate(operands)}
+    names["%lanemask_eq"] = 1 << 17  # as in some lane
 
     def read(name):
         return names[name] if name in names else int(name, 0)
@@ -39,6 +40,14 @@ def ptx(text, *operands):
             continue
         if found := re.fullmatch(r"prmt\.b32 (\S+), (\S+), (\S+), (\S+)", line):
             names[found[1]] = prmt(*map(read, found.groups()[1:]))
+        elif found := re.fullmatch(r"lop3\.b32 (\S+), (\S+), (\S+), (\S+), 0xca", line):
+            a, b, c = map(read, found.groups()[1:])
+            names[found[1]] = a & b | ~a & c
+        elif found := re.fullmatch(r"(add\.s32|and\.b32|or\.b32) (\S+), (\S+), (\S+)", line):
+            a, b = map(read, found.groups()[2:])
+            names[found[2]] = {"add.s32": a + b & MASK, "and.b32": a & b, "or.b32": a | b}[found[1]]
+        elif found := re.fullmatch(r"mov\.b32 (\w+), (\S+)", line):
+            names[found[1]] = read(found[2])
         elif found := re.fullmatch(r"mov\.b32 {(\w+), (\w+)}, (\S+)", line):
             names[found[1]], names[found[2]] = read(found[3]) & 0xFFFF, read(found[3]) >> 16
         elif found := re.fullmatch(r"cvt\.f32\.f16 (\S+), (\w+)", line):
@@ -55,7 +64,7 @@ def signed(x):
 OPS = SimpleNamespace(
     constant=lambda value, dtype: value & MASK,
     bitwise_and=lambda a, b: a & b,
-    bitwise_or=lambda a, b: a | b,
+    bitwise_left_shift=lambda a, b: a << b & MASK,
     bitwise_right_shift=lambda a, b: signed(a) >> b & MASK,  # arithmetic, as for int32
     inline_asm_elementwise=lambda *operands, asm, **rest: ptx(asm, *operands),
     to_dtype_bitcast=lambda x, dtype, source: float(np.uint32(x).view(np.float32)),
@@ -72,8 +81,8 @@ OPS = SimpleNamespace(
 def test_it_finds_what_a_plain_look_up_finds(word, values, dtype):
     table = planes(torch.tensor(values, dtype=torch.float32).to(dtype))
     words = torch.tensor([signed(word)], dtype=torch.int32)
-    for place in range(8):
-        got = byte_permute.value_of(OPS, word, [w & MASK for w in table.tolist()], place)
+    found = byte_permute.values_of(OPS, word, [byte_permute.own(OPS, w & MASK) for w in table.tolist()])
+    for place, got in enumerate(found):
         want = lookup8(words, table, place)
         assert np.float32(got).tobytes() == want.numpy().tobytes()
 
@@ -85,7 +94,7 @@ def test_every_code_in_every_place(dtype):
     for code in range(16):
         for place in range(8):
             word = code << 4 * (place ^ 1)
-            got = [byte_permute.value_of(OPS, word, table, other) for other in range(8)]
+            got = byte_permute.values_of(OPS, word, table)
             assert got == [code / 16 if other == place else 0.0 for other in range(8)]
 
 
@@ -102,4 +111,13 @@ def test_the_plain_look_up_is_a_look_up():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_the_operator_is_whole(dtype):
     words = torch.randint(-(2**31), 2**31 - 1, (3, 5), dtype=torch.int32)
-    library.opcheck(torch.ops.bnbref.lookup8.default, (words, planes(torch.rand(16).to(dtype)), 3))
+    columns = list(torch.rand(16, 5).unbind())
+    library.opcheck(torch.ops.bnbref.dot8.default, ([words, words + 1], columns, planes(torch.rand(16).to(dtype))))
+
+
+def test_the_sum_is_in_order():
+    words, columns, table = torch.tensor([0x76543210, 0x01]), torch.rand(16, 1).unbind(), planes(torch.rand(16))
+    want = torch.zeros(2)
+    for i, column in enumerate(columns):
+        want = want + lookup8(words + i // 8, table, i % 8) * column
+    assert torch.equal(dot8([words, words + 1], columns, table), want)

@@ -1,11 +1,12 @@
 """Eight values of sixteen looked up for a word of eight 4-bit codes, by the byte permute of NVIDIA GPUs.
 
 A look-up in memory occupies the load unit for several cycles a warp, and bounds a product with few rows. `prmt` picks four bytes
-out of eight by four selectors of four bits, of which the lower three count: a packed word of codes is a word of selectors.
+out of eight by four selectors of four bits. The lower three are the place of the byte, so that a packed word of codes is a word
+of selectors; with the fourth it copies the sign of that byte to all bits.
 
-    select = word & 0x77777777                                 the lower three bits of each code
-    half   = (word >> 1) & 0x44444444 | 0x32103210             for byte i: from the lower or from the upper half of the table
-    bytes  = prmt(prmt(t0, t1, select), prmt(t2, t3, select), half)
+    select = word & 0x77777777                          the lower three bits of each code
+    upper  = prmt(word, word << 4, 0x9d8c)              for each of four codes a byte of its fourth bit
+    bytes  = upper ? prmt(t2, t3, select) : prmt(t0, t1, select)
 
 looks up one byte of the values of four codes; t0 to t3 are the sixteen bytes of that place, one of each value: a plane. Values of
 two planes (float16) are put together by `prmt` and widened, those of four planes (float32) are put together by three.
@@ -14,6 +15,8 @@ Elsewhere (a CPU, another maker's GPU, a torch whose internals look different) t
 Source of the idea: docs/content/reading.md, table "formulations".
 """
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,18 +24,26 @@ from torch import Tensor, library
 
 from bnbref.kernels.compiler import taught
 
-_PLANE = "{ .reg .b32 s, t; prmt.b32 s, $3, $4, $1; prmt.b32 t, $5, $6, $1; prmt.b32 $0, s, t, $2; }"
+# 0xca: by each bit of the first operand the bit of the second or of the third one.
+_PLANE = "{ .reg .b32 s, t; prmt.b32 s, $3, $4, $1; prmt.b32 t, $5, $6, $1; lop3.b32 $0, $2, t, s, 0xca; }"
+_UPPER = (
+    "prmt.b32 $0, $1, $2, 0x9d8c;",
+    "prmt.b32 $0, $1, $2, 0xbfae;",
+)  # of the lower, of the upper four codes of a word
 _PAIRS = ("prmt.b32 $0, $1, $2, 0x5140;", "prmt.b32 $0, $1, $2, 0x7362;")  # codes 0 and 1, codes 2 and 3 of four
 _WORDS = ("prmt.b32 $0, $1, $2, 0x5410;", "prmt.b32 $0, $1, $2, 0x7632;")  # the lower, the upper code of a pair
 _WIDEN = (
     "{ .reg .b16 l, h; mov.b32 {l, h}, $1; cvt.f32.f16 $0, l; }",
     "{ .reg .b16 l, h; mov.b32 {l, h}, $1; cvt.f32.f16 $0, h; }",
 )
+# The operand, of which ptxas does not know that all threads have the same: it would keep the table in registers of the warp, of
+# which `prmt` takes none, and copy them before each one. The mask of a lane has one bit.
+_OWN = "{ .reg .b32 m, t; mov.b32 m, %lanemask_eq; add.s32 t, m, -1; and.b32 t, t, m; or.b32 $0, $1, t; }"
 
 _native: bool | None = None  # what `_enable` found: None before it was called
 
 _operators = library.Library("bnbref", "FRAGMENT")
-_operators.define("lookup8(Tensor words, Tensor table, int place) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_operators.define("dot8(Tensor[] words, Tensor[] columns, Tensor table) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
 def planes(values: Tensor) -> Tensor:
@@ -53,59 +64,82 @@ def lookup8(words: Tensor, table: Tensor, place: int) -> Tensor:
     >>> [lookup8(torch.tensor([0x21]), table, place).item() for place in range(3)]
     [2.0, 1.0, 0.0]
     """
-    if words.device.type == "cuda" and torch.compiler.is_compiling() and _enable():
-        native: Tensor = torch.ops.bnbref.lookup8(words, table, place)
-        return native
-    return _plain(words, table, place)
-
-
-def _shift(place: int) -> int:
-    return 4 * (place ^ 1)
-
-
-def _plain(words: Tensor, table: Tensor, place: int) -> Tensor:
     values = table.view(torch.uint8).view(-1, 16).t().contiguous()
     values = values.view(torch.float16 if values.shape[1] == 2 else torch.float32).view(16).float()
-    return values[(words >> _shift(place) & 15).to(torch.int64)]
+    return values[(words >> 4 * (place ^ 1) & 15).to(torch.int64)]
 
 
-@library.impl(_operators, "lookup8", "CompositeExplicitAutograd")
-def _(words: Tensor, table: Tensor, place: int) -> Tensor:
-    return _plain(words, table, place)
+def dot8(words: Sequence[Tensor], columns: Sequence[Tensor], table: Tensor) -> Tensor:
+    """The sum over words, and over the eight codes of each, of the value of a code times its column, in this order: float32.
+
+    words: as in `lookup8`, all of one shape, which the result has. columns: eight for each word, float32 of the last dimensions
+    of that shape. Bounded: a product and the sum before it are rounded, or fused.
+
+    Look-ups, products and sums are one operator, because of each operation that is not Inductor keeps a record, and counts it
+    again and again: a hundred look-ups took it eight seconds.
+
+    >>> table = planes(torch.arange(16.0))
+    >>> dot8([torch.tensor([0x21])], [torch.tensor([10.0**i]) for i in range(8)], table)
+    tensor([12.])
+    """
+    if words[0].device.type == "cuda" and torch.compiler.is_compiling() and _enable():
+        native: Tensor = torch.ops.bnbref.dot8(words, columns, table)
+        return native
+    return _plain(words, columns, table)
 
 
-@library.register_fake("bnbref::lookup8", lib=_operators)  # type: ignore[untyped-decorator]
-def _(words: Tensor, table: Tensor, place: int) -> Tensor:
-    return torch.empty(words.shape, dtype=torch.float32, device=words.device)
+def _plain(words: Sequence[Tensor], columns: Sequence[Tensor], table: Tensor) -> Tensor:
+    total = lookup8(words[0], table, 0) * columns[0]
+    for i, column in enumerate(columns[1:], 1):
+        total = total + lookup8(words[i // 8], table, i % 8) * column
+    return total
+
+
+@library.impl(_operators, "dot8", "CompositeExplicitAutograd")
+def _(words: Sequence[Tensor], columns: Sequence[Tensor], table: Tensor) -> Tensor:
+    return _plain(words, columns, table)
+
+
+@library.register_fake("bnbref::dot8", lib=_operators)  # type: ignore[untyped-decorator]
+def _(words: Sequence[Tensor], columns: Sequence[Tensor], table: Tensor) -> Tensor:
+    return torch.empty(words[0].shape, dtype=torch.float32, device=words[0].device)
 
 
 # ---- the instructions -----------------------------------------------------------------------------------------------
 
 
-def value_of(ops: Any, word: Any, table: list[Any], place: int) -> Any:
-    """What `lookup8` returns, in Inductor's operations `ops` on one element. What is the same for several places is written the
-    same, and Inductor computes it once."""
+def values_of(ops: Any, word: Any, table: list[Any]) -> list[Any]:
+    """What `lookup8` returns for the eight places, in Inductor's operations `ops` on one element.
+
+    table: the words of the planes, each as `own` returns it.
+    """
 
     def number(value: int) -> Any:
         return ops.constant(value, torch.int32)
 
-    def asm(text: str, *operands: Any, dtype: torch.dtype = torch.int32) -> Any:
-        constraints = ("=f" if dtype == torch.float32 else "=r") + ",r" * len(operands)
-        return ops.inline_asm_elementwise(
-            *operands, asm=text, constraints=constraints, dtype=dtype, is_pure=True, pack=1
-        )
+    values, select, shifted = [], ops.bitwise_and(word, number(0x77777777)), ops.bitwise_left_shift(word, number(4))
+    for four in range(2):
+        upper = _asm(ops, _UPPER[four], word, shifted)
+        select = ops.bitwise_right_shift(select, number(16)) if four else select
+        found = [_asm(ops, _PLANE, select, upper, *table[i : i + 4]) for i in range(0, len(table), 4)]
+        for pair in _PAIRS:
+            halves = [_asm(ops, pair, *found[i : i + 2]) for i in range(0, len(found), 2)]
+            for first in (True, False):  # of two elements the first is in the high nibble
+                if len(halves) == 1:
+                    values.append(_asm(ops, _WIDEN[first], halves[0], dtype=torch.float32))
+                else:
+                    values.append(ops.to_dtype_bitcast(_asm(ops, _WORDS[first], *halves), torch.float32, torch.int32))
+    return values
 
-    select = ops.bitwise_and(word, number(0x77777777))
-    half = ops.bitwise_and(ops.bitwise_right_shift(word, number(1)), number(0x44444444))
-    half = ops.bitwise_or(half, number(0x32103210))
-    if place >= 4:
-        select, half = (ops.bitwise_right_shift(x, number(16)) for x in (select, half))
-    found = [asm(_PLANE, select, half, *table[i : i + 4]) for i in range(0, len(table), 4)]
-    pair, upper = _PAIRS[place % 4 // 2], place % 2 == 0  # of two elements the first is in the high nibble
-    halves = [asm(pair, *found[i : i + 2]) for i in range(0, len(found), 2)]
-    if len(halves) == 1:
-        return asm(_WIDEN[upper], halves[0], dtype=torch.float32)
-    return ops.to_dtype_bitcast(asm(_WORDS[upper], *halves), torch.float32, torch.int32)
+
+def own(ops: Any, entry: Any) -> Any:
+    """A word of the table as something that each lane has of its own."""
+    return _asm(ops, _OWN, entry)
+
+
+def _asm(ops: Any, text: str, *operands: Any, dtype: torch.dtype = torch.int32) -> Any:
+    constraints = ("=f" if dtype == torch.float32 else "=r") + ",r" * len(operands)
+    return ops.inline_asm_elementwise(*operands, asm=text, constraints=constraints, dtype=dtype, is_pure=True, pack=1)
 
 
 # ---- teaching Inductor ----------------------------------------------------------------------------------------------
@@ -132,14 +166,19 @@ def _register() -> None:
     for owner, name in ((ir, "Pointwise"), (lowerings, "register_lowering"), (OpsHandler, "inline_asm_elementwise")):
         getattr(owner, name)
 
-    @lowerings.register_lowering(torch.ops.bnbref.lookup8.default, type_promotion_kind=None)
-    def _(words: Any, table: Any, place: int) -> Any:
-        load_word, load_table = words.make_loader(), table.make_loader()
-        count = int(table.get_size()[0])
+    @lowerings.register_lowering(torch.ops.bnbref.dot8.default, type_promotion_kind=None)
+    def _(words: Any, columns: Any, table: Any) -> Any:
+        load_words, load_columns = ([x.make_loader() for x in tensors] for tensors in (words, columns))
+        load_table, count = table.make_loader(), int(table.get_size()[0])
+        behind = len(words[0].get_size()) - len(columns[0].get_size())
 
         def inner(index: Any) -> Any:
-            return value_of(ops, load_word(index), [load_table([number]) for number in range(count)], place)
+            planes_of_table = [own(ops, load_table([number])) for number in range(count)]
+            values = [value for load in load_words for value in values_of(ops, load(index), planes_of_table)]
+            columns = [load(index[behind:]) for load in load_columns]
+            products = [ops.mul(value, column) for value, column in zip(values, columns, strict=True)]
+            return functools.reduce(ops.add, products)
 
         return ir.Pointwise.create(
-            device=words.get_device(), dtype=torch.float32, inner_fn=inner, ranges=list(words.get_size())
+            device=words[0].get_device(), dtype=torch.float32, inner_fn=inner, ranges=list(words[0].get_size())
         )
