@@ -15,11 +15,11 @@ from torch import Tensor
 from bnbref.codebooks import Codebook
 from bnbref.context import kept
 from bnbref.kernels import formulation, tracing
-from bnbref.kernels.byte_permute import CODES, dot16, planes
+from bnbref.kernels.byte_permute import dot8, planes
 from bnbref.kernels.compiler import is_gpu
 from bnbref.kernels.configured import configured
 from bnbref.kernels.decoding import sixteen
-from bnbref.kernels.floats import in_words, look_up
+from bnbref.kernels.floats import in_lanes, look_up
 from bnbref.kernels.lookup16 import lookup16
 
 
@@ -52,18 +52,21 @@ def _by_words(
     shared memory on its way.
     """
     m, n = len(a), len(packed)
-    codes = CODES if m > 4 else 2 * CODES  # more activations than 4 * 32 are more than a lane's registers hold
+    codes = 32 if m <= 4 else 16  # more activations than 4 * 32 are more than a lane's registers hold
     # On a CPU Dynamo is told another size than n, and may not ask what divides it.
     parts = _GROUP if is_gpu(packed) and n >= _ENOUGH and n % _GROUP == 0 else 1
-    sizes = {"p": parts, "l": blocksize // codes, "w": codes // CODES}
-    words = rearrange(packed.view(torch.int64), "(p n) (b l w) -> p w n b l", **sizes)
+    words = rearrange(
+        packed.view(torch.int64), "(p n) (b l w) -> p w n b l", p=parts, l=blocksize // codes, w=codes // 16
+    )
     scales = rearrange(scale, "(p n) b 1 -> p n b 1", p=parts)
     biases = [None] * parts if bias is None else rearrange(bias, "(p n) -> p n", p=parts)
-    columns = rearrange(in_words(rearrange(a, "m 1 k -> m k"), blocksize, codes), "w m b l -> m w b l")
+    columns = in_lanes(rearrange(a, "m 1 k -> m k"), blocksize, codes)
+    halves = [[half.to(torch.int32) for word in part for half in (word, word >> 32)] for part in words]
     out = []
-    for row in columns:
-        for part, scale_of_part, bias_of_part in zip(words, scales, biases, strict=True):
-            total = dot16(part.unbind(), row.unbind(), table, a.dtype) * scale_of_part
+    for row in range(m):
+        of_row = [column[row] for column in columns]
+        for part, scale_of_part, bias_of_part in zip(halves, scales, biases, strict=True):
+            total = dot8(part, of_row, table) * scale_of_part
             out.append(_finished(total.sum((1, 2)), bias_of_part, dtype))
     return torch.cat(out).view(m, 1, n)
 
