@@ -166,7 +166,7 @@ def write(
     quantize: "nf4", "fp4" or "int8"; what follows `where` is for 4 bits. A file that exists is replaced when the new
     one is complete. transformers also needs a `quantization_config` in config.json that says the same.
 
-    Exact, in the reference dialect. bitsandbytes on CPU differs in the codes of nested scales: a table of 65536 bins.
+    Exact. bitsandbytes writes the same bytes but, on a CPU, for codes of nested scales, which it finds by a table of 65536 bins.
     """
     if quantize not in ("nf4", "fp4", "int8"):
         raise ValueError(f"quantize must be 'nf4', 'fp4' or 'int8', got {quantize!r}")

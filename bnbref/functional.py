@@ -1,7 +1,7 @@
-"""bitsandbytes' functional names and signatures, thin, over the rooms below.
+"""The functions of `bitsandbytes.functional`, with its names and signatures. Each is a few lines over a definition.
 
 Blocksizes are any positive integer and shapes any shape; where bitsandbytes takes `out=` or a tensor for the scales, so do
-these. Numerics are the reference dialect's: see each room.
+these. What is computed is said by the definition that a docstring names: `blockwise`, `fourbit`, `nested`, `int8`.
 """
 
 import functools
