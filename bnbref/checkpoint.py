@@ -36,8 +36,12 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """
     path = Path(path)
     if path.is_dir():
-        single = path / "model.safetensors"
-        path = single if single.exists() else path / "model.safetensors.index.json"
+        files = [path / name for name in ("model.safetensors", "model.safetensors.index.json")]
+        found = next((file for file in files if file.exists()), None)
+        if found is None:
+            names = " nor ".join(file.name for file in files)
+            raise FileNotFoundError(f"{path} has neither {names}: name the file of the weights itself")
+        path = found
     return Checkpoint(_load_shards(path) if path.name.endswith(".index.json") else _load(path))
 
 

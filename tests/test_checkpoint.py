@@ -338,6 +338,8 @@ def test_what_is_not_there(tmp_path):
     for path in (tmp_path, tmp_path / "a.safetensors", tmp_path / "a.bin"):
         with pytest.raises(FileNotFoundError, match=re.escape(tmp_path.name)):
             checkpoint.read(path)
+    with pytest.raises(FileNotFoundError, match=r"has neither model.safetensors nor model.safetensors.index.json"):
+        checkpoint.read(tmp_path)
     with pytest.raises(ValueError, match="name must be one of the 21 weights of the checkpoint, got 'w'"):
         checkpoint.open_checkpoint(FIXTURES / "base").read("w")
     with pytest.raises(ValueError, match=r"dtype must be float32, float16, bfloat16 or None, got torch\.int8"):

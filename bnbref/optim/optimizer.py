@@ -258,7 +258,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _checked_gradient(self, p: Tensor, grad: Tensor, config: Mapping[str, Any]) -> Tensor:
         if grad.layout != torch.strided:
-            raise ValueError(f"gradients must be dense: {self!r} has no rule for layout {grad.layout}")
+            raise ValueError(f"gradients must be dense: {type(self).__name__} takes none of layout {grad.layout}")
         check_float("a parameter", p)
         check_float("a gradient", grad)
         here, shape = local(grad), local(p).shape
