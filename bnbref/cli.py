@@ -91,18 +91,33 @@ def parser() -> argparse.ArgumentParser:
     source.add_argument("--dataset", metavar="NAME", help="instead: a dataset, on the hub or in a directory")
     qlora.add_argument("--column", default="text", metavar="NAME", help="its column with texts (default: %(default)s)")
     qlora.add_argument("--split", default="train", metavar="NAME", help="its part (default: %(default)s)")
-    qlora.add_argument("--steps", type=positive, default=60, metavar="N", help="steps of training (default: %(default)s)")
+    qlora.add_argument(
+        "--steps", type=positive, default=60, metavar="N", help="steps of training (default: %(default)s)"
+    )
     qlora.add_argument("--batch", type=positive, default=8, metavar="N", help="windows a step (default: %(default)s)")
     qlora.add_argument(
         "--length", type=positive, default=128, metavar="N", help="tokens a window (default: %(default)s)"
     )
-    qlora.add_argument("--lr", type=float, default=2e-3, metavar="X", help="learning rate (default: %(default)s)")
+    qlora.add_argument(
+        "--lr",
+        type=float,
+        default=2e-3,
+        metavar="X",
+        help="learning rate (default: %(default)s, for the demo model; of 7B try 2e-4)",
+    )
     qlora.add_argument("--rank", type=positive, default=16, metavar="N", help="of the adapter (default: %(default)s)")
     qlora.add_argument(
-        "--targets", nargs="+", metavar="NAME", help="the layers that get an adapter (default: the projections of attention)"
+        "--targets",
+        nargs="+",
+        metavar="NAME",
+        help="the layers that get an adapter (default: the projections of attention)",
     )
     qlora.add_argument(
-        "--out", type=Path, default=Path("adapter"), metavar="DIR", help="where the adapter is saved (default: %(default)s)"
+        "--out",
+        type=Path,
+        default=Path("adapter"),
+        metavar="DIR",
+        help="where the adapter is saved (default: %(default)s)",
     )
     qlora.add_argument("--plot", type=Path, metavar="FILE", help="draw the losses (needs matplotlib)")
     qlora.set_defaults(run=run_qlora)

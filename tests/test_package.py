@@ -267,7 +267,9 @@ print(bnbref.__file__)
 
 def test_the_source_distribution_has_what_its_tests_read():
     """So that `make test` runs in an unpacked one."""
-    sdist = pytest.importorskip("hatchling.builders.sdist", reason="hatchling is not installed: pip install 'bnbref[test]'")
+    sdist = pytest.importorskip(
+        "hatchling.builders.sdist", reason="hatchling is not installed: pip install 'bnbref[test]'"
+    )
     shipped = {Path(file.distribution_path).parts[0] for file in sdist.SdistBuilder(str(ROOT)).recurse_included_files()}
     files = {"Makefile", "constraints.txt", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "CITATION.cff"}
     assert shipped >= {"bnbref", "tests", "benchmarks", "docs", ".ci", ".github", *files}
