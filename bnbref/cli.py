@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="bnbref",
         description=bnbref.__doc__,
-        epilog="COMMAND --help says more of each. Exit status: 0 done, 1 something was found wrong, 2 the command cannot be run so.",
+        epilog="COMMAND --help says more. Exit status: 0 done, 1 something was found wrong, 2 the command cannot be run so.",
     )
     top.add_argument("--version", action="version", version=f"bnbref {bnbref.__version__}")
     subparsers = top.add_subparsers(title="commands", metavar="COMMAND", required=True)

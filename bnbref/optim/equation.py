@@ -33,8 +33,8 @@ from bnbref.optim.weights import CORRECTION
 class Equation(Rule):
     """A rule written down: compared by what it computes and by how its states are coded.
 
-    names: those of its coefficients, in the order in which a step has them in a tensor. calls: its calls of functions of the whole
-    matrix, by name; if there are any, direction takes stacks of matrices. read: the names of the tensors that it uses.
+    names: those of its coefficients, in the order in which a step has them in a tensor. calls: its calls of functions of whole
+    matrices, by name; if there are any, direction takes stacks of matrices. read: the names of the tensors that it uses.
     """
 
     def __init__(

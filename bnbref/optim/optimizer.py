@@ -34,9 +34,9 @@ class Optimizer(torch.optim.Optimizer):
 
         bytes for the two states of an element: 2 + 8/256 in 8 bits, 8 in float32
 
-    params: tensors or groups of float32, float16 or bfloat16, read as float32 and rounded once. rule: a Rule, or a dict of several
-    by name; a group chooses one by its key "rule", and has the first if it has no such key. defaults: settings for groups that
-    do not say their own.
+    params: tensors or groups of float32, float16 or bfloat16, read as float32 and rounded once. rule: a Rule, or a dict of
+    several by name; a group chooses one by its key "rule", and has the first if it has no such key. defaults: the settings of
+    groups that do not say their own.
     optim_bits: 32 or 8. min_8bit_size: smaller parameters have their state in 32 bits. max_unorm: of clipped rules. is_paged:
     the state of parameters of 100,000 elements or more is kept in pinned host memory and streamed, at most page_bytes of it
     or that of two parameters on the device at a time. page_directory: it is kept in memory-mapped files there.

@@ -75,8 +75,8 @@ def read_config(model: str) -> Any:
         return AutoConfig.from_pretrained(path.parent if path.name == "config.json" else model)
     except (OSError, ValueError) as error:
         raise OSError(
-            f"the model must be a directory with a config.json, a config.json, a name on the hub, or a size like 7B, got {model!r}: "
-            f"{error}"
+            f"the model must be a directory with a config.json, a config.json, a name on the hub, or a size like 7B, "
+            f"got {model!r}: {error}"
         ) from error
 
 
