@@ -82,7 +82,7 @@ def _safetensors() -> Any:
     try:
         import safetensors.torch
     except ImportError as error:
-        raise ImportError(".safetensors files need the package safetensors: pip install 'bnbref[hf]'") from error
+        raise ImportError(".safetensors files need the package safetensors: pip install safetensors") from error
     return safetensors
 
 

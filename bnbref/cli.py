@@ -144,8 +144,7 @@ def needs(command: str, *packages: str) -> None:
     """Raises Refused where a package is not installed, with the line that installs it."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
-        wanted = dict.fromkeys("'bnbref[hf]'" if name in HUGGING_FACE else name for name in missing)
-        raise Refused(f"{command} needs {', '.join(missing)}: pip install {' '.join(wanted)}")
+        raise Refused(f"{command} needs {', '.join(missing)}: pip install {' '.join(missing)}")
 
 
 def run_info(args: argparse.Namespace) -> int:
