@@ -36,7 +36,7 @@ ByState = Callable[[int, Tensor], Tensor]
 """A function of the number of a state and of its codes, or of its scaled elements."""
 
 Largest = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""A function of what `largest` takes."""
+"""A function with the arguments and the result of `largest`."""
 
 
 # ---- arithmetic -----------------------------------------------------------------------------------------------------
