@@ -46,7 +46,7 @@ if not TYPE_CHECKING:  # a type checker would believe that there is any name
         try:
             return getattr(importlib.import_module(home), name)
         except ModuleNotFoundError as error:
-            raise ImportError(f"bnbref.{name} needs {error.name}: pip install 'bnbref[hf]'", name=error.name) from error
+            raise ImportError(f"bnbref.{name} needs {error.name}: pip install {error.name}", name=error.name) from error
 
 
 def __dir__() -> list[str]:

@@ -159,7 +159,7 @@ def dequantize(codes: Tensor, absmax: Tensor, values: Tensor, blocksize: int, dt
     if codes.dtype != torch.uint8:
         raise ValueError(f"codes must be uint8, got {codes.dtype}")
     if dtype not in FLOATS:
-        raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
+        raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype!r}")
     check_scales("absmax", absmax, codes.numel(), blocksize)
     check_device("codes", codes, absmax=absmax, values=values)
     blocks = in_rows(codes, blocksize)
@@ -184,7 +184,9 @@ def check_blocksize(blocksize: int, numel: int) -> int:
 
 
 def check_float(name: str, x: Tensor) -> Tensor:
-    """The tensor, if its dtype is one that can be quantized."""
+    """The tensor, if it is one, of a dtype that can be quantized. TypeError or ValueError if not."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if x.dtype not in FLOATS:
         raise ValueError(f"{name} must be float32, float16 or bfloat16, got {x.dtype}")
     return x

@@ -36,8 +36,12 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """
     path = Path(path)
     if path.is_dir():
-        single = path / "model.safetensors"
-        path = single if single.exists() else path / "model.safetensors.index.json"
+        files = [path / name for name in ("model.safetensors", "model.safetensors.index.json")]
+        found = next((file for file in files if file.exists()), None)
+        if found is None:
+            names = " nor ".join(file.name for file in files)
+            raise FileNotFoundError(f"{path} has neither {names}: name the file of the weights itself")
+        path = found
     return Checkpoint(_load_shards(path) if path.name.endswith(".index.json") else _load(path))
 
 
@@ -78,7 +82,7 @@ def _safetensors() -> Any:
     try:
         import safetensors.torch
     except ImportError as error:
-        raise ImportError(".safetensors files need the package safetensors: pip install 'bnbref[hf]'") from error
+        raise ImportError(".safetensors files need the package safetensors: pip install safetensors") from error
     return safetensors
 
 
@@ -166,7 +170,7 @@ def write(
     quantize: "nf4", "fp4" or "int8"; what follows `where` is for 4 bits. A file that exists is replaced when the new
     one is complete. transformers also needs a `quantization_config` in config.json that says the same.
 
-    Exact, in the reference dialect. bitsandbytes on CPU differs in the codes of nested scales: a table of 65536 bins.
+    Exact. bitsandbytes writes the same bytes but, on a CPU, for codes of nested scales, which it finds by a table of 65536 bins.
     """
     if quantize not in ("nf4", "fp4", "int8"):
         raise ValueError(f"quantize must be 'nf4', 'fp4' or 'int8', got {quantize!r}")

@@ -216,10 +216,16 @@ def fp8(signed: bool = True, exponent_bits: int = 5, precision_bits: int = 2) ->
 
 @functools.cache
 def normal(offset: float = 0.9677083, use_extra_value: bool = True) -> Codebook:
-    """The derivation of NF4 (QLoRA, 2305.14314, equation 4): zero, and quantiles of N(0, 1), scaled so that the largest is 1.
+    """How the values of NF4 are made: zero, and quantiles of N(0, 1) on both sides of it, scaled so that the largest is 1.
 
-    offset: the probability of the largest quantile; ValueError unless it is between 0.5 and 1. use_extra_value: the positive side
-    has eight values and the negative one seven; otherwise both have seven, 15 values in all.
+        8 positive values    Q(p), p in 9 equal steps from offset to 0.5, which is 0 itself and left out
+        7 negative values   -Q(p), p in 8 equal steps likewise
+
+    It is the construction of QLoRA (2305.14314), section 3, an asymmetric type with an exact zero, as its authors programmed it.
+    (Equation 4 there gives other values: docs/content/reading.md.) Their offset is the mean of 1 - 1/30 and 1 - 1/32.
+
+    offset: the probability of the largest quantile; ValueError unless it is between 0.5 and 1. use_extra_value: whether the
+    positive side has an eighth value. Without it both sides have seven, and there are 15 values in all.
 
     >>> normal().values == NF4.values
     True

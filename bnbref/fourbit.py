@@ -93,6 +93,8 @@ def quantize(
     n = x.numel()
     blocksize = check_blocksize(blocksize, n)
     n_bytes = -(-n // 2)
+    if not isinstance(quant_storage, torch.dtype):
+        raise TypeError(f"quant_storage must be a torch.dtype, got {quant_storage!r}")
     if n_bytes % quant_storage.itemsize != 0:
         raise ValueError(
             f"quant_storage {quant_storage} has {quant_storage.itemsize} bytes, which do not divide "
@@ -115,7 +117,7 @@ def dequantize(
     tensor([ 2., -2.,  0.])
     """
     if dtype not in FLOATS:
-        raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
+        raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype!r}")
     n = math.prod(shape)
     blocksize = check_blocksize(blocksize, n)
     codes = as_bytes(packed)

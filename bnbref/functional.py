@@ -1,10 +1,11 @@
-"""bitsandbytes' functional names and signatures, thin, over the rooms below.
+"""The functions of `bitsandbytes.functional`, with its names and signatures. Each is a few lines over a definition.
 
 Blocksizes are any positive integer and shapes any shape; where bitsandbytes takes `out=` or a tensor for the scales, so do
-these. Numerics are the reference dialect's: see each room.
+these. What is computed is said by the definition that a docstring names: `blockwise`, `fourbit`, `nested`, `int8`.
 """
 
 import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +49,11 @@ def _pad_to_256(code: Tensor) -> Tensor:
     if not 2 <= code.numel() <= 256:
         raise ValueError(f"code must have 2 to 256 values, got {code.numel()}")
     return F.pad(code, (0, 256 - code.numel()))
+
+
+def _check_state(quant_state: Any) -> None:
+    if not isinstance(quant_state, QuantState):
+        raise TypeError(f"quant_state must be a QuantState, got {type(quant_state).__name__}")
 
 
 # ---- eight bits, blockwise ------------------------------------------------------------------------------------------
@@ -99,6 +105,9 @@ def dequantize_blockwise(
             raise ValueError("dequantize_blockwise needs quant_state or absmax, got neither")
         values = value_table(DYNAMIC, A.device) if code is None else code
         quant_state = QuantState(absmax, code=values, blocksize=blocksize, dtype=torch.float32)
+    _check_state(quant_state)
+    if quant_state.quant_type is not None:
+        raise ValueError(f"quant_state is one of 4-bit codes, {quant_state.quant_type!r}: dequantize_4bit undoes these")
     values = _pad_to_256(present(quant_state.code, "code")).to(A.device)
     dtype, blocksize = present(quant_state.dtype, "dtype"), present(quant_state.blocksize, "blocksize")
     result = own(blockwise.dequantize(A, quant_state.scales(), values, blocksize, dtype))
@@ -145,6 +154,7 @@ def dequantize_4bit(
             raise ValueError("dequantize_4bit needs quant_state, or both absmax and out")
         blocksize = 64 if blocksize is None else blocksize
         quant_state = QuantState(absmax, shape=out.shape, blocksize=blocksize, quant_type=quant_type, dtype=out.dtype)
+    _check_state(quant_state)
     result = own(quant_state.dequantize(A, present(quant_state.dtype, "dtype")))
     if out is not None:
         result = out.copy_(result)

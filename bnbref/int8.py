@@ -40,8 +40,11 @@ _CPU_PRODUCT_IS_EXACT = _cpu_product_is_exact()
 
 @fused(dynamic={"rows": (0, 1)}, by_rows=lambda threshold: threshold <= 0)
 def quantize_int8_rows(rows: Tensor, *, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-    """`[rows, columns]` -> int8 `[rows, columns]`, float32 absmax `[rows]`, bool outlier columns `[columns]`, none
-    of them (`[0]`) where the threshold is 0.  Exact."""
+    """The int8 codes and the scales of rows, and which columns hold an outlier.  Exact.
+
+    rows: float32, float16 or bfloat16 `[rows, columns]`. Returns codes, int8 of that shape, 0 in outlier columns; the absmax of
+    each row over what is below the threshold, float32 `[rows]`; and bool `[columns]`, or `[0]` if the threshold is 0.
+    """
     x = rows.float()
     size = torch.where(x == x, x.abs(), 0.0)
     if threshold > 0:
@@ -63,9 +66,12 @@ def quantize_int8_rows(rows: Tensor, *, threshold: float) -> tuple[Tensor, Tenso
 def dequantize_int8_product(
     product: Tensor, row: Tensor, column: Tensor, bias: Tensor | None, outliers: Tensor | None, *, dtype: torch.dtype
 ) -> Tensor:
-    """int32 `[m, n]`, float32 `[m]`, `[n]`, optional bias `[n]` and float addend `[m, n]` -> dtype `[m, n]`.  Exact.
+    """A product of int8 codes, scaled back: dtype `[m, n]`.  Exact.
 
-    fl(fl(fl(product * row) * column) * RN(1 / 16129)), then + bias, then + outliers, one rounding to the output dtype.
+        fl(fl(fl(product * row) * column) * RN(1 / 16129)), then + bias, then + outliers, then one rounding to dtype
+
+    product: int32 `[m, n]`. row, column: the absmax of the rows of both operands, float32 `[m]` and `[n]`. bias: `[n]` or None.
+    outliers: the product of the outlier columns in floats, `[m, n]`, or None.
     """
     y = product.float() * rearrange(row, "m -> m 1") * rearrange(column, "n -> 1 n") * RECIPROCAL_127_SQUARED
     if bias is not None:
@@ -77,12 +83,15 @@ def dequantize_int8_product(
 
 @fused(dynamic={"codes": (0, 1), "absmax": (0,)})
 def dequantize_int8_rows(codes: Tensor, absmax: Tensor, *, dtype: torch.dtype) -> Tensor:
-    """int8 `[rows, columns]`, float32 `[rows]` -> dtype: fl(fl(code * absmax) * RN(1 / 127)), one rounding.  Exact."""
+    """The values of int8 codes `[rows, columns]` in dtype: fl(fl(code * absmax) * RN(1 / 127)), rounded once.  Exact.
+
+    absmax: of each row, float32 `[rows]`.
+    """
     return (codes.float() * rearrange(absmax, "r -> r 1") * RECIPROCAL_127).to(dtype)
 
 
 def as_matrix(x: Tensor) -> Tensor:
-    """`[..., columns]` -> `[rows, columns]`, also where one of the two is 0."""
+    """A tensor `[..., columns]` as a matrix `[rows, columns]`, also where one of the two sizes is 0."""
     # Not Size.numel(), which turns a symbolic size into the number of the example.
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
@@ -153,9 +162,10 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _multiply_on_cuda(a: Tensor, b: Tensor) -> Tensor:
-    """cuBLASLt takes more than 16 rows, and multiples of 8 elsewhere: pad by zeros, which add nothing.
+    """The product by cuBLASLt, which takes 17 rows or more, and multiples of 8 elsewhere: zeros fill up what is missing.
 
-    A pad of nothing would copy the weight all the same."""
+    Nothing is padded that need not be, because `F.pad` by nothing would copy the weight all the same.
+    """
     m, n, k = a.shape[0], b.shape[0], a.shape[1]
     if m <= 16 or k % 8:
         a = F.pad(a, (0, -k % 8, 0, max(17 - m, 0)))
@@ -165,7 +175,7 @@ def _multiply_on_cuda(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _multiply_in_float32(a: Tensor, b: Tensor) -> Tensor:
-    """Anywhere: float32 products of 1024 columns at a time, each exact, added as integers."""
+    """The product on any device: in float32, 1024 columns at a time, where it is exact, and the parts added as integers."""
     parts = zip(a.split(EXACT_IN_FLOAT32, 1), b.split(EXACT_IN_FLOAT32, 1), strict=True)
     with without_autocast(a):
         products = [(left.float() @ right.float().t()).to(torch.int32) for left, right in parts]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bnbref import few_rows, int8
-from bnbref.blockwise import check_device
+from bnbref.blockwise import check_device, check_float
 from bnbref.context import (
     as_autocast,
     differentiated,
@@ -152,6 +152,9 @@ def matmul_4bit(
     """
     if quant_state is None:
         raise ValueError("quant_state is required: it holds the scales and the shape of B")
+    if not isinstance(quant_state, QuantState):
+        raise TypeError(f"quant_state must be a QuantState, got {type(quant_state).__name__}")
+    check_float("A", A)
     shape = present(quant_state.shape, "shape")
     if len(shape) != 2 or A.dim() < 1 or A.shape[-1] not in shape:
         raise ValueError(
@@ -355,10 +358,11 @@ def matmul(
     state = state or MatmulLtState()
     threshold = threshold if threshold > 0 else state.threshold
     memory = plain(B)
+    check_float("A", A)
     check_device("A", A, B=memory, bias=bias)
     weight: Tensor | None = None
     if memory.dtype != torch.int8:
-        weight = B
+        weight = check_float("B", B)
         codes, absmax, _ = int8.quantize(memory)
     elif state.CB is not None and state.SCB is not None:
         codes, absmax = plain(state.CB), state.SCB

@@ -112,8 +112,9 @@ class QuantState:
         >>> state.dequantize(packed, torch.float32)
         tensor([ 0.8814, -2.0000])
         """
+        codebook = self.codebook
         blocksize, shape = present(self.blocksize, "blocksize"), present(self.shape, "shape")
-        return fourbit.dequantize(packed, self.scales(), self.codebook, blocksize, shape, dtype)
+        return fourbit.dequantize(packed, self.scales(), codebook, blocksize, shape, dtype)
 
     def tensors(self) -> list[Tensor]:
         """Every tensor of the state."""

@@ -98,7 +98,7 @@ class Checkpoint:
         if name not in self.entries:
             raise ValueError(f"name must be one of the {len(self.entries)} weights of the checkpoint, got {name!r}")
         if dtype not in (None, *FLOATS):
-            raise ValueError(f"dtype must be float32, float16, bfloat16 or None, got {dtype}")
+            raise ValueError(f"dtype must be float32, float16, bfloat16 or None, got {dtype!r}")
         entry, tensor = self.entries[name], self._tensors[name].to(device)
         if entry.format == "plain":
             return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor

@@ -170,7 +170,7 @@ def test_demo_says_what_to_install(capsys, monkeypatch):
     assert_expected_inline(
         capsys.readouterr().err,
         """\
-bnbref: error: demo needs peft: pip install 'bnbref[hf]'
+bnbref: error: demo needs peft: pip install peft
 bnbref: error: demo needs matplotlib: pip install matplotlib
 """,
     )

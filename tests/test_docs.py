@@ -4,13 +4,18 @@ The blocks of one page are one program: the page with everything but its code bl
 names the page and the line. `<!-- not executed: REASON -->` on the line before a block leaves it out.
 """
 
+import contextlib
+import io
 import re
+import shlex
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
 import pytest
+
+from bnbref.cli import parser
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [page for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if page.exists()]
@@ -77,6 +82,37 @@ def test_tests_that_a_page_names_exist(page):
     for name in re.findall(r"`(?:tests/)?(test_\w+(?:\.py)?)`", page.read_text(encoding="utf-8")):
         known = name in tests if name.endswith(".py") else any(f"def {name}(" in text for text in tests.values())
         assert known, f"{page.name} names {name}, which is not in tests/"
+
+
+COMMAND = re.compile(r"python -m bnbref ([^`\n]*)")
+REST = re.compile(r" #|[|>;)]|&&")
+"""What ends a command on its line."""
+
+
+def refused_commands(text: str) -> list[str]:
+    """The commands of a page that `python -m bnbref` would not take. One that lacks an argument is only mentioned there."""
+    found = []
+    for match in COMMAND.finditer(re.sub(r"\\\n *", " ", text)):
+        command = REST.split(match[1])[0].translate({ord("["): None, ord("]"): None}).rstrip(" .,:")
+        said = io.StringIO()
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+            parser().parse_args(shlex.split(command))
+        if "error" in said.getvalue() and "required" not in said.getvalue():
+            found.append(f"{command}: {said.getvalue().splitlines()[-1]}")
+    return found
+
+
+@pytest.mark.parametrize("page", [pytest.param(p, id=p.relative_to(ROOT).as_posix()) for p in PAGES])
+def test_commands_of_a_page_are_taken(page):
+    assert refused_commands(page.read_text(encoding="utf-8")) == []
+
+
+def test_a_command_that_is_not_taken_is_found():
+    assert refused_commands("`python -m bnbref plan 7B --memory 8GiB` and `python -m bnbref alias`, whose | x") == []
+    assert (
+        len(refused_commands("    python -m bnbref plan 7B --memry 8GiB | less\n`python -m bnbref qlora --steps few`"))
+        == 2
+    )
 
 
 # The runner itself, on pages whose outcome is known.

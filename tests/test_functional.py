@@ -28,9 +28,9 @@ def ramp(*shape: int) -> torch.Tensor:
     return torch.linspace(-3, 2, torch.Size(shape).numel()).view(shape)
 
 
-def message(function, *args, **kwargs) -> str:
-    """What a ValueError says; any other outcome fails the test."""
-    with pytest.raises(ValueError) as caught:
+def message(function, *args, error=ValueError, **kwargs) -> str:
+    """What the error says; any other outcome fails the test."""
+    with pytest.raises(error) as caught:
         function(*args, **kwargs)
     return str(caught.value).replace(str(sorted(FOUR_BIT)), "[formats]")
 
@@ -709,6 +709,14 @@ def test_errors():
         message(F.int8_double_quant, x[None], row_stats=x),
         message(F.int8_mm_dequant, a, torch.ones(2), torch.ones(4)),
         message(F.int8_mm_dequant, a.int(), torch.ones(2).half(), torch.ones(4)),
+        message(F.quantize_4bit, [1.0, 2.0], error=TypeError),
+        message(F.quantize_4bit, x.numpy(), error=TypeError),
+        message(F.quantize_4bit, x, quant_storage="uint8", error=TypeError),
+        message(F.dequantize_4bit, state, packed, error=TypeError),
+        message(F.dequantize_4bit, *F.quantize_blockwise(x)),
+        message(F.dequantize_blockwise, *F.quantize_4bit(ramp(64))),  # as many scales as if it were one of 8 bits
+        message(F.dequantize_blockwise, codes, codes, error=TypeError),
+        message(blockwise.dequantize, codes, torch.ones(1), torch.ones(256), 64, "float16"),
     ]
     assert_expected_inline(
         "\n".join(messages),
@@ -736,7 +744,15 @@ transposed_A and transposed_B must be False: B is a weight [n, k] and multiplies
 dtype must be torch.int32, got torch.float32
 row_stats must be None: results are returned, not written into tensors of the caller
 A must be int32, got torch.int8
-row_stats must be float32, got torch.float16""",
+row_stats must be float32, got torch.float16
+x must be a torch.Tensor, got list
+x must be a torch.Tensor, got ndarray
+quant_storage must be a torch.dtype, got 'uint8'
+quant_state must be a QuantState, got Tensor
+quant_type is None: this QuantState is not one of a 4-bit tensor
+quant_state is one of 4-bit codes, 'fp4': dequantize_4bit undoes these
+quant_state must be a QuantState, got Tensor
+dtype must be float32, float16 or bfloat16, got 'float16'""",
     )
 
 

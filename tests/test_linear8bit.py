@@ -98,6 +98,14 @@ def test_a_forward_changes_nothing():
     assert vars(layer.state) == state
 
 
+@pytest.mark.parametrize("has_fp16_weights", [False, True])
+@pytest.mark.parametrize("shape", [(3, 5), (3, 63), ()])
+def test_activations_of_another_width_are_refused(shape, has_fp16_weights):
+    layer = linear8(has_fp16_weights=has_fp16_weights)
+    with pytest.raises(ValueError, match=r"x must be \[\.\.\., 64\] for Linear8bitLt\(in_features=64, "):
+        layer(torch.ones(shape))
+
+
 def test_scales_that_are_lost_are_missed():
     layer = linear8()
     layer._parameters["weight"] = Int8Params(layer.weight.data, requires_grad=False)

@@ -184,7 +184,7 @@ def test_a_row_may_be_changed_in_place():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.bool, torch.complex64], ids=str)
 def test_a_row_has_the_dtypes_that_many_rows_have(dtype):
     for rows in (1, 3):
-        with pytest.raises(ValueError, match=f"dtype must be float32, float16 or bfloat16, got {dtype}"):
+        with pytest.raises(ValueError, match=f"A must be float32, float16 or bfloat16, got {dtype}"):
             four_bit(randn(rows, 64).to(dtype))
 
 

@@ -265,6 +265,16 @@ print(bnbref.__file__)
     assert done.stdout.splitlines()[-1] == str(site / "bnbref" / "__init__.py")
 
 
+def test_the_source_distribution_has_what_its_tests_read():
+    """So that `make test` runs in an unpacked one."""
+    sdist = pytest.importorskip(
+        "hatchling.builders.sdist", reason="hatchling is not installed: pip install 'bnbref[test]'"
+    )
+    shipped = {Path(file.distribution_path).parts[0] for file in sdist.SdistBuilder(str(ROOT)).recurse_included_files()}
+    files = {"Makefile", "constraints.txt", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "CITATION.cff"}
+    assert shipped >= {"bnbref", "tests", "benchmarks", "docs", ".ci", ".github", *files}
+
+
 # ---- what there is to use -------------------------------------------------------------------------------------------
 
 
@@ -342,7 +352,7 @@ except ImportError as error:
     print(error)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert done.stdout == "bnbref.BnbRefConfig needs transformers: pip install 'bnbref[hf]'\n"
+    assert done.stdout == "bnbref.BnbRefConfig needs transformers: pip install transformers\n"
 
 
 def test_import_is_light():

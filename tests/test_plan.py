@@ -201,6 +201,7 @@ def test_what_does_not_fit(capsys):
     [
         (["--memory", "much"], "memory must be a number with a unit, like 24GiB or 16GB, got 'much'"),
         (["--memory", "3 km"], "memory must be"),
+        (["--memory", "8"], "memory must be a number with a unit"),
         (["--optimizer", "Adafactor"], "--optimizer must be one of AdEMAMix, "),
     ],
 )
@@ -213,9 +214,11 @@ def test_a_model_that_is_not_there(capsys, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "no such thing"}))
     for model in (tmp_path, tmp_path / "nothing"):
         assert cli.main(["plan", str(model)]) == 2
-        assert "error" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        cli.main(["plan", str(DEMO), "--batch", "0"])
+        assert f"a name on the hub, or a size like 7B, got {str(model)!r}: " in capsys.readouterr().err
+    for count in ("0", "two"):
+        with pytest.raises(SystemExit):
+            cli.main(["plan", str(DEMO), "--batch", count])
+        assert f"--batch: must be an integer of at least 1, got {count!r}" in capsys.readouterr().err
 
 
 def test_a_model_without_attention_to_adapt():

@@ -391,9 +391,9 @@ def test_edges_of_k():
 
 
 def test_errors():
-    def message(function, *args, **kwargs):
-        with pytest.raises(ValueError) as caught:
-            function(*args, **kwargs)
+    def message(function, *args, error=ValueError):
+        with pytest.raises(error) as caught:
+            function(*args)
         return str(caught.value)
 
     packed, state = weight_4bit(6, 64)
@@ -411,6 +411,7 @@ def test_errors():
         message(bnbref.matmul, torch.tensor(1.0), randn(5, 64)),
         message(bnbref.matmul, randn(3, 64).double(), randn(5, 64)),
         message(bnbref.matmul, randn(3, 64), randn(5, 64).double()),
+        message(bnbref.matmul_4bit, randn(3, 64), state.absmax, packed, error=TypeError),
     ]
     assert_expected_inline(
         "\n".join(messages),
@@ -419,13 +420,14 @@ quant_state is required: it holds the scales and the shape of B
 B must be a weight [n, k] with k the last size of A, got (6, 64) and (3, 63)
 B must be a weight [n, k] with k the last size of A, got (6, 64) and ()
 B must be a weight [n, k] with k the last size of A, got (64,) and (3, 64)
-dtype must be float32, float16 or bfloat16, got torch.float64
-dtype must be float32, float16 or bfloat16, got torch.int64
+A must be float32, float16 or bfloat16, got torch.float64
+A must be float32, float16 or bfloat16, got torch.int64
 B is int8, but state.CB or state.SCB is None: its scales are unknown
 B must be [n, k] with k the last size of A, got (5, 64) and (3, 63)
 B must be [n, k] with k the last size of A, got (5, 64) and ()
-x must be float32, float16 or bfloat16, got torch.float64
-x must be float32, float16 or bfloat16, got torch.float64""",
+A must be float32, float16 or bfloat16, got torch.float64
+B must be float32, float16 or bfloat16, got torch.float64
+quant_state must be a QuantState, got Tensor""",
     )
     assert FP4.bits == 4
 

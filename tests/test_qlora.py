@@ -101,4 +101,4 @@ def test_it_says_what_to_install(capsys, monkeypatch):
         importlib.util, "find_spec", lambda name, *args: None if name in absent else find_spec(name, *args)
     )
     assert cli.main(["qlora", "--dataset", "d"]) == 2
-    assert capsys.readouterr().err == "bnbref: error: qlora needs peft, datasets: pip install 'bnbref[hf]' datasets\n"
+    assert capsys.readouterr().err == "bnbref: error: qlora needs peft, datasets: pip install peft datasets\n"

@@ -225,7 +225,12 @@ class Linear8bitLt(EightBitLayer, nn.Linear):
         return self.out_features, self.in_features
 
     def forward(self, x: Tensor) -> Tensor:
-        """x `[..., in_features]` -> `[..., out_features]` in the dtype of x. RuntimeError if the int8 weight has no scales."""
+        """x `[..., in_features]` -> `[..., out_features]` in the dtype of x.
+
+        Raises RuntimeError if the int8 weight has no scales, ValueError if x has another last size than in_features.
+        """
+        if x.shape[-1:] != (self.in_features,):
+            raise ValueError(f"x must be [..., {self.in_features}] for {self}, got {tuple(x.shape)}")
         weight, threshold = plain(self.weight), self.state.threshold
         if weight.dtype != torch.int8:
             return matmul(x, self.weight, threshold=threshold, bias=self.bias)

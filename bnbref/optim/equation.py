@@ -33,8 +33,8 @@ from bnbref.optim.weights import CORRECTION
 class Equation(Rule):
     """A rule written down: compared by what it computes and by how its states are coded.
 
-    names: of its coefficients, in the order in which a step has them in a tensor. calls: of functions of the whole matrix; where
-    there are some, direction takes stacks of matrices. read: the tensors that it uses.
+    names: those of its coefficients, in the order in which a step has them in a tensor. calls: its calls of functions of whole
+    matrices, by name; if there are any, direction takes stacks of matrices. read: the names of the tensors that it uses.
     """
 
     def __init__(
@@ -149,9 +149,8 @@ def at_step(
     found = numbers(rule, t, group)
     hyper = torch.tensor(list(found.values()), dtype=torch.float32)
     on_gpu = device is not None and device.type == "cuda"
-    if (
-        on_gpu
-    ):  # a copy from other than pinned memory waits until the GPU has done all before it, such as the backward pass
+    if on_gpu:
+        # A copy from memory that is not pinned waits until the GPU has done all before it, such as the backward pass.
         hyper = hyper.pin_memory()
     return write_down(rule, tuple(found)), hyper.to(device, non_blocking=on_gpu)
 

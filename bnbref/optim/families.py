@@ -67,9 +67,10 @@ class AdEMAMix(Family):
         t_alpha: int | None = None, t_beta3: int | None = None, eps: float = 1e-8, weight_decay: float = 1e-2,
         optim_bits: int = 32, min_8bit_size: int = 4096, is_paged: bool = False, **options: Unpack[Options],
     ) -> None:  # fmt: skip
-        if t_beta3 and not betas[0] * betas[2] > 0:
+        numbers = betas_of(betas, 3)
+        if t_beta3 and not numbers[0] * numbers[2] > 0:
             raise ValueError(f"with t_beta3 the first and the last of betas must be above 0, got {betas}")
-        defaults = {"lr": lr, "betas": betas_of(betas), "eps": eps, "weight_decay": weight_decay}
+        defaults = {"lr": lr, "betas": numbers, "eps": eps, "weight_decay": weight_decay}
         super().__init__(
             params, rules.AdEMAMix(), {**defaults, "alpha": alpha, "t_alpha": t_alpha, "t_beta3": t_beta3},
             optim_bits=optim_bits, min_8bit_size=min_8bit_size, is_paged=is_paged, **options,

@@ -143,6 +143,16 @@ def refuse(optimizer: Family, **arguments: Any) -> None:
             )
 
 
-def betas_of(betas: Sequence[float] | str) -> tuple[float, ...]:
-    """Betas as numbers; a string like "(0.9, 0.95)" comes from a command line."""
-    return tuple(float(b) for b in (betas.strip("() ").split(",") if isinstance(betas, str) else betas))
+def betas_of(betas: Sequence[float] | str, count: int = 2) -> tuple[float, ...]:
+    """Betas as `count` numbers; a string like "(0.9, 0.95)" comes from a command line. ValueError if they are not.
+
+    >>> betas_of("(0.9, 0.95)")
+    (0.9, 0.95)
+    """
+    try:
+        found = tuple(float(b) for b in (betas.strip("() ").split(",") if isinstance(betas, str) else betas))
+    except (TypeError, ValueError):
+        found = ()
+    if len(found) != count:
+        raise ValueError(f"betas must be {count} numbers, got {betas!r}")
+    return found

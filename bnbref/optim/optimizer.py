@@ -32,10 +32,11 @@ _MANY = 8  # equations of one rule: a few numbers are changed by hand, more are 
 class Optimizer(torch.optim.Optimizer):
     """Updates parameters by a `Rule`.  Exact: states and parameters have the same bits eager and compiled.
 
-        8 bits: 2 bytes + 8/256 for two states of a parameter, against 8 in float32
+        bytes for the two states of an element: 2 + 8/256 in 8 bits, 8 in float32
 
-    params: tensors or groups of float32, float16 or bfloat16, read as float32 and rounded once. rule: or several by name, of
-    which a group says "rule", and the first is meant by one that says nothing. defaults: of the groups.
+    params: tensors or groups of float32, float16 or bfloat16, read as float32 and rounded once. rule: a Rule, or a dict of
+    several by name; a group chooses one by its key "rule", and has the first if it has no such key. defaults: the settings of
+    groups that do not say their own.
     optim_bits: 32 or 8. min_8bit_size: smaller parameters have their state in 32 bits. max_unorm: of clipped rules. is_paged:
     the state of parameters of 100,000 elements or more is kept in pinned host memory and streamed, at most page_bytes of it
     or that of two parameters on the device at a time. page_directory: it is kept in memory-mapped files there.
@@ -257,7 +258,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _checked_gradient(self, p: Tensor, grad: Tensor, config: Mapping[str, Any]) -> Tensor:
         if grad.layout != torch.strided:
-            raise ValueError(f"gradients must be dense: {self!r} has no rule for layout {grad.layout}")
+            raise ValueError(f"gradients must be dense: {type(self).__name__} takes none of layout {grad.layout}")
         check_float("a parameter", p)
         check_float("a gradient", grad)
         here, shape = local(grad), local(p).shape

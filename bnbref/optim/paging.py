@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 PAGED_FROM = 100_000
-"""Elements from which the state of a parameter is paged, as in bitsandbytes. In a directory every state is."""
+"""The state of a parameter with at least so many elements is paged, as in bitsandbytes. With a directory every state is."""
 
 PAGE_BYTES = 2**28
 """Bytes of paged state that are on the device at a time, unless those of two parameters are more."""

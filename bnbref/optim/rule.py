@@ -22,6 +22,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from bnbref.codebooks import DYNAMIC, DYNAMIC_UNSIGNED, Codebook
 
 OF = ("elements", "rows", "columns", "rows x rows", "columns x columns")
+"""What a state may have a number for: `State.of`."""
 
 
 @dataclass(frozen=True)

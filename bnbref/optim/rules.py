@@ -1,4 +1,4 @@
-"""The rules that there are, each with its paper. What a rule is, and what it may do, is in `bnbref.optim.rule`.
+"""The rules that come with bnbref, each with its paper. What a rule is, and what it may do, is in `bnbref.optim.rule`.
 
 Symbols: g gradient, t the step from 1, b1, b2, b3 the betas, wd weight_decay.
 """
@@ -199,7 +199,7 @@ RULES: dict[str, Rule] = {
     "adagrad": Adagrad(),
     "ademamix": AdEMAMix(),
 }
-"""Every rule of the package by the name that bitsandbytes' operators have for it: what proofs, kit and alias walk."""
+"""The rules that bitsandbytes has an operator for, by the operator's name for them: what proofs, kit and alias walk."""
 
 
 class _SignedRMSprop(RMSprop):

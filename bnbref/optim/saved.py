@@ -87,7 +87,7 @@ def unpacked(
         state[key] = empty(key, shape, dtype).copy_(mine)
 
     for s in rule.states:
-        tensor, size = _saved(saved, s.key), torch.Size(s.shape(p.shape))
+        tensor, size = _saved(rule, saved, s.key), torch.Size(s.shape(p.shape))
         if tensor.numel() != size.numel():
             raise ValueError(f"saved {s.key} has {tensor.numel()} numbers, its parameter has {size.numel()} {s.of}")
         if tensor.dtype != torch.uint8 and not tensor.is_floating_point():
@@ -101,7 +101,7 @@ def unpacked(
             keep(s.key, tensor, torch.float32)
             continue
         each, key = check_blocksize(blocksize, p.numel()), absmax_key(s.key)
-        codes, scales = _translated(rule, s, tensor, _saved(saved, key), saved.get(qmap_key(s.key)), each)
+        codes, scales = _translated(rule, s, tensor, _saved(rule, saved, key), saved.get(qmap_key(s.key)), each)
         _check_sign(rule, s, tensor, saved.get(qmap_key(s.key)))
         if shard is not None:
             blocks = shard.blocks(each)
@@ -114,9 +114,11 @@ def unpacked(
     return state
 
 
-def _saved(saved: Mapping[str, Any], key: str) -> Tensor:
+def _saved(rule: Rule, saved: Mapping[str, Any], key: str) -> Tensor:
     if key not in saved:
-        raise ValueError(f"the saved state has no {key!r}, only {sorted(saved)}")
+        raise ValueError(
+            f"the saved state has no {key!r}, only {sorted(saved)}: it is not one of {rule!r}, by bnbref or bitsandbytes"
+        )
     if not isinstance(saved[key], Tensor):
         raise ValueError(
             f"saved {key} must be a tensor, got {saved[key]!r}: torch's flatten_optimizer_state_dict=True loses states that are "

@@ -28,15 +28,15 @@ from bnbref.optim.equation import Equation
 from bnbref.optim.rule import Coefficients, Rule
 from bnbref.optim.weights import opened, split
 
-# The square of a larger gradient is no float32. The gradient is asked and not the new state, which Inductor would then write to
-# memory (docs: How to read the code, table "formulations").
+# The square of a larger gradient is no float32. It is the gradient that is compared and not the new state, because Inductor would
+# then write the new state to memory (docs: How to read the code, table "formulations").
 LARGEST_GRADIENT = 2.0**63
 
 ByState = Callable[[int, Tensor], Tensor]
 """A function of the number of a state and of its codes, or of its scaled elements."""
 
 Largest = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""A function of what `largest` takes."""
+"""A function with the arguments and the result of `largest`."""
 
 
 # ---- arithmetic -----------------------------------------------------------------------------------------------------

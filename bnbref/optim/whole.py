@@ -35,7 +35,7 @@ Stream = Callable[[Sequence[tuple[torch.device, Mapping[str, Any]]]], Iterable[M
 class Job:
     """A parameter to be stepped.
 
-    p: as the optimizer has it. flat: this rank's part of it, contiguous. g: that of the gradient. state: its states, as
+    p: as the optimizer has it. flat: this rank's part of it, contiguous. g: the same part of the gradient. state: its states, as
     `update.new_state` made them. blocksize, noise, shard: as `update.step` takes them.
     """
 

@@ -1,6 +1,6 @@
 """What bitsandbytes has and bnbref has no use for: old names of its functional module, its constants.
 
-Served by the alias alone, see `surface.py`. Thin: each is a line or two over the rooms below.
+Served by the alias alone, see `surface.py`. Each is a line or two over a function of bnbref.
 """
 
 import ctypes

@@ -71,7 +71,7 @@ def check_targets(tuner: Any, model: nn.Module, config: Any) -> None:
         what = f"{kind} with {option}" if option and kind in allowed else kind
         raise ValueError(
             f"{what} reads the weight of {_names(found)}, which is packed. Over bnbref's layers a tuner must be one of "
-            f"{', '.join(sorted(allowed))}, LORA without such options; or dequantize the model first"
+            f"{', '.join(sorted(allowed))} (LORA without such options); or dequantize the model first"
         )
 
 

@@ -71,7 +71,13 @@ def read_config(model: str) -> Any:
     parameters = number_of_parameters(model)
     if parameters is not None:
         return llama(parameters)
-    return AutoConfig.from_pretrained(path.parent if path.name == "config.json" else model)
+    try:
+        return AutoConfig.from_pretrained(path.parent if path.name == "config.json" else model)
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"the model must be a directory with a config.json, a config.json, a name on the hub, or a size like 7B, "
+            f"got {model!r}: {error}"
+        ) from error
 
 
 def number_of_parameters(model: str) -> float | None:

@@ -66,7 +66,7 @@ def parse_bytes(text: str) -> int:
     >>> parse_bytes("24GiB"), parse_bytes("1.5 GB")
     (25769803776, 1500000000)
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?)b)?\s*", text.lower())
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b\s*", text.lower())
     if found is None:
         raise ValueError(f"memory must be a number with a unit, like 24GiB or 16GB, got {text!r}")
     number, letter, binary = found.groups()
