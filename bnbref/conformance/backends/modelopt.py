@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnbref.conformance.backends import Backend, Unsupported, require
+from bnbref.conformance.backends import Unsupported
 from bnbref.conformance.backends.blocks import exactly, nf4_alone
 
 _NAME = "nvidia-modelopt"
@@ -16,8 +16,9 @@ _NAME = "nvidia-modelopt"
 class ModelOptimizer:
     """Quantization and its inverse."""
 
+    packages = ("modelopt",)
+
     def __init__(self) -> None:
-        require("modelopt")
         self.tensor: Any = importlib.import_module("modelopt.torch.quantization.qtensor.nf4_tensor").NF4QTensor
 
     def quantize_4bit(self, x: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, Tensor]:
@@ -41,8 +42,3 @@ class ModelOptimizer:
             dtype, scale=scale, block_sizes={-1: blocksize}, double_scale=torch.ones(1, dtype=dtype), scale_zeros=0
         )
         return y
-
-
-def backend(name: str) -> Backend:
-    """Model Optimizer. Raises ValueError where it is not installed."""
-    return Backend(name, ModelOptimizer(), ("modelopt",))

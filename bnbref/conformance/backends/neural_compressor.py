@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnbref.conformance.backends import Backend, Unsupported, require
+from bnbref.conformance.backends import Unsupported
 from bnbref.conformance.backends.blocks import code_rows, nf4_alone, pack, rows
 
 _NAME = "neural-compressor"
@@ -19,8 +19,9 @@ _NAME = "neural-compressor"
 class NeuralCompressor:
     """Codes by `quantize_4bit`, weights and products by `INCWeightOnlyLinear`."""
 
+    packages = ("neural_compressor",)
+
     def __init__(self) -> None:
-        require("neural_compressor")
         folder = "neural_compressor.torch.algorithms.weight_only"
         self.utility: Any = importlib.import_module(f"{folder}.utility")
         self.layer: Any = importlib.import_module(f"{folder}.modules").INCWeightOnlyLinear
@@ -60,8 +61,3 @@ class NeuralCompressor:
         made = self.layer(k, n, dtype="nf4", bits=4, group_size=blocksize, bias=bias is not None)
         made.pack(self.nibbles[codes].to(torch.int32), absmax.view(n, -1), None, bias)
         return made.eval()
-
-
-def backend(name: str) -> Backend:
-    """neural-compressor. Raises ValueError where it is not installed."""
-    return Backend(name, NeuralCompressor(), ("neural_compressor",))

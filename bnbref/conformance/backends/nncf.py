@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bnbref.codebooks import NF4
-from bnbref.conformance.backends import Backend, Unsupported, require
+from bnbref.conformance.backends import Unsupported, require
 from bnbref.conformance.backends.blocks import code_rows, nf4_alone, pack, rows
 
 _NAME = "nncf"
@@ -18,6 +18,8 @@ _NAME = "nncf"
 class OpenVINO:
     """Quantization by NNCF's function for one weight. OpenVINO has the first of two elements in the low nibble: the adapter
     exchanges them, as these bytes are not meant to be bitsandbytes'."""
+
+    packages = ("nncf", "openvino")
 
     def __init__(self) -> None:
         self.nncf, self.ov = require("nncf"), require("openvino")
@@ -96,8 +98,3 @@ class OpenVINO:
 @functools.cache
 def _core() -> Any:
     return require("openvino").Core()
-
-
-def backend(name: str) -> Backend:
-    """NNCF and OpenVINO. Raises ValueError where one of them is not installed."""
-    return Backend(name, OpenVINO(), ("nncf", "openvino"))

@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from bnbref.conformance.backends import Backend, require
+from bnbref.conformance.backends import require
 from bnbref.conformance.backends.blocks import code_rows, exactly, nf4_alone, pack, rows
 
 
 class Qwix:
     """4-bit codes in blocks of a row. Scales have the dtype of the array, which is also that of the decoded weight."""
+
+    packages = ("qwix", "jax")
 
     def __init__(self) -> None:
         self.qwix, self.jax = require("qwix"), require("jax")
@@ -36,8 +38,3 @@ class Qwix:
 
     def _jax(self, x: Tensor) -> Any:
         return self.jax.numpy.from_dlpack(x.contiguous())
-
-
-def backend(name: str) -> Backend:
-    """qwix. Raises ValueError where it is not installed."""
-    return Backend(name, Qwix(), ("qwix", "jax"))

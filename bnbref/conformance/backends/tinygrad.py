@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnbref.conformance.backends import Backend, Unsupported, require
+from bnbref.conformance.backends import Unsupported, require
 from bnbref.conformance.backends.blocks import nf4_alone, rows
 
 
 class TinyGrad:
     """Codes and scales, and products. Weights and scales are float16, which is what the layer makes of everything."""
+
+    packages = ("tinygrad",)
 
     def __init__(self) -> None:
         self.tinygrad = require("tinygrad")
@@ -54,8 +56,3 @@ class TinyGrad:
         if x.dtype == torch.bfloat16:
             raise Unsupported("numpy has no bfloat16")
         return self.tinygrad.Tensor(x.contiguous().numpy())
-
-
-def backend(name: str) -> Backend:
-    """tinygrad. Raises ValueError where it is not installed, or TINYGRAD names no repository of it."""
-    return Backend(name, TinyGrad(), ("tinygrad",))
