@@ -1,5 +1,6 @@
 """The surface: bitsandbytes' names and signatures, and everything that a torch.optim.Optimizer can do."""
 
+import contextlib
 import copy
 import inspect
 import pickle
@@ -195,6 +196,18 @@ def test_every_class_steps_copies_and_pickles(name):
 def test_refusals(name, arguments, message):
     with pytest.raises(ValueError, match=message):
         make(name, [parameter()], **arguments)
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=5), st.booleans())
+def test_a_parameter_that_a_group_has_twice_is_refused(places, added):
+    """Tied weights, gathered by hand: one gradient would be two steps."""
+    ps = [parameter() for _ in range(5)]
+    group, optimizer = [ps[i] for i in places], optim.AdamW([ps[4]])
+    twice = len(set(places)) < len(places)
+    with pytest.raises(ValueError, match="twice") if twice else contextlib.nullcontext():
+        optimizer.add_param_group({"params": group}) if added else optim.AdamW(group).step()
+    assert len(optimizer.param_groups) == 1 + (added and not twice)
 
 
 @pytest.mark.parametrize("name", ["AdamW8bit", "Lion", "PagedSGD32bit"])

@@ -8,7 +8,7 @@ What lies on several ranks is gathered. Each of them runs the same operators on 
 of the whole matrix are on each. A parameter whose gradient has one element that is not finite stays as it was, with all states.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,12 +91,6 @@ def alike(p: Tensor) -> tuple[Any, ...]:
     """What parameters have in common that are stepped together."""
     shard = shard_of(p)
     return p.shape, p.dtype, p.device, None if shard is None else shard.group
-
-
-def batches(jobs: Sequence[Any]) -> Iterator[Sequence[Any]]:
-    """Parameters that are alike, and what belongs to each, as many at a time as `BATCH` allows."""
-    size = max(1, BATCH // max(1, jobs[0][0].numel()))
-    return (jobs[first : first + size] for first in range(0, len(jobs), size))
 
 
 @_disable_dynamo  # the same operators of torch, whoever compiles the step
