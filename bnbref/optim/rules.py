@@ -23,25 +23,8 @@ from bnbref.optim.rule import (
 )
 
 __all__ = [
-    "LAMB",
-    "LARS",
-    "RULES",
-    "SGD",
-    "SIGNED_RULES",
-    "AdEMAMix",
-    "Adagrad",
-    "Adam",
-    "Coefficients",
-    "Lion",
-    "RMSprop",
-    "Rule",
-    "State",
-    "absmax_key",
-    "averages",
-    "coupled",
-    "decoupled",
-    "matrix_shape",
-    "qmap_key",
+    "LAMB", "LARS", "RULES", "SGD", "SIGNED_RULES", "AdEMAMix", "Adagrad", "Adam", "Coefficients", "Lion", "RMSprop", "Rule",
+    "State", "absmax_key", "averages", "coupled", "decoupled", "matrix_shape", "qmap_key",
 ]  # fmt: skip
 
 
@@ -190,15 +173,9 @@ class AdEMAMix(Rule):
 
 
 RULES: dict[str, Rule] = {
-    "momentum": SGD(),
-    "lars": LARS(),
-    "adam": Adam(),
-    "lamb": LAMB(),
-    "lion": Lion(),
-    "rmsprop": RMSprop(),
-    "adagrad": Adagrad(),
-    "ademamix": AdEMAMix(),
-}
+    "momentum": SGD(), "lars": LARS(), "adam": Adam(), "lamb": LAMB(), "lion": Lion(), "rmsprop": RMSprop(),
+    "adagrad": Adagrad(), "ademamix": AdEMAMix(),
+}  # fmt: skip
 """Every rule of the package by the name that bitsandbytes' operators have for it: what proofs, kit and alias walk."""
 
 

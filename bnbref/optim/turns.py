@@ -139,17 +139,10 @@ def update(turn: Turn, state: Mapping[str, Any], noise: Tensor | None, tails: Ta
     flat = own.contiguous()
     copied = flat.data_ptr() != own.data_ptr()
     step(
-        turn.equation,
-        turn.hyper,
-        flat,
-        turn.ascent,
-        state,
-        blocksize=turn.config["blocksize"],
-        noise=noise,
+        turn.equation, turn.hyper, flat, turn.ascent, state, blocksize=turn.config["blocksize"], noise=noise, shard=shard,
         max_norm=turn.config["max_unorm"] if turn.equation.clipped else 0.0,
-        shard=shard,
         tails=None if copied and shard is None else tails,
-    )
+    )  # fmt: skip
     if copied and shard is None:
         own.copy_(flat)
     elif copied:  # other ranks may have no copy, and all exchange their blocks at the same time

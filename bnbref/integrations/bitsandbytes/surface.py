@@ -79,9 +79,7 @@ _BASE = "`bnbref.optim.Optimizer`: for `isinstance`. Its constructor takes a `Ru
 
 DIFFERS: dict[str, str] = {
     "MatmulLtState": "No fields of transposed copies and sparse pools; deprecated ones are plain attributes.",
-    "autograd._functions.MatMul4Bit": _CLASS_IS_APPLY,
-    "autograd._functions.MatMul8bitFp": _CLASS_IS_APPLY,
-    "autograd._functions.MatMul8bitLt": _CLASS_IS_APPLY,
+    **{f"autograd._functions.{name}": _CLASS_IS_APPLY for name in ("MatMul4Bit", "MatMul8bitFp", "MatMul8bitLt")},
     "cextension.BNB_BACKEND": '"PyTorch".',
     "functional.QuantState": "Equality is of bits; a malformed dict is refused.",
     "functional.get_4bit_type": "On the CPU by default, not on a GPU that may not be there; int4 too.",
@@ -97,9 +95,7 @@ DIFFERS: dict[str, str] = {
     "nn.Params4bit": "A cast of packed codes is refused; `.to` leaves the original as it was.",
     "nn.Int8Params": "`CB` is the data; a cast of codes is refused.",
     "nn.modules.maybe_rearrange_weight": "Does nothing: weights in the layouts of old GPUs are refused when they are loaded.",
-    "optim.optimizer.Optimizer8bit": _BASE,
-    "optim.optimizer.Optimizer1State": _BASE,
-    "optim.optimizer.Optimizer2State": _BASE,
+    **{f"optim.optimizer.{name}": _BASE for name in ("Optimizer8bit", "Optimizer1State", "Optimizer2State")},
     "utils.outlier_hook": "Deviations of the first layer's input are by column; in bitsandbytes they are by row.",
 }
 
@@ -108,34 +104,24 @@ _LIBRARY = "There is no compiled library: call the functions of `bitsandbytes.fu
 
 MISSING: dict[str, str] = {
     "autograd._functions.GlobalOutlierPooler": "Outlier columns are found anew in every product: nothing is pooled.",
-    "cextension.lib": _LIBRARY,
-    "cextension.BNBNativeLibrary": _LIBRARY,
-    "cextension.CudaBNBNativeLibrary": _LIBRARY,
-    "cextension.DYNAMIC_LIBRARY_SUFFIX": _LIBRARY,
-    "cextension.ErrorHandlerMockBNBNativeLibrary": _LIBRARY,
-    "cextension.ROCM_GPU_ARCH": _LIBRARY,
-    "cextension.XpuBNBNativeLibrary": _LIBRARY,
-    "cextension.get_available_cuda_binary_versions": _LIBRARY,
-    "cextension.get_cuda_bnb_library_path": _LIBRARY,
-    "cextension.get_native_library": _LIBRARY,
-    "cextension.get_xpu_bnb_library_path": _LIBRARY,
-    "cextension.parse_cuda_version": _LIBRARY,
-    "functional.CUBLAS_Context": _LIBRARY,
-    "functional.FIRST_CUDA_DEVICE": _MANAGED,
-    "functional.GlobalPageManager": _MANAGED,
-    "functional.elementwise_func": _MANAGED,
-    "functional.get_paged": _MANAGED,
-    "functional.lib": _LIBRARY,
-    "functional.prefetch_tensor": _MANAGED,
+    **dict.fromkeys((
+        "cextension.lib", "cextension.BNBNativeLibrary", "cextension.CudaBNBNativeLibrary", "cextension.DYNAMIC_LIBRARY_SUFFIX",
+        "cextension.ErrorHandlerMockBNBNativeLibrary", "cextension.ROCM_GPU_ARCH", "cextension.XpuBNBNativeLibrary",
+        "cextension.get_available_cuda_binary_versions", "cextension.get_cuda_bnb_library_path", "cextension.get_native_library",
+        "cextension.get_xpu_bnb_library_path", "cextension.parse_cuda_version", "functional.CUBLAS_Context", "functional.lib",
+    ), _LIBRARY),
+    **dict.fromkeys((
+        "functional.FIRST_CUDA_DEVICE", "functional.GlobalPageManager", "functional.elementwise_func", "functional.get_paged",
+        "functional.prefetch_tensor",
+    ), _MANAGED),
     "nn.OutlierAwareLinear": "Abstract in bitsandbytes: it has no product. Linear8bitLt keeps outliers by a threshold.",
     "nn.modules.OutlierAwareLinear": "Abstract in bitsandbytes: it has no product.",
     "nn.modules.T": "A type variable.",
     "nn.modules.fix_4bit_weight_quant_state_from_module": "Not needed: a layer remembers the scales of its weight.",
-    "optim.PytorchLARS": "Use LARS32bit: the same rule.",
-    "optim.lars.PytorchLARS": "Use LARS32bit: the same rule.",
+    **dict.fromkeys(("optim.PytorchLARS", "optim.lars.PytorchLARS"), "Use LARS32bit: the same rule."),
     "optim.optimizer.MockArgs": "Settings are passed by name.",
     "utils.execute_and_return": "Runs shell commands: use subprocess.",
-}
+}  # fmt: skip
 
 MISSING_MODULES: dict[str, str] = {
     "backends": "Kernels of bitsandbytes. Ours come behind `torch.ops.bitsandbytes`.",
