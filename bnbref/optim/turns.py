@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,22 +83,6 @@ def _partly_shared(p: Tensor, g: Tensor) -> bool:
     return (start, p.dtype) != (other, g.dtype) and start < ends[1] and other < ends[0]
 
 
-class _Progress:
-    """The parameters that have made their step, and those that are making it."""
-
-    def __init__(self) -> None:
-        self.made: list[Tensor] = []
-        self.begun: list[Tensor] = []
-
-    @contextmanager
-    def making(self, params: list[Tensor]) -> Iterator[None]:
-        """These are changed inside the block, and have made their step after it."""
-        self.begun = params
-        yield
-        self.made += params
-        self.begun = []
-
-
 def take(
     turns: Sequence[Turn], states: MutableMapping[Tensor, dict[str, Any]], placement: Placement,
     generator: torch.Generator | None, every: Callable[[], Sequence[Tensor]],
@@ -108,26 +92,32 @@ def take(
     every: gives all parameters by their index in the state dict. An exception in the middle leaves whole the parameters before
     the one that it met, and a warning says which.
     """
-    tails, progress = Tails(), _Progress()
+    tails = Tails()
+    made: list[Tensor] = []  # those that have made their step
+    begun: list[Tensor] = []  # those that are making it
     by_element = [turn for turn in turns if not turn.equation.calls]
     try:
         with closing(placement.stream([(turn.p.device, states[turn.p]) for turn in by_element])) as streamed:
             for turn, state in zip(by_element, streamed, strict=True):
-                with progress.making([turn.p]):
-                    update(turn, state, turn.noise(generator), tails)
-                    # Pages are written back before the next ones come. Of a shard they may be on another rank alone.
-                    if placement.pages(turn.p.numel()) and shard_of(turn.p) is not None:
-                        tails.run()
-                    elif state is not states[turn.p]:
-                        tails.run_own()
-                    states[turn.p]["step"] += 1
+                begun = [turn.p]
+                update(turn, state, turn.noise(generator), tails)
+                # Pages are written back before the next ones come. Of a shard they may be on another rank alone.
+                if placement.pages(turn.p.numel()) and shard_of(turn.p) is not None:
+                    tails.run()
+                elif state is not states[turn.p]:
+                    tails.run_own()
+                states[turn.p]["step"] += 1
+                made += begun
+                begun = []
         tails.run()
         for batch in _together([turn for turn in turns if turn.equation.calls]):
-            with progress.making([turn.p for turn in batch]):
-                _update_together(batch, states, placement, generator)
+            begun = [turn.p for turn in batch]
+            _update_together(batch, states, placement, generator)
+            made += begun
+            begun = []
     except BaseException as error:
         try:
-            _say_interrupted(progress, tails, every(), [turn.p for turn in turns])
+            _say_interrupted(made, begun, tails, every(), [turn.p for turn in turns])
         except Warning as said:  # where warnings are errors, what happened is still this error
             raise error from said
         raise
@@ -176,13 +166,14 @@ def _update_together(
             own.copy_(job.flat)
 
 
-def _say_interrupted(progress: _Progress, tails: Tails, every: Sequence[Tensor], params: Sequence[Tensor]) -> None:
+def _say_interrupted(
+    made: list[Tensor], partly: list[Tensor], tails: Tails, every: Sequence[Tensor], params: Sequence[Tensor]
+) -> None:
     """After an exception: finish the parameters before the one that failed, and warn of what is not as a step leaves it.
 
-    every: the parameters by their index in the state dict. params: those that were to make the step. tails: the last blocks
-    that are waiting.
+    made, partly: the parameters that have made their step, or begun it. tails: the last blocks that are waiting. every: the
+    parameters by their index in the state dict. params: those that were to make the step.
     """
-    made, partly = progress.made, progress.begun
     try:
         tails.interrupt()
     except RuntimeError:
