@@ -198,6 +198,22 @@ def test_refusals(name, arguments, message):
         make(name, [parameter()], **arguments)
 
 
+@pytest.mark.parametrize("error", [RuntimeError, KeyError, AssertionError, KeyboardInterrupt, ValueError])
+def test_a_group_that_fails_is_no_group(error):
+    """Whatever a stranger's rule raises when it is asked for its coefficients."""
+
+    class Picky(optim.rules.SGD):
+        def coefficients(self, t, group):
+            if group["lr"] > 1:
+                raise error("too fast")
+            return super().coefficients(t, group)
+
+    optimizer = optim.Optimizer([parameter()], Picky(), {"lr": 0.5, "weight_decay": 0.0, "betas": (0.9,)})
+    with pytest.raises((error, ValueError), match="too fast"):
+        optimizer.add_param_group({"params": [parameter()], "lr": 2.0})
+    assert len(optimizer.param_groups) == 1
+
+
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=5), st.booleans())
 def test_a_parameter_that_a_group_has_twice_is_refused(places, added):

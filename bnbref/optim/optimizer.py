@@ -99,7 +99,7 @@ class Optimizer(torch.optim.Optimizer):
                     f"params must not have a parameter twice, got {given}, of which {different} are different: tied weights "
                     f"are one parameter"
                 )
-        except (TypeError, ValueError, NotImplementedError):
+        except BaseException:  # whatever a rule raises when it is asked for its coefficients
             self.param_groups.pop()
             raise
 
