@@ -149,7 +149,8 @@ def at_step(
     found = numbers(rule, t, group)
     hyper = torch.tensor(list(found.values()), dtype=torch.float32)
     on_gpu = device is not None and device.type == "cuda"
-    if on_gpu:  # a copy from other memory waits until the GPU has done all before it, such as the backward pass
+    if on_gpu:
+        # A copy from memory that is not pinned waits until the GPU has done all before it, such as the backward pass.
         hyper = hyper.pin_memory()
     return write_down(rule, tuple(found)), hyper.to(device, non_blocking=on_gpu)
 

@@ -173,9 +173,15 @@ class AdEMAMix(Rule):
 
 
 RULES: dict[str, Rule] = {
-    "momentum": SGD(), "lars": LARS(), "adam": Adam(), "lamb": LAMB(), "lion": Lion(), "rmsprop": RMSprop(),
-    "adagrad": Adagrad(), "ademamix": AdEMAMix(),
-}  # fmt: skip
+    "momentum": SGD(),
+    "lars": LARS(),
+    "adam": Adam(),
+    "lamb": LAMB(),
+    "lion": Lion(),
+    "rmsprop": RMSprop(),
+    "adagrad": Adagrad(),
+    "ademamix": AdEMAMix(),
+}
 """Every rule of the package by the name that bitsandbytes' operators have for it: what proofs, kit and alias walk."""
 
 
