@@ -10,8 +10,6 @@ from torch import Tensor
 from bnbref.conformance.backends import Unsupported
 from bnbref.conformance.backends.blocks import exactly, nf4_alone
 
-_NAME = "nvidia-modelopt"
-
 
 class ModelOptimizer:
     """Quantization and its inverse."""
@@ -22,7 +20,7 @@ class ModelOptimizer:
         self.tensor: Any = importlib.import_module("modelopt.torch.quantization.qtensor.nf4_tensor").NF4QTensor
 
     def quantize_4bit(self, x: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, Tensor]:
-        nf4_alone(quant_type, _NAME)
+        nf4_alone(quant_type)
         if x.numel() == 0:
             raise Unsupported("there is nothing to quantize")
         made, scales = self.tensor.quantize(x.contiguous(), blocksize, 1)
@@ -32,12 +30,12 @@ class ModelOptimizer:
     def dequantize_4bit(
         self, packed: Tensor, absmax: Tensor, blocksize: int, quant_type: str, shape: tuple[int, ...], dtype: torch.dtype
     ) -> Tensor:  # fmt: skip
-        nf4_alone(quant_type, _NAME)
+        nf4_alone(quant_type)
         whole = torch.zeros(-(-math.prod(shape) // blocksize) * blocksize // 2, dtype=torch.uint8)
         whole[: packed.numel()] = packed
         made = self.tensor(torch.Size(shape), dtype, whole)
         # Scales that are not quantized again: divided by one, plus zero.
-        scale = exactly(absmax, dtype, _NAME)
+        scale = exactly(absmax, dtype)
         y: Tensor = made.dequantize(
             dtype, scale=scale, block_sizes={-1: blocksize}, double_scale=torch.ones(1, dtype=dtype), scale_zeros=0
         )

@@ -33,8 +33,8 @@ class TinyGrad:
         self.linear = names["NF4Linear"]
 
     def quantize_4bit(self, x: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, Tensor]:
-        nf4_alone(quant_type, "tinygrad")
-        weight = self._tinygrad(rows(x, blocksize, "tinygrad"))
+        nf4_alone(quant_type)
+        weight = self._tinygrad(rows(x, blocksize))
         made = self.linear(blocksize).quantize({"output.feed_forward.weight": weight}, None, scale_dtype=weight.dtype)
         packed, scale = (made[f"output.feed_forward.{name}"].numpy() for name in ("weight", "scale"))
         return torch.from_numpy(packed.copy()), torch.from_numpy(scale.astype("float32")).view(-1)
@@ -43,7 +43,7 @@ class TinyGrad:
         self, a: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, blocksize: int, quant_type: str,
         shape: tuple[int, int],
     ) -> Tensor:  # fmt: skip
-        nf4_alone(quant_type, "tinygrad")
+        nf4_alone(quant_type)
         n, k = shape
         if bias is not None or n * k % blocksize:
             raise Unsupported("tinygrad's layer has no bias, and whole blocks")

@@ -24,8 +24,8 @@ class TorchAONF4:
         self.module: Any = importlib.import_module(_MODULE)
 
     def quantize_4bit(self, x: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, Tensor]:
-        nf4_alone(quant_type, "torchao")
-        blocks = rows(x.contiguous(), blocksize, "torchao")
+        nf4_alone(quant_type)
+        blocks = rows(x.contiguous(), blocksize)
         made = self.module.NF4Tensor.from_tensor(blocks, blocksize, 1)
         return made.quantized_data, self.module.get_block_absmax(blocks.flatten(), blocksize).float()
 
