@@ -132,6 +132,8 @@ def plain(weight: Tensor) -> Tensor:
             "a quantized weight must be one weight, got the codes of several under vmap: each has scales of its own. "
             "Call the layers in turn"
         )
+    if type(weight) is Tensor and not weight.requires_grad:
+        return weight
     with torch._C.DisableTorchFunctionSubclass():
         return weight.detach()
 

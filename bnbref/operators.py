@@ -6,7 +6,6 @@ itself, which watches what is done to it; the operator computes with its memory.
 """
 
 import functools
-import struct
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,17 +13,17 @@ import torch
 from torch import Tensor, library
 
 from bnbref import int8
-from bnbref.codebooks import FOUR_BIT, Codebook, words
+from bnbref.codebooks import FOUR_BIT, Codebook, four_bit
 from bnbref.context import plain, without_autocast
 from bnbref.int8 import as_matrix
 from bnbref.packed_weight import PackedWeight
 from bnbref.products import multiply_in_order, product_4bit, product_8bit
 from bnbref.quant_state import QuantState
 
-_STATE = "Tensor packed, Tensor absmax, Tensor[] second, int[] shape, int blocksize, int blocksize2, float[] values"
+_STATE = "Tensor packed, Tensor absmax, Tensor[] second, int[] shape, int blocksize, int blocksize2, str values"
 _operators = library.Library("bnbref", "FRAGMENT")
 for _schema in (
-    f"linear_4bit(Tensor a, Tensor? bias, int n, bool in_order, {_STATE}) -> Tensor",
+    f"linear_4bit(Tensor a, Tensor? bias, bool in_order, {_STATE}) -> Tensor",
     f"weight_4bit({_STATE}, ScalarType dtype) -> Tensor",
     "linear_8bit(Tensor a, Tensor? weight, Tensor codes, Tensor absmax, Tensor? bias, float threshold) -> Tensor",
     "weight_8bit(Tensor codes, Tensor absmax, ScalarType dtype) -> Tensor",
@@ -35,15 +34,19 @@ for _schema in (
 # ---- 4 bits ---------------------------------------------------------------------------------------------------------
 
 
+def _codebook(values: str) -> Codebook:
+    """The codebook of that name; or one with these numbers, whose thresholds do not matter: it only decodes."""
+    return four_bit(values) if values in FOUR_BIT else _of_numbers(values)
+
+
 @functools.lru_cache(maxsize=256)
-def _codebook(bits: bytes) -> Codebook:
-    """A codebook with these values. Its thresholds do not matter: it only decodes."""
-    for book in FOUR_BIT.values():
-        if words(book.values) == bits:
-            return book
-    values = struct.unpack(f"{len(bits) // 4}f", bits)
-    order = sorted(range(len(values)), key=values.__getitem__)
-    return Codebook("values of an operator", values, tuple(values[code] for code in order[:-1]), tuple(order))
+def _of_numbers(values: str) -> Codebook:
+    try:
+        numbers = tuple(map(float, values.split()))
+    except ValueError:
+        return four_bit(values)  # which says what there is
+    order = sorted(range(len(numbers)), key=numbers.__getitem__)
+    return Codebook("values of an operator", numbers, tuple(numbers[code] for code in order[:-1]), tuple(order))
 
 
 def _state(
@@ -52,10 +55,10 @@ def _state(
     shape: Sequence[int],
     blocksize: int,
     blocksize2: int,
-    values: Sequence[float],
+    values: str,
 ) -> QuantState:
     """The quant state of these arguments."""
-    state = QuantState(absmax, torch.Size(shape), blocksize=blocksize, quant_type=_codebook(words(values)))
+    state = QuantState(absmax, torch.Size(shape), blocksize=blocksize, quant_type=_codebook(values))
     if second:
         absmax2, code, state.offset = second
         state.state2, state.nested = QuantState(absmax2, code=code, blocksize=blocksize2), True
@@ -63,13 +66,15 @@ def _state(
 
 
 @library.impl(_operators, "linear_4bit", "CompositeExplicitAutograd")
-def _(a: Tensor, bias: Tensor | None, n: int, in_order: bool, packed: Tensor, *state: Any) -> Tensor:
+def _(a: Tensor, bias: Tensor | None, in_order: bool, packed: Tensor, *state: Any) -> Tensor:
     return product_4bit(a, PackedWeight(plain(packed), _state(*state)), bias, in_order)
 
 
 @library.register_fake("bnbref::linear_4bit", lib=_operators)  # type: ignore[untyped-decorator]
-def _(a: Tensor, bias: Tensor | None, n: int, in_order: bool, packed: Tensor, *state: Any) -> Tensor:
-    return a.new_empty(*a.shape[:-1], n)
+def _(
+    a: Tensor, bias: Tensor | None, in_order: bool, packed: Tensor, absmax: Tensor, second: Any, shape: Any, *rest: Any
+) -> Tensor:
+    return a.new_empty(*a.shape[:-1], shape[0] if a.shape[-1] == shape[1] else shape[1])
 
 
 @library.impl(_operators, "weight_4bit", "CompositeExplicitAutograd")
@@ -83,7 +88,7 @@ def _(packed: Tensor, absmax: Tensor, second: list[Tensor], shape: list[int], *r
 
 
 def _keep_4bit(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    a, _, _, ctx.in_order, packed, absmax, second, *ctx.constants = inputs
+    a, _, ctx.in_order, packed, absmax, second, *ctx.constants = inputs
     ctx.k = a.shape[-1]
     ctx.save_for_backward(packed, absmax, *second)
 
@@ -99,7 +104,7 @@ def _gradient_4bit(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         if ctx.needs_input_grad[1]:
             rows = as_matrix(grad)
             grad_bias = multiply(rows.new_ones(1, rows.shape[0]), rows)[0] if ctx.in_order else rows.sum(0)
-    return grad_a, grad_bias, *(None,) * 4, [None] * len(second), *(None,) * 4
+    return grad_a, grad_bias, *(None,) * 3, [None] * len(second), *(None,) * 4
 
 
 library.register_autograd("bnbref::linear_4bit", _gradient_4bit, setup_context=_keep_4bit, lib=_operators)

@@ -43,15 +43,15 @@ def _in_graph() -> bool:
     return torch.compiler.is_dynamo_compiling() and not exporting() and not under_functorch()
 
 
-def _flat(weight: PackedWeight) -> tuple[Any, ...]:
-    """A packed weight as the arguments of an operator."""
-    state, blocksize2 = weight.state, 0
+def _flat(state: QuantState) -> tuple[Any, ...]:
+    """A quant state as the arguments of an operator. Dynamo traces each call here for each layer of a model: there are few."""
     second: list[Tensor] = []
-    if state.state2 is not None:
-        second = [state.state2.absmax, present(state.state2.code, "state2.code"), present(state.offset, "offset")]
-        blocksize2 = present(state.state2.blocksize, "state2.blocksize")
-    shape, blocksize = list(present(state.shape, "shape")), present(state.blocksize, "blocksize")
-    return weight.codes, state.absmax, second, shape, blocksize, blocksize2, list(state.codebook.values)
+    blocksize2, state2, book = 0, state.state2, present(state.quant_type, "quant_type")
+    if state2 is not None:
+        second = [state2.absmax, present(state2.code, "state2.code"), present(state.offset, "offset")]
+        blocksize2 = present(state2.blocksize, "state2.blocksize")
+    values = book if isinstance(book, str) else " ".join([str(value) for value in book.values])
+    return state.absmax, second, list(state.shape or ()), present(state.blocksize, "blocksize"), blocksize2, values
 
 
 def _check_bias(bias: Tensor | None, n: int) -> None:
@@ -166,25 +166,31 @@ def matmul_4bit(
         )
     n = shape[0] if A.shape[-1] == shape[1] else shape[1]
     _check_bias(bias, n)
-    weight = _kept(B, quant_state)
-    check_device("A", A, B=weight.codes, bias=bias)
+    with torch._C.DisableTorchFunctionSubclass():  # of a parameter, which watches what it is asked
+        check_device("A", A, B=B, bias=bias)
     A = as_autocast(A)
     if bias is not None:
         bias = bias.to(A.dtype)
     in_order = ordered.batch_invariant_enabled()
     with without_autocast(A):
         if _in_graph():
-            result: Tensor = torch.ops.bnbref.linear_4bit(A, bias, n, in_order, *_flat(weight))
-        # What torch.func does inside of torch.compile it does to plain operations.
-        elif not (torch.compiler.is_dynamo_compiling() and under_functorch()) and differentiated(A, bias):
-            if transforming():
-                arguments = A, weight.codes, bias, quant_state, in_order
-                result = _TransformedMatMul4Bit.apply(*arguments)  # type: ignore[no-untyped-call]
-            else:
-                result = _MatMul4Bit.apply(A, weight, bias, in_order)  # type: ignore[no-untyped-call]
+            with torch._C.DisableTorchFunctionSubclass():  # the operator takes the parameter for its memory
+                result: Tensor = torch.ops.bnbref.linear_4bit(A, bias, in_order, B, *_flat(quant_state))
         else:
-            result = product_4bit(A, weight, bias, in_order)
+            result = _multiply(A, B, bias, quant_state, in_order)
     return result if out is None else out.copy_(result)
+
+
+def _multiply(a: Tensor, packed: Tensor, bias: Tensor | None, state: QuantState, in_order: bool) -> Tensor:
+    weight = _kept(packed, state)
+    # What torch.func does inside of torch.compile it does to plain operations.
+    inlined = torch.compiler.is_dynamo_compiling() and under_functorch()
+    if inlined or not differentiated(a, bias):
+        return product_4bit(a, weight, bias, in_order)
+    if transforming():
+        arguments = a, weight.codes, bias, state, in_order
+        return _TransformedMatMul4Bit.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
+    return _MatMul4Bit.apply(a, weight, bias, in_order)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _kept(packed: Tensor, state: QuantState) -> PackedWeight:

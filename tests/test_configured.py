@@ -23,9 +23,9 @@ def config_of(options, *, reduction=True, numel=256):
 
 
 def test_it_is_in_effect_inside_and_not_after():
-    blocks = {"XBLOCK": 1, "num_warps": 2, "num_stages": 1}
+    blocks = {"XBLOCK": 1, "R0_BLOCK": 64, "num_warps": 2, "num_stages": 1}
     before = type(choices())
-    assert config_of(configured(rows=1, warps=2, width=256)) == blocks
+    assert config_of(configured(rows=1, warps=2, columns=64)) == blocks
     assert type(choices()) is before
     assert config_of({}) is None
 
@@ -39,7 +39,7 @@ def test_it_is_for_reductions_of_its_width():
 
 def test_caches_on_disk_tell_configurations_apart():
     """Their keys are pickled options (torch 2.11), or what `uuid` says (2.13)."""
-    several = [configured(1, 1, 256), configured(1, 2, 256), configured(1, 2, 512)]
+    several = [configured(rows=1, warps=1), configured(rows=1, warps=2), configured(rows=1, warps=2, columns=64)]
     assert len({pickle.dumps(options) for options in several}) == 3
     names = set()
     for options in several:

@@ -1,5 +1,7 @@
 """Launches without Inductor's wrapper: which calls are taken for one launch, and that the launch gets this call's tensors."""
 
+import ctypes
+
 import pytest
 import torch
 
@@ -52,6 +54,26 @@ def test_tables_stay():
     call = launch.launch_alone(recorded(a, table, out), [a, table], 1, [out])
     a = torch.randn(8)
     assert torch.equal(call([a])[0], a + 3 * table)
+
+
+class TwoSums:
+    """Two kernels in one: their results are the halves of one tensor, of which a launch gets the addresses."""
+
+    def __init__(self):
+        self.launchers = [self.launcher]
+
+    def launcher(self, a, low, high, *, stream):
+        for out, factor in ((low, 2), (high, 3)):
+            address = out if isinstance(out, int) else out.data_ptr()
+            (ctypes.c_float * 4).from_address(address)[:] = (a * factor).tolist()
+
+
+def test_parts_of_a_result():
+    a, out = tensors(4, 8)
+    launched = launch.Call(TwoSums(), (a, out[:4], out[4:]), {"stream": 70}, None)
+    call = launch.launch_alone([launched], [a], 1, [out])
+    a = torch.randn(4)
+    assert torch.equal(call([a])[0], torch.cat([a * 2, a * 3]))
 
 
 def test_what_was_not_compiled_for_is_not_launched(runtime):

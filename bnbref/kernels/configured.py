@@ -1,6 +1,6 @@
 """Kernels with one configuration, where Inductor would guess one for a kernel of another kind, or compile and time many.
 
-A configuration is how many rows a program takes at a time, and how many warps it has. It changes no bit of a kernel
+A configuration is how many rows and columns a program takes at a time, and how many warps it has. It changes no bit of a kernel
 that is exact. What was timed: docs/content/reading.md, table "choices of the door".
 """
 
@@ -12,9 +12,10 @@ from typing import Any
 _OPTION = "inductor_choices_class"
 
 
-def configured(rows: int, warps: int, width: int) -> dict[str, Any]:
-    """Options for Inductor under which its reductions of so many columns have this configuration; none if this torch cannot be
-    told. width: the number of columns for which it was chosen; for others Inductor chooses.
+def configured(rows: int, warps: int, columns: int | None = None, width: int | None = None) -> dict[str, Any]:
+    """Options for Inductor under which its reductions have this configuration; none if this torch cannot be told.
+
+    columns: at a time, in a loop; None: all. width: the number of columns for which it was chosen; for others Inductor chooses.
     """
     try:
         from torch._inductor import config
@@ -24,7 +25,13 @@ def configured(rows: int, warps: int, width: int) -> dict[str, Any]:
         return {}
     if not hasattr(config, _OPTION) or not hasattr(InductorChoices, "triton_kernel_kwargs"):
         return {}
-    return {_OPTION: functools.partial(_choices, rows, warps, width)}
+    return {_OPTION: functools.partial(_choices, rows, warps, columns, width)}
+
+
+def is_configured(options: Mapping[str, Any]) -> bool:
+    """Whether these options have a configuration for any number of columns, so that Inductor times none."""
+    choices = options.get(_OPTION)
+    return choices is not None and choices.args[-1] is None
 
 
 @contextlib.contextmanager
@@ -40,7 +47,7 @@ def in_effect(options: Mapping[str, Any]) -> Iterator[None]:
         yield
 
 
-def _choices(rows: int, warps: int, width: int) -> Any:
+def _choices(rows: int, warps: int, columns: int | None, width: int | None) -> Any:
     from torch._inductor.choices import InductorChoices
     from torch._inductor.codegen.triton import FixedTritonConfig
 
@@ -51,12 +58,12 @@ def _choices(rows: int, warps: int, width: int) -> Any:
 
     class Choices(InductorChoices):
         def triton_kernel_kwargs(self, kernel_cls: Any, features: Any, groups: Any, kernel_kwargs: Any) -> Any:
-            if not features.is_reduction() or features.reduction_numel != width:
+            if not features.is_reduction() or width not in (None, features.reduction_numel):
                 return kernel_kwargs
-            blocks = {"XBLOCK": rows, "num_warps": warps, "num_stages": 1}
-            return {**kernel_kwargs, "fixed_config": Configuration(blocks)}
+            blocks = {"XBLOCK": rows} if columns is None else {"XBLOCK": rows, "R0_BLOCK": columns}
+            return {**kernel_kwargs, "fixed_config": Configuration({**blocks, "num_warps": warps, "num_stages": 1})}
 
         def uuid(self) -> str:
-            return f"bnbref {rows} {warps} {width}"
+            return f"bnbref {rows} {warps} {columns} {width}"
 
     return Choices()

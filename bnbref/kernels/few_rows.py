@@ -15,9 +15,11 @@ from torch import Tensor
 from bnbref.codebooks import Codebook
 from bnbref.context import kept
 from bnbref.kernels import formulation, tracing
-from bnbref.kernels.byte_permute import lookup8, planes
+from bnbref.kernels.byte_permute import CODES, dot16, planes
+from bnbref.kernels.compiler import is_gpu
+from bnbref.kernels.configured import configured
 from bnbref.kernels.decoding import sixteen
-from bnbref.kernels.floats import in_lanes, look_up
+from bnbref.kernels.floats import in_words, look_up
 from bnbref.kernels.lookup16 import lookup16
 
 
@@ -35,15 +37,46 @@ def _tables(a: Tensor, *_: Tensor | None, codebook: Codebook, **constants: Any) 
     return ((_new_planes if tracing() else _planes)(codebook, dtype, a.device),)
 
 
-def _by_words(a: Tensor, packed: Tensor, scale: Tensor, table: Tensor, blocksize: int) -> list[Tensor]:
-    """For GPUs: a lane takes a word of eight codes and the eight activations beside each other that they multiply, p = 1."""
-    words = rearrange(packed.view(torch.int32), "n (b w) -> n b w", w=blocksize // 8)
-    columns = in_lanes(rearrange(a, "m 1 k -> m k"), blocksize, 8)
-    values = [lookup8(words, table, place) for place in range(8)]
-    return [_summed(values, [column[row] for column in columns], scale) for row in range(a.shape[0])]
+_GROUP = 4
+"""Rows of a weight that a program of a GPU takes, if the weight has enough of them for many programs."""
+_ENOUGH = 1024
 
 
-def _by_bytes(a: Tensor, packed: Tensor, scale: Tensor, blocksize: int, codebook: Codebook) -> list[Tensor]:
+def _by_words(
+    a: Tensor, packed: Tensor, scale: Tensor, table: Tensor, bias: Tensor | None, blocksize: int, dtype: torch.dtype
+) -> Tensor:
+    """For GPUs: a lane takes some words of 64 bits, and the activations beside each other that they multiply, p = 1.
+
+    It does so in several rows of the weight, for which it loads and widens the activations once: row i of each part of it.
+    No load is of neighbours of its neighbours in a warp: then Triton gives all of them one layout, and no value passes through
+    shared memory on its way.
+    """
+    m, n = len(a), len(packed)
+    codes = CODES if m > 4 else 2 * CODES  # more activations than 4 * 32 are more than a lane's registers hold
+    # On a CPU Dynamo is told another size than n, and may not ask what divides it.
+    parts = _GROUP if is_gpu(packed) and n >= _ENOUGH and n % _GROUP == 0 else 1
+    sizes = {"p": parts, "l": blocksize // codes, "w": codes // CODES}
+    words = rearrange(packed.view(torch.int64), "(p n) (b l w) -> p w n b l", **sizes)
+    scales = rearrange(scale, "(p n) b 1 -> p n b 1", p=parts)
+    biases = [None] * parts if bias is None else rearrange(bias, "(p n) -> p n", p=parts)
+    columns = rearrange(in_words(rearrange(a, "m 1 k -> m k"), blocksize, codes), "w m b l -> m w b l")
+    out = []
+    for row in columns:
+        for part, scale_of_part, bias_of_part in zip(words, scales, biases, strict=True):
+            total = dot16(part.unbind(), row.unbind(), table, a.dtype) * scale_of_part
+            out.append(_finished(total.sum((1, 2)), bias_of_part, dtype))
+    return torch.cat(out).view(m, 1, n)
+
+
+def _by_bytes(
+    a: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    blocksize: int,
+    codebook: Codebook,
+    dtype: torch.dtype,
+) -> Tensor:
     """For CPUs: a lane takes a byte of two codes, p = 2.
 
     The rows of the weight are taken in two halves, so that two sums are under way at a time.
@@ -55,7 +88,7 @@ def _by_bytes(a: Tensor, packed: Tensor, scale: Tensor, blocksize: int, codebook
         codes = rearrange(half.to(torch.int32), "n (b s) -> n b s", s=blocksize // 2)
         values = [lookup16(codes >> 4, table), lookup16(codes, table)]
         halves.append([_summed(values, row.unbind(), scales) for row in columns.unbind()])
-    return [torch.cat(row) for row in zip(*halves, strict=True)]
+    return _finished(torch.stack([torch.cat(row) for row in zip(*halves, strict=True)]).unsqueeze(1), bias, dtype)
 
 
 def _summed(values: Sequence[Tensor], columns: Sequence[Tensor], scale: Tensor) -> Tensor:
@@ -66,17 +99,28 @@ def _summed(values: Sequence[Tensor], columns: Sequence[Tensor], scale: Tensor) 
     return (total * scale).sum((1, 2))
 
 
+def _finished(total: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return (total if bias is None else total + bias.float()).to(dtype)
+
+
+def _gpu(*_: Any, **constants: Any) -> dict[str, Any]:
+    # A loop over the columns, because a row that is one tile takes too many registers. Each sum is one expression and all of them
+    # one kernel: Inductor would write what reads many tensors to memory, and cut long sums into two kernels.
+    return {
+        "triton.persistent_reductions": False,
+        "emulate_precision_casts": False,
+        "split_reductions": False,
+        **dict.fromkeys(("realize_reads_threshold", "realize_acc_reads_threshold", "realize_opcount_threshold"), 10**6),
+        **configured(rows=1, columns=64, warps=2),
+    }
+
+
 @formulation(
     "multiply_rows",
     tables=_tables,
     # The kernel is bounded: the order of its sum is the compiler's, so it may fuse products and sums to one rounding as well.
     cpu={"cpp.enable_floating_point_contract_flag": "fast"},
-    # A loop over the columns, because a row that is one tile takes too many registers.
-    gpu={
-        "coordinate_descent_tuning": True,
-        "triton.persistent_reductions": False,
-        "emulate_precision_casts": False,
-    },
+    gpu=_gpu,
 )
 def _(
     a: Tensor,
@@ -96,12 +140,9 @@ def _(
     scale = absmax
     if absmax2 is not None and values2 is not None and offset is not None:
         block = torch.arange(absmax.numel(), device=absmax.device) // blocksize2
-        scale = look_up(values2, absmax) * look_up(absmax2, block).view(absmax.shape) + offset
+        values = values2.expand(len(absmax), -1).gather(1, absmax.to(torch.int64))
+        scale = values * look_up(absmax2, block).view(absmax.shape) + offset
     scale = rearrange(scale, "n b -> n b 1")
-    rows = (
-        _by_words(a, packed, scale, tables[0], blocksize)
-        if tables
-        else _by_bytes(a, packed, scale, blocksize, codebook)
-    )
-    y = torch.stack(rows).unsqueeze(1)
-    return (y if bias is None else y + bias.float()).to(dtype)
+    if tables:
+        return _by_words(a, packed, scale, tables[0], bias, blocksize, dtype)
+    return _by_bytes(a, packed, scale, bias, blocksize, codebook, dtype)

@@ -5,6 +5,8 @@ of 32 or 64 bits. Then loads and stores are wide, a block is reduced mostly insi
 made by the lane that has both.
 """
 
+from collections.abc import Iterable
+
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -71,6 +73,24 @@ def in_pairs(rows: Tensor) -> tuple[Tensor, Tensor]:
     return widen(words, rows.dtype), widen(words >> 16, rows.dtype)
 
 
+def in_words(rows: Tensor, blocksize: int, elements: int) -> Tensor:
+    """The rows dealt to lanes of `elements` neighbours each, packed as they are in memory: the first word of every lane, the
+    second, and so on.
+
+    rows: `[rows, blocks * blocksize]`. Returns int64 `[words, rows, blocks, blocksize / elements]`.
+    """
+    sizes = {"lane": blocksize // elements, "word": elements * rows.itemsize // 8}
+    return rearrange(rows.view(torch.int64), "n (b lane word) -> word n b lane", **sizes)
+
+
+def widened(words: Iterable[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The floats of `dtype` that are packed into int64 words, first to last, as float32.  Exact."""
+    halves = [half.to(torch.int32) for word in words for half in (word, word >> 32)]
+    if dtype == torch.float32:
+        return [half.view(torch.float32) for half in halves]
+    return [widen(part, dtype) for half in halves for part in (half, half >> 16)]
+
+
 def in_lanes(rows: Tensor, blocksize: int, elements: int) -> list[Tensor]:
     """The rows dealt to lanes of `elements` neighbours each: a list with the first element of every lane, the second, and so on.
 
@@ -79,13 +99,7 @@ def in_lanes(rows: Tensor, blocksize: int, elements: int) -> list[Tensor]:
     >>> in_lanes(torch.arange(8.0)[None], 8, 4)
     [tensor([[[0., 4.]]]), tensor([[[1., 5.]]]), tensor([[[2., 6.]]]), tensor([[[3., 7.]]])]
     """
-    per_word = 8 // rows.itemsize
-    sizes = {"lane": blocksize // elements, "word": elements // per_word}
-    words = rearrange(rows.view(torch.int64), "n (b lane word) -> word n b lane", **sizes)
-    halves = [half.to(torch.int32) for word in words for half in (word, word >> 32)]
-    if rows.dtype == torch.float32:
-        return [half.view(torch.float32) for half in halves]
-    return [widen(part, rows.dtype) for half in halves for part in (half, half >> 16)]
+    return widened(in_words(rows, blocksize, elements), rows.dtype)
 
 
 def absmax_of_lanes(lanes: list[Tensor]) -> Tensor:

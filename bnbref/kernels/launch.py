@@ -77,16 +77,17 @@ def launch_alone(
     distinct = len(inputs) + len(outputs) == sum(t is not None for t in tensors) + len(results)
     if not whole or not distinct or 0 in inputs or inputs.keys() & outputs.keys():
         return None
-    # Of each argument of the launch: its place among the call's arguments and results; or itself, if all calls have the same.
+    # Of each argument of the launch: its place among the call's arguments and results, and how many bytes behind its beginning it
+    # lies; or itself, if all calls have the same.
     sources: list[tuple[int | None, Any]] = []
     for value in given:
         if not isinstance(value, Tensor):
             sources.append((None, value))
-        elif value.data_ptr() in outputs:
-            sources.append((count + outputs[value.data_ptr()], None))
         elif value.data_ptr() in inputs:
             place = inputs[value.data_ptr()]
-            sources.append((place, None) if place < count else (None, value))
+            sources.append((place, 0) if place < count else (None, value))
+        elif (part := _part(value, results)) is not None:
+            sources.append((count + part[0], part[1]))
         else:
             return None
     places = {place for place, _ in sources if place is not None}
@@ -106,10 +107,28 @@ def launch_alone(
                 return None
         made = [allocate(*layout) for layout in layouts]
         pool = (*args, *made)
-        launcher(*[value if place is None else pool[place] for place, value in sources], stream=stream_of(index))
+        launcher(
+            *[
+                value if place is None else pool[place].data_ptr() + value if value else pool[place]
+                for place, value in sources
+            ],
+            stream=stream_of(index),
+        )
         return made
 
     return launch
+
+
+def _part(value: Tensor, results: Sequence[Tensor]) -> tuple[int, int] | None:
+    """The place of the result in whose memory a tensor lies, and how many bytes behind its beginning; None if it lies in none.
+
+    Several sums of a kernel may be parts of one result.
+    """
+    for place, result in enumerate(results):
+        offset = value.data_ptr() - result.data_ptr()
+        if 0 <= offset <= result.nbytes - value.nbytes:
+            return place, offset
+    return None
 
 
 def _runtime() -> tuple[Callable[[], int], Callable[[int], int], Callable[..., Tensor]]:

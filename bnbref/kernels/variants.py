@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bnbref.kernels.compiler import options_for
-from bnbref.kernels.configured import in_effect
+from bnbref.kernels.configured import in_effect, is_configured
 from bnbref.kernels.direct import direct
 from bnbref.kernels.formulations import Formulation
 from bnbref.kernels.launch import Call, launches, recorded
@@ -54,13 +54,15 @@ class Variants(dict[Any, Callable[..., Any]]):
         named = {name: constants[name] for name in formulation.constants if name in constants}
         key = (device_type, *(_signature(t, dims) for t, dims in dynamic), *named.items(), *map(type, named.values()))
         key = (*key, *(_signature(t, ()) for t in tables), writes)
-        large = device_type != "cpu" and max(t.numel() for t in tensors if t is not None) >= LARGE
+        dtypes = [None if t is None else t.dtype for t in tensors]
+        own = formulation.options(device_type, dtypes, constants)
+        timed = device_type != "cpu" and not is_configured(own)
+        large = timed and max(t.numel() for t in tensors if t is not None) >= LARGE
         if large:
             key = (*key, "large")
         variant = self.get(key)
         if variant is None:
-            dtypes = [None if t is None else t.dtype for t in tensors]
-            options = options_for(device_type, formulation.options(device_type, dtypes, constants), large)
+            options = options_for(device_type, own, large)
             variant = self[key] = _compiled(self._name, formulation, len(tensors), into, constants, options)
         hint = _TYPICAL_SIZE if device_type == "cpu" else None
         for tensor, dims in dynamic:

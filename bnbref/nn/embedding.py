@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from bnbref import fourbit, int8, nested
 from bnbref.codebooks import Codebook
 from bnbref.context import as_bytes, plain
-from bnbref.nn.layer import EightBitLayer, FourBitLayer
+from bnbref.nn.layer import EightBitLayer, FourBitLayer, absmax_of, state_of
 from bnbref.nn.parameter import QuantizedParameter
 from bnbref.nn.params import Int8Params, Params4bit
 from bnbref.nn.quantized import QuantizedLayer
@@ -98,7 +98,7 @@ class Embedding4bit(_QuantizedEmbedding, FourBitLayer, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         """The rows of the table that `input`, integers `[...]`, names: `[..., embedding_dim]` in the layer's `dtype`."""
-        state = self.quant_state
+        state = state_of(self)
         if state is None:
             raise RuntimeError(f"the table of {self} is not quantized yet: move the layer to a device, .to(device)")
         dim, blocksize = self.embedding_dim, present(state.blocksize, "blocksize")
@@ -152,7 +152,7 @@ class Embedding8bit(_QuantizedEmbedding, EightBitLayer, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         """The rows of the table that `input`, integers `[...]`, names: `[..., embedding_dim]` in the layer's `dtype`."""
-        absmax = self._absmax
+        absmax = absmax_of(self)
         if absmax is None:
             raise RuntimeError(f"the table of {self} is not quantized yet: move the layer to a device, .to(device)")
         rows = F.embedding(input, plain(self.weight))

@@ -27,18 +27,7 @@ class FourBitLayer(QuantizedLayer):
     @property
     def quant_state(self) -> QuantState | None:
         """What the weight is dequantized by, its scales among it; None while the weight is not quantized."""
-        weight = self.weight
-        state: QuantState | None = getattr(weight, "quant_state", None)
-        if state is not None:
-            return state
-        # A float weight has no scales, even if the weight before it had some. A packed one without attributes is `[bytes, 1]`.
-        lost = not isinstance(weight, Params4bit) and weight.shape[-1:] == (1,)
-        if lost and self._stored is not None and weight.dtype != self._stored:
-            raise TypeError(
-                f"codes that are stored as {self._stored} have become {weight.dtype}, a cast that loses them: under the mixed "
-                f"precision of FSDP, quant_storage must be its param_dtype, or torch.uint8"
-            )
-        return self._remembered if lost else None
+        return state_of(self)
 
     @quant_state.setter
     def quant_state(self, state: QuantState | None) -> None:
@@ -86,21 +75,32 @@ def _scales_of(weight: Tensor) -> Tensor | None:
     return None if absmax is None or absmax.shape != weight.shape[:1] else absmax
 
 
+def state_of(layer: "FourBitLayer") -> QuantState | None:
+    """`layer.quant_state`. A function, because a graph that reads a property makes sure before each call that its class still has
+    it, which on torch 2.11 copies the class's dictionary: half of what Dynamo checks of a layer."""
+    weight = layer.weight
+    state: QuantState | None = getattr(weight, "quant_state", None)
+    if state is not None:
+        return state
+    # A float weight has no scales, even if the weight before it had some. A packed one without attributes is `[bytes, 1]`.
+    lost = not isinstance(weight, Params4bit) and weight.shape[-1:] == (1,)
+    if lost and layer._stored is not None and weight.dtype != layer._stored:
+        raise TypeError(
+            f"codes that are stored as {layer._stored} have become {weight.dtype}, a cast that loses them: under the mixed "
+            f"precision of FSDP, quant_storage must be its param_dtype, or torch.uint8"
+        )
+    return layer._remembered if lost else None
+
+
 class EightBitLayer(QuantizedLayer):
     """A layer with an `Int8Params`."""
 
     _remembered: Tensor | None = None
 
     @property
-    def _absmax(self) -> Tensor | None:
-        """The absmax of each row of an int8 weight: the weight's own or, if it lost them, those that are remembered."""
-        own = _scales_of(self.weight)
-        return self._remembered if own is None and self.weight.dtype == torch.int8 else own
-
-    @property
     def SCB(self) -> Tensor | None:
         """What a state dict has under this name. torch.func assigns it, and uses it if the codes beside it are a plain tensor."""
-        return self._absmax
+        return absmax_of(self)
 
     @SCB.setter
     def SCB(self, value: Tensor | None) -> None:
@@ -143,7 +143,15 @@ class EightBitLayer(QuantizedLayer):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        absmax = self._absmax
+        absmax = absmax_of(self)
         if self.weight.dtype == torch.int8 and absmax is not None:
             destination[f"{prefix}SCB"] = absmax if keep_vars else absmax.detach()
             destination[f"{prefix}weight_format"] = torch.zeros((), dtype=torch.uint8, device="cpu")
+
+
+def absmax_of(layer: "EightBitLayer") -> Tensor | None:
+    """The absmax of each row of an int8 weight: the weight's own or, if it lost them, those that are remembered.
+
+    A function for the same reason as `state_of`."""
+    own = _scales_of(layer.weight)
+    return layer._remembered if own is None and layer.weight.dtype == torch.int8 else own

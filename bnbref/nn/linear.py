@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from bnbref.codebooks import Codebook
 from bnbref.context import plain
 from bnbref.kernels import tracing
-from bnbref.nn.layer import EightBitLayer, FourBitLayer
+from bnbref.nn.layer import EightBitLayer, FourBitLayer, absmax_of, state_of
 from bnbref.nn.params import Int8Params, Params4bit
 from bnbref.products import MatmulLtState, matmul, matmul_4bit, prepared_product
 
@@ -91,7 +91,7 @@ class Linear4bit(FourBitLayer, nn.Linear):
         Raises RuntimeError if the weight is not quantized yet, TypeError if x is not floating, ValueError if it has another
         last size than in_features.
         """
-        weight, state, bias = self.weight, self.quant_state, self.bias
+        weight, state, bias = self.weight, state_of(self), self.bias
         if x.is_floating_point():
             dtype = x.dtype if self.compute_dtype is None else self.compute_dtype
             if dtype == torch.float32 != x.dtype and not tracing():
@@ -112,7 +112,7 @@ class Linear4bit(FourBitLayer, nn.Linear):
                 f"{weight.dtype}, cannot have this layer quantized; name it in skip_modules"
             )
         # As wide as the result, x would be multiplied by the turned weight.
-        if x.shape[-1:] != (self.in_features,) and state.shape == self._shape():
+        if state.shape is not None and x.shape[-1:] != state.shape[-1:] and state.shape == self._shape():
             raise ValueError(f"x must be [..., {self.in_features}] for {self}, got {tuple(x.shape)}")
         return matmul_4bit(a, weight, state, bias=bias).to(x.dtype)
 
@@ -229,7 +229,7 @@ class Linear8bitLt(EightBitLayer, nn.Linear):
         weight, threshold = plain(self.weight), self.state.threshold
         if weight.dtype != torch.int8:
             return matmul(x, self.weight, threshold=threshold, bias=self.bias)
-        absmax = self._absmax
+        absmax = absmax_of(self)
         if absmax is None:
             raise RuntimeError(f"the int8 weight of {self} has no scales: weight.SCB is None")
         state = MatmulLtState(weight, absmax, threshold=threshold, has_fp16_weights=False)

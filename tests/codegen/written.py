@@ -89,6 +89,7 @@ def read(binary: Any) -> dict[str, Any]:
         "ffma": len(re.findall(r"\b[FD]FMA\b", code)),
         "fusion": binary.metadata.enable_fp_fusion,
         "by_address": "ld.global.nc.b64" in ptx,
+        "conversions": binary.asm["ttgir"].count("ttg.convert_layout"),
     }
 
 
