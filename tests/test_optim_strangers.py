@@ -346,8 +346,18 @@ BROKEN = {
     "letters, digits and underscores, got 'a.b'": broken(states=(State("a.b"),)),
     "stacked of Mine must be a tuple of names of its states": broken(stacked=("state1",)),
     "codebooks of Mine must be two": broken(codebooks=(DYNAMIC,)),
-    "'fp4' of Mine, must have 0.0, where states begin, and codes in the order of its values": broken(
+    "'fp4' of Mine, must keep 0.0, where states begin, and have codes in the order of its values": broken(
         codebooks=(FP4, FP4)
+    ),
+    # A threshold at 0, above which 0 is not: the code of 0 is that of -1.
+    "'late' of Mine, must keep 0.0, where states begin": broken(
+        codebooks=(Codebook("late", (-1.0, 0.0, 1.0), (0.0, 0.5)), DYNAMIC_UNSIGNED)
+    ),
+    "'tiny' of Mine, must keep 0.0": broken(
+        codebooks=(Codebook.nearest("tiny", [-1.0, -(2.0**-149), 0.0, 1.0]), DYNAMIC_UNSIGNED)
+    ),
+    "'down' of Mine, has no value above 0": broken(
+        states=(State("momentum", signed=False),), codebooks=(DYNAMIC, Codebook.nearest("down", [-1.0, 0.0]))
     ),
     "has values of one sign only": broken(codebooks=(DYNAMIC_UNSIGNED, DYNAMIC_UNSIGNED)),
 }

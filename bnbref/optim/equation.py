@@ -183,15 +183,17 @@ def check(rule: Any) -> Rule:
     if not isinstance(books, tuple) or len(books) != 2 or not all(isinstance(book, Codebook) for book in books):
         raise TypeError(f"codebooks of {rule!r} must be two, of states with a sign and of those without, got {books!r}")
     for book, kind in zip(books, ("with", "without"), strict=True):
-        if book.order is not None or book.sign_bit or 0.0 not in book.values:
+        if book.order is not None or book.sign_bit or book.values[book.code_of_zero] != 0.0:
             raise ValueError(
-                f"the codebook of states {kind} a sign, {book.name!r} of {rule!r}, must have 0.0, where states begin, and "
+                f"the codebook of states {kind} a sign, {book.name!r} of {rule!r}, must keep 0.0, where states begin, and have "
                 f"codes in the order of its values"
             )
     if any(s.signed for s in states) and not books[0].values[0] < 0 < books[0].values[-1]:
         raise ValueError(
             f"the codebook of states with a sign, {books[0].name!r} of {rule!r}, has values of one sign only"
         )
+    if not all(s.signed for s in states) and not books[1].values[-1] > 0:
+        raise ValueError(f"the codebook of states without a sign, {books[1].name!r} of {rule!r}, has no value above 0")
     arguments = ["p", "g", *(s.key for s in states), "c"]
     try:
         inspect.signature(rule.direction).bind(*arguments)
