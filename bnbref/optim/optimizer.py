@@ -22,8 +22,8 @@ from bnbref.optim.rule import Rule
 from bnbref.optim.saved import gathered, packed, unpacked
 from bnbref.optim.settings import ALWAYS, ANYWHERE, GlobalOptimManager, check_settings
 from bnbref.optim.sharding import like, local, shard_of
-from bnbref.optim.update import Tails, correction, new_state, step
-from bnbref.optim.weights import CORRECTION, check_correction, correction_dtype, opened, store
+from bnbref.optim.update import Tails, new_state, step
+from bnbref.optim.weights import CORRECTIONS, correction_dtype, corrections, opened, store
 from bnbref.optim.whole import Job, alike, batches, step_together
 
 _MANY = 8  # equations of one rule: a few numbers are changed by hand, more are computed
@@ -200,10 +200,7 @@ class Optimizer(torch.optim.Optimizer):
                 planned[key] = self._at_step(key[1], config, p.device)
         self._placement.begin()
         for p, _, config in jobs:
-            if not self.state[p]:
-                self.state[p] = self.new_state(p, config, self._memory(p))
-            elif CORRECTION not in self.state[p]:  # loaded from a run without
-                self.state[p].update(_new_correction(p, config, self._memory(p)))
+            self._begin(p, config)
         by_element = [job for job, key in zip(jobs, keys, strict=True) if not planned[key][0].calls]
         tails, progress = Tails(), Progress()
         try:
@@ -271,8 +268,7 @@ class Optimizer(torch.optim.Optimizer):
                 f"a gradient must be in memory of its own, or in just its parameter's: of shape {tuple(shape)} they begin "
                 f"{here.data_ptr() - local(p).data_ptr()} bytes apart"
             )
-        if CORRECTION in self.state[p]:
-            check_correction(p, self.state[p][CORRECTION].dtype)
+        corrections(p, self.state[p])
         for s in self.rule_of(config).states if self.state[p] else ():
             if self.state[p][s.key].shape != (shape if s.of == "elements" else s.shape(p.shape)):
                 raise ValueError(
@@ -338,6 +334,13 @@ class Optimizer(torch.optim.Optimizer):
         numel = local(p).numel()
         return torch.randint(-(2**15), 2**15, (numel,), dtype=torch.int16, device=p.device, generator=self._generator)
 
+    def _begin(self, p: Tensor, config: Mapping[str, Any]) -> None:
+        """Give p the state of before its first step, or what it lacks of one that was loaded: a correction."""
+        if not self.state[p]:
+            self.state[p] = self.new_state(p, config, self._memory(p))
+        elif not corrections(p, self.state[p]):
+            self.state[p].update(_new_correction(p, config, self._memory(p)))
+
     def new_state(self, p: Tensor, config: Mapping[str, Any], empty: Callable[..., Tensor]) -> dict[str, Any]:
         """The state of p before its first step, by the settings of `settings`. empty: as `update.new_state` takes it."""
         bits = 8 if config["optim_bits"] == 8 and p.numel() >= config["min_8bit_size"] else 32
@@ -375,12 +378,15 @@ class Optimizer(torch.optim.Optimizer):
         (1.0, True)
         """
         own = local(p.detach())
-        value = opened(own.reshape(-1), [x.to(own.device) for x in correction(self.state.get(p, {}))]).view(own.shape)
-        return like(p, value)
+        rest = corrections(p, self.state.get(p, {}))
+        return like(p, opened(own.reshape(-1), [x.to(own.device) for x in rest]).view(own.shape))
 
     @torch.no_grad()
     def set_exact_weight(self, p: Tensor, value: Tensor) -> None:
-        """Set p, and its correction, to a float32 value of its shape, which `exact_weight` then returns."""
+        """Set p, and its correction, to a float32 value of its shape, which `exact_weight` then returns.
+
+        p may have been cast since its last step: it gets a correction of its new dtype.
+        """
         own, given = local(p.detach()), local(value)
         if given.shape != own.shape or given.dtype != torch.float32:
             raise ValueError(
@@ -389,9 +395,11 @@ class Optimizer(torch.optim.Optimizer):
         group = next((group for group in self.param_groups if any(q is p for q in group["params"])), None)
         if group is None:
             raise ValueError(f"p must be a parameter of this optimizer, got another one of shape {tuple(p.shape)}")
-        if not self.state[p]:
-            self.state[p] = self.new_state(p, self.settings(p, group), self._memory(p))
-        store(own, correction(self.state[p]), given.reshape(-1))
+        for dtype, key in CORRECTIONS.items():
+            if dtype != p.dtype:
+                self.state[p].pop(key, None)
+        self._begin(p, self.settings(p, group))
+        store(own, corrections(p, self.state[p]), given.reshape(-1))
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -447,7 +455,10 @@ class Optimizer(torch.optim.Optimizer):
 def _new_correction(p: Tensor, config: Mapping[str, Any], empty: Callable[..., Tensor]) -> dict[str, Tensor]:
     """A correction of 0 for a parameter that is to have one."""
     dtype = correction_dtype(p.dtype, config["master_weight_bits"])
-    return {} if dtype is None else {CORRECTION: empty(CORRECTION, tuple(local(p).shape), dtype).zero_()}
+    if dtype is None:
+        return {}
+    key = CORRECTIONS[p.dtype]
+    return {key: empty(key, tuple(local(p).shape), dtype).zero_()}
 
 
 def _partly_shared(p: Tensor, g: Tensor) -> bool:
