@@ -394,12 +394,11 @@ def test_a_cast_is_refused_and_what_was_read_before_it_is_set_after_it(name, bit
     assert same_bits(p.detach(), before)
     assert same_bits(list(state.values())[1:], list(optimizer.state[p].values())[1:])
     optimizer.set_exact_weight(p, value)
-    near, exact = value.to(to), optimizer.exact_weight(p)
+    exact = optimizer.exact_weight(p)
     steps_of = {32: 2.0**-38, 24: 2.0**-33}[bits]  # what float16 with a correction may miss
     assert bool(((exact - value).abs() <= value.abs() * 2.0**-16 * (bits == 24) + steps_of).all())
-    assert (p.detach() != near).float().mean() < 0.01  # ties go away from zero
     optimizer.step()
-    assert not same_bits(optimizer.exact_weight(p), exact)
+    assert not same_bits(optimizer.exact_weight(p), exact)  # which is memory of its own, of a float32 too
 
 
 @quick

@@ -369,6 +369,8 @@ class Optimizer(torch.optim.Optimizer):
     def exact_weight(self, p: Tensor) -> Tensor:
         """The value that p is trained with, float32: what it and its correction stand for. Of a shard, that of the shard.  Exact.
 
+        It is in memory of its own, and so stays what it is when p is stepped.
+
         >>> from bnbref.optim import SGD
         >>> p = torch.nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
         >>> p.grad = torch.tensor([2.0**-12], dtype=torch.bfloat16)
@@ -379,7 +381,8 @@ class Optimizer(torch.optim.Optimizer):
         """
         own = local(p.detach())
         rest = corrections(p, self.state.get(p, {}))
-        return like(p, opened(own.reshape(-1), [x.to(own.device) for x in rest]).view(own.shape))
+        value = opened(own.reshape(-1), [x.to(own.device) for x in rest])
+        return like(p, (value.clone() if value.data_ptr() == own.data_ptr() else value).view(own.shape))
 
     @torch.no_grad()
     def set_exact_weight(self, p: Tensor, value: Tensor) -> None:
