@@ -427,3 +427,14 @@ def test_what_breaks_later_changes_nothing(eager):
         optimizer.step()
     assert same_bits([p.data for p in params], before)
     assert [optimizer.state[p]["step"] for p in params] == [2, 1]
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+@pytest.mark.parametrize("places", [[0, 0], [0, 1, 2, 1]])
+def test_a_parameter_is_in_its_group_once(places):
+    """As a tied weight is that comes from two modules. Torch warns and steps it twice."""
+    params = [nn.Parameter(torch.ones(i + 2)) for i in range(3)]
+    with pytest.raises(
+        ValueError, match=rf"got one of shape .* at {places.index(places[-1])} and at {len(places) - 1}"
+    ):
+        optim.Optimizer([params[i] for i in places], Scaled(1.0), {"lr": 1.0})
