@@ -20,7 +20,7 @@ from bnbref.optim.equation import Equation, at_step, check, layout
 from bnbref.optim.progress import Progress
 from bnbref.optim.rule import Rule
 from bnbref.optim.saved import gathered, packed, unpacked
-from bnbref.optim.settings import ALWAYS, ANYWHERE, GlobalOptimManager, check_settings
+from bnbref.optim.settings import ALWAYS, ANYWHERE, GlobalOptimManager, check_distinct, check_settings
 from bnbref.optim.sharding import like, local, shard_of
 from bnbref.optim.update import Tails, new_state, step
 from bnbref.optim.weights import CORRECTIONS, correction_dtype, corrections, opened, store
@@ -99,7 +99,7 @@ class Optimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            _check_distinct(group["params"])
+            check_distinct(group["params"])
             config = {**self._own, **group}
             self._check(config)
             self._at_step(1, config)
@@ -454,16 +454,6 @@ class Optimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         own = ("rule", "is_paged", "_own", "_rules", "_layouts", "_sources", "_generator", "_placement")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
-
-
-def _check_distinct(params: Sequence[Tensor]) -> None:
-    """ValueError if a parameter is in the list twice, as a tied weight may be: torch warns of it, and steps it twice."""
-    first: dict[int, int] = {}
-    for i, p in enumerate(params):
-        if first.setdefault(id(p), i) != i:
-            raise ValueError(
-                f"params must have each parameter once, got one of shape {tuple(p.shape)} at {first[id(p)]} and at {i}: leave one out"
-            )
 
 
 def _new_correction(p: Tensor, config: Mapping[str, Any], empty: Callable[..., Tensor]) -> dict[str, Tensor]:
