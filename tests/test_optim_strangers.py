@@ -438,3 +438,17 @@ def test_a_parameter_is_in_its_group_once(places):
         ValueError, match=rf"got one of shape .* at {places.index(places[-1])} and at {len(places) - 1}"
     ):
         optim.Optimizer([params[i] for i in places], Scaled(1.0), {"lr": 1.0})
+
+
+def test_a_state_that_was_said_to_have_no_sign_and_has_one(eager):
+    """In 32 bits it steps; its checkpoint is refused, with a way to load it."""
+    rule = broken(states=(State("momentum", signed=False),))
+    p = nn.Parameter(torch.ones(3))
+    p.grad = -torch.ones(3)
+    optimizer = optim.Optimizer([p], rule, {"lr": 1.0})
+    optimizer.step()
+    with pytest.raises(ValueError, match="State\\('momentum'\\) has a sign after all"):
+        optimizer.load_state_dict(optimizer.state_dict())
+    mended = optim.Optimizer([p], Scaled(1.0), {"lr": 1.0})
+    mended.load_state_dict(optimizer.state_dict())
+    assert mended.state[p]["momentum"].tolist() == [-1.0] * 3

@@ -140,7 +140,10 @@ def _check_sign(rule: Rule, s: State, tensor: Tensor, values: Tensor | None = No
             )
         lowest = values.to(tensor.device)[tensor.int()]
     if not s.signed and bool((lowest < 0).any()):
-        raise ValueError(f"saved {s.key} has negative numbers, but that of {rule!r} has none: it is of another rule")
+        raise ValueError(
+            f"saved {s.key} has negative numbers, but that of {rule!r} has none: it is of another rule, or State({s.key!r}) "
+            f"has a sign after all"
+        )
 
 
 def _apart(rule: Rule, saved: dict[str, Any]) -> dict[str, Any]:
