@@ -221,7 +221,7 @@ def test_a_parameter_that_a_group_has_twice_is_refused(places, added):
     ps = [parameter() for _ in range(5)]
     group, optimizer = [ps[i] for i in places], optim.AdamW([ps[4]])
     twice = len(set(places)) < len(places)
-    with pytest.raises(ValueError, match="twice") if twice else contextlib.nullcontext():
+    with pytest.raises(ValueError, match="once") if twice else contextlib.nullcontext():
         optimizer.add_param_group({"params": group}) if added else optim.AdamW(group).step()
     assert len(optimizer.param_groups) == 1 + (added and not twice)
 

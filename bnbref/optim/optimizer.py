@@ -18,10 +18,10 @@ from bnbref.optim.choice import Choice
 from bnbref.optim.equation import Equation
 from bnbref.optim.rule import Rule
 from bnbref.optim.saved import gathered, packed, unpacked
-from bnbref.optim.settings import ALWAYS, ANYWHERE, GlobalOptimManager, check_settings
+from bnbref.optim.settings import ALWAYS, ANYWHERE, GlobalOptimManager, check_distinct, check_settings
 from bnbref.optim.sharding import like, local, shard_of
-from bnbref.optim.update import correction, new_state
-from bnbref.optim.weights import CORRECTION, correction_dtype, opened, store
+from bnbref.optim.update import new_state
+from bnbref.optim.weights import CORRECTIONS, correction_dtype, corrections, opened, store
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -88,17 +88,12 @@ class Optimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
+            check_distinct(group["params"])
             config = {**self._own, **group}
             self._check(config)
             self._rules.at_step(1, config)
             for p in group["params"]:
                 self._rules.check_shape(p, config)
-            given, different = len(group["params"]), len(set(map(id, group["params"])))
-            if different < given:
-                raise ValueError(
-                    f"params must not have a parameter twice, got {given}, of which {different} are different: tied weights "
-                    f"are one parameter"
-                )
         except BaseException:  # whatever a rule raises when it is asked for its coefficients
             self.param_groups.pop()
             raise
@@ -153,11 +148,7 @@ class Optimizer(torch.optim.Optimizer):
         due = self._due(parameters)
         self._placement.begin()
         for turn in due:
-            p = turn.p
-            if not self.state[p]:
-                self.state[p] = self.new_state(p, turn.config, self._memory(p))
-            elif CORRECTION not in self.state[p]:  # loaded from a run without
-                self.state[p].update(_new_correction(p, turn.config, self._memory(p)))
+            self._begin(turn.p, turn.config)
         turns.take(due, self.state, self._placement, self._generator, self._parameters)
 
     def _due(self, parameters: Sequence[tuple[Tensor, Mapping[str, Any]]]) -> list[turns.Turn]:
@@ -191,6 +182,13 @@ class Optimizer(torch.optim.Optimizer):
         settings = [self.settings(p, group) for group in self.param_groups for p in group["params"]]
         return [(self._rules.of(config), config["blocksize"]) for config in settings]
 
+    def _begin(self, p: Tensor, config: Mapping[str, Any]) -> None:
+        """Give p the state of before its first step, or what it lacks of one that was loaded: a correction."""
+        if not self.state[p]:
+            self.state[p] = self.new_state(p, config, self._memory(p))
+        elif not corrections(p, self.state[p]):
+            self.state[p].update(_new_correction(p, config, self._memory(p)))
+
     def new_state(self, p: Tensor, config: Mapping[str, Any], empty: Callable[..., Tensor]) -> dict[str, Any]:
         """The state of p before its first step, by the settings of `settings`. empty: as `update.new_state` takes it."""
         bits = 8 if config["optim_bits"] == 8 and p.numel() >= config["min_8bit_size"] else 32
@@ -219,6 +217,8 @@ class Optimizer(torch.optim.Optimizer):
     def exact_weight(self, p: Tensor) -> Tensor:
         """The value that p is trained with, float32: what it and its correction stand for. Of a shard, that of the shard.  Exact.
 
+        It is in memory of its own, and so stays what it is when p is stepped.
+
         >>> from bnbref.optim import SGD
         >>> p = torch.nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
         >>> p.grad = torch.tensor([2.0**-12], dtype=torch.bfloat16)
@@ -228,12 +228,16 @@ class Optimizer(torch.optim.Optimizer):
         (1.0, True)
         """
         own = local(p.detach())
-        value = opened(own.reshape(-1), [x.to(own.device) for x in correction(self.state.get(p, {}))]).view(own.shape)
-        return like(p, value)
+        rest = corrections(p, self.state.get(p, {}))
+        value = opened(own.reshape(-1), [x.to(own.device) for x in rest])
+        return like(p, (value.clone() if value.data_ptr() == own.data_ptr() else value).view(own.shape))
 
     @torch.no_grad()
     def set_exact_weight(self, p: Tensor, value: Tensor) -> None:
-        """Set p, and its correction, to a float32 value of its shape, which `exact_weight` then returns."""
+        """Set p, and its correction, to a float32 value of its shape, which `exact_weight` then returns.
+
+        p may have been cast since its last step: it gets a correction of its new dtype.
+        """
         own, given = local(p.detach()), local(value)
         if given.shape != own.shape or given.dtype != torch.float32:
             raise ValueError(
@@ -242,9 +246,11 @@ class Optimizer(torch.optim.Optimizer):
         group = next((group for group in self.param_groups if any(q is p for q in group["params"])), None)
         if group is None:
             raise ValueError(f"p must be a parameter of this optimizer, got another one of shape {tuple(p.shape)}")
-        if not self.state[p]:
-            self.state[p] = self.new_state(p, self.settings(p, group), self._memory(p))
-        store(own, correction(self.state[p]), given.reshape(-1))
+        for dtype, key in CORRECTIONS.items():
+            if dtype != p.dtype:
+                self.state[p].pop(key, None)
+        self._begin(p, self.settings(p, group))
+        store(own, corrections(p, self.state[p]), given.reshape(-1))
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -300,7 +306,10 @@ class Optimizer(torch.optim.Optimizer):
 def _new_correction(p: Tensor, config: Mapping[str, Any], empty: Callable[..., Tensor]) -> dict[str, Tensor]:
     """A correction of 0 for a parameter that is to have one."""
     dtype = correction_dtype(p.dtype, config["master_weight_bits"])
-    return {} if dtype is None else {CORRECTION: empty(CORRECTION, tuple(local(p).shape), dtype).zero_()}
+    if dtype is None:
+        return {}
+    key = CORRECTIONS[p.dtype]
+    return {key: empty(key, tuple(local(p).shape), dtype).zero_()}
 
 
 def _nowhere(key: str, shape: Any, dtype: torch.dtype) -> Tensor:

@@ -18,8 +18,8 @@ from bnbref.optim.equation import at_step
 from bnbref.optim.family import Family, Options, betas_of
 from bnbref.optim.rules import Rule, State, averages
 from bnbref.optim.sharding import local, shard_of
-from bnbref.optim.update import correction, directions
-from bnbref.optim.weights import opened, store
+from bnbref.optim.update import directions
+from bnbref.optim.weights import corrections, opened, store
 
 
 class ScheduleFree(Rule):
@@ -112,7 +112,8 @@ class AdamWScheduleFree(Family):
         states = self._placement.stream([(p.device, self.state[p]) for p, _ in found])
         for (p, group), state in zip(found, states, strict=True):
             own, shard, size = local(p.detach()), shard_of(p), self.settings(p, group)["blocksize"]
-            value, rest = opened(own.reshape(-1), correction(state)), correction(state)
+            rest = corrections(p, state)
+            value = opened(own.reshape(-1), rest)
             rule, hyper = at_step(_Difference(), 1, group, p.device)
             d = directions(rule, hyper, value, torch.zeros_like(value), state, blocksize=size, shard=shard)
             step = hyper[0] * d

@@ -16,7 +16,7 @@ from bnbref.optim.paging import Placement
 from bnbref.optim.rule import Rule
 from bnbref.optim.sharding import local, shard_of
 from bnbref.optim.update import Tails, step
-from bnbref.optim.weights import CORRECTION, check_correction
+from bnbref.optim.weights import corrections
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,7 @@ def checked_gradient(p: Tensor, grad: Tensor, state: Mapping[str, Any], rule: Ru
             f"a gradient must be in memory of its own, or in just its parameter's: of shape {tuple(shape)} they begin "
             f"{here.data_ptr() - local(p).data_ptr()} bytes apart"
         )
-    if CORRECTION in state:
-        check_correction(p, state[CORRECTION].dtype)
+    corrections(p, state)
     for s in rule.states if state else ():
         if state[s.key].shape != (shape if s.of == "elements" else s.shape(p.shape)):
             raise ValueError(

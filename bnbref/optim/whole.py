@@ -22,8 +22,8 @@ from bnbref.optim.equation import Equation
 from bnbref.optim.rule import Coefficients, Rule, State, absmax_key, matrix_shape
 from bnbref.optim.sharding import Shard, gather_scales, shard_of, total, whole
 from bnbref.optim.step import LARGEST_GRADIENT
-from bnbref.optim.update import correction, step
-from bnbref.optim.weights import opened
+from bnbref.optim.update import step
+from bnbref.optim.weights import corrections, opened
 
 BATCH = 2**24
 """Elements of the parameters that are stepped together, unless a single one has more: 64 MiB for each of some matrices."""
@@ -58,7 +58,7 @@ class Job:
 
     def value(self, state: Mapping[str, Any]) -> Tensor:
         """What the parameter and its correction stand for, as a matrix."""
-        return self.matrix(opened(self.flat.view(-1), correction(state)).view(self.flat.shape))
+        return self.matrix(opened(self.flat.view(-1), corrections(self.flat, state)).view(self.flat.shape))
 
     def decoded(self, rule: Rule, s: State, state: Mapping[str, Any]) -> Tensor:
         """A state in memory of its own: of each element as a matrix, of the whole matrix as it is."""
