@@ -184,21 +184,39 @@ def check_blocksize(blocksize: int, numel: int) -> int:
 
 
 def check_float(name: str, x: Tensor) -> Tensor:
-    """The tensor, if it is one, of a dtype that can be quantized. TypeError or ValueError if not."""
+    """The tensor, if it is a dense one whose dtype can be quantized. TypeError or ValueError if not."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if x.dtype not in FLOATS:
         raise ValueError(f"{name} must be float32, float16 or bfloat16, got {x.dtype}")
+    if x.layout != torch.strided or x.is_nested:
+        raise ValueError(f"{name} must be dense, got {'a nested tensor' if x.is_nested else x.layout}")
     return x
 
 
 def check_scales(name: str, absmax: Tensor, numel: int, blocksize: int) -> None:
-    """ValueError if there is not one scale for each block of `numel` elements."""
+    """ValueError if there is not one scale, a float and not its code, for each block of `numel` elements."""
+    check_float(name, absmax)
     if absmax.numel() != block_count(numel, blocksize):
         raise ValueError(
             f"{name} must have one scale per block: {block_count(numel, blocksize)} for {numel} elements "
             f"in blocks of {blocksize}, got {absmax.numel()}"
         )
+
+
+def into(name: str, given: Tensor | None, result: Tensor) -> Tensor:
+    """The result; written into the caller's tensor, called `name`, if one is given. ValueError if that is not just like it:
+    torch's `copy_` would repeat it over a larger shape, and round it to another dtype.
+
+    >>> into("out", torch.zeros(2), torch.ones(2))
+    tensor([1., 1.])
+    """
+    if given is None:
+        return result
+    if (given.shape, given.dtype, given.device) != (result.shape, result.dtype, result.device):
+        must, got = (f"{x.dtype} {tuple(x.shape)} on {x.device}" for x in (result, given))
+        raise ValueError(f"{name} must be {must}, got {got}")
+    return given.copy_(result)
 
 
 def check_device(name: str, x: Tensor, **others: Tensor | None) -> None:

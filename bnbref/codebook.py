@@ -147,8 +147,14 @@ class Codebook:
 
 def _numbers(what: str, values: Any) -> tuple[float, ...]:
     try:
-        return tuple(map(float, values))
-    except (TypeError, ValueError) as error:
+        # A tensor goes as a list, in which complex numbers stay what they are: float() takes their real part.
+        return tuple(map(float, values.tolist() if isinstance(values, Tensor) else values))
+    except (
+        TypeError,
+        ValueError,
+        OverflowError,
+        NotImplementedError,
+    ) as error:  # the last one: a meta tensor has no numbers
         raise ValueError(f"{what} must be a sequence of numbers, got {values!r}") from error
 
 

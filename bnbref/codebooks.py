@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from bnbref.codebook import Codebook, float32, is_table_of, threshold_table, value_table, words
+from bnbref.formats import Formats
 
 __all__ = [
-    "AF4", "DYNAMIC", "DYNAMIC_UNSIGNED", "FOUR_BIT", "FP4", "INT4", "NF4", "Codebook", "Formats", "dynamic", "four_bit", "fp8",
-    "is_table_of", "linear", "linspace", "normal", "threshold_table", "value_table", "words",
+    "AF4", "DYNAMIC", "DYNAMIC_UNSIGNED", "FOUR_BIT", "FP4", "INT4", "NF4", "Codebook", "Formats", "dynamic", "entered",
+    "four_bit", "fp8", "is_table_of", "linear", "linspace", "normal", "threshold_table", "value_table", "words",
 ]  # fmt: skip
 
 
@@ -71,20 +72,7 @@ INT4 = _descending(
 )
 """Symmetric integers over 7, from +1 down. Zero has two codes, 7 and 8; quantization uses 8, or 7 for numbers above 0."""
 
-
-class Formats(dict[str, Codebook]):
-    """4-bit codebooks by name. Setting another codebook under a name that has one raises ValueError: what was quantized under
-    that name would decode to other values."""
-
-    def __setitem__(self, name: str, book: Codebook) -> None:
-        if four_bit(book).name != name or not name.replace("_", "x").isalnum():
-            raise ValueError(f"a format has the name of its codebook, of letters, digits and underscores, got {name!r}")
-        if self.get(name, book) != book:
-            raise ValueError(f"the name {name!r} has another codebook already: give this one another name")
-        super().__setitem__(name, book)
-
-
-FOUR_BIT: dict[str, Codebook] = Formats({book.name: book for book in (NF4, FP4, AF4, INT4)})
+FOUR_BIT = Formats(NF4, FP4, AF4, INT4)
 """4-bit codebooks by `quant_type`. A new format is an entry here."""
 
 
@@ -99,6 +87,16 @@ def four_bit(quant_type: str | Codebook) -> Codebook:
         got = f"codebook {book.name!r} of {len(book.values)} values" if isinstance(book, Codebook) else repr(quant_type)
         raise ValueError(f"quant_type must be one of {sorted(FOUR_BIT)} or a Codebook of at most 16 values, got {got}")
     return book
+
+
+def entered(quant_type: str | Codebook) -> str | Codebook:
+    """The name of a codebook that is in `FOUR_BIT`; what is not there is returned as it is.
+
+    >>> entered(NF4)
+    'nf4'
+    """
+    book = FOUR_BIT.get(quant_type.name) if isinstance(quant_type, Codebook) else None
+    return book.name if book is not None and book == quant_type else quant_type
 
 
 # ---- families -------------------------------------------------------------------------------------------------------

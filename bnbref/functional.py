@@ -1,7 +1,8 @@
 """The functions of `bitsandbytes.functional`, with its names and signatures. Each is a few lines over a definition.
 
 Blocksizes are any positive integer and shapes any shape; where bitsandbytes takes `out=` or a tensor for the scales, so do
-these. What is computed is said by the definition that a docstring names: `blockwise`, `fourbit`, `nested`, `int8`.
+these; it must have the dtype, shape and device of the result. What is computed is said by the definition that a docstring names:
+`blockwise`, `fourbit`, `nested`, `int8`.
 """
 
 import functools
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bnbref import blockwise, int8
+from bnbref.blockwise import into
 from bnbref.codebooks import DYNAMIC, Codebook, value_table
 from bnbref.context import own
 from bnbref.maps import create_dynamic_map, create_fp8_map, create_linear_map, create_normal_map, get_4bit_type
@@ -83,14 +85,13 @@ def quantize_blockwise(
         inner, inner_scales = blockwise.quantize(scales - offset, DYNAMIC, blocksize)
         state2 = QuantState(inner_scales, code=value_table(DYNAMIC, A.device), blocksize=blocksize, dtype=torch.float32)
         scales = inner
-    if absmax is not None:
-        scales = absmax.copy_(scales)
+    scales = into("absmax", absmax, scales)
     state = QuantState(scales, code=values, blocksize=blocksize, dtype=A.dtype, offset=offset, state2=state2)
-    return codes if out is None else out.copy_(codes), state
+    return into("out", out, codes), state
 
 
 def dequantize_blockwise(
-    A: Tensor, quant_state: QuantState | None = None, absmax: Tensor | None = None, code: Tensor | None = None,
+    A: Tensor, quant_state: QuantState | None = None, absmax: Tensor | None = None, code: Tensor | Codebook | None = None,
     out: Tensor | None = None, blocksize: int = 4096, nested: bool = False,
 ) -> Tensor:  # fmt: skip
     """Undo `quantize_blockwise`: `dtype(fl(values[code] * absmax))`.  Exact.
@@ -103,15 +104,14 @@ def dequantize_blockwise(
     if quant_state is None:
         if absmax is None:
             raise ValueError("dequantize_blockwise needs quant_state or absmax, got neither")
-        values = value_table(DYNAMIC, A.device) if code is None else code
+        values = code if isinstance(code, Tensor) else value_table(_eight_bit(code), A.device)
         quant_state = QuantState(absmax, code=values, blocksize=blocksize, dtype=torch.float32)
     _check_state(quant_state)
     if quant_state.quant_type is not None:
         raise ValueError(f"quant_state is one of 4-bit codes, {quant_state.quant_type!r}: dequantize_4bit undoes these")
     values = _pad_to_256(present(quant_state.code, "code")).to(A.device)
     dtype, blocksize = present(quant_state.dtype, "dtype"), present(quant_state.blocksize, "blocksize")
-    result = own(blockwise.dequantize(A, quant_state.scales(), values, blocksize, dtype))
-    return result if out is None else out.copy_(result)
+    return into("out", out, own(blockwise.dequantize(A, quant_state.scales(), values, blocksize, dtype)))
 
 
 # ---- four bits ------------------------------------------------------------------------------------------------------
@@ -132,9 +132,8 @@ def quantize_4bit(
     """
     blocksize = 64 if blocksize is None else blocksize
     packed, state = quantize_with_state(A, quant_type, blocksize, compress_statistics, quant_storage)
-    if absmax is not None:
-        state.absmax = absmax.copy_(state.absmax)
-    return packed if out is None else out.copy_(packed), state
+    state.absmax = into("absmax", absmax, state.absmax)
+    return into("out", out, packed), state
 
 
 def dequantize_4bit(
@@ -155,9 +154,7 @@ def dequantize_4bit(
         blocksize = 64 if blocksize is None else blocksize
         quant_state = QuantState(absmax, shape=out.shape, blocksize=blocksize, quant_type=quant_type, dtype=out.dtype)
     _check_state(quant_state)
-    result = own(quant_state.dequantize(A, present(quant_state.dtype, "dtype")))
-    if out is not None:
-        result = out.copy_(result)
+    result = into("out", out, own(quant_state.dequantize(A, present(quant_state.dtype, "dtype"))))
     return result.t() if A.dim() == 2 and A.shape[0] == 1 and A.shape[1] > 1 else result
 
 
@@ -254,8 +251,7 @@ def int8_linear_matmul(A: Tensor, B: Tensor, out: Tensor | None = None, dtype: t
     """The int32 product `A @ B^T` of int8 tensors: `int8.multiply`.  Exact."""
     if dtype != torch.int32:
         raise ValueError(f"dtype must be torch.int32, got {dtype}")
-    product = int8.multiply(A, B)
-    return product if out is None else out.copy_(product)
+    return into("out", out, int8.multiply(A, B))
 
 
 def int8_mm_dequant(
@@ -275,5 +271,4 @@ def int8_mm_dequant(
     y = int8.dequantize_int8_product(
         int8.as_matrix(A), row_stats.reshape(-1), col_stats.reshape(-1), bias, None, dtype=torch.float16
     )
-    result = own(y.view(A.shape))
-    return result if out is None else out.copy_(result)
+    return into("out", out, own(y.view(A.shape)))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bnbref import few_rows, int8
-from bnbref.blockwise import check_device, check_float
+from bnbref.blockwise import check_device, check_float, into
 from bnbref.context import (
     as_autocast,
     differentiated,
@@ -181,7 +181,7 @@ def matmul_4bit(
                 result: Tensor = torch.ops.bnbref.linear_4bit(A, bias, in_order, B, *_flat(quant_state))
         else:
             result = _multiply(A, B, bias, quant_state, in_order)
-    return result if out is None else out.copy_(result)
+    return result if out is None else into("out", out, result)
 
 
 def _multiply(a: Tensor, packed: Tensor, bias: Tensor | None, state: QuantState, in_order: bool) -> Tensor:
@@ -383,4 +383,4 @@ def matmul(
         result = function.apply(A, weight, codes, absmax, bias, threshold)  # type: ignore[no-untyped-call]
     else:
         result = product_8bit(A, codes, absmax, bias, threshold)
-    return result if out is None else out.copy_(result)
+    return result if out is None else into("out", out, result)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from bnbref import fourbit, nested
-from bnbref.codebooks import DYNAMIC, FOUR_BIT, Codebook, four_bit, value_table
+from bnbref.blockwise import check_float
+from bnbref.codebooks import DYNAMIC, Codebook, entered, four_bit, value_table
 from bnbref.state_fields import BLOB, TENSORS, checked_fields
 
 __all__ = ["BLOB", "TENSORS", "QuantState", "dtype_name", "present", "quantize_with_state"]
@@ -20,8 +21,8 @@ class QuantState:
     """The scales of a quantized tensor and what it was: bitsandbytes' attributes.
 
     absmax: float32 scales `[blocks]`, or their uint8 codes where `nested`. code: the values `[16]` or `[256]`.
-    shape, dtype: of the original. blocksize. quant_type: a name, or a Codebook that is not in `FOUR_BIT`, which a dict
-    cannot hold. offset `[]` and state2 (itself a QuantState): double quantization.
+    shape, dtype: of the original. blocksize. quant_type: a name, or a Codebook, which a dict holds once it is in
+    `FOUR_BIT`. offset `[]` and state2 (itself a QuantState): double quantization.
     """
 
     _changed: object = None
@@ -98,7 +99,7 @@ class QuantState:
     def scales(self) -> Tensor:
         """The scales as float32 `[blocks]`, reconstructed where they are nested.  Exact."""
         if self.state2 is None:
-            return self.absmax.float()
+            return check_float("absmax", self.absmax).float()
         code, blocksize = present(self.state2.code, "state2.code"), present(self.state2.blocksize, "state2.blocksize")
         return nested.dequantize(self.absmax, self.state2.absmax, code, present(self.offset, "offset"), blocksize)
 
@@ -147,8 +148,9 @@ class QuantState:
         >>> bytes(state.as_dict(packed=True)["quant_state.bitsandbytes__nf4"].tolist()).decode()
         '{"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": [64]}'
         """
+        quant_type = entered(self.quant_type)
         full: dict[str, Any] = {
-            "quant_type": self.quant_type,
+            "quant_type": quant_type,
             "absmax": self.absmax,
             "blocksize": self.blocksize,
             # The maps are one tensor for every layer; safetensors would refuse the shared memory.
@@ -164,16 +166,14 @@ class QuantState:
                 "nested_dtype": dtype_name(self.state2.dtype),
                 "nested_offset": present(self.offset, "offset").item(),
             }
-        if not packed or self.quant_type is None:
+        if not packed or quant_type is None:
             return full
-        if not isinstance(self.quant_type, str):
-            raise ValueError(
-                f"codebook {self.quant_type.name!r} must be entered in FOUR_BIT to be saved under its name"
-            )
+        if not isinstance(quant_type, str):
+            raise ValueError(f"codebook {quant_type.name!r} must be entered in FOUR_BIT to be saved under its name")
         tensors = {key: value for key, value in full.items() if isinstance(value, Tensor)}
         rest = {key: value for key, value in full.items() if not isinstance(value, Tensor)}
         blob = torch.frombuffer(bytearray(json.dumps(rest).encode()), dtype=torch.uint8)
-        return {**tensors, BLOB + self.quant_type: blob}
+        return {**tensors, BLOB + quant_type: blob}
 
     @classmethod
     def from_dict(cls, qs_dict: Mapping[str, Any], device: torch.device | str) -> "QuantState":
@@ -209,8 +209,8 @@ def quantize_with_state(
         scales, absmax2, offset = nested.quantize(scales)
         values = value_table(DYNAMIC, x.device)
         state2 = QuantState(absmax2, code=values, blocksize=nested.BLOCKSIZE, dtype=torch.float32)
-    name = book.name if FOUR_BIT.get(book.name) == book else book
-    return packed, QuantState(scales, x.shape, value_table(book, x.device), blocksize, name, x.dtype, offset, state2)
+    name, code = entered(book), value_table(book, x.device)
+    return packed, QuantState(scales, x.shape, code, blocksize, name, x.dtype, offset, state2)
 
 
 def present(value: T | None, name: str) -> T:

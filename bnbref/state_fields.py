@@ -15,6 +15,9 @@ from bnbref.codebooks import DYNAMIC, FOUR_BIT, four_bit, is_table_of, value_tab
 BLOB = "quant_state.bitsandbytes__"
 """Key of the JSON blob, followed by the quant_type."""
 
+ENTER = " (a codebook of your own has to be entered in bnbref.codebooks.FOUR_BIT first)"
+"""What the name of a codebook may need that this process does not know."""
+
 TENSORS = ("nested_absmax", "nested_quant_map", "absmax", "quant_map")
 """Keys of what a state dict has as tensors; the first two if the scales are quantized."""
 
@@ -34,7 +37,7 @@ def checked_fields(qs_dict: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
 
     quant_type, blocksize, shape = fields["quant_type"], fields["blocksize"], fields["shape"]
     known_type = quant_type is None or (isinstance(quant_type, str) and quant_type in FOUR_BIT)
-    _require(known_type, "quant_type", f"{sorted(FOUR_BIT)} or None, for 8 bits", quant_type)
+    _require(known_type, "quant_type", f"{sorted(FOUR_BIT)} or None, for 8 bits{ENTER}", quant_type)
     if shape is not None:
         ok = isinstance(shape, (list, tuple, torch.Size)) and all(type(n) is int and n >= 0 for n in shape)
         _require(ok and math.prod(shape) < 2**63, "shape", "a list of sizes", shape)
@@ -107,7 +110,7 @@ def _unpack(qs_dict: Mapping[str, Any]) -> dict[str, Any]:
         rest = json.loads(text, object_pairs_hook=_without_repetition)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         raise ValueError(f"{blobs[0]} is not UTF-8 JSON: {error}") from error
-    if not isinstance(rest, dict) or rest.get("quant_type") != blobs[0].rpartition("__")[2]:
+    if not isinstance(rest, dict) or rest.get("quant_type") != f".{blobs[0]}".rpartition(BLOB)[2]:
         raise ValueError(f"{blobs[0]} must be a JSON object of that quant_type, got {rest!r}")
     twice = sorted(set(rest) & set(fields))
     if twice:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from bnbref.conformance import backends, judge, page, report, vectors
+from bnbref.conformance import backends, board, findings, judge, report, vectors
+from bnbref.conformance.board import page
 
 FOLDER = Path(__file__).parent / "content" / "conformance"
 BACKENDS = ("bitsandbytes", "bitsandbytes-default", "torchao", "bnbref-eager", "bnbref")
@@ -21,10 +22,11 @@ def main() -> None:
         backend = backends.load(name)
         reports.append(report.report(backend, device, judge.run(backend, cases, device)))
         (FOLDER / f"{name}.json").write_text(report.as_json(reports[-1]), encoding="utf-8")
-    (FOLDER / "report.html").write_text(page.as_html(reports), encoding="utf-8")
+    columns = [board.of_run(done, FOLDER / f"{done.backend}.json") for done in reports]
+    (FOLDER / "report.html").write_text(page.as_page(columns), encoding="utf-8")
     print(report.as_markdown(reports))
     for done in reports:
-        print(done.backend, *report.broken(done), sep="\n  ")
+        print(done.backend, *findings.broken_by(done.findings), sep="\n  ")
 
 
 if __name__ == "__main__":

@@ -11,10 +11,47 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-from bnbref.integrations.bitsandbytes.surface import DIFFERS, MISSING, MISSING_MODULES, SURFACE
+from bnbref.integrations.bitsandbytes.surface import MISSING, SURFACE
 
 NAMES = Path(__file__).resolve().parent.parent / "tests" / "data" / "bitsandbytes_names.txt"
 HEAD = ("| name | | |", "|---|---|---|")
+
+_CLASS_IS_APPLY = "Only `.apply`, which is `matmul` or `matmul_4bit`: no class of `torch.autograd.Function`."
+_SAME_NUMBERS = (
+    "The equations of `bnbref.optim`: weight decay before the step. Codes must be of the dynamic maps, 256 a block."
+)
+_BASE = "`bnbref.optim.Optimizer`: for `isinstance`. Its constructor takes a `Rule`, see Optimizers."
+
+DIFFERS: dict[str, str] = {
+    "MatmulLtState": "No fields of transposed copies and sparse pools; deprecated ones are plain attributes.",
+    **{f"autograd._functions.{name}": _CLASS_IS_APPLY for name in ("MatMul4Bit", "MatMul8bitFp", "MatMul8bitLt")},
+    "cextension.BNB_BACKEND": '"PyTorch".',
+    "functional.QuantState": "Equality is of bits; a malformed dict is refused.",
+    "functional.get_4bit_type": "On the CPU by default, not on a GPU that may not be there; int4 too.",
+    "functional.has_avx512bf16": "False: weights are never repacked.",
+    "functional.igemm": "Any device, exact.",
+    "functional.batched_igemm": "Any device, exact.",
+    "functional.is_on_gpu": "Whether all tensors are on one device: there is none without kernels.",
+    "functional.name2qmap": "Empty: maps are cached by codebook.",
+    "functional.optimizer_update_32bit": _SAME_NUMBERS,
+    "functional.optimizer_update_8bit_blockwise": _SAME_NUMBERS,
+    "matmul": "On a CPU, too, LLM.int8() and no float product in its place.",
+    "nn.Linear4bit": "compute_dtype stays what it was set to; without one it is the activation's at each call.",
+    "nn.Params4bit": "A cast of packed codes is refused; `.to` leaves the original as it was.",
+    "nn.Int8Params": "`CB` is the data; a cast of codes is refused.",
+    "nn.modules.maybe_rearrange_weight": "Does nothing: weights in the layouts of old GPUs are refused when they are loaded.",
+    **{f"optim.optimizer.{name}": _BASE for name in ("Optimizer8bit", "Optimizer1State", "Optimizer2State")},
+    "utils.outlier_hook": "Deviations of the first layer's input are by column; in bitsandbytes they are by row.",
+}
+"""What is served and is not all the same, by `module.name`."""
+
+MISSING_MODULES: dict[str, str] = {
+    "backends": "Kernels of bitsandbytes. Ours come behind `torch.ops.bitsandbytes`.",
+    "consts": "Names of binaries.",
+    "cuda_specs": "Finds CUDA for the binaries.",
+    "diagnostics": "Looks for binaries; `python -m bnbref info` says what bnbref runs on.",
+}
+"""Modules that are not served at all."""
 
 
 def walk() -> Iterator[str]:

@@ -17,7 +17,7 @@ import torch
 import bnbref
 from bnbref import cli
 from bnbref.integrations.bitsandbytes import alias, finder
-from bnbref.integrations.bitsandbytes.surface import DIFFERS, MISSING, MISSING_MODULES, SURFACE
+from bnbref.integrations.bitsandbytes.surface import MISSING, SURFACE
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = (ROOT / "tests" / "data" / "bitsandbytes_names.txt").read_text(encoding="utf-8").split()
@@ -138,7 +138,16 @@ def test_another_version_is_refused(bitsandbytes):
 # ---- the surface ----------------------------------------------------------------------------------------------------
 
 
-def test_every_name_of_bitsandbytes_is_there_or_says_why_not(bitsandbytes):
+@pytest.fixture(scope="module")
+def surface():
+    """docs/surface.py, which makes the table of the page."""
+    spec = importlib.util.spec_from_file_location("surface", ROOT / "docs" / "surface.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_name_of_bitsandbytes_is_there_or_says_why_not(bitsandbytes, surface):
     assert set(finder.MODULES) == SURFACE.keys()
     for name in NAMES:
         module, _, attribute = name.rpartition(".")
@@ -148,7 +157,7 @@ def test_every_name_of_bitsandbytes_is_there_or_says_why_not(bitsandbytes):
                 getattr(home, attribute)
         else:
             assert getattr(home, attribute) is not None, name
-    unknown = (DIFFERS.keys() | MISSING.keys()) - set(NAMES) - {"functional.lib", "cextension.lib"}
+    unknown = (surface.DIFFERS.keys() | MISSING.keys()) - set(NAMES) - {"functional.lib", "cextension.lib"}
     assert not unknown
 
 
@@ -162,12 +171,9 @@ def test_the_names_are_those_of_bitsandbytes():
     assert done.stdout.split() == NAMES
 
 
-def test_the_page_has_the_table():
-    spec = importlib.util.spec_from_file_location("surface", ROOT / "docs" / "surface.py")
-    surface = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(surface)
+def test_the_page_has_the_table(surface):
     assert surface.table() in (ROOT / "docs" / "content" / "dropin.md").read_text(encoding="utf-8")
-    assert set(MISSING_MODULES).isdisjoint(finder.MODULES)
+    assert set(surface.MISSING_MODULES).isdisjoint(finder.MODULES)
 
 
 def test_a_name_that_nobody_has(bitsandbytes):

@@ -3,6 +3,7 @@
 
 import copy
 import hashlib
+import operator
 import pickle
 import struct
 from fractions import Fraction
@@ -13,7 +14,7 @@ import second
 import torch
 from conftest import hexes, running, same_bits
 from expecttest import assert_expected_inline
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bnbref import fourbit
@@ -252,6 +253,7 @@ def codebooks(draw, most: int = 256):
 
 
 @example(Codebook("minus zero", (-1.0, 0.0, 1.0), (-0.0, 0.5)), [])
+@example(Codebook.nearest("ternary", [-1.0, 0.0, 1.0]), [float("nan"), -float("nan")])
 @given(codebooks(), st.lists(st.floats(width=32), max_size=20))
 def test_any_codebook_counts_its_thresholds(book, xs):
     """The definition and, where their tables exist, the look-ups that stand in for it, against a plain loop."""
@@ -387,6 +389,9 @@ def test_errors():
         error(Codebook.nearest, "strings", ["a", "b"]),
         error(Codebook.nearest, "nothing", None),
         error(Codebook, "lists", [[0.0], [1.0]], (0.5,)),
+        error(Codebook.nearest, "complex", torch.tensor([0j, 1 + 1j])),
+        error(Codebook.nearest, "meta", torch.ones(2, device="meta")),
+        error(Codebook.nearest, "huge", [0, 10**39, 10**400])[:70],
         error(Codebook.nearest, "down", [1, 0]),
         error(Codebook.nearest, "alone", [1]),
         error(Codebook.nearest, "nan", [0.0, float("nan")]),
@@ -427,6 +432,9 @@ code must be a Codebook or a tensor of sorted values in one dimension, got 'nf4'
 values of codebook 'strings' must be a sequence of numbers, got ['a', 'b']
 values of codebook 'nothing' must be a sequence of numbers, got None
 values of codebook 'lists' must be a sequence of numbers, got [[0.0], [1.0]]
+values of codebook 'complex' must be a sequence of numbers, got tensor([0.+0.j, 1.+1.j])
+values of codebook 'meta' must be a sequence of numbers, got tensor(..., device='meta', size=(2,))
+values of codebook 'huge' must be a sequence of numbers, got [0, 10000
 values of codebook 'down' must be at least two, sorted, got [1.0, 0.0]
 values of codebook 'alone' must be at least two, sorted, got [1.0]
 values of codebook 'nan' must be at least two, sorted, got [0.0, nan]
@@ -456,6 +464,61 @@ def test_a_name_keeps_its_codebook(monkeypatch):
         FOUR_BIT["my-own"] = Codebook.nearest("my-own", [-1, 0, 1])
     with pytest.raises(ValueError, match="at most 16 values"):
         FOUR_BIT["dynamic"] = DYNAMIC
+    with pytest.raises(
+        ValueError, match="not one of \\('int8', 'plain'\\), got 'int8'"
+    ):  # LLM.int8() in a configuration
+        FOUR_BIT["int8"] = Codebook.nearest("int8", [-1, 0, 1])
+
+
+def test_no_way_of_a_dict_passes_the_checks():
+    other = {"nf4": Codebook.nearest("nf4", [-1, 0, 1])}
+    bad = Codebook.nearest("a/b", [-1, 0, 1])
+    for change in (FOUR_BIT.update, lambda x: operator.ior(FOUR_BIT, x)):
+        with pytest.raises((ValueError, TypeError)):
+            change(other)
+    with pytest.raises(ValueError, match="got 'a/b'"):
+        FOUR_BIT.setdefault("a/b", bad)
+    assert FOUR_BIT["nf4"] is NF4
+    assert "a/b" not in FOUR_BIT
+
+
+@given(st.from_regex(r"\A\w{1,12}\Z").filter(lambda name: name not in {*FOUR_BIT, "int8", "plain"}), st.booleans())
+@example("a__b", True)
+@example("_", False)
+@example("quant_map", True)
+def test_a_state_of_a_codebook_of_any_name_is_saved_and_read(name, double):
+    """By its key alone and by that of a weight; and one that is made before its codebook has a name."""
+    book = Codebook.nearest(name, [-1, -0.3, 0, 0.5, 1])
+    with running("eager"):
+        _, early = F.quantize_4bit(torch.linspace(-1, 2, 300), quant_type=book, compress_statistics=double)
+        try:
+            FOUR_BIT[name] = book
+        except ValueError:  # \w has more than letters, digits and underscores
+            assert not name.replace("_", "x").isalnum()
+            return
+        try:
+            _, state = F.quantize_4bit(torch.linspace(-1, 2, 300), quant_type=name, compress_statistics=double)
+            for packed in (True, False):
+                saved = state.as_dict(packed)
+                assert F.QuantState.from_dict(saved, "cpu") == state
+                assert F.QuantState.from_dict({f"a.weight.{key}": x for key, x in saved.items()}, "cpu") == state
+                assert F.QuantState.from_dict(early.as_dict(packed), "cpu") == state
+        finally:
+            del FOUR_BIT[name]
+
+
+@settings(max_examples=2)
+@given(codebooks(), st.integers(1, 300), st.sampled_from([1, 5, 24]), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_any_codebook_has_the_same_bits_in_compiled_blocks(book, n, blocksize, dtype):
+    x = (torch.linspace(-2, 2, n) ** 3).to(dtype)
+    found = []
+    for how in ("eager", "compiled"):
+        with running(how):
+            codes, state = F.quantize_blockwise(x, code=book, blocksize=blocksize)
+            found.append((codes, state.absmax, F.dequantize_blockwise(codes, state)))
+    assert same_bits(*found)
+    alone = F.dequantize_blockwise(codes, absmax=state.absmax, code=book, blocksize=blocksize)
+    assert same_bits(alone.to(dtype), found[0][2])
 
 
 def test_a_codebook_is_pickled_by_what_it_is_made_of():

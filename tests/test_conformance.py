@@ -1,7 +1,7 @@
 """The conformance kit: its vectors agree with a second oracle, wrong backends do not pass, and the right one does."""
 
 import functools
-import html.parser
+import html
 import importlib.metadata
 import importlib.util
 import io
@@ -24,10 +24,12 @@ import second
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_board import Parsed
 
 from bnbref.cli import main
-from bnbref.conformance import backends, judge, page, report, spec_pages, vectors, workers
+from bnbref.conformance import backends, board, findings, judge, report, vectors, workers
 from bnbref.conformance.backends import Backend
+from bnbref.conformance.board import drawings, page
 from bnbref.conformance.dialects import BNB_DEFAULT
 from bnbref.conformance.expected import Also, Expected, same, wrong_elements
 from bnbref.conformance.explain import explain
@@ -91,11 +93,14 @@ def test_every_rule_and_every_flag_has_a_case():
 
 
 def test_the_pages_of_the_specification_are_what_the_rules_say():
-    folder = ROOT / "docs" / "content" / "spec"
-    pages = spec_pages.pages()
+    spec = importlib.util.spec_from_file_location("specification", ROOT / "docs" / "specification.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    folder, pages = script.FOLDER, script.pages()
+    assert script.signature("int8_matmul") == "int8_matmul(a, b) -> product"
     assert sorted(pages) == sorted(path.name for path in folder.iterdir())
     stale = [name for name, text in pages.items() if (folder / name).read_text(encoding="utf-8") != text]
-    assert stale == [], "python -m bnbref.conformance.spec_pages docs/content/spec"
+    assert stale == [], "python docs/specification.py"
 
 
 # ---- the second oracle ----------------------------------------------------------------------------------------------
@@ -583,7 +588,7 @@ def test_a_failure_is_shrunk_to_the_elements_that_matter():
     (failure,) = judge.run_case(mutant.backend, BY_ID["quantize_blockwise/signed-ties"], CPU).failures
     small = shrink(mutant.backend, failure, CPU)
     assert small.case.inputs["x"].tolist() == [1.0, -0.971875011920929]
-    (element,) = report.elements(small)
+    (element,) = findings.elements(small)
     assert (element.got, element.want) == ("1 (01)", "2 (02)")
     assert explain(small) == explain(failure)
 
@@ -630,9 +635,9 @@ def test_one_cause_is_told_once_and_what_is_not_implemented_is_no_failure():
     results = judge.run(backend, [c for c in STORED if c.operation == "quantize_4bit"], CPU)
     assert {r.status for r in results if r.case.params["quant_type"] == "fp4"} <= {"not implemented", "refused"}
     done = report.report(backend, CPU, results)
-    told = [together for together in report.by_cause(done.findings) if together[0].follows]
+    told = [together for together in findings.by_cause(done.findings) if together[0].follows]
     assert len(told) <= 2 < len(done.findings)
-    assert sorted(f.cases for together in report.by_cause(done.findings) for f in together) == sorted(
+    assert sorted(f.cases for together in findings.by_cause(done.findings) for f in together) == sorted(
         f.cases for f in done.findings
     )
     text = report.as_text(done)
@@ -662,7 +667,7 @@ def test_an_input_that_is_zeros_but_for_a_few_numbers_says_which():
     x = torch.zeros(64)
     x[[0, 7]] = torch.tensor([1.0, -0.5])
     failure = judge.Failure(replace(case, inputs={"x": x}), "packed", "value", "")
-    assert report.inputs_of(failure)[0] == "x = float32 [64], zeros but for [0] 1.0 (3f800000), [7] -0.5 (bf000000)"
+    assert findings.inputs_of(failure)[0] == "x = float32 [64], zeros but for [0] 1.0 (3f800000), [7] -0.5 (bf000000)"
 
 
 @pytest.mark.parametrize(
@@ -816,7 +821,7 @@ def test_running_twice_gives_the_same_bytes():
     backend = MUTANTS[0].backend
     first, again = (report.report(backend, CPU, judge.run(backend, STORED, CPU)) for _ in range(2))
     assert report.as_json(first) == report.as_json(again)
-    assert page.as_html([first]) == page.as_html([again])
+    assert page.as_page([board.of_run(first, ROOT)]) == page.as_page([board.of_run(again, ROOT)])
 
 
 @pytest.mark.parametrize(
@@ -975,12 +980,12 @@ def test_a_histogram_counts_every_element_once():
     (mutant,) = (m for m in MUTANTS if m.name == "constant-of-int8")
     name = "int8_mm_dequant/noise-float32"
     (failure,) = judge.run_case(mutant.backend, BY_ID[name], CPU).failures
-    rows = page.distances([failure, failure])
+    rows = drawings.distances([failure, failure])
     assert sum(wrong for _, wrong, _ in rows) == 2 * failure.wrong.numel()
     assert sum(wrong + allowed for _, wrong, allowed in rows) == 2 * failure.got.numel()
     # 1.8e-5 is between 2^-16 and 2^-15: of a float32, whose unit is 2^-23 to 2^-24 of it, 2^7 to 2^9 steps.
     assert {label for label, wrong, _ in rows if wrong} <= {"128", "256"}
-    drawn = page.histogram([failure, failure])
+    drawn = drawings.histogram([failure, failure])
     assert "256 ulp off: " in drawn
     assert "http" not in drawn
 
@@ -989,49 +994,47 @@ def test_a_histogram_has_a_place_for_nan():
     case = BY_ID["dequantize_blockwise/nan-scale-float32"]
     got = torch.zeros_like(case.expected["y"].value)
     (failure,) = judge.failures_of(case, {"y": got})
-    assert page.distances([failure])[-1] == ("NaN", failure.wrong.numel(), 0)
+    assert drawings.distances([failure])[-1] == ("NaN", failure.wrong.numel(), 0)
 
 
-class _Page(html.parser.HTMLParser):
-    def __init__(self):
-        super().__init__()
-        self.buttons, self.articles, self.links = [], [], []
-
-    def handle_starttag(self, tag, attributes):
-        found = dict(attributes)
-        if tag == "button" and found.get("data-cell"):
-            self.buttons.append(found["data-cell"])
-        if tag == "article":
-            self.articles.append(found["data-cells"].split())
-        self.links += [found[name] for name in ("href", "src") if name in found]
+def of_runs(backends):
+    done = [report.report(backend, CPU, judge.run(backend, STORED, CPU), small=False) for backend in backends]
+    return done, [board.of_run(one, Path(f"{one.backend}.json")) for one in done]
 
 
-def test_every_red_cell_of_the_page_has_findings_and_nothing_is_loaded():
-    chosen = [MUTANTS[i].backend for i in (0, 9, 12, 40)]
-    reports = [report.report(backend, CPU, judge.run(backend, STORED, CPU), small=False) for backend in chosen]
-    parser = _Page()
-    parser.feed(page.as_html(reports))
+def test_every_finding_of_a_run_is_drawn_and_nothing_is_loaded():
+    reports, columns = of_runs([MUTANTS[i].backend for i in (0, 9, 12, 40)])
+    text = page.as_page(columns)
+    parser = Parsed(text)
     assert parser.links == []
-    assert len(parser.buttons) >= len(chosen)
-    for button in parser.buttons:
-        assert any(button in cells for cells in parser.articles), button
-    assert all(cell in parser.buttons for cells in parser.articles for cell in cells)
+    opened = {target for target in parser.targets if "/" in target}
+    assert opened == {f"{done.backend}/{found.rule}" for done in reports for found in done.findings}
+    drawn = [drawings.of_finding(done, found) for done in reports for found in done.findings]
+    assert sum(map(bool, drawn)) >= len(columns)
+    for one in drawn:
+        assert text.count(one) >= drawn.count(one)
+    for done in reports:
+        assert report.matrix_text(done) in html.unescape(text)
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
-# Selects every red cell, and then all; what is seen each time is the text of an element that is printed with the page.
+# Opens every cell that failed, and every backend; what is seen is the text of an element that is printed with the page.
 CLICKS = """<script>
-const seen = [...document.querySelectorAll('button[data-cell]')].map(button => {
-  button.click();
-  const open = [...document.querySelectorAll('article')].filter(a => a.getBoundingClientRect().height > 0);
-  return [button.dataset.cell, open.length, open.every(a => a.dataset.cells.split(' ').includes(button.dataset.cell)),
-          open.some(a => a.querySelector('svg')),
-          open.flatMap(a => [...a.querySelectorAll('svg.histogram rect')]).every(r => r.getBoundingClientRect().width >= 1)];
-});
-const bars = document.querySelectorAll('svg.histogram rect title').length;
-const wide = document.documentElement.scrollWidth > document.documentElement.clientWidth;
-document.body.insertAdjacentHTML('beforeend', '<output>' + JSON.stringify({seen, wide, bars}) + '</output>');
+const look = target => {
+  const one = document.getElementById(target);
+  one.showPopover();
+  const bars = [...one.querySelectorAll('svg.histogram rect')].map(r => r.getBoundingClientRect().width);
+  const facts = {findings: one.querySelectorAll('h3').length, maps: one.querySelectorAll('svg:not(.histogram)').length,
+    bars: bars.length, drawn: bars.every(width => width >= 1), wide: one.scrollWidth > one.clientWidth};
+  one.hidePopover();
+  return [target, facts];
+};
+const targets = [...document.querySelectorAll('#board button[popovertarget]')].map(b => b.getAttribute('popovertarget'));
+const seen = Object.fromEntries(targets.filter(t => t.includes('/')).map(look));
+const wide = document.documentElement.scrollWidth > document.documentElement.clientWidth
+  || Object.values(seen).some(facts => facts.wide);
+document.body.insertAdjacentHTML('beforeend', '<output id=facts>' + JSON.stringify({seen, wide}) + '</output>');
 </script>"""
 
 
@@ -1040,22 +1043,18 @@ document.body.insertAdjacentHTML('beforeend', '<output>' + JSON.stringify({seen,
 def test_the_page_in_a_browser(tmp_path, width):
     chosen = [MUTANTS[i].backend for i in (0, 9, 12)]
     chosen.append(next(m.backend for m in MUTANTS if m.name == "decay-after"))
-    reports = [report.report(backend, CPU, judge.run(backend, STORED, CPU), small=False) for backend in chosen]
-    (tmp_path / "page.html").write_text(page.as_html(reports).replace("</html>", CLICKS + "</html>"), encoding="utf-8")
+    reports, columns = of_runs(chosen)
+    text = page.as_page(columns).replace("</html>", CLICKS + "</html>")
+    (tmp_path / "page.html").write_text(text, encoding="utf-8")
     flags = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile"]
     flags += [f"--window-size={width},800", "--dump-dom"]
     url = (tmp_path / "page.html").as_uri()
     done = subprocess.run([CHROMIUM, *flags, url], capture_output=True, text=True, timeout=120, check=True)
-    *_, printed = re.findall(r"<output>(.*?)</output>", done.stdout)  # the first is in the script
+    (printed,) = re.findall(r"<output id=\"facts\">(.*?)</output>", done.stdout)
     facts = json.loads(printed)
-    *cells, (_, total, _, maps, drawn) = facts["seen"]
-    assert total == sum(len(r.findings) for r in reports)
-    assert maps
-    assert drawn
-    assert facts["bars"] >= 10
-    assert len(cells) >= 3
-    for cell, shown, right, _, drawn in cells:
-        assert shown > 0, cell
-        assert right, cell
-        assert drawn, cell
+    seen = facts["seen"].values()
+    assert sum(one["findings"] for one in seen) == sum(len(r.findings) for r in reports)
+    assert sum(one["maps"] for one in seen) >= 3
+    assert sum(one["bars"] for one in seen) >= 10
+    assert all(one["drawn"] for one in seen)
     assert not facts["wide"], f"the page scrolls sideways at {width} pixels"

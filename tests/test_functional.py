@@ -161,6 +161,77 @@ def test_a_users_codebook():
     )
 
 
+def _filled(name):
+    """A function that fills a tensor of the caller's, and one that is just right for it."""
+    x, codes = ramp(4, 64), torch.ones(4, 64, dtype=torch.int8)
+    packed, state = F.quantize_4bit(x, quant_type="nf4")
+    bytes_, state8 = F.quantize_blockwise(x, blocksize=64)
+    inner = F.quantize_4bit(x, quant_type="nf4", compress_statistics=True)[1].absmax
+    product, ones = codes.int() @ codes.int().t(), torch.ones(4)
+    matmul_8bit = lambda out: bnbref.matmul(x, x, out=out)  # noqa: E731
+    return {
+        "quantize_4bit": (lambda out: F.quantize_4bit(x, out=out, quant_type="nf4"), packed),
+        "its absmax": (lambda out: F.quantize_4bit(x, absmax=out, quant_type="nf4"), state.absmax),
+        "its codes of absmax": (
+            lambda out: F.quantize_4bit(x, absmax=out, quant_type="nf4", compress_statistics=True),
+            inner,
+        ),
+        "quantize_blockwise": (lambda out: F.quantize_blockwise(x, out=out), bytes_),
+        "absmax of that": (lambda out: F.quantize_blockwise(x, absmax=out, blocksize=64), state8.absmax),
+        "dequantize_4bit": (lambda out: F.dequantize_4bit(packed, state, out=out), x),
+        "dequantize_blockwise": (lambda out: F.dequantize_blockwise(bytes_, state8, out=out), x),
+        "matmul": (matmul_8bit, matmul_8bit(None)),
+        "matmul_4bit": (lambda out: bnbref.matmul_4bit(x, packed, state, out=out), x @ x.t()),
+        "gemv_4bit": (lambda out: F.gemv_4bit(x, packed, out=out, state=state), x @ x.t()),
+        "int8_linear_matmul": (lambda out: F.int8_linear_matmul(codes, codes, out=out), product),
+        "int8_mm_dequant": (lambda out: F.int8_mm_dequant(product, ones, ones, out=out), product.half()),
+    }[name]
+
+
+FILLED = [
+    "quantize_4bit",
+    "its absmax",
+    "its codes of absmax",
+    "quantize_blockwise",
+    "absmax of that",
+    "dequantize_4bit",
+]
+FILLED += ["dequantize_blockwise", "matmul", "matmul_4bit", "gemv_4bit", "int8_linear_matmul", "int8_mm_dequant"]
+DTYPES = [
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float64,
+    torch.uint8,
+    torch.int8,
+    torch.int32,
+    torch.int64,
+]
+LIKE = [
+    lambda x: x,
+    lambda x: x[None],
+    lambda x: torch.stack([x, x]),
+    lambda x: x[:1],
+    lambda x: x.view(-1),
+    lambda x: x[..., None],
+]
+
+
+@given(st.sampled_from(FILLED), st.sampled_from(DTYPES), st.sampled_from(LIKE))
+def test_what_is_filled_is_just_like_the_result(name, dtype, like):
+    """What torch would do instead: repeat the result over a larger tensor, and round or wrap it to another dtype."""
+    with running("eager"):
+        fill, right = _filled(name)
+        given = like(torch.zeros_like(right)).to(dtype)
+        if (given.shape, given.dtype) == (right.shape, right.dtype):
+            fill(given)
+            assert bool(given.any())
+        else:
+            must = f"{right.dtype} {tuple(right.shape)} on cpu, got {dtype} {tuple(given.shape)} on cpu"
+            argument = "absmax" if "absmax" in name else "out"
+            assert message(fill, given) == f"{argument} must be {must}"
+
+
 @given(st.sampled_from(sorted(FOUR_BIT)), st.integers(0, 200), st.booleans(), st.sampled_from([1, 7, 64, 100]))
 def test_functional_is_the_room_below(quant_type, n, double, blocksize):
     x = ramp(n)
@@ -527,8 +598,8 @@ a quant state needs exactly one key 'quant_state.bitsandbytes__<quant_type>' or 
 keys of a quant state must be ['absmax', 'blocksize', 'dtype', 'quant_map', 'quant_type', 'shape'], got ['blocksize', 'dtype', 'quant_map', 'quant_type', 'shape']
 keys of a quant state must be ['absmax', 'blocksize', 'dtype', 'quant_map', 'quant_type', 'shape'], got ['absmax', 'blocksize', 'dtype', 'extra', 'quant_map', 'quant_type', 'shape']
 keys of a quant state must be ['absmax', 'blocksize', 'dtype', 'nested_absmax', 'nested_blocksize', 'nested_dtype', 'nested_offset', 'nested_quant_map', 'quant_map', 'quant_type', 'shape'], got ['absmax', 'blocksize', 'dtype', 'nested_absmax', 'quant_map', 'quant_type', 'shape']
-quant_type must be [formats] or None, for 8 bits, got 'nf5'
-quant_type must be [formats] or None, for 8 bits, got ['nf4']
+quant_type must be [formats] or None, for 8 bits (a codebook of your own has to be entered in bnbref.codebooks.FOUR_BIT first), got 'nf5'
+quant_type must be [formats] or None, for 8 bits (a codebook of your own has to be entered in bnbref.codebooks.FOUR_BIT first), got ['nf4']
 quant_map must be torch.float32 with 256 elements, got torch.float32 (16,)
 blocksize must be an integer from 1 to 4096, got 0
 blocksize must be an integer from 1 to 4096, got 64.0
@@ -700,6 +771,11 @@ def test_errors():
         message(F.dequantize_blockwise, codes),
         message(F.dequantize_blockwise, x, absmax=torch.ones(1)),
         message(F.dequantize_blockwise, codes, absmax=torch.ones(1), code=torch.ones(300)),
+        message(F.dequantize_blockwise, codes, absmax=torch.ones(1), code=[0.0, 1.0]),
+        message(F.dequantize_blockwise, codes, absmax=torch.ones(1, dtype=torch.uint8)),  # the codes of scales
+        message(F.dequantize_4bit, packed, absmax=torch.ones(1, dtype=torch.uint8), out=torch.ones(8)),
+        message(F.quantize_4bit, torch.eye(2).to_sparse()),
+        message(F.quantize_blockwise, torch.nested.nested_tensor([x, x], layout=torch.jagged)),
         message(F.get_4bit_type, "nf8"),
         message(F.get_4bit_type, "af4", blocksize=128),
         message(F.create_fp8_map, True, 4, 3, 7),
@@ -736,6 +812,11 @@ values of codebook 'code' must be at least two, sorted, got [1.0, 0.0]
 dequantize_blockwise needs quant_state or absmax, got neither
 codes must be uint8, got torch.float32
 code must have 2 to 256 values, got 300
+code must be a Codebook or a tensor of sorted values in one dimension, got [0.0, 1.0]
+absmax must be float32, float16 or bfloat16, got torch.uint8
+absmax must be float32, float16 or bfloat16, got torch.uint8
+x must be dense, got torch.sparse_coo
+x must be dense, got a nested tensor
 quant_type must be one of [formats] or a Codebook of at most 16 values, got 'nf8'
 af4 is defined for blocksize 64, got 128
 total_bits must be exponent_bits + precision_bits + sign = 8, got 7

@@ -14,7 +14,7 @@ from layers import BF16, F16, F32, fill, linear4, linear4_layers, raw, raw_state
 from torch import nn
 
 import bnbref
-from bnbref.codebooks import Codebook
+from bnbref.codebooks import FOUR_BIT, Codebook
 from bnbref.functional import dequantize_4bit, quantize_4bit
 from bnbref.kernels import ordered
 from bnbref.nn import Linear4bit, LinearFP4, LinearNF4, Params4bit, linear
@@ -224,13 +224,17 @@ def test_a_second_move_quantizes_nothing():
         assert raw_weight(layer) == before
 
 
-def test_a_codebook_is_a_type_too():
+def test_a_codebook_is_a_type_too(monkeypatch):
     book = Codebook.nearest("thirds", [-1, -2 / 3, -1 / 3, 0, 1 / 3, 2 / 3, 1])
     layer, x = linear4(quant_type=book, compress_statistics=True), inputs(2, 64)
     assert raw(layer(x)) == raw(F.linear(x, weight_of(layer, F32), layer.bias))
     assert raw_weight(copy.deepcopy(layer)) == raw_weight(layer)
     with pytest.raises(ValueError, match="codebook 'thirds' must be entered in FOUR_BIT to be saved"):
         layer.state_dict()
+    monkeypatch.setitem(FOUR_BIT, "thirds", book)  # later than the weight was quantized
+    again = linear4()
+    again.load_state_dict(layer.state_dict())
+    assert raw(again(x)) == raw(layer(x))
 
 
 # ---- the weight loses its attributes --------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The surface: bitsandbytes' names and signatures, and everything that a torch.optim.Optimizer can do."""
 
+import contextlib
 import copy
 import inspect
 import pickle
@@ -199,6 +200,34 @@ def test_every_class_steps_copies_and_pickles(name):
 def test_refusals(name, arguments, message):
     with pytest.raises(ValueError, match=message):
         make(name, [parameter()], **arguments)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyError, AssertionError, KeyboardInterrupt, ValueError])
+def test_a_group_that_fails_is_no_group(error):
+    """Whatever a stranger's rule raises when it is asked for its coefficients."""
+
+    class Picky(optim.rules.SGD):
+        def coefficients(self, t, group):
+            if group["lr"] > 1:
+                raise error("too fast")
+            return super().coefficients(t, group)
+
+    optimizer = optim.Optimizer([parameter()], Picky(), {"lr": 0.5, "weight_decay": 0.0, "betas": (0.9,)})
+    with pytest.raises((error, ValueError), match="too fast"):
+        optimizer.add_param_group({"params": [parameter()], "lr": 2.0})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=5), st.booleans())
+def test_a_parameter_that_a_group_has_twice_is_refused(places, added):
+    """Tied weights, gathered by hand: one gradient would be two steps."""
+    ps = [parameter() for _ in range(5)]
+    group, optimizer = [ps[i] for i in places], optim.AdamW([ps[4]])
+    twice = len(set(places)) < len(places)
+    with pytest.raises(ValueError, match="once") if twice else contextlib.nullcontext():
+        optimizer.add_param_group({"params": group}) if added else optim.AdamW(group).step()
+    assert len(optimizer.param_groups) == 1 + (added and not twice)
 
 
 @pytest.mark.parametrize("name", ["AdamW8bit", "Lion", "PagedSGD32bit"])

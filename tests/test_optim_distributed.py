@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from bnbref import optim
-from bnbref.optim import paging, sharding
+from bnbref.optim import paging, sharding, turns
 from bnbref.optim.cuts import Cut, complete
 from bnbref.optim.layout import Coded, Part
 from bnbref.optim.saved import WRAPPED
@@ -110,15 +110,15 @@ def interrupted(device, mesh):
     model = fully_shard(Model().to(device), mesh=mesh)
     optimizer = make("AdamW8bit", model.parameters(), **options("AdamW8bit"))
     model(0).backward()
-    update, last = optimizer._update, list(model.parameters())[-1]
+    update, last = turns.update, list(model.parameters())[-1]
 
-    def until_the_last(equation, hyper, p, *rest):
-        if p is last:
+    def until_the_last(turn, *rest):
+        if turn.p is last:
             raise torch.OutOfMemoryError
-        update(equation, hyper, p, *rest)
+        update(turn, *rest)
 
     with (
-        mock.patch.object(optimizer, "_update", until_the_last),
+        mock.patch.object(turns, "update", until_the_last),
         pytest.warns(UserWarning, match="interrupted") as said,
         pytest.raises(torch.OutOfMemoryError),
     ):

@@ -218,6 +218,9 @@ WRONG = {
         row,
     ),
     "a new row must have the shape (3,), got (3, 4)": lambda s, p, g, m, row, c: (g, m, s.whole(torch.tanh, g)),
+    "dense tensors of floats, got torch.int32": lambda s, p, g, m, row, c: (s.whole(torch.Tensor.int, g), m, row),
+    "dense tensors of floats, got torch.complex64": lambda s, p, g, m, row, c: (g, s.whole(torch.fft.fft, g), row),
+    "torch.float32, torch.sparse_coo": lambda s, p, g, m, row, c: (s.whole(torch.Tensor.to_sparse, g), m, row),
 }
 
 
@@ -228,6 +231,30 @@ def test_a_step_that_returns_something_else_is_refused(message, eager):
     with pytest.raises(ValueError) as caught:
         optim.Optimizer([p], going(WRONG[message]), {"lr": 1.0}).step()
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("bits", [8, 32])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_results_of_another_float_are_rounded_to_float32(dtype, bits, eager):
+    """Before anything else is done with them, in states as in directions."""
+
+    def trained(convert):
+        p = nn.Parameter(torch.linspace(-1, 1, 12).view(3, 4))
+        p.grad = torch.linspace(-3, 2, 12).view(3, 4)
+
+        def direction(s, p, g, m, row, c):
+            u, row = s.whole(lambda x, r: (convert(x / 3), convert(r + x.square().mean(-1) / 3)), g, row, results=2)
+            return u * 1.1 + m, convert_state(s, m, g), row
+
+        def convert_state(s, m, g):
+            return s.whole(lambda x, y: convert(x + y / 3), m, g)
+
+        optimizer = optim.Optimizer([p], going(direction), {"lr": 1.0}, optim_bits=bits, min_8bit_size=0)
+        for _ in range(3):
+            optimizer.step()
+        return [p.detach(), *(x for x in optimizer.state[p].values() if isinstance(x, torch.Tensor))]
+
+    assert same_bits(trained(lambda x: x.to(dtype)), trained(lambda x: x.to(dtype).float()))
 
 
 # ---- the rules ------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 # ruff: noqa: E501, the tables of messages are as long as the messages
 """Rules that somebody else writes: generated ones have the same bits compiled and eager, and broken ones are refused in a sentence."""
 
+import numbers
 import operator
 import types
 from typing import Any
@@ -18,7 +19,8 @@ from torch import nn
 from bnbref import optim
 from bnbref.codebooks import DYNAMIC, DYNAMIC_UNSIGNED, FP4, Codebook
 from bnbref.kernels import REGISTRY
-from bnbref.optim.equation import numbers, write_down
+from bnbref.optim.equation import numbers as coefficients_of
+from bnbref.optim.equation import write_down
 from bnbref.optim.rules import Rule, State, absmax_key, qmap_key
 
 # ---- generated rules ------------------------------------------------------------------------------------------------
@@ -29,8 +31,18 @@ OPERATIONS: dict[str, Any] = {
     "sign": torch.sign, "sqrt": lambda x: x.abs().sqrt(), "square": lambda x: x**2, "max": lambda x, y: torch.maximum(x, 0 * x + y), "min": lambda x, y: torch.minimum(x, y * x),
     "clamp": lambda x, low: x.clamp(min=low), "where": lambda x, y, z: torch.where(x > y, y, z),
     "both": lambda x, y: torch.where((x > y) & ~(x == 0), x, y), "count": lambda x, y: (x >= y) + 0.5 * (x != y),
+    "plus": operator.pos, "zeros": lambda x, y: torch.sqrt(torch.ones_like(x)) + torch.zeros_like(x).sub(y),
+    "between": lambda x, y: torch.clamp(x, min=-0.5, max=y), "as float": lambda x, y: (x <= y).float().clone() - ~(x < y),
+    "branch": lambda x, y: x if isinstance(y, numbers.Real) and y > 0 else 2 * x,
 }  # fmt: skip
-ARITY = {"negative": 1, "abs": 1, "sign": 1, "sqrt": 1, "square": 1, "where": 3}
+ARITY = {"negative": 1, "abs": 1, "sign": 1, "sqrt": 1, "square": 1, "where": 3, "plus": 1}
+
+# Codebooks by which somebody else keeps 8-bit states: few values, many, lopsided, neighbours, tiny ones, 0 twice; all keep 0.
+BOOKS = (
+    st.lists(st.floats(-1, 1, width=32) | st.sampled_from([2.0**-140, 1.0, 0.0]), max_size=254)
+    .map(lambda values: Codebook.nearest("own", sorted([*values, -(2.0**-130), 0.0, 0.75])))
+    .filter(lambda book: book.values[book.code_of_zero] == 0.0)
+)  # else it is refused, see BROKEN
 
 # Numbers of any type that Python has; among them those that are equal to another one and compute something else.
 NUMBERS = st.sampled_from(
@@ -45,8 +57,8 @@ HELD: list[Any] = []
 class Stranger(Rule):
     """A random program over p, g, the states, the coefficients and numbers that live in one place or another."""
 
-    def __init__(self, states, lines, results, home, held):
-        self.states = states
+    def __init__(self, states, codebooks, lines, results, home, held):
+        self.states, self.codebooks = states, codebooks
         self._lines, self._results, self._home = lines, results, home
         self.hold(held)
 
@@ -83,14 +95,9 @@ class Stranger(Rule):
 
 @st.composite
 def strangers(draw):
-    states = tuple(
-        State(key, signed)
-        for key, signed in draw(
-            st.dictionaries(
-                st.sampled_from(["state1", "momentum", "absmax", "g", "sqrt"]), st.booleans(), min_size=1, max_size=3
-            )
-        ).items()
-    )
+    keys = st.sampled_from(["state1", "momentum", "absmax", "g", "sqrt", "self", "lr", "state", "é", "_"])
+    states = tuple(State(*of) for of in draw(st.dictionaries(keys, st.booleans(), max_size=5)).items())
+    codebooks = draw(st.just(Rule.codebooks) | st.tuples(BOOKS, BOOKS))
     operand = st.tuples(st.sampled_from(["value", "value", "number"]), st.integers(0, 3))
     lines = []
     for _ in range(draw(st.integers(4, 10))):
@@ -99,7 +106,16 @@ def strangers(draw):
         lines.append((name, draw(st.lists(operand, min_size=count, max_size=count))))
     results = draw(st.lists(st.integers(0, 3), min_size=1 + len(states), max_size=1 + len(states)))
     held = st.lists(NUMBERS, min_size=4, max_size=4)
-    return states, lines, results, draw(st.sampled_from(HOMES)), draw(held), draw(held)
+    return states, codebooks, lines, results, draw(st.sampled_from(HOMES)), draw(held), draw(held)
+
+
+class Proper(Stranger):
+    """One whose states are finite, and not negative where they are said not to be."""
+
+    def direction(self, p, g, *rest):
+        direction, *new = (0 * p + x for x in super().direction(p, g, *rest))
+        new = [torch.where(x == x, x, 0.0).clamp(-100, 100) for x in new]
+        return (direction, *(x if s.signed else abs(x) for s, x in zip(self.states, new, strict=True)))
 
 
 def stepped(stranger, bits):
@@ -218,7 +234,7 @@ def test_an_equation_computes_what_its_rule_does(rule):
         "t_alpha": 3,
         "t_beta3": 3,
     }
-    found = numbers(rule, 2, group)
+    found = coefficients_of(rule, 2, group)
     c = types.SimpleNamespace(**{name: torch.tensor(x, dtype=torch.float32) for name, x in found.items()})
     inputs = [torch.randn(1000), torch.randn(1000), *(torch.rand(1000) for _ in rule.states)]
     assert same_bits(write_down(rule, tuple(found)).direction(*inputs, c), rule.direction(*inputs, c))
@@ -313,6 +329,20 @@ BROKEN = {
     "coefficient 'rate' of Mine is nan at step 1": broken(
         coefficients=lambda self, t, group: {"rate": np.nan, "decay": 1}
     ),
+    "without an underscore before them, got 'ﬁ'": broken(  # Python reads `c.ﬁ` as `c.fi`
+        coefficients=lambda self, t, group: {"rate": 1, "decay": 1, "ﬁ": 1}
+    ),
+    "got '_names'": broken(coefficients=lambda self, t, group: {"rate": 1, "decay": 1, "_names": 1}),
+    "attribute, without an underscore before them, got 3": broken(
+        coefficients=lambda self, t, group: {"rate": 1, "decay": 1, 3: 1}
+    ),
+    "codebook of Mine is a method of its own": broken(codebook=lambda self, state: DYNAMIC),
+    "direction of Mine fails: TypeError: unsupported operand type(s) for ^": going(
+        lambda p, g, m, c: ((g > 0) ^ (m > 0), m)
+    ),
+    "direction of Mine fails: TypeError: maximum()": going(lambda p, g, m, c: (torch.maximum(g, 0.0), m)),
+    "direction of Mine fails: KeyError: 'beta'; a rule computes": going(lambda p, g, m, c: ({}["beta"] * g, m)),
+    "direction of Mine fails: TypeError: operand 'Symbol' does not": going(lambda p, g, m, c: (np.sqrt(g), m)),
     "got 'lambda'": broken(coefficients=lambda self, t, group: {"rate": 1, "decay": 1, "lambda": 1}),
     "Rule has no direction": type(
         "Mine", (Rule,), {"states": (), "coefficients": Scaled.coefficients, "__repr__": lambda _: "Rule"}
@@ -346,8 +376,18 @@ BROKEN = {
     "letters, digits and underscores, got 'a.b'": broken(states=(State("a.b"),)),
     "stacked of Mine must be a tuple of names of its states": broken(stacked=("state1",)),
     "codebooks of Mine must be two": broken(codebooks=(DYNAMIC,)),
-    "'fp4' of Mine, must have 0.0, where states begin, and codes in the order of its values": broken(
+    "'fp4' of Mine, must keep 0.0, where states begin, and have codes in the order of its values": broken(
         codebooks=(FP4, FP4)
+    ),
+    # A threshold at 0, above which 0 is not: the code of 0 is that of -1.
+    "'late' of Mine, must keep 0.0, where states begin": broken(
+        codebooks=(Codebook("late", (-1.0, 0.0, 1.0), (0.0, 0.5)), DYNAMIC_UNSIGNED)
+    ),
+    "'tiny' of Mine, must keep 0.0": broken(
+        codebooks=(Codebook.nearest("tiny", [-1.0, -(2.0**-149), 0.0, 1.0]), DYNAMIC_UNSIGNED)
+    ),
+    "'down' of Mine, has no value above 0": broken(
+        states=(State("momentum", signed=False),), codebooks=(DYNAMIC, Codebook.nearest("down", [-1.0, 0.0]))
     ),
     "has values of one sign only": broken(codebooks=(DYNAMIC_UNSIGNED, DYNAMIC_UNSIGNED)),
 }
@@ -387,3 +427,28 @@ def test_what_breaks_later_changes_nothing(eager):
         optimizer.step()
     assert same_bits([p.data for p in params], before)
     assert [optimizer.state[p]["step"] for p in params] == [2, 1]
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+@pytest.mark.parametrize("places", [[0, 0], [0, 1, 2, 1]])
+def test_a_parameter_is_in_its_group_once(places):
+    """As a tied weight is that comes from two modules. Torch warns and steps it twice."""
+    params = [nn.Parameter(torch.ones(i + 2)) for i in range(3)]
+    with pytest.raises(
+        ValueError, match=rf"got one of shape .* at {places.index(places[-1])} and at {len(places) - 1}"
+    ):
+        optim.Optimizer([params[i] for i in places], Scaled(1.0), {"lr": 1.0})
+
+
+def test_a_state_that_was_said_to_have_no_sign_and_has_one(eager):
+    """In 32 bits it steps; its checkpoint is refused, with a way to load it."""
+    rule = broken(states=(State("momentum", signed=False),))
+    p = nn.Parameter(torch.ones(3))
+    p.grad = -torch.ones(3)
+    optimizer = optim.Optimizer([p], rule, {"lr": 1.0})
+    optimizer.step()
+    with pytest.raises(ValueError, match="State\\('momentum'\\) has a sign after all"):
+        optimizer.load_state_dict(optimizer.state_dict())
+    mended = optim.Optimizer([p], Scaled(1.0), {"lr": 1.0})
+    mended.load_state_dict(optimizer.state_dict())
+    assert mended.state[p]["momentum"].tolist() == [-1.0] * 3

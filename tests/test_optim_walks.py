@@ -1,4 +1,5 @@
-"""Whatever a user does to an optimizer between two steps, parameters and states have the bits of one that only steps.
+"""Whatever a user does to an optimizer between two steps, parameters and states have the bits of one that only steps. Rules
+that users write are among them.
 
 hypothesis walks: each step is something that loops and libraries do (save and load, copy, move, add a group, change the
 learning rate, give gradients in another layout). Beside the optimizer goes a twin, to which only that is done which changes
@@ -24,7 +25,10 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from test_optim_classes import make
+from test_optim_strangers import Proper, strangers
 from torch import nn
+
+from bnbref import optim
 
 FAMILIES = [
     "SGD8bit",
@@ -61,13 +65,14 @@ class Walk(RuleBasedStateMachine):
     """`ours` walks, `twin` steps; each is a list of parameters and their optimizer."""
 
     @initialize(
-        family=st.sampled_from(FAMILIES),
+        family=st.sampled_from(FAMILIES) | strangers(),
         dtype=st.sampled_from(DTYPES),
         bits=st.sampled_from([None, 24, 32]),
         maximize=st.booleans(),
     )
     def begin(self, family, dtype, bits, maximize):
-        self.family, self.dtype = family, dtype
+        self.rule = None if isinstance(family, str) else Proper(*family[:4], "field", family[-1])
+        self.family, self.dtype = family if isinstance(family, str) else "of a stranger", dtype
         self.options = {"lr": 1e-2, "min_8bit_size": 64, "maximize": maximize}
         self.options |= {"master_weight_bits": bits} if dtype != torch.float32 else {}
         self.folder = tempfile.TemporaryDirectory()
@@ -82,7 +87,12 @@ class Walk(RuleBasedStateMachine):
     def made(self, params, **options):
         """An optimizer of this family with as many groups as there are now."""
         first = params[: len(SHAPES[:2])]
-        optimizer = make(self.family, [{"params": first, "blocksize": 128}], **self.options, **options)
+        groups, options = [{"params": first, "blocksize": 128}], {**self.options, **options}
+        if self.rule is None:
+            optimizer = make(self.family, groups, **options)
+        else:
+            rule = copy.deepcopy(self.rule)
+            optimizer = optim.Optimizer(groups, rule, {"lr": options.pop("lr")}, optim_bits=8, **options)
         if len(params) > len(first):
             optimizer.add_param_group({"params": params[len(first) :], "lr": 2e-2})
         return optimizer

@@ -224,7 +224,7 @@ def test_of_32_bits_every_class_trains_as_on_float32(name):
     for p, w in zip(params, wide, strict=True):
         assert same_bits(optimizer.exact_weight(p), w.detach())
         assert (p.detach().float() - w).abs().max() <= 2**-8 * w.abs().max()
-        state = {key: x for key, x in optimizer.state[p].items() if key != weights.CORRECTION}
+        state = {key: x for key, x in optimizer.state[p].items() if key != weights.CORRECTIONS[BF16]}
         assert state.pop("step") == 4
         assert all(same_bits(x, want.state[w][key]) for key, x in state.items())
 
@@ -248,7 +248,7 @@ def test_a_step_is_one_on_float32_and_a_split(name, dtype, correction):
         for p, w in zip(params, wide, strict=True):
             near, rest = weights.split(w.detach(), dtype, correction)
             assert same_bits(p.detach(), near)
-            assert torch.equal(optimizer.state[p][weights.CORRECTION], rest)
+            assert torch.equal(optimizer.state[p][weights.CORRECTIONS[dtype]], rest)
             w.data.copy_(weights.exact(near, rest))
 
 
@@ -277,7 +277,7 @@ def test_resumed_is_uninterrupted_and_a_directory_is_resident(name, bits, tmp_pa
     assert same_bits([*(p.detach() for p in others), *tensors(resumed)], want)
     assert same_bits([*(p.detach() for p in paged), *tensors(away)], want)
     read = optim.read_pages(tmp_path / "pages")
-    assert torch.equal(read[0][weights.CORRECTION], optimizer.state[params[0]][weights.CORRECTION])
+    assert torch.equal(read[0][weights.CORRECTIONS[BF16]], optimizer.state[params[0]][weights.CORRECTIONS[BF16]])
     copied = copy.deepcopy(optimizer)
     assert same_bits(tensors(copied), tensors(optimizer))
 
@@ -346,7 +346,7 @@ def test_groups_overrides_and_float32_parameters():
     optim.GlobalOptimManager.get_instance().override_config(params[3], "master_weight_bits", None)
     wide.grad = torch.ones_like(wide)
     step(params, optimizer, 0)
-    found = [optimizer.state[p].get(weights.CORRECTION) for p in (*params, wide)]
+    found = [optimizer.state[p].get(weights.CORRECTIONS[BF16]) for p in (*params, wide)]
     assert [None if x is None else x.dtype for x in found] == [torch.int8, torch.int8, torch.int16, None, None]
     assert (
         sum(x.nbytes for x in optimizer.state[params[2]].values() if isinstance(x, torch.Tensor)) == 5000 * 4 + 20 * 8
@@ -361,7 +361,44 @@ def test_a_state_without_a_correction_begins_with_none_missing():
     optimizer = optim.AdamW8bit(params, master_weight_bits=24)
     optimizer.load_state_dict(plain.state_dict())
     step(params, optimizer, 1)
-    assert all(optimizer.state[p][weights.CORRECTION].dtype == torch.int8 for p in params)
+    assert all(optimizer.state[p][weights.CORRECTIONS[BF16]].dtype == torch.int8 for p in params)
+
+
+CASTS = [(BF16, F16), (F16, BF16), (BF16, torch.float32), (F16, torch.float32)]
+
+
+@quick
+@pytest.mark.parametrize("bits", [24, 32])
+@pytest.mark.parametrize("name", ["AdamW8bit", "Muon", "LARS32bit", "AdamWScheduleFree8bit"])
+@pytest.mark.parametrize(("dtype", "to"), CASTS)
+def test_a_cast_is_refused_and_what_was_read_before_it_is_set_after_it(name, bits, dtype, to):
+    """A correction counts in steps of its dtype: a bfloat16's int8 in a float16 would be an eighth of what it was."""
+    model = nn.Linear(70, 70, bias=False, dtype=dtype)
+    optimizer = make(name, model.parameters(), lr=1e-2, master_weight_bits=bits)
+    [p] = model.parameters()
+
+    def backward():
+        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(0)).to(p.dtype)
+
+    backward()
+    optimizer.step()
+    value, saved, state = optimizer.exact_weight(p), optimizer.state_dict(), dict(optimizer.state[p])
+    model.to(to)
+    before = p.detach().clone()
+    backward()
+    refused = [optimizer.step, lambda: optimizer.exact_weight(p), lambda: optimizer.load_state_dict(saved)]
+    refused += [optimizer.eval] if "ScheduleFree" in name else []
+    for call in refused:
+        with pytest.raises(ValueError, match=f"belongs to a parameter of {dtype}, but p is {to}"):
+            call()
+    assert same_bits(p.detach(), before)
+    assert same_bits(list(state.values())[1:], list(optimizer.state[p].values())[1:])
+    optimizer.set_exact_weight(p, value)
+    exact = optimizer.exact_weight(p)
+    steps_of = {32: 2.0**-38, 24: 2.0**-33}[bits]  # what float16 with a correction may miss
+    assert bool(((exact - value).abs() <= value.abs() * 2.0**-16 * (bits == 24) + steps_of).all())
+    optimizer.step()
+    assert not same_bits(optimizer.exact_weight(p), exact)  # which is memory of its own, of a float32 too
 
 
 @quick
@@ -385,11 +422,9 @@ def test_what_is_refused():
     wide = nn.Parameter(torch.ones(5000))
     with pytest.raises(ValueError, match=r"float32"):
         optim.AdamW8bit([wide]).load_state_dict(saved)
-    half = nn.Parameter(p.detach().half())
-    state = optim.AdamW8bit([p], master_weight_bits=32)
-    state.set_exact_weight(p, torch.full((5000,), 1 + 2.0**-9))
-    with pytest.raises(ValueError, match="4096"):
-        optim.AdamW8bit([half]).load_state_dict(state.state_dict())
+    of_half = {weights.CORRECTIONS[F16]: torch.full((5000,), 5000, dtype=torch.int16)}
+    with pytest.raises(ValueError, match="goes beyond 4096"):
+        weights.checked_correction(p.detach().half(), of_half)
     p.data = p.data.float()
     p.grad = torch.ones_like(p)
     with pytest.raises(ValueError, match=r"float32"):
@@ -422,7 +457,7 @@ def test_bytes_of_weights():
         optimizer = make(name, [p], master_weight_bits=bits)
         optimizer.step()
         sizes = {key: x.nbytes / p.numel() for key, x in optimizer.state[p].items() if isinstance(x, torch.Tensor)}
-        correction = sizes.pop(weights.CORRECTION, 0)
+        correction = sizes.pop(weights.CORRECTIONS[BF16], 0)
         assert (p.element_size(), correction, sum(sizes.values())) == want, name
 
 

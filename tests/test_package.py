@@ -33,6 +33,7 @@ ROOMS = (
     ("bnbref.fourbit", "bnbref.int8", "bnbref.nested", "bnbref.quant_state", "bnbref.state_fields"),
     ("bnbref.blockwise",),
     ("bnbref.codebooks",),
+    ("bnbref.formats",),
     ("bnbref.codebook",),
     ("bnbref.kernels",),
     ("bnbref.context",),

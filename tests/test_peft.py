@@ -268,6 +268,63 @@ def test_a_bias_is_merged_too():
     assert torch.equal(layer.base_layer.bias, before)
 
 
+def test_the_life_of_adapters_is_that_on_the_dequantized_model(ids, tmp_path):
+    """Added, chosen by row, weighted, disabled, deleted, swapped for one of another rank, unloaded: the same logits."""
+    hotswap = pytest.importorskip("peft.utils.hotswap")
+
+    def fill(model, seed):
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in sorted(model.named_parameters()):
+            if "lora_" in name:
+                parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+
+    def fresh(dequantized, **options):
+        spec = bnbref.BnbRefConfig("nf4")  # of float32: what it dequantizes to is not rounded again
+        model = AutoModelForCausalLM.from_pretrained(FIXTURES / "base", dtype=torch.float32, quantization_config=spec)
+        model = model.dequantize() if dequantized else model
+        return peft.get_peft_model(model, config(not dequantized, **options)).eval()
+
+    models = [fresh(False), fresh(True)]
+    rows = ids[:1].repeat(3, 1)
+
+    def alike(look=lambda model: model(input_ids=rows).logits):
+        with torch.no_grad():
+            ours, plain = map(look, models)
+        assert same(ours, plain)
+        return ours
+
+    for model in models:
+        model.add_adapter("b", config(model is models[0], r=2, target_modules=["up_proj"]))
+        fill(model, 1)
+        model.add_weighted_adapter(["default", "b"], [0.5, -2.0], "both", combination_type="cat")
+    chosen = ["b", "__base__", "default"]
+    mixed = alike(lambda model: model(input_ids=rows, adapter_names=chosen).logits)
+    found = {}
+    for name in ("default", "b", "both"):
+        for model in models:
+            model.set_adapter(name)
+        found[name] = alike()
+        with models[0].disable_adapter(), models[1].disable_adapter():
+            found["__base__"] = alike()
+    assert len({str(x[0].tolist()) for x in found.values()}) == 4
+    for row, name in enumerate(chosen):
+        torch.testing.assert_close(mixed[row], found[name][row])
+    for model in models:
+        model.delete_adapter("both")
+        model.set_adapter("default")
+    assert same(alike(), found["default"])
+    for model, path in zip(models, (tmp_path / "ours", tmp_path / "plain"), strict=True):
+        other = fresh(model is models[1], r=8)
+        fill(other, 2)
+        other.save_pretrained(path)
+        hotswap.prepare_model_for_compiled_hotswap(model, target_rank=8)
+        hotswap.hotswap_adapter(model, path, "default")
+    assert not same(alike(), found["default"])
+    models = [model.unload() for model in models]
+    assert same(alike(), found["__base__"])
+    assert isinstance(models[0].model.layers[0].self_attn.q_proj, Linear4bit)
+
+
 @each_kind
 def test_an_adapter_that_is_not_finite_is_refused(kind):
     model = with_adapter(kind)

@@ -49,9 +49,7 @@ def add_check(commands: Any) -> argparse.ArgumentParser:
     check.add_argument("--summary", type=Path, metavar="FILE", help="write the rules by what became of them, as JSON")
     check.add_argument("--badge", type=Path, metavar="FILE", help="write a badge, as shields.io reads it")
     check.add_argument("--markdown", type=Path, metavar="FILE", help="write a table for a README")
-    check.add_argument(
-        "--html", type=Path, metavar="FILE", help="write one page with a matrix, failures and error maps"
-    )
+    check.add_argument("--html", type=Path, metavar="FILE", help="write one page: the rules, what failed, error maps")
     return check
 
 
@@ -111,8 +109,8 @@ def usable_device(name: str) -> Any:
 
 def run_check(args: argparse.Namespace) -> int:
     """Run the cases on a backend, and write the reports."""
-    from bnbref.conformance import backends, board, page, report, vectors, workers
-    from bnbref.conformance.board import summary
+    from bnbref.conformance import backends, board, report, vectors, workers
+    from bnbref.conformance.board import page, summary
 
     if args.list:
         refuse(args, "--list goes alone", "list")
@@ -134,16 +132,17 @@ def run_check(args: argparse.Namespace) -> int:
     results = workers.run(args.backend or "bnbref", cases, device, jobs)
     crashed = any(f.kind == "crashed" for r in results for f in r.failures)
     done = report.report(backend, device, results, small=not crashed)  # shrinking would run the backend in this process
-    column = board.column(Path(f"{done.backend}.json"), report.as_json(done))
-    for file, form in (
-        (args.json, report.as_json),
-        (args.summary, lambda _: summary.as_summary(column)),
-        (args.badge, lambda _: summary.as_badge(column)),
-        (args.html, lambda r: page.as_html([r])),
-        (args.markdown, lambda r: report.as_markdown([r])),
+    column = board.of_run(done, args.json or Path(f"{done.backend}.json"))
+    for file, text in (
+        (args.json, report.as_json(done)),
+        (args.summary, summary.as_summary(column)),
+        (args.badge, summary.as_badge(column)),
+        (args.markdown, report.as_markdown([done])),
     ):
         if file is not None:
-            file.write_text(form(done), encoding="utf-8")
+            file.write_text(text, encoding="utf-8")
+    if args.html is not None:
+        args.html.write_text(page.as_page([column]), encoding="utf-8")
     print(report.as_text(done))
     failed = column.count("defect") + (column.count("dialect") if args.fail_on == "any" else 0)
     return 1 if failed or not column.count("passed") else 0

@@ -9,8 +9,9 @@ import torch
 
 from bnbref.conformance import backends, vectors
 from bnbref.conformance.backends import Backend
+from bnbref.conformance.findings import broken_by
 from bnbref.conformance.judge import Result
-from bnbref.conformance.report import Report, broken, report
+from bnbref.conformance.report import Report, report
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -78,5 +79,5 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     """Each broken rule and its flag, after everything else that pytest prints."""
     reporter = config.pluginmanager.get_plugin("terminalreporter")
     if reporter is not None and _RUN in config.stash:
-        for line in broken(config.stash[_RUN].report()):
+        for line in broken_by(config.stash[_RUN].report().findings):
             reporter.write_line(f"broken: {line}")

@@ -9,8 +9,9 @@ import torch
 
 from bnbref.codebooks import DYNAMIC, value_table
 from bnbref.conformance.cases import Case, make
+from bnbref.conformance.findings import describe
 from bnbref.conformance.judge import Result, run_case
-from bnbref.conformance.report import describe, report
+from bnbref.conformance.report import report
 
 
 def verdict(tested: Any, result: Result) -> None:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from bnbref.demo import MODEL, Settings
 from bnbref.demo.evaluate import CONTEXT, perplexity, sample
-from bnbref.demo.formats import FORMATS, Format, plain, size
+from bnbref.demo.formats import FORMATS, Format, plain, weights
 from bnbref.demo.report import aligned, doing, mebibytes, one_line
 from bnbref.demo.resources import phase
 from bnbref.info import compute_dtype
@@ -69,15 +69,18 @@ def measure(kind: Format, tokenizer: Any, heldout: Tensor, settings: Settings, d
     with phase("ready") as ready, doing(f"{kind.name}: loading"):
         model = load(kind, device)
         sample(model, tokenizer, PROMPT, tokens=2, greedy=True)
-    found = size(model, kind)
+    found = weights(model, kind)
+    count = sum(p.elements for p in found.parameters)
     with phase("evaluation") as evaluation:
         value = perplexity(model, heldout, batch=1, progress=f"{kind.name}: perplexity")
     with phase("generation") as generation, doing(f"{kind.name}: generating"):
         text = sample(model, tokenizer, PROMPT, tokens=settings.tokens, greedy=True)
     return {
         "name": kind.name,
-        **found._asdict(),
-        "bits": found.bits,
+        "layers": len(found.parameters),
+        "parameters": count,
+        "bytes": found.total_bytes,
+        "bits": 8 * found.total_bytes / count,
         "perplexity": value,
         "tokens_per_second": text.tokens / text.seconds,
         "text": text.text,

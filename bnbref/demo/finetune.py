@@ -77,18 +77,10 @@ def finetune(tokenizer: Any, heldout: Tensor, settings: Settings, device: torch.
     ):
         print(f"  {name:<33}{value}")
     return {
-        "parameters": found.parameters,
-        "losses": list(found.losses),
-        "loss_first": first,
-        "loss_last": last,
-        "perplexity_before": before,
-        "perplexity_after": after,
-        "training": asdict(training),
-        "tokens_per_second": rate,
-        "reload_difference": difference,
-        "text_before": text_before,
-        "text_after": text_after,
-    }
+        "parameters": found.parameters, "losses": list(found.losses), "loss_first": first, "loss_last": last,
+        "perplexity_before": before, "perplexity_after": after, "training": asdict(training), "tokens_per_second": rate,
+        "reload_difference": difference, "text_before": text_before, "text_after": text_after,
+    }  # fmt: skip
 
 
 def measure(

@@ -17,12 +17,7 @@ def layout(args: Sequence[Any], constants: Mapping[str, Any]) -> Any:
 
 
 def direct(
-    ran: Sequence[Call],
-    launched: Sequence[Call],
-    tensors: Sequence[Any],
-    count: int,
-    result: Any,
-    into: Sequence[int],
+    ran: Sequence[Call], launched: Sequence[Call], tensors: Sequence[Any], count: int, result: Any, into: Sequence[int]
 ) -> Callable[[Sequence[Any]], Any] | None:
     """Inductor's code itself, for calls whose tensors have just these sizes, strides, dtypes and devices.
 

@@ -87,13 +87,9 @@ class Kernel(Generic[P, R]):
     """
 
     def __init__(
-        self,
-        definition: Callable[P, R],
-        dynamic: Mapping[str, tuple[int, ...]],
-        exact: bool = True,
-        writes: Sequence[str] = (),
-        by_rows: bool | Callable[..., bool] = False,
-    ) -> None:
+        self, definition: Callable[P, R], dynamic: Mapping[str, tuple[int, ...]], exact: bool = True,
+        writes: Sequence[str] = (), by_rows: bool | Callable[..., bool] = False,
+    ) -> None:  # fmt: skip
         self.name = definition.__name__
         self.definition = definition
         self.parameters = Parameters(definition, dynamic, writes)

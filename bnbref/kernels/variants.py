@@ -37,14 +37,9 @@ class Variants(dict[Any, Callable[..., Any]]):
         self._name, self._parameters = name, parameters
 
     def call(
-        self,
-        device_type: str,
-        formulation: Formulation,
-        args: Sequence[Any],
-        tables: tuple[Tensor, ...],
-        constants: Mapping[str, Any],
-        writes: bool,
-    ) -> tuple[Any, Callable[[Sequence[Any]], Any] | None]:
+        self, device_type: str, formulation: Formulation, args: Sequence[Any], tables: tuple[Tensor, ...],
+        constants: Mapping[str, Any], writes: bool,
+    ) -> tuple[Any, Callable[[Sequence[Any]], Any] | None]:  # fmt: skip
         """A call by way of Dynamo, which finds or compiles the code for these sizes.
 
         Returns the result, and the function that makes the next call of this layout without Dynamo, or None if there can be none.
@@ -96,13 +91,9 @@ def _signature(tensor: Tensor | None, dynamic: tuple[int, ...]) -> Any:
 
 
 def _compiled(
-    name: str,
-    formulation: Formulation,
-    count: int,
-    into: Sequence[int],
-    constants: Mapping[str, Any],
+    name: str, formulation: Formulation, count: int, into: Sequence[int], constants: Mapping[str, Any],
     options: Mapping[str, Any],
-) -> Callable[..., Any]:
+) -> Callable[..., Any]:  # fmt: skip
     """A compiled function of `count` tensors followed by tables, which runs the formulation.
 
     into: the places of the arguments into which the results are copied; if it is empty, the results are returned.

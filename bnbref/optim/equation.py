@@ -16,6 +16,7 @@ but these lines reaches the compiler: what it could not compile, or not with the
 import functools
 import inspect
 import keyword
+import unicodedata
 from collections.abc import Collection, Mapping
 from types import FunctionType
 from typing import Any
@@ -26,8 +27,8 @@ from torch._compile import _disable_dynamo
 
 from bnbref.codebooks import Codebook
 from bnbref.optim.rule import OF, Rule, State, absmax_key, qmap_key
-from bnbref.optim.symbols import LARGEST, Call, Names, Recording, Symbol
-from bnbref.optim.weights import CORRECTION
+from bnbref.optim.symbols import LARGEST, Call, Names, Recording, Refusal, Symbol
+from bnbref.optim.weights import CORRECTIONS
 
 
 class Equation(Rule):
@@ -97,7 +98,13 @@ def write_down(rule: Rule, names: tuple[str, ...]) -> Equation:
     matrices = {f"s{i}": s.key for i, s in enumerate(rule.states) if s.of != "elements"}
     recording = Recording(repr(rule), matrices)
     inputs = ["p", "g", *(f"s{i}" for i in range(len(rule.states)))]
-    results = rule.direction(*(Symbol(recording, name) for name in inputs), Names(recording, names))
+    symbols = [Symbol(recording, name) for name in inputs]
+    try:
+        results = rule.direction(*symbols, Names(recording, names))
+    except Refusal:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        recording.refuse(f"fails: {type(error).__name__}: {error}")
     if not isinstance(results, (tuple, list)) or len(results) != 1 + len(rule.states):
         wanted = ", ".join(["direction", *(s.key for s in rule.states)])
         got = f"{len(results)} results" if isinstance(results, (tuple, list)) else f"no tuple but {results!r}"
@@ -116,18 +123,27 @@ def write_down(rule: Rule, names: tuple[str, ...]) -> Equation:
     return Equation(rule, "\n    ".join(lines), names, calls=recording.calls, read=recording.read)
 
 
+def _is_name(name: Any) -> bool:
+    """Whether `c.name` is the attribute of just that name."""
+    usual = isinstance(name, str) and name.isidentifier() and not keyword.iskeyword(name)
+    return usual and unicodedata.normalize("NFKC", name) == name
+
+
 def numbers(rule: Rule, t: int, group: Mapping[str, Any]) -> dict[str, float]:
     """The coefficients of step t for a group of parameters, in float64: ValueError if they are no finite float32."""
     # A learning rate in a tensor is a number, and what is computed with it on the host is computed in float64.
     group = {name: x.item() if isinstance(x, Tensor) and x.numel() == 1 else x for name, x in group.items()}
     try:
-        found = {name: float(x) for name, x in rule.coefficients(t, group).items()}
+        given = rule.coefficients(t, group).items()
+        found = {name: float(x.item() if isinstance(x, Tensor) else x) for name, x in given}
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"coefficients of {rule!r} fail at step {t}: {type(error).__name__}: {error}") from error
     for name, x in found.items():
-        if not name.isidentifier() or keyword.iskeyword(name):
+        # Python reads `c.ﬁ` as `c.fi`, and names with an underscore before them may be those of Python or of `Names`.
+        if not _is_name(name) or name.startswith("_"):
             raise ValueError(
-                f"coefficients of {rule!r} must have names that Python takes for an attribute, got {name!r}"
+                f"coefficients of {rule!r} must have names that Python takes for an attribute, without an underscore before "
+                f"them, got {name!r}"
             )
         if not abs(x) <= LARGEST:
             raise ValueError(f"coefficient {name!r} of {rule!r} is {x} at step {t}: it must be a finite float32")
@@ -164,7 +180,7 @@ def check(rule: Any) -> Rule:
     states: Any = getattr(rule, "states", None)
     if not isinstance(states, tuple) or not all(isinstance(s, State) for s in states):
         raise TypeError(f'states of {rule!r} must be a tuple of State, as in (State("state1"),), got {states!r}')
-    keys = ["step", "unorm_vec", CORRECTION]
+    keys = ["step", "unorm_vec", *CORRECTIONS.values()]
     for s in states:
         if not isinstance(s.key, str) or not s.key.isidentifier():
             raise ValueError(f"a state of {rule!r} must have a name of letters, digits and underscores, got {s.key!r}")
@@ -178,19 +194,25 @@ def check(rule: Any) -> Rule:
         )
     if not isinstance(rule.stacked, tuple) or not set(rule.stacked) <= {s.key for s in states}:
         raise ValueError(f"stacked of {rule!r} must be a tuple of names of its states, got {rule.stacked!r}")
+    if type(rule).codebook is not Rule.codebook:
+        raise TypeError(
+            f"codebook of {rule!r} is a method of its own, which no kernel calls: it names its two in codebooks"
+        )
     books: Any = rule.codebooks
     if not isinstance(books, tuple) or len(books) != 2 or not all(isinstance(book, Codebook) for book in books):
         raise TypeError(f"codebooks of {rule!r} must be two, of states with a sign and of those without, got {books!r}")
     for book, kind in zip(books, ("with", "without"), strict=True):
-        if book.order is not None or book.sign_bit or 0.0 not in book.values:
+        if book.order is not None or book.sign_bit or book.values[book.code_of_zero] != 0.0:
             raise ValueError(
-                f"the codebook of states {kind} a sign, {book.name!r} of {rule!r}, must have 0.0, where states begin, and "
+                f"the codebook of states {kind} a sign, {book.name!r} of {rule!r}, must keep 0.0, where states begin, and have "
                 f"codes in the order of its values"
             )
     if any(s.signed for s in states) and not books[0].values[0] < 0 < books[0].values[-1]:
         raise ValueError(
             f"the codebook of states with a sign, {books[0].name!r} of {rule!r}, has values of one sign only"
         )
+    if not all(s.signed for s in states) and not books[1].values[-1] > 0:
+        raise ValueError(f"the codebook of states without a sign, {books[1].name!r} of {rule!r}, has no value above 0")
     arguments = ["p", "g", *(s.key for s in states), "c"]
     try:
         inspect.signature(rule.direction).bind(*arguments)

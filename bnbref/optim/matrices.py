@@ -72,11 +72,8 @@ class Muon(Rule):
 
     def orthogonal(self, x: Tensor) -> Tensor:
         rows, columns = x.shape[-2:]
-        scale = (
-            math.sqrt(max(1, rows / max(1, columns)))
-            if self.adjust == "original"
-            else 0.2 * math.sqrt(max(rows, columns))
-        )
+        tall = math.sqrt(max(1, rows / max(1, columns)))
+        scale = tall if self.adjust == "original" else 0.2 * math.sqrt(max(rows, columns))
         return scale * newton_schulz(x, *self._how).float()
 
 

@@ -5,28 +5,23 @@ stays as it was saved.
 """
 
 import inspect
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bnbref.blockwise import check_blocksize, check_float
-from bnbref.optim import paging
-from bnbref.optim.equation import Equation, at_step, check, layout
-from bnbref.optim.progress import Progress
+from bnbref.blockwise import check_blocksize
+from bnbref.optim import paging, turns
+from bnbref.optim.choice import Choice
+from bnbref.optim.equation import Equation
 from bnbref.optim.rule import Rule
 from bnbref.optim.saved import gathered, packed, unpacked
-from bnbref.optim.settings import ALWAYS, ANYWHERE, GlobalOptimManager, check_settings
+from bnbref.optim.settings import ALWAYS, ANYWHERE, GlobalOptimManager, check_distinct, check_settings
 from bnbref.optim.sharding import like, local, shard_of
-from bnbref.optim.update import Tails, correction, new_state, step
-from bnbref.optim.weights import CORRECTION, check_correction, correction_dtype, opened, store
-from bnbref.optim.whole import Job, alike, batches, step_together
-
-_MANY = 8  # equations of one rule: a few numbers are changed by hand, more are computed
+from bnbref.optim.update import new_state
+from bnbref.optim.weights import CORRECTIONS, correction_dtype, corrections, opened, store
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -70,18 +65,12 @@ class Optimizer(torch.optim.Optimizer):
         generator: torch.Generator | None = None, maximize: bool = False, foreach: bool | None = None,
         fused: bool | None = None, capturable: bool = False, differentiable: bool = False,
     ) -> None:  # fmt: skip
-        rules = dict(rule) if isinstance(rule, Mapping) else {"": rule}
-        self._rules = {name: check(one) for name, one in rules.items()}
-        self._layouts = {name: layout(one) for name, one in rules.items()}
-        first = next(iter(rules), None)
-        if first is None:
-            raise ValueError("rule must be a Rule, or at least one by its name, got none")
-        self.rule = rules[first]
-        self._sources: set[str] = set()
+        self._rules = Choice(rule)
+        self.rule = self._rules.rules[self._rules.first]
         self.is_paged = is_paged
         self._own: dict[str, Any] = {
             "optim_bits": optim_bits, "min_8bit_size": min_8bit_size, "blocksize": blocksize,
-            "max_unorm": max_unorm if any(one.clipped for one in rules.values()) else 0.0,
+            "max_unorm": max_unorm if any(one.clipped for one in self._rules.rules.values()) else 0.0,
             "stochastic_rounding": stochastic_rounding, "master_weight_bits": master_weight_bits, "maximize": maximize,
         }  # fmt: skip
         others = {
@@ -91,7 +80,7 @@ class Optimizer(torch.optim.Optimizer):
         check_settings({**self._own, **others})
         self._generator = generator
         self._placement = paging.Placement(is_paged, page_directory, page_bytes)
-        super().__init__(params, {**defaults, **({"rule": first} if first else {})})
+        super().__init__(params, {**defaults, **({"rule": self._rules.first} if self._rules.first else {})})
 
     # ---- settings ---------------------------------------------------------------------------------------------------
 
@@ -100,12 +89,13 @@ class Optimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
+            check_distinct(group["params"])
             config = {**self._own, **group}
             self._check(config)
-            self._at_step(1, config)
+            self._rules.at_step(1, config)
             for p in group["params"]:
-                self._check_shape(p, config)
-        except (TypeError, ValueError, NotImplementedError):
+                self._rules.check_shape(p, config)
+        except BaseException:  # whatever a rule raises when it is asked for its coefficients
             self.param_groups.pop()
             raise
 
@@ -130,41 +120,6 @@ class Optimizer(torch.optim.Optimizer):
                     f"GlobalOptimManager overrides {name} by {value!r}, which {type(self).__name__} has not: it has "
                     f"{sorted(here)}"
                 )
-
-    def _at_step(
-        self, t: int, config: Mapping[str, Any], device: torch.device | None = None
-    ) -> tuple[Equation, Tensor]:
-        """What the rule computes now, and its coefficients in step t."""
-        rule, made = self.rule_of(config), self._layouts[config.get("rule", "")]
-        if layout(rule) != made:
-            raise RuntimeError(
-                f"states or codebooks of {rule!r} are not those that it had when the optimizer was made: {made}"
-            )
-        equation, hyper = at_step(rule, t, config, device)
-        if equation.source not in self._sources and len(self._sources) == _MANY:
-            warnings.warn(
-                f"direction of {rule!r} has computed with other numbers in more than {_MANY} steps, and each of these is "
-                f"compiled anew: numbers that change belong to its coefficients",
-                stacklevel=4,
-            )
-        self._sources.add(equation.source)
-        return equation, hyper
-
-    def rule_of(self, config: Mapping[str, Any]) -> Rule:
-        """The rule of a parameter with these settings."""
-        name = config.get("rule", "")
-        if name not in self._rules:
-            raise ValueError(f"rule of a group must be one of {[*self._rules]}, got {name!r}")
-        return self._rules[name]
-
-    def _check_shape(self, p: Tensor, config: Mapping[str, Any]) -> None:
-        rule = self.rule_of(config)
-        if not rule.takes(p.shape):
-            others = [name for name, other in self._rules.items() if other.takes(p.shape)]
-            raise ValueError(
-                f"{rule!r} takes no parameter of shape {tuple(p.shape)}"
-                + (f': let its group say "rule": {" or ".join(map(repr, others))}' if others else "")
-            )
 
     def settings(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
         """The settings of a parameter: those of `GlobalOptimManager`, then those of its group, then the optimizer's."""
@@ -191,60 +146,18 @@ class Optimizer(torch.optim.Optimizer):
 
     def advance(self, parameters: Sequence[tuple[Tensor, Mapping[str, Any]]]) -> None:
         """The step of some parameters, each with its group. A `page_directory` is a checkpoint again after `step`."""
-        jobs = self._jobs(parameters)
-        # Before anything is changed, what might be refused: the coefficients of each group and step, and the rule.
-        planned: dict[Any, tuple[Equation, Tensor]] = {}
-        keys = [(id(config), self.state[p].get("step", 0) + 1, p.device) for p, _, config in jobs]
-        for (p, _, config), key in zip(jobs, keys, strict=True):
-            self._check_shape(p, config)
-            if key not in planned:
-                planned[key] = self._at_step(key[1], config, p.device)
+        due = self._due(parameters)
         self._placement.begin()
-        for p, _, config in jobs:
-            if not self.state[p]:
-                self.state[p] = self.new_state(p, config, self._memory(p))
-            elif CORRECTION not in self.state[p]:  # loaded from a run without
-                self.state[p].update(_new_correction(p, config, self._memory(p)))
-        by_element = [job for job, key in zip(jobs, keys, strict=True) if not planned[key][0].calls]
-        tails, progress = Tails(), Progress()
-        try:
-            with closing(self._placement.stream([(p.device, self.state[p]) for p, _, _ in by_element])) as states:
-                for (p, grad, config), state in zip(by_element, states, strict=True):
-                    progress.begin([p])
-                    t = self.state[p]["step"] + 1
-                    self._update(*planned[id(config), t, p.device], p, grad, state, config, tails)
-                    # Pages are written back before the next ones come. Of a shard they may be on another rank alone.
-                    if self._placement.pages(p.numel()) and shard_of(p) is not None:
-                        tails.run()
-                    elif state is not self.state[p]:
-                        tails.run_own()
-                    self.state[p]["step"] = t
-                    progress.end()
-            tails.run()
-            self._update_together(jobs, keys, planned, progress)
-        except BaseException as error:
-            try:
-                progress.say_interrupted(self._parameters(), [p for p, _, _ in jobs], tails)
-            except Warning as said:  # where warnings are errors, what happened is still this error
-                raise error from said
-            raise
+        for turn in due:
+            self._begin(turn.p, turn.config)
+        turns.take(due, self.state, self._placement, self._generator, self._parameters)
 
-    def _parameters(self) -> list[Tensor]:
-        """All parameters, by the indices that they have in a state dict."""
-        return [p for group in self.param_groups for p in group["params"]]
-
-    def _rules_and_blocks(self) -> list[tuple[Rule, int]]:
-        """The rule and the block size of each parameter, in the order of `_parameters`."""
-        settings = [self.settings(p, group) for group in self.param_groups for p in group["params"]]
-        return [(self.rule_of(config), config["blocksize"]) for config in settings]
-
-    def _jobs(
-        self, parameters: Sequence[tuple[Tensor, Mapping[str, Any]]]
-    ) -> list[tuple[Tensor, Tensor, dict[str, Any]]]:
-        """Those that have a gradient, the part of it that this rank has, and their settings."""
+    def _due(self, parameters: Sequence[tuple[Tensor, Mapping[str, Any]]]) -> list[turns.Turn]:
+        """Those that have a gradient. What might be refused is refused here, before anything is changed."""
         overrides = GlobalOptimManager.get_instance().overrides()
         common = {id(group): {**self._own, **group} for _, group in parameters}
-        jobs = []
+        planned: dict[Any, tuple[Equation, Tensor]] = {}
+        due = []
         for p, group in parameters:
             if p.grad is None:
                 continue
@@ -253,91 +166,29 @@ class Optimizer(torch.optim.Optimizer):
             if own is not None:
                 self._check(config)
                 self._check_known(own)
-            jobs.append((p, self._checked_gradient(p, p.grad, config), config))
-        return jobs
+            self._rules.check_shape(p, config)
+            grad = turns.checked_gradient(p, p.grad, self.state[p], self._rules.of(config))
+            key = (id(config), self.state[p].get("step", 0) + 1, p.device)
+            if key not in planned:
+                planned[key] = self._rules.at_step(key[1], config, p.device)
+            due.append(turns.Turn(p, grad, config, *planned[key]))
+        return due
 
-    def _checked_gradient(self, p: Tensor, grad: Tensor, config: Mapping[str, Any]) -> Tensor:
-        if grad.layout != torch.strided:
-            raise ValueError(f"gradients must be dense: {type(self).__name__} takes none of layout {grad.layout}")
-        check_float("a parameter", p)
-        check_float("a gradient", grad)
-        here, shape = local(grad), local(p).shape
-        if here.shape != shape:
-            raise ValueError(
-                f"a gradient must have the shape of its parameter, and be sharded like it: here it has shape "
-                f"{tuple(here.shape)}, the parameter {tuple(shape)}"
-            )
-        if not self.state[p] and _partly_shared(local(p), here):
-            raise ValueError(
-                f"a gradient must be in memory of its own, or in just its parameter's: of shape {tuple(shape)} they begin "
-                f"{here.data_ptr() - local(p).data_ptr()} bytes apart"
-            )
-        if CORRECTION in self.state[p]:
-            check_correction(p, self.state[p][CORRECTION].dtype)
-        for s in self.rule_of(config).states if self.state[p] else ():
-            if self.state[p][s.key].shape != (shape if s.of == "elements" else s.shape(p.shape)):
-                raise ValueError(
-                    f"a parameter must keep its shape: its {s.key} has {tuple(self.state[p][s.key].shape)}, from its first step, "
-                    f"the parameter now {tuple(shape)}. `del optimizer.state[p]` begins anew"
-                )
-        return here
+    def _parameters(self) -> list[Tensor]:
+        """All parameters, by the indices that they have in a state dict."""
+        return [p for group in self.param_groups for p in group["params"]]
 
-    def _update(
-        self, equation: Equation, hyper: Tensor, p: Tensor, grad: Tensor, state: Mapping[str, Any], config: Mapping[str, Any],
-        tails: Tails,
-    ) -> None:  # fmt: skip
-        own, shard = local(p.detach()), shard_of(p)
-        flat = own.contiguous()
-        copied = flat.data_ptr() != own.data_ptr()
-        step(
-            equation,
-            hyper,
-            flat,
-            -grad if config["maximize"] else grad,
-            state,
-            blocksize=config["blocksize"],
-            noise=self._noise(p, config),
-            max_norm=config["max_unorm"] if equation.clipped else 0.0,
-            shard=shard,
-            tails=None if copied and shard is None else tails,
-        )
-        if copied and shard is None:
-            own.copy_(flat)
-        elif copied:  # other ranks may have no copy, and all exchange their blocks at the same time
-            tails.then(lambda: own.copy_(flat))
+    def _rules_and_blocks(self) -> list[tuple[Rule, int]]:
+        """The rule and the block size of each parameter, in the order of `_parameters`."""
+        settings = [self.settings(p, group) for group in self.param_groups for p in group["params"]]
+        return [(self._rules.of(config), config["blocksize"]) for config in settings]
 
-    def _update_together(
-        self, jobs: Sequence[Any], keys: Sequence[Any], planned: Mapping[Any, Any], progress: Progress
-    ) -> None:
-        """Update the parameters whose rules see whole matrices, those of one shape together."""
-        together: dict[Any, list[Any]] = {}
-        for (p, grad, config), key in zip(jobs, keys, strict=True):
-            if planned[key][0].calls:
-                together.setdefault((key, *alike(p)), []).append((p, grad, config))
-        for (key, *_), all_of_them in together.items():
-            for batch in batches(all_of_them):
-                progress.begin([p for p, _, _ in batch])
-                found = [self._job(p, grad, config) for p, grad, config in batch]
-                equation, hyper = planned[key]
-                step_together(equation, hyper, found, self._placement.stream)
-                for job in found:
-                    self.state[job.p]["step"] += 1
-                    own = local(job.p.detach())
-                    if job.flat.data_ptr() != own.data_ptr():
-                        own.copy_(job.flat)
-                progress.end()
-
-    def _job(self, p: Tensor, grad: Tensor, config: Mapping[str, Any]) -> Job:
-        flat, g = local(p.detach()).contiguous(), (-grad if config["maximize"] else grad).contiguous()
-        blocksize = check_blocksize(config["blocksize"], p.numel())
-        return Job(p, flat, g, self.state[p], blocksize, self._noise(p, config), shard_of(p))
-
-    def _noise(self, p: Tensor, config: Mapping[str, Any]) -> Tensor | None:
-        """Random bits for a parameter that is to be rounded at random."""
-        if not config["stochastic_rounding"] or p.dtype != torch.bfloat16:
-            return None
-        numel = local(p).numel()
-        return torch.randint(-(2**15), 2**15, (numel,), dtype=torch.int16, device=p.device, generator=self._generator)
+    def _begin(self, p: Tensor, config: Mapping[str, Any]) -> None:
+        """Give p the state of before its first step, or what it lacks of one that was loaded: a correction."""
+        if not self.state[p]:
+            self.state[p] = self.new_state(p, config, self._memory(p))
+        elif not corrections(p, self.state[p]):
+            self.state[p].update(_new_correction(p, config, self._memory(p)))
 
     def new_state(self, p: Tensor, config: Mapping[str, Any], empty: Callable[..., Tensor]) -> dict[str, Any]:
         """The state of p before its first step, by the settings of `settings`. empty: as `update.new_state` takes it."""
@@ -349,7 +200,7 @@ class Optimizer(torch.optim.Optimizer):
                 f"page_directory takes whole parameters: one of shape {tuple(p.shape)} is sharded, and what its ranks would "
                 f"write is no checkpoint"
             )
-        state = new_state(self.rule_of(config), local(p).shape, bits, blocksize, empty, shard, p.shape)
+        state = new_state(self._rules.of(config), local(p).shape, bits, blocksize, empty, shard, p.shape)
         return {"step": 0, **state, **_new_correction(p, config, empty)}
 
     def _memory(self, p: Tensor) -> Callable[[str, Any, torch.dtype], Tensor]:
@@ -367,6 +218,8 @@ class Optimizer(torch.optim.Optimizer):
     def exact_weight(self, p: Tensor) -> Tensor:
         """The value that p is trained with, float32: what it and its correction stand for. Of a shard, that of the shard.  Exact.
 
+        It is in memory of its own, and so stays what it is when p is stepped.
+
         >>> from bnbref.optim import SGD
         >>> p = torch.nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
         >>> p.grad = torch.tensor([2.0**-12], dtype=torch.bfloat16)
@@ -376,12 +229,16 @@ class Optimizer(torch.optim.Optimizer):
         (1.0, True)
         """
         own = local(p.detach())
-        value = opened(own.reshape(-1), [x.to(own.device) for x in correction(self.state.get(p, {}))]).view(own.shape)
-        return like(p, value)
+        rest = corrections(p, self.state.get(p, {}))
+        value = opened(own.reshape(-1), [x.to(own.device) for x in rest])
+        return like(p, (value.clone() if value.data_ptr() == own.data_ptr() else value).view(own.shape))
 
     @torch.no_grad()
     def set_exact_weight(self, p: Tensor, value: Tensor) -> None:
-        """Set p, and its correction, to a float32 value of its shape, which `exact_weight` then returns."""
+        """Set p, and its correction, to a float32 value of its shape, which `exact_weight` then returns.
+
+        p may have been cast since its last step: it gets a correction of its new dtype.
+        """
         own, given = local(p.detach()), local(value)
         if given.shape != own.shape or given.dtype != torch.float32:
             raise ValueError(
@@ -390,9 +247,11 @@ class Optimizer(torch.optim.Optimizer):
         group = next((group for group in self.param_groups if any(q is p for q in group["params"])), None)
         if group is None:
             raise ValueError(f"p must be a parameter of this optimizer, got another one of shape {tuple(p.shape)}")
-        if not self.state[p]:
-            self.state[p] = self.new_state(p, self.settings(p, group), self._memory(p))
-        store(own, correction(self.state[p]), given.reshape(-1))
+        for dtype, key in CORRECTIONS.items():
+            if dtype != p.dtype:
+                self.state[p].pop(key, None)
+        self._begin(p, self.settings(p, group))
+        store(own, corrections(p, self.state[p]), given.reshape(-1))
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -441,23 +300,17 @@ class Optimizer(torch.optim.Optimizer):
             self.state[p] = unpacked(rule, p, saved, blocksize, self._memory(p))
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("rule", "is_paged", "_own", "_rules", "_layouts", "_sources", "_generator", "_placement")
+        own = ("rule", "is_paged", "_own", "_rules", "_generator", "_placement")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
 
 def _new_correction(p: Tensor, config: Mapping[str, Any], empty: Callable[..., Tensor]) -> dict[str, Tensor]:
     """A correction of 0 for a parameter that is to have one."""
     dtype = correction_dtype(p.dtype, config["master_weight_bits"])
-    return {} if dtype is None else {CORRECTION: empty(CORRECTION, tuple(local(p).shape), dtype).zero_()}
-
-
-def _partly_shared(p: Tensor, g: Tensor) -> bool:
-    """Whether a step, which writes p while it reads g, would write what it has yet to read."""
-    if p.device.type == "meta" or not (p.is_contiguous() and g.is_contiguous()):
-        return False  # what is not contiguous is copied first
-    start, other = p.data_ptr(), g.data_ptr()
-    ends = start + p.numel() * p.itemsize, other + g.numel() * g.itemsize
-    return (start, p.dtype) != (other, g.dtype) and start < ends[1] and other < ends[0]
+    if dtype is None:
+        return {}
+    key = CORRECTIONS[p.dtype]
+    return {key: empty(key, tuple(local(p).shape), dtype).zero_()}
 
 
 def _nowhere(key: str, shape: Any, dtype: torch.dtype) -> Tensor:

@@ -23,25 +23,8 @@ from bnbref.optim.rule import (
 )
 
 __all__ = [
-    "LAMB",
-    "LARS",
-    "RULES",
-    "SGD",
-    "SIGNED_RULES",
-    "AdEMAMix",
-    "Adagrad",
-    "Adam",
-    "Coefficients",
-    "Lion",
-    "RMSprop",
-    "Rule",
-    "State",
-    "absmax_key",
-    "averages",
-    "coupled",
-    "decoupled",
-    "matrix_shape",
-    "qmap_key",
+    "LAMB", "LARS", "RULES", "SGD", "SIGNED_RULES", "AdEMAMix", "Adagrad", "Adam", "Coefficients", "Lion", "RMSprop", "Rule",
+    "State", "absmax_key", "averages", "coupled", "decoupled", "matrix_shape", "qmap_key",
 ]  # fmt: skip
 
 

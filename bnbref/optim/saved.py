@@ -16,11 +16,11 @@ from bnbref.blockwise import block_count, check_blocksize
 from bnbref.codebooks import DYNAMIC, DYNAMIC_UNSIGNED, is_table_of, value_table
 from bnbref.optim.rule import Rule, State, absmax_key, qmap_key
 from bnbref.optim.sharding import gather_scales, local, shard_of, whole
-from bnbref.optim.weights import CORRECTION, checked_correction
+from bnbref.optim.weights import CORRECTIONS, checked_correction
 
 WRAPPED = "__bnb_optimizer_quant_state__"
 
-_BESIDE = {"step", CORRECTION, "unorm_vec", "gnorm_vec"}
+_BESIDE = {"step", *CORRECTIONS.values(), "unorm_vec", "gnorm_vec"}
 """What a saved state may have beside those of its rule; the last two are bitsandbytes', and mean nothing here."""
 
 
@@ -35,9 +35,9 @@ def gathered(rule: Rule, p: Tensor, state: Mapping[str, Any], blocksize: int) ->
         if state[s.key].dtype == torch.uint8:
             blocks = check_blocksize(blocksize, p.numel())
             found[absmax_key(s.key)] = gather_scales(p, shard, state[absmax_key(s.key)], blocks).cpu()
-    if CORRECTION in state:
+    for key in state.keys() & CORRECTIONS.values():
         # As int32, because gloo knows no int16.
-        found[CORRECTION] = whole(p, state[CORRECTION].to(torch.int32)).to(state[CORRECTION].dtype).cpu()
+        found[key] = whole(p, state[key].to(torch.int32)).to(state[key].dtype).cpu()
     return found
 
 
@@ -54,8 +54,7 @@ def packed(rule: Rule, state: Mapping[str, Any]) -> dict[str, Any]:
                 wrapped[name(s.key)] = parts[0] if len(parts) == 1 else torch.stack(parts)
         if state[s.key].dtype == torch.uint8:
             wrapped[qmap_key(s.key)] = value_table(rule.codebook(s), torch.device("cpu"))
-    if CORRECTION in state:
-        wrapped[CORRECTION] = state[CORRECTION]
+    wrapped |= {key: state[key] for key in state.keys() & CORRECTIONS.values()}
     if rule.clipped and wrapped:
         wrapped["unorm_vec"] = torch.zeros(1)  # room that bitsandbytes expects to find
     return {"step": state["step"], WRAPPED: wrapped} if wrapped else {"step": state["step"]}
@@ -108,9 +107,9 @@ def unpacked(
             scales = scales[blocks.start : blocks.stop]
         keep(s.key, codes, torch.uint8)
         state[key] = empty(key, tuple(scales.shape), torch.float32).copy_(scales)
-    if CORRECTION in saved:
-        correction = checked_correction(p, saved[CORRECTION])
-        keep(CORRECTION, correction, correction.dtype)
+    correction = checked_correction(p, saved)
+    if correction is not None:
+        keep(CORRECTIONS[p.dtype], correction, correction.dtype)
     return state
 
 
@@ -143,7 +142,10 @@ def _check_sign(rule: Rule, s: State, tensor: Tensor, values: Tensor | None = No
             )
         lowest = values.to(tensor.device)[tensor.int()]
     if not s.signed and bool((lowest < 0).any()):
-        raise ValueError(f"saved {s.key} has negative numbers, but that of {rule!r} has none: it is of another rule")
+        raise ValueError(
+            f"saved {s.key} has negative numbers, but that of {rule!r} has none: it is of another rule, or State({s.key!r}) "
+            f"has a sign after all"
+        )
 
 
 def _apart(rule: Rule, saved: dict[str, Any]) -> dict[str, Any]:

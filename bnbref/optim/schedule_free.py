@@ -18,8 +18,8 @@ from bnbref.optim.equation import at_step
 from bnbref.optim.family import Family, Options, betas_of
 from bnbref.optim.rules import Rule, State, averages
 from bnbref.optim.sharding import local, shard_of
-from bnbref.optim.update import correction, directions
-from bnbref.optim.weights import opened, store
+from bnbref.optim.update import directions
+from bnbref.optim.weights import corrections, opened, store
 
 
 class ScheduleFree(Rule):
@@ -32,10 +32,8 @@ class ScheduleFree(Rule):
     Written in y and d = z - x:      e = d - r u,    y = y - r (1 - b1 (1 - c)) u + b1 c d,    d = (1 - c) e
     """
 
-    states = (
-        State("difference"),
-        State("squares", signed=False),
-    )  # not what Adam's "state1" is, which must not be loaded here
+    # Not what Adam's "state1" is, which must not be loaded here.
+    states = (State("difference"), State("squares", signed=False))
 
     def coefficients(self, t: int, group: Mapping[str, Any]) -> dict[str, float]:
         if not group["train_mode"]:
@@ -43,15 +41,8 @@ class ScheduleFree(Rule):
         b1, b2 = group["betas"]
         warmup = group["warmup_steps"]
         r, c = group["lr"] * min(1.0, t / max(1, warmup)), share(t, warmup)
-        numbers = averages(b2=b2) | {"unbias": 1 - b2**t, "eps": group["eps"], "wd": group["weight_decay"]}
-        return numbers | {
-            "rate": 1.0,
-            "decay": 1.0,
-            "r": r,
-            "own": r * (1 - b1 * (1 - c)),
-            "pull": b1 * c,
-            "stay": 1 - c,
-        }
+        numbers = {"rate": 1.0, "decay": 1.0, "unbias": 1 - b2**t, "eps": group["eps"], "wd": group["weight_decay"]}
+        return numbers | averages(b2=b2) | {"r": r, "own": r * (1 - b1 * (1 - c)), "pull": b1 * c, "stay": 1 - c}
 
     def direction(self, p: Tensor, g: Tensor, d: Tensor, v: Tensor, c: Any) -> tuple[Tensor, ...]:
         v = c.b2 * v + c.not_b2 * (g * g)
@@ -121,7 +112,8 @@ class AdamWScheduleFree(Family):
         states = self._placement.stream([(p.device, self.state[p]) for p, _ in found])
         for (p, group), state in zip(found, states, strict=True):
             own, shard, size = local(p.detach()), shard_of(p), self.settings(p, group)["blocksize"]
-            value, rest = opened(own.reshape(-1), correction(state)), correction(state)
+            rest = corrections(p, state)
+            value = opened(own.reshape(-1), rest)
             rule, hyper = at_step(_Difference(), 1, group, p.device)
             d = directions(rule, hyper, value, torch.zeros_like(value), state, blocksize=size, shard=shard)
             step = hyper[0] * d

@@ -2,7 +2,7 @@
 
 import math
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, ClassVar
@@ -138,3 +138,14 @@ class GlobalOptimManager:
         for p, config in self._of_parameter.items():
             found[p] = {**found.get(p, {}), **config}
         return found
+
+
+def check_distinct(params: Sequence[Tensor]) -> None:
+    """ValueError if a parameter is in the list twice, as a tied weight may be: torch warns of it, and steps it twice."""
+    first: dict[int, int] = {}
+    for i, p in enumerate(params):
+        before = first.setdefault(id(p), i)
+        if before != i:
+            raise ValueError(
+                f"params must have each parameter once, got one of shape {tuple(p.shape)} at {before} and at {i}: leave one out"
+            )

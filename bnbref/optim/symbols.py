@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any, NamedTuple, NoReturn
 
+import torch
 from torch import Tensor
 
 ALLOWED = "+ - * /, comparisons, & | ~, abs, sign, sqrt, square, where, minimum, maximum and clamp"
@@ -36,7 +37,7 @@ class Call(NamedTuple):
     results: int
 
     def __call__(self, *given: Tensor) -> Any:
-        """The results for stacks of matrices in the places of the symbols. ValueError if they are no such stacks."""
+        """The results, float32, for stacks of matrices in the places of the symbols. ValueError if they are no such stacks."""
         tensors = iter(given)
         found = self.step(*(next(tensors) if isinstance(x, Symbol) else x for x in self.args))
         results = (found,) if self.results == 1 and isinstance(found, Tensor) else found
@@ -48,7 +49,10 @@ class Call(NamedTuple):
             if not isinstance(x, Tensor) or (matrices is not None and x.shape[:1] != (matrices,)):
                 got = tuple(x.shape) if isinstance(x, Tensor) else repr(x)
                 raise ValueError(f"{of} must return tensors of a stack of {matrices} matrices, got {got}")
-        return results if self.results > 1 else results[0]
+            if not x.is_floating_point() or x.layout != torch.strided:
+                raise ValueError(f"{of} must return dense tensors of floats, got {x.dtype}, {x.layout}")
+        in_float32 = [x.float() for x in results]
+        return in_float32 if self.results > 1 else in_float32[0]
 
 
 class Recording:
@@ -197,14 +201,15 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     **{name: _infix(sign, True) for name, sign in
        (("lt", "<"), ("le", "<="), ("gt", ">"), ("ge", ">="), ("eq", "=="), ("ne", "!="))},
     "logical_and": _logical("&"), "logical_or": _logical("|"), "logical_not": _not,
-    "neg": lambda r, x: r.add(f"-{r.operand(x)}"),
+    "neg": lambda r, x: r.add(f"-{r.operand(x)}"), "pos": lambda r, x: r.number(x) if x._condition else x,
     "abs": lambda r, x: r.add(f"{r.operand(x)}.abs()"),
     "sign": lambda r, x: r.add(f"{r.operand(x)}.sign()"),
     "sqrt": _sqrt, "square": _square, "pow": _power,
     "where": _where, "maximum": _maximum, "minimum": _minimum, "clamp": _clamp,
     "float": lambda r, x: r.number(x) if x._condition else x,
     "clone": lambda r, x: x,
-    "zeros_like": lambda r, x: 0.0, "ones_like": lambda r, x: 1.0, "whole": _whole,
+    "zeros_like": lambda r, x: r.add(f"full_like({r.operand(x)}, 0.0)"),
+    "ones_like": lambda r, x: r.add(f"full_like({r.operand(x)}, 1.0)"), "whole": _whole,
 }  # fmt: skip
 """By the names that they have as functions of torch or as methods of a tensor."""
 
@@ -289,7 +294,7 @@ def _operator(apply: Callable[..., Any], reflected: bool = False) -> Callable[..
 for _name, _apply in (("add", _add), ("sub", _sub), ("mul", _mul), ("truediv", _div)):
     setattr(Symbol, f"__{_name}__", _operator(_apply))
     setattr(Symbol, f"__r{_name}__", _operator(_apply, reflected=True))
-for _name in ("lt", "le", "gt", "ge", "eq", "ne", "neg", "abs"):
+for _name in ("lt", "le", "gt", "ge", "eq", "ne", "neg", "pos", "abs"):
     setattr(Symbol, f"__{_name}__", _operator(OPERATIONS[_name]))
 for _name, _apply in (("and", _logical("&")), ("or", _logical("|")), ("invert", _not)):
     setattr(Symbol, f"__{_name}__", _operator(_apply))

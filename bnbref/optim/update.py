@@ -18,7 +18,7 @@ from bnbref.optim.layout import Coded, Part, padded, sliced, split, zeros_of
 from bnbref.optim.rule import Rule, absmax_key
 from bnbref.optim.sharding import Shard, total
 from bnbref.optim.step import direction_blocks, direction_elements, step_blocks, step_elements
-from bnbref.optim.weights import CORRECTION, opened
+from bnbref.optim.weights import corrections, opened
 
 
 def new_state(
@@ -60,11 +60,6 @@ def _part(rule: Rule, weights: Sequence[Tensor], g: Tensor, noise: Tensor | None
     return Part(tuple(x.view(-1) for x in weights), g.contiguous().view(-1), noise, states)
 
 
-def correction(state: Mapping[str, Any]) -> list[Tensor]:
-    """The correction of a parameter with this state, its elements in a row, if it has one."""
-    return [state[CORRECTION].view(-1)] if CORRECTION in state else []
-
-
 def _in_float32(rule: Rule, state: Mapping[str, Any]) -> list[Tensor]:
     return [state[s.key].view(-1) for s in rule.states]
 
@@ -85,18 +80,18 @@ def step(
     spread over ranks. tails: where incomplete blocks wait for those of other parameters; the step is over after `tails.run()`.
     With a shard that is a collective call, and so is a step without tails.
     """
-    corrections = correction(state)
+    own = corrections(p, state)
     if max_norm > 0:
-        value = opened(p.view(-1), corrections) if corrections else p
+        value = opened(p.view(-1), own) if own else p
         u = directions(rule, hyper, value, g, state, blocksize=blocksize, shard=shard)
         hyper = _clipped(rule, hyper, value, u, max_norm, shard)
     if not _in_8_bits(rule, state):
         if p.numel() > 0:
-            states = _in_float32(rule, state) + corrections
+            states = _in_float32(rule, state) + own
             step_elements(p.view(-1), g.contiguous().view(-1), hyper, noise, *states, rule=rule)
         return
     blocksize = check_blocksize(blocksize, p.numel() if shard is None else shard.numel)
-    part = everything = _part(rule, [p, *corrections], g, noise, state)
+    part = everything = _part(rule, [p, *own], g, noise, state)
     if shard is not None:
         part = sliced(part, *shard.whole(blocksize), shard, blocksize)
     whole, rest = split(part, blocksize)

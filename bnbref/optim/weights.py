@@ -15,14 +15,14 @@ The idea is that of FlashOptim (2602.23349). Kahan's compensation, a bfloat16 be
 exact 16 bits, and keeps 8 of them.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-CORRECTION = "correction"
-"""The key of a parameter's correction in its state."""
+CORRECTIONS = {torch.bfloat16: "correction", torch.float16: "correction_float16"}
+"""The key of a parameter's correction in its state, by the dtype of the parameter, in whose steps it counts."""
 
 
 class _Line(NamedTuple):
@@ -35,7 +35,7 @@ class _Line(NamedTuple):
 
 # From 65,520 on float16 has infinity alone, whose correction is 0.
 _LINES = {torch.bfloat16: _Line(16, 1.0, torch.inf), torch.float16: _Line(13, 2.0**-112, 65520.0)}
-_CORRECTIONS = {24: torch.int8, 32: torch.int16}
+_DTYPES = {24: torch.int8, 32: torch.int16}
 
 
 def correction_dtype(dtype: torch.dtype, bits: int | None) -> torch.dtype | None:
@@ -44,7 +44,7 @@ def correction_dtype(dtype: torch.dtype, bits: int | None) -> torch.dtype | None
     >>> correction_dtype(torch.bfloat16, 24), correction_dtype(torch.float32, 24), correction_dtype(torch.bfloat16, None)
     (torch.int8, None, None)
     """
-    return _CORRECTIONS[bits] if bits is not None and dtype in _LINES else None
+    return _DTYPES[bits] if bits is not None and dtype in _LINES else None
 
 
 def exact(p: Tensor, correction: Tensor) -> Tensor:
@@ -100,22 +100,33 @@ def store(p: Tensor, corrections: Sequence[Tensor], value: Tensor) -> None:
     p.copy_((p_new if corrections else value).view(p.shape))
 
 
-def check_correction(p: Tensor, correction: torch.dtype) -> None:
-    """Raise ValueError if a correction of that dtype is none that p can have."""
-    if p.dtype not in _LINES:
-        raise ValueError(f"a correction belongs to bfloat16 or float16, but its parameter has {p.dtype}")
-    if correction not in _CORRECTIONS.values():
-        raise ValueError(f"a correction must be int8 or int16, got {correction}")
+def corrections(p: Tensor, state: Mapping[str, Any]) -> list[Tensor]:
+    """The correction of p that a state has, its elements in a row, or none.
+
+    Raises ValueError if it is that of another dtype, as of a parameter that was cast since: it counts in other steps.
+    """
+    for dtype, key in CORRECTIONS.items():
+        if key in state and p.dtype != dtype:
+            raise ValueError(
+                f"{key} of this state belongs to a parameter of {dtype}, but p is {p.dtype}: `value = optimizer.exact_weight(p)` "
+                f"before a cast and `optimizer.set_exact_weight(p, value)` after it keep what p stands for"
+            )
+        if key in state:
+            return [state[key].view(-1)]
+    return []
 
 
-def checked_correction(p: Tensor, saved: Tensor) -> Tensor:
-    """The correction that was saved, if it is one of p: ValueError if not."""
-    check_correction(p, saved.dtype)
+def checked_correction(p: Tensor, state: Mapping[str, Any]) -> Tensor | None:
+    """The correction that a saved state has, if any: ValueError if it is none that p can have."""
+    found = corrections(p, state)
+    if not found:
+        return None
+    [saved], key = found, CORRECTIONS[p.dtype]
+    if saved.dtype not in _DTYPES.values():
+        raise ValueError(f"saved {key} must be int8 or int16, got {saved.dtype}")
     if saved.numel() != p.numel():
-        raise ValueError(f"saved {CORRECTION} has {saved.numel()} elements, its parameter has {p.numel()}")
+        raise ValueError(f"saved {key} has {saved.numel()} elements, its parameter has {p.numel()}")
     most = 1 << (_LINES[p.dtype].shift - 1)
     if saved.numel() and not -most <= int(saved.min()) <= int(saved.max()) <= most:
-        raise ValueError(
-            f"saved {CORRECTION} goes beyond {most}, half a step of {p.dtype}: it is of a bfloat16 parameter"
-        )
+        raise ValueError(f"saved {key} goes beyond {most}, half a step of {p.dtype}: it is of another dtype")
     return saved

@@ -8,7 +8,7 @@ What lies on several ranks is gathered. Each of them runs the same operators on 
 of the whole matrix are on each. A parameter whose gradient has one element that is not finite stays as it was, with all states.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +22,8 @@ from bnbref.optim.equation import Equation
 from bnbref.optim.rule import Coefficients, Rule, State, absmax_key, matrix_shape
 from bnbref.optim.sharding import Shard, gather_scales, shard_of, total, whole
 from bnbref.optim.step import LARGEST_GRADIENT
-from bnbref.optim.update import correction, step
-from bnbref.optim.weights import opened
+from bnbref.optim.update import step
+from bnbref.optim.weights import corrections, opened
 
 BATCH = 2**24
 """Elements of the parameters that are stepped together, unless a single one has more: 64 MiB for each of some matrices."""
@@ -58,7 +58,7 @@ class Job:
 
     def value(self, state: Mapping[str, Any]) -> Tensor:
         """What the parameter and its correction stand for, as a matrix."""
-        return self.matrix(opened(self.flat.view(-1), correction(state)).view(self.flat.shape))
+        return self.matrix(opened(self.flat.view(-1), corrections(self.flat, state)).view(self.flat.shape))
 
     def decoded(self, rule: Rule, s: State, state: Mapping[str, Any]) -> Tensor:
         """A state in memory of its own: of each element as a matrix, of the whole matrix as it is."""
@@ -91,12 +91,6 @@ def alike(p: Tensor) -> tuple[Any, ...]:
     """What parameters have in common that are stepped together."""
     shard = shard_of(p)
     return p.shape, p.dtype, p.device, None if shard is None else shard.group
-
-
-def batches(jobs: Sequence[Any]) -> Iterator[Sequence[Any]]:
-    """Parameters that are alike, and what belongs to each, as many at a time as `BATCH` allows."""
-    size = max(1, BATCH // max(1, jobs[0][0].numel()))
-    return (jobs[first : first + size] for first in range(0, len(jobs), size))
 
 
 @_disable_dynamo  # the same operators of torch, whoever compiles the step

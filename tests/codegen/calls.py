@@ -19,7 +19,7 @@ from bnbref.kernels import Kernel
 from bnbref.optim import rules
 from bnbref.optim.equation import at_step
 from bnbref.optim.update import new_state, step
-from bnbref.optim.weights import CORRECTION, split
+from bnbref.optim.weights import CORRECTIONS, split
 from bnbref.selfcheck import example
 from bnbref.selfcheck.kernels import CHECKS, GROUP
 
@@ -55,7 +55,9 @@ def _corrected_parameters() -> None:
         for bits, correction in ((8, torch.int8), (32, torch.int16)):
             rule, (p, rest) = rules.Lion(), split(X[:700], dtype, correction)
             state = new_state(rule, p.shape, bits, 256, lambda _, shape, dtype: torch.empty(shape, dtype=dtype))
-            step(*at_step(rule, 1, GROUP), p, X[1400:2100].to(dtype), {**state, CORRECTION: rest}, blocksize=256)
+            step(
+                *at_step(rule, 1, GROUP), p, X[1400:2100].to(dtype), {**state, CORRECTIONS[dtype]: rest}, blocksize=256
+            )
 
 
 def calls() -> Iterator[tuple[str, Callable[[], object]]]:

@@ -16,23 +16,26 @@ from typing import Any
 from bnbref.conformance.operations import OPERATIONS
 
 KNOWN = {
-    "bnbref": "bnbref.conformance.backends.reference",
-    "bnbref-eager": "bnbref.conformance.backends.reference",
-    "bnbref-invariant": "bnbref.conformance.backends.reference",
-    "bitsandbytes": "bnbref.conformance.backends.bitsandbytes",
-    "bitsandbytes-default": "bnbref.conformance.backends.bitsandbytes_default",
-    "bitsandbytes-cpu-fork": "bnbref.conformance.backends.bitsandbytes",
-    "mps-bitsandbytes": "bnbref.conformance.backends.mps_bitsandbytes",
-    "neural-compressor": "bnbref.conformance.backends.neural_compressor",
-    "nncf": "bnbref.conformance.backends.nncf",
-    "nvidia-modelopt": "bnbref.conformance.backends.modelopt",
-    "onnxruntime": "bnbref.conformance.backends.onnxruntime",
-    "qwix": "bnbref.conformance.backends.qwix",
-    "tinygrad": "bnbref.conformance.backends.tinygrad",
-    "torchao": "bnbref.conformance.backends.torchao",
-    "torchao-nf4": "bnbref.conformance.backends.torchao_nf4",
+    "bnbref": "reference:Reference",
+    "bnbref-eager": "reference:Eager",
+    "bnbref-invariant": "reference:Invariant",
+    "bitsandbytes": "bitsandbytes:BitsAndBytes",
+    "bitsandbytes-default": "bitsandbytes_default:BitsAndBytesDefault",
+    "bitsandbytes-cpu-fork": "bitsandbytes:Fork",
+    "mps-bitsandbytes": "mps_bitsandbytes:MpsBitsAndBytes",
+    "neural-compressor": "neural_compressor:NeuralCompressor",
+    "nncf": "nncf:OpenVINO",
+    "nvidia-modelopt": "modelopt:ModelOptimizer",
+    "onnxruntime": "onnxruntime:OnnxRuntime",
+    "qwix": "qwix:Qwix",
+    "tinygrad": "tinygrad:TinyGrad",
+    "torchao": "torchao:TorchAO",
+    "torchao-nf4": "torchao_nf4:TorchAONF4",
 }
-"""The backends that come with the kit: each a module with a function `backend(name)`."""
+"""The backends that come with the kit: a file of this folder, and the class in it whose methods are the operations.
+
+The class has `packages`, the modules that it needs, and perhaps `within`, which makes the context of each call.
+"""
 
 
 class Unsupported(NotImplementedError):
@@ -100,8 +103,11 @@ def load(name: str) -> Backend:
     'bnbref'
     """
     if name in KNOWN:
-        made: Backend = importlib.import_module(KNOWN[name]).backend(name)
-        return made
+        file, _, adapter = KNOWN[name].partition(":")
+        made = getattr(importlib.import_module(f"{__name__}.{file}"), adapter)
+        for package in made.packages:
+            require(package)
+        return Backend(name, made(), made.packages, getattr(made, "within", nullcontext))
     module_name, _, attribute = name.partition(":")
     try:
         module: ModuleType = importlib.import_module(module_name)

@@ -6,17 +6,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnbref.conformance.backends import Backend, require
+from bnbref.conformance.backends import require
 from bnbref.conformance.backends.public_names import PublicNames
-
-
-def uncompiled() -> Any:
-    """Where a kernel falls back to torch code, bitsandbytes compiles it anew for every shape: minutes, the same results."""
-    return torch.compiler.set_stance("force_eager")
 
 
 class BitsAndBytes(PublicNames):
     """Every operation, by torch.ops.bitsandbytes where there is an operator."""
+
+    packages = ("bitsandbytes",)
+
+    @staticmethod
+    def within() -> Any:
+        """Where a kernel falls back to torch code, bitsandbytes compiles it anew for every shape: minutes, the same results."""
+        return torch.compiler.set_stance("force_eager")
 
     def __init__(self) -> None:
         super().__init__(require("bitsandbytes"))
@@ -93,8 +95,10 @@ def _unstacked(first: Tensor, second: Tensor | None, third: Tensor | None, name:
     return made | ({} if third is None else {f"{name}3": first[1]})
 
 
-def backend(name: str) -> Backend:
-    """bitsandbytes, or a fork that is imported by the same name. Raises ValueError where it is not installed."""
-    if name != "bitsandbytes" and name not in importlib.metadata.packages_distributions().get("bitsandbytes", ()):
-        raise ValueError(f"backend {name!r} needs the package {name}, which is not installed")
-    return Backend(name, BitsAndBytes(), ("bitsandbytes",), within=uncompiled)
+class Fork(BitsAndBytes):
+    """A fork that is imported by the same name."""
+
+    def __init__(self) -> None:
+        if "bitsandbytes-cpu-fork" not in importlib.metadata.packages_distributions().get("bitsandbytes", ()):
+            raise ValueError("backend 'bitsandbytes-cpu-fork' needs the package of that name, which is not installed")
+        super().__init__()

@@ -5,8 +5,8 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any
 
-from bnbref.conformance.backends import Backend, Unsupported
-from bnbref.conformance.backends.bitsandbytes import BitsAndBytes, uncompiled
+from bnbref.conformance.backends import Unsupported
+from bnbref.conformance.backends.bitsandbytes import BitsAndBytes
 
 
 def _default_kernels() -> dict[str, Callable[..., Any]]:
@@ -47,8 +47,3 @@ class BitsAndBytesDefault(BitsAndBytes):
         if name not in self.kernels:
             raise Unsupported(f"bitsandbytes has no default kernel {name}")
         return self.kernels[name](*args)
-
-
-def backend(name: str) -> Backend:
-    """bitsandbytes' default kernels. Raises ValueError where it is not installed, or older than 0.46."""
-    return Backend(name, BitsAndBytesDefault(), ("bitsandbytes",), within=uncompiled)

@@ -7,26 +7,26 @@ from bnbref.conformance.backends import Unsupported
 from bnbref.conformance.oracles.values import unpack
 
 
-def nf4_alone(quant_type: str, package: str) -> None:
+def nf4_alone(quant_type: str) -> None:
     """Raises Unsupported for FP4."""
     if quant_type != "nf4":
-        raise Unsupported(f"{package} has NF4 and no {quant_type}")
+        raise Unsupported(f"the package has NF4 and no {quant_type}")
 
 
-def rows(x: Tensor, blocksize: int, package: str) -> Tensor:
+def rows(x: Tensor, blocksize: int) -> Tensor:
     """The blocks of a tensor, `[blocks, blocksize]`. Raises Unsupported where the last one is not whole.
 
-    >>> rows(torch.arange(4), 2, "it").tolist()
+    >>> rows(torch.arange(4), 2).tolist()
     [[0, 1], [2, 3]]
     """
     if x.numel() % blocksize or x.numel() == 0:
-        raise Unsupported(f"{package} has whole blocks alone, got {x.numel()} elements in blocks of {blocksize}")
+        raise Unsupported(f"the package has whole blocks alone, got {x.numel()} elements in blocks of {blocksize}")
     return x.reshape(-1, blocksize)
 
 
-def code_rows(packed: Tensor, blocksize: int, numel: int, package: str) -> Tensor:
+def code_rows(packed: Tensor, blocksize: int, numel: int) -> Tensor:
     """The codes in packed bytes, int64 `[blocks, blocksize]`. Raises Unsupported where the last block is not whole."""
-    return rows(unpack(packed, numel), blocksize, package)
+    return rows(unpack(packed, numel), blocksize)
 
 
 def pack(codes: Tensor) -> Tensor:
@@ -39,9 +39,9 @@ def pack(codes: Tensor) -> Tensor:
     return flat[0::2] << 4 | flat[1::2]
 
 
-def exactly(absmax: Tensor, dtype: torch.dtype, package: str) -> Tensor:
+def exactly(absmax: Tensor, dtype: torch.dtype) -> Tensor:
     """The scales in a dtype. Raises Unsupported where one of them is not a number of it."""
     scale = absmax.to(dtype)
     if not torch.equal(scale.float(), absmax):
-        raise Unsupported(f"{package} has scales of the dtype of the weight")
+        raise Unsupported("the package has scales of the dtype of the weight")
     return scale

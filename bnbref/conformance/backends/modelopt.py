@@ -7,21 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnbref.conformance.backends import Backend, Unsupported, require
+from bnbref.conformance.backends import Unsupported
 from bnbref.conformance.backends.blocks import exactly, nf4_alone
-
-_NAME = "nvidia-modelopt"
 
 
 class ModelOptimizer:
     """Quantization and its inverse."""
 
+    packages = ("modelopt",)
+
     def __init__(self) -> None:
-        require("modelopt")
         self.tensor: Any = importlib.import_module("modelopt.torch.quantization.qtensor.nf4_tensor").NF4QTensor
 
     def quantize_4bit(self, x: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, Tensor]:
-        nf4_alone(quant_type, _NAME)
+        nf4_alone(quant_type)
         if x.numel() == 0:
             raise Unsupported("there is nothing to quantize")
         made, scales = self.tensor.quantize(x.contiguous(), blocksize, 1)
@@ -31,18 +30,13 @@ class ModelOptimizer:
     def dequantize_4bit(
         self, packed: Tensor, absmax: Tensor, blocksize: int, quant_type: str, shape: tuple[int, ...], dtype: torch.dtype
     ) -> Tensor:  # fmt: skip
-        nf4_alone(quant_type, _NAME)
+        nf4_alone(quant_type)
         whole = torch.zeros(-(-math.prod(shape) // blocksize) * blocksize // 2, dtype=torch.uint8)
         whole[: packed.numel()] = packed
         made = self.tensor(torch.Size(shape), dtype, whole)
         # Scales that are not quantized again: divided by one, plus zero.
-        scale = exactly(absmax, dtype, _NAME)
+        scale = exactly(absmax, dtype)
         y: Tensor = made.dequantize(
             dtype, scale=scale, block_sizes={-1: blocksize}, double_scale=torch.ones(1, dtype=dtype), scale_zeros=0
         )
         return y
-
-
-def backend(name: str) -> Backend:
-    """Model Optimizer. Raises ValueError where it is not installed."""
-    return Backend(name, ModelOptimizer(), ("modelopt",))

@@ -6,11 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnbref.conformance.backends import Backend, Unsupported, require
+from bnbref.conformance.backends import Unsupported, require
 
 
 class MpsBitsAndBytes:
     """4 bits and int8 rows. Its 8-bit blocks are linear, whatever map they are given: another format."""
+
+    packages = ("mps_bitsandbytes",)
 
     def __init__(self) -> None:
         self.package = require("mps_bitsandbytes")
@@ -42,8 +44,3 @@ class MpsBitsAndBytes:
 
     def _state(self, absmax: Tensor, shape: Sequence[int], **rest: Any) -> Any:
         return self.package.functional.QuantState(absmax=absmax, shape=torch.Size(shape), **rest)
-
-
-def backend(name: str) -> Backend:
-    """mps-bitsandbytes. Raises ValueError where it is not installed."""
-    return Backend(name, MpsBitsAndBytes(), ("mps_bitsandbytes",))

@@ -10,25 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnbref.conformance.backends import Backend, Unsupported, require
+from bnbref.conformance.backends import Unsupported
 from bnbref.conformance.backends.blocks import code_rows, nf4_alone, pack, rows
-
-_NAME = "neural-compressor"
 
 
 class NeuralCompressor:
     """Codes by `quantize_4bit`, weights and products by `INCWeightOnlyLinear`."""
 
+    packages = ("neural_compressor",)
+
     def __init__(self) -> None:
-        require("neural_compressor")
         folder = "neural_compressor.torch.algorithms.weight_only"
         self.utility: Any = importlib.import_module(f"{folder}.utility")
         self.layer: Any = importlib.import_module(f"{folder}.modules").INCWeightOnlyLinear
         self.nibbles = torch.tensor(self.utility.INT_MAPPING["nf4"])
 
     def quantize_4bit(self, x: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, Tensor]:
-        nf4_alone(quant_type, _NAME)
-        blocks = rows(x, blocksize, _NAME).clone()  # it quantizes in place
+        nf4_alone(quant_type)
+        blocks = rows(x, blocksize).clone()  # it quantizes in place
         nibbles, scale, _ = self.utility.quantize_4bit(blocks, dtype="nf4", return_int=True)
         codes = (nibbles.reshape(-1, 1) == self.nibbles).int().argmax(-1)
         return pack(codes), scale.float().view(-1)
@@ -36,10 +35,10 @@ class NeuralCompressor:
     def dequantize_4bit(
         self, packed: Tensor, absmax: Tensor, blocksize: int, quant_type: str, shape: tuple[int, ...], dtype: torch.dtype
     ) -> Tensor:  # fmt: skip
-        nf4_alone(quant_type, _NAME)
+        nf4_alone(quant_type)
         if dtype != torch.float32:
             raise Unsupported("neural-compressor recovers float32")
-        codes = code_rows(packed, blocksize, torch.Size(shape).numel(), _NAME)
+        codes = code_rows(packed, blocksize, torch.Size(shape).numel())
         weight: Tensor = self._layer(codes, absmax, blocksize, None).recover()
         return weight.reshape(shape)
 
@@ -47,11 +46,11 @@ class NeuralCompressor:
         self, a: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, blocksize: int, quant_type: str,
         shape: tuple[int, int],
     ) -> Tensor:  # fmt: skip
-        nf4_alone(quant_type, _NAME)
+        nf4_alone(quant_type)
         n, k = shape
         if k % blocksize or a.dtype != torch.float32:
             raise Unsupported("neural-compressor has blocks of a row, and products in float32")
-        codes = code_rows(packed, blocksize, n * k, _NAME).view(n, k)
+        codes = code_rows(packed, blocksize, n * k).view(n, k)
         y: Tensor = self._layer(codes, absmax, blocksize, bias)(a)
         return y
 
@@ -60,8 +59,3 @@ class NeuralCompressor:
         made = self.layer(k, n, dtype="nf4", bits=4, group_size=blocksize, bias=bias is not None)
         made.pack(self.nibbles[codes].to(torch.int32), absmax.view(n, -1), None, bias)
         return made.eval()
-
-
-def backend(name: str) -> Backend:
-    """neural-compressor. Raises ValueError where it is not installed."""
-    return Backend(name, NeuralCompressor(), ("neural_compressor",))

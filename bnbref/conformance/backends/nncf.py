@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from bnbref.codebooks import NF4
-from bnbref.conformance.backends import Backend, Unsupported, require
+from bnbref.conformance.backends import Unsupported, require
 from bnbref.conformance.backends.blocks import code_rows, nf4_alone, pack, rows
-
-_NAME = "nncf"
 
 
 class OpenVINO:
     """Quantization by NNCF's function for one weight. OpenVINO has the first of two elements in the low nibble: the adapter
     exchanges them, as these bytes are not meant to be bitsandbytes'."""
+
+    packages = ("nncf", "openvino")
 
     def __init__(self) -> None:
         self.nncf, self.ov = require("nncf"), require("openvino")
@@ -27,10 +27,10 @@ class OpenVINO:
         self.tensor: Any = importlib.import_module("nncf.tensor").Tensor
 
     def quantize_4bit(self, x: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, Tensor]:
-        nf4_alone(quant_type, _NAME)
+        nf4_alone(quant_type)
         if x.dtype == torch.bfloat16:
             raise Unsupported("numpy has no bfloat16")
-        blocks = rows(x, blocksize, _NAME).contiguous()
+        blocks = rows(x, blocksize).contiguous()
         config = self.config(self.nncf.CompressWeightsMode.NF4, blocksize)
         weight = self.tensor(self.ov.Tensor(blocks.numpy()))
         made = self.lowering.do_float_quantization(weight, config, reduction_axes=1)
@@ -41,20 +41,20 @@ class OpenVINO:
     def dequantize_4bit(
         self, packed: Tensor, absmax: Tensor, blocksize: int, quant_type: str, shape: tuple[int, ...], dtype: torch.dtype
     ) -> Tensor:  # fmt: skip
-        nf4_alone(quant_type, _NAME)
+        nf4_alone(quant_type)
         if dtype != torch.float32:
             raise Unsupported("NNCF's decompression is judged in float32")
-        codes = code_rows(packed, blocksize, torch.Size(shape).numel(), _NAME)
+        codes = code_rows(packed, blocksize, torch.Size(shape).numel())
         return self._compiled(self._weight(codes, absmax.view(-1, 1)), [])([]).reshape(shape)
 
     def gemm_4bit(
         self, a: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, blocksize: int, quant_type: str,
         shape: tuple[int, int],
     ) -> Tensor:  # fmt: skip
-        nf4_alone(quant_type, _NAME)
+        nf4_alone(quant_type)
         if a.dtype != torch.float32 or bias is not None or shape[1] % blocksize:
             raise Unsupported("judged are products in float32 of blocks of a row, without a bias")
-        codes = code_rows(packed, blocksize, torch.Size(shape).numel(), _NAME).view(shape[0], -1, blocksize)
+        codes = code_rows(packed, blocksize, torch.Size(shape).numel()).view(shape[0], -1, blocksize)
         return self._product(codes, absmax.view(shape[0], -1, 1), list(a.shape))(a)
 
     def product_of_ones(self, n: int, k: int) -> Any:
@@ -96,8 +96,3 @@ class OpenVINO:
 @functools.cache
 def _core() -> Any:
     return require("openvino").Core()
-
-
-def backend(name: str) -> Backend:
-    """NNCF and OpenVINO. Raises ValueError where one of them is not installed."""
-    return Backend(name, OpenVINO(), ("nncf", "openvino"))

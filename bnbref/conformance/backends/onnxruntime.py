@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnbref.conformance.backends import Backend, Unsupported, require
+from bnbref.conformance.backends import Unsupported, require
 
 _TYPES = {"fp4": 0, "nf4": 1}
 _BLOCKSIZES = (16, 32, 64, 128, 256)
@@ -17,8 +17,9 @@ _BLOCKSIZES = (16, 32, 64, 128, 256)
 class OnnxRuntime:
     """Quantization by the quantizer's function; a weight is dequantized by the product with an identity, which rounds nothing."""
 
+    packages = ("onnxruntime",)
+
     def __init__(self) -> None:
-        require("onnxruntime")
         self.quantizer: Any = importlib.import_module(
             "onnxruntime.quantization.matmul_bnb4_quantizer"
         ).MatMulBnb4Quantizer
@@ -82,8 +83,3 @@ def _session(n: int, k: int, block_size: int, quant_type: int) -> Any:
     options = runtime.SessionOptions()
     options.intra_op_num_threads = 1
     return runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-
-
-def backend(name: str) -> Backend:
-    """ONNX Runtime. Raises ValueError where it is not installed."""
-    return Backend(name, OnnxRuntime(), ("onnxruntime",))

@@ -6,28 +6,30 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from bnbref.conformance.backends import Backend, require
+from bnbref.conformance.backends import require
 from bnbref.conformance.backends.blocks import code_rows, exactly, nf4_alone, pack, rows
 
 
 class Qwix:
     """4-bit codes in blocks of a row. Scales have the dtype of the array, which is also that of the decoded weight."""
 
+    packages = ("qwix", "jax")
+
     def __init__(self) -> None:
         self.qwix, self.jax = require("qwix"), require("jax")
 
     def quantize_4bit(self, x: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, Tensor]:
-        nf4_alone(quant_type, "qwix")
-        array = self.qwix.quantize(self._jax(rows(x, blocksize, "qwix")), "nf4", channelwise_axes=(0,))
+        nf4_alone(quant_type)
+        array = self.qwix.quantize(self._jax(rows(x, blocksize)), "nf4", channelwise_axes=(0,))
         codes = from_dlpack(array.qvalue.astype(self.jax.numpy.uint8))
         return pack(codes), from_dlpack(array.scale).float().view(-1)
 
     def dequantize_4bit(
         self, packed: Tensor, absmax: Tensor, blocksize: int, quant_type: str, shape: tuple[int, ...], dtype: torch.dtype
     ) -> Tensor:  # fmt: skip
-        nf4_alone(quant_type, "qwix")
-        codes = code_rows(packed, blocksize, torch.Size(shape).numel(), "qwix")
-        array = self._array(codes, exactly(absmax, dtype, "qwix").view(-1, 1))
+        nf4_alone(quant_type)
+        codes = code_rows(packed, blocksize, torch.Size(shape).numel())
+        array = self._array(codes, exactly(absmax, dtype).view(-1, 1))
         return from_dlpack(self.qwix.dequantize(array)).reshape(shape)
 
     def _array(self, codes: Tensor, scale: Tensor) -> Any:
@@ -36,8 +38,3 @@ class Qwix:
 
     def _jax(self, x: Tensor) -> Any:
         return self.jax.numpy.from_dlpack(x.contiguous())
-
-
-def backend(name: str) -> Backend:
-    """qwix. Raises ValueError where it is not installed."""
-    return Backend(name, Qwix(), ("qwix", "jax"))

@@ -1,7 +1,6 @@
 """bnbref, compiled where it can be ("bnbref"), not at all ("-eager"), or with products in a fixed order ("-invariant")."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +9,6 @@ from torch import Tensor
 
 from bnbref import blockwise, fourbit, functional, int8, nn, products
 from bnbref.codebooks import four_bit
-from bnbref.conformance.backends import Backend
 from bnbref.conformance.backends.public_names import PublicNames
 from bnbref.conformance.oracles.steps import BLOCKSIZE
 from bnbref.kernels import eager
@@ -22,6 +20,8 @@ from bnbref.quant_state import QuantState
 
 class Reference(PublicNames):
     """Every operation, by bnbref's functions."""
+
+    packages = ("bnbref",)
 
     def __init__(self) -> None:
         super().__init__(
@@ -93,7 +93,13 @@ class Reference(PublicNames):
         return made
 
 
-def backend(name: str) -> Backend:
-    """bnbref, under one of its names."""
-    within = {"bnbref-eager": eager, "bnbref-invariant": batch_invariant}.get(name, nullcontext)
-    return Backend(name, Reference(), ("bnbref",), within=within)
+class Eager(Reference):
+    """Uncompiled."""
+
+    within = staticmethod(eager)
+
+
+class Invariant(Reference):
+    """With products in a fixed order."""
+
+    within = staticmethod(batch_invariant)

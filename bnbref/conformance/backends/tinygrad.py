@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnbref.conformance.backends import Backend, Unsupported, require
+from bnbref.conformance.backends import Unsupported, require
 from bnbref.conformance.backends.blocks import nf4_alone, rows
 
 
 class TinyGrad:
     """Codes and scales, and products. Weights and scales are float16, which is what the layer makes of everything."""
+
+    packages = ("tinygrad",)
 
     def __init__(self) -> None:
         self.tinygrad = require("tinygrad")
@@ -31,8 +33,8 @@ class TinyGrad:
         self.linear = names["NF4Linear"]
 
     def quantize_4bit(self, x: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, Tensor]:
-        nf4_alone(quant_type, "tinygrad")
-        weight = self._tinygrad(rows(x, blocksize, "tinygrad"))
+        nf4_alone(quant_type)
+        weight = self._tinygrad(rows(x, blocksize))
         made = self.linear(blocksize).quantize({"output.feed_forward.weight": weight}, None, scale_dtype=weight.dtype)
         packed, scale = (made[f"output.feed_forward.{name}"].numpy() for name in ("weight", "scale"))
         return torch.from_numpy(packed.copy()), torch.from_numpy(scale.astype("float32")).view(-1)
@@ -41,7 +43,7 @@ class TinyGrad:
         self, a: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, blocksize: int, quant_type: str,
         shape: tuple[int, int],
     ) -> Tensor:  # fmt: skip
-        nf4_alone(quant_type, "tinygrad")
+        nf4_alone(quant_type)
         n, k = shape
         if bias is not None or n * k % blocksize:
             raise Unsupported("tinygrad's layer has no bias, and whole blocks")
@@ -54,8 +56,3 @@ class TinyGrad:
         if x.dtype == torch.bfloat16:
             raise Unsupported("numpy has no bfloat16")
         return self.tinygrad.Tensor(x.contiguous().numpy())
-
-
-def backend(name: str) -> Backend:
-    """tinygrad. Raises ValueError where it is not installed, or TINYGRAD names no repository of it."""
-    return Backend(name, TinyGrad(), ("tinygrad",))

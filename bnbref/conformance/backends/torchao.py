@@ -7,15 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnbref.conformance.backends import Backend, Unsupported, require
+from bnbref.conformance.backends import Unsupported
 from bnbref.conformance.oracles.steps import BLOCKSIZE
 
 
 class TorchAO:
     """What torchao has of the operations."""
 
+    packages = ("torchao",)
+
     def __init__(self) -> None:
-        require("torchao")
         self.quant: Any = importlib.import_module("torchao.optim.quant_utils")
         self.adam: Any = importlib.import_module("torchao.optim.adam")
         self.state: Any = importlib.import_module("torchao.optim.subclass_8bit")
@@ -64,8 +65,3 @@ def _second(k: Mapping[str, Any], name: str) -> Tensor:
         raise Unsupported("torchao has Adam")
     copy: Tensor = k[name].clone()
     return copy
-
-
-def backend(name: str) -> Backend:
-    """torchao. Raises ValueError where it is not installed."""
-    return Backend(name, TorchAO(), ("torchao",))

@@ -1,17 +1,19 @@
 """The board: backends by rules, from the JSON reports that `check --json` writes, of this machine or of somebody else's.
 
-page.py shows it as a page, picture.py as a drawing, summary.py as a few lines.
+page.py shows it as a page, picture.py as a drawing, summary.py as a few lines. The column of a run that has just ended has what
+no JSON has, too: drawings of how far off results are (drawings.py), and the cases by dtypes.
 """
 
 import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bnbref.conformance import vectors
+from bnbref.conformance import report, vectors
+from bnbref.conformance.board.drawings import of_finding
 from bnbref.conformance.explain import verdict
 from bnbref.conformance.judge import REFUSALS
 from bnbref.conformance.specification import RULES
@@ -43,7 +45,11 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Column:
-    """One report. file: where it was read. made: the day, empty where an earlier kit wrote none. cells: by rule."""
+    """One report.
+
+    file: where it is. made: the day, empty where an earlier kit wrote none. cells: by rule. drawings: by what `key` says of a
+    finding. matrix: cases passed by operation and dtype, in lines.
+    """
 
     file: Path
     backend: str
@@ -51,6 +57,8 @@ class Column:
     versions: Mapping[str, str]
     made: str
     cells: Mapping[str, Cell]
+    drawings: Mapping[Any, str] = field(default_factory=dict)
+    matrix: str = ""
 
     @property
     def name(self) -> str:
@@ -110,6 +118,20 @@ def column(file: Path, text: str) -> Column:
     _allow_refusals(body)
     cells = {rule: _cell(rule, ids, body) for rule, ids in cases.items()}
     return Column(file, body["backend"], body["device"], body["versions"], body.get("made", ""), cells)
+
+
+def key(finding: Mapping[str, Any]) -> Any:
+    """What no two findings of a report have in common."""
+    return finding["cases"][0], finding["rule"], *finding["follows"]
+
+
+def of_run(done: report.Report, file: Path) -> Column:
+    """The column of a run. file: where its JSON is, or would be."""
+    text = report.as_json(done)
+    drawn = {
+        key(f): of_finding(done, made) for f, made in zip(json.loads(text)["findings"], done.findings, strict=True)
+    }
+    return replace(column(file, text), drawings=drawn, matrix=report.matrix_text(done))
 
 
 def _allow_refusals(body: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bnbref.conformance.board import STATES, Cell, Column
+from bnbref.conformance.board import STATES, Cell, Column, key
 from bnbref.conformance.explain import verdict
 from bnbref.conformance.specification import ABOUT, FLAGS, RULES
 
@@ -108,8 +108,9 @@ def _about_column(column: Column) -> str:
     made = f"made on {column.made}" if column.made else "made by an earlier version of the kit"
     states = "".join(f"<tr><th>{_signed(state)}<td>{column.count(state)}" for state in STATES)
     file = _text(column.file.name)
-    report = f'<p>The report, {_text(made)}: <a href="{file}">{file}</a></p>'
-    body = f"<p>{_text(versions)}</p><table>{states}</table>{report}{_program(column)}"
+    report = f'<p>The report, {_text(made)}: <a href="{file}">{file}</a></p>' if column.file.exists() else ""
+    matrix = f"<pre class=matrix>{_text(column.matrix)}</pre>" if column.matrix else ""
+    body = f"<p>{_text(versions)}</p><table>{states}</table>{matrix}{report}{_program(column)}"
     return _opened(column.name, _text(column.title), body)
 
 
@@ -135,12 +136,13 @@ def _about_cell(column: Column, rule: str) -> str:
 
 
 def _finding(column: Column, finding: Mapping[str, Any]) -> str:
-    """One finding: the input, the elements, whose convention it is, what the case was made from, how to see it again."""
+    """One finding: the input, the elements, drawings, whose convention it is, what it was made from, how to see it again."""
     first, *others = finding["cases"]
     elements = "".join(
         f"<tr><td>{_text(e['place'])}<td>{_text(e['got'])}<td>{_text(e['want'])}" for e in finding["elements"]
     )
     table = f"<table><tr><th>element<th>got<th>want{elements}</table>" if elements else ""
+    table += column.drawings.get(key(finding), "")
     about = [f"Follows {text}" for text in finding["follows"]]
     about += [f"A case of {name}. {FLAGS[name].story} {FLAGS[name].issue}".strip() for name in finding["flags"]]
     operation, _, case = first.partition("/")

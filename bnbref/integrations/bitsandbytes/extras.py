@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, library
 
 from bnbref import int8
+from bnbref.blockwise import into
 from bnbref.products import matmul, matmul_4bit
 
 # ---- constants ------------------------------------------------------------------------------------------------------
@@ -120,13 +121,13 @@ def igemm(
     """
     shape = check_matmul(A, B, out, transposed_A, transposed_B)
     if A.dim() == 3 and out is not None and len(shape) == 2:
-        return out.copy_(int8.multiply(A.flatten(0, 1).t(), B.flatten(0, 1).t()))
+        return into("out", out, int8.multiply(A.flatten(0, 1).t(), B.flatten(0, 1).t()))
     left, right = _turned(A, transposed_A), _turned(B, transposed_B)
     if right.dim() == 2:
         product = int8.multiply(left, right.t().contiguous())
     else:
         product = torch.stack([int8.multiply(a, b.t().contiguous()) for a, b in zip(left, right, strict=True)])
-    return product if out is None else out.copy_(product)
+    return into("out", out, product)
 
 
 def batched_igemm(

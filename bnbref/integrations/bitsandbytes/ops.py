@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, library
 
 from bnbref import functional, int8
+from bnbref.blockwise import into
 from bnbref.codebooks import FOUR_BIT, value_table
 from bnbref.context import without_autocast
 from bnbref.fourbit import dequantize as dequantize_packed
@@ -164,10 +165,9 @@ def _writing(function: Callable[..., Tensor]) -> Callable[..., None]:
     def write(*args: Any, out: Tensor | None = None) -> None:
         *args, out = args if out is None else (*args, out)  # type: ignore[assignment]
         result = function(*args)
-        if out is None or (out.shape, out.dtype, out.device) != (result.shape, result.dtype, result.device):
-            found = None if out is None else f"{out.dtype} {tuple(out.shape)} on {out.device}"
-            raise ValueError(f"out must be {result.dtype} {tuple(result.shape)} on {result.device}, got {found}")
-        out.copy_(result)
+        if out is None:
+            raise ValueError(f"out must be {result.dtype} {tuple(result.shape)} on {result.device}, got None")
+        into("out", out, result)
 
     return write
 

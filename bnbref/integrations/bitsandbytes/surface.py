@@ -1,9 +1,10 @@
-"""The public surface of bitsandbytes 0.50.2: where each name comes from, what differs, and what there is not, with the reason.
+"""The public surface of bitsandbytes 0.50.2: where each name comes from, and what there is not, with the reason.
 
     SURFACE[module][name] = "module.of.bnbref:attribute"
-    DIFFERS["module.name"], MISSING["module.name"] = a sentence
+    MISSING["module.name"] = a sentence
 
-`docs/surface.py` makes the table of the documentation from these and compares them with bitsandbytes, where it is installed.
+`docs/surface.py` makes the table of the documentation from these, says what differs, and compares them with bitsandbytes, where
+it is installed.
 """
 
 EXTRAS = "bnbref.integrations.bitsandbytes.extras"
@@ -71,75 +72,26 @@ SURFACE: dict[str, dict[str, str]] = {
     ),
 }
 
-_CLASS_IS_APPLY = "Only `.apply`, which is `matmul` or `matmul_4bit`: no class of `torch.autograd.Function`."
-_SAME_NUMBERS = (
-    "The equations of `bnbref.optim`: weight decay before the step. Codes must be of the dynamic maps, 256 a block."
-)
-_BASE = "`bnbref.optim.Optimizer`: for `isinstance`. Its constructor takes a `Rule`, see Optimizers."
-
-DIFFERS: dict[str, str] = {
-    "MatmulLtState": "No fields of transposed copies and sparse pools; deprecated ones are plain attributes.",
-    "autograd._functions.MatMul4Bit": _CLASS_IS_APPLY,
-    "autograd._functions.MatMul8bitFp": _CLASS_IS_APPLY,
-    "autograd._functions.MatMul8bitLt": _CLASS_IS_APPLY,
-    "cextension.BNB_BACKEND": '"PyTorch".',
-    "functional.QuantState": "Equality is of bits; a malformed dict is refused.",
-    "functional.get_4bit_type": "On the CPU by default, not on a GPU that may not be there; int4 too.",
-    "functional.has_avx512bf16": "False: weights are never repacked.",
-    "functional.igemm": "Any device, exact.",
-    "functional.batched_igemm": "Any device, exact.",
-    "functional.is_on_gpu": "Whether all tensors are on one device: there is none without kernels.",
-    "functional.name2qmap": "Empty: maps are cached by codebook.",
-    "functional.optimizer_update_32bit": _SAME_NUMBERS,
-    "functional.optimizer_update_8bit_blockwise": _SAME_NUMBERS,
-    "matmul": "On a CPU, too, LLM.int8() and no float product in its place.",
-    "nn.Linear4bit": "compute_dtype stays what it was set to; without one it is the activation's at each call.",
-    "nn.Params4bit": "A cast of packed codes is refused; `.to` leaves the original as it was.",
-    "nn.Int8Params": "`CB` is the data; a cast of codes is refused.",
-    "nn.modules.maybe_rearrange_weight": "Does nothing: weights in the layouts of old GPUs are refused when they are loaded.",
-    "optim.optimizer.Optimizer8bit": _BASE,
-    "optim.optimizer.Optimizer1State": _BASE,
-    "optim.optimizer.Optimizer2State": _BASE,
-    "utils.outlier_hook": "Deviations of the first layer's input are by column; in bitsandbytes they are by row.",
-}
-
 _MANAGED = "CUDA's managed memory has no counterpart in torch: the paged optimizers page by themselves."
 _LIBRARY = "There is no compiled library: call the functions of `bitsandbytes.functional`."
 
 MISSING: dict[str, str] = {
     "autograd._functions.GlobalOutlierPooler": "Outlier columns are found anew in every product: nothing is pooled.",
-    "cextension.lib": _LIBRARY,
-    "cextension.BNBNativeLibrary": _LIBRARY,
-    "cextension.CudaBNBNativeLibrary": _LIBRARY,
-    "cextension.DYNAMIC_LIBRARY_SUFFIX": _LIBRARY,
-    "cextension.ErrorHandlerMockBNBNativeLibrary": _LIBRARY,
-    "cextension.ROCM_GPU_ARCH": _LIBRARY,
-    "cextension.XpuBNBNativeLibrary": _LIBRARY,
-    "cextension.get_available_cuda_binary_versions": _LIBRARY,
-    "cextension.get_cuda_bnb_library_path": _LIBRARY,
-    "cextension.get_native_library": _LIBRARY,
-    "cextension.get_xpu_bnb_library_path": _LIBRARY,
-    "cextension.parse_cuda_version": _LIBRARY,
-    "functional.CUBLAS_Context": _LIBRARY,
-    "functional.FIRST_CUDA_DEVICE": _MANAGED,
-    "functional.GlobalPageManager": _MANAGED,
-    "functional.elementwise_func": _MANAGED,
-    "functional.get_paged": _MANAGED,
-    "functional.lib": _LIBRARY,
-    "functional.prefetch_tensor": _MANAGED,
+    **dict.fromkeys((
+        "cextension.lib", "cextension.BNBNativeLibrary", "cextension.CudaBNBNativeLibrary", "cextension.DYNAMIC_LIBRARY_SUFFIX",
+        "cextension.ErrorHandlerMockBNBNativeLibrary", "cextension.ROCM_GPU_ARCH", "cextension.XpuBNBNativeLibrary",
+        "cextension.get_available_cuda_binary_versions", "cextension.get_cuda_bnb_library_path", "cextension.get_native_library",
+        "cextension.get_xpu_bnb_library_path", "cextension.parse_cuda_version", "functional.CUBLAS_Context", "functional.lib",
+    ), _LIBRARY),
+    **dict.fromkeys((
+        "functional.FIRST_CUDA_DEVICE", "functional.GlobalPageManager", "functional.elementwise_func", "functional.get_paged",
+        "functional.prefetch_tensor",
+    ), _MANAGED),
     "nn.OutlierAwareLinear": "Abstract in bitsandbytes: it has no product. Linear8bitLt keeps outliers by a threshold.",
     "nn.modules.OutlierAwareLinear": "Abstract in bitsandbytes: it has no product.",
     "nn.modules.T": "A type variable.",
     "nn.modules.fix_4bit_weight_quant_state_from_module": "Not needed: a layer remembers the scales of its weight.",
-    "optim.PytorchLARS": "Use LARS32bit: the same rule.",
-    "optim.lars.PytorchLARS": "Use LARS32bit: the same rule.",
+    **dict.fromkeys(("optim.PytorchLARS", "optim.lars.PytorchLARS"), "Use LARS32bit: the same rule."),
     "optim.optimizer.MockArgs": "Settings are passed by name.",
     "utils.execute_and_return": "Runs shell commands: use subprocess.",
-}
-
-MISSING_MODULES: dict[str, str] = {
-    "backends": "Kernels of bitsandbytes. Ours come behind `torch.ops.bitsandbytes`.",
-    "consts": "Names of binaries.",
-    "cuda_specs": "Finds CUDA for the binaries.",
-    "diagnostics": "Looks for binaries; `python -m bnbref info` says what bnbref runs on.",
-}
+}  # fmt: skip

@@ -17,6 +17,7 @@ from bnbref.checkpoint import BLOCKSIZES
 from bnbref.codebooks import FOUR_BIT
 from bnbref.nested import BLOCKSIZE as NESTED_BLOCKSIZE
 from bnbref.quant_state import dtype_name
+from bnbref.state_fields import ENTER
 
 METHOD = "bnbref"
 
@@ -67,7 +68,7 @@ class BnbRefConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def _check(self) -> None:
         allowed = [*FOUR_BIT, "int8"]
         if self.quant_type not in allowed:
-            raise ValueError(f"quant_type must be one of {allowed}, got {self.quant_type!r}")
+            raise ValueError(f"quant_type must be one of {allowed}{ENTER}, got {self.quant_type!r}")
         if not isinstance(self.double_quant, bool):
             raise TypeError(f"double_quant must be a bool, got {self.double_quant!r}")
         names = self.skip_modules

@@ -1,6 +1,5 @@
-"""The specification as pages: `python -m bnbref.conformance.spec_pages docs/content/spec` writes them from the rules."""
+"""The specification as pages: `python docs/specification.py` writes docs/content/spec from the rules."""
 
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,6 +10,8 @@ from bnbref.conformance import operations, vectors
 from bnbref.conformance.operations import OPERATIONS
 from bnbref.conformance.specification import ABOUT, FLAGS, rules_of
 from bnbref.conformance.text import hex_words
+
+FOLDER = Path(__file__).parent / "content" / "spec"
 
 FORMULAS = """
 t is step, b1, b2, b3 the betas, wd weight_decay, G = g * gnorm_scale, m = state1, v = state2, m2 = state3; of rmsprop and
@@ -92,4 +93,4 @@ def pages() -> dict[str, str]:
 
 if __name__ == "__main__":
     for _name, _text in pages().items():
-        (Path(sys.argv[1]) / _name).write_text(_text, encoding="utf-8")
+        (FOLDER / _name).write_text(_text, encoding="utf-8")

@@ -1,87 +1,33 @@
-"""The report as one HTML page: a matrix of operations, dtypes and backends; a click on a cell shows what failed in it.
-
-Nothing is loaded from anywhere, error maps and histograms are inline SVG, and it reads on a telephone.
-"""
+"""Drawings of how far off the wrong elements of a finding are: an error map and a histogram, as inline SVG."""
 
 import html
 import math
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from bnbref.conformance.expected import ulps_apart
+from bnbref.conformance.findings import Finding
 from bnbref.conformance.judge import Failure
-from bnbref.conformance.operations import OPERATIONS
-from bnbref.conformance.report import DTYPES, Finding, Report, bracketed_issue, cell, describe, rows, versions
-from bnbref.conformance.specification import RULES
-
-_STYLE, _SCRIPT = (Path(__file__).with_name(f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
-
-
-def as_html(reports: Sequence[Report]) -> str:
-    """The page of one or several reports."""
-    parts = [
-        "<!doctype html><html lang=en><meta charset=utf-8>",
-        '<meta name=viewport content="width=device-width, initial-scale=1">',
-        f"<title>bnbref conformance</title><style>{_STYLE}</style>",
-        "<h1>bnbref conformance</h1>",
-        "<p>Cases passed of those that ran. A cell in red has findings: select it.</p>",
-        _matrix(reports),
-        '<h2>Findings</h2><p><span id=shown></span> <button data-cell="">show all</button></p>',
-        *(_article(done, finding) for done in reports for finding in done.findings),
-        f"<script>{_SCRIPT}</script></html>\n",
-    ]
-    return "\n".join(parts)
-
-
-def _cell_name(done: Report, operation: str, dtype: str) -> str:
-    return f"{done.backend}/{operation}/{dtype}"
-
-
-def _matrix(reports: Sequence[Report]) -> str:
-    about = [
-        f"{html.escape(done.backend)}<br><small>{html.escape(versions(done))}, {done.device}</small>"
-        for done in reports
-    ]
-    head = "".join(f"<th colspan={len(DTYPES)}>{text}</th>" for text in about)
-    second = "".join(f"<th>{dtype}</th>" for _ in reports for dtype in DTYPES)
-    body = []
-    tables = [(done, rows(done)) for done in reports]
-    for operation in OPERATIONS:
-        cells = []
-        for done, table in tables:
-            for dtype in DTYPES:
-                results = table[operation][dtype]
-                text = cell(results)
-                if any(r.status == "failed" for r in results):
-                    name = html.escape(_cell_name(done, operation, dtype))
-                    cells.append(f'<td><button data-cell="{name}">{text}</button></td>')
-                else:
-                    cells.append(f"<td class={'none' if text == '-' else 'ok'}>{text}</td>")
-        body.append(f"<tr><td>{operation}</td>{''.join(cells)}</tr>")
-    return f"<div class=scroll><table><tr><th></th>{head}</tr><tr><th></th>{second}</tr>{''.join(body)}</table></div>"
-
-
-def _article(done: Report, finding: Finding) -> str:
-    dtypes = {r.case.id: r.case.dtype for r in done.results}
-    cells = sorted({_cell_name(done, finding.operation, dtypes[case]) for case in finding.cases})
-    title = f"{finding.rule} {', '.join(finding.flags)}".strip()
-    issues = html.escape("".join(map(bracketed_issue, finding.flags)))
-    return (
-        f'<article data-cells="{html.escape(" ".join(cells))}"><h3>{html.escape(done.backend)}: {html.escape(title)}{issues}</h3>'
-        f"<p>{html.escape(RULES[finding.rule].text)}</p>{error_map(finding.original)}{histogram(_alike(done, finding))}"
-        f"<pre>{html.escape(describe(finding))}</pre>"
-        f"<details><summary>{len(finding.cases)} cases</summary>"
-        f"<pre>{html.escape(chr(10).join(finding.cases))}</pre></details></article>"
-    )
-
-
-# ---- error maps -----------------------------------------------------------------------------------------------------
+from bnbref.conformance.report import Report
 
 WIDTH, HEIGHT = 400.0, 60.0
 """Of the bars of a drawing."""
+
+
+def of_finding(done: Report, finding: Finding) -> str:
+    """Both, of a finding of a report: the error map is of its smallest case, the histogram of all."""
+    return error_map(finding.original) + histogram(_alike(done, finding))
+
+
+def _alike(done: Report, finding: Finding) -> list[Failure]:
+    """The failures of a finding whose values are wrong, of one dtype: that of the first."""
+    cases, output = set(finding.cases), finding.original.output
+    found = [
+        f for r in done.results if r.case.id in cases for f in r.failures if f.kind == "value" and f.output == output
+    ]
+    return [f for f in found if f.got is not None and found[0].got is not None and f.got.dtype == found[0].got.dtype]
 
 
 def error_map(failure: Failure) -> str:
@@ -137,19 +83,8 @@ def _bars(wrong: Tensor, heights: Tensor, scale: float, most: int = 400) -> Iter
     return found.items()
 
 
-# ---- histograms -----------------------------------------------------------------------------------------------------
-
 _NOT_A_NUMBER = 2**31
 """The distance of NaN from a number, as `ulps_apart` has it."""
-
-
-def _alike(done: Report, finding: Finding) -> list[Failure]:
-    """The failures of a finding whose values are wrong, of one dtype: that of the first."""
-    cases, output = set(finding.cases), finding.original.output
-    found = [
-        f for r in done.results if r.case.id in cases for f in r.failures if f.kind == "value" and f.output == output
-    ]
-    return [f for f in found if f.got is not None and found[0].got is not None and f.got.dtype == found[0].got.dtype]
 
 
 def distances(failures: Sequence[Failure]) -> list[tuple[str, int, int]]:

@@ -1,0 +1,42 @@
+"""Codebooks by name, as layers, files and configurations call them. `bnbref.codebooks.FOUR_BIT` is the one there is."""
+
+from collections.abc import Iterator, MutableMapping
+
+from bnbref.codebook import Codebook
+
+NOT_A_FORMAT = ("int8", "plain")
+"""What a weight may be instead of one of four bits, and so no name of a codebook."""
+
+
+class Formats(MutableMapping[str, Codebook]):
+    """4-bit codebooks by name. Setting another codebook under a name that has one raises ValueError: what was quantized under
+    that name would decode to other values."""
+
+    # Not a dict, whose `update` and `setdefault` write past these checks.
+    def __init__(self, *books: Codebook) -> None:
+        self._books: dict[str, Codebook] = {}
+        self.update({book.name: book for book in books})
+
+    def __setitem__(self, name: str, book: Codebook) -> None:
+        if not isinstance(book, Codebook) or book.bits != 4:
+            raise ValueError(f"a format is a Codebook of at most 16 values, got {book!r}")
+        if book.name != name or not name.replace("_", "x").isalnum() or name in NOT_A_FORMAT:
+            raise ValueError(
+                f"a format has the name of its codebook, of letters, digits and underscores, not one of {NOT_A_FORMAT}, "
+                f"got {name!r}"
+            )
+        if self.get(name, book) != book:
+            raise ValueError(f"the name {name!r} has another codebook already: give this one another name")
+        self._books[name] = book
+
+    def __getitem__(self, name: str) -> Codebook:
+        return self._books[name]
+
+    def __delitem__(self, name: str) -> None:
+        del self._books[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._books)
+
+    def __len__(self) -> int:
+        return len(self._books)

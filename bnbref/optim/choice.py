@@ -1,0 +1,59 @@
+"""The rules of an optimizer by name: which one a parameter has, and what it computes in a step."""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnbref.optim.equation import Equation, at_step, check, layout
+from bnbref.optim.rule import Rule
+
+_MANY = 8  # equations of one rule: a few numbers are changed by hand, more are computed
+
+
+class Choice:
+    """One rule, or several of which a group names its own as "rule". A group that names none has the first."""
+
+    def __init__(self, rule: Rule | Mapping[str, Rule]) -> None:
+        self.rules = {name: check(one) for name, one in (rule if isinstance(rule, Mapping) else {"": rule}).items()}
+        if not self.rules:
+            raise ValueError("rule must be a Rule, or at least one by its name, got none")
+        self.first = next(iter(self.rules))
+        self._layouts = {name: layout(one) for name, one in self.rules.items()}
+        self._sources: set[str] = set()
+
+    def of(self, config: Mapping[str, Any]) -> Rule:
+        """The rule of a parameter with these settings."""
+        name = config.get("rule", self.first)
+        if name not in self.rules:
+            raise ValueError(f"rule of a group must be one of {[*self.rules]}, got {name!r}")
+        return self.rules[name]
+
+    def check_shape(self, p: Tensor, config: Mapping[str, Any]) -> None:
+        """Raise ValueError if the rule of p takes no parameter of its shape."""
+        rule = self.of(config)
+        if not rule.takes(p.shape):
+            others = [name for name, other in self.rules.items() if other.takes(p.shape)]
+            raise ValueError(
+                f"{rule!r} takes no parameter of shape {tuple(p.shape)}"
+                + (f': let its group say "rule": {" or ".join(map(repr, others))}' if others else "")
+            )
+
+    def at_step(self, t: int, config: Mapping[str, Any], device: torch.device | None = None) -> tuple[Equation, Tensor]:
+        """What the rule computes now, and its coefficients in step t."""
+        rule, made = self.of(config), self._layouts[config.get("rule", self.first)]
+        if layout(rule) != made:
+            raise RuntimeError(
+                f"states or codebooks of {rule!r} are not those that it had when the optimizer was made: {made}"
+            )
+        equation, hyper = at_step(rule, t, config, device)
+        if equation.source not in self._sources and len(self._sources) == _MANY:
+            warnings.warn(
+                f"direction of {rule!r} has computed with other numbers in more than {_MANY} steps, and each of these is "
+                f"compiled anew: numbers that change belong to its coefficients",
+                stacklevel=7,
+            )
+        self._sources.add(equation.source)
+        return equation, hyper

@@ -1,0 +1,189 @@
+"""A step of many parameters, one after another: what each needs for it, and what is said if the step is interrupted."""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnbref.blockwise import check_blocksize, check_float
+from bnbref.optim import whole
+from bnbref.optim.equation import Equation
+from bnbref.optim.paging import Placement
+from bnbref.optim.rule import Rule
+from bnbref.optim.sharding import local, shard_of
+from bnbref.optim.update import Tails, step
+from bnbref.optim.weights import corrections
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A parameter that is to make a step.
+
+    p: as the optimizer has it. grad: this rank's part of its gradient. config: its settings. equation, hyper: what its rule
+    computes in this step, and with which coefficients.
+    """
+
+    p: Tensor
+    grad: Tensor
+    config: Mapping[str, Any]
+    equation: Equation
+    hyper: Tensor
+
+    @property
+    def ascent(self) -> Tensor:
+        """The gradient of what is made smaller."""
+        return -self.grad if self.config["maximize"] else self.grad
+
+    def noise(self, generator: torch.Generator | None) -> Tensor | None:
+        """Random bits for a parameter that is to be rounded at random."""
+        if not self.config["stochastic_rounding"] or self.p.dtype != torch.bfloat16:
+            return None
+        numel = local(self.p).numel()
+        return torch.randint(-(2**15), 2**15, (numel,), dtype=torch.int16, device=self.p.device, generator=generator)
+
+
+def checked_gradient(p: Tensor, grad: Tensor, state: Mapping[str, Any], rule: Rule) -> Tensor:
+    """The part of a gradient that this rank has. ValueError if p, whose state may be empty, cannot make a step by it."""
+    if grad.layout != torch.strided:
+        raise ValueError(f"gradients must be dense: {rule!r} takes none of layout {grad.layout}")
+    check_float("a parameter", p)
+    check_float("a gradient", grad)
+    here, shape = local(grad), local(p).shape
+    if here.shape != shape:
+        raise ValueError(
+            f"a gradient must have the shape of its parameter, and be sharded like it: here it has shape "
+            f"{tuple(here.shape)}, the parameter {tuple(shape)}"
+        )
+    if not state and _partly_shared(local(p), here):
+        raise ValueError(
+            f"a gradient must be in memory of its own, or in just its parameter's: of shape {tuple(shape)} they begin "
+            f"{here.data_ptr() - local(p).data_ptr()} bytes apart"
+        )
+    corrections(p, state)
+    for s in rule.states if state else ():
+        if state[s.key].shape != (shape if s.of == "elements" else s.shape(p.shape)):
+            raise ValueError(
+                f"a parameter must keep its shape: its {s.key} has {tuple(state[s.key].shape)}, from its first step, "
+                f"the parameter now {tuple(shape)}. `del optimizer.state[p]` begins anew"
+            )
+    return here
+
+
+def _partly_shared(p: Tensor, g: Tensor) -> bool:
+    """Whether a step, which writes p while it reads g, would write what it has yet to read."""
+    if p.device.type == "meta" or not (p.is_contiguous() and g.is_contiguous()):
+        return False  # what is not contiguous is copied first
+    start, other = p.data_ptr(), g.data_ptr()
+    ends = start + p.numel() * p.itemsize, other + g.numel() * g.itemsize
+    return (start, p.dtype) != (other, g.dtype) and start < ends[1] and other < ends[0]
+
+
+def take(
+    turns: Sequence[Turn], states: MutableMapping[Tensor, dict[str, Any]], placement: Placement,
+    generator: torch.Generator | None, every: Callable[[], Sequence[Tensor]],
+) -> None:  # fmt: skip
+    """The steps of these parameters, whose `states` are there.
+
+    every: gives all parameters by their index in the state dict. An exception in the middle leaves whole the parameters before
+    the one that it met, and a warning says which.
+    """
+    tails = Tails()
+    made: list[Tensor] = []  # those that have made their step
+    begun: list[Tensor] = []  # those that are making it
+    by_element = [turn for turn in turns if not turn.equation.calls]
+    try:
+        with closing(placement.stream([(turn.p.device, states[turn.p]) for turn in by_element])) as streamed:
+            for turn, state in zip(by_element, streamed, strict=True):
+                begun = [turn.p]
+                update(turn, state, turn.noise(generator), tails)
+                # Pages are written back before the next ones come. Of a shard they may be on another rank alone.
+                if placement.pages(turn.p.numel()) and shard_of(turn.p) is not None:
+                    tails.run()
+                elif state is not states[turn.p]:
+                    tails.run_own()
+                states[turn.p]["step"] += 1
+                made += begun
+                begun = []
+        tails.run()
+        for batch in _together([turn for turn in turns if turn.equation.calls]):
+            begun = [turn.p for turn in batch]
+            _update_together(batch, states, placement, generator)
+            made += begun
+            begun = []
+    except BaseException as error:
+        try:
+            _say_interrupted(made, begun, tails, every(), [turn.p for turn in turns])
+        except Warning as said:  # where warnings are errors, what happened is still this error
+            raise error from said
+        raise
+
+
+def update(turn: Turn, state: Mapping[str, Any], noise: Tensor | None, tails: Tails) -> None:
+    """The step of one parameter by a rule of elements. state: on its device."""
+    own, shard = local(turn.p.detach()), shard_of(turn.p)
+    flat = own.contiguous()
+    copied = flat.data_ptr() != own.data_ptr()
+    step(
+        turn.equation, turn.hyper, flat, turn.ascent, state, blocksize=turn.config["blocksize"], noise=noise, shard=shard,
+        max_norm=turn.config["max_unorm"] if turn.equation.clipped else 0.0,
+        tails=None if copied and shard is None else tails,
+    )  # fmt: skip
+    if copied and shard is None:
+        own.copy_(flat)
+    elif copied:  # other ranks may have no copy, and all exchange their blocks at the same time
+        tails.then(lambda: own.copy_(flat))
+
+
+def _together(turns: Sequence[Turn]) -> Iterator[Sequence[Turn]]:
+    """Batches of parameters whose rules see whole matrices: of those that are alike, as many at a time as `BATCH` allows."""
+    groups: dict[Any, list[Turn]] = {}
+    for turn in turns:
+        groups.setdefault((id(turn.hyper), *whole.alike(turn.p)), []).append(turn)
+    for group in groups.values():
+        size = max(1, whole.BATCH // max(1, group[0].p.numel()))
+        yield from (group[first : first + size] for first in range(0, len(group), size))
+
+
+def _update_together(
+    batch: Sequence[Turn], states: MutableMapping[Tensor, dict[str, Any]], placement: Placement,
+    generator: torch.Generator | None,
+) -> None:  # fmt: skip
+    jobs = []
+    for turn in batch:
+        flat, blocksize = local(turn.p.detach()).contiguous(), check_blocksize(turn.config["blocksize"], turn.p.numel())
+        noise, shard = turn.noise(generator), shard_of(turn.p)
+        jobs.append(whole.Job(turn.p, flat, turn.ascent.contiguous(), states[turn.p], blocksize, noise, shard))
+    whole.step_together(batch[0].equation, batch[0].hyper, jobs, placement.stream)
+    for job in jobs:
+        states[job.p]["step"] += 1
+        own = local(job.p.detach())
+        if job.flat.data_ptr() != own.data_ptr():
+            own.copy_(job.flat)
+
+
+def _say_interrupted(
+    made: list[Tensor], partly: list[Tensor], tails: Tails, every: Sequence[Tensor], params: Sequence[Tensor]
+) -> None:
+    """After an exception: finish the parameters before the one that failed, and warn of what is not as a step leaves it.
+
+    made, partly: the parameters that have made their step, or begun it. tails: the last blocks that are waiting. every: the
+    parameters by their index in the state dict. params: those that were to make the step.
+    """
+    try:
+        tails.interrupt()
+    except RuntimeError:
+        tails.torn = True
+    if tails.torn:  # they lack their last blocks, each of which may be of any of them
+        made, partly = [], made + partly
+    index = {id(p): i for i, p in enumerate(every)}
+    done, part = ({index[id(p)] for p in ps} for ps in (made, partly))
+    not_yet = [index[id(p)] for p in params if index[id(p)] not in done | part]
+    warnings.warn(
+        f"a step was interrupted. By their index in the state dict: {sorted(done)} have made it, {not_yet} are as they were, "
+        f"and {sorted(part)} may have made a part of it",
+        stacklevel=7,
+    )
