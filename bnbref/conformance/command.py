@@ -83,6 +83,7 @@ def add_vectors(commands: Any) -> None:
     write.set_defaults(run=run_write)
     archive = actions.add_parser("archive", help="the published vectors as one .tar.gz, with a digest of all of it")
     archive.add_argument("file", type=Path)
+    archive.add_argument("--version", type=int, default=1, help="which of them (default: %(default)s)")
     archive.set_defaults(run=run_archive)
 
 
@@ -233,14 +234,16 @@ def run_answers(args: argparse.Namespace) -> int:
 
 
 def run_write(args: argparse.Namespace) -> int:
-    """Compute all cases and write their files, their sums, and print the digest."""
+    """Compute all cases and write their files, their sums, and print the digest of each version."""
     from bnbref.conformance import release, vectors
 
     if not args.folder.is_dir():
         raise Refused(f"cannot write to {args.folder}: there is no such directory")
     vectors.write(args.folder)
-    (args.folder / release.SUMS).write_text(release.sums(args.folder), encoding="utf-8")
-    print(release.digest(args.folder))
+    for version in vectors.VERSIONS:
+        folder = vectors.folder_of(version, args.folder)
+        (folder / release.SUMS).write_text(release.sums(folder), encoding="utf-8")
+        print(release.digest(folder))
     return 0
 
 
@@ -249,9 +252,11 @@ def run_archive(args: argparse.Namespace) -> int:
     from bnbref.conformance import release
 
     writable(args.file)
+    if args.version not in release.DIGESTS:
+        raise Refused(f"--version must be one of {', '.join(map(str, release.DIGESTS))}, got {args.version}")
     try:
-        args.file.write_bytes(release.archive())
+        args.file.write_bytes(release.archive(args.version))
     except ValueError as error:
         raise Refused(str(error)) from error
-    print(release.digest())
+    print(release.DIGESTS[args.version])
     return 0

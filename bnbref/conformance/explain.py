@@ -25,7 +25,8 @@ from bnbref.kernels import eager
 
 _OF_OPTIMIZERS = {f.name for f in fields(Conventions)}
 _PRODUCTS = ("gemm_4bit", "gemm_4bit_backward")
-_STEPS = ("optimizer_32bit", "optimizer_8bit")
+_OF_DECAY = {"adafactor": {"scaled_decay"}, "soap": {"decay_after"}}
+_STEPS = ("optimizer_32bit", "optimizer_8bit", *_OF_DECAY)
 
 
 def _concern(case: Case) -> set[str]:
@@ -35,6 +36,8 @@ def _concern(case: Case) -> set[str]:
     if case.operation not in _STEPS:
         return set(TEXT) - _OF_OPTIMIZERS
     k = case.params
+    if case.operation in _OF_DECAY:
+        return _OF_DECAY[case.operation] if k["weight_decay"] > 0 else set()
     eight = case.operation == "optimizer_8bit"
     clipped = k["optimizer"] in CLIPPED and k["max_unorm"] > 0
     when = {

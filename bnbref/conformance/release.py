@@ -10,7 +10,7 @@ import io
 import tarfile
 from pathlib import Path
 
-from bnbref.conformance.vectors import FOLDER, VERSION
+from bnbref.conformance.vectors import folder_of
 
 SUMS = "SHA256SUMS"
 
@@ -24,16 +24,17 @@ def sums(folder: Path) -> str:
     return "".join(f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n" for name in names)
 
 
-def digest(folder: Path = FOLDER) -> str:
+def digest(folder: Path) -> str:
     """The digest of all files of a folder."""
     return hashlib.sha256(sums(folder).encode()).hexdigest()
 
 
-def archive(folder: Path = FOLDER, version: int = VERSION) -> bytes:
-    """A .tar.gz of the vectors: the same files in the same order, without times and owners.
+def archive(version: int, folder: Path | None = None) -> bytes:
+    """A .tar.gz of a version of the vectors: the same files in the same order, without times and owners.
 
     Raises ValueError where a file is not that of the published version.
     """
+    folder = folder_of(version) if folder is None else folder
     found = digest(folder)
     if found != DIGESTS[version]:
         raise ValueError(f"{folder} must have the digest of v{version}, {DIGESTS[version]}, got {found}")

@@ -27,10 +27,14 @@ KNOWN = {
     "nncf": "bnbref.conformance.backends.nncf",
     "nvidia-modelopt": "bnbref.conformance.backends.modelopt",
     "onnxruntime": "bnbref.conformance.backends.onnxruntime",
+    "pytorch-optimizer": "bnbref.conformance.backends.optimizers",
     "qwix": "bnbref.conformance.backends.qwix",
+    "schedulefree": "bnbref.conformance.backends.optimizers",
     "tinygrad": "bnbref.conformance.backends.tinygrad",
+    "torch-optim": "bnbref.conformance.backends.optimizers",
     "torchao": "bnbref.conformance.backends.torchao",
     "torchao-nf4": "bnbref.conformance.backends.torchao_nf4",
+    "transformers": "bnbref.conformance.backends.optimizers",
 }
 """The backends that come with the kit: each a module with a function `backend(name)`."""
 
