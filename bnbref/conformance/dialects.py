@@ -201,7 +201,8 @@ def in_words(field: str, value: Any) -> str:
 
 _CHOSEN = {
     "nf4": (NF4_ON_H100, NF4_FOUR_DIGITS, NF4_FLOAT16), "fp4": (FP4_BY_MIDPOINTS,), "nearest": None,
-    "ties": ("lower", "upper"), "division": ("always",), "decay_after": None, "coupled": None, "norm_eps": None, "scaled_decay": None,
+    "ties": ("lower", "upper"), "division": ("always",), "decay_after": None, "coupled": None, "norm_eps": None,
+    "scaled_decay": None,
 }  # fmt: skip
 
 

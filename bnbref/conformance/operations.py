@@ -28,15 +28,15 @@ Since version 2 of the vectors:
     muon(p, g, momentum, lr, beta, weight_decay, nesterov, adjust, ns_steps, eps)  -> p, momentum
     muon_8bit(p, g, momentum, absmax, values, the same numbers)             -> p, momentum, absmax
     adafactor(p, g, row, column, step, lr, beta2_decay, eps1, eps2, d, weight_decay)  -> p, row, column
-    soap(p, g, momentum, squares, left, right, of_left, of_right, BETAS, step, lr, eps, weight_decay)  -> p, momentum, squares, left, right
+    soap(p, g, momentum, squares, left, right, of_left, of_right, NUMBERS)  -> p, momentum, squares, left, right
     split_weight(x, dtype, bits)                                            -> p, correction
     join_weight(p, correction)                                              -> x
     corrected_step(p, correction, g, state1, state2, HYPER)                 -> p, correction, state1, state2
     released_step(x, weight1, weight2, grad, lr)                            -> weight1, weight2
 
-BETAS: beta1, beta2 and beta3. HYPER: optimizer (momentum, lars, adam, lamb, lion, rmsprop, adagrad or ademamix), step, lr, beta1, beta2, beta3, alpha, eps,
-weight_decay, max_unorm, gnorm_scale. States that an optimizer does not have are None, and none of its results; nothing is
-updated in place.
+NUMBERS: step, lr, beta1, beta2, beta3, eps, weight_decay. HYPER: optimizer (momentum, lars, adam, lamb, lion, rmsprop, adagrad
+or ademamix), step, lr, beta1, beta2, beta3, alpha, eps, weight_decay, max_unorm, gnorm_scale. States that an optimizer does not
+have are None, and none of its results; nothing is updated in place.
 
 `values` is float32 [256], sorted. `columns` holds the indices of outlier columns, int64, ascending, [0] if there are none.
 `bias` may be None. In save_4bit and load_4bit the names are packed, absmax, quant_map, state, nested_absmax, nested_quant_map.
@@ -105,5 +105,7 @@ _ORACLES = {
     ),
 }  # fmt: skip
 
-OPERATIONS = {oracle.__name__: Operation(oracle, version) for version, oracles in _ORACLES.items() for oracle in oracles}
+OPERATIONS = {
+    oracle.__name__: Operation(oracle, version) for version, oracles in _ORACLES.items() for oracle in oracles
+}
 """Every operation of the kit by name."""

@@ -176,7 +176,7 @@ _BY_CONVENTIONS: dict[str, Callable[..., dict[str, Expected]]] = {
 }  # fmt: skip
 
 
-def step_within(d: Dialect, operation: str, **given: Any) -> dict[str, Expected]:
+def step_within(d: Dialect, operation: str, /, **given: Any) -> dict[str, Expected]:
     """What a step with these conventions may return."""
     if operation in _BY_CONVENTIONS:
         return _BY_CONVENTIONS[operation](c=d, **given)
@@ -185,7 +185,7 @@ def step_within(d: Dialect, operation: str, **given: Any) -> dict[str, Expected]
 
 
 def _step(operation: str) -> Callable[..., Tensors]:
-    return lambda d, **given: {name: found.value for name, found in step_within(d, operation, **given).items()}
+    return lambda d, /, **given: {name: found.value for name, found in step_within(d, operation, **given).items()}
 
 
 _PREDICTED = (

@@ -14,7 +14,9 @@ from bnbref.conformance.specification import ABOUT, FLAGS, rules_of
 from bnbref.conformance.text import hex_words
 
 _BLOCKS = re.split(
-    rf"^({'|'.join(OPERATIONS)})\n", Path(__file__).with_name("formulas.txt").read_text(encoding="utf-8"), flags=re.MULTILINE
+    rf"^({'|'.join(OPERATIONS)})\n",
+    Path(__file__).with_name("formulas.txt").read_text(encoding="utf-8"),
+    flags=re.MULTILINE,
 )
 FORMULAS = dict(zip(_BLOCKS[1::2], _BLOCKS[2::2], strict=True))
 """The formulas of an operation, in the order in which they are rounded."""

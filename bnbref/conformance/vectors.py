@@ -1,7 +1,8 @@
 """The cases as files that need neither Python nor torch: a pair for each operation, in the folder of its version.
 
-A version has the operations that came with it, `v1/` most of them. OPERATION.json lists the cases (schema.json says how). OPERATION.safetensors has their tensors: eight bytes of length, a JSON
-header, the bytes of the tensors, little-endian.
+A version has the operations that came with it: v1/ the first eighteen, v2/ optimizers. OPERATION.json lists the cases, as
+schema.json says. OPERATION.safetensors has their tensors: eight bytes of length, a JSON header, the bytes of the tensors,
+little-endian.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Optimizers as their packages have them: torch.optim, transformers' Adafactor, the authors' Schedule-Free, pytorch_optimizer's SOAP.
+"""Optimizers by their packages: torch.optim, transformers' Adafactor, the authors' Schedule-Free, pytorch_optimizer's SOAP.
 
 A step is made by the package's own class, on a parameter whose state is that of the case.
 """
@@ -14,7 +14,9 @@ from torch import Tensor
 from bnbref.conformance.backends import Backend, Unsupported, require
 
 
-def stepped(make: Callable[..., Any], p: Tensor, g: Tensor, state: Mapping[str, Any], **options: Any) -> tuple[Tensor, Any]:
+def stepped(
+    make: Callable[..., Any], p: Tensor, g: Tensor, state: Mapping[str, Any], **options: Any
+) -> tuple[Tensor, Any]:
     """A parameter after a step by `make([p], **options)`, and its state; both are copies."""
     parameter = torch.nn.Parameter(p.clone())
     parameter.grad = g.clone()
@@ -31,11 +33,17 @@ def _before(step: int) -> Tensor:
 class TorchOptim:
     """torch.optim; steps in a backward pass by a hook of torch."""
 
-    def optimizer_32bit(self, p: Tensor, g: Tensor, optimizer: str, state1: Tensor, state2: Tensor | None, step: int, **k: Any) -> Any:
+    def optimizer_32bit(
+        self, p: Tensor, g: Tensor, optimizer: str, state1: Tensor, state2: Tensor | None, step: int, **k: Any
+    ) -> Any:
         options = {key: k[key] for key in ("lr", "weight_decay")}
         by_name: dict[str, tuple[Any, tuple[str, ...], dict[str, Any]]] = {
             "momentum": (torch.optim.SGD, ("momentum_buffer",), {"momentum": k["beta1"]}),
-            "adam": (torch.optim.AdamW, ("exp_avg", "exp_avg_sq"), {"betas": (k["beta1"], k["beta2"]), "eps": k["eps"]}),
+            "adam": (
+                torch.optim.AdamW,
+                ("exp_avg", "exp_avg_sq"),
+                {"betas": (k["beta1"], k["beta2"]), "eps": k["eps"]},
+            ),
             "rmsprop": (torch.optim.RMSprop, ("square_avg",), {"alpha": k["beta1"], "eps": k["eps"]}),
             "adagrad": (torch.optim.Adagrad, ("sum",), {"eps": k["eps"]}),
         }
@@ -47,10 +55,14 @@ class TorchOptim:
         return new, *(state[name] for name in names)
 
     def muon(self, p: Tensor, g: Tensor, momentum: Tensor, beta: float, adjust: str, **k: Any) -> Any:
-        new, state = stepped(torch.optim.Muon, p, g, {"momentum_buffer": momentum}, momentum=beta, adjust_lr_fn=adjust, **k)
+        new, state = stepped(
+            torch.optim.Muon, p, g, {"momentum_buffer": momentum}, momentum=beta, adjust_lr_fn=adjust, **k
+        )
         return new, state["momentum_buffer"]
 
-    def adafactor(self, p: Tensor, g: Tensor, row: Tensor, column: Tensor, step: int, eps1: float, eps2: float, **k: Any) -> Any:
+    def adafactor(
+        self, p: Tensor, g: Tensor, row: Tensor, column: Tensor, step: int, eps1: float, eps2: float, **k: Any
+    ) -> Any:
         state = {"step": _before(step), "row_var": row[:, None], "col_var": column[None]}
         new, state = stepped(torch.optim.Adafactor, p, g, state, eps=(eps1, eps2), **k)
         return new, state["row_var"][:, 0], state["col_var"][0]
@@ -97,7 +109,11 @@ class ScheduleFree:
         def resumed(parameters: Any, **options: Any) -> Any:
             optimizer = make(parameters, **options)
             optimizer.train()
-            so_far = {"k": step - 1, "lr_max": max(rates, default=-1.0), "weight_sum": math.fsum(rate**2 for rate in rates)}
+            so_far = {
+                "k": step - 1,
+                "lr_max": max(rates, default=-1.0),
+                "weight_sum": math.fsum(rate**2 for rate in rates),
+            }
             optimizer.param_groups[0].update(so_far)
             return optimizer
 
@@ -114,7 +130,12 @@ class PytorchOptimizer:
         of_right: Tensor, step: int, beta1: float, beta2: float, beta3: float, **k: Any,
     ) -> Any:  # fmt: skip
         make = importlib.import_module("pytorch_optimizer").SOAP
-        state: dict[str, Any] = {"exp_avg": momentum, "exp_avg_sq": squares, "GG": [left.clone(), right.clone()], "Q": [of_left, of_right]}
+        state: dict[str, Any] = {
+            "exp_avg": momentum,
+            "exp_avg_sq": squares,
+            "GG": [left.clone(), right.clone()],
+            "Q": [of_left, of_right],
+        }
 
         def resumed(parameters: Any, **options: Any) -> Any:
             optimizer = make(parameters, **options)

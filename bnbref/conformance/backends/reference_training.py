@@ -33,16 +33,13 @@ class Training:
         return {"p": p, "z": p + beta1 * state["difference"], "squares": state["squares"]}
 
     def muon(self, p: Tensor, g: Tensor, momentum: Tensor, nesterov: bool, adjust: str, ns_steps: int, eps: float, beta: float,
-             **group: Any) -> Tensors:  # fmt: skip
+             absmax: Tensor | None = None, values: Tensor | None = None, **group: Any) -> Tensors:  # fmt: skip
         rule = matrices.Muon(nesterov, steps=ns_steps, eps=eps, adjust=adjust)
-        return _whole(rule, 1, {**group, "momentum": beta}, p, g, momentum=momentum)
-
-    def muon_8bit(self, absmax: Tensor, values: Tensor, **given: Any) -> Tensors:
-        rule = matrices.Muon(*(given.pop(name) for name in ("nesterov",)), steps=given.pop("ns_steps"), eps=given.pop("eps"),
-                             adjust=given.pop("adjust"))  # fmt: skip
-        group = {"momentum": given.pop("beta"), "lr": given.pop("lr"), "weight_decay": given.pop("weight_decay")}
-        made = _whole(rule, 1, group, momentum_absmax=absmax, **given)
+        scales = {} if absmax is None else {"momentum_absmax": absmax}
+        made = _whole(rule, 1, {**group, "momentum": beta}, p, g, momentum=momentum, **scales)
         return {name.removeprefix("momentum_"): x for name, x in made.items()}
+
+    muon_8bit = muon
 
     def adafactor(self, p: Tensor, g: Tensor, row: Tensor, column: Tensor, step: int, eps1: float, eps2: float, d: float,
                   **group: Any) -> Tensors:  # fmt: skip
@@ -62,7 +59,9 @@ class Training:
     def join_weight(self, p: Tensor, correction: Tensor) -> Tensor:
         return weights.exact(p, correction)
 
-    def released_step(self, x: Tensor, weight1: Tensor, weight2: Tensor | None, grad: Tensor, lr: float) -> tuple[Tensor, ...]:
+    def released_step(
+        self, x: Tensor, weight1: Tensor, weight2: Tensor | None, grad: Tensor, lr: float
+    ) -> tuple[Tensor, ...]:
         parameters = [torch.nn.Parameter(w.clone()) for w in (weight1, weight2) if w is not None]
         GradientRelease(SGD(parameters, lr=lr, momentum=0.5))
         (x @ parameters[0].t() @ parameters[-1].t()).backward(grad)

@@ -71,10 +71,6 @@ class Interval:
         """-1, 0 or 1; several of them where the interval contains zero."""
         return Interval(self.low.sign(), self.high.sign())
 
-    def clamp(self, min: float) -> "Interval":
-        """The larger one of each number and min."""
-        return Interval(self.low.clamp(min=min), self.high.clamp(min=min))
-
     def __getitem__(self, index: Any) -> "Interval":
         return Interval(self.low[index], self.high[index])
 
@@ -96,7 +92,7 @@ class Interval:
         """Where both bounds are 1."""
         return (self.low == 1) & (self.high == 1)
 
-    def widened(self, absolute: float, relative: float = SLACK) -> "Interval":
+    def widened(self, absolute: float | Tensor, relative: float = SLACK) -> "Interval":
         """Both ends moved away from each other."""
         return Interval(
             self.low - relative * self.low.abs() - absolute, self.high + relative * self.high.abs() + absolute
@@ -119,13 +115,18 @@ def product(a: Any, b: Any) -> Any:
 
 
 def mean(x: Any, dim: int | None = None) -> Any:
-    """The mean of numbers that are not negative, along a dimension or of all: n unit roundoffs in any order, twice that allowed."""
+    """The mean of numbers that are not negative, along a dimension or of all: twice what a sum of n in any order is off by."""
     if isinstance(x, Tensor):
         parts = x.reshape(-1).unbind() if dim is None else x.unbind(dim)
         return total(parts) / len(parts)
     n = x.low.numel() if dim is None else x.low.shape[dim]
     made = Interval(mean(x.low, dim), mean(x.high, dim))
     return _exact_where(made.is_zero(), made, made.widened(SMALLEST, 2 * (n + 1) * UNIT))
+
+
+def at_least(x: Any, least: float) -> Any:
+    """The larger one of each number and that; exact."""
+    return x.clamp(min=least) if isinstance(x, Tensor) else Interval(x.low.clamp(min=least), x.high.clamp(min=least))
 
 
 def total(parts: Sequence[Tensor]) -> Tensor:

@@ -3,12 +3,13 @@ are orthogonal to each other.
 
 Of such a matrix X, each row a number s times a unit vector, the iteration makes f(s) times that vector, whatever the order of
 its sums: X X^T is diagonal, and what rounding takes from a row it takes from each of its elements. So bfloat16 is followed number
-by number. Of any other matrix the five steps make of a rounding, 2^-8, up to 3.4445^5 = 485 times that, and no bound would tell
-a right result from a wrong one.
+by number. Of any other matrix the five steps make of a rounding, 2^-8 of the largest number, up to 3.4445^5 = 485 times that, and no bound
+would tell a right result from a wrong one.
 """
 
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ def _f(s: Tensor) -> Tensor:
 
 
 def _turn(s: Interval) -> Interval:
-    """f of every number of the intervals, above 0, with each product, multiple and sum of a step rounded to bfloat16 on its own."""
+    """f of every number of the intervals, above 0. Each product, multiple and sum is rounded to bfloat16 on its own."""
     unit = UNIT[torch.bfloat16]
     ends = torch.arange(PIECES + 1, dtype=torch.float64) / PIECES * (s.high - s.low)[:, None] + s.low[:, None]
     low, high = ends[:, :-1], ends[:, 1:]
@@ -62,7 +63,9 @@ def _orthogonal(x: Tensor, off: float, steps: int, eps: float) -> tuple[Tensor, 
     size, sign = x.abs().amax(1), x.sign()
     count = (sign * sign).sum(1)
     if not torch.equal(x, sign * size[:, None]) or not torch.equal(sign @ sign.mT, count.diag()):
-        raise ValueError("rows must be orthogonal, each of numbers of one magnitude: else no bound of the iteration is known")
+        raise ValueError(
+            "rows must be orthogonal, each of numbers of one magnitude: else no bound of the iteration is known"
+        )
     each_row = size * count.sqrt()
     s = each_row / total((each_row * each_row).unbind()).sqrt().clamp(min=eps)
     # The matrix, its norm and their quotient are rounded; the norm is off as its numbers are.
@@ -96,20 +99,24 @@ def _step(
     return Expected(exact.float(), low=new.low, high=new.high), m, m_within
 
 
-def muon(p: Tensor, g: Tensor, momentum: Tensor, **k: float) -> dict[str, Expected]:
+def muon(p: Tensor, g: Tensor, momentum: Tensor, **k: Any) -> dict[str, Expected]:
     """Rules MU."""
-    new, m, bounds = _step(p, g, Interval.point(momentum), **k)  # type: ignore[arg-type]
+    new, m, bounds = _step(p, g, Interval.point(momentum), **k)
     return {"p": new, "momentum": Expected(m.float(), low=bounds.low, high=bounds.high)}
 
 
-def muon_8bit(p: Tensor, g: Tensor, momentum: Tensor, absmax: Tensor, values: Tensor, **k: float) -> dict[str, Expected]:
+def muon_8bit(p: Tensor, g: Tensor, momentum: Tensor, absmax: Tensor, values: Tensor, **k: Any) -> dict[str, Expected]:
     """Rules MB."""
     scale = each(absmax, BLOCKSIZE, p.numel()).view(p.shape)
     decoded = Interval.point(values[momentum.long()]) * Interval.point(scale)
-    new, m, bounds = _step(p, g, decoded, **k)  # type: ignore[arg-type]
+    new, m, bounds = _step(p, g, decoded, **k)
     nothing = torch.zeros(p.numel())
     flat = Interval(bounds.low.reshape(-1), bounds.high.reshape(-1))
     codes, scales = encoded(
         m.reshape(-1).float(), flat, nothing.bool(), nothing, absmax, values, encode_8bit, floor=0.0
     )
-    return {"p": new, "momentum": Expected(codes.value.view(p.shape), also=codes.also, free=codes.free), "absmax": scales}
+    return {
+        "p": new,
+        "momentum": Expected(codes.value.view(p.shape), also=codes.also, free=codes.free),
+        "absmax": scales,
+    }

@@ -14,17 +14,21 @@ from torch import Tensor
 
 from bnbref.conformance.expected import Expected
 from bnbref.conformance.oracles.formula import REFERENCE, Conventions, number, off_by, rest
-from bnbref.conformance.oracles.intervals import SLACK, Interval, mean, product
+from bnbref.conformance.oracles.intervals import SLACK, Interval, at_least, mean, product
 
 Numbers = Mapping[str, tuple[float, float]]
 """Numbers of a step, and by how much each may be off."""
 
 
-def within(formula: Callable[[Any], dict[str, Any]], tensors: Mapping[str, Tensor], numbers: Numbers) -> dict[str, Expected]:
+def within(
+    formula: Callable[[Any], dict[str, Any]], tensors: Mapping[str, Tensor], numbers: Numbers
+) -> dict[str, Expected]:
     """The results of a formula by name: float32, between the bounds of any order of its operations."""
     single = {name: torch.tensor(x, dtype=torch.float64) for name, (x, _) in numbers.items()}
     exact = formula(SimpleNamespace(**single, **{name: x.double() for name, x in tensors.items()}))
-    wide: dict[str, Any] = {name: Interval.near(x, off) if off else Interval.point(x) for name, (x, off) in numbers.items()}
+    wide: dict[str, Any] = {
+        name: Interval.near(x, off) if off else Interval.point(x) for name, (x, off) in numbers.items()
+    }
     bounds = formula(SimpleNamespace(**wide, **{name: Interval.point(x) for name, x in tensors.items()}))
     return {name: Expected(x.float(), low=bounds[name].low, high=bounds[name].high) for name, x in exact.items()}
 
@@ -40,7 +44,7 @@ def schedule_free(
 ) -> dict[str, Expected]:  # fmt: skip
     """Rules SF."""
     rates = [lr * min(1.0, t / max(1, warmup_steps)) for t in range(1, step + 1)]
-    r, c = rates[-1], rates[-1] ** 2 / math.fsum(rate**2 for rate in rates)
+    r, c = rates[-1], rates[-1] ** 2 / math.fsum(x * x for x in rates)
     unbias = 1 - beta2**step
     numbers = average("b2", beta2) | {"unbias": number(unbias, unbias * off_by(unbias, step)), "eps": number(eps)}
     numbers |= {"wd": number(weight_decay), "r": number(r), "c": number(c), "not_c": rest(c)}
@@ -49,13 +53,13 @@ def schedule_free(
     def formula(h: Any) -> dict[str, Any]:
         v = h.b2 * h.squares + h.not_b2 * (h.g * h.g)
         u = h.g / ((v / h.unbias).sqrt() + h.eps) + h.wd * h.p
-        return {"p": (h.not_c * h.p + h.c * h.z) - h.own * u, "z": h.z - h.r * u, "squares": v}
+        z = h.z - h.r * u
+        # Kept as a distance, and added again: four roundings of numbers that are not larger than both.
+        if isinstance(z, Interval):
+            z = z.widened(SLACK * (h.p.abs() + h.z.abs()).high)
+        return {"p": (h.not_c * h.p + h.c * h.z) - h.own * u, "z": z, "squares": v}
 
-    found = within(formula, {"p": p, "z": z, "g": g, "squares": squares}, numbers)
-    # Kept as a distance, and added again: a rounding of the difference, of its quotient or product, of p and of the sum.
-    best, low, high = found["z"].value, found["z"].low, found["z"].high
-    off = SLACK * (p.double().abs() + z.double().abs())
-    return found | {"z": Expected(best, low=low - off, high=high + off)}
+    return within(formula, {"p": p, "z": z, "g": g, "squares": squares}, numbers)
 
 
 def adafactor(
@@ -70,12 +74,12 @@ def adafactor(
         squares = h.g * h.g
         new_row = h.row + h.not_b * (mean(squares, 1) - h.row)
         new_column = h.column + h.not_b * (mean(squares, 0) - h.column)
-        v = new_row[:, None] * new_column[None, :] / mean(new_row).clamp(min=eps1)
-        u = h.g / v.sqrt().clamp(min=eps1)
-        size, length = mean(h.p * h.p).sqrt().clamp(min=eps2), mean(u * u).sqrt()
+        v = new_row[:, None] * new_column[None, :] / at_least(mean(new_row), eps1)
+        u = h.g / at_least(v.sqrt(), eps1)
+        size, length = at_least(mean(h.p * h.p).sqrt(), eps2), mean(u * u).sqrt()
         rate = h.rate * size
         decayed = h.p - h.wd * rate * h.p if c.scaled_decay else h.decay * h.p
-        return {"p": decayed - rate / (length / h.d).clamp(min=1.0) * u, "row": new_row, "column": new_column}
+        return {"p": decayed - rate / at_least(length / h.d, 1.0) * u, "row": new_row, "column": new_column}
 
     return within(formula, {"p": p, "g": g, "row": row, "column": column}, numbers)
 

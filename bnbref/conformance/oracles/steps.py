@@ -65,6 +65,7 @@ def both(
 
 
 def bounded(value: Tensor, within: Interval, bad: Tensor) -> Expected:
+    """A value between bounds that are rounded to its dtype; what is bad may be anything."""
     low, high = within.low, within.high
     if value.dtype != torch.float32:
         low, high = low.float().to(value.dtype).double(), high.float().to(value.dtype).double()

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from bnbref.conformance.expected import Expected, where_true
+from bnbref.conformance.oracles.formula import REFERENCE
 from bnbref.conformance.oracles.intervals import Interval
-from bnbref.conformance.oracles.steps import REFERENCE, both, bounded
+from bnbref.conformance.oracles.steps import both, bounded
 
 LINES = {torch.bfloat16: (16, 1.0), torch.float16: (13, 2.0**-112)}
 """For each dtype how many bits of a float32 it lacks, as a power of two, and the factor."""
@@ -32,7 +33,8 @@ def joined(p: Tensor, correction: Tensor) -> Tensor:
     shift, factor = LINES[p.dtype]
     coarse = shift - 8 if correction.dtype == torch.int8 else 0
     place = (p.float().abs() * factor).view(torch.int32) + correction.int() * 2**coarse
-    return place.clamp(min=0).view(torch.float32) / factor * torch.where(p.signbit(), -1.0, 1.0)
+    size: Tensor = place.clamp(min=0).view(torch.float32) / factor
+    return size * torch.where(p.signbit(), -1.0, 1.0)
 
 
 def split_weight(x: Tensor, dtype: torch.dtype, bits: int) -> dict[str, Expected]:
@@ -46,7 +48,9 @@ def join_weight(p: Tensor, correction: Tensor) -> dict[str, Expected]:
     return {"x": Expected(joined(p, correction))}
 
 
-def corrected_step(p: Tensor, correction: Tensor, g: Tensor, state1: Tensor, state2: Tensor, **k: Any) -> dict[str, Expected]:
+def corrected_step(
+    p: Tensor, correction: Tensor, g: Tensor, state1: Tensor, state2: Tensor, **k: Any
+) -> dict[str, Expected]:
     """Rules WC."""
     made_of = (p.dtype, 24 if correction.dtype == torch.int8 else 32)
     states = [state1, state2]
@@ -54,13 +58,17 @@ def corrected_step(p: Tensor, correction: Tensor, g: Tensor, state1: Tensor, sta
     found = {f"state{i}": bounded(now, made.states_within[i - 1], made.bad) for i, now in enumerate(made.states, 1)}
     ends = [split(end.float(), *made_of) for end in (made.p_within.low, made.p_within.high)]
     for name, value, low, high in zip(("p", "correction"), split(made.p, *made_of), *ends, strict=True):
-        both_ends = torch.stack((low, high)).double()  # of a negative weight the larger number has the lesser correction
+        both_ends = torch.stack(
+            (low, high)
+        ).double()  # of a negative weight the larger number has the lesser correction
         beside_a_tie = where_true(ends[0][0] != ends[1][0]) if name == "correction" else None
         found[name] = Expected(value, low=both_ends.amin(0), high=both_ends.amax(0), free=beside_a_tie)
     return found
 
 
-def released_step(x: Tensor, weight1: Tensor, grad: Tensor, lr: float, weight2: Tensor | None = None) -> dict[str, Expected]:
+def released_step(
+    x: Tensor, weight1: Tensor, grad: Tensor, lr: float, weight2: Tensor | None = None
+) -> dict[str, Expected]:
     """Rules GR, of whole numbers: the sums are exact."""
     second = weight1 if weight2 is None else weight2
     hidden = x @ weight1.t()
