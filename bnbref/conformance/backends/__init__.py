@@ -107,6 +107,8 @@ def load(name: str) -> Backend:
         made: Backend = importlib.import_module(KNOWN[name]).backend(name)
         return made
     module_name, _, attribute = name.partition(":")
+    if module_name.endswith(".py"):
+        raise ValueError(f"backend must be the name of a module, as after import, got a file: {name!r}")
     try:
         module: ModuleType = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
