@@ -471,7 +471,7 @@ def test_results_that_are_not_results():
     assert outcome(lambda a, b: {"product": right(a, b)}).status == "passed"
     assert outcome(lambda a, b: right(a, b).long()).failures[0].kind == "dtype"
     assert outcome(lambda a, b: right(a, b).view(-1)).failures[0].kind == "shape"
-    assert outcome(lambda a, b: None).failures[0].message == "product is None, must be a tensor"
+    assert outcome(lambda a, b: None).failures[0].message == "product is None, must be a torch.Tensor"
     assert outcome(lambda a, b: {"y": right(a, b)}).failures[0].kind == "missing"
     assert outcome(lambda a, b: a.zero_()).failures[0].message == "the argument a was modified"
     assert outcome(lambda a, b: 1 / 0).failures[0].message == "raised ZeroDivisionError: division by zero"
