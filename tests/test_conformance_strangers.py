@@ -115,7 +115,7 @@ def test_an_argument_that_was_resized_was_modified():
 
 
 def test_a_file_is_no_name_of_a_module():
-    with pytest.raises(ValueError, match="must be the name of a module, as after import, got a file: 'five.py'"):
+    with pytest.raises(ValueError, match=r"must be the name of a module, as after import, got a file: 'five\.py'"):
         load("five.py")
 
 

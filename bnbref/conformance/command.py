@@ -16,7 +16,8 @@ class Refused(Exception):
 
 
 _OF_CHECK = (
-    "backend", "order", "list", "device", "quick", "only", "jobs", "limit", "fail_on", "json", "summary", "badge", "markdown", "html",
+    "backend", "order", "list", "device", "quick", "only", "jobs", "limit", "fail_on",
+    "json", "summary", "badge", "markdown", "html",
 )  # fmt: skip
 
 

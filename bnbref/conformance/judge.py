@@ -1,7 +1,7 @@
 """Running the cases on a backend, and judging what comes back."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 

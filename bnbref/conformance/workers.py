@@ -28,7 +28,9 @@ def run(
 ) -> list[Result]:  # fmt: skip
     """The results of all cases in their order, by `jobs` workers; with a progress bar on a terminal.
 
-    name: of the backend, as in `backends.load`. limit: seconds, after which a case has failed and its process is ended. Raises ValueError if jobs is below 1, RuntimeError if a worker cannot load it.
+    name: of the backend, as in `backends.load`. limit: seconds, after which a case has failed and its process is ended.
+
+    Raises ValueError if jobs is below 1, RuntimeError if a worker cannot load it.
     """
     if jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")

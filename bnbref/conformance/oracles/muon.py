@@ -2,9 +2,9 @@
 are orthogonal to each other.
 
 Of such a matrix X, each row a number s times a unit vector, the iteration makes f(s) times that vector, whatever the order of
-its sums: X X^T is diagonal, and what rounding takes from a row it takes from each of its elements. So bfloat16 is followed number
-by number. Of any other matrix the five steps make of a rounding, 2^-8 of the largest number, up to 3.4445^5 = 485 times that, and no bound
-would tell a right result from a wrong one.
+its sums: X X^T is diagonal, and what rounding takes from a row it takes from each of its elements. So bfloat16 is followed
+number by number. Of any other matrix the five steps make of a rounding, 2^-8 of the largest number, up to 3.4445^5 = 485 times
+that, and no bound would tell a right result from a wrong one.
 """
 
 import math
