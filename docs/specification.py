@@ -1,5 +1,6 @@
 """The specification as pages: `python docs/specification.py` writes docs/content/spec from the rules."""
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,21 +14,13 @@ from bnbref.conformance.text import hex_words
 
 FOLDER = Path(__file__).parent / "content" / "spec"
 
-FORMULAS = """
-t is step, b1, b2, b3 the betas, wd weight_decay, G = g * gnorm_scale, m = state1, v = state2, m2 = state3; of rmsprop and
-adagrad v is state1. c1 = 1 - b1^t, c2 = sqrt(1 - b2^t).
-
-    momentum, lars   g = G + wd p        m = b1 m + g                                direction = m
-    rmsprop          g = G + wd p        v = b1 v + (1 - b1) g^2                     direction = g / (sqrt(v) + eps)
-    adagrad          g = G + wd p        v = v + g^2                                 direction = g / (sqrt(v) + eps)
-    adam, lamb       m = b1 m + (1 - b1) G       v = b2 v + (1 - b2) G^2             direction = (m / c1) / (sqrt(v) / c2 + eps)
-    ademamix         and m2 = b3 m2 + (1 - b3) G                direction = (m / c1 + alpha m2) / (sqrt(v) / c2 + eps)
-    lion             direction = sign(b1 m + (1 - b1) G)        m = b2 m + (1 - b2) G
-
-    p = T(decay p - lr direction),      decay = 1 - lr wd for adam, lamb, ademamix and lion, else 1
-
-alpha and b3 are those of the step: schedules are the caller's. AdamW is adam, with another default of wd.
-"""
+_BLOCKS = re.split(
+    rf"^({'|'.join(OPERATIONS)})\n",
+    Path(operations.__file__).with_name("formulas.txt").read_text(encoding="utf-8"),
+    flags=re.MULTILINE,
+)
+FORMULAS = dict(zip(_BLOCKS[1::2], _BLOCKS[2::2], strict=True))
+"""The formulas of an operation, in the order in which they are rounded."""
 
 INDEX = """# Specification
 
@@ -74,8 +67,8 @@ def page(operation: str) -> str:
     lines += ["## Rules", "", *_rules(operation)]
     if operation in ("quantize_4bit", "dequantize_4bit"):
         lines += ["## Values", "", *_values()]
-    if operation == "optimizer_32bit":
-        lines += ["## Formulas", *FORMULAS.splitlines(), ""]
+    if operation in FORMULAS:
+        lines += ["## Formulas", *FORMULAS[operation].rstrip().splitlines(), ""]
     if flags:
         lines += ["## Bugs that its cases catch", "", "| flag | what went wrong | issue |", "|---|---|---|"]
         lines += [f"| `{name}` | {FLAGS[name].story} | {FLAGS[name].issue} |" for name in flags]

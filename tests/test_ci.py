@@ -120,6 +120,6 @@ def test_status_badge_and_summary(tmp_path, monkeypatch, source, only, fail_on, 
     assert badge == {"schemaVersion": 1, "label": "bnbref", "message": message, "color": color}
     summary = json.loads((tmp_path / "summary").read_text())
     assert summary["badge"] == badge
-    assert summary["vectors"] == {"version": 1, "digest": release.DIGESTS[1]}
+    assert summary["vectors"] == {f"v{version}": digest for version, digest in release.DIGESTS.items()}
     broken = {finding["rule"] for finding in json.loads((tmp_path / "json").read_text())["findings"]}
     assert {*summary["rules"]["dialect"], *summary["rules"]["defect"]} == broken

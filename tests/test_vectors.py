@@ -27,7 +27,7 @@ LOADERS = {
 
 
 def test_published_versions_do_not_change():
-    folders = {int(folder.name[1:]): folder for folder in vectors.FOLDER.parent.glob("v[0-9]*")}
+    folders = {int(folder.name[1:]): folder for folder in vectors.ROOT.glob("v[0-9]*")}
     assert folders.keys() == release.DIGESTS.keys()
     for version, folder in folders.items():
         assert (folder / release.SUMS).read_text(encoding="utf-8") == release.sums(folder), (
@@ -40,37 +40,42 @@ def test_published_versions_do_not_change():
 
 
 def test_the_digest_is_of_every_byte(tmp_path):
-    shutil.copytree(vectors.FOLDER, tmp_path / "v1")
+    shutil.copytree(vectors.folder_of(1), tmp_path / "v1")
     assert release.digest(tmp_path / "v1") == release.DIGESTS[1]
     for file in sorted((tmp_path / "v1").glob("int8*")):
         data = file.read_bytes()
         file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
         assert release.digest(tmp_path / "v1") != release.DIGESTS[1]
         with pytest.raises(ValueError, match="must have the digest of v1"):
-            release.archive(tmp_path / "v1")
+            release.archive(1, tmp_path / "v1")
         file.write_bytes(data)
     (tmp_path / "v1" / "more").touch()
     assert release.digest(tmp_path / "v1") != release.DIGESTS[1]
 
 
-def test_the_archive_is_the_published_files(tmp_path, capsys):
-    assert main(["vectors", "archive", str(tmp_path / "v1.tar.gz")]) == 0
-    assert capsys.readouterr().out == release.DIGESTS[1] + "\n"
-    data = (tmp_path / "v1.tar.gz").read_bytes()
-    assert data == release.archive()
+@pytest.mark.parametrize("version", vectors.VERSIONS)
+def test_the_archive_is_the_published_files(version, tmp_path, capsys):
+    chosen = [] if version == 1 else ["--version", str(version)]  # what asked for the first version gets it
+    assert main(["vectors", "archive", str(tmp_path / "it.tar.gz"), *chosen]) == 0
+    assert capsys.readouterr().out == release.DIGESTS[version] + "\n"
+    data = (tmp_path / "it.tar.gz").read_bytes()
+    assert data == release.archive(version)
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         found = {Path(entry.name).name: tar.extractfile(entry).read() for entry in tar}
-        assert {Path(name).parent.name for name in tar.getnames()} == {"bnbref-vectors-v1"}
-    assert found == {path.name: path.read_bytes() for path in vectors.FOLDER.iterdir()}
-    assert main(["vectors", "archive", str(tmp_path / "nowhere" / "v1.tar.gz")]) == 2
+        assert {Path(name).parent.name for name in tar.getnames()} == {f"bnbref-vectors-v{version}"}
+    assert found == {path.name: path.read_bytes() for path in vectors.folder_of(version).iterdir()}
+    assert main(["vectors", "archive", str(tmp_path / "nowhere" / "it.tar.gz")]) == 2
+    assert main(["vectors", "archive", str(tmp_path / "it.tar.gz"), "--version", "99"]) == 2
 
 
 def test_vectors_are_written_with_their_sums(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(vectors, "all_cases", list)
     assert main(["vectors", "write", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.strip() == release.digest(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in vectors.FOLDER.iterdir()}
-    assert (tmp_path / release.SUMS).read_text() == release.sums(tmp_path)
+    folders = [vectors.folder_of(version, tmp_path) for version in vectors.VERSIONS]
+    assert capsys.readouterr().out.split() == [release.digest(folder) for folder in folders]
+    for version, folder in zip(vectors.VERSIONS, folders, strict=True):
+        assert {path.name for path in folder.iterdir()} == {path.name for path in vectors.folder_of(version).iterdir()}
+        assert (folder / release.SUMS).read_text() == release.sums(folder)
 
 
 @pytest.mark.parametrize("language", LOADERS)
@@ -92,7 +97,11 @@ def test_a_loader_reads_every_tensor(language, tmp_path):
                     shape = ",".join(map(str, tensor.shape))
                     wanted.append(f"{names[tensor.dtype]} {shape} {vectors.raw(tensor).hex()}")
         done = subprocess.run(
-            [*command, vectors.FOLDER, operation], input="".join(asked), capture_output=True, text=True, check=True
+            [*command, vectors.folder_of(OPERATIONS[operation].version), operation],
+            input="".join(asked),
+            capture_output=True,
+            text=True,
+            check=True,
         )
         got = done.stdout.splitlines()
         assert len(got) == len(wanted)
@@ -108,7 +117,6 @@ def test_the_page_has_the_lines_of_the_loader(language):
     assert code in (ROOT / "docs" / "content" / "vectors.md").read_text(encoding="utf-8")
 
 
-def test_the_page_names_the_digest():
-    assert f"    {release.DIGESTS[vectors.VERSION]}\n" in (ROOT / "docs" / "content" / "vectors.md").read_text(
-        encoding="utf-8"
-    )
+def test_the_page_names_the_digests():
+    page = (ROOT / "docs" / "content" / "vectors.md").read_text(encoding="utf-8")
+    assert [digest for digest in release.DIGESTS.values() if digest not in page] == []

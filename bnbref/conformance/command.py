@@ -5,6 +5,7 @@ was given, it raises `Refused`, which ends with status 2. What a command needs i
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ class Refused(Exception):
 
 
 _OF_CHECK = (
-    "backend", "order", "list", "device", "quick", "only", "jobs", "fail_on", "json", "summary", "badge", "markdown", "html",
+    "backend", "order", "list", "device", "quick", "only", "jobs", "limit", "fail_on",
+    "json", "summary", "badge", "markdown", "html",
 )  # fmt: skip
 
 
@@ -41,6 +43,7 @@ def add_check(commands: Any) -> argparse.ArgumentParser:
     check.add_argument("--quick", action="store_true", help="a selection of the cases")
     check.add_argument("--only", default="", metavar="TEXT", help="only cases whose id contains this")
     check.add_argument("--jobs", type=int, metavar="N", help="processes that run the cases (default: 1)")
+    check.add_argument("--limit", type=float, metavar="S", help="seconds after which a case has failed (default: 600)")
     check.add_argument(
         "--fail-on", choices=("any", "defect"), default="any",
         help="what ends with status 1: anything that fails, or defects alone (default: %(default)s)",
@@ -81,6 +84,7 @@ def add_vectors(commands: Any) -> None:
     write.set_defaults(run=run_write)
     archive = actions.add_parser("archive", help="the published vectors as one .tar.gz, with a digest of all of it")
     archive.add_argument("file", type=Path)
+    archive.add_argument("--version", type=int, default=1, help="which of them (default: %(default)s)")
     archive.set_defaults(run=run_archive)
 
 
@@ -120,6 +124,9 @@ def run_check(args: argparse.Namespace) -> int:
     jobs = 1 if args.jobs is None else args.jobs
     if jobs < 1:
         raise Refused(f"--jobs must be at least 1, got {jobs}")
+    limit = 600.0 if args.limit is None else args.limit
+    if not limit > 0:
+        raise Refused(f"--limit must be above 0 seconds, got {limit:g}")
     writable(args.json, args.summary, args.badge, args.markdown, args.html)
     device = usable_device(args.device or "cpu")
     try:
@@ -129,7 +136,7 @@ def run_check(args: argparse.Namespace) -> int:
     if args.order:
         return _order(backend, device, args.json)
     cases = [c for c in vectors.read_all() if args.only in c.id and (c.quick or not args.quick)]
-    results = workers.run(args.backend or "bnbref", cases, device, jobs)
+    results = workers.run(args.backend or "bnbref", cases, device, jobs, limit)
     crashed = any(f.kind == "crashed" for r in results for f in r.failures)
     done = report.report(backend, device, results, small=not crashed)  # shrinking would run the backend in this process
     column = board.of_run(done, args.json or Path(f"{done.backend}.json"))
@@ -205,8 +212,13 @@ def run_gen(args: argparse.Namespace) -> int:
     """Print the cases of an operation."""
     from bnbref.conformance import text
 
-    for line in text.as_text(_chosen(args)):
-        print(line)
+    try:
+        for line in text.as_text(_chosen(args)):
+            print(line)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the program at the other end has read enough, or ended: its answers will tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return 0
 
 
@@ -224,6 +236,12 @@ def run_answers(args: argparse.Namespace) -> int:
     unknown = sorted(set(answers) - {case.id for case in cases})
     if unknown:
         raise Refused(f"answers to cases that were not asked: {', '.join(unknown[:3])}")
+    silent = [case.id for case in cases if case.id not in answers]
+    if silent and answers:
+        raise Refused(
+            f"{len(silent)} of {len(cases)} cases have no answer, {silent[0]} first: a program answers each that was asked "
+            f"(`--only` says which, here too), by `unsupported` what it has not"
+        )
     results = [judge.of_answer(case, answers.get(case.id)) for case in cases]
     program = backends.Backend("your program", {args.operation: print})
     done = report.report(program, torch.device("cpu"), results, small=False)
@@ -232,14 +250,16 @@ def run_answers(args: argparse.Namespace) -> int:
 
 
 def run_write(args: argparse.Namespace) -> int:
-    """Compute all cases and write their files, their sums, and print the digest."""
+    """Compute all cases and write their files, their sums, and print the digest of each version."""
     from bnbref.conformance import release, vectors
 
     if not args.folder.is_dir():
         raise Refused(f"cannot write to {args.folder}: there is no such directory")
     vectors.write(args.folder)
-    (args.folder / release.SUMS).write_text(release.sums(args.folder), encoding="utf-8")
-    print(release.digest(args.folder))
+    for version in vectors.VERSIONS:
+        folder = vectors.folder_of(version, args.folder)
+        (folder / release.SUMS).write_text(release.sums(folder), encoding="utf-8")
+        print(release.digest(folder))
     return 0
 
 
@@ -248,9 +268,11 @@ def run_archive(args: argparse.Namespace) -> int:
     from bnbref.conformance import release
 
     writable(args.file)
+    if args.version not in release.DIGESTS:
+        raise Refused(f"--version must be one of {', '.join(map(str, release.DIGESTS))}, got {args.version}")
     try:
-        args.file.write_bytes(release.archive())
+        args.file.write_bytes(release.archive(args.version))
     except ValueError as error:
         raise Refused(str(error)) from error
-    print(release.digest())
+    print(release.DIGESTS[args.version])
     return 0

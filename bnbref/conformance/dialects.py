@@ -123,9 +123,12 @@ NEURAL_COMPRESSOR = Dialect("neural-compressor", in_dtype=True, division="always
 ONNXRUNTIME = Dialect("onnxruntime", nf4=NF4_ON_H100, small="keep")
 NNCF = Dialect("nncf", nf4=NF4_ON_H100, floor=2.0**-23, division="always")
 
+PYTORCH_OPTIMIZER = Dialect("pytorch-optimizer", decay_after=True)
+TRANSFORMERS = Dialect("transformers", scaled_decay=True)
+
 DIALECTS = (
     BNB_CUDA, BNB_DEFAULT, BNB_CPU, BNB_TRITON, TORCHAO, TORCHAO_NF4, MODELOPT, NEURAL_COMPRESSOR, QWIX, TINYGRAD, TINYGRAD_FUSED,
-    ONNXRUNTIME, NNCF, MPS,
+    ONNXRUNTIME, NNCF, MPS, PYTORCH_OPTIMIZER, TRANSFORMERS,
 )  # fmt: skip
 """Every dialect but the reference. 4-bit quantization of bnb-cpu is bnb-default's."""
 
@@ -176,6 +179,7 @@ TEXT: dict[str, str | dict[Any, str]] = {
         "undecayed": "the norm of an update without weight decay is bounded",
     },
     "norm_eps": "the bound of the update's norm has eps added",
+    "scaled_decay": "weight decay is by the rate times the size of the parameter",
     "clip_8bit": "with 8-bit state the update's norm is not bounded",
     "bad_gradient": {
         "infinite": "an infinite gradient becomes the scale of its block",
@@ -198,6 +202,7 @@ def in_words(field: str, value: Any) -> str:
 _CHOSEN = {
     "nf4": (NF4_ON_H100, NF4_FOUR_DIGITS, NF4_FLOAT16), "fp4": (FP4_BY_MIDPOINTS,), "nearest": None,
     "ties": ("lower", "upper"), "division": ("always",), "decay_after": None, "coupled": None, "norm_eps": None,
+    "scaled_decay": None,
 }  # fmt: skip
 
 

@@ -21,11 +21,13 @@ from bnbref.conformance.operations import arguments
 from bnbref.conformance.oracles.formula import CLIPPED, Conventions
 from bnbref.conformance.oracles.sums import product_interval
 from bnbref.conformance.predictions import predict, step_within, weight
+from bnbref.conformance.vectors import from_bytes, raw
 from bnbref.kernels import eager
 
 _OF_OPTIMIZERS = {f.name for f in fields(Conventions)}
 _PRODUCTS = ("gemm_4bit", "gemm_4bit_backward")
-_STEPS = ("optimizer_32bit", "optimizer_8bit")
+_OF_DECAY = {"adafactor": {"scaled_decay"}, "soap": {"decay_after"}}
+_STEPS = ("optimizer_32bit", "optimizer_8bit", *_OF_DECAY)
 
 
 def _concern(case: Case) -> set[str]:
@@ -35,6 +37,8 @@ def _concern(case: Case) -> set[str]:
     if case.operation not in _STEPS:
         return set(TEXT) - _OF_OPTIMIZERS
     k = case.params
+    if case.operation in _OF_DECAY:
+        return _OF_DECAY[case.operation] if k["weight_decay"] > 0 else set()
     eight = case.operation == "optimizer_8bit"
     clipped = k["optimizer"] in CLIPPED and k["max_unorm"] > 0
     when = {
@@ -112,7 +116,18 @@ def explain(failure: Failure) -> list[str]:
         found = {
             f"all elements are numbers of {kind}, as sums in it are": ["no backend"] for kind in _narrow(failure.got)
         }
+    if not found and _other_order(failure):
+        found = {"the bytes of each element are in the other order": ["no backend"]}
     return [f"{', '.join(names)}: {text}" for text, names in found.items()]
+
+
+def _other_order(failure: Failure) -> bool:
+    """Whether all elements are right once the bytes of each are reversed."""
+    got = failure.got
+    if got is None or failure.kind != "value" or got.element_size() == 1:
+        return False
+    turned = from_bytes(b"".join(raw(x)[::-1] for x in got.reshape(-1)), got.dtype, got.shape)
+    return wrong_elements(turned, failure.case.expected[failure.output]).numel() == 0
 
 
 def _narrow(y: Tensor) -> list[str]:

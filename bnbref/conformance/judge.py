@@ -1,7 +1,7 @@
 """Running the cases on a backend, and judging what comes back."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,26 +57,45 @@ def given(case: Case, device: torch.device) -> dict[str, Any]:
     return {**tensors, **arguments(case.params), **absent}
 
 
-def call(function: Callable[..., Any], case: Case, device: torch.device) -> tuple[dict[str, Any], list[str]]:
-    """The results by name, on the CPU, and the names of inputs that were modified."""
-    keywords = given(case, device)
-    result = function(**keywords)
+def by_name(case: Case, result: Any) -> dict[str, Any]:
+    """The results by name, those that a tuple has beyond the names by their numbers; tensors are copies on the CPU.
+
+    None at the end of a tuple is no result: a state that an optimizer does not have.
+    """
     if isinstance(result, Mapping):
         named = dict(result)
     else:
-        parts = result if isinstance(result, (tuple, list)) else (result,)
-        named = dict(zip(case.expected, parts, strict=False))
-    cpu = {name: part.detach().cpu() if isinstance(part, Tensor) else part for name, part in named.items()}
-    mutated = [n for n, t in case.inputs.items() if not bool(same(keywords[n].cpu(), t).all())]
-    return cpu, mutated
+        parts = list(result) if isinstance(result, (tuple, list)) else [result]
+        while len(parts) > len(case.expected) and parts[-1] is None:
+            parts.pop()
+        names = [*case.expected, *(f"result {i + 1}" for i in range(len(case.expected), len(parts)))]
+        named = dict(zip(names, parts, strict=False))
+    return {name: _on_cpu(part) for name, part in named.items()}
+
+
+def _on_cpu(part: Any) -> Any:
+    dense = isinstance(part, Tensor) and part.layout == torch.strided and part.device.type != "meta"
+    return part.detach().to("cpu", copy=True) if dense else part
+
+
+def modified(case: Case, keywords: Mapping[str, Any]) -> list[str]:
+    """The names of the inputs that are not what they were."""
+    now = {name: keywords[name].cpu() for name in case.inputs}
+    return [n for n, t in case.inputs.items() if now[n].shape != t.shape or not bool(same(now[n], t).all())]
 
 
 def failures_of(case: Case, results: Mapping[str, Any]) -> Iterator[Failure]:
     """What is wrong with the results of a case."""
     for name, expected in case.expected.items():
         got, want = results.get(name), expected.value
+        if name not in results:
+            yield Failure(case, name, "missing", f"{name} is missing: the results are {', '.join(results) or 'none'}")
+            continue
         if not isinstance(got, Tensor):
-            yield Failure(case, name, "missing", f"{name} is {got!r}, must be a tensor")
+            yield Failure(case, name, "missing", f"{name} is {_what(got)}, must be a torch.Tensor")
+            continue
+        if got.layout != torch.strided or got.device.type == "meta":
+            yield Failure(case, name, "missing", f"{name} has no elements in memory: {got.layout} on {got.device}")
             continue
         if got.dtype != want.dtype:
             yield Failure(case, name, "dtype", f"{name} is {got.dtype}, must be {want.dtype}", got=got)
@@ -91,6 +110,10 @@ def failures_of(case: Case, results: Mapping[str, Any]) -> Iterator[Failure]:
     extra = sorted(set(results) - set(case.expected))
     if extra:
         yield Failure(case, extra[0], "missing", f"{', '.join(extra)} should not be there")
+
+
+def _what(thing: Any) -> str:
+    return "None" if thing is None else f"of type {type(thing).__module__}.{type(thing).__name__}"
 
 
 def of_answer(
@@ -109,15 +132,17 @@ def run_case(backend: Backend, case: Case, device: torch.device) -> Result:
     function = backend.functions.get(case.operation)
     if function is None:
         return Result(case, "not implemented")
+    keywords = given(case, device)
     begin = time.perf_counter()
     try:
-        results, mutated = call(function, case, device)
-    except Exception as error:  # whatever a backend throws is a finding, not the end of the run
+        results = by_name(case, function(**keywords))
+        mutated = modified(case, keywords)
+    except (Exception, SystemExit) as error:  # whatever a backend throws is a finding, not the end of the run
         if case.may_refuse and isinstance(error, REFUSALS) and not isinstance(error, Unsupported):
             return Result(case, "refused", seconds=time.perf_counter() - begin)
         if isinstance(error, NotImplementedError):
             return of_answer(case, None, seconds=time.perf_counter() - begin)
-        text = f"raised {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        text = f"raised {type(error).__name__}: {next(filter(str.strip, str(error).splitlines()), '').strip()}"
         return Result(case, "failed", (Failure(case, "", "raised", text),), time.perf_counter() - begin)
     return of_answer(case, results, mutated, time.perf_counter() - begin)
 

@@ -22,9 +22,21 @@ are uint8 `[bytes]`, dtypes are torch's. A function returns its one result, a tu
     optimizer_32bit(p, g, state1, state2, state3, HYPER)                -> p, state1, state2, state3
     optimizer_8bit(p, g, state1, absmax1, values1, state2, absmax2, values2, state3, absmax3, HYPER)  -> p, state1, absmax1, ...
 
-HYPER: optimizer (momentum, lars, adam, lamb, lion, rmsprop, adagrad or ademamix), step, lr, beta1, beta2, beta3, alpha, eps,
-weight_decay, max_unorm, gnorm_scale. States that an optimizer does not have are None, and none of its results; nothing is
-updated in place.
+Since version 2 of the vectors:
+
+    schedule_free(p, z, g, squares, step, lr, beta1, beta2, eps, weight_decay, warmup_steps)  -> p, z, squares
+    muon(p, g, momentum, lr, beta, weight_decay, nesterov, adjust, ns_steps, eps)  -> p, momentum
+    muon_8bit(p, g, momentum, absmax, values, the same numbers)             -> p, momentum, absmax
+    adafactor(p, g, row, column, step, lr, beta2_decay, eps1, eps2, d, weight_decay)  -> p, row, column
+    soap(p, g, momentum, squares, left, right, of_left, of_right, NUMBERS)  -> p, momentum, squares, left, right
+    split_weight(x, dtype, bits)                                            -> p, correction
+    join_weight(p, correction)                                              -> x
+    corrected_step(p, correction, g, state1, state2, HYPER)                 -> p, correction, state1, state2
+    released_step(x, weight1, weight2, grad, lr)                            -> weight1, weight2
+
+NUMBERS: step, lr, beta1, beta2, beta3, eps, weight_decay. HYPER: optimizer (momentum, lars, adam, lamb, lion, rmsprop, adagrad
+or ademamix), step, lr, beta1, beta2, beta3, alpha, eps, weight_decay, max_unorm, gnorm_scale. States that an optimizer does not
+have are None, and none of its results; nothing is updated in place.
 
 `values` is float32 [256], sorted. `columns` holds the indices of outlier columns, int64, ascending, [0] if there are none.
 `bias` may be None. In save_4bit and load_4bit the names are packed, absmax, quant_map, state, nested_absmax, nested_quant_map.
@@ -40,7 +52,7 @@ import torch
 from torch import Tensor
 
 from bnbref.conformance.expected import Expected
-from bnbref.conformance.oracles import codes, steps, sums, values
+from bnbref.conformance.oracles import codes, muon, rules, steps, sums, values, weights
 from bnbref.kernels import eager
 
 
@@ -60,9 +72,13 @@ def arguments(params: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Operation:
-    """An operation: a function of its arguments that returns, by name, what each result may be."""
+    """An operation: a function of its arguments that returns, by name, what each result may be.
+
+    version: of the vectors with which it came.
+    """
 
     oracle: Callable[..., dict[str, Expected]]
+    version: int
 
     def expect(self, inputs: Mapping[str, Tensor], params: Mapping[str, Any]) -> dict[str, Expected]:
         """What each result may be, computed by the reference, uncompiled."""
@@ -76,12 +92,20 @@ class Operation:
         return tuple(parameter.name for parameter in parameters if parameter.default is None)
 
 
-_ORACLES = (
-    codes.quantize_blockwise, values.dequantize_blockwise, codes.quantize_4bit, values.dequantize_4bit,
-    codes.quantize_4bit_nested, values.dequantize_4bit_nested, sums.gemm_4bit, sums.gemm_4bit_backward, codes.int8_quantize,
-    values.int8_matmul, values.int8_mm_dequant, values.int8_dequantize, sums.int8_backward, values.save_4bit, values.load_4bit,
-    sums.evaluate_then_train, steps.optimizer_32bit, steps.optimizer_8bit,
-)  # fmt: skip
+_ORACLES = {
+    1: (
+        codes.quantize_blockwise, values.dequantize_blockwise, codes.quantize_4bit, values.dequantize_4bit,
+        codes.quantize_4bit_nested, values.dequantize_4bit_nested, sums.gemm_4bit, sums.gemm_4bit_backward, codes.int8_quantize,
+        values.int8_matmul, values.int8_mm_dequant, values.int8_dequantize, sums.int8_backward, values.save_4bit,
+        values.load_4bit, sums.evaluate_then_train, steps.optimizer_32bit, steps.optimizer_8bit,
+    ),
+    2: (
+        rules.schedule_free, muon.muon, muon.muon_8bit, rules.adafactor, rules.soap, weights.split_weight, weights.join_weight,
+        weights.corrected_step, weights.released_step,
+    ),
+}  # fmt: skip
 
-OPERATIONS = {oracle.__name__: Operation(oracle) for oracle in _ORACLES}
+OPERATIONS = {
+    oracle.__name__: Operation(oracle, version) for version, oracles in _ORACLES.items() for oracle in oracles
+}
 """Every operation of the kit by name."""

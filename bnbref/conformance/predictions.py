@@ -15,7 +15,7 @@ from bnbref.conformance.cases import CPU, Case
 from bnbref.conformance.dialects import Dialect
 from bnbref.conformance.expected import Expected
 from bnbref.conformance.operations import arguments
-from bnbref.conformance.oracles import steps
+from bnbref.conformance.oracles import rules, steps
 from bnbref.conformance.oracles.codes import encode_8bit
 from bnbref.conformance.oracles.values import each, unpack
 from bnbref.kernels import eager
@@ -171,16 +171,21 @@ def _load_4bit(
     return _dequantize_4bit(d, packed, absmax, quant_type=quant_type, **rest)
 
 
-def step_within(d: Dialect, operation: str, **given: Any) -> dict[str, Expected]:
+_BY_CONVENTIONS: dict[str, Callable[..., dict[str, Expected]]] = {
+    "optimizer_32bit": steps.optimizer_32bit, "adafactor": rules.adafactor, "soap": rules.soap,
+}  # fmt: skip
+
+
+def step_within(d: Dialect, operation: str, /, **given: Any) -> dict[str, Expected]:
     """What a step with these conventions may return."""
-    if operation == "optimizer_32bit":
-        return steps.optimizer_32bit(c=d, **given)
+    if operation in _BY_CONVENTIONS:
+        return _BY_CONVENTIONS[operation](c=d, **given)
     floor = float(torch.tensor(d.floor, dtype=torch.float32))
     return steps.optimizer_8bit(c=d, encode=lambda x, values: _eight_bit(x, values, d.ties), floor=floor, **given)
 
 
 def _step(operation: str) -> Callable[..., Tensors]:
-    return lambda d, **given: {name: found.value for name, found in step_within(d, operation, **given).items()}
+    return lambda d, /, **given: {name: found.value for name, found in step_within(d, operation, **given).items()}
 
 
 _PREDICTED = (
@@ -190,8 +195,7 @@ _PREDICTED = (
 
 PREDICT: dict[str, Callable[..., Tensors]] = {
     **{function.__name__.removeprefix("_"): function for function in _PREDICTED},
-    "optimizer_32bit": _step("optimizer_32bit"),
-    "optimizer_8bit": _step("optimizer_8bit"),
+    **{operation: _step(operation) for operation in (*_BY_CONVENTIONS, "optimizer_8bit")},
 }
 """The operations of which dialects say something."""
 

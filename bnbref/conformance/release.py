@@ -10,11 +10,14 @@ import io
 import tarfile
 from pathlib import Path
 
-from bnbref.conformance.vectors import FOLDER, VERSION
+from bnbref.conformance.vectors import folder_of
 
 SUMS = "SHA256SUMS"
 
-DIGESTS = {1: "97dac90b433fa78b446176c9fe7a5b2f8ef8e4c92a1abbd1468f0cd41278c5ea"}
+DIGESTS = {
+    1: "97dac90b433fa78b446176c9fe7a5b2f8ef8e4c92a1abbd1468f0cd41278c5ea",
+    2: "1949f142dc6c9f00de9113bf7d8cc23d9bf060165f9d55c7f5b75477fc780914",
+}
 """The digest of each version: the SHA-256 of its file SHA256SUMS, which has that of every other file."""
 
 
@@ -24,16 +27,17 @@ def sums(folder: Path) -> str:
     return "".join(f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n" for name in names)
 
 
-def digest(folder: Path = FOLDER) -> str:
+def digest(folder: Path) -> str:
     """The digest of all files of a folder."""
     return hashlib.sha256(sums(folder).encode()).hexdigest()
 
 
-def archive(folder: Path = FOLDER, version: int = VERSION) -> bytes:
-    """A .tar.gz of the vectors: the same files in the same order, without times and owners.
+def archive(version: int, folder: Path | None = None) -> bytes:
+    """A .tar.gz of a version of the vectors: the same files in the same order, without times and owners.
 
     Raises ValueError where a file is not that of the published version.
     """
+    folder = folder_of(version) if folder is None else folder
     found = digest(folder)
     if found != DIGESTS[version]:
         raise ValueError(f"{folder} must have the digest of v{version}, {DIGESTS[version]}, got {found}")

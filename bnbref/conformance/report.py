@@ -61,8 +61,10 @@ def _broken(failure: Failure) -> tuple[str, tuple[str, ...]]:
     case = failure.case
     if failure.kind == "mutated":
         return "G-2", ("caller-mutation",)
-    rule = "G-1" if failure.kind in ("dtype", "missing") else case.rules[0]
-    return RULE_OF_RESULT.get((case.operation, failure.output), rule), case.flags
+    own = RULE_OF_RESULT.get((case.operation, failure.output))
+    if own is None and failure.kind in ("dtype", "missing"):
+        return "G-1", ()  # whatever the case is about
+    return own or case.rules[0], case.flags
 
 
 def versions(done: Report) -> str:

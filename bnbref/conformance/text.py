@@ -13,6 +13,7 @@ The answer has the same form: the case, its results as tensors, or `unsupported`
 """
 
 import math
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -60,18 +61,25 @@ def parse_tensor(line: str) -> tuple[str, Tensor]:
     >>> parse_tensor("tensor x int8 1 2 01 ff")
     ('x', tensor([ 1, -1], dtype=torch.int8))
     """
-    _, name, kind, dims, *rest = line.split()
+    _, name, kind, dims, *rest = [*line.split(), "", "", ""][: max(4, len(line.split()))]
     dtype: Any = getattr(torch, kind, None)
     if dtype not in DTYPES.values():
+        known = ", ".join(map(dtype_name, DTYPES.values()))
+        raise ValueError(f"dtype of tensor {name} must be one of {known}, got {kind!r}")
+    count = int(dims) if dims.isdecimal() else -1
+    sizes, words = rest[: max(0, count)], rest[max(0, count) :]
+    if count < 0 or len(sizes) < count or not all(size.isdecimal() for size in sizes):
         raise ValueError(
-            f"dtype of tensor {name} must be one of torch's {sorted(map(str, DTYPES.values()))}, got {kind!r}"
+            f"tensor {name} must have the number of its dimensions and each of them after its dtype, got {dims!r}"
         )
-    shape = [int(n) for n in rest[: int(dims)]]
-    words = rest[int(dims) :]
+    shape = [int(size) for size in sizes]
     if len(words) != math.prod(shape):
         raise ValueError(f"tensor {name} of shape {shape} must have {math.prod(shape)} elements, got {len(words)}")
-    data = b"".join(int(word, 16).to_bytes(dtype.itemsize, "little") for word in words)
-    return name, from_bytes(data, dtype, shape)
+    digits = 2 * dtype.itemsize
+    for word in words:
+        if not re.fullmatch(f"[0-9a-fA-F]{{{digits}}}", word):
+            raise ValueError(f"an element of {kind} must be the {digits} hexadecimal digits of its bits, got {word!r}")
+    return name, from_bytes(b"".join(bytes.fromhex(word)[::-1] for word in words), dtype, shape)
 
 
 def as_text(cases: Iterable[Case]) -> Iterator[str]:
@@ -87,11 +95,16 @@ def parse_answers(lines: Iterable[str]) -> dict[str, dict[str, Tensor] | None]:
     """Results by case; None for `unsupported`. Raises ValueError with the number of a line that is none of an answer."""
     found: dict[str, dict[str, Tensor] | None] = {}
     current: str | None = None
+    number = 0
     for number, line in enumerate(lines, 1):
         word = line.split(maxsplit=1)[0] if line.strip() else ""
         try:
             if word == "case":
+                if current is not None:
+                    raise ValueError(f"the answer to {current} has no end")
                 current = line.split()[1]
+                if current in found:
+                    raise ValueError(f"{current} is answered twice")
                 found[current] = {}
             elif word == "unsupported" and current is not None:
                 found[current] = None
@@ -103,7 +116,11 @@ def parse_answers(lines: Iterable[str]) -> dict[str, dict[str, Tensor] | None]:
             elif word == "end":
                 current = None
             elif word:
-                raise ValueError(f"expected case, tensor, unsupported or end, got {word!r}")
+                raise ValueError(
+                    f"expected case, tensor, unsupported or end, got {word!r}; what is no answer belongs on stderr"
+                )
         except (ValueError, IndexError, OverflowError) as error:
             raise ValueError(f"line {number}: {error}") from error
+    if current is not None:
+        raise ValueError(f"line {number}: the answer to {current} has no end: the program ended, or was cut off")
     return found

@@ -1,7 +1,8 @@
-"""The cases as files that need neither Python nor torch: a pair for each operation in `v1/`.
+"""The cases as files that need neither Python nor torch: a pair for each operation, in the folder of its version.
 
-OPERATION.json lists the cases (v1/schema.json says how). OPERATION.safetensors has their tensors: eight bytes of length, a JSON
-header, the bytes of the tensors, little-endian.
+A version has the operations that came with it: v1/ the first eighteen, v2/ optimizers. OPERATION.json lists the cases, as
+schema.json says. OPERATION.safetensors has their tensors: eight bytes of length, a JSON header, the bytes of the tensors,
+little-endian.
 """
 
 import json
@@ -19,16 +20,18 @@ from bnbref.conformance.cases.codes import quantization_cases
 from bnbref.conformance.cases.steps import step_cases
 from bnbref.conformance.cases.sums import product_cases
 from bnbref.conformance.cases.values import dequantization_cases
+from bnbref.conformance.cases.version2 import version_2_cases
 from bnbref.conformance.expected import Also, Expected
 from bnbref.conformance.operations import OPERATIONS
 from bnbref.conformance.specification import FLAGS, RULES
 
-VERSION = 1
-FOLDER = Path(__file__).parent / f"v{VERSION}"
+VERSIONS = sorted({operation.version for operation in OPERATIONS.values()})
+ROOT = Path(__file__).parent
+"""The folder of the folders of all versions."""
 
 DTYPES = {
     "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64, "U8": torch.uint8,
-    "I8": torch.int8, "I32": torch.int32, "I64": torch.int64,
+    "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
 }  # fmt: skip
 """Dtypes by the names that safetensors has for them."""
 
@@ -129,7 +132,7 @@ def _output(expected: Expected, store: _Store) -> dict[str, Any]:
 
 def all_cases() -> list[Case]:
     """Every case, in a fixed order, computed from the oracles. Takes some seconds. Raises ValueError where two have one id."""
-    made = [*quantization_cases(), *dequantization_cases(), *product_cases(), *step_cases()]
+    made = [*quantization_cases(), *dequantization_cases(), *product_cases(), *step_cases(), *version_2_cases()]
     repeated = [name for name, count in Counter(case.id for case in made).items() if count > 1]
     if repeated:
         raise ValueError(f"cases must have ids of their own, got {repeated} twice")
@@ -137,10 +140,10 @@ def all_cases() -> list[Case]:
     return sorted(made, key=lambda case: order.index(case.operation))
 
 
-def files(cases: Sequence[Case]) -> dict[str, bytes]:
-    """The files of the vectors by name."""
+def files(cases: Sequence[Case], version: int) -> dict[str, bytes]:
+    """The files of a version by name."""
     made: dict[str, bytes] = {}
-    for op in OPERATIONS:
+    for op in of_version(version):
         chosen = [case for case in cases if case.operation == op]
         store = _Store()
         listed = [
@@ -157,7 +160,7 @@ def files(cases: Sequence[Case]) -> dict[str, bytes]:
         rules = dict.fromkeys(rule for case in chosen for rule in case.rules)
         flags = dict.fromkeys(flag for case in chosen for flag in case.flags)
         body = {
-            "version": VERSION,
+            "version": version,
             "operation": op,
             "tensors": f"{op}.safetensors",
             "rules": {rule: {"text": RULES[rule].text, "freedom": RULES[rule].freedom} for rule in rules},
@@ -169,20 +172,39 @@ def files(cases: Sequence[Case]) -> dict[str, bytes]:
     return made
 
 
-def write(folder: Path) -> None:
-    """Compute all cases and write their files, with the two that are written by hand."""
-    by_hand = {name: (FOLDER / name).read_bytes() for name in ("README.md", "schema.json")}
-    for name, data in {**files(all_cases()), **by_hand}.items():
-        (folder / name).write_bytes(data)
+def of_version(version: int) -> list[str]:
+    """The operations that came with a version."""
+    return [op for op, operation in OPERATIONS.items() if operation.version == version]
 
 
-def read(operation: str, folder: Path = FOLDER) -> list[Case]:
+def folder_of(version: int, root: Path = ROOT) -> Path:
+    """Where the files of a version are."""
+    return root / f"v{version}"
+
+
+def write(root: Path) -> None:
+    """Compute all cases and write their files, with the two that are written by hand, a folder for each version."""
+    cases = all_cases()
+    for version in VERSIONS:
+        by_hand = {name: (folder_of(version) / name).read_bytes() for name in ("README.md", "schema.json")}
+        folder_of(version, root).mkdir(exist_ok=True)
+        for name, data in {**files(cases, version), **by_hand}.items():
+            (folder_of(version, root) / name).write_bytes(data)
+
+
+def _body(operation: str) -> tuple[Path, dict[str, Any]]:
+    """The folder of an operation, and what its JSON says."""
+    folder = folder_of(OPERATIONS[operation].version)
+    return folder, json.loads((folder / f"{operation}.json").read_text(encoding="utf-8"))
+
+
+def read(operation: str) -> list[Case]:
     """The stored cases of an operation.
 
     >>> read("int8_dequantize")[0].id
     'int8_dequantize/every-code'
     """
-    body = json.loads((folder / f"{operation}.json").read_text(encoding="utf-8"))
+    folder, body = _body(operation)
     tensors = load_safetensors((folder / body["tensors"]).read_bytes())
 
     def expected(entry: Mapping[str, Any]) -> Expected:
@@ -200,12 +222,11 @@ def read(operation: str, folder: Path = FOLDER) -> list[Case]:
     return [case(entry) for entry in body["cases"]]
 
 
-def read_all(folder: Path = FOLDER) -> list[Case]:
+def read_all() -> list[Case]:
     """All stored cases."""
-    return [case for op in OPERATIONS for case in read(op, folder)]
+    return [case for op in OPERATIONS for case in read(op)]
 
 
-def stored(folder: Path = FOLDER) -> dict[str, dict[str, Any]]:
+def stored() -> dict[str, dict[str, Any]]:
     """Each stored case by its id, as its file has it: without its tensors."""
-    bodies = (json.loads((folder / f"{op}.json").read_text(encoding="utf-8")) for op in OPERATIONS)
-    return {case["id"]: case for body in bodies for case in body["cases"]}
+    return {case["id"]: case for op in OPERATIONS for case in _body(op)[1]["cases"]}

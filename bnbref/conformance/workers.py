@@ -9,6 +9,7 @@ Cases of one operation with the same dtypes and parameters go to one worker, bec
 import multiprocessing
 import pickle
 import signal
+import time
 from collections import deque
 from collections.abc import Sequence
 from multiprocessing.connection import Connection, wait
@@ -22,10 +23,14 @@ from bnbref.conformance.cases import Case
 from bnbref.conformance.judge import Failure, Result, run_case
 
 
-def run(name: str, cases: Sequence[Case], device: torch.device, jobs: int = 1) -> list[Result]:
+def run(
+    name: str, cases: Sequence[Case], device: torch.device, jobs: int = 1, limit: float = 600.0
+) -> list[Result]:  # fmt: skip
     """The results of all cases in their order, by `jobs` workers; with a progress bar on a terminal.
 
-    name: of the backend, as in `backends.load`. Raises ValueError if jobs is below 1, RuntimeError if a worker cannot load it.
+    name: of the backend, as in `backends.load`. limit: seconds, after which a case has failed and its process is ended.
+
+    Raises ValueError if jobs is below 1, RuntimeError if a worker cannot load it.
     """
     if jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")
@@ -40,12 +45,13 @@ def run(name: str, cases: Sequence[Case], device: torch.device, jobs: int = 1) -
             for worker in workers:
                 worker.begin(waiting, cases)
             while busy := {worker.connection: worker for worker in workers if worker.todo}:
-                for connection in wait(list(busy)):
-                    worker = busy[connection]  # type: ignore[index]
-                    case = cases[worker.todo[0]]
-                    results[worker.todo.popleft()] = worker.result(case)
-                    bar.update()
-                    worker.begin(waiting, cases)
+                done = set(wait(list(busy), timeout=min(worker.left(limit) for worker in busy.values())))
+                for connection, worker in busy.items():
+                    if connection in done or worker.left(limit) == 0:
+                        case = cases[worker.todo[0]]
+                        results[worker.todo.popleft()] = worker.result(case, ended=connection not in done)
+                        bar.update()
+                        worker.begin(waiting, cases)
     finally:
         for worker in workers:
             worker.end()
@@ -96,17 +102,29 @@ class _Worker:
             self.todo = waiting.popleft()
         if self.todo:
             self.connection.send_bytes(pickle.dumps(cases[self.todo[0]]))
+            self.begun = time.monotonic()
 
-    def result(self, case: Case) -> Result:
-        """What became of the case that was sent. If the process is gone, the case failed, and a new process is started."""
+    def left(self, limit: float) -> float:
+        """Seconds until the case that was sent has taken the limit, or 0."""
+        return max(0.0, self.begun + limit - time.monotonic())
+
+    def result(self, case: Case, ended: bool) -> Result:
+        """What became of the case that was sent. If the process is gone, the case failed, and a new process is started.
+
+        ended: it took too long, and the process is to be ended.
+        """
         try:
+            if ended:
+                self.process.kill()
+                raise EOFError
             status, failures, seconds = pickle.loads(self.connection.recv_bytes())
         except EOFError:
             self.process.join()
-            ended = Failure(case, "", "crashed", f"the process ended: {_how(self.process.exitcode)}")
+            how = f"no answer after {time.monotonic() - self.begun:.0f} s" if ended else _how(self.process.exitcode)
+            failure = Failure(case, "", "crashed", f"the process ended: {how}")
             self._start()
             self.loaded()
-            return Result(case, "failed", (ended,))
+            return Result(case, "failed", (failure,))
         return Result(case, status, tuple(Failure(case, *rest) for rest in failures), seconds)
 
 

@@ -27,10 +27,14 @@ KNOWN = {
     "nncf": "nncf:OpenVINO",
     "nvidia-modelopt": "modelopt:ModelOptimizer",
     "onnxruntime": "onnxruntime:OnnxRuntime",
+    "pytorch-optimizer": "optimizers:PytorchOptimizer",
     "qwix": "qwix:Qwix",
+    "schedulefree": "optimizers:ScheduleFree",
     "tinygrad": "tinygrad:TinyGrad",
+    "torch-optim": "optimizers:TorchOptim",
     "torchao": "torchao:TorchAO",
     "torchao-nf4": "torchao_nf4:TorchAONF4",
+    "transformers": "optimizers:Transformers",
 }
 """The backends that come with the kit: a file of this folder, and the class in it whose methods are the operations.
 
@@ -109,6 +113,8 @@ def load(name: str) -> Backend:
             require(package)
         return Backend(name, made(), made.packages, getattr(made, "within", nullcontext))
     module_name, _, attribute = name.partition(":")
+    if module_name.endswith(".py"):
+        raise ValueError(f"backend must be the name of a module, as after import, got a file: {name!r}")
     try:
         module: ModuleType = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

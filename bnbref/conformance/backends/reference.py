@@ -10,6 +10,7 @@ from torch import Tensor
 from bnbref import blockwise, fourbit, functional, int8, nn, products
 from bnbref.codebooks import four_bit
 from bnbref.conformance.backends.public_names import PublicNames
+from bnbref.conformance.backends.reference_training import Training
 from bnbref.conformance.oracles.steps import BLOCKSIZE
 from bnbref.kernels import eager
 from bnbref.kernels.ordered import batch_invariant
@@ -18,7 +19,7 @@ from bnbref.optim.equation import at_step
 from bnbref.quant_state import QuantState
 
 
-class Reference(PublicNames):
+class Reference(Training, PublicNames):
     """Every operation, by bnbref's functions."""
 
     packages = ("bnbref",)
@@ -79,6 +80,9 @@ class Reference(PublicNames):
         if bool((values1 < 0).any()):
             rule = rules.SIGNED_RULES.get(optimizer, rule)
         return self._step(rule, p, g, **arguments)
+
+    def corrected_step(self, p: Tensor, g: Tensor, optimizer: str, **arguments: Any) -> dict[str, Tensor]:
+        return self._step(rules.RULES[optimizer], p, g, **arguments)
 
     def _step(self, rule: rules.Rule, p: Tensor, g: Tensor, *, step: int, max_unorm: float, gnorm_scale: float,
               **arguments: Any) -> dict[str, Tensor]:  # fmt: skip

@@ -5,17 +5,16 @@ from typing import Any
 
 from bnbref.conformance import release
 from bnbref.conformance.board import STATES, Column
-from bnbref.conformance.vectors import VERSION
 
 
 def as_summary(column: Column) -> str:
-    """What was tested, against which vectors, and the rules by what became of them."""
+    """What was tested, against which vectors by their digests, and the rules by what became of them."""
     rules = {state: [rule for rule, cell in column.cells.items() if cell.state == state] for state in STATES}
     body = {
         "backend": column.backend,
         "device": column.device,
         "versions": dict(column.versions),
-        "vectors": {"version": VERSION, "digest": release.DIGESTS[VERSION]},
+        "vectors": {f"v{version}": digest for version, digest in release.DIGESTS.items()},
         "rules": rules,
         "badge": badge(column),
     }

@@ -16,9 +16,9 @@ from bnbref.codebooks import DYNAMIC, DYNAMIC_UNSIGNED, Codebook, value_table
 from bnbref.conformance.cases import CPU, Case, make
 from bnbref.conformance.cases.inputs import cast, noise
 from bnbref.conformance.oracles.codes import encode_8bit
-from bnbref.conformance.oracles.formula import CLIPPED, COUPLED, STATES
+from bnbref.conformance.oracles.formula import CLIPPED, COUPLED, REFERENCE, STATES
 from bnbref.conformance.oracles.intervals import Interval
-from bnbref.conformance.oracles.steps import BLOCKSIZE, REFERENCE, both
+from bnbref.conformance.oracles.steps import BLOCKSIZE, both
 from bnbref.conformance.oracles.values import each
 
 HYPER: dict[str, Any] = {

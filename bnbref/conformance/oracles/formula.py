@@ -37,7 +37,8 @@ class Conventions:
     raw_gradient: what rmsprop and adagrad divide in 8 bits is neither scaled nor decayed. norm: whose length lars and lamb
     bound, the "direction", "biased" (before lamb's bias correction) or "undecayed" (without lars' decay). norm_eps: lars
     lets it be longer by eps. clip_8bit: whether they bound it in 8 bits. bad_gradient: what is not finite changes its own
-    element ("kept"), or, if it is "infinite" or "any", becomes the scale of its block.
+    element ("kept"), or, if it is "infinite" or "any", becomes the scale of its block. scaled_decay: adafactor decays by
+    the rate times the size of the parameter.
     """
 
     decay_after: bool = False
@@ -47,6 +48,26 @@ class Conventions:
     norm_eps: bool = False
     clip_8bit: bool = True
     bad_gradient: str = "kept"
+    scaled_decay: bool = False
+
+
+def number(x: float, error: float = 0.0) -> tuple[float, float]:
+    """A number of a step, and by how much it may be off in a backend, if it is off by `error` before its rounding to float32."""
+    exact = x == float(torch.tensor(x, dtype=torch.float32))
+    return x, error + (0.0 if exact else SLACK * abs(x))
+
+
+def rest(beta: float) -> tuple[float, float]:
+    """1 - beta, taken of beta or of beta rounded to float32."""
+    return number(1 - beta, abs(beta - float(torch.tensor(beta, dtype=torch.float32))))
+
+
+def off_by(correction: float, t: int) -> float:
+    """By how much, relatively, a bias correction 1 - beta^t may be off, beta^t being that of a GPU's exp2."""
+    return (t + 2) * SLACK * (1 - correction) / correction
+
+
+REFERENCE = Conventions()
 
 
 def _sqrt(x: Any) -> Any:
@@ -79,19 +100,12 @@ class Formula:
         k, c, name = self.k, self.c, self.name
         t, b1, b2, lr, wd = k["step"], k["beta1"], k["beta2"], k["lr"], k["weight_decay"]
 
-        def number(x: float, error: float = 0.0) -> tuple[float, float]:
-            exact = x == float(torch.tensor(x, dtype=torch.float32))
-            return x, error + (0.0 if exact else SLACK * abs(x))
-
-        def rest(beta: float) -> tuple[float, float]:
-            return number(1 - beta, abs(beta - float(torch.tensor(beta, dtype=torch.float32))))
-
         found = {key: number(k[key]) for key in ("beta1", "beta2", "beta3", "alpha", "eps", "weight_decay")}
         found |= {f"not_{b}": rest(k[b]) for b in ("beta1", "beta2", "beta3")}
         found |= {"rate": number(lr), "decay": number(1.0 if name in COUPLED or c.coupled or wd == 0 else 1 - lr * wd)}
         if name in ("adam", "lamb", "ademamix"):
             first, second = 1 - b1**t, 1 - b2**t
-            off1, off2 = ((t + 2) * SLACK * (1 - x) / x for x in (first, second))
+            off1, off2 = off_by(first, t), off_by(second, t)
             found["root"] = number(math.sqrt(second), math.sqrt(second) * off2)
             found["unbias"] = number(first, first * off1)
             if name == "lamb":

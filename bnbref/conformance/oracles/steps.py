@@ -11,14 +11,12 @@ from torch import Tensor
 
 from bnbref.conformance.expected import UNIT, Also, Expected, where_true
 from bnbref.conformance.oracles.codes import encode_8bit
-from bnbref.conformance.oracles.formula import COUPLED, Conventions, Formula
+from bnbref.conformance.oracles.formula import COUPLED, REFERENCE, Conventions, Formula
 from bnbref.conformance.oracles.intervals import Interval
 from bnbref.conformance.oracles.values import each
 
 BLOCKSIZE = 256
 """Of 8-bit states."""
-
-REFERENCE = Conventions()
 
 Encode = Callable[[Tensor, Tensor], Tensor]
 """A function of scaled elements and the values of a codebook that returns codes."""
@@ -66,7 +64,8 @@ def both(
     return Step(torch.where(bad, p, new_p), kept, p_within, new_within, bad)
 
 
-def _expected(value: Tensor, within: Interval, bad: Tensor) -> Expected:
+def bounded(value: Tensor, within: Interval, bad: Tensor) -> Expected:
+    """A value between bounds that are rounded to its dtype; what is bad may be anything."""
     low, high = within.low, within.high
     if value.dtype != torch.float32:
         low, high = low.float().to(value.dtype).double(), high.float().to(value.dtype).double()
@@ -80,9 +79,9 @@ def optimizer_32bit(
     """Rules OS."""
     states = [s.reshape(-1) for s in (state1, state2, state3) if s is not None]
     made = both(p, g, states, [Interval.point(s) for s in states], k, c, eight=False)
-    found = {"p": _expected(made.p.to(p.dtype).view(p.shape), made.p_within, made.bad)}
+    found = {"p": bounded(made.p.to(p.dtype).view(p.shape), made.p_within, made.bad)}
     for i, (now, within) in enumerate(zip(made.states, made.states_within, strict=True), 1):
-        found[f"state{i}"] = _expected(now.view(p.shape), within, made.bad)
+        found[f"state{i}"] = bounded(now.view(p.shape), within, made.bad)
     return found
 
 
@@ -100,13 +99,13 @@ def optimizer_8bit(
         decoded.append(value * scale)
         within.append(Interval.point(value) * Interval.point(scale))
     made = both(p, g, decoded, within, k, c, eight=True)
-    found = {"p": _expected(made.p.to(p.dtype).view(p.shape), made.p_within, made.bad)}
+    found = {"p": bounded(made.p.to(p.dtype).view(p.shape), made.p_within, made.bad)}
     # What takes part in its block's scale as it came, if the conventions say so: infinity, or NaN too.
     flat = g.reshape(-1).float()
     counted = flat.isinf() if c.bad_gradient == "infinite" else made.bad & (c.bad_gradient == "any")
     spread = torch.where(counted, torch.where(flat.isinf(), torch.inf, flat), 0.0)
     for i, (now, bounds, (_, before, values)) in enumerate(zip(made.states, made.states_within, coded, strict=True), 1):
-        new, scales = _encoded(now, bounds, made.bad, spread, before, values, encode, floor)
+        new, scales = encoded(now, bounds, made.bad, spread, before, values, encode, floor)
         shaped = Expected(new.value.view(p.shape), also=new.also, free=new.free)
         found |= {f"state{i}": shaped, f"absmax{i}": scales}
     return found
@@ -116,7 +115,7 @@ def _blocks(x: Tensor) -> Tensor:
     return F.pad(x, (0, -x.numel() % BLOCKSIZE)).view(-1, BLOCKSIZE)
 
 
-def _encoded(
+def encoded(
     x: Tensor, within: Interval, bad: Tensor, spread: Tensor, before: Tensor, values: Tensor, encode: Encode, floor: float
 ) -> tuple[Expected, Expected]:  # fmt: skip
     """The codes and scales of a new state. before: its old scales. spread: what takes part in its block's scale, if not 0."""
