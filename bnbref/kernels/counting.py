@@ -87,7 +87,7 @@ def wide_table(codebook: Codebook, device: torch.device) -> Tensor | None:
         return None
     thresholds = threshold_table(codebook, torch.device("cpu"))
     above = torch.cat([thresholds, thresholds.new_full((1,), torch.inf)]) + 0.0  # without -0.0: -0.0 - 0.0 is negative
-    for bits in range(_SMALLEST_TABLE, _LARGEST_TABLE + 1):
+    for bits in range(_SMALLEST_TABLE + 1, _LARGEST_TABLE + 1):  # nine bits do not tell a quiet NaN from infinity
         first = torch.arange(2**bits, dtype=torch.int64, device="cpu") << (32 - bits)
         ends = float_of(first), float_of(first | (1 << (32 - bits)) - 1)
         one, other = (count_below(x, thresholds).long() for x in ends)
