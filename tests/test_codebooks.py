@@ -486,7 +486,8 @@ def test_nonzero_moves_one_threshold(book):
     assert torch.equal(code_by_table(x, code_table(other, CPU)), want.int())
     finite = x.isfinite()
     assert torch.equal(code_by_wide_table(x[finite], wide_table(other, CPU)), want[finite].int())
-    assert other.values == book.values and other.code_of_zero == book.code_of_zero and other != book
+    assert other != book
+    assert (other.values, other.code_of_zero) == (book.values, book.code_of_zero)
     assert is_table_of(value_table(book, CPU), other)
     with pytest.raises(ValueError, match="'fp4' must have its codes in the order of its values"):
         FP4.nonzero()

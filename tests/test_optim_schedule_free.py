@@ -7,7 +7,7 @@ import pytest
 import second
 import torch
 from conftest import same_bits
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_optim_paging import FarAway, LateCopies
 from torch import nn
@@ -187,6 +187,7 @@ def test_there_and_back_again_rounds_twice(options):
 
 
 @quick
+@settings(max_examples=12)
 @given(at=st.integers(0, 5), to_train=st.booleans(), pages=st.booleans())
 def test_a_switch_that_is_interrupted_is_undone(at, to_train, pages):
     """By an exception at any parameter: all of them are in the mode in which they were, and switch when they are asked again."""
@@ -216,6 +217,23 @@ def test_a_switch_that_is_interrupted_is_undone(at, to_train, pages):
     assert optimizer.param_groups[0]["train_mode"] is to_train
     (optimizer.eval if to_train else optimizer.train)()
     assert all((p.detach() - q).abs().max() <= 4 * 2**-22 for p, q in zip(params, before, strict=True))
+
+
+@quick
+@pytest.mark.parametrize("where", ["group", "override"])
+def test_betas_of_a_group_and_of_one_parameter_are_those_of_its_average(where):
+    """What goes from y to x and back is measured with the beta1 with which y was made."""
+    p, q = nn.Parameter(gradient(99)), nn.Parameter(gradient(99))
+    one = optim.AdamWScheduleFree([p], **{**OPTIONS, "betas": (0.5, 0.99)})
+    if where == "override":
+        optim.GlobalOptimManager.get_instance().override_config(q, "betas", (0.5, 0.99))
+    other = optim.AdamWScheduleFree(
+        [{"params": [q], **({"betas": (0.5, 0.99)} if where == "group" else {})}], **OPTIONS
+    )
+    for x, optimizer in ((p, one), (q, other)):
+        go_on(x, optimizer, 0, 4)
+        optimizer.eval()
+    assert same_bits(tensors(p, one), tensors(q, other))
 
 
 def interrupting(at):

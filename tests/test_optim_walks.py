@@ -26,6 +26,8 @@ from hypothesis.stateful import (
 from test_optim_classes import make
 from torch import nn
 
+from bnbref import optim
+
 FAMILIES = [
     "SGD8bit",
     "AdamW",
@@ -38,6 +40,7 @@ FAMILIES = [
     "AdEMAMix8bit",
 ]
 FAMILIES += ["Muon8bit", "Adafactor8bit", "SOAP", "AdamWScheduleFree8bit", "PagedAdamW8bit"]
+WITH_SQUARES = [family for family in FAMILIES if not any(x in family for x in ("SGD", "Lion", "LARS", "Adafactor"))]
 SHAPES = [(70, 60), (64, 64), (9, 5)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = {
@@ -65,10 +68,12 @@ class Walk(RuleBasedStateMachine):
         dtype=st.sampled_from(DTYPES),
         bits=st.sampled_from([None, 24, 32]),
         maximize=st.booleans(),
+        nonzero=st.booleans(),
     )
-    def begin(self, family, dtype, bits, maximize):
+    def begin(self, family, dtype, bits, maximize, nonzero):
         self.family, self.dtype = family, dtype
         self.options = {"lr": 1e-2, "min_8bit_size": 64, "maximize": maximize}
+        self.options |= {"nonzero_squares": True} if nonzero and family in WITH_SQUARES else {}
         self.options |= {"master_weight_bits": bits} if dtype != torch.float32 else {}
         self.folder = tempfile.TemporaryDirectory()
         self.time = 0
@@ -87,8 +92,13 @@ class Walk(RuleBasedStateMachine):
             optimizer.add_param_group({"params": params[len(first) :], "lr": 2e-2})
         return optimizer
 
-    @rule(layout=st.sampled_from([*LAYOUTS]), missing=st.sets(st.integers(0, 2)), bad=st.booleans())
-    def step(self, layout, missing, bad):
+    @rule(
+        layout=st.sampled_from([*LAYOUTS]),
+        missing=st.sets(st.integers(0, 2)),
+        bad=st.booleans(),
+        released=st.booleans(),
+    )
+    def step(self, layout, missing, bad, released):
         self.time += 1
         for params, optimizer in (self.ours, self.twin):
             generator = torch.Generator().manual_seed(self.time)
@@ -97,7 +107,21 @@ class Walk(RuleBasedStateMachine):
                 if bad and i == 0:
                     grad[0, 0] = torch.nan
                 p.grad = None if i in missing else LAYOUTS[layout](grad) if params is self.ours[0] else grad
+            if released and params is self.ours[0]:
+                self.backward_that_steps(params, optimizer)
             optimizer.step()
+
+    def backward_that_steps(self, params, optimizer):
+        """The gradients that the parameters have, once more, by a backward pass that makes the steps."""
+        loss = sum(
+            ((p * p.grad.detach()).sum() for p in params if p.grad is not None), torch.zeros((), requires_grad=True)
+        )
+        for p in params:
+            p.grad = None
+        release = optim.GradientRelease(optimizer)
+        loss.backward()
+        assert all(p.grad is None for p in params)
+        release.remove()
 
     @rule(how=st.sampled_from(["state dict", "file", "deepcopy", "pages"]))
     def go_on_elsewhere(self, how):

@@ -112,9 +112,10 @@ class Optimizer(torch.optim.Optimizer):
         """Raise if a setting of a group or of one parameter is not valid, or one that only the constructor takes."""
         check_settings(settings)
         here = {*self._own, *self.defaults}
-        taken = {name for made in (Optimizer, type(self)) for name in inspect.signature(made.__init__).parameters}
+        made = [kind for kind in type(self).__mro__ if issubclass(kind, Optimizer)]
+        taken = {name for kind in made for name in inspect.signature(kind.__init__).parameters}
         for name in settings.keys() & taken - here - ANYWHERE:
-            if settings[name] not in (None, False):
+            if settings[name] not in (None, False, ALWAYS.get(name)):
                 raise ValueError(
                     f"{name} is no setting of a group or of a parameter, got {settings[name]!r}: {type(self).__name__} has "
                     f"{sorted(here)}"
@@ -156,7 +157,13 @@ class Optimizer(torch.optim.Optimizer):
             raise ValueError(f"rule of a group must be one of {[*self._rules]}, got {name!r}")
         return self._rules[name]
 
+    def _check_dense(self, what: str, x: Tensor) -> None:
+        if x.layout != torch.strided or x.is_nested:
+            kind = "a nested tensor" if x.is_nested else f"a tensor of layout {x.layout}"
+            raise ValueError(f"{what} must be dense: {type(self).__name__} makes no step of {kind}")
+
     def _check_shape(self, p: Tensor, config: Mapping[str, Any]) -> None:
+        self._check_dense("a parameter", p)
         rule = self.rule_of(config)
         if not rule.takes(p.shape):
             others = [name for name, other in self._rules.items() if other.takes(p.shape)]
@@ -250,14 +257,13 @@ class Optimizer(torch.optim.Optimizer):
             own = overrides.get(p) if overrides else None
             config = common[id(group)] if own is None else {**common[id(group)], **own}
             if own is not None:
-                self._check(config)
                 self._check_known(own)
+                self._check(config)
             jobs.append((p, self._checked_gradient(p, p.grad, config), config))
         return jobs
 
     def _checked_gradient(self, p: Tensor, grad: Tensor, config: Mapping[str, Any]) -> Tensor:
-        if grad.layout != torch.strided:
-            raise ValueError(f"gradients must be dense: {self!r} has no rule for layout {grad.layout}")
+        self._check_dense("a gradient", grad)
         check_float("a parameter", p)
         check_float("a gradient", grad)
         here, shape = local(grad), local(p).shape

@@ -22,7 +22,6 @@ from bnbref.optim.sharding import local, shard_of
 from bnbref.optim.update import correction, directions
 from bnbref.optim.weights import opened, store
 
-
 _Member = tuple[Tensor, Mapping[str, Any]]
 """A parameter and its group."""
 
@@ -136,9 +135,9 @@ class AdamWScheduleFree(Family):
         """Make these parameters y or x, and note each that is."""
         with closing(self._placement.stream([(p.device, self.state[p]) for p, _ in members])) as states:
             for (p, group), state in zip(members, states, strict=True):
-                own, shard, size = local(p.detach()), shard_of(p), self.settings(p, group)["blocksize"]
-                value, rest = opened(own.reshape(-1), correction(state)), correction(state)
-                rule, hyper = at_step(_Difference(), 1, group, p.device)
+                own, shard, config = local(p.detach()), shard_of(p), self.settings(p, group)
+                value, rest, size = opened(own.reshape(-1), correction(state)), correction(state), config["blocksize"]
+                rule, hyper = at_step(_Difference(), 1, config, p.device)
                 d = directions(rule, hyper, value, torch.zeros_like(value), state, blocksize=size, shard=shard)
                 step = hyper[0] * d
                 store(own, rest, value + step if train else value - step)
