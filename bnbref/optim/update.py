@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from bnbref.blockwise import block_count, check_blocksize
-from bnbref.context import without_autocast
 from bnbref.optim.cuts import Cut, complete
 from bnbref.optim.equation import Equation
 from bnbref.optim.layout import Coded, Part, padded, sliced, split, zeros_of
@@ -223,8 +222,7 @@ class Tails:
         """Step those that need no other rank."""
         for key, (hyper, rests) in list(self._waiting.items()):
             rule, blocksize, *_ = key
-            with without_autocast(rests[0].p):  # of float16 it puts nothing together
-                part, write_back = padded(rests, zeros_of(rule), blocksize)
+            part, write_back = padded(rests, zeros_of(rule), blocksize)
             _run(part, rule, hyper)
             self.torn = True
             del self._waiting[key]  # before any is changed: `run` again must not step it again
