@@ -189,9 +189,14 @@ def check_float(name: str, x: Tensor) -> Tensor:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if x.dtype not in FLOATS:
         raise ValueError(f"{name} must be float32, float16 or bfloat16, got {x.dtype}")
+    check_dense(name, x)
+    return x
+
+
+def check_dense(name: str, x: Tensor) -> None:
+    """ValueError if a tensor is sparse or nested."""
     if x.layout != torch.strided or x.is_nested:
         raise ValueError(f"{name} must be dense, got {'a nested tensor' if x.is_nested else x.layout}")
-    return x
 
 
 def check_scales(name: str, absmax: Tensor, numel: int, blocksize: int) -> None:

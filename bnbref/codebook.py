@@ -144,6 +144,22 @@ class Codebook:
             raise ValueError(f"ties must be 'lower' or 'even', got {ties!r}")
         return cls(name, tuple(table.tolist()), tuple(middle.tolist()), source=source)
 
+    def nonzero(self) -> "Codebook":
+        """The same values with another rule of rounding: a number above 0 never gets the code of 0, but that of the next value.
+
+        Codes decode as before, and `is_table_of` does not tell the two apart. ValueError for codes that are not in the order of
+        their values.
+
+        >>> book = Codebook.nearest("quarters", [0, 0.25, 0.5, 0.75, 1])
+        >>> book.thresholds, book.nonzero().thresholds
+        ((0.125, 0.375, 0.625, 0.875), (0.0, 0.375, 0.625, 0.875))
+        """
+        if self.order is not None or self.sign_bit:
+            raise ValueError(f"codebook {self.name!r} must have its codes in the order of its values")
+        last = sum(v <= 0 for v in self.values) - 1
+        thresholds = tuple(0.0 if i == last else t for i, t in enumerate(self.thresholds))
+        return Codebook(f"{self.name}_nonzero", self.values, thresholds, source=self.source)
+
 
 def _numbers(what: str, values: Any) -> tuple[float, ...]:
     try:

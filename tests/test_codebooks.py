@@ -3,6 +3,7 @@
 
 import copy
 import hashlib
+import math
 import operator
 import pickle
 import struct
@@ -32,6 +33,7 @@ from bnbref.codebooks import (
     dynamic,
     four_bit,
     fp8,
+    is_table_of,
     linear,
     normal,
     value_table,
@@ -254,6 +256,7 @@ def codebooks(draw, most: int = 256):
 
 @example(Codebook("minus zero", (-1.0, 0.0, 1.0), (-0.0, 0.5)), [])
 @example(Codebook.nearest("ternary", [-1.0, 0.0, 1.0]), [float("nan"), -float("nan")])
+@example(Codebook.nearest("few thresholds, few cells", [0.0, 0.5]), [math.nan, -math.nan])
 @given(codebooks(), st.lists(st.floats(width=32), max_size=20))
 def test_any_codebook_counts_its_thresholds(book, xs):
     """The definition and, where their tables exist, the look-ups that stand in for it, against a plain loop."""
@@ -531,3 +534,23 @@ def test_a_codebook_is_pickled_by_what_it_is_made_of():
 def test_four_bit_by_name():
     assert {"nf4": NF4, "fp4": FP4, "af4": AF4, "int4": INT4}.items() <= FOUR_BIT.items()
     assert all(four_bit(name) is book and four_bit(book) is book for name, book in FOUR_BIT.items())
+
+
+@pytest.mark.parametrize("book", [DYNAMIC, DYNAMIC_UNSIGNED, linear(False), fp8()], ids=lambda book: book.name)
+def test_nonzero_moves_one_threshold(book):
+    """Between 0 and the first threshold above it a code is one higher, by the definition and by both tables; else it is the same."""
+    other = book.nonzero()
+    first = min(t for t in book.thresholds if t > 0)
+    points = torch.tensor([*book.thresholds, 2.0**-149, 2.0**-126, first, 0.0, -0.0, 1.0, -1.0, math.inf, -math.inf])
+    x = torch.cat([points, *(points.nextafter(torch.tensor(end)) for end in (math.inf, -math.inf))])
+    x = torch.cat([x, torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16).float()])
+    want = encode(x, book) + ((x > 0) & (x <= first))
+    assert torch.equal(encode(x, other), want)
+    assert torch.equal(code_by_table(x, code_table(other, CPU)), want.int())
+    finite = x.isfinite()
+    assert torch.equal(code_by_wide_table(x[finite], wide_table(other, CPU)), want[finite].int())
+    assert other != book
+    assert (other.values, other.code_of_zero) == (book.values, book.code_of_zero)
+    assert is_table_of(value_table(book, CPU), other)
+    with pytest.raises(ValueError, match="'fp4' must have its codes in the order of its values"):
+        FP4.nonzero()

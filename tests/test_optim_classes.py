@@ -370,6 +370,23 @@ def test_gradients_of_another_dtype():
             optim.AdamW8bit([p]).step()
 
 
+@pytest.mark.filterwarnings("ignore:.*(nested|Sparse CSR)")  # torch calls both a prototype
+@pytest.mark.parametrize("name", ["AdamW8bit", "SGD32bit", "Adafactor8bit"])
+def test_what_is_not_dense_is_refused(name):
+    parts, refusal = [torch.randn(3, 4), torch.randn(2, 4)], "must be dense, got"
+    for layout in (torch.jagged, torch.strided):
+        with pytest.raises(ValueError, match=f"a parameter {refusal} a nested tensor"):
+            make(name, [nn.Parameter(torch.nested.nested_tensor(parts, layout=layout))])
+    for sparse in (torch.eye(3).to_sparse(), torch.eye(3).to_sparse_csr()):
+        with pytest.raises(ValueError, match=f"a parameter {refusal} {sparse.layout}"):
+            make(name, [nn.Parameter(sparse)])
+    table = nn.Embedding(10, 4, sparse=True)
+    optimizer = make(name, table.parameters())
+    table(torch.arange(3)).sum().backward()
+    with pytest.raises(ValueError, match=f"a gradient {refusal} torch.sparse_coo"):
+        optimizer.step()
+
+
 def test_named_parameters():
     layer = nn.Linear(100, 50)
     layer(torch.ones(2, 100)).sum().backward()
@@ -393,6 +410,7 @@ WRONG_KINDS = [None, "x", 2.5, float("nan"), [1], torch.tensor([1, 2]), object()
 
 
 @pytest.mark.parametrize("name", ["optim_bits", "min_8bit_size", "page_bytes", "is_paged", "stochastic_rounding", "maximize",
+                                  "nonzero_squares",
                                   "foreach", "fused", "capturable", "generator", "page_directory"])  # fmt: skip
 def test_settings_of_another_kind(name):
     """A setting that is no number, flag or generator is none: a string would be a flag that is set."""

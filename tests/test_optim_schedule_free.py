@@ -7,12 +7,14 @@ import pytest
 import second
 import torch
 from conftest import same_bits
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_optim_paging import FarAway, LateCopies
 from torch import nn
 
 import bnbref
 from bnbref import optim
+from bnbref.optim import schedule_free, weights
 from bnbref.optim.schedule_free import share
 
 quick = pytest.mark.usefixtures("eager")
@@ -155,8 +157,6 @@ def test_resumed_is_uninterrupted_in_both_modes(options, tmp_path):
 
 @quick
 def test_a_directory_and_streamed_pages_are_resident(tmp_path):
-    from test_optim_paging import FarAway, LateCopies
-
     want = trained(3, optim_bits=8)
     away = trained(3, optim_bits=8, page_directory=tmp_path)
     p = nn.Parameter(gradient(99))
@@ -184,6 +184,68 @@ def test_there_and_back_again_rounds_twice(options):
     assert not same_bits(average, before)
     optimizer.train()
     assert (p.detach() - before).abs().max() <= 2 * 2**-22
+
+
+@quick
+@settings(max_examples=12)
+@given(at=st.integers(0, 5), to_train=st.booleans(), pages=st.booleans())
+def test_a_switch_that_is_interrupted_is_undone(at, to_train, pages):
+    """By an exception at any parameter: all of them are in the mode in which they were, and switch when they are asked again."""
+    params = [nn.Parameter(gradient(i, (i + 1, 300))) for i in range(5)]
+    optimizer = optim.AdamWScheduleFree8bit(params, **OPTIONS, min_8bit_size=500)
+    if pages:
+        optimizer._placement = FarAway(True, copies=LateCopies)
+    for t in range(3):
+        for p in params:
+            p.grad = gradient(t, p.shape)
+        optimizer.step()
+    if to_train:
+        optimizer.eval()
+    switch = optimizer.train if to_train else optimizer.eval
+    before = [p.detach().clone() for p in params]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(schedule_free, "store", interrupting(at))
+        if at < len(params):
+            with pytest.raises(KeyboardInterrupt):
+                switch()
+        else:
+            switch()
+    if at < len(params):
+        assert optimizer.param_groups[0]["train_mode"] is not to_train
+        assert all((p.detach() - q).abs().max() <= 2 * 2**-22 for p, q in zip(params, before, strict=True))
+        switch()
+    assert optimizer.param_groups[0]["train_mode"] is to_train
+    (optimizer.eval if to_train else optimizer.train)()
+    assert all((p.detach() - q).abs().max() <= 4 * 2**-22 for p, q in zip(params, before, strict=True))
+
+
+@quick
+@pytest.mark.parametrize("where", ["group", "override"])
+def test_betas_of_a_group_and_of_one_parameter_are_those_of_its_average(where):
+    """What goes from y to x and back is measured with the beta1 with which y was made."""
+    p, q = nn.Parameter(gradient(99)), nn.Parameter(gradient(99))
+    one = optim.AdamWScheduleFree([p], **{**OPTIONS, "betas": (0.5, 0.99)})
+    if where == "override":
+        optim.GlobalOptimManager.get_instance().override_config(q, "betas", (0.5, 0.99))
+    other = optim.AdamWScheduleFree(
+        [{"params": [q], **({"betas": (0.5, 0.99)} if where == "group" else {})}], **OPTIONS
+    )
+    for x, optimizer in ((p, one), (q, other)):
+        go_on(x, optimizer, 0, 4)
+        optimizer.eval()
+    assert same_bits(tensors(p, one), tensors(q, other))
+
+
+def interrupting(at):
+    """`store`, which an exception keeps from writing the `at`-th parameter."""
+    calls = iter(range(1000))
+
+    def store(*args):
+        if next(calls) == at:
+            raise KeyboardInterrupt
+        weights.store(*args)
+
+    return store
 
 
 @quick

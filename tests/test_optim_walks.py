@@ -6,6 +6,7 @@ learning rate, give gradients in another layout). Beside the optimizer goes a tw
 results: the same gradients and settings. After each step the two are compared bit for bit.
 """
 
+import contextlib
 import copy
 import io
 import pickle
@@ -42,6 +43,7 @@ FAMILIES = [
     "AdEMAMix8bit",
 ]
 FAMILIES += ["Muon8bit", "Adafactor8bit", "SOAP", "AdamWScheduleFree8bit", "PagedAdamW8bit"]
+WITH_SQUARES = [family for family in FAMILIES if not any(x in family for x in ("SGD", "Lion", "LARS", "Adafactor"))]
 SHAPES = [(70, 60), (64, 64), (9, 5)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = {
@@ -51,6 +53,25 @@ LAYOUTS = {
     "negative": lambda g: torch._neg_view(-g),
     "offset": lambda g: torch.cat([g.new_zeros(3), g.reshape(-1)])[3:].view(g.shape),
 }
+
+
+@contextlib.contextmanager
+def default_dtype():
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+AROUND = {
+    "nothing": contextlib.nullcontext,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "default device": lambda: torch.device("meta"),
+    "default dtype": default_dtype,
+    "no_grad": torch.no_grad,
+}
+"""What a program may have around whatever it calls; none of it is about an optimizer."""
 
 
 def of_file(value):
@@ -69,11 +90,13 @@ class Walk(RuleBasedStateMachine):
         dtype=st.sampled_from(DTYPES),
         bits=st.sampled_from([None, 24, 32]),
         maximize=st.booleans(),
+        nonzero=st.booleans(),
     )
-    def begin(self, family, dtype, bits, maximize):
+    def begin(self, family, dtype, bits, maximize, nonzero):
         self.rule = None if isinstance(family, str) else Proper(*family[:4], "field", family[-1])
         self.family, self.dtype = family if isinstance(family, str) else "of a stranger", dtype
         self.options = {"lr": 1e-2, "min_8bit_size": 64, "maximize": maximize}
+        self.options |= {"nonzero_squares": True} if nonzero and self.family in WITH_SQUARES else {}
         self.options |= {"master_weight_bits": bits} if dtype != torch.float32 else {}
         self.folder = tempfile.TemporaryDirectory()
         self.time = 0
@@ -97,8 +120,14 @@ class Walk(RuleBasedStateMachine):
             optimizer.add_param_group({"params": params[len(first) :], "lr": 2e-2})
         return optimizer
 
-    @rule(layout=st.sampled_from([*LAYOUTS]), missing=st.sets(st.integers(0, 2)), bad=st.booleans())
-    def step(self, layout, missing, bad):
+    @rule(
+        layout=st.sampled_from([*LAYOUTS]),
+        missing=st.sets(st.integers(0, 2)),
+        bad=st.booleans(),
+        released=st.booleans(),
+        around=st.sampled_from([*AROUND]),
+    )
+    def step(self, layout, missing, bad, released, around):
         self.time += 1
         for params, optimizer in (self.ours, self.twin):
             generator = torch.Generator().manual_seed(self.time)
@@ -107,19 +136,36 @@ class Walk(RuleBasedStateMachine):
                 if bad and i == 0:
                     grad[0, 0] = torch.nan
                 p.grad = None if i in missing else LAYOUTS[layout](grad) if params is self.ours[0] else grad
-            optimizer.step()
+            if released and params is self.ours[0]:
+                self.backward_that_steps(params, optimizer, around)
+            with AROUND[around if params is self.ours[0] else "nothing"]():
+                optimizer.step()
 
-    @rule(how=st.sampled_from(["state dict", "file", "deepcopy", "pages"]))
-    def go_on_elsewhere(self, how):
+    def backward_that_steps(self, params, optimizer, around):
+        """The gradients that the parameters have, once more, by a backward pass that makes the steps."""
+        loss = sum(
+            ((p * p.grad.detach()).sum() for p in params if p.grad is not None), torch.zeros((), requires_grad=True)
+        )
+        for p in params:
+            p.grad = None
+        release = optim.GradientRelease(optimizer)
+        with AROUND[around]():
+            loss.backward()
+        assert all(p.grad is None for p in params)
+        release.remove()
+
+    @rule(how=st.sampled_from(["state dict", "file", "deepcopy", "pages"]), around=st.sampled_from([*AROUND]))
+    def go_on_elsewhere(self, how, around):
         """As a run does that is continued: parameters and states into a new optimizer."""
         params, old = self.ours
         options = {"page_directory": tempfile.mkdtemp(dir=self.folder.name)} if how == "pages" else {}
         new = [nn.Parameter(p.detach().clone()) for p in params]
-        optimizer = self.made(new, **options)
-        saved = old.state_dict()
-        optimizer.load_state_dict(
-            of_file(saved) if how == "file" else copy.deepcopy(saved) if how == "deepcopy" else saved
-        )
+        with AROUND[around]():
+            optimizer = self.made(new, **options)
+            saved = old.state_dict()
+            optimizer.load_state_dict(
+                of_file(saved) if how == "file" else copy.deepcopy(saved) if how == "deepcopy" else saved
+            )
         self.ours = new, optimizer
 
     @rule(how=st.sampled_from([copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))]))
@@ -159,11 +205,12 @@ class Walk(RuleBasedStateMachine):
         self.ours[1].zero_grad(set_to_none=to_none)
 
     @precondition(lambda self: "ScheduleFree" in self.family)
-    @rule()
-    def evaluate_and_go_on(self):
-        for _, optimizer in (self.ours, self.twin):
-            optimizer.eval()
-            optimizer.train()
+    @rule(around=st.sampled_from([*AROUND]))
+    def evaluate_and_go_on(self, around):
+        for side, optimizer in (self.ours, self.twin):
+            with AROUND[around if side is self.ours[0] else "nothing"]():
+                optimizer.eval()
+                optimizer.train()
 
     @rule()
     def look(self):

@@ -14,6 +14,7 @@ import torch
 
 from bnbref.optim import rules
 from bnbref.optim.optimizer import Optimizer
+from bnbref.optim.settings import check_settings
 
 
 class Options(TypedDict, total=False):
@@ -25,6 +26,7 @@ class Options(TypedDict, total=False):
     stochastic_rounding: bool
     master_weight_bits: int | None
     generator: torch.Generator | None
+    nonzero_squares: bool
     maximize: bool
     foreach: bool | None
     fused: bool | None
@@ -55,13 +57,18 @@ class Args(NamedTuple):
 class Family(Optimizer):
     """Base of the named optimizers.
 
+    nonzero_squares: an average of squares in 8 bits that is not 0 never gets the code of 0, but that of the smallest value. Then
+    no momentum is divided by nothing. Files are the same.
     percentile_clipping and block_wise, which bitsandbytes took until 0.49, may say what always holds: 100 and True.
     """
 
     def __init__(
         self, params: Any, rule: rules.Rule | Mapping[str, rules.Rule], defaults: Mapping[str, Any], *,
-        percentile_clipping: int = 100, block_wise: bool = True, **options: Any,
+        nonzero_squares: bool = False, percentile_clipping: int = 100, block_wise: bool = True, **options: Any,
     ) -> None:  # fmt: skip
+        check_settings({"nonzero_squares": nonzero_squares})
+        if nonzero_squares:
+            self._keep_squares(list(rule.values()) if isinstance(rule, Mapping) else [rule])
         if percentile_clipping != 100:
             raise ValueError(
                 f"percentile_clipping of {type(self).__name__} must be 100, which clips nothing, got "
@@ -72,6 +79,13 @@ class Family(Optimizer):
                 f"block_wise of {type(self).__name__} must be True, got {block_wise!r}: states in 8 bits are blockwise"
             )
         super().__init__(params, rule, defaults, **options)
+
+    def _keep_squares(self, own: Sequence[rules.Rule]) -> None:
+        if all(s.signed or s.of != "elements" for rule in own for s in rule.states):
+            raise ValueError(f"nonzero_squares must be False: {type(self).__name__} keeps no squares by element")
+        for rule in own:
+            signed, unsigned = rule.codebooks
+            rule.codebooks = signed, unsigned.nonzero()
 
     @property
     def args(self) -> Args:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bnbref.blockwise import block_count
+from bnbref.context import without_autocast
 from bnbref.optim.rule import Rule
 from bnbref.optim.sharding import Shard
 
@@ -88,7 +89,8 @@ def padded(rests: Sequence[Part], zeros: Sequence[int], blocksize: int) -> Padde
     def rows(tensors: Sequence[Tensor], fill: int = 0) -> Tensor:
         padding = tensors[0].new_full((max(gaps),), fill)
         pieces = [x for t, gap in zip(tensors, gaps, strict=True) for x in (t, padding[:gap])]
-        return torch.cat(pieces).view(-1, blocksize)
+        with without_autocast(tensors[0]):  # which puts no float16 together where it is of bfloat16
+            return torch.cat(pieces).view(-1, blocksize)
 
     def scales(tensors: Sequence[Tensor]) -> Tensor:
         return torch.cat([*tensors, tensors[0].new_zeros(extra)])

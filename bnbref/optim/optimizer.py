@@ -103,9 +103,10 @@ class Optimizer(torch.optim.Optimizer):
         """Raise if a setting of a group or of one parameter is not valid, or one that only the constructor takes."""
         check_settings(settings)
         here = {*self._own, *self.defaults}
-        taken = {name for made in (Optimizer, type(self)) for name in inspect.signature(made.__init__).parameters}
+        made = [kind for kind in type(self).__mro__ if issubclass(kind, Optimizer)]
+        taken = {name for kind in made for name in inspect.signature(kind.__init__).parameters}
         for name in settings.keys() & taken - here - ANYWHERE:
-            if settings[name] not in (None, False):
+            if settings[name] not in (None, False, ALWAYS.get(name)):
                 raise ValueError(
                     f"{name} is no setting of a group or of a parameter, got {settings[name]!r}: {type(self).__name__} has "
                     f"{sorted(here)}"
@@ -164,8 +165,8 @@ class Optimizer(torch.optim.Optimizer):
             own = overrides.get(p) if overrides else None
             config = common[id(group)] if own is None else {**common[id(group)], **own}
             if own is not None:
-                self._check(config)
                 self._check_known(own)
+                self._check(config)
             self._rules.check_shape(p, config)
             grad = turns.checked_gradient(p, p.grad, self.state[p], self._rules.of(config))
             key = (id(config), self.state[p].get("step", 0) + 1, p.device)

@@ -7,7 +7,8 @@ not of weights: so it can be kept in 8 bits, where z itself could not.
 
 # ruff: noqa: E701, the table of variants has a line for each
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ from bnbref.optim.rules import Rule, State, averages
 from bnbref.optim.sharding import local, shard_of
 from bnbref.optim.update import directions
 from bnbref.optim.weights import corrections, opened, store
+
+_Member = tuple[Tensor, Mapping[str, Any]]
+"""A parameter and its group."""
 
 
 class ScheduleFree(Rule):
@@ -83,7 +87,7 @@ class AdamWScheduleFree(Family):
 
     Parameters are y, where gradients belong, while training. `eval()` makes them x, to be evaluated or given away; `train()`
     makes them y again, before the next step. Each way is `p = p -+ (1 - b1) (z - x)`, two roundings to float32, and that to the
-    parameter. lr is constant: the averages do not see a change of it.
+    parameter. An exception in the middle of it undoes it. lr and beta1 are constant: the averages do not see a change of them.
     """
 
     def __init__(
@@ -108,18 +112,28 @@ class AdamWScheduleFree(Family):
     @torch.no_grad()
     def _switch(self, train: bool) -> None:
         groups = [group for group in self.param_groups if group["train_mode"] != train]
-        found = [(p, group) for group in groups for p in group["params"] if self.state.get(p)]
-        states = self._placement.stream([(p.device, self.state[p]) for p, _ in found])
-        for (p, group), state in zip(found, states, strict=True):
-            own, shard, size = local(p.detach()), shard_of(p), self.settings(p, group)["blocksize"]
-            rest = corrections(p, state)
-            value = opened(own.reshape(-1), rest)
-            rule, hyper = at_step(_Difference(), 1, group, p.device)
-            d = directions(rule, hyper, value, torch.zeros_like(value), state, blocksize=size, shard=shard)
-            step = hyper[0] * d
-            store(own, rest, value + step if train else value - step)
+        every = [(p, group) for group in groups for p in group["params"] if self.state.get(p)]
+        moved: list[_Member] = []
+        try:
+            self._move(every, train, moved)
+        except BaseException:
+            self._move(moved, not train, [])  # lest some be averages and others not, which no group could say
+            raise
         for group in groups:
             group["train_mode"] = train
+
+    def _move(self, members: Sequence[_Member], train: bool, moved: list[_Member]) -> None:
+        """Make these parameters y or x, and note each that is."""
+        with closing(self._placement.stream([(p.device, self.state[p]) for p, _ in members])) as states:
+            for (p, group), state in zip(members, states, strict=True):
+                own, shard, config = local(p.detach()), shard_of(p), self.settings(p, group)
+                rest, size = corrections(p, state), config["blocksize"]
+                value = opened(own.reshape(-1), rest)
+                rule, hyper = at_step(_Difference(), 1, config, p.device)
+                d = directions(rule, hyper, value, torch.zeros_like(value), state, blocksize=size, shard=shard)
+                step = hyper[0] * d
+                store(own, rest, value + step if train else value - step)
+                moved.append((p, group))
 
 
 # ---- variants -------------------------------------------------------------------------------------------------------

@@ -15,7 +15,9 @@ from bnbref.blockwise import check_blocksize
 
 _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("optim_bits", "min_8bit_size", "page_bytes"), (Integral,)),
-    **dict.fromkeys(("is_paged", "stochastic_rounding", "maximize", "capturable", "differentiable"), (bool,)),
+    **dict.fromkeys(
+        ("is_paged", "stochastic_rounding", "nonzero_squares", "maximize", "capturable", "differentiable"), (bool,)
+    ),
     **dict.fromkeys(("foreach", "fused"), (bool, type(None))),
     "generator": (torch.Generator, type(None)),
     "master_weight_bits": (Integral, type(None)),

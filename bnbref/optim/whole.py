@@ -18,6 +18,7 @@ from torch._compile import _disable_dynamo
 
 from bnbref import blockwise
 from bnbref.codebooks import value_table
+from bnbref.context import without_autocast
 from bnbref.optim.equation import Equation
 from bnbref.optim.rule import Coefficients, Rule, State, absmax_key, matrix_shape
 from bnbref.optim.sharding import Shard, gather_scales, shard_of, total, whole
@@ -109,7 +110,8 @@ def step_together(rule: Equation, hyper: Tensor, jobs: Sequence[Job], stream: St
         given.append((p, g, *(job.decoded(rule, s, state) for s in rule.states)))
     stacks = [torch.stack(each) for each in zip(*given, strict=True)]
     del given
-    results = rule.direction(*stacks, Coefficients(rule.names, hyper))
+    with without_autocast(stacks[1]):
+        results = rule.direction(*stacks, Coefficients(rule.names, hyper))
     names = ["direction must have the parameter's shape", *(f"a new {s.key} must have the shape" for s in rule.states)]
     for x, like, must in zip(results, stacks[1:], names, strict=True):
         if x.shape != like.shape:
