@@ -147,7 +147,7 @@ def at_step(
     (('rate', 'decay', 'wd', 'b1'), tensor([0.5000, 1.0000, 0.0000, 0.7500]))
     """
     found = numbers(rule, t, group)
-    hyper = torch.tensor(list(found.values()), dtype=torch.float32)
+    hyper = torch.tensor(list(found.values()), dtype=torch.float32, device="cpu")
     on_gpu = device is not None and device.type == "cuda"
     if (
         on_gpu

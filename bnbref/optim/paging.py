@@ -99,7 +99,7 @@ class Placement:
                     stacklevel=2,
                 )
             return torch.empty(shape, dtype=dtype, device=device)
-        return torch.empty(shape, dtype=dtype, pin_memory=True)
+        return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True)
 
     def stream(self, states: Sequence[tuple[torch.device, Tensors]]) -> Generator[Tensors, None, None]:
         """Each state in turn, its tensors on the device. What is done to them before the next one is asked for is kept.
@@ -163,7 +163,7 @@ class Placement:
 def _mapped(directory: Path, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     numel = torch.Size(shape).numel()
     if numel == 0:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     directory.mkdir(parents=True, exist_ok=True)
     sizes = "x".join(map(str, shape))
     path = directory / f"{name}.{str(dtype).removeprefix('torch.')}.{sizes}.bin"

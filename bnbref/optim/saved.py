@@ -57,7 +57,7 @@ def packed(rule: Rule, state: Mapping[str, Any]) -> dict[str, Any]:
     if CORRECTION in state:
         wrapped[CORRECTION] = state[CORRECTION]
     if rule.clipped and wrapped:
-        wrapped["unorm_vec"] = torch.zeros(1)  # room that bitsandbytes expects to find
+        wrapped["unorm_vec"] = torch.zeros(1, dtype=torch.float32, device="cpu")  # room that bitsandbytes expects to find
     return {"step": state["step"], WRAPPED: wrapped} if wrapped else {"step": state["step"]}
 
 
