@@ -60,7 +60,8 @@ def given(case: Case, device: torch.device) -> dict[str, Any]:
 def call(function: Callable[..., Any], case: Case, device: torch.device) -> tuple[dict[str, Any], list[str]]:
     """The results by name, on the CPU, and the names of inputs that were modified."""
     keywords = given(case, device)
-    result = function(**keywords)
+    with torch.enable_grad():  # a package for inference may have switched it off when it was imported
+        result = function(**keywords)
     if isinstance(result, Mapping):
         named = dict(result)
     else:

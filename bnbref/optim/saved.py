@@ -57,7 +57,8 @@ def packed(rule: Rule, state: Mapping[str, Any]) -> dict[str, Any]:
     if CORRECTION in state:
         wrapped[CORRECTION] = state[CORRECTION]
     if rule.clipped and wrapped:
-        wrapped["unorm_vec"] = torch.zeros(1, dtype=torch.float32, device="cpu")  # room that bitsandbytes expects to find
+        # Room that bitsandbytes expects to find.
+        wrapped["unorm_vec"] = torch.zeros(1, dtype=torch.float32, device="cpu")
     return {"step": state["step"], WRAPPED: wrapped} if wrapped else {"step": state["step"]}
 
 
