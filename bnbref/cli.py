@@ -6,6 +6,7 @@ Exit status: 0 done, 1 something was found wrong, 2 the command could not be run
 import argparse
 import importlib.util
 import inspect
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,9 +24,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         status: int = args.run(args)
+        print(end="", flush=True)
     except Refused as error:
         print(f"bnbref: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # who reads the output, such as `head`, has read enough; what is left is written nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return status
 
 

@@ -4,7 +4,6 @@ import importlib.metadata
 import math
 import os
 import platform
-import sys
 import time
 import warnings
 from collections.abc import Sequence
@@ -56,7 +55,7 @@ def section(title: str, rows: list[tuple[str, str]]) -> None:
     print(title)
     for name, value in rows:
         print(f"  {name:<14}{value}")
-    sys.stdout.flush()
+    print(end="", flush=True)
 
 
 def versions() -> list[tuple[str, str]]:

@@ -236,3 +236,19 @@ def test_a_cpu_without_bfloat16_computes_in_float32(monkeypatch):
         plain = formats.plain(dtype)
         assert (plain.name, plain.bytes_of(3, 5)) == (name, 15 * size)
         assert (" without bfloat16" in info.describe_device(torch.device("cpu"))) != there
+
+
+def test_a_reader_that_has_read_enough():
+    """`python -m bnbref plan 7B | head -1`"""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "bnbref", "plan", "7B"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_nowhere_to_print_to(monkeypatch):
+    """`python -m bnbref info >&-`, and a program without a console."""
+    monkeypatch.setattr(sys, "stdout", None)
+    info.section("versions", [("torch", "2")])

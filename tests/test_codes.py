@@ -3,6 +3,7 @@
 import copy
 import io
 import itertools
+import operator
 import pickle
 
 import pytest
@@ -84,6 +85,28 @@ def test_a_write_by_value_is_refused_and_changes_nothing(make, how):
     with torch.no_grad(), pytest.raises((TypeError, ValueError), match=refusal):
         WRITES[how](layer.weight)
     assert raw_weight(layer) == before
+
+
+@pytest.mark.parametrize("width", [2, 64])
+@pytest.mark.parametrize("make", [linear4, linear8])
+@given(operation=st.sampled_from([torch.add, torch.sub, torch.mul, operator.add, operator.mul]), turned=st.booleans(),
+       other=st.sampled_from([3, torch.tensor([3], dtype=torch.int8), torch.tensor([3], dtype=torch.uint8)]))  # fmt: skip
+def test_arithmetic_whose_result_would_look_like_codes_is_refused(make, width, operation, turned, other):
+    layer = make(32, width)
+    if torch.result_type(layer.weight.data, other) == layer.weight.dtype:
+        pair = (other, layer.weight) if turned and isinstance(other, torch.Tensor) else (layer.weight, other)
+        with pytest.raises(ValueError, match="takes the codes of a quantized"):
+            operation(*pair)
+    scaled = layer.weight * torch.full((1,), 0.5)
+    assert torch.equal(scaled, layer.weight.data * 0.5)
+    assert not hasattr(scaled, "quant_state")
+
+
+@pytest.mark.parametrize("make", [lambda: linear4(32, 2), linear8])
+def test_a_batch_norm_is_not_fused_into_codes(make):
+    """It multiplied them by scales that it had cast to their dtype, and kept the scales of before."""
+    with pytest.raises(ValueError, match="takes the codes of a quantized"):
+        nn.utils.fuse_linear_bn_eval(make().eval(), nn.BatchNorm1d(32).eval())
 
 
 @pytest.mark.parametrize("how", sorted(WRITES))

@@ -509,6 +509,12 @@ def test_the_reference_conforms():
     assert report.as_text(done).endswith("conforms")
 
 
+@pytest.mark.parametrize("operation", ["gemm_4bit_backward", "int8_backward", "evaluate_then_train"])
+def test_a_package_that_switches_gradients_off(operation):
+    with torch.no_grad():
+        assert judge.run_case(backends.load("bnbref-eager"), of(operation)[0], CPU).status == "passed"
+
+
 def test_the_compiled_reference_conforms():
     """On what compiles the fewest kernels: every rule that a formulation could break, in blocks of 64."""
     chosen = [c for c in STORED if c.params.get("blocksize", 64) == 64 and c.dtype == "float32" and c.quick]

@@ -242,6 +242,23 @@ def test_what_fails_only_when_it_compiles_is_said_once_too(digest, tmp_path):
         """bnbref runs uncompiled on cpu: Inductor cannot keep code in its folder, TORCHINDUCTOR_CACHE_DIR ([Errno 20] Not a directory: 'TMP/file/cache'). The bits are the same, the speed is not.""",
     )
 
+    blank = tmp_path / "a b"
+    got, *said = probe(TORCHINDUCTOR_CACHE_DIR=str(blank))
+    assert got == digest
+    if said:  # a torch that quotes it would compile
+        assert_expected_inline(
+            "\n".join(said).replace(str(tmp_path), "TMP"),
+            """bnbref runs uncompiled on cpu: Inductor cannot keep code in its folder, TORCHINDUCTOR_CACHE_DIR ('TMP/a b' has blanks, which torch does not quote for a compiler). The bits are the same, the speed is not.""",
+        )
+    # torch's compiler is not whole, as beside a triton of another version.
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['torch._inductor.compile_fx'] = None\n")
+    got, *said = probe(PYTHONPATH=f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    assert got == digest
+    assert_expected_inline(
+        "\n".join(said),
+        """bnbref runs uncompiled on cpu: torch's compiler cannot be imported (ModuleNotFoundError: import of torch._inductor.compile_fx halted; None in sys.modules). The bits are the same, the speed is not.""",
+    )
+
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("a fault of bnbref")])
 def test_a_folder_that_fills_up_in_the_middle_of_a_step(error, monkeypatch):

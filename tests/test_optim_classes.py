@@ -546,3 +546,38 @@ def test_low_precision_is_read_as_float32_and_rounded_once(dtype):
     optim.AdamW8bit([p]).step()
     optim.AdamW8bit([q]).step()
     assert same_bits(p.data, q.data.to(dtype))
+
+
+@pytest.mark.parametrize("name", [name for name in (*ALL, *OF_MATRICES) if name.endswith("8bit")])
+@pytest.mark.filterwarnings("ignore:paged state")
+def test_defaults_of_torch_are_for_what_its_user_makes(name, tmp_path):
+    """`torch.set_default_device` and `set_default_dtype` reach no tensor of a step, a state, a page or a state dict."""
+
+    def run(pages):
+        p = nn.Parameter(torch.linspace(-1, 1, 4200, dtype=torch.float32, device="cpu").view(60, 70))
+        directory = {"page_directory": pages} if "Paged" in name else {}
+        optimizer = make(name, by_rule(name, [p]), **directory)
+        for _ in range(2):
+            p.grad = p.detach().cos()
+            optimizer.step()
+        saved = optimizer.state_dict()
+        optimizer.load_state_dict(saved)
+        optimizer.step()
+        return [p.detach(), *(t for state in saved["state"].values() for t in tensors_in(state))]
+
+    want = run(tmp_path / "a")
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"):
+            got = run(tmp_path / "b")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(same_bits(a, b) for a, b in zip(got, want, strict=True))
+
+
+def tensors_in(state):
+    for value in state.values():
+        if isinstance(value, dict):
+            yield from tensors_in(value)
+        elif isinstance(value, torch.Tensor):
+            yield value

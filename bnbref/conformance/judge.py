@@ -135,7 +135,8 @@ def run_case(backend: Backend, case: Case, device: torch.device) -> Result:
     keywords = given(case, device)
     begin = time.perf_counter()
     try:
-        results = by_name(case, function(**keywords))
+        with torch.enable_grad():  # a package for inference may have switched it off when it was imported
+            results = by_name(case, function(**keywords))
         mutated = modified(case, keywords)
     except (Exception, SystemExit) as error:  # whatever a backend throws is a finding, not the end of the run
         if case.may_refuse and isinstance(error, REFUSALS) and not isinstance(error, Unsupported):

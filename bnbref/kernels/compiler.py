@@ -63,21 +63,31 @@ _failed: dict[str, str] = {}
 """Device types for which a compilation failed for a reason that was not in what was compiled, with that reason."""
 
 
+# What is no fault of a kernel: a folder, a triton of another version, a source of torch's that a locale in ASCII cannot read.
+_OUTSIDE = (ImportError, OSError, UnicodeDecodeError)
+_OF_INDUCTOR = ("CppCompileError", "InvalidCxxCompiler")  # by name, as torch._inductor may be what cannot be imported
+
+
 def why_failed(device_type: str, error: BaseException) -> str | None:
     """The reason, if the compiler or Inductor's folder made a compilation fail: `missing_compiler` says it from then on.
 
     It is asked afterwards, because nothing that is cheap tells whether a compiler that is there, and a folder, will do.
     """
-    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
-
     cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, (CppCompileError, InvalidCxxCompiler, OSError)):
+    while cause is not None and not isinstance(cause, _OUTSIDE) and type(cause).__name__ not in _OF_INDUCTOR:
         cause = getattr(cause, "inner_exception", None) or cause.__cause__
     if cause is None:
         return None
+    if isinstance(cause, (ImportError, UnicodeDecodeError)):
+        return _failed.setdefault(device_type, f"torch's compiler cannot be imported ({type(cause).__name__}: {cause})")
     lines = [line.strip() for line in str(cause).splitlines()]
     if isinstance(cause, OSError):
         return _failed.setdefault(device_type, _unusable(lines[0].partition(".  ")[0]))
+    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())
+    if " " in folder:
+        return _failed.setdefault(
+            device_type, _unusable(f"{folder!r} has blanks, which torch does not quote for a compiler")
+        )
     said = next((line for line in lines if "error:" in line), lines[0])
     return _failed.setdefault(device_type, f"the C++ compiler {_cxx()!r} fails ({said})")
 

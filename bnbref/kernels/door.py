@@ -217,7 +217,7 @@ class Kernel(Generic[P, R]):
                 importlib.import_module("torch._dynamo")
                 tables = self.tables(*args, **constants)
                 return self.variants.call(device_type, self.formulation, args, tables, constants, writes)
-        except (OSError, RuntimeError) as error:
+        except (ImportError, OSError, RuntimeError, UnicodeDecodeError) as error:
             reason = why_failed(device_type, error)
             if reason is None:
                 raise

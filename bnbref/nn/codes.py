@@ -3,9 +3,9 @@
     weight.add_(x), weight.lerp_(..), weight[0] = 1, weight.copy_(floats), nn.init.normal_(weight), torch._foreach_mul_(..)
 
 would leave bytes that code something else, without an error. So they raise a ValueError. (Not a TypeError, which torch's
-operators turn into NotImplemented, so that its message is lost.) If the bytes are kept in a float dtype, arithmetic raises it
-too, because the result would look like codes. What moves or reads bytes is allowed: copies of codes into codes of the same
-scales, views, comparisons.
+operators turn into NotImplemented, so that its message is lost.) Arithmetic whose result would look like codes raises it too:
+all of it if the bytes are kept in a float dtype, and of integers with integers, as nn.utils.fuse_linear_bn_eval multiplies. What
+moves or reads bytes is allowed: copies of codes into codes of the same scales, views, comparisons, codes times float scales.
 
 `weight.detach()` makes `Codes`: watched like the weight, and with its scales. A layer in which they stand for the weight, as
 torch.func puts them there, computes with these scales and not with those of the weight before. `weight.data`, views, and what
@@ -53,6 +53,8 @@ class Watched:
             if name != "__get__":
                 _check(name.partition(".")[0], args, kwargs)
             result = func(*args, **kwargs)
+            if name in _ARITHMETIC:
+                _refuse(name, [t for x in args for t in _codes_in(x) if t.dtype == getattr(result, "dtype", None)])
             if not args or not isinstance(args[0], Watched):
                 return result
             return args[0].result_of(name, result)
@@ -111,10 +113,15 @@ def _check(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             return
     if not written and name in _ARITHMETIC | _ANY_DTYPE:
         written = [t for value in args for t in _codes_in(value) if name in _ANY_DTYPE or t.is_floating_point()]
-    if written:
-        if name == "norm_except_dim":
-            _put_back(written[0])
-        kind = next((type(t).__name__ for t in written if not isinstance(t, Codes)), "weight")
+    if name == "norm_except_dim" and written:
+        _put_back(written[0])
+    _refuse(name, written)
+
+
+def _refuse(name: str, codes: list[Any]) -> None:
+    """ValueError if there are any."""
+    if codes:
+        kind = next((type(t).__name__ for t in codes if not isinstance(t, Codes)), "weight")
         raise ValueError(
             f"{name} takes the codes of a quantized {kind} for numbers: dequantize it, compute, and quantize the result anew"
         )

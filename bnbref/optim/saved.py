@@ -56,9 +56,8 @@ def packed(rule: Rule, state: Mapping[str, Any]) -> dict[str, Any]:
             wrapped[qmap_key(s.key)] = value_table(rule.codebook(s), torch.device("cpu"))
     wrapped |= {key: state[key] for key in state.keys() & CORRECTIONS.values()}
     if rule.clipped and wrapped:
-        wrapped["unorm_vec"] = torch.zeros(
-            1, dtype=torch.float32, device="cpu"
-        )  # room that bitsandbytes expects to find
+        # Room that bitsandbytes expects to find.
+        wrapped["unorm_vec"] = torch.zeros(1, dtype=torch.float32, device="cpu")
     return {"step": state["step"], WRAPPED: wrapped} if wrapped else {"step": state["step"]}
 
 
