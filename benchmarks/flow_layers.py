@@ -1,5 +1,7 @@
 """What gpu_flows.py times of single layers: `python benchmarks/flow_layers.py '{"device": "cuda", "contenders": ["bnbref"]}'`.
 
+Beside these two, `"formats": ["nf4 nested"]` and `"counts": [1, 2, 4, 8]` ask for a part of the table.
+
 call_us: microseconds a call as Python makes it, one after the other; kernels_us: replayed from a CUDA graph, without Python,
 where no result is waited for on the host. Each call takes the next of several layers, whose weights together do not fit into
 a GPU's cache. All contenders take turns; activations and the plain layer are in float16 for 8 bits, which is what bitsandbytes
@@ -129,9 +131,10 @@ def rows(
     counts: tuple[int, ...] = ROWS,
     cache: float = CACHE,
     rounds: int = 9,
+    formats: tuple[str, ...] = tuple(FORMATS),
 ) -> Iterator[dict[str, Any]]:
     """All contenders at each format, size and number of rows; a contender that fails is a row with its error."""
-    for (n, k), format_ in product(sizes, FORMATS):
+    for (n, k), format_ in product(sizes, formats):
         dtype = torch.float16 if format_.startswith("int8") else torch.bfloat16
         weight = (torch.randn(n, k, device=device, dtype=dtype) * 0.02).cpu()
         made: dict[str, list[nn.Module]] = {}
