@@ -21,7 +21,6 @@ import bnbref
 from bnbref import as_bitsandbytes, few_rows
 from bnbref.codebooks import FOUR_BIT
 from bnbref.kernels import compiler, counting, decoding, encoding, floats, steps
-from bnbref.kernels import few_rows as few_rows_kernel
 from bnbref.kernels.compiler import missing_compiler
 
 # No deadline: the first example of a kernel compiles it. `mode` does not change from one example to the next.
@@ -162,7 +161,7 @@ def _yes(x: Tensor) -> bool:
 def as_on_gpu() -> Iterator[None]:
     """Inside, formulations take their way for GPUs, whatever the device of their tensors."""
     with contextlib.ExitStack() as stack:
-        for module in (compiler, counting, decoding, encoding, few_rows, few_rows_kernel, floats, steps):
+        for module in (compiler, counting, decoding, encoding, few_rows, floats, steps):
             stack.enter_context(mock.patch.object(module, "is_gpu", _yes))
         yield
 

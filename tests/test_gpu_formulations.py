@@ -1,6 +1,7 @@
 """What is compiled for a GPU, run uncompiled on the CPU: the same bits as the definition, table by table."""
 
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from bnbref import blockwise, few_rows, fourbit
 from bnbref import nested as nested_scales
 from bnbref.blockwise import encode
 from bnbref.codebooks import AF4, DYNAMIC, DYNAMIC_UNSIGNED, FP4, INT4, NF4, linear, value_table
+from bnbref.kernels import few_rows as few_rows_kernel
 from bnbref.kernels.counting import code_by_table, code_by_wide_table, code_table, float_of, wide_table
 from bnbref.optim import rules
 from bnbref.optim import step as steps
@@ -138,8 +140,9 @@ def test_steps(rule, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("nested", [False, True])
-def test_rows_by_words(dtype, nested):
-    m, n, k = 3, 6, 128
+@pytest.mark.parametrize(("m", "n"), [(3, 6), (3, 1024), (6, 1024)])  # enough rows of the weight for groups of four
+def test_rows_by_words(dtype, nested, m, n):
+    k = 128
     packed = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8)
     absmax, a, bias = torch.rand(n, k // 64), torch.randn(m, k).to(dtype), torch.randn(n).to(dtype)
     second = ()
@@ -159,7 +162,7 @@ def test_rows_by_words(dtype, nested):
     scales = codes.view(n, k // 64) if nested else absmax
     arguments = (columns, packed.view(torch.int32), scales, bias, *second)
     constants = {"blocksize": 64, "blocksize2": 256, "codebook": NF4, "dtype": dtype}
-    with as_on_gpu():
+    with as_on_gpu(), mock.patch.object(few_rows_kernel, "is_gpu", return_value=True):
         on_gpu = few_rows.multiply_rows.body(*arguments, **constants)
     for got in (on_gpu, few_rows.multiply_rows.definition(*arguments, **constants)):
         assert got.dtype == dtype

@@ -16,6 +16,7 @@ from bnbref.kernels import eager
 from bnbref.kernels.ordered import batch_invariant
 from bnbref.optim import rules, update
 from bnbref.optim.equation import at_step
+from bnbref.optim.weights import CORRECTIONS
 from bnbref.quant_state import QuantState
 
 
@@ -81,8 +82,13 @@ class Reference(Training, PublicNames):
             rule = rules.SIGNED_RULES.get(optimizer, rule)
         return self._step(rule, p, g, **arguments)
 
-    def corrected_step(self, p: Tensor, g: Tensor, optimizer: str, **arguments: Any) -> dict[str, Tensor]:
-        return self._step(rules.RULES[optimizer], p, g, **arguments)
+    def corrected_step(
+        self, p: Tensor, g: Tensor, optimizer: str, correction: Tensor, **arguments: Any
+    ) -> dict[str, Tensor]:
+        key = CORRECTIONS[p.dtype]
+        made = self._step(rules.RULES[optimizer], p, g, **{key: correction}, **arguments)
+        made["correction"] = made.pop(key)
+        return made
 
     def _step(self, rule: rules.Rule, p: Tensor, g: Tensor, *, step: int, max_unorm: float, gnorm_scale: float,
               **arguments: Any) -> dict[str, Tensor]:  # fmt: skip
