@@ -25,7 +25,7 @@ def of_nothing(optimizer, p):
     """How many elements have a momentum and squares of 0."""
     state = optimizer.state[p]
     momenta = [
-        state[s.key] != DYNAMIC.code_of_zero for s in optimizer.rule_of(optimizer.param_groups[0]).states if s.signed
+        state[s.key] != DYNAMIC.code_of_zero for s in optimizer._rules.of(optimizer.param_groups[0]).states if s.signed
     ]
     squares = state["squares" if "squares" in state else "state2"] == DYNAMIC_UNSIGNED.code_of_zero
     return int((torch.stack(momenta).any(0) & squares).sum())

@@ -86,7 +86,7 @@ class Reference(Training, PublicNames):
         self, p: Tensor, g: Tensor, optimizer: str, correction: Tensor, **arguments: Any
     ) -> dict[str, Tensor]:
         key = CORRECTIONS[p.dtype]
-        made = self._step(rules.RULES[optimizer], p, g, **{key: correction}, **arguments)
+        made = self._step(rules.RULES[optimizer], p, g, **(arguments | {key: correction}))
         made["correction"] = made.pop(key)
         return made
 
