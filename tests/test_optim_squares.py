@@ -31,8 +31,8 @@ def of_nothing(optimizer, p):
     return int((torch.stack(momenta).any(0) & squares).sum())
 
 
-# Gradients whose squares, and a thousandth of them, are normal float32 and more than 2^-149 of each other: else what is divided by
-# the largest of a block is 0 before it has a code. Rows of them that come at some steps alone, as those of tokens do.
+# Gradients whose squares, and a thousandth of them, are normal float32 and more than 2^-149 of each other: else what is divided
+# by the largest of a block is 0 before it has a code. Rows of them that come at some steps alone, as those of tokens do.
 gradient = st.floats(2.0**-30, 2.0**30, width=32) | st.just(0.0)
 tokens = st.lists(st.tuples(gradient, st.sets(st.integers(0, 5))), min_size=2, max_size=12)
 
