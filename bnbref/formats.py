@@ -16,13 +16,17 @@ class Formats(MutableMapping[str, Codebook]):
     def __init__(self, *books: Codebook) -> None:
         self._books: dict[str, Codebook] = {}
         self.update({book.name: book for book in books})
+        self._own = frozenset(self._books)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(self._books)})"
 
     def __setitem__(self, name: str, book: Codebook) -> None:
         if not isinstance(book, Codebook) or book.bits != 4:
             raise ValueError(f"a format is a Codebook of at most 16 values, got {book!r}")
         if book.name != name or not name.replace("_", "x").isalnum() or name in NOT_A_FORMAT:
             raise ValueError(
-                f"a format has the name of its codebook, of letters, digits and underscores, not one of {NOT_A_FORMAT}, "
+                f"a format has the name of its codebook, of letters, digits and underscores, and not 'int8' or 'plain', "
                 f"got {name!r}"
             )
         if self.get(name, book) != book:
@@ -33,6 +37,8 @@ class Formats(MutableMapping[str, Codebook]):
         return self._books[name]
 
     def __delitem__(self, name: str) -> None:
+        if name in self._own:
+            raise ValueError(f"{name!r} is a codebook of bnbref's own, which stays")
         del self._books[name]
 
     def __iter__(self) -> Iterator[str]:

@@ -44,7 +44,8 @@ def _in_graph() -> bool:
 
 
 def _flat(state: QuantState) -> tuple[Any, ...]:
-    """A quant state as the arguments of an operator. Dynamo traces each call here for each layer of a model: there are few."""
+    """A quant state as the arguments of an operator. Dynamo traces every call in here once for each layer of a model: so
+    there are few calls."""
     second: list[Tensor] = []
     blocksize2, state2, book = 0, state.state2, present(state.quant_type, "quant_type")
     if state2 is not None:

@@ -467,10 +467,15 @@ def test_a_name_keeps_its_codebook(monkeypatch):
         FOUR_BIT["my-own"] = Codebook.nearest("my-own", [-1, 0, 1])
     with pytest.raises(ValueError, match="at most 16 values"):
         FOUR_BIT["dynamic"] = DYNAMIC
-    with pytest.raises(
-        ValueError, match="not one of \\('int8', 'plain'\\), got 'int8'"
-    ):  # LLM.int8() in a configuration
+    with pytest.raises(ValueError, match="and not 'int8' or 'plain', got 'int8'"):  # LLM.int8() in a configuration
         FOUR_BIT["int8"] = Codebook.nearest("int8", [-1, 0, 1])
+
+
+def test_a_codebook_of_the_package_stays():
+    for way in (lambda: FOUR_BIT.pop("nf4"), FOUR_BIT.clear, lambda: operator.delitem(FOUR_BIT, "nf4")):
+        with pytest.raises(ValueError, match="a codebook of bnbref's own, which stays"):
+            way()
+    assert repr(FOUR_BIT).startswith("Formats(nf4, fp4, ")
 
 
 def test_no_way_of_a_dict_passes_the_checks():

@@ -89,7 +89,7 @@ def test_a_write_by_value_is_refused_and_changes_nothing(make, how):
 
 @pytest.mark.parametrize("width", [2, 64])
 @pytest.mark.parametrize("make", [linear4, linear8])
-@given(operation=st.sampled_from([torch.add, torch.sub, torch.mul, operator.add, operator.mul]), turned=st.booleans(),
+@given(operation=st.sampled_from([torch.add, torch.subtract, torch.mul, torch.multiply, operator.add]), turned=st.booleans(),
        other=st.sampled_from([3, torch.tensor([3], dtype=torch.int8), torch.tensor([3], dtype=torch.uint8)]))  # fmt: skip
 def test_arithmetic_whose_result_would_look_like_codes_is_refused(make, width, operation, turned, other):
     layer = make(32, width)
@@ -97,6 +97,8 @@ def test_arithmetic_whose_result_would_look_like_codes_is_refused(make, width, o
         pair = (other, layer.weight) if turned and isinstance(other, torch.Tensor) else (layer.weight, other)
         with pytest.raises(ValueError, match="takes the codes of a quantized"):
             operation(*pair)
+        with pytest.raises(ValueError, match="takes the codes of a quantized"):
+            torch.mul(input=layer.weight, other=other)
     scaled = layer.weight * torch.full((1,), 0.5)
     assert torch.equal(scaled, layer.weight.data * 0.5)
     assert not hasattr(scaled, "quant_state")

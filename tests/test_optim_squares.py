@@ -131,7 +131,13 @@ def test_there_must_be_squares(name):
 def test_it_is_no_setting_of_a_group():
     """Nor is what older versions of bitsandbytes took, unless it says what always holds."""
     p = nn.Parameter(torch.ones(4, 4))
-    for name, value in (("nonzero_squares", True), ("percentile_clipping", 5), ("block_wise", "no")):
+    for name, value in (
+        ("nonzero_squares", True),
+        ("percentile_clipping", 5),
+        ("percentile_clipping", 0),
+        ("block_wise", "no"),
+        ("block_wise", False),
+    ):
         with pytest.raises(ValueError, match=f"{name} is no setting of a group"):
             optim.AdamW8bit([{"params": [p], name: value}])
     optim.AdamW8bit([{"params": [p], "percentile_clipping": 100, "block_wise": True}])

@@ -401,6 +401,21 @@ def test_a_cast_is_refused_and_what_was_read_before_it_is_set_after_it(name, bit
     assert not same_bits(optimizer.exact_weight(p), exact)  # which is memory of its own, of a float32 too
 
 
+def test_pages_of_a_cast_parameter_are_read(tmp_path):
+    """The file of the correction that it had goes with it."""
+    model = nn.Linear(70, 70, bias=False, dtype=BF16)
+    optimizer = optim.AdamW8bit(model.parameters(), master_weight_bits=24, is_paged=True, page_directory=tmp_path)
+    for dtype in (BF16, torch.float16):
+        value = optimizer.exact_weight(model.weight) if model.weight in optimizer.state else None
+        model.to(dtype)
+        if value is not None:
+            optimizer.set_exact_weight(model.weight, value)
+        model.weight.grad = torch.ones_like(model.weight)
+        optimizer.step()
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": optim.read_pages(tmp_path)})
+    optimizer.step()
+
+
 @quick
 def test_what_is_refused():
     p = nn.Parameter(torch.ones(5000, dtype=BF16))

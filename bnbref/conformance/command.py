@@ -5,7 +5,6 @@ was given, it raises `Refused`, which ends with status 2. What a command needs i
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -125,8 +124,8 @@ def run_check(args: argparse.Namespace) -> int:
     if jobs < 1:
         raise Refused(f"--jobs must be at least 1, got {jobs}")
     limit = 600.0 if args.limit is None else args.limit
-    if not limit > 0:
-        raise Refused(f"--limit must be above 0 seconds, got {limit:g}")
+    if not 0 < limit <= 1e6:
+        raise Refused(f"--limit must be above 0 seconds and at most a million, got {limit:g}")
     writable(args.json, args.summary, args.badge, args.markdown, args.html)
     device = usable_device(args.device or "cpu")
     try:
@@ -212,13 +211,8 @@ def run_gen(args: argparse.Namespace) -> int:
     """Print the cases of an operation."""
     from bnbref.conformance import text
 
-    try:
-        for line in text.as_text(_chosen(args)):
-            print(line)
-        sys.stdout.flush()
-    except BrokenPipeError:  # the program at the other end has read enough, or ended: its answers will tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    for line in text.as_text(_chosen(args)):
+        print(line)
     return 0
 
 

@@ -47,9 +47,10 @@ def run(
             while busy := {worker.connection: worker for worker in workers if worker.todo}:
                 done = set(wait(list(busy), timeout=min(worker.left(limit) for worker in busy.values())))
                 for connection, worker in busy.items():
-                    if connection in done or worker.left(limit) == 0:
+                    ready = connection in done or connection.poll()  # while another process was started, say
+                    if ready or worker.left(limit) == 0:
                         case = cases[worker.todo[0]]
-                        results[worker.todo.popleft()] = worker.result(case, ended=connection not in done)
+                        results[worker.todo.popleft()] = worker.result(case, ended=not ready)
                         bar.update()
                         worker.begin(waiting, cases)
     finally:

@@ -1,4 +1,4 @@
-"""Eight values of sixteen looked up for a word of eight 4-bit codes, by the byte permute of NVIDIA GPUs.
+"""The sum of products of 4-bit codes' values and floats, whose values NVIDIA GPUs look up by byte permute.
 
 A look-up in memory occupies the load unit for several cycles a warp, and bounds a product with few rows. `prmt` picks four bytes
 out of eight by four selectors of four bits. The lower three are the place of the byte, so that a packed word of codes is a word
@@ -11,7 +11,7 @@ of selectors; with the fourth it copies the sign of that byte to all bits.
 looks up one byte of the values of four codes; t0 to t3 are the sixteen bytes of that place, one of each value: a plane. Values of
 two planes (float16) are put together by `prmt` and widened, those of four planes (float32) are put together by three.
 
-Elsewhere (a CPU, another maker's GPU, a torch whose internals look different) the same operator is a plain look-up.
+Elsewhere (a CPU, another maker's GPU, a torch whose internals look different) the same sum is of plain look-ups.
 Source of the idea: docs/content/reading.md, table "formulations".
 """
 
@@ -75,8 +75,8 @@ def dot8(words: Sequence[Tensor], columns: Sequence[Tensor], table: Tensor) -> T
     words: as in `lookup8`, all of one shape, which the result has. columns: eight for each word, float32 of the last dimensions
     of that shape. Bounded: a product and the sum before it are rounded, or fused.
 
-    Look-ups, products and sums are one operator, because of each operation that is not Inductor keeps a record, and counts it
-    again and again: a hundred look-ups took it eight seconds.
+    Look-ups, products and sums are one operator, because Inductor keeps a record of every operation and looks through all of them
+    again and again: as a hundred look-ups of their own they took eight seconds to compile.
 
     >>> table = planes(torch.arange(16.0))
     >>> dot8([torch.tensor([0x21])], [torch.tensor([10.0**i]) for i in range(8)], table)

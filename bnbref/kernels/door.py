@@ -1,4 +1,4 @@
-"""The one door to torch.compile, and the registry of kernels.
+"""The door: what a call of a kernel goes through, and the registry of kernels. `variants` compiles.
 
 A kernel is a pure function of tensors. `@fused` registers it; calling it runs it compiled by Inductor, with options under
 which the compiled bits are the eager bits. What `@fused` decorates is the *definition*, which a reader checks against the

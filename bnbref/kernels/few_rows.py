@@ -47,9 +47,9 @@ def _by_words(
 ) -> Tensor:
     """For GPUs: a lane takes some words of 64 bits, and the activations beside each other that they multiply, p = 1.
 
-    It does so in several rows of the weight, for which it loads and widens the activations once: row i of each part of it.
-    No load is of neighbours of its neighbours in a warp: then Triton gives all of them one layout, and no value passes through
-    shared memory on its way.
+    A program does so for several rows of the weight, for which it loads and widens the activations once: the weight is cut into
+    parts of n / parts rows, and a program takes row i of each. What the lanes of a warp load at a time does not lie side by side,
+    neither codes nor activations. So Triton gives both one layout, and no value passes through shared memory to another lane.
     """
     m, n = len(a), len(packed)
     codes = 32 if m <= 4 else 16  # more activations than 4 * 32 are more than a lane's registers hold

@@ -16,8 +16,8 @@ from bnbref.kernels.launch import Call, launches, recorded
 from bnbref.kernels.parameters import Parameters
 
 # On a GPU, Inductor chooses the block sizes of a kernel by timing its first call. A tensor of a few thousand elements must not
-# choose them for one of millions, so each variant exists twice there: for tensors below this many elements, and for the others
-# (docs: How to read the code, table "choices of the door").
+# choose them for one of millions, so a variant whose block sizes are timed exists twice there: for tensors below this many
+# elements, and for the others (docs: How to read the code, table "choices of the door").
 LARGE = 2**22
 
 _NO_LIMIT = 2**31

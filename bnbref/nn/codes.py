@@ -3,9 +3,10 @@
     weight.add_(x), weight.lerp_(..), weight[0] = 1, weight.copy_(floats), nn.init.normal_(weight), torch._foreach_mul_(..)
 
 would leave bytes that code something else, without an error. So they raise a ValueError. (Not a TypeError, which torch's
-operators turn into NotImplemented, so that its message is lost.) Arithmetic whose result would look like codes raises it too:
-all of it if the bytes are kept in a float dtype, and of integers with integers, as nn.utils.fuse_linear_bn_eval multiplies. What
-moves or reads bytes is allowed: copies of codes into codes of the same scales, views, comparisons, codes times float scales.
+operators turn into NotImplemented, so that its message is lost.) Sums, differences, products and quotients whose result would
+look like codes raise it too: all of them if the bytes are kept in a float dtype, and of integers with integers, as
+nn.utils.fuse_linear_bn_eval multiplies. What moves or reads bytes is allowed: copies of codes into codes of the same scales,
+views, comparisons, codes times float scales.
 
 `weight.detach()` makes `Codes`: watched like the weight, and with its scales. A layer in which they stand for the weight, as
 torch.func puts them there, computes with these scales and not with those of the weight before. `weight.data`, views, and what
@@ -26,7 +27,8 @@ _OPERATORS = {f"__i{name}__" for name in _BINARY}
 _COPIES = {"copy_": 1, "_foreach_copy_": 1, "__setitem__": 2}  # by name, which argument is the source
 _NO_WRITES = {"requires_grad_", "detach_", "share_memory_", "rename_"}
 _NAMES = ("add", "sub", "mul", "div", "lerp", "addcmul", "addcdiv")
-_ARITHMETIC = {*_NAMES, *(f"_foreach_{name}" for name in _NAMES)}
+_ALIASES = ("subtract", "multiply", "divide", "true_divide")
+_ARITHMETIC = {*_NAMES, *_ALIASES, *(f"_foreach_{name}" for name in _NAMES)}
 _ARITHMETIC |= {f"__{side}{name}__" for name in _BINARY[:4] for side in ("", "r")}
 # What multiplies by a weight without asking its layer, as nn.MultiheadAttention does with its out_proj's; the first function
 # that weight_norm calls; and torch.func.stack_module_state, whose result has no scales.
@@ -54,7 +56,8 @@ class Watched:
                 _check(name.partition(".")[0], args, kwargs)
             result = func(*args, **kwargs)
             if name in _ARITHMETIC:
-                _refuse(name, [t for x in args for t in _codes_in(x) if t.dtype == getattr(result, "dtype", None)])
+                given = (*args, *kwargs.values())
+                _refuse(name, [t for x in given for t in _codes_in(x) if t.dtype == getattr(result, "dtype", None)])
             if not args or not isinstance(args[0], Watched):
                 return result
             return args[0].result_of(name, result)
@@ -112,7 +115,8 @@ def _check(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             _check_scales(name, written, sources)
             return
     if not written and name in _ARITHMETIC | _ANY_DTYPE:
-        written = [t for value in args for t in _codes_in(value) if name in _ANY_DTYPE or t.is_floating_point()]
+        given = (*args, *kwargs.values())
+        written = [t for value in given for t in _codes_in(value) if name in _ANY_DTYPE or t.is_floating_point()]
     if name == "norm_except_dim" and written:
         _put_back(written[0])
     _refuse(name, written)

@@ -229,9 +229,9 @@ class Linear8bitLt(EightBitLayer, nn.Linear):
 
         Raises RuntimeError if the int8 weight has no scales, ValueError if x has another last size than in_features.
         """
-        if x.shape[-1:] != (self.in_features,):
-            raise ValueError(f"x must be [..., {self.in_features}] for {self}, got {tuple(x.shape)}")
         weight, threshold = plain(self.weight), self.state.threshold
+        if x.shape[-1:] != weight.shape[-1:]:
+            raise ValueError(f"x must be [..., {weight.shape[-1]}] for {self}, got {tuple(x.shape)}")
         if weight.dtype != torch.int8:
             return matmul(x, self.weight, threshold=threshold, bias=self.bias)
         absmax = absmax_of(self)

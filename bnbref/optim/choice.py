@@ -23,7 +23,7 @@ class Choice:
             raise ValueError("rule must be a Rule, or at least one by its name, got none")
         self.first = next(iter(self.rules))
         self._layouts = {name: layout(one) for name, one in self.rules.items()}
-        self._sources: set[str] = set()
+        self._sources: dict[str, set[str]] = {name: set() for name in self.rules}
 
     def of(self, config: Mapping[str, Any]) -> Rule:
         """The rule of a parameter with these settings."""
@@ -45,17 +45,18 @@ class Choice:
 
     def at_step(self, t: int, config: Mapping[str, Any], device: torch.device | None = None) -> tuple[Equation, Tensor]:
         """What the rule computes now, and its coefficients in step t."""
-        rule, made = self.of(config), self._layouts[config.get("rule", self.first)]
+        name = config.get("rule", self.first)
+        rule, made, sources = self.of(config), self._layouts[name], self._sources[name]
         if layout(rule) != made:
             raise RuntimeError(
                 f"states or codebooks of {rule!r} are not those that it had when the optimizer was made: {made}"
             )
         equation, hyper = at_step(rule, t, config, device)
-        if equation.source not in self._sources and len(self._sources) == _MANY:
+        if equation.source not in sources and len(sources) == _MANY:
             warnings.warn(
                 f"direction of {rule!r} has computed with other numbers in more than {_MANY} steps, and each of these is "
                 f"compiled anew: numbers that change belong to its coefficients",
                 stacklevel=7,
             )
-        self._sources.add(equation.source)
+        sources.add(equation.source)
         return equation, hyper

@@ -57,8 +57,8 @@ class Args(NamedTuple):
 class Family(Optimizer):
     """Base of the named optimizers.
 
-    nonzero_squares: an average of squares in 8 bits that is not 0 never gets the code of 0, but that of the smallest value. Then
-    no momentum is divided by nothing. Files are the same.
+    nonzero_squares: an average of squares in 8 bits that is above 2^-149 of the largest of its block never gets the code of 0,
+    but that of the smallest value. Then no momentum is divided by nothing. Files are the same.
     percentile_clipping and block_wise, which bitsandbytes took until 0.49, may say what always holds: 100 and True.
     """
 

@@ -11,7 +11,7 @@ from torch import nn
 from typing_extensions import Unpack
 
 from bnbref.optim import matrices, rules
-from bnbref.optim.family import Family, PagedOptions
+from bnbref.optim.family import Family, PagedOptions, betas_of
 from bnbref.optim.settings import check_settings
 
 _ADJUSTS = (None, "original", "match_rms_adamw")
@@ -42,7 +42,13 @@ class Muon(Family):
             raise ValueError(f"ns_coefficients must be three finite numbers, got {ns_coefficients!r}")
         check_settings({"eps": eps})
         muon = matrices.Muon(nesterov, ns_coefficients, ns_steps, eps, adjust_lr_fn or "original")
-        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "betas": betas, "eps": adamw_eps}
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "betas": betas_of(betas),
+            "eps": adamw_eps,
+        }
         super().__init__(
             params, {"muon": muon, "adamw": rules.Adam()}, defaults, optim_bits=optim_bits, min_8bit_size=min_8bit_size, **options
         )  # fmt: skip
@@ -124,7 +130,13 @@ class SOAP(Family):
         eps: float = 1e-8, weight_decay: float = 0.01, frequency: int = 10, optim_bits: int = 32, min_8bit_size: int = 4096,
         **options: Unpack[PagedOptions],
     ) -> None:  # fmt: skip
-        defaults = {"lr": lr, "betas": betas, "shampoo_beta": shampoo_beta, "eps": eps, "weight_decay": weight_decay}
+        defaults = {
+            "lr": lr,
+            "betas": betas_of(betas),
+            "shampoo_beta": shampoo_beta,
+            "eps": eps,
+            "weight_decay": weight_decay,
+        }
         super().__init__(
             params, {"soap": matrices.SOAP(), "adamw": rules.Adam()}, {**defaults, "frequency": frequency},
             optim_bits=optim_bits, min_8bit_size=min_8bit_size, **options,

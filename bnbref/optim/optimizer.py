@@ -106,7 +106,7 @@ class Optimizer(torch.optim.Optimizer):
         made = [kind for kind in type(self).__mro__ if issubclass(kind, Optimizer)]
         taken = {name for kind in made for name in inspect.signature(kind.__init__).parameters}
         for name in settings.keys() & taken - here - ANYWHERE:
-            if settings[name] not in (None, False, ALWAYS.get(name)):
+            if settings[name] not in ((ALWAYS[name],) if name in ALWAYS else (None, False)):
                 raise ValueError(
                     f"{name} is no setting of a group or of a parameter, got {settings[name]!r}: {type(self).__name__} has "
                     f"{sorted(here)}"
@@ -121,6 +121,10 @@ class Optimizer(torch.optim.Optimizer):
                     f"GlobalOptimManager overrides {name} by {value!r}, which {type(self).__name__} has not: it has "
                     f"{sorted(here)}"
                 )
+
+    def rule_of(self, config: Mapping[str, Any]) -> Rule:
+        """The rule of a parameter with these settings."""
+        return self._rules.of(config)
 
     def settings(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
         """The settings of a parameter: those of `GlobalOptimManager`, then those of its group, then the optimizer's."""
@@ -208,10 +212,13 @@ class Optimizer(torch.optim.Optimizer):
         """A function that gives memory to a state of p, of its key, shape and dtype."""
 
         def empty(key: str, shape: Any, dtype: torch.dtype) -> Tensor:
-            index = next(i for i, q in enumerate(self._parameters()) if q is p)
-            return self._placement.empty(p.device, local(p).numel(), f"{index}.{key}", shape, dtype)
+            return self._placement.empty(p.device, local(p).numel(), self._name(p, key), shape, dtype)
 
         return empty
+
+    def _name(self, p: Tensor, key: str) -> str:
+        """What the files of a state of p are called."""
+        return f"{next(i for i, q in enumerate(self._parameters()) if q is p)}.{key}"
 
     # ---- weights ----------------------------------------------------------------------------------------------------
 
@@ -249,8 +256,8 @@ class Optimizer(torch.optim.Optimizer):
         if group is None:
             raise ValueError(f"p must be a parameter of this optimizer, got another one of shape {tuple(p.shape)}")
         for dtype, key in CORRECTIONS.items():
-            if dtype != p.dtype:
-                self.state[p].pop(key, None)
+            if dtype != p.dtype and self.state[p].pop(key, None) is not None:
+                self._placement.forget(self._name(p, key))
         self._begin(p, self.settings(p, group))
         store(own, corrections(p, self.state[p]), given.reshape(-1))
 

@@ -101,6 +101,11 @@ class Placement:
             return torch.empty(shape, dtype=dtype, device=device)
         return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True)
 
+    def forget(self, name: str) -> None:
+        """Remove the files of a state that a parameter has no more."""
+        for path in [] if self.directory is None else list(self.directory.glob(f"{name}.*.bin")):
+            path.unlink()
+
     def stream(self, states: Sequence[tuple[torch.device, Tensors]]) -> Generator[Tensors, None, None]:
         """Each state in turn, its tensors on the device. What is done to them before the next one is asked for is kept.
 

@@ -87,7 +87,8 @@ class AdamWScheduleFree(Family):
 
     Parameters are y, where gradients belong, while training. `eval()` makes them x, to be evaluated or given away; `train()`
     makes them y again, before the next step. Each way is `p = p -+ (1 - b1) (z - x)`, two roundings to float32, and that to the
-    parameter. An exception in the middle of it undoes it. lr and beta1 are constant: the averages do not see a change of them.
+    parameter. If an exception ends it, the parameters that have moved are moved back, by the same roundings. lr and beta1 are
+    constant: the averages do not see a change of them.
     """
 
     def __init__(
