@@ -89,6 +89,7 @@ CLAIMS = {
     # Bounded, not exact: it may be contracted. It stores one number for a row. All loads have one layout:
     # with triton 3.6 nothing changes it, with 3.7 four things do, and not each of 32 values.
     "multiply_rows": Claim(load=64, store=16, conversions=4, instructions=frozenset({"fma.rn.f32"})),
+    "multiply_int8_row": Claim(store=16),
     "multiply_int8_row_and_outliers": Claim(store=16, instructions=frozenset({"fma.rn.f32"})),
 }
 """By the beginning of a variant's name, as `codegen/calls.py` makes it; the longest that fits counts."""
