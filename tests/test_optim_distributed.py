@@ -21,7 +21,7 @@ from bnbref import optim
 from bnbref.optim import paging, sharding, turns
 from bnbref.optim.cuts import Cut, complete
 from bnbref.optim.layout import Coded, Part
-from bnbref.optim.saved import WRAPPED
+from bnbref.optim.state_dict import WRAPPED
 
 # Two ranks cut 70 x 61 and 3 x 2000 inside a block, and 64 x 128 between two; a rank has nothing of 1 x 5000; 2000 elements
 # here are 4000 there, so that 8 bits are for the whole alone to decide. On more GPUs other rows are cut, and the same is to hold.

@@ -14,7 +14,7 @@ from bnbref.kernels import REGISTRY
 from bnbref.optim import rules
 from bnbref.optim.equation import at_step
 from bnbref.optim.rules import absmax_key
-from bnbref.optim.saved import WRAPPED
+from bnbref.optim.state_dict import WRAPPED
 from bnbref.optim.update import new_state, step
 
 EIGHT = [optim.SGD8bit, optim.LARS8bit, optim.Adam8bit, optim.LAMB8bit, optim.Lion8bit, optim.RMSprop8bit,

@@ -14,7 +14,7 @@ from bnbref.nn.parameter import in_bytes
 from bnbref.nn.params import Int8Params, Params4bit
 from bnbref.nn.quantized import QuantizedLayer
 from bnbref.quant_state import QuantState
-from bnbref.stored import Checkpoint
+from bnbref.checkpoint_weights import Checkpoint
 
 
 class FourBitLayer(QuantizedLayer):

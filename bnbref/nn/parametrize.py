@@ -22,7 +22,7 @@ from bnbref.functional import quantize_4bit
 from bnbref.kernels import tracing
 from bnbref.nn.parameter import check_finite, in_bytes
 from bnbref.quant_state import QuantState, present
-from bnbref.stored import Checkpoint
+from bnbref.checkpoint_weights import Checkpoint
 
 
 class Bnb4bitParametrization(nn.Module):

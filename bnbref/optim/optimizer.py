@@ -17,7 +17,7 @@ from bnbref.optim import paging, turns
 from bnbref.optim.choice import Choice
 from bnbref.optim.equation import Equation
 from bnbref.optim.rule import Rule
-from bnbref.optim.saved import gathered, packed, unpacked
+from bnbref.optim.state_dict import gathered_state, unwrapped_state, wrapped_state
 from bnbref.optim.settings import ALWAYS, ANYWHERE, GlobalOptimManager, check_distinct, check_settings
 from bnbref.optim.sharding import like, local, shard_of
 from bnbref.optim.update import new_state
@@ -274,7 +274,7 @@ class Optimizer(torch.optim.Optimizer):
         for i, state in whole["state"].items():
             if isinstance(i, int):
                 rule, blocksize = own[i]
-                whole["state"][i] = packed(rule, gathered(rule, parameters[i], state, blocksize))
+                whole["state"][i] = wrapped_state(rule, gathered_state(rule, parameters[i], state, blocksize))
         return whole
 
     def load_state_dict(self, state_dict: Mapping[str, Any], move_to_device: bool = True) -> None:
@@ -302,10 +302,10 @@ class Optimizer(torch.optim.Optimizer):
         held = [(p, value.state) for p, value in self.state.items() if isinstance(value, _Held)]
         for p, saved in held:  # what is refused is refused before a page is written to
             rule, blocksize = own[p]
-            unpacked(rule, p, saved, blocksize, _nowhere)
+            unwrapped_state(rule, p, saved, blocksize, _nowhere)
         for p, saved in held:
             rule, blocksize = own[p]
-            self.state[p] = unpacked(rule, p, saved, blocksize, self._memory(p))
+            self.state[p] = unwrapped_state(rule, p, saved, blocksize, self._memory(p))
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("rule", "is_paged", "_own", "_rules", "_generator", "_placement")

@@ -23,7 +23,7 @@ from bnbref.integrations.hf.layers import is_linear, plain_layer, quantized_laye
 from bnbref.nn import Linear4bit, Linear8bitLt, Params4bit
 from bnbref.nn.quantized import QuantizedLayer
 from bnbref.quant_state import BLOB, TENSORS
-from bnbref.stored import Checkpoint
+from bnbref.checkpoint_weights import Checkpoint
 
 ANOTHER_SHAPE = "another shape in the checkpoint: newly initialized"
 

@@ -24,7 +24,7 @@ _BESIDE = {"step", *CORRECTIONS.values(), "unorm_vec", "gnorm_vec"}
 """What a saved state may have beside those of its rule; the last two are bitsandbytes', and mean nothing here."""
 
 
-def gathered(rule: Rule, p: Tensor, state: Mapping[str, Any], blocksize: int) -> dict[str, Any]:
+def gathered_state(rule: Rule, p: Tensor, state: Mapping[str, Any], blocksize: int) -> dict[str, Any]:
     """The state of the whole parameter, of which p may be a shard. Then it is a collective call."""
     shard = shard_of(p)
     if shard is None or not state:
@@ -41,7 +41,7 @@ def gathered(rule: Rule, p: Tensor, state: Mapping[str, Any], blocksize: int) ->
     return found
 
 
-def packed(rule: Rule, state: Mapping[str, Any]) -> dict[str, Any]:
+def wrapped_state(rule: Rule, state: Mapping[str, Any]) -> dict[str, Any]:
     """A state as it is saved: with the values of its codes, and in one tensor what the rule has stacked."""
     wrapped: dict[str, Any] = {}
     for s in rule.states:
@@ -61,7 +61,7 @@ def packed(rule: Rule, state: Mapping[str, Any]) -> dict[str, Any]:
     return {"step": state["step"], WRAPPED: wrapped} if wrapped else {"step": state["step"]}
 
 
-def unpacked(
+def unwrapped_state(
     rule: Rule, p: Tensor, saved: Mapping[str, Any], blocksize: int, empty: Callable[..., Tensor]
 ) -> dict[str, Any]:
     """The state of p of what was saved, wrapped or not, in the memory that `empty` gives.
@@ -69,7 +69,7 @@ def unpacked(
     ValueError if it is none of p's, or another rule's as far as that can be seen: Adam, AdamW and LAMB take each other's.
     """
     bare = {key: x for key, x in saved.items() if key != WRAPPED}
-    saved = _apart(rule, {**bare, **saved.get(WRAPPED, {})})
+    saved = _unstacked(rule, {**bare, **saved.get(WRAPPED, {})})
     if not saved:
         return {}
     if "step" not in saved:
@@ -81,7 +81,7 @@ def unpacked(
     shard, shape = shard_of(p), tuple(local(p).shape)
     state: dict[str, Any] = {"step": int(saved["step"])}
 
-    def keep(key: str, every: Tensor, dtype: torch.dtype) -> None:
+    def put(key: str, every: Tensor, dtype: torch.dtype) -> None:
         flat = every.reshape(-1)
         mine = (flat if shard is None else flat[shard.start : shard.stop]).view(shape)
         state[key] = empty(key, shape, dtype).copy_(mine)
@@ -98,19 +98,19 @@ def unpacked(
             state[s.key] = empty(s.key, tuple(size), torch.float32).copy_(tensor.view(size))
             continue
         if tensor.dtype != torch.uint8:
-            keep(s.key, tensor, torch.float32)
+            put(s.key, tensor, torch.float32)
             continue
         each, key = check_blocksize(blocksize, p.numel()), absmax_key(s.key)
-        codes, scales = _translated(rule, s, tensor, _saved(rule, saved, key), saved.get(qmap_key(s.key)), each)
+        codes, scales = _reencoded(rule, s, tensor, _saved(rule, saved, key), saved.get(qmap_key(s.key)), each)
         _check_sign(rule, s, tensor, saved.get(qmap_key(s.key)))
         if shard is not None:
             blocks = shard.blocks(each)
             scales = scales[blocks.start : blocks.stop]
-        keep(s.key, codes, torch.uint8)
+        put(s.key, codes, torch.uint8)
         state[key] = empty(key, tuple(scales.shape), torch.float32).copy_(scales)
     correction = checked_correction(p, saved)
     if correction is not None:
-        keep(CORRECTIONS[p.dtype], correction, correction.dtype)
+        put(CORRECTIONS[p.dtype], correction, correction.dtype)
     return state
 
 
@@ -149,20 +149,20 @@ def _check_sign(rule: Rule, s: State, tensor: Tensor, values: Tensor | None = No
         )
 
 
-def _apart(rule: Rule, saved: dict[str, Any]) -> dict[str, Any]:
+def _unstacked(rule: Rule, saved: dict[str, Any]) -> dict[str, Any]:
     """The saved state with a tensor for each of the states that bitsandbytes has stacked in one."""
     if not rule.stacked or rule.stacked[-1] in saved:
         return saved
     first = rule.stacked[0]
-    apart: dict[str, Any] = {}
+    unstacked: dict[str, Any] = {}
     for i, key in enumerate(rule.stacked):
-        apart |= {name(key): saved[name(first)][i] for name in (str, absmax_key) if name(first) in saved}
+        unstacked |= {name(key): saved[name(first)][i] for name in (str, absmax_key) if name(first) in saved}
         if qmap_key(first) in saved:
-            apart[qmap_key(key)] = saved[qmap_key(first)]
-    return {**saved, **apart}
+            unstacked[qmap_key(key)] = saved[qmap_key(first)]
+    return {**saved, **unstacked}
 
 
-def _translated(
+def _reencoded(
     rule: Rule, state: State, codes: Tensor, absmax: Tensor, values: Tensor | None, blocksize: int
 ) -> tuple[Tensor, Tensor]:
     """Codes and scales of the rule's codebook, of codes whose values are `values`."""
