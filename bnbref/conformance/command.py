@@ -81,10 +81,10 @@ def add_vectors(commands: Any) -> None:
     write = actions.add_parser("write", help="compute all cases anew and write their files")
     write.add_argument("folder", type=Path)
     write.set_defaults(run=run_write)
-    archive = actions.add_parser("archive", help="the published vectors as one .tar.gz, with a digest of all of it")
-    archive.add_argument("file", type=Path)
-    archive.add_argument("--version", type=int, default=1, help="which of them (default: %(default)s)")
-    archive.set_defaults(run=run_archive)
+    pack = actions.add_parser("archive", help="the published vectors as one .tar.gz, with a digest of all of it")
+    pack.add_argument("file", type=Path)
+    pack.add_argument("--version", type=int, default=1, help="which of them (default: %(default)s)")
+    pack.set_defaults(run=run_archive)
 
 
 def writable(*files: Path | None) -> None:
@@ -245,28 +245,28 @@ def run_answers(args: argparse.Namespace) -> int:
 
 def run_write(args: argparse.Namespace) -> int:
     """Compute all cases and write their files, their sums, and print the digest of each version."""
-    from bnbref.conformance import release, vectors
+    from bnbref.conformance import archive, vectors
 
     if not args.folder.is_dir():
         raise Refused(f"cannot write to {args.folder}: there is no such directory")
     vectors.write(args.folder)
     for version in vectors.VERSIONS:
         folder = vectors.folder_of(version, args.folder)
-        (folder / release.SUMS).write_text(release.sums(folder), encoding="utf-8")
-        print(release.digest(folder))
+        (folder / archive.SUMS).write_text(archive.sums(folder), encoding="utf-8")
+        print(archive.digest(folder))
     return 0
 
 
 def run_archive(args: argparse.Namespace) -> int:
     """Write the archive of the published vectors, and print their digest."""
-    from bnbref.conformance import release
+    from bnbref.conformance import archive, vectors
 
     writable(args.file)
-    if args.version not in release.DIGESTS:
-        raise Refused(f"--version must be one of {', '.join(map(str, release.DIGESTS))}, got {args.version}")
+    if args.version not in archive.DIGESTS:
+        raise Refused(f"--version must be one of {', '.join(map(str, archive.DIGESTS))}, got {args.version}")
     try:
-        args.file.write_bytes(release.archive(args.version))
+        args.file.write_bytes(archive.tar_gz(vectors.folder_of(args.version)))
     except ValueError as error:
         raise Refused(str(error)) from error
-    print(release.DIGESTS[args.version])
+    print(archive.DIGESTS[args.version])
     return 0
