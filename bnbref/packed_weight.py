@@ -67,7 +67,7 @@ class PackedWeight:
     def find(self, a: Tensor, bias: Tensor | None) -> Product | None:
         """The product that was prepared for activations and a bias of this layout."""
         try:
-            return self._products[_layout(a, bias)] or self.multiply
+            return self._products[_product_key(a, bias)] or self.multiply
         except KeyError:
             return None
 
@@ -83,7 +83,7 @@ class PackedWeight:
         product: Product | None = None
         if few_rows.are_few(a, self.state, bias):
             product = few_rows.prepared(a, self.codes, self.state, bias, self._scales())
-        self._products[_layout(a, bias)] = product
+        self._products[_product_key(a, bias)] = product
         return product or self.multiply
 
     def _scales(self) -> Callable[[], Tensor]:
@@ -131,7 +131,7 @@ class PackedWeight:
         return rows
 
 
-def _layout(a: Tensor, bias: Tensor | None) -> Any:
+def _product_key(a: Tensor, bias: Tensor | None) -> Any:
     """All that the product of a weight depends on, but for the elements. That of many rows takes any number of them."""
     k = a.shape[-1] if a.dim() else 0
     rows = a.shape if a.numel() <= few_rows.MOST * k else k

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from bnbref import optim
 from bnbref.optim import paging, sharding, turns
 from bnbref.optim.cuts import Cut, complete
-from bnbref.optim.layout import Coded, Part
+from bnbref.optim.parts import Coded, Part
 from bnbref.optim.state_dict import WRAPPED
 
 # Two ranks cut 70 x 61 and 3 x 2000 inside a block, and 64 x 128 between two; a rank has nothing of 1 x 5000; 2000 elements

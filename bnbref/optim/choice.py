@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bnbref.blockwise import check_dense
-from bnbref.optim.equation import Equation, at_step, check, layout
+from bnbref.optim.equation import Equation, at_step, check, state_layout
 from bnbref.optim.rule import Rule
 
 _MANY = 8  # equations of one rule: a few numbers are changed by hand, more are computed
@@ -22,7 +22,7 @@ class Choice:
         if not self.rules:
             raise ValueError("rule must be a Rule, or at least one by its name, got none")
         self.first = next(iter(self.rules))
-        self._layouts = {name: layout(one) for name, one in self.rules.items()}
+        self._layouts = {name: state_layout(one) for name, one in self.rules.items()}
         self._sources: dict[str, set[str]] = {name: set() for name in self.rules}
 
     def of(self, config: Mapping[str, Any]) -> Rule:
@@ -47,7 +47,7 @@ class Choice:
         """What the rule computes now, and its coefficients in step t."""
         name = config.get("rule", self.first)
         rule, made, sources = self.of(config), self._layouts[name], self._sources[name]
-        if layout(rule) != made:
+        if state_layout(rule) != made:
             raise RuntimeError(
                 f"states or codebooks of {rule!r} are not those that it had when the optimizer was made: {made}"
             )

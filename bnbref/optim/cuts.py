@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bnbref.optim.layout import Coded, Part
+from bnbref.optim.parts import Coded, Part
 from bnbref.optim.sharding import Shard
 
 _ALIGNED = 16

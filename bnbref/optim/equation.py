@@ -43,7 +43,7 @@ class Equation(Rule):
         calls: Mapping[str, Call] | None = None, read: Collection[str] = (),
     ) -> None:  # fmt: skip
         self.source, self.names, self.calls, self.read = source, names, calls or {}, read
-        self.states, self.stacked, self.codebooks, self.clipped = layout(rule)
+        self.states, self.stacked, self.codebooks, self.clipped = state_layout(rule)
         self.states = self.states if states is None else states
         self._name, self._function = repr(rule), _function(source)
         if self.calls:
@@ -66,10 +66,10 @@ class Equation(Rule):
         return self._hash
 
 
-Layout = tuple[tuple[State, ...], tuple[str, ...], tuple[Codebook, Codebook], bool]
+StateLayout = tuple[tuple[State, ...], tuple[str, ...], tuple[Codebook, Codebook], bool]
 
 
-def layout(rule: Rule) -> Layout:
+def state_layout(rule: Rule) -> StateLayout:
     """What the state of a rule looks like: what was made by one layout is not read by another."""
     return rule.states, rule.stacked, rule.codebooks, rule.clipped
 

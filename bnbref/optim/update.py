@@ -14,7 +14,7 @@ from torch import Tensor
 from bnbref.blockwise import block_count, check_blocksize
 from bnbref.optim.cuts import Cut, complete
 from bnbref.optim.equation import Equation
-from bnbref.optim.layout import Coded, Part, padded, sliced, split, zeros_of
+from bnbref.optim.parts import Coded, Part, padded, sliced, split, zeros_of
 from bnbref.optim.rule import Rule, absmax_key
 from bnbref.optim.sharding import Shard, total
 from bnbref.optim.step import direction_blocks, direction_elements, step_blocks, step_elements
