@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from bnbref.context import kept
+from bnbref.context import cached
 from bnbref.kernels import tracing
 
 
@@ -216,7 +216,7 @@ def threshold_table(codebook: Codebook, device: torch.device) -> Tensor:
 
 
 def _table(codebook: Codebook, values: bool, device: torch.device) -> Tensor:
-    return (_new_table if tracing() else _kept_table)(codebook, values, device)
+    return (_new_table if tracing() else _cached_table)(codebook, values, device)
 
 
 def _new_table(codebook: Codebook, values: bool, device: torch.device) -> Tensor:
@@ -225,4 +225,4 @@ def _new_table(codebook: Codebook, values: bool, device: torch.device) -> Tensor
     return torch.tensor(numbers, dtype=torch.float32, device=device)
 
 
-_kept_table = kept()(_new_table)
+_cached_table = cached()(_new_table)

@@ -152,7 +152,7 @@ def as_bytes(codes: Tensor) -> Tensor:
     return flat.view(torch.uint8)
 
 
-def kept(maxsize: int | None = None) -> Callable[[Callable[P, T]], Callable[P, T]]:
+def cached(maxsize: int | None = None) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Like `functools.lru_cache`, for a function that makes a tensor on the device that is among its arguments.
 
     While torch.compile warms up or records a CUDA graph, memory that this thread allocates on the GPU belongs to the graph, and

@@ -129,9 +129,9 @@ def _of_weight(
     def viewed() -> Tensor:
         return (given if second else scales()).view(n, k // blocksize)
 
-    kept = viewed()
+    view = viewed()
     # `absmax.data = ` may give the scales other memory.
-    return codes, lambda: kept if kept.data_ptr() == given.data_ptr() else viewed(), second, constants
+    return codes, lambda: view if view.data_ptr() == given.data_ptr() else viewed(), second, constants
 
 
 def _columns(a: Tensor) -> Tensor:

@@ -242,8 +242,8 @@ def int8_double_quant(
         if value is not None:
             raise ValueError(f"{name} must be None: results are returned, not written into tensors of the caller")
     rows = int8_vectorwise_quant(A, threshold)
-    kept = torch.where(A.abs() >= threshold, 0, A) if threshold > 0 else A
-    by_column, column_absmax, _ = int8.quantize(kept.t())
+    inliers = torch.where(A.abs() >= threshold, 0, A) if threshold > 0 else A
+    by_column, column_absmax, _ = int8.quantize(inliers.t())
     return rows[0], by_column.t().contiguous(), rows[1], column_absmax, rows[2]
 
 

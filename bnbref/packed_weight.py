@@ -32,27 +32,27 @@ class PackedWeight:
 
     def __init__(self, codes: Tensor, state: QuantState) -> None:
         self.codes, self.state = codes, state
-        self._of_state = None if tracing() else state.kept()
+        self._of_state = None if tracing() else state.cache()
         # None stands for `multiply`, whose bound method would keep this object, and the codes, alive.
         self._products: dict[Any, Product | None] = {}
         self._rows: Tensor | None = None
 
     def is_of(self, state: QuantState | None) -> bool:
         """Whether this is what was prepared from the state as it is now."""
-        return state is self.state and state.kept() is self._of_state
+        return state is self.state and state.cache() is self._of_state
 
     def decoded(self, dtype: torch.dtype) -> Tensor:
         """The weight in a dtype, in the shape that was quantized: `QuantState.dequantize`."""
         if tracing() or not compile_enabled() or type(self.codes) is not Tensor:
             return self.state.dequantize(self.codes, dtype)
-        kept, key = self.state.kept(), (dtype, self.codes.device, self.codes.nbytes, torch.get_num_threads())
-        decode = kept.get(key)
+        cache, key = self.state.cache(), (dtype, self.codes.device, self.codes.nbytes, torch.get_num_threads())
+        decode = cache.get(key)
         if decode is not None:
             return decode(self)  # type: ignore[no-any-return]
         weight = self.state.dequantize(self.codes, dtype)
         if not _captured(self.codes):
             # At the second call, as the state that an operator of a graph makes has only one.
-            kept[key] = self._decoder(dtype) if key in kept else None
+            cache[key] = self._decoder(dtype) if key in cache else None
         return weight
 
     def multiply(self, a: Tensor, bias: Tensor | None) -> Tensor:

@@ -186,7 +186,7 @@ def matmul_4bit(
 
 
 def _multiply(a: Tensor, packed: Tensor, bias: Tensor | None, state: QuantState, in_order: bool) -> Tensor:
-    weight = _kept(packed, state)
+    weight = _packed_weight(packed, state)
     # What torch.func does inside of torch.compile it does to plain operations.
     inlined = torch.compiler.is_dynamo_compiling() and under_functorch()
     if inlined or not differentiated(a, bias):
@@ -197,7 +197,7 @@ def _multiply(a: Tensor, packed: Tensor, bias: Tensor | None, state: QuantState,
     return _MatMul4Bit.apply(a, weight, bias, in_order)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _kept(packed: Tensor, state: QuantState) -> PackedWeight:
+def _packed_weight(packed: Tensor, state: QuantState) -> PackedWeight:
     """A weight with what it keeps of its products; a tensor of codes that is no parameter of ours keeps nothing."""
     if tracing() or not hasattr(packed, "products"):
         return PackedWeight(plain(packed), state)
@@ -216,8 +216,8 @@ def prepared_product(a: Tensor, packed: Tensor, state: QuantState | None, bias: 
         return None
     if ordered.batch_invariant_enabled():
         return None
-    kept: PackedWeight | None = packed.products
-    weight = kept if kept is not None and kept.is_of(state) else _kept(packed, state)
+    prepared: PackedWeight | None = packed.products
+    weight = prepared if prepared is not None and prepared.is_of(state) else _packed_weight(packed, state)
     product = weight.find(a, bias) or weight.prepare(a, bias)
     if product is None or not differentiated(a, bias):
         return product
@@ -286,7 +286,7 @@ class _MatMul8bit(torch.autograd.Function):
     def forward(
         ctx: Any, a: Tensor, weight: Tensor | None, codes: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float
     ) -> Tensor:
-        _keep(ctx, a, weight, codes, absmax, bias)
+        _save_for_backward(ctx, a, weight, codes, absmax, bias)
         return product_8bit(a, codes, absmax, bias, threshold)
 
     @staticmethod
@@ -305,7 +305,9 @@ class _MatMul8bit(torch.autograd.Function):
         return grad_a, grad_weight, None, None, grad_bias, None
 
 
-def _keep(ctx: Any, a: Tensor, weight: Tensor | None, codes: Tensor, absmax: Tensor, bias: Tensor | None) -> None:
+def _save_for_backward(
+    ctx: Any, a: Tensor, weight: Tensor | None, codes: Tensor, absmax: Tensor, bias: Tensor | None
+) -> None:
     ctx.codes, ctx.absmax = codes, absmax
     ctx.save_for_backward(a if weight is not None and weight.requires_grad else None)
     ctx.bias_dtype = None if bias is None else bias.dtype
@@ -325,7 +327,7 @@ class _TransformedMatMul8bit(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _keep(ctx, *inputs[:5])
+        _save_for_backward(ctx, *inputs[:5])
         ctx.save_for_forward(inputs[0])
 
     @staticmethod

@@ -27,7 +27,7 @@ class QuantState:
 
     _changed: object = None
     """Another object after each assignment of an attribute."""
-    _kept: Any = None
+    _cache: Any = None
 
     def __init__(
         self, absmax: Tensor, shape: torch.Size | None = None, code: Tensor | None = None, blocksize: int | None = None,
@@ -49,16 +49,16 @@ class QuantState:
         if not torch.compiler.is_dynamo_compiling():
             self.__dict__["_changed"] = object()
 
-    def kept(self) -> dict[Any, Any]:
+    def cache(self) -> dict[Any, Any]:
         """For who prepares something from the state: a dictionary that is kept with it until an attribute of the state, or of
         its state2, is assigned (not through `__dict__`). It is neither copied nor saved."""
         version = self._changed, None if self.state2 is None else self.state2._changed
-        if self._kept is None or self._kept[0] != version:
-            self.__dict__["_kept"] = version, {}
-        return self._kept[1]  # type: ignore[no-any-return]
+        if self._cache is None or self._cache[0] != version:
+            self.__dict__["_cache"] = version, {}
+        return self._cache[1]  # type: ignore[no-any-return]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_changed", "_kept")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_changed", "_cache")}
 
     def __getattr__(self, name: str) -> Any:
         # FSDP resolves the state dict's key `weight.quant_state.bitsandbytes__nf4` by getattr.

@@ -53,8 +53,8 @@ def advance(
     c = Coefficients(rule.names, hyper)
     direction, *new = rule.direction(p, g, *states, c)
     finite = g.abs() <= LARGEST_GRADIENT
-    kept = [torch.where(finite, now, before) for now, before in zip(new, states, strict=True)]
-    return finite, torch.where(finite, c.decay * p - c.rate * direction, p), torch.where(finite, direction, 0.0), kept
+    after = [torch.where(finite, now, before) for now, before in zip(new, states, strict=True)]
+    return finite, torch.where(finite, c.decay * p - c.rate * direction, p), torch.where(finite, direction, 0.0), after
 
 
 def rounded(x: Tensor, dtype: torch.dtype, noise: Tensor | None) -> Tensor:

@@ -75,7 +75,7 @@ class Job:
         x = blockwise.dequantize(whole(self.p, x), absmax, values, self.blocksize, torch.float32)
         return x.view(matrix_shape(self.p.shape))
 
-    def keep(self, rule: Rule, s: State, state: Mapping[str, Any], new: Tensor, finite: Tensor) -> None:
+    def set_state(self, rule: Rule, s: State, state: Mapping[str, Any], new: Tensor, finite: Tensor) -> None:
         """Make the new value of a state this rank's, if all of the gradient is finite."""
         found = {s.key: new}
         if state[s.key].dtype == torch.uint8:
@@ -119,6 +119,6 @@ def step_together(rule: Equation, hyper: Tensor, jobs: Sequence[Job], stream: St
     descent = Equation(rule, "def direction(p, g, c):\n    return (g,)", rule.names, states=())
     for job, state, well, *own in zip(jobs, stream(states), finite, *results, strict=True):
         for s, new in zip(rule.states, own[1:], strict=True):
-            job.keep(rule, s, state, new, well)
+            job.set_state(rule, s, state, new, well)
         u = torch.where(well, job.part(own[0]), torch.nan)  # of NaN a step leaves everything as it was
         step(descent, hyper, job.flat, u, state, blocksize=job.blocksize, noise=job.noise)

@@ -60,8 +60,8 @@ def both(
     p_within, new_within = formula.step(wide, Interval.point(p), g_within, within, Interval.point(came))
     if c.decay_after and dtype != torch.float32:
         p_within = p_within.widened(0.0, UNIT[dtype])  # rounded before the decay, and after
-    kept = tuple(torch.where(bad, old, now) for old, now in zip(s, new, strict=True))
-    return Step(torch.where(bad, p, new_p), kept, p_within, new_within, bad)
+    after = tuple(torch.where(bad, old, now) for old, now in zip(s, new, strict=True))
+    return Step(torch.where(bad, p, new_p), after, p_within, new_within, bad)
 
 
 def bounded(value: Tensor, within: Interval, bad: Tensor) -> Expected:
