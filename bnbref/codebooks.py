@@ -11,17 +11,17 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-from bnbref.codebook import Codebook, float32, is_table_of, threshold_table, value_table, words
+from bnbref.codebook import Codebook, float32, float32_bytes, is_table_of, threshold_table, value_table
 from bnbref.formats import Formats
 
 __all__ = [
-    "AF4", "DYNAMIC", "DYNAMIC_UNSIGNED", "FOUR_BIT", "FP4", "INT4", "NF4", "Codebook", "Formats", "dynamic", "entered",
-    "four_bit", "fp8", "is_table_of", "linear", "linspace", "normal", "threshold_table", "value_table", "words",
+    "AF4", "DYNAMIC", "DYNAMIC_UNSIGNED", "FOUR_BIT", "FP4", "INT4", "NF4", "Codebook", "Formats", "dynamic", "entered", "float32_bytes",
+    "four_bit", "fp8", "is_table_of", "linear", "linspace", "normal", "threshold_table", "value_table",
 ]  # fmt: skip
 
 
-def _from_hex(words: str) -> tuple[float, ...]:
-    bits = torch.tensor([int(w, 16) - (int(w, 16) >> 31 << 32) for w in words.split()], dtype=torch.int32, device="cpu")
+def _from_hex(text: str) -> tuple[float, ...]:
+    bits = torch.tensor([int(w, 16) - (int(w, 16) >> 31 << 32) for w in text.split()], dtype=torch.int32, device="cpu")
     return tuple(bits.view(torch.float32).tolist())
 
 

@@ -67,10 +67,10 @@ def product_4bit(a: Tensor, weight: PackedWeight, bias: Tensor | None, in_order:
     """`a @ W^T + bias` without a gradient. in_order: whether the sum is in the fixed order."""
     if not in_order:
         return weight.multiply(a, bias)
-    return own(multiply_in_order(a, _turned(weight.decoded(a.dtype), a.shape[-1]).t(), bias))
+    return own(multiply_in_order(a, _as_n_k(weight.decoded(a.dtype), a.shape[-1]).t(), bias))
 
 
-def _turned(weight: Tensor, k: int) -> Tensor:
+def _as_n_k(weight: Tensor, k: int) -> Tensor:
     """The weight as `[n, k]`, also where `[k, n]` was quantized."""
     return weight if weight.shape[1] == k else weight.t()
 
@@ -92,7 +92,7 @@ class _MatMul4Bit(torch.autograd.Function):
         grad_a = grad_bias = None
         with without_autocast(grad):
             if ctx.needs_input_grad[0]:
-                grad_a = multiply(grad, _turned(ctx.weight.decoded(grad.dtype), ctx.k))
+                grad_a = multiply(grad, _as_n_k(ctx.weight.decoded(grad.dtype), ctx.k))
             if ctx.needs_input_grad[2]:
                 rows = as_matrix(grad)
                 grad_bias = multiply(rows.new_ones(1, len(rows)), rows)[0] if ctx.in_order else rows.sum(0)
@@ -163,7 +163,7 @@ def matmul_4bit(
         )
     if A.shape[-1] != shape[1] and not tracing():
         warnings.warn(
-            f"the weight was quantized as [k, n], {list(shape)}, and is turned in every product. "
+            f"the weight was quantized as [k, n], {list(shape)}, and is transposed in every product. "
             "Re-quantize from the weight in [n, k] (out_features, in_features) orientation.",
             DeprecationWarning,
             stacklevel=2,

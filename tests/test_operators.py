@@ -197,13 +197,13 @@ def test_codes_of_any_strides():
 
 @pytest.mark.skipif(TORCH < (2, 12), reason="Inductor of torch 2.11 cannot compile the kernel of GPUs for a CPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("form", ["turned", "every second", "beside others", "from the second on"])
+@pytest.mark.parametrize("form", ["transposed", "every second", "beside others", "from the second on"])
 def test_activations_of_any_strides_on_a_gpu(dtype, form):
     x = randn(1, 64).to(dtype)
-    shapes = {"turned": (64, 3), "every second": (1, 128), "beside others": (1, 66), "from the second on": (1, 65)}
+    shapes = {"transposed": (64, 3), "every second": (1, 128), "beside others": (1, 66), "from the second on": (1, 65)}
     memory = torch.zeros(shapes[form], dtype=dtype)
     a = {
-        "turned": lambda: memory.t()[:1],
+        "transposed": lambda: memory.t()[:1],
         "every second": lambda: memory[:, ::2],
         "beside others": lambda: memory[:, :64],
         "from the second on": lambda: memory[:, 1:],

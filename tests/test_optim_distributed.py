@@ -86,7 +86,7 @@ def calls_of_a_step(name, device, mesh):
     return sum(bool(shard.cut(256)) for shard in shards), exchange.call_count
 
 
-def turned(device, mesh=None):
+def transposed(device, mesh=None):
     """Parameters that are not contiguous; a rank that has one row of one has a contiguous part."""
     torch.manual_seed(0)
     ps = [torch.randn(2100, rows).to(device).t() for rows in (3, 70)]
@@ -175,7 +175,7 @@ def run_all(rank, ranks, path):
     found["collective calls"] = [
         calls_of_a_step(name, device, mesh) for name in ("AdamW8bit", "PagedAdamW8bit", "AdamW32bit")
     ]
-    found["turned"] = turned(device, mesh)
+    found["transposed"] = transposed(device, mesh)
     found["interrupted"] = interrupted(device, mesh)
     if rank == 0:
         torch.save(found, path)
@@ -249,7 +249,7 @@ def test_one_exchange_for_all_parameters(ranked):
 
 @pytest.mark.usefixtures("eager")
 def test_sharded_is_unsharded_for_what_is_not_contiguous(ranked):
-    assert same_bits(ranked[1]["turned"], turned(torch.device("cpu")))
+    assert same_bits(ranked[1]["transposed"], transposed(torch.device("cpu")))
 
 
 def test_an_interrupted_exchange_is_no_finished_step(ranked):

@@ -111,7 +111,7 @@ class Linear4bit(FourBitLayer, nn.Linear):
                 f"x must be floating, got {x.dtype}: code that casts it to the dtype of the weight, whose codes are "
                 f"{weight.dtype}, cannot have this layer quantized; name it in skip_modules"
             )
-        # As wide as the result, x would be multiplied by the turned weight.
+        # As wide as the result, x would be multiplied by the transposed weight.
         if state.shape is not None and x.shape[-1:] != state.shape[-1:] and state.shape == self._shape():
             raise ValueError(f"x must be [..., {self.in_features}] for {self}, got {tuple(x.shape)}")
         return matmul_4bit(a, weight, state, bias=bias).to(x.dtype)

@@ -1,6 +1,6 @@
 """Blocks that a boundary between ranks cuts: completed, for many parameters by one collective call.
 
-    rank 0    ... block ][ bl                     words     [ bl | ock ]      the same on all ranks: each writes what it has among
+    rank 0    ... block ][ bl                     buffer    [ bl | ock ]      the same on all ranks: each writes what it has among
     rank 1                   ock ][ block ...                                 zeros, and the bytes of all are added
 
 What is exchanged of a cut block is its parameter, gradient and codes, and the correction if there is one: as bytes, since the sum
@@ -19,7 +19,7 @@ from bnbref.optim.parts import Coded, Part
 from bnbref.optim.sharding import Shard
 
 _ALIGNED = 16
-"""Bytes: where a tensor may begin among the words, of whatever dtype it is."""
+"""A tensor begins at a multiple of so many bytes of the buffer, which suits any dtype."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def complete(cuts: Sequence[Cut]) -> tuple[list[Part | None], Callable[[], None]
 
     cuts: at least one, all of one process group. A part is None if this rank has nothing of those blocks. A collective call.
     """
-    words = torch.zeros(sum(cut.size for cut in cuts), dtype=torch.uint8, device=cuts[0].part.p.device)
+    buffer = torch.zeros(sum(cut.size for cut in cuts), dtype=torch.uint8, device=cuts[0].part.p.device)
     offset = 0
     parts: list[Part | None] = []
     exchanged: list[tuple[Tensor, Tensor]] = []
@@ -75,7 +75,7 @@ def complete(cuts: Sequence[Cut]) -> tuple[list[Part | None], Callable[[], None]
     for cut in cuts:
         own, copies = cut.own(), []
         for x in cut.tensors:
-            copy = words[offset : offset + cut.numel * x.itemsize].view(x.dtype)
+            copy = buffer[offset : offset + cut.numel * x.itemsize].view(x.dtype)
             offset += cut.nbytes(x)
             copies.append(copy)
             pieces = [(copy[place], x[here]) for _, here, place in own]
@@ -86,7 +86,7 @@ def complete(cuts: Sequence[Cut]) -> tuple[list[Part | None], Callable[[], None]
         for old, new in zip(cut.part.states, part.states if part else (), strict=part is not None):
             stepped += [(old.absmax[block : block + 1], new.absmax[i : i + 1]) for i, (block, *_) in enumerate(own)]
     _copy(exchanged)
-    dist.all_reduce(words, group=cuts[0].shard.group)
+    dist.all_reduce(buffer, group=cuts[0].shard.group)
     return parts, lambda: _copy(stepped)
 
 
