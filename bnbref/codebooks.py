@@ -11,11 +11,11 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-from bnbref.codebook import Codebook, float32, float32_bytes, is_table_of, threshold_table, value_table
+from bnbref.codebook import Codebook, float32, is_table_of, threshold_table, value_table
 from bnbref.formats import Formats
 
 __all__ = [
-    "AF4", "DYNAMIC", "DYNAMIC_UNSIGNED", "FOUR_BIT", "FP4", "INT4", "NF4", "Codebook", "Formats", "dynamic", "entered", "float32_bytes",
+    "AF4", "DYNAMIC", "DYNAMIC_UNSIGNED", "FOUR_BIT", "FP4", "INT4", "NF4", "Codebook", "Formats", "dynamic", "entered",
     "four_bit", "fp8", "is_table_of", "linear", "linspace", "normal", "threshold_table", "value_table",
 ]  # fmt: skip
 

@@ -236,7 +236,9 @@ def test_igemm_is_the_integer_product(sizes, dims, turns, seed):
         return x.transpose(-1, -2).contiguous() if transposed else x
 
     left, right = codes(b, m, k, transposed=turns[0], dim=dims[0]), codes(b, k, n, transposed=turns[1], dim=dims[1])
-    whole = [(x.transpose(-1, -2) if transposed else x).long() for x, transposed in zip((left, right), turns, strict=True)]
+    whole = [
+        (x.transpose(-1, -2) if transposed else x).long() for x, transposed in zip((left, right), turns, strict=True)
+    ]
     found = extras.igemm(left, right, None, *turns)
     assert found.dtype == torch.int32
     assert torch.equal(found.long(), whole[0] @ whole[1])

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bnbref.checkpoint_weights import Checkpoint
 from bnbref.nn.parameter import in_bytes
 from bnbref.nn.params import Int8Params, Params4bit
 from bnbref.nn.quantized import QuantizedLayer
 from bnbref.quant_state import QuantState
-from bnbref.checkpoint_weights import Checkpoint
 
 
 class FourBitLayer(QuantizedLayer):

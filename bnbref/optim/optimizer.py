@@ -17,9 +17,9 @@ from bnbref.optim import paging, turns
 from bnbref.optim.choice import Choice
 from bnbref.optim.equation import Equation
 from bnbref.optim.rule import Rule
-from bnbref.optim.state_dict import gathered_state, unwrapped_state, wrapped_state
 from bnbref.optim.settings import ALWAYS, ANYWHERE, GlobalOptimManager, check_distinct, check_settings
 from bnbref.optim.sharding import like, local, shard_of
+from bnbref.optim.state_dict import gathered_state, unwrapped_state, wrapped_state
 from bnbref.optim.update import new_state
 from bnbref.optim.weights import CORRECTIONS, correction_dtype, corrections, opened, store
 

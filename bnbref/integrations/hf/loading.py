@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
+from bnbref.checkpoint_weights import Checkpoint
 from bnbref.codebooks import FOUR_BIT
 from bnbref.integrations.hf.config import BnbRefConfig
 from bnbref.integrations.hf.layers import is_linear, plain_layer, quantized_layer, was_conv1d
 from bnbref.nn import Linear4bit, Linear8bitLt, Params4bit
 from bnbref.nn.quantized import QuantizedLayer
 from bnbref.quant_state import BLOB, TENSORS
-from bnbref.checkpoint_weights import Checkpoint
 
 ANOTHER_SHAPE = "another shape in the checkpoint: newly initialized"
 
