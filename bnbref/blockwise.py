@@ -113,7 +113,7 @@ def in_rows(x: Tensor, width: int) -> Tensor:
     return flat.view(rows, width)
 
 
-def first(rows: Tensor, n: int) -> Tensor:
+def unpadded(rows: Tensor, n: int) -> Tensor:
     """The first n elements in row-major order, `[n]`, without the padding after them in memory either."""
     flat = rows.reshape(-1)
     return flat if flat.numel() == n else flat[:n].clone()
@@ -144,7 +144,7 @@ def quantize(x: Tensor, codebook: Codebook, blocksize: int) -> tuple[Tensor, Ten
     if codebook.order is not None or codebook.sign_bit:
         raise ValueError(f"codebook {codebook.name!r} is not in the order of its values; 8-bit codes are ranks")
     codes, absmax = quantize_blocks(in_rows(x, blocksize), codebook=codebook)
-    return first(codes, x.numel()).view(x.shape), first(absmax, block_count(x.numel(), blocksize))
+    return unpadded(codes, x.numel()).view(x.shape), unpadded(absmax, block_count(x.numel(), blocksize))
 
 
 def dequantize(codes: Tensor, absmax: Tensor, values: Tensor, blocksize: int, dtype: torch.dtype) -> Tensor:
@@ -165,7 +165,7 @@ def dequantize(codes: Tensor, absmax: Tensor, values: Tensor, blocksize: int, dt
     blocks = in_rows(codes, blocksize)
     scales = in_rows(absmax.float(), 1).view(-1)
     out = dequantize_blocks(blocks, scales, values, dtype=dtype)
-    return first(out, codes.numel()).view(codes.shape)
+    return unpadded(out, codes.numel()).view(codes.shape)
 
 
 # ---- arguments ------------------------------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ from bnbref.codebook import Codebook, float32, is_table_of, threshold_table, val
 from bnbref.formats import Formats
 
 __all__ = [
-    "AF4", "DYNAMIC", "DYNAMIC_UNSIGNED", "FOUR_BIT", "FP4", "INT4", "NF4", "Codebook", "Formats", "dynamic", "entered",
-    "four_bit", "fp8", "is_table_of", "linear", "linspace", "normal", "threshold_table", "value_table",
+    "AF4", "DYNAMIC", "DYNAMIC_UNSIGNED", "FOUR_BIT", "FP4", "INT4", "NF4", "Codebook", "Formats", "dynamic", "four_bit", "fp8",
+    "is_table_of", "linear", "linspace", "normal", "registered_name", "threshold_table", "value_table",
 ]  # fmt: skip
 
 
@@ -89,10 +89,10 @@ def four_bit(quant_type: str | Codebook) -> Codebook:
     return book
 
 
-def entered(quant_type: str | Codebook) -> str | Codebook:
+def registered_name(quant_type: str | Codebook) -> str | Codebook:
     """The name of a codebook that is in `FOUR_BIT`; what is not there is returned as it is.
 
-    >>> entered(NF4)
+    >>> registered_name(NF4)
     'nf4'
     """
     book = FOUR_BIT.get(quant_type.name) if isinstance(quant_type, Codebook) else None

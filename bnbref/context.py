@@ -114,7 +114,7 @@ def differentiated(*tensors: Tensor | None) -> bool:
     return transforming() or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
 
 
-def own(result: Tensor) -> Tensor:
+def not_a_view(result: Tensor) -> Tensor:
     """The same memory as a tensor that is no view: of views that were made unseen autograd allows no change in place."""
     if jit_tracing() or not (torch.compiler.is_compiling() or result._is_view()):
         return result  # jit.trace would take the shape for a constant

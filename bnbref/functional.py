@@ -15,7 +15,7 @@ from torch import Tensor
 from bnbref import blockwise, int8
 from bnbref.blockwise import into
 from bnbref.codebooks import DYNAMIC, Codebook, value_table
-from bnbref.context import own
+from bnbref.context import not_a_view
 from bnbref.maps import create_dynamic_map, create_fp8_map, create_linear_map, create_normal_map, get_4bit_type
 from bnbref.products import matmul_4bit
 from bnbref.quant_state import QuantState, present, quantize_with_state
@@ -111,7 +111,7 @@ def dequantize_blockwise(
         raise ValueError(f"quant_state is one of 4-bit codes, {quant_state.quant_type!r}: dequantize_4bit undoes these")
     values = _pad_to_256(present(quant_state.code, "code")).to(A.device)
     dtype, blocksize = present(quant_state.dtype, "dtype"), present(quant_state.blocksize, "blocksize")
-    return into("out", out, own(blockwise.dequantize(A, quant_state.scales(), values, blocksize, dtype)))
+    return into("out", out, not_a_view(blockwise.dequantize(A, quant_state.scales(), values, blocksize, dtype)))
 
 
 # ---- four bits ------------------------------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ def dequantize_4bit(
         blocksize = 64 if blocksize is None else blocksize
         quant_state = QuantState(absmax, shape=out.shape, blocksize=blocksize, quant_type=quant_type, dtype=out.dtype)
     _check_state(quant_state)
-    result = into("out", out, own(quant_state.dequantize(A, present(quant_state.dtype, "dtype"))))
+    result = into("out", out, not_a_view(quant_state.dequantize(A, present(quant_state.dtype, "dtype"))))
     return result.t() if A.dim() == 2 and A.shape[0] == 1 and A.shape[1] > 1 else result
 
 
@@ -271,4 +271,4 @@ def int8_mm_dequant(
     y = int8.dequantize_int8_product(
         int8.as_matrix(A), row_stats.reshape(-1), col_stats.reshape(-1), bias, None, dtype=torch.float16
     )
-    return into("out", out, own(y.view(A.shape)))
+    return into("out", out, not_a_view(y.view(A.shape)))

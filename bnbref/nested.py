@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor
 
 from bnbref import blockwise
-from bnbref.blockwise import check_blocksize, check_scales, first, in_rows
+from bnbref.blockwise import check_blocksize, check_scales, in_rows, unpadded
 from bnbref.codebooks import DYNAMIC
 from bnbref.kernels import fused
 
@@ -55,4 +55,4 @@ def dequantize(codes: Tensor, absmax2: Tensor, values: Tensor, offset: Tensor, b
     blocksize = check_blocksize(blocksize, codes.numel())
     scales = in_rows(absmax2, 1).view(-1)
     out = dequantize_nested(in_rows(codes, blocksize), scales, values, offset)
-    return first(out, codes.numel()).view(codes.shape)
+    return unpadded(out, codes.numel()).view(codes.shape)

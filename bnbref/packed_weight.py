@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bnbref import few_rows, fourbit, nested
 from bnbref.blockwise import FLOATS, in_rows
-from bnbref.context import as_bytes, own
+from bnbref.context import as_bytes, not_a_view
 from bnbref.kernels import compile_enabled, tracing
 from bnbref.quant_state import QuantState, present
 
@@ -60,7 +60,7 @@ class PackedWeight:
         if few_rows.are_few(a, self.state, bias):
             return few_rows.multiply_few(a, self.codes, self.state, bias)
         weight = self.decoded(a.dtype)
-        return own(F.linear(a, weight if weight.shape[1] == a.shape[-1] else weight.t(), bias))
+        return not_a_view(F.linear(a, weight if weight.shape[1] == a.shape[-1] else weight.t(), bias))
 
     # ---- what is kept -----------------------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ from bnbref.context import (
     as_autocast,
     differentiated,
     exporting,
-    own,
+    not_a_view,
     plain,
     transforming,
     under_functorch,
@@ -67,7 +67,7 @@ def product_4bit(a: Tensor, weight: PackedWeight, bias: Tensor | None, in_order:
     """`a @ W^T + bias` without a gradient. in_order: whether the sum is in the fixed order."""
     if not in_order:
         return weight.multiply(a, bias)
-    return own(multiply_in_order(a, _as_n_k(weight.decoded(a.dtype), a.shape[-1]).t(), bias))
+    return not_a_view(multiply_in_order(a, _as_n_k(weight.decoded(a.dtype), a.shape[-1]).t(), bias))
 
 
 def _as_n_k(weight: Tensor, k: int) -> Tensor:
@@ -273,7 +273,7 @@ def product_8bit(
         with without_autocast(a):
             outliers = None if columns is None else _outlier_product(rows, columns, codes, absmax, gather)
         y = int8.dequantize_int8_product(int8.multiply(q, codes), row_absmax, absmax, bias, outliers, dtype=a.dtype)
-    return own(y.view(*a.shape[:-1], codes.shape[0]))
+    return not_a_view(y.view(*a.shape[:-1], codes.shape[0]))
 
 
 class _MatMul8bit(torch.autograd.Function):

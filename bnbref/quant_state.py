@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bnbref import fourbit, nested
 from bnbref.blockwise import check_float
-from bnbref.codebooks import DYNAMIC, Codebook, entered, four_bit, value_table
+from bnbref.codebooks import DYNAMIC, Codebook, four_bit, registered_name, value_table
 from bnbref.state_fields import BLOB, TENSORS, checked_fields
 
 __all__ = ["BLOB", "TENSORS", "QuantState", "dtype_name", "present", "quantize_with_state"]
@@ -148,7 +148,7 @@ class QuantState:
         >>> bytes(state.as_dict(packed=True)["quant_state.bitsandbytes__nf4"].tolist()).decode()
         '{"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": [64]}'
         """
-        quant_type = entered(self.quant_type)
+        quant_type = registered_name(self.quant_type)
         full: dict[str, Any] = {
             "quant_type": quant_type,
             "absmax": self.absmax,
@@ -209,7 +209,7 @@ def quantize_with_state(
         scales, absmax2, offset = nested.quantize(scales)
         values = value_table(DYNAMIC, x.device)
         state2 = QuantState(absmax2, code=values, blocksize=nested.BLOCKSIZE, dtype=torch.float32)
-    name, code = entered(book), value_table(book, x.device)
+    name, code = registered_name(book), value_table(book, x.device)
     return packed, QuantState(scales, x.shape, code, blocksize, name, x.dtype, offset, state2)
 
 

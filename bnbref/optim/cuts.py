@@ -50,7 +50,7 @@ class Cut:
         """Bytes that are exchanged: the same on all ranks."""
         return sum(map(self.nbytes, self.tensors))
 
-    def own(self) -> list[tuple[int, slice, slice]]:
+    def pieces(self) -> list[tuple[int, slice, slice]]:
         """Of each cut block that this rank has a part of: its number here, its elements here, and their places among the
         elements of all cut blocks."""
         first, found = self.shard.blocks(self.blocksize).start, []
@@ -73,7 +73,7 @@ def complete(cuts: Sequence[Cut]) -> tuple[list[Part | None], Callable[[], None]
     exchanged: list[tuple[Tensor, Tensor]] = []
     stepped: list[tuple[Tensor, Tensor]] = []
     for cut in cuts:
-        own, copies = cut.own(), []
+        own, copies = cut.pieces(), []
         for x in cut.tensors:
             copy = buffer[offset : offset + cut.numel * x.itemsize].view(x.dtype)
             offset += cut.nbytes(x)
