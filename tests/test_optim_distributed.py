@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from bnbref import optim
-from bnbref.optim import paging, sharding, turns
+from bnbref.optim import paging, planned_steps, sharding
 from bnbref.optim.cuts import Cut, complete
 from bnbref.optim.parts import Coded, Part
 from bnbref.optim.state_dict import WRAPPED
@@ -83,7 +83,7 @@ def calls_of_a_step(name, device, mesh):
     shards = [sharding.shard_of(p) for p in model.parameters() if p.numel() >= 4096]
     with mock.patch.object(torch.distributed, "all_reduce", wraps=torch.distributed.all_reduce) as exchange:
         optimizer.step()
-    return sum(bool(shard.cut(256)) for shard in shards), exchange.call_count
+    return sum(bool(shard.cut_blocks(256)) for shard in shards), exchange.call_count
 
 
 def transposed(device, mesh=None):
@@ -110,7 +110,7 @@ def interrupted(device, mesh):
     model = fully_shard(Model().to(device), mesh=mesh)
     optimizer = make("AdamW8bit", model.parameters(), **options("AdamW8bit"))
     model(0).backward()
-    update, last = turns.update, list(model.parameters())[-1]
+    update, last = planned_steps.update, list(model.parameters())[-1]
 
     def until_the_last(turn, *rest):
         if turn.p is last:
@@ -118,7 +118,7 @@ def interrupted(device, mesh):
         update(turn, *rest)
 
     with (
-        mock.patch.object(turns, "update", until_the_last),
+        mock.patch.object(planned_steps, "update", until_the_last),
         pytest.warns(UserWarning, match="interrupted") as said,
         pytest.raises(torch.OutOfMemoryError),
     ):
@@ -343,14 +343,14 @@ def test_shards_have_every_element_and_block(sizes, blocksize):
     for shard in shards:
         for e in range(shard.start, shard.stop):
             owners.setdefault(e // blocksize, set()).add(shard.rank)
-        first, last = shard.whole(blocksize)
+        first, last = shard.whole_blocks(blocksize)
         assert 0 <= first <= last <= shard.stop - shard.start
-    assert shards[0].cut(blocksize) == sorted(b for b, ranks in owners.items() if len(ranks) > 1)
+    assert shards[0].cut_blocks(blocksize) == sorted(b for b, ranks in owners.items() if len(ranks) > 1)
     for shard in shards:
         assert set(shard.blocks(blocksize)) == {b for b, ranks in owners.items() if shard.rank in ranks}
-        inside = {e // blocksize for e in range(*(shard.start + i for i in shard.whole(blocksize)))}
+        inside = {e // blocksize for e in range(*(shard.start + i for i in shard.whole_blocks(blocksize)))}
         assert inside == {b for b, ranks in owners.items() if ranks == {shard.rank}}
-        for block in shard.cut(blocksize):
+        for block in shard.cut_blocks(blocksize):
             here, place = shard.part(block, blocksize)
             elements = range(shard.start + here.start, shard.start + here.stop)
             assert [e - block * blocksize for e in elements] == list(range(place.start, place.stop))
@@ -374,7 +374,7 @@ def test_cut_blocks_are_completed(data):
         shards = [sharding.Shard(b, rank, None) for b in bounds]
         parts = [sliced_whole(whole, shard, blocksize) for whole, shard in zip(wholes, shards, strict=True)]
         found = [Cut(*pair, blocksize) for pair in zip(parts, shards, strict=True)]
-        cuts[rank] = [cut for cut in found if cut.shard.cut(blocksize)]
+        cuts[rank] = [cut for cut in found if cut.shard.cut_blocks(blocksize)]
     if not cuts[0]:
         return
     words = []
@@ -387,7 +387,7 @@ def test_cut_blocks_are_completed(data):
             parts, write_back = complete(own)
         for cut, part in zip(own, parts, strict=True):
             whole = next(w for w, b in zip(wholes, bounds, strict=True) if b is cut.shard.bounds)
-            blocks = [b for b in cut.shard.cut(blocksize) if b in cut.shard.blocks(blocksize)]
+            blocks = [b for b in cut.shard.cut_blocks(blocksize) if b in cut.shard.blocks(blocksize)]
             assert (part is None) == (not blocks)
             if part is not None:
                 want = torch.cat([torch.arange(whole.p.numel())[b * blocksize : (b + 1) * blocksize] for b in blocks])
@@ -400,7 +400,7 @@ def test_cut_blocks_are_completed(data):
         write_back()
         for cut, (p, codes, g) in zip(own, before, strict=True):
             mine = torch.arange(cut.shard.start, cut.shard.stop) // blocksize
-            cutting = torch.isin(mine, torch.tensor(cut.shard.cut(blocksize)))
+            cutting = torch.isin(mine, torch.tensor(cut.shard.cut_blocks(blocksize)))
             assert same_bits(cut.part.p, torch.where(cutting, -p, p))
             assert same_bits(cut.part.states[0].codes, torch.where(cutting, ~codes, codes))
             assert same_bits(cut.part.g, g)

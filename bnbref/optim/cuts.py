@@ -38,7 +38,7 @@ class Cut:
     @cached_property
     def numel(self) -> int:
         """Elements of the cut blocks. The last block of a parameter may be a short one."""
-        blocks = self.shard.cut(self.blocksize)
+        blocks = self.shard.cut_blocks(self.blocksize)
         return (len(blocks) - 1) * self.blocksize + min(self.blocksize, self.shard.numel - blocks[-1] * self.blocksize)
 
     def nbytes(self, x: Tensor) -> int:
@@ -54,7 +54,7 @@ class Cut:
         """Of each cut block that this rank has a part of: its number here, its elements here, and their places among the
         elements of all cut blocks."""
         first, found = self.shard.blocks(self.blocksize).start, []
-        for row, block in enumerate(self.shard.cut(self.blocksize)):
+        for row, block in enumerate(self.shard.cut_blocks(self.blocksize)):
             here, place = self.shard.part(block, self.blocksize)
             if here.start < here.stop:
                 offset = row * self.blocksize

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from bnbref.blockwise import check_blocksize
-from bnbref.optim import paging, turns
-from bnbref.optim.choice import Choice
+from bnbref.optim import paging, planned_steps
 from bnbref.optim.equation import Equation
+from bnbref.optim.master_weights import CORRECTIONS, correction_dtype, corrections, set_value, value_of
+from bnbref.optim.named_rules import NamedRules
 from bnbref.optim.rule import Rule
 from bnbref.optim.settings import ALWAYS, ANYWHERE, GlobalOptimManager, check_distinct, check_settings
-from bnbref.optim.sharding import like, local, shard_of
+from bnbref.optim.sharding import local, shard_of, sharded_like
 from bnbref.optim.state_dict import gathered_state, unwrapped_state, wrapped_state
 from bnbref.optim.update import new_state
-from bnbref.optim.weights import CORRECTIONS, correction_dtype, corrections, opened, store
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -37,7 +37,7 @@ class Optimizer(torch.optim.Optimizer):
     or that of two parameters on the device at a time. page_directory: it is kept in memory-mapped files there.
     stochastic_rounding: of bfloat16, by the default generator of the device or the one given: set its state to repeat a run.
     master_weight_bits: 24 or 32 keeps a correction of 8 or 16 bits beside parameters of 16 bits, which are then trained as if
-    they had so many bits (see `bnbref.optim.weights`, `exact_weight`). maximize: against the gradient's sign.
+    they had so many bits (see `bnbref.optim.master_weights`, `exact_weight`). maximize: against the gradient's sign.
     foreach, fused: which of torch's implementations is to run; there is one here, whatever they say. capturable,
     differentiable: False, as the coefficients of a step are made on the host and no graph is kept.
 
@@ -65,7 +65,7 @@ class Optimizer(torch.optim.Optimizer):
         generator: torch.Generator | None = None, maximize: bool = False, foreach: bool | None = None,
         fused: bool | None = None, capturable: bool = False, differentiable: bool = False,
     ) -> None:  # fmt: skip
-        self._rules = Choice(rule)
+        self._rules = NamedRules(rule)
         self.rule = self._rules.rules[self._rules.first]
         self.is_paged = is_paged
         self._own: dict[str, Any] = {
@@ -151,18 +151,18 @@ class Optimizer(torch.optim.Optimizer):
 
     def advance(self, parameters: Sequence[tuple[Tensor, Mapping[str, Any]]]) -> None:
         """The step of some parameters, each with its group. A `page_directory` is a checkpoint again after `step`."""
-        due = self._due(parameters)
+        steps = self._planned_steps(parameters)
         self._placement.begin()
-        for turn in due:
-            self._begin(turn.p, turn.config)
-        turns.take(due, self.state, self._placement, self._generator, self._parameters)
+        for planned in steps:
+            self._begin(planned.p, planned.config)
+        planned_steps.take_steps(steps, self.state, self._placement, self._generator, self._parameters)
 
-    def _due(self, parameters: Sequence[tuple[Tensor, Mapping[str, Any]]]) -> list[turns.Turn]:
+    def _planned_steps(self, parameters: Sequence[tuple[Tensor, Mapping[str, Any]]]) -> list[planned_steps.PlannedStep]:
         """Those that have a gradient. What might be refused is refused here, before anything is changed."""
         overrides = GlobalOptimManager.get_instance().overrides()
         common = {id(group): {**self._own, **group} for _, group in parameters}
-        planned: dict[Any, tuple[Equation, Tensor]] = {}
-        due = []
+        equations: dict[Any, tuple[Equation, Tensor]] = {}
+        steps = []
         for p, group in parameters:
             if p.grad is None:
                 continue
@@ -172,12 +172,12 @@ class Optimizer(torch.optim.Optimizer):
                 self._check_known(own)
                 self._check(config)
             self._rules.check_shape(p, config)
-            grad = turns.checked_gradient(p, p.grad, self.state[p], self._rules.of(config))
+            grad = planned_steps.checked_gradient(p, p.grad, self.state[p], self._rules.of(config))
             key = (id(config), self.state[p].get("step", 0) + 1, p.device)
-            if key not in planned:
-                planned[key] = self._rules.at_step(key[1], config, p.device)
-            due.append(turns.Turn(p, grad, config, *planned[key]))
-        return due
+            if key not in equations:
+                equations[key] = self._rules.at_step(key[1], config, p.device)
+            steps.append(planned_steps.PlannedStep(p, grad, config, *equations[key]))
+        return steps
 
     def _parameters(self) -> list[Tensor]:
         """All parameters, by the indices that they have in a state dict."""
@@ -238,8 +238,8 @@ class Optimizer(torch.optim.Optimizer):
         """
         own = local(p.detach())
         rest = corrections(p, self.state.get(p, {}))
-        value = opened(own.reshape(-1), [x.to(own.device) for x in rest])
-        return like(p, (value.clone() if value.data_ptr() == own.data_ptr() else value).view(own.shape))
+        value = value_of(own.reshape(-1), [x.to(own.device) for x in rest])
+        return sharded_like(p, (value.clone() if value.data_ptr() == own.data_ptr() else value).view(own.shape))
 
     @torch.no_grad()
     def set_exact_weight(self, p: Tensor, value: Tensor) -> None:
@@ -259,7 +259,7 @@ class Optimizer(torch.optim.Optimizer):
             if dtype != p.dtype and self.state[p].pop(key, None) is not None:
                 self._placement.forget(self._name(p, key))
         self._begin(p, self.settings(p, group))
-        store(own, corrections(p, self.state[p]), given.reshape(-1))
+        set_value(own, corrections(p, self.state[p]), given.reshape(-1))
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from bnbref import blockwise
 from bnbref.blockwise import block_count, check_blocksize
 from bnbref.codebooks import DYNAMIC, DYNAMIC_UNSIGNED, is_table_of, value_table
+from bnbref.optim.master_weights import CORRECTIONS, checked_correction
 from bnbref.optim.rule import Rule, State, absmax_key, qmap_key
-from bnbref.optim.sharding import gather_scales, local, shard_of, whole
-from bnbref.optim.weights import CORRECTIONS, checked_correction
+from bnbref.optim.sharding import gather_scales, local, shard_of, unsharded
 
 WRAPPED = "__bnb_optimizer_quant_state__"
 
@@ -31,13 +31,13 @@ def gathered_state(rule: Rule, p: Tensor, state: Mapping[str, Any], blocksize: i
         return dict(state)
     found: dict[str, Any] = {"step": state["step"]}
     for s in rule.states:
-        found[s.key] = (whole(p, state[s.key]) if s.of == "elements" else state[s.key].clone()).cpu()
+        found[s.key] = (unsharded(p, state[s.key]) if s.of == "elements" else state[s.key].clone()).cpu()
         if state[s.key].dtype == torch.uint8:
             blocks = check_blocksize(blocksize, p.numel())
             found[absmax_key(s.key)] = gather_scales(p, shard, state[absmax_key(s.key)], blocks).cpu()
     for key in state.keys() & CORRECTIONS.values():
         # As int32, because gloo knows no int16.
-        found[key] = whole(p, state[key].to(torch.int32)).to(state[key].dtype).cpu()
+        found[key] = unsharded(p, state[key].to(torch.int32)).to(state[key].dtype).cpu()
     return found
 
 

@@ -12,7 +12,7 @@ Each is one kernel per (equation, dtype), which writes into the parameter and it
 NaN, infinite or beyond 2^63 stays as it was, parameter and state; so does its code, unless its block's absmax grows.
 
 After the states a parameter of 16 bits may have one more tensor, its correction: then p is the float32 that both stand for,
-before the step and after it (`bnbref.optim.weights`).
+before the step and after it (`bnbref.optim.master_weights`).
 """
 
 from collections.abc import Callable, Sequence
@@ -25,8 +25,8 @@ from bnbref.blockwise import encode, magnitude, reciprocal
 from bnbref.codebooks import value_table
 from bnbref.kernels import fused
 from bnbref.optim.equation import Equation
+from bnbref.optim.master_weights import split, value_of
 from bnbref.optim.rule import Coefficients, Rule
-from bnbref.optim.weights import opened, split
 
 # The square of a larger gradient is no float32. It is the gradient that is compared and not the new state, because Inductor would
 # then write the new state to memory (docs: How to read the code, table "formulations").
@@ -68,7 +68,9 @@ def rounded(x: Tensor, dtype: torch.dtype, noise: Tensor | None) -> Tensor:
     return torch.where(x.abs() < torch.inf, bits.view(torch.float32), x).to(dtype)
 
 
-def closed(x: Tensor, dtype: torch.dtype, noise: Tensor | None, correction: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def as_parameter(
+    x: Tensor, dtype: torch.dtype, noise: Tensor | None, correction: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
     """x as a parameter of a dtype, and its new correction if it had one; then there is no noise."""
     return split(x, dtype, correction[0].dtype) if correction else (rounded(x, dtype, noise),)
 
@@ -85,8 +87,8 @@ def step_elements(
     p, g, states: `[n]`. hyper: the rule's coefficients in float32. noise: int16 `[n]` for stochastic rounding, or None.
     """
     states, correction = states[: len(rule.states)], states[len(rule.states) :]
-    _, p_new, _, new = advance(rule, opened(p, correction), g, states, hyper)
-    rounded_p, *rest = closed(p_new, p.dtype, noise, correction)
+    _, p_new, _, new = advance(rule, value_of(p, correction), g, states, hyper)
+    rounded_p, *rest = as_parameter(p_new, p.dtype, noise, correction)
     return (rounded_p, *new, *rest)
 
 
@@ -120,8 +122,8 @@ def advance_blocks(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """What `step_blocks` returns, with states decoded by `values`, scaled by `largest` and encoded by `codes`."""
     states, correction = states[: 2 * len(rule.states)], states[2 * len(rule.states) :]
-    finite, p_new, _, new = advance(rule, opened(p, correction), g, decoded(states, values), hyper)
-    rounded_p, *rest = closed(p_new, p.dtype, noise, correction)
+    finite, p_new, _, new = advance(rule, value_of(p, correction), g, decoded(states, values), hyper)
+    rounded_p, *rest = as_parameter(p_new, p.dtype, noise, correction)
     results = [rounded_p]
     for i, (x, before) in enumerate(zip(new, states[1::2], strict=True)):
         absmax = largest(finite, magnitude(x), before)

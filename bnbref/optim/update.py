@@ -14,11 +14,11 @@ from torch import Tensor
 from bnbref.blockwise import block_count, check_blocksize
 from bnbref.optim.cuts import Cut, complete
 from bnbref.optim.equation import Equation
+from bnbref.optim.master_weights import corrections, value_of
 from bnbref.optim.parts import Coded, Part, padded, sliced, split, zeros_of
 from bnbref.optim.rule import Rule, absmax_key
-from bnbref.optim.sharding import Shard, total
+from bnbref.optim.sharding import Shard, sum_over_shards
 from bnbref.optim.step import direction_blocks, direction_elements, step_blocks, step_elements
-from bnbref.optim.weights import corrections, opened
 
 
 def new_state(
@@ -82,7 +82,7 @@ def step(
     """
     own = corrections(p, state)
     if max_norm > 0:
-        value = opened(p.view(-1), own) if own else p
+        value = value_of(p.view(-1), own) if own else p
         u = directions(rule, hyper, value, g, state, blocksize=blocksize, shard=shard)
         hyper = _clipped(rule, hyper, value, u, max_norm, shard)
     if not _in_8_bits(rule, state):
@@ -93,14 +93,14 @@ def step(
     blocksize = check_blocksize(blocksize, p.numel() if shard is None else shard.numel)
     part = everything = _part(rule, [p, *own], g, noise, state)
     if shard is not None:
-        part = sliced(part, *shard.whole(blocksize), shard, blocksize)
+        part = sliced(part, *shard.whole_blocks(blocksize), shard, blocksize)
     whole, rest = split(part, blocksize)
     if whole is not None:
         _run(whole, rule, hyper)
     waiting = Tails() if tails is None else tails
     if rest is not None:
         waiting.add(rule, hyper, blocksize, rest)
-    if shard is not None and shard.cut(blocksize):
+    if shard is not None and shard.cut_blocks(blocksize):
         waiting.add_cut(rule, hyper, Cut(everything, shard, blocksize))
     if tails is None:
         waiting.run()
@@ -112,7 +112,7 @@ def directions(
 ) -> Tensor:  # fmt: skip
     """The direction that `step` would take, float32 `[numel]`, 0 where the gradient is not finite.  Exact.
 
-    p: what the parameter and its correction stand for, see `weights.opened`.
+    p: what the parameter and its correction stand for, see `master_weights.value_of`.
     """
     if p.numel() == 0:
         return p.new_empty(0, dtype=torch.float32)
@@ -122,7 +122,7 @@ def directions(
     blocksize = check_blocksize(blocksize, p.numel() if shard is None else shard.numel)
     everything = _part(rule, [p], g, None, state)
     # At each boundary of whole blocks what lies here is cut in two.
-    bounds = (0, p.numel()) if shard is None else (0, *shard.whole(blocksize), p.numel())
+    bounds = (0, p.numel()) if shard is None else (0, *shard.whole_blocks(blocksize), p.numel())
     us = []
     for first, last in itertools.pairwise(bounds):
         if first < last:
@@ -139,7 +139,7 @@ def _clipped(rule: Equation, hyper: Tensor, p: Tensor, u: Tensor, max_norm: floa
     # A parameter that is all zeros could never leave: its step is not clipped.
     norms = torch.stack([torch.linalg.vector_norm(x, dtype=torch.float32) for x in (u, p)])
     if shard is not None:
-        norms = total(shard, norms * norms).sqrt()
+        norms = sum_over_shards(shard, norms * norms).sqrt()
     norm, most = norms[0], max_norm * norms[1]
     ratio = torch.where((norm > most) & (most > 0), most / norm, 1.0)
     scale = torch.ones_like(hyper)

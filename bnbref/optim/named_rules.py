@@ -8,17 +8,19 @@ import torch
 from torch import Tensor
 
 from bnbref.blockwise import check_dense
-from bnbref.optim.equation import Equation, at_step, check, state_layout
+from bnbref.optim.equation import Equation, at_step, check_rule, state_layout
 from bnbref.optim.rule import Rule
 
 _MANY = 8  # equations of one rule: a few numbers are changed by hand, more are computed
 
 
-class Choice:
+class NamedRules:
     """One rule, or several of which a group names its own as "rule". A group that names none has the first."""
 
     def __init__(self, rule: Rule | Mapping[str, Rule]) -> None:
-        self.rules = {name: check(one) for name, one in (rule if isinstance(rule, Mapping) else {"": rule}).items()}
+        self.rules = {
+            name: check_rule(one) for name, one in (rule if isinstance(rule, Mapping) else {"": rule}).items()
+        }
         if not self.rules:
             raise ValueError("rule must be a Rule, or at least one by its name, got none")
         self.first = next(iter(self.rules))
