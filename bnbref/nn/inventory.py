@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from bnbref.nn import Int8Params, Params4bit
-from bnbref.nn.quantized import QuantizedLayer
+from bnbref.nn.quantized_layer import QuantizedLayer
 from bnbref.quant_state import QuantState, dtype_name
 
 REASONS = "bnbref_reasons"

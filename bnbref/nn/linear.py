@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from bnbref.codebooks import Codebook
 from bnbref.context import plain
 from bnbref.kernels import tracing
-from bnbref.nn.layer import EightBitLayer, FourBitLayer, absmax_of, state_of
+from bnbref.nn.four_and_eight_bits import EightBitLayer, FourBitLayer, absmax_of, state_of
 from bnbref.nn.params import Int8Params, Params4bit
 from bnbref.products import MatmulLtState, matmul, matmul_4bit, prepared_product
 

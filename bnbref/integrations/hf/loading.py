@@ -22,7 +22,7 @@ from bnbref.codebooks import FOUR_BIT
 from bnbref.integrations.hf.config import BnbRefConfig
 from bnbref.integrations.hf.layers import is_linear, plain_layer, quantized_layer, was_conv1d
 from bnbref.nn import Linear4bit, Linear8bitLt, Params4bit
-from bnbref.nn.quantized import QuantizedLayer
+from bnbref.nn.quantized_layer import QuantizedLayer
 from bnbref.quant_state import BLOB, TENSORS
 
 ANOTHER_SHAPE = "another shape in the checkpoint: newly initialized"

@@ -26,8 +26,8 @@ from bnbref.integrations.hf.loading import ANOTHER_SHAPE, Identity, Quantize, Re
 from bnbref.integrations.hf.readers import read_by_others
 from bnbref.nn import Linear8bitLt
 from bnbref.nn.inventory import REASONS, Report, report
-from bnbref.nn.parameter import QuantizedParameter
-from bnbref.nn.quantized import QuantizedLayer
+from bnbref.nn.quantized_layer import QuantizedLayer
+from bnbref.nn.quantized_parameter import QuantizedParameter
 from bnbref.quant_state import QuantState
 
 logger = logging.getLogger(__name__)

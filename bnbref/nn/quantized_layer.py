@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnbref.nn.parameter import QuantizedParameter
+from bnbref.nn.quantized_parameter import QuantizedParameter
 
 
 class QuantizedLayer(nn.Module):
