@@ -15,8 +15,8 @@ from bnbref.conformance.cases import CPU, Case, make
 from bnbref.conformance.cases.inputs import beside, integers, noise, spread
 from bnbref.conformance.cases.steps import hyper
 from bnbref.conformance.oracles.codes import encode_8bit
+from bnbref.conformance.oracles.master_weights import LINES, split
 from bnbref.conformance.oracles.steps import BLOCKSIZE
-from bnbref.conformance.oracles.weights import LINES, split
 
 
 @dataclass(frozen=True)
