@@ -14,7 +14,7 @@ import bnbref
 from bnbref import MatmulLtState, codebook, few_rows, int8, matmul, matmul_4bit, nn
 from bnbref.codebooks import NF4, Codebook
 from bnbref.functional import quantize_4bit
-from bnbref.kernels import few_rows as few_rows_kernel
+from bnbref.kernels import multiplying
 
 TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 BACKENDS = ("eager", "aot_eager", "inductor")
@@ -225,7 +225,7 @@ def test_a_cuda_graph_holds_a_product_that_was_never_called(product):
         four_bit: lambda x: matmul_4bit(x, packed, state),
         eight_bit: lambda x: matmul(x, codes, state=MatmulLtState(codes, absmax, has_fp16_weights=False)),
     }[product]
-    for cache in (few_rows_kernel._planes, codebook._kept_table):
+    for cache in (multiplying._planes, codebook._cached_table):
         cache.cache_clear()
     graphed = compiled(function, "inductor", fullgraph=True, mode="reduce-overhead")
     with torch.no_grad():
