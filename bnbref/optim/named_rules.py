@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnbref.blockwise import check_dense
 from bnbref.optim.equation import Equation, at_step, check_rule, state_layout
 from bnbref.optim.rule import Rule
 
@@ -35,8 +34,7 @@ class NamedRules:
         return self.rules[name]
 
     def check_shape(self, p: Tensor, config: Mapping[str, Any]) -> None:
-        """Raise ValueError if the rule of p takes no parameter of its shape, or p is not dense."""
-        check_dense("a parameter", p)
+        """Raise ValueError if the rule of p takes no parameter of its shape."""
         rule = self.of(config)
         if not rule.takes(p.shape):
             others = [name for name, other in self.rules.items() if other.takes(p.shape)]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnbref.blockwise import check_blocksize
+from bnbref.blockwise import check_blocksize, check_dense
 from bnbref.optim import paging, planned_steps
 from bnbref.optim.equation import Equation
 from bnbref.optim.master_weights import CORRECTIONS, correction_dtype, corrections, set_value, value_of
@@ -94,6 +94,7 @@ class Optimizer(torch.optim.Optimizer):
             self._check(config)
             self._rules.at_step(1, config)
             for p in group["params"]:
+                check_dense("a parameter", p)
                 self._rules.check_shape(p, config)
         except BaseException:  # whatever a rule raises when it is asked for its coefficients
             self.param_groups.pop()
@@ -171,8 +172,8 @@ class Optimizer(torch.optim.Optimizer):
             if own is not None:
                 self._check_known(own)
                 self._check(config)
-            self._rules.check_shape(p, config)
             grad = planned_steps.checked_gradient(p, p.grad, self.state[p], self._rules.of(config))
+            self._rules.check_shape(p, config)
             key = (id(config), self.state[p].get("step", 0) + 1, p.device)
             if key not in equations:
                 equations[key] = self._rules.at_step(key[1], config, p.device)

@@ -43,9 +43,7 @@ def both(
     formula = Formula(k, c, eight)
     numbers = formula.coefficients()
     single = SimpleNamespace(**{name: torch.tensor(x, dtype=torch.float32) for name, (x, _) in numbers.items()})
-    wide = SimpleNamespace(
-        **{name: Interval.near(x, off) if off else Interval.point(x) for name, (x, off) in numbers.items()}
-    )
+    wide = SimpleNamespace(**{name: Interval.near(x, off) for name, (x, off) in numbers.items()})
     dtype = p.dtype
     p, scale = p.reshape(-1).float(), torch.tensor(k["gnorm_scale"], dtype=torch.float32)
     bad = ~g.reshape(-1).isfinite()
