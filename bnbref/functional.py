@@ -18,7 +18,7 @@ from bnbref.codebooks import DYNAMIC, Codebook, value_table
 from bnbref.context import not_a_view
 from bnbref.maps import create_dynamic_map, create_fp8_map, create_linear_map, create_normal_map, get_4bit_type
 from bnbref.products import matmul_4bit
-from bnbref.quant_state import QuantState, present, quantize_with_state
+from bnbref.quant_state import QuantState, present, quantize_scales, quantize_with_state
 
 __all__ = [
     "QuantState", "create_dynamic_map", "create_fp8_map", "create_linear_map", "create_normal_map", "dequantize_4bit",
@@ -81,10 +81,7 @@ def quantize_blockwise(
     values = _pad_to_256(code if isinstance(code, Tensor) else value_table(book, A.device)).to(A.device)
     offset = state2 = None
     if nested:
-        offset = scales.mean() if scales.numel() else scales.new_zeros(())
-        inner, inner_scales = blockwise.quantize(scales - offset, DYNAMIC, blocksize)
-        state2 = QuantState(inner_scales, code=value_table(DYNAMIC, A.device), blocksize=blocksize, dtype=torch.float32)
-        scales = inner
+        scales, offset, state2 = quantize_scales(scales, blocksize)
     scales = into("absmax", absmax, scales)
     state = QuantState(scales, code=values, blocksize=blocksize, dtype=A.dtype, offset=offset, state2=state2)
     return into("out", out, codes), state

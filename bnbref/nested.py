@@ -18,10 +18,10 @@ from bnbref.kernels import fused
 BLOCKSIZE = 256
 
 
-def quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def quantize(absmax: Tensor, blocksize: int = BLOCKSIZE) -> tuple[Tensor, Tensor, Tensor]:
     """The codes of scales, the scales of these codes, and the offset.
 
-    absmax: float32 `[n]`. Returns uint8 codes `[n]`, float32 absmax2 `[ceil(n / 256)]` and the float32 mean `[]`. Exact but for
+    absmax: float32 `[n]`. Returns uint8 codes `[n]`, float32 absmax2 `[ceil(n / blocksize)]` and the float32 mean `[]`. Exact but for
     that mean: it is `torch.mean`, whose order of summation is the device's. The mean of no scales is 0.
 
     >>> import torch
@@ -29,7 +29,7 @@ def quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     (tensor([  0, 255], dtype=torch.uint8), tensor([1.]), tensor(2.))
     """
     offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
-    codes, absmax2 = blockwise.quantize(absmax - offset, DYNAMIC, BLOCKSIZE)
+    codes, absmax2 = blockwise.quantize(absmax - offset, DYNAMIC, blocksize)
     return codes, absmax2, offset
 
 

@@ -12,7 +12,7 @@ from bnbref.blockwise import check_float
 from bnbref.codebooks import DYNAMIC, Codebook, four_bit, registered_name, value_table
 from bnbref.state_fields import BLOB, TENSORS, checked_fields
 
-__all__ = ["BLOB", "TENSORS", "QuantState", "dtype_name", "present", "quantize_with_state"]
+__all__ = ["BLOB", "TENSORS", "QuantState", "dtype_name", "present", "quantize_scales", "quantize_with_state"]
 
 T = TypeVar("T")
 
@@ -206,11 +206,16 @@ def quantize_with_state(
     packed, scales = fourbit.quantize(x, book, blocksize, quant_storage)
     offset = state2 = None
     if double_quant:
-        scales, absmax2, offset = nested.quantize(scales)
-        values = value_table(DYNAMIC, x.device)
-        state2 = QuantState(absmax2, code=values, blocksize=nested.BLOCKSIZE, dtype=torch.float32)
+        scales, offset, state2 = quantize_scales(scales)
     name, code = registered_name(book), value_table(book, x.device)
     return packed, QuantState(scales, x.shape, code, blocksize, name, x.dtype, offset, state2)
+
+
+def quantize_scales(scales: Tensor, blocksize: int = nested.BLOCKSIZE) -> tuple[Tensor, Tensor, QuantState]:
+    """The codes of scales, `nested.quantize`, and the two fields of a QuantState that undo it: offset and state2."""
+    codes, absmax2, offset = nested.quantize(scales, blocksize)
+    values = value_table(DYNAMIC, scales.device)
+    return codes, offset, QuantState(absmax2, code=values, blocksize=blocksize, dtype=torch.float32)
 
 
 def present(value: T | None, name: str) -> T:
