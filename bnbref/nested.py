@@ -21,8 +21,8 @@ BLOCKSIZE = 256
 def quantize(absmax: Tensor, blocksize: int = BLOCKSIZE) -> tuple[Tensor, Tensor, Tensor]:
     """The codes of scales, the scales of these codes, and the offset.
 
-    absmax: float32 `[n]`. Returns uint8 codes `[n]`, float32 absmax2 `[ceil(n / blocksize)]` and the float32 mean `[]`. Exact but for
-    that mean: it is `torch.mean`, whose order of summation is the device's. The mean of no scales is 0.
+    absmax: float32 `[n]`. Returns uint8 codes `[n]`, float32 absmax2 `[ceil(n / blocksize)]` and the float32 mean `[]`. Exact but
+    for that mean: it is `torch.mean`, whose order of summation is the device's. The mean of no scales is 0.
 
     >>> import torch
     >>> quantize(torch.tensor([1.0, 3.0]))

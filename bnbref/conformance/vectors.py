@@ -17,12 +17,14 @@ from torch import Tensor
 
 from bnbref.conformance.cases import Case
 from bnbref.conformance.cases.codes import quantization_cases
-from bnbref.conformance.cases.steps import step_cases
+from bnbref.conformance.cases.steps import optimizer_32bit
+from bnbref.conformance.cases.steps_8bit import optimizer_8bit
 from bnbref.conformance.cases.sums import product_cases
 from bnbref.conformance.cases.values import dequantization_cases
 from bnbref.conformance.cases.version2 import version_2_cases
 from bnbref.conformance.expected import Also, Expected
 from bnbref.conformance.operations import OPERATIONS
+from bnbref.conformance.oracles.formula import STATES
 from bnbref.conformance.specification import FLAGS, RULES
 
 VERSIONS = sorted({operation.version for operation in OPERATIONS.values()})
@@ -132,7 +134,9 @@ def _output(expected: Expected, store: _Store) -> dict[str, Any]:
 
 def all_cases() -> list[Case]:
     """Every case, in a fixed order, computed from the oracles. Takes some seconds. Raises ValueError where two have one id."""
-    made = [*quantization_cases(), *dequantization_cases(), *product_cases(), *step_cases(), *version_2_cases()]
+    made = [*quantization_cases(), *dequantization_cases(), *product_cases()]
+    made += [case for cases in (optimizer_32bit, optimizer_8bit) for name in STATES for case in cases(name)]
+    made += version_2_cases()
     repeated = [name for name, count in Counter(case.id for case in made).items() if count > 1]
     if repeated:
         raise ValueError(f"cases must have ids of their own, got {repeated} twice")
