@@ -172,14 +172,17 @@ def dequantize(codes: Tensor, absmax: Tensor, values: Tensor, blocksize: int, dt
 
 
 def check_blocksize(blocksize: int, numel: int) -> int:
-    """A blocksize, an integer of at least 1, no larger than it needs to be for a tensor that is a part of one block.
+    """The blocksize to compute with: that one, or a smaller one if a single block holds the whole tensor and more.
+
+    A kernel pads a tensor to whole blocks, so that a blocksize far beyond `numel` would only ask for memory. It is reduced to the
+    next power of two, but not below 4096. Raises ValueError unless blocksize is an integer of at least 1.
 
     >>> check_blocksize(64, 10), check_blocksize(2**40, 5000)
     (64, 8192)
     """
     if not isinstance(blocksize, int) or isinstance(blocksize, bool) or blocksize < 1:
         raise ValueError(f"blocksize must be a positive integer, got {blocksize!r}")
-    # A kernel pads to whole blocks; powers of two, so that few variants of it are compiled.
+    # Powers of two, so that few variants of a kernel are compiled.
     return blocksize if blocksize <= 4096 else min(blocksize, 1 << max(12, (numel - 1).bit_length()))
 
 

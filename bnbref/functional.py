@@ -1,8 +1,8 @@
 """The functions of `bitsandbytes.functional`, with its names and signatures. Each is a few lines over a definition.
 
-Blocksizes are any positive integer and shapes any shape; where bitsandbytes takes `out=` or a tensor for the scales, so do
-these; it must have the dtype, shape and device of the result. What is computed is said by the definition that a docstring names:
-`blockwise`, `fourbit`, `nested`, `int8`.
+A blocksize is any positive integer, and a tensor has any shape. Where bitsandbytes takes `out=` or a tensor for the scales, so do
+these; that tensor must have the dtype, shape and device of the result. Each docstring names the definition that is called, in
+`blockwise`, `fourbit`, `nested` or `int8`.
 """
 
 import functools

@@ -37,7 +37,10 @@ class Bnb4bitParametrization(nn.Module):
         self.quant_state = quant_state
         self.dtype: torch.dtype = present(quant_state.dtype, "dtype")
         self.cache: list[Tensor] | None = None
-        """During a forward of the module that has the parameter: a list with the values, once they are made. Else None."""
+        """While the module that has the parameter runs its forward: a list, with the values once they are made.
+
+        None at other times.
+        """
 
     def forward(self, packed: Tensor) -> Tensor:
         """The values of the parameter, from its packed codes."""
@@ -150,7 +153,8 @@ def _parametrize(module: nn.Module, name: str, packed: Tensor, state: QuantState
 
 
 def quantized_in(module: nn.Module) -> Iterator[tuple[str, Any, Bnb4bitParametrization]]:
-    """The parameters of a module that are quantized so: (name, what reading it runs, of this what dequantizes)."""
+    """Of each parameter of a module that is quantized so: its name, its ParametrizationList, and the parametrization that
+    dequantizes."""
     for name, steps in getattr(module, "parametrizations", {}).items():
         for step in steps:
             if isinstance(step, Bnb4bitParametrization):

@@ -10,7 +10,9 @@ from torch import Tensor
 from bnbref.optim.equation import Equation, at_step, check_rule, state_layout
 from bnbref.optim.rule import Rule
 
-_MANY = 8  # equations of one rule: a few numbers are changed by hand, more are computed
+# Different equations that one rule may have before a warning: each is compiled anew. Somebody who changes a number by hand makes
+# a few; more come of a number that the program computes, and that should be a coefficient.
+_MANY = 8
 
 
 class NamedRules:

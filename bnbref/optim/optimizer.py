@@ -159,7 +159,7 @@ class Optimizer(torch.optim.Optimizer):
         planned_steps.take_steps(steps, self.state, self._placement, self._generator, self._parameters)
 
     def _planned_steps(self, parameters: Sequence[tuple[Tensor, Mapping[str, Any]]]) -> list[planned_steps.PlannedStep]:
-        """Those that have a gradient. What might be refused is refused here, before anything is changed."""
+        """The steps of the parameters that have a gradient. What is to be refused is refused here, before anything is changed."""
         overrides = GlobalOptimManager.get_instance().overrides()
         common = {id(group): {**self._own, **group} for _, group in parameters}
         equations: dict[Any, tuple[Equation, Tensor]] = {}
@@ -190,7 +190,7 @@ class Optimizer(torch.optim.Optimizer):
         return [(self._rules.of(config), config["blocksize"]) for config in settings]
 
     def _begin(self, p: Tensor, config: Mapping[str, Any]) -> None:
-        """Give p the state of before its first step, or what it lacks of one that was loaded: a correction."""
+        """Gives p its first state; or, if its state was loaded without the correction that p is to have, that correction."""
         if not self.state[p]:
             self.state[p] = self.new_state(p, config, self._memory(p))
         elif not corrections(p, self.state[p]):
@@ -327,7 +327,7 @@ def _nowhere(key: str, shape: Any, dtype: torch.dtype) -> Tensor:
 
 
 class _Held:
-    """Keeps torch's `load_state_dict` from casting states to the parameters' dtype."""
+    """Wraps a state that is loaded. torch's `load_state_dict` would cast the tensors of a dict to the parameter's dtype."""
 
     def __init__(self, state: dict[str, Any]) -> None:
         self.state = state

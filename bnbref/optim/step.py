@@ -33,7 +33,7 @@ from bnbref.optim.rule import Coefficients, Rule
 LARGEST_GRADIENT = 2.0**63
 
 ByState = Callable[[int, Tensor], Tensor]
-"""A function of the number of a state and of its codes, or of its scaled elements."""
+"""A function of two arguments: the number of a state, and either its codes or its scaled elements."""
 
 Largest = Callable[[Tensor, Tensor, Tensor], Tensor]
 """A function with the arguments and the result of `largest`."""
@@ -71,7 +71,10 @@ def rounded(x: Tensor, dtype: torch.dtype, noise: Tensor | None) -> Tensor:
 def as_parameter(
     x: Tensor, dtype: torch.dtype, noise: Tensor | None, correction: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
-    """x as a parameter of a dtype, and its new correction if it had one; then there is no noise."""
+    """The new parameter of that dtype, whose value is x; and its new correction, if it had one.
+
+    With a correction there is no noise.
+    """
     return split(x, dtype, correction[0].dtype) if correction else (rounded(x, dtype, noise),)
 
 
@@ -111,7 +114,8 @@ def decoded(states: Sequence[Tensor], values: ByState) -> list[Tensor]:
 def largest(finite: Tensor, size: Tensor, before: Tensor) -> Tensor:
     """The new absmax of each block, of the magnitudes of its elements `[blocks, blocksize]` and its absmax before the step.
 
-    An element that stays holds its block's absmax where it was, lest it move by the rounding of another scale.
+    A block with an element that is not updated keeps at least its old absmax: with a smaller one, the element's code would stand
+    for another number than before.
     """
     return torch.where(finite, size, rearrange(before, "b -> b 1")).amax(-1)
 

@@ -161,10 +161,10 @@ class Tails:
         self._bytes = 0
         self._after: list[Callable[[], Any]] = []
         self.torn = False
-        """Whether an exception came while blocks were written: they may have made the step or not."""
+        """Whether an exception came while blocks were written back, so that nobody knows which of them have made the step."""
 
     def add(self, rule: Equation, hyper: Tensor, blocksize: int, rest: Part) -> None:
-        """Let an incomplete last block, which `split` left of a parameter, wait."""
+        """Adds an incomplete last block, which `split` has left of a parameter, to those that wait."""
         p, g = rest.p, rest.g
         dtypes = *(weight.dtype for weight in rest.weights), g.dtype
         key = (rule, blocksize, id(hyper), p.device, dtypes, rest.noise is None)
@@ -174,18 +174,21 @@ class Tails:
             self.run_own()
 
     def add_cut(self, rule: Equation, hyper: Tensor, cut: Cut) -> None:
-        """Let the blocks of a parameter wait that boundaries cut."""
+        """Adds the blocks of a parameter that boundaries between ranks cut to those that wait."""
         self._cuts.append((rule, hyper, cut))
         self._bytes += cut.size
         if self._bytes >= 2**24:
             self.run()
 
     def then(self, run: Callable[[], Any]) -> None:
-        """Call this when nothing waits any more."""
+        """Calls `run` as soon as nothing waits any more."""
         self._after.append(run)
 
     def run(self) -> None:
-        """Step all that wait. Those that an exception keeps from it still wait. A collective call if there are shards."""
+        """Makes the steps of all blocks that wait. After an exception, those that were not stepped still wait.
+
+        It is a collective call if parameters are sharded.
+        """
         groups: dict[Any, list[tuple[Equation, Tensor, Cut]]] = {}
         for waiting in self._cuts:
             groups.setdefault((waiting[2].shard.group, waiting[2].part.p.device), []).append(waiting)
@@ -204,7 +207,7 @@ class Tails:
         self._finish()
 
     def interrupt(self) -> None:
-        """After an exception: `run_own`, and what is left is not whole."""
+        """After an exception: `run_own`. Parameters with blocks that still wait are then not whole, see `torn`."""
         self.run_own()
         self.torn |= bool(self._cuts)
         self._finish()
@@ -214,7 +217,7 @@ class Tails:
             self._after.pop()()
 
     def run_own(self) -> None:
-        """Step those that need no other rank."""
+        """Makes the steps of the blocks that need nothing of another rank."""
         for key, (hyper, rests) in list(self._waiting.items()):
             rule, blocksize, *_ = key
             part, write_back = padded(rests, zeros_of(rule), blocksize)
