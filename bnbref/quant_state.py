@@ -26,7 +26,7 @@ class QuantState:
     """
 
     _changed: object = None
-    """Another object after each assignment of an attribute."""
+    """A new object after each assignment of an attribute: a version number that no two states share."""
     _cache: Any = None
 
     def __init__(
@@ -50,8 +50,8 @@ class QuantState:
             self.__dict__["_changed"] = object()
 
     def cache(self) -> dict[Any, Any]:
-        """For who prepares something from the state: a dictionary that is kept with it until an attribute of the state, or of
-        its state2, is assigned (not through `__dict__`). It is neither copied nor saved."""
+        """A dictionary for what is prepared from the state. It becomes another, empty one as soon as an attribute of the state or
+        of its state2 is assigned (but not through `__dict__`). It is neither copied nor saved with the state."""
         version = self._changed, None if self.state2 is None else self.state2._changed
         if self._cache is None or self._cache[0] != version:
             self.__dict__["_cache"] = version, {}

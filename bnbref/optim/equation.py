@@ -70,7 +70,7 @@ StateLayout = tuple[tuple[State, ...], tuple[str, ...], tuple[Codebook, Codebook
 
 
 def state_layout(rule: Rule) -> StateLayout:
-    """What the state of a rule looks like: what was made by one layout is not read by another."""
+    """All of a rule that decides what its states look like. A state that was made by one layout cannot be read by another."""
     return rule.states, rule.stacked, rule.codebooks, rule.clipped
 
 

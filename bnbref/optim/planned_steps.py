@@ -35,7 +35,7 @@ class PlannedStep:
 
     @property
     def ascent(self) -> Tensor:
-        """The gradient of what is made smaller."""
+        """The gradient of what the step makes smaller: with `maximize` that is the negative loss."""
         return -self.grad if self.config["maximize"] else self.grad
 
     def noise(self, generator: torch.Generator | None) -> Tensor | None:
@@ -84,10 +84,9 @@ def take_steps(
     steps: Sequence[PlannedStep], states: MutableMapping[Tensor, dict[str, Any]], placement: Placement,
     generator: torch.Generator | None, every: Callable[[], Sequence[Tensor]],
 ) -> None:  # fmt: skip
-    """The steps of these parameters, whose `states` are there.
-
-    every: gives all parameters by their index in the state dict. An exception in the middle leaves whole the parameters before
-    the one that it met, and a warning says which.
+    """Makes the planned steps. states: of each parameter, made before. every: returns all parameters of the optimizer, by the
+    index that they have in its state dict. An exception in the middle leaves whole the parameters before the one that it met, and
+    a warning says which.
     """
     tails = Tails()
     made: list[Tensor] = []  # those that have made their step

@@ -21,11 +21,11 @@ from bnbref.optim.sharding import gather_scales, local, shard_of, unsharded
 WRAPPED = "__bnb_optimizer_quant_state__"
 
 _BESIDE = {"step", *CORRECTIONS.values(), "unorm_vec", "gnorm_vec"}
-"""What a saved state may have beside those of its rule; the last two are bitsandbytes', and mean nothing here."""
+"""Keys that a saved state may have beside those of its rule. The last two are written by bitsandbytes, and mean nothing here."""
 
 
 def gathered_state(rule: Rule, p: Tensor, state: Mapping[str, Any], blocksize: int) -> dict[str, Any]:
-    """The state of the whole parameter, of which p may be a shard. Then it is a collective call."""
+    """The state of a whole parameter. If p is a shard of it, the parts are gathered, which is a collective call."""
     shard = shard_of(p)
     if shard is None or not state:
         return dict(state)
@@ -64,9 +64,10 @@ def wrapped_state(rule: Rule, state: Mapping[str, Any]) -> dict[str, Any]:
 def unwrapped_state(
     rule: Rule, p: Tensor, saved: Mapping[str, Any], blocksize: int, empty: Callable[..., Tensor]
 ) -> dict[str, Any]:
-    """The state of p of what was saved, wrapped or not, in the memory that `empty` gives.
+    """The state of p, read from a saved one that is wrapped or not, in memory that `empty` gives.
 
-    ValueError if it is none of p's, or another rule's as far as that can be seen: Adam, AdamW and LAMB take each other's.
+    Raises ValueError if the saved state does not fit p, or is that of another rule as far as that can be seen. (The states of
+    Adam, AdamW and LAMB look alike.)
     """
     bare = {key: x for key, x in saved.items() if key != WRAPPED}
     saved = _unstacked(rule, {**bare, **saved.get(WRAPPED, {})})
@@ -129,9 +130,10 @@ def _saved(rule: Rule, saved: Mapping[str, Any], key: str) -> Tensor:
 
 
 def _check_sign(rule: Rule, s: State, tensor: Tensor, values: Tensor | None = None) -> None:
-    """Bitsandbytes calls all states state1, state2: only their signs tell a momentum from an average of squares.
+    """ValueError if the numbers of a saved state have signs that state s cannot have, so that it is another state.
 
-    values: of codes, what they stand for; without them nothing is known.
+    bitsandbytes calls all states state1 and state2: only their signs tell a momentum from an average of squares. values: what
+    codes stand for. Without them nothing is known of codes.
     """
     lowest = tensor
     if tensor.dtype == torch.uint8:

@@ -29,7 +29,8 @@ ANOTHER_SHAPE = "another shape in the checkpoint: newly initialized"
 
 
 def stats() -> tuple[str, ...]:
-    """The names of what a file holds beside a 4-bit weight, for every codebook that is in FOUR_BIT by now."""
+    """The names of the tensors that a file has beside a 4-bit weight, for every codebook that is in FOUR_BIT when this is
+    called."""
     return (*TENSORS, *(BLOB + name for name in FOUR_BIT))
 
 
