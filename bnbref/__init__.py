@@ -50,5 +50,5 @@ if not TYPE_CHECKING:  # a type checker would believe that there is any name
 
 
 def __dir__() -> list[str]:
-    # What there is to use: not what this file imports for itself.
+    # The names that users may use, without those that this file imports for itself.
     return sorted([*__all__, *_NEED_HUGGING_FACE])

@@ -1,4 +1,4 @@
-"""What known backends do instead of the reference: tables and switches, and what each of them means in words.
+"""The dialects: where known backends differ from the reference, as tables and switches, and in words.
 
 A `Dialect` is the reference with some fields replaced. predictions.py computes what a backend with these conventions returns.
 """
@@ -179,11 +179,11 @@ TEXT: dict[str, str | dict[Any, str]] = {
         "any": "a gradient that is NaN or infinite becomes the scale of its block",
     },
 }  # fmt: skip
-"""What a field of a dialect that is not the reference's means; of some fields, what each of its values means."""
+"""The meaning of each field of a dialect where it is not that of the reference; of some fields, the meaning of each value."""
 
 
 def in_words(field: str, value: Any) -> str:
-    """What it means that a field of a dialect has this value.
+    """The meaning of a field of a dialect that has this value.
 
     >>> in_words("floor", 1e-12)
     'absmax is at least 1e-12'

@@ -110,7 +110,7 @@ class _Worker:
         return max(0.0, self.begun + limit - time.monotonic())
 
     def result(self, case: Case, ended: bool) -> Result:
-        """What became of the case that was sent. If the process is gone, the case failed, and a new process is started.
+        """The outcome of the case that was sent. If the process is gone, the case has failed, and a new process is started.
 
         ended: it took too long, and the process is to be ended.
         """

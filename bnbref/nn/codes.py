@@ -63,7 +63,7 @@ class Watched:
             return args[0].result_of(name, result)
 
     def result_of(self, name: str, result: Any) -> Any:
-        """What the function called `name`, applied to this tensor, is to return in place of `result`."""
+        """The tensor that is returned instead of `result`, which the function called `name` gave for this one."""
         return self.detached(result) if name == "detach" and self.holds_codes() else result
 
     def detached(self, codes: Tensor) -> "Codes":
@@ -73,7 +73,7 @@ class Watched:
         return result
 
     def __format__(self, spec: str) -> str:
-        """As of Tensor. Codes add a sentence, because torch.func prints them in its error when it is given a state dict."""
+        """Like Tensor's. Codes add a sentence, because torch.func prints them in its error when it is given a state dict."""
         if not self.holds_codes():
             return super().__format__(spec)
         return (

@@ -1,4 +1,4 @@
-"""What became of every parameter of a model: quantized or not, how, how many bytes, and why not."""
+"""A report on every parameter of a model: whether it is quantized, how, in how many bytes, or why not."""
 
 import itertools
 import math
@@ -41,12 +41,12 @@ class Report:
 
     @property
     def quantized(self) -> tuple[ParameterReport, ...]:
-        """Those that are quantized."""
+        """The parameters that are quantized."""
         return tuple(p for p in self.parameters if p.quantized)
 
     @property
     def skipped(self) -> tuple[ParameterReport, ...]:
-        """Those that are not."""
+        """The parameters that are not quantized."""
         return tuple(p for p in self.parameters if not p.quantized)
 
     @property
@@ -73,7 +73,7 @@ class Report:
 
 
 def report(model: nn.Module) -> Report:
-    """What became of every parameter of a model.
+    """The report on every parameter of a model.
 
     >>> import bnbref
     >>> from bnbref.nn import LinearNF4

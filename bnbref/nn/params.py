@@ -209,7 +209,7 @@ class Int8Params(QuantizedParameter):
         return self.dtype == torch.int8
 
     def to(self, *args: Any, **kwargs: Any) -> "Int8Params":
-        """As `QuantizedParameter.to`."""
+        """Like `QuantizedParameter.to`."""
         moved = super().to(*args, **kwargs)
         # accelerate calls `.to(0).to("cpu")` on codes that it has read, and then moves their `SCB`, which it sets only
         # afterwards. So codes without scales get an empty placeholder.

@@ -23,7 +23,7 @@ from bnbref.nn.codes import Watched
 Self = TypeVar("Self", bound="QuantizedParameter")
 
 DATA: Any = torch.Tensor.data
-"""What reads and writes the data of any tensor: that of a quantized parameter does more."""
+"""The attribute `data` as every tensor has it. That of a quantized parameter also checks what is assigned."""
 
 _CUTS = {"chunk", "split", "split_with_sizes", "tensor_split", "narrow", "view", "reshape", "flatten", "__getitem__"}
 

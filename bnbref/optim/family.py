@@ -37,7 +37,7 @@ class Options(TypedDict, total=False):
 
 
 class PagedOptions(Options, total=False):
-    """The same and `is_paged`, for the families that bitsandbytes does not page."""
+    """`Options` and `is_paged`, for the families that bitsandbytes does not page."""
 
     is_paged: bool
 

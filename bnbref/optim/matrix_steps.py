@@ -58,7 +58,7 @@ class Job:
         return (flat if self.shard is None else flat[self.shard.start : self.shard.stop]).view(self.flat.shape)
 
     def value(self, state: Mapping[str, Any]) -> Tensor:
-        """What the parameter and its correction stand for, as a matrix."""
+        """The float32 value of the parameter and its correction, as a matrix."""
         return self.matrix(value_of(self.flat.view(-1), corrections(self.flat, state)).view(self.flat.shape))
 
     def decoded(self, rule: Rule, s: State, state: Mapping[str, Any]) -> Tensor:
@@ -89,7 +89,7 @@ class Job:
 
 
 def alike(p: Tensor) -> tuple[Any, ...]:
-    """What parameters have in common that are stepped together."""
+    """A key that is equal for parameters that can be stepped together."""
     shard = shard_of(p)
     return p.shape, p.dtype, p.device, None if shard is None else shard.group
 

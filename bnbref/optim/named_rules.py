@@ -46,7 +46,7 @@ class NamedRules:
             )
 
     def at_step(self, t: int, config: Mapping[str, Any], device: torch.device | None = None) -> tuple[Equation, Tensor]:
-        """What the rule computes now, and its coefficients in step t."""
+        """The equation that the rule is now, and its coefficients in step t."""
         name = config.get("rule", self.first)
         rule, made, sources = self.of(config), self._layouts[name], self._sources[name]
         if state_layout(rule) != made:

@@ -218,7 +218,7 @@ class Optimizer(torch.optim.Optimizer):
         return empty
 
     def _name(self, p: Tensor, key: str) -> str:
-        """What the files of a state of p are called."""
+        """The name that the files of a state of p begin with."""
         return f"{next(i for i, q in enumerate(self._parameters()) if q is p)}.{key}"
 
     # ---- weights ----------------------------------------------------------------------------------------------------

@@ -126,7 +126,7 @@ class GlobalOptimManager:
             self._of_parameter.setdefault(p, {}).update(config)
 
     def register_module_override(self, module: nn.Module, param_name: str, config: Mapping[str, Any]) -> None:
-        """The same for whatever parameter the module has under that name when it is updated."""
+        """Overrides settings of the parameter that the module has under that name at the time of a step."""
         self._of_module.setdefault(module, {}).setdefault(param_name, {}).update(config)
 
     def overrides(self) -> WeakIdKeyDictionary:

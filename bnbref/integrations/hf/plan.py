@@ -35,7 +35,7 @@ FORMATS: dict[str, BnbRefConfig | None] = {
 
 DTYPE = torch.bfloat16
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "query_key_value", "c_attn", "out_proj", "dense")
-"""What models call the projections of attention, which a plan for QLoRA adapts."""
+"""Names that models have for the projections of attention. A plan for QLoRA adapts these."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def read_config(model: str) -> Any:
 
 
 def number_of_parameters(model: str) -> float | None:
-    """What a size means; None for the name of a model, or of a file that is there.
+    """The number of parameters that a size like 7B means; None for the name of a model, or of a file that is there.
 
     >>> number_of_parameters("0.5B"), number_of_parameters("demo")
     (500000000.0, None)

@@ -1,4 +1,4 @@
-"""What `python -m bnbref plan` prints: a table of the usual GPUs; or, of one memory, what fits and the code to paste."""
+"""The output of `python -m bnbref plan`: a table of the usual GPUs; or, for one memory size, what fits and the code to paste."""
 
 import math
 import re
@@ -16,12 +16,12 @@ USES: dict[str | None, tuple[str, tuple[type[optim.Optimizer], ...]]] = {
     "qlora": ("train an adapter", (optim.PagedAdamW8bit,)),
     "full": ("train everything", (optim.AdamW, optim.AdamW8bit, optim.PagedAdamW8bit, optim.Lion8bit)),
 }
-"""What a model is loaded for, and optimizers of different cost. An adapter is so small that its optimizer hardly counts."""
+"""The uses of a model, each with optimizers of different cost. An adapter is so small that its optimizer hardly counts."""
 
 
 PREPARED = ("model = prepare_model_for_kbit_training(model)",)
 CHECKPOINTED = ("model.gradient_checkpointing_enable()", "model.enable_input_require_grads()")
-"""Of a float model, which `prepare_model_for_kbit_training` would cast to float32 as a whole."""
+"""Lines of code that prepare a float model. `prepare_model_for_kbit_training` would cast all of it to float32."""
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

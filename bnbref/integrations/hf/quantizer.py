@@ -46,7 +46,7 @@ class BnbRefHfQuantizer(HfQuantizer):  # type: ignore[misc]
         self.reasons: dict[str, str] = {}
         """Why a module or parameter was left as it is."""
         self.conversions: list[Any] = []
-        """What transformers did to the tensors of the checkpoint."""
+        """The conversions that transformers has made of the tensors of the checkpoint."""
         self.files: Sequence[str] = ()
         """The files of the checkpoint."""
 
@@ -206,7 +206,10 @@ class BnbRefHfQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
-        """What save_pretrained saves: the model's own state dict, unless it lacks what is offloaded."""
+        """The tensors for save_pretrained.
+
+        None stands for the model's own state dict, which lacks only codes that are offloaded.
+        """
         offloaded = load_offloaded(model)
         return ({**model.state_dict(), **offloaded} if offloaded else None), {}
 
