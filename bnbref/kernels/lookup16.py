@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, library
 
 from bnbref.context import exporting
+from bnbref.kernels.compiler import digest_of
 from bnbref.kernels.floats import rounded, rounded_bits
 
 Table = tuple[float, ...]
@@ -30,10 +31,14 @@ _AVX2 = "2 x vpermps + blend"
 _PLAIN = "plain tensor operations"
 _chosen: str | None = None  # what `enable` found: None before it was called
 
+_TEXT = digest_of(__name__)
+
 _operators = library.Library("bnbref", "FRAGMENT")
-_operators.define("lut16(Tensor codes, float[] table, int width) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _operators.define(
-    "scaled16(Tensor codes, Tensor scale, float[] table, ScalarType dtype, bool bits, int width) -> Tensor",
+    "lut16(Tensor codes, float[] table, int width, str text='') -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+)
+_operators.define(
+    "scaled16(Tensor codes, Tensor scale, float[] table, ScalarType dtype, bool bits, int width, str text='') -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -77,7 +82,7 @@ def lookup16(codes: Tensor, table: Table) -> Tensor:
     """
     _check(table)
     if _native(codes):
-        native: Tensor = torch.ops.bnbref.lut16(codes.to(torch.int32), table, enable())
+        native: Tensor = torch.ops.bnbref.lut16(codes.to(torch.int32), table, enable(), _TEXT)
         return native
     return tree16(codes, table) if torch.compiler.is_compiling() else gather16(codes, table)
 
@@ -107,7 +112,7 @@ def _scaled(codes: Tensor, scale: Tensor, table: Table, dtype: torch.dtype, bits
     if scale.dtype != torch.float32:
         raise TypeError(f"scale must be float32, got {scale.dtype}")
     if _native(codes):
-        native: Tensor = torch.ops.bnbref.scaled16(codes.to(torch.int32), scale, table, dtype, bits, enable())
+        native: Tensor = torch.ops.bnbref.scaled16(codes.to(torch.int32), scale, table, dtype, bits, enable(), _TEXT)
         return native
     value = tree16(codes, table) if torch.compiler.is_compiling() else gather16(codes, table)
     return rounded_bits(value * scale, dtype) if bits else rounded(value * scale, dtype)
@@ -128,23 +133,27 @@ def _native(codes: Tensor) -> bool:
 
 
 @library.impl(_operators, "lut16", "CompositeExplicitAutograd")
-def _(codes: Tensor, table: list[float], width: int) -> Tensor:
+def _(codes: Tensor, table: list[float], width: int, text: str = "") -> Tensor:
     return gather16(codes, tuple(table))
 
 
 @library.register_fake("bnbref::lut16", lib=_operators)  # type: ignore[untyped-decorator]
-def _(codes: Tensor, table: list[float], width: int) -> Tensor:
+def _(codes: Tensor, table: list[float], width: int, text: str = "") -> Tensor:
     return torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
 
 
 @library.impl(_operators, "scaled16", "CompositeExplicitAutograd")
-def _(codes: Tensor, scale: Tensor, table: list[float], dtype: torch.dtype, bits: bool, width: int) -> Tensor:
+def _(
+    codes: Tensor, scale: Tensor, table: list[float], dtype: torch.dtype, bits: bool, width: int, text: str = ""
+) -> Tensor:
     value = gather16(codes, tuple(table)) * scale
     return (rounded_bits(value, dtype) if bits else rounded(value, dtype)).contiguous()
 
 
 @library.register_fake("bnbref::scaled16", lib=_operators)  # type: ignore[untyped-decorator]
-def _(codes: Tensor, scale: Tensor, table: list[float], dtype: torch.dtype, bits: bool, width: int) -> Tensor:
+def _(
+    codes: Tensor, scale: Tensor, table: list[float], dtype: torch.dtype, bits: bool, width: int, text: str = ""
+) -> Tensor:
     shape = torch.broadcast_shapes(codes.shape, scale.shape)
     return torch.empty(shape, dtype=torch.int32 if bits else torch.float32, device=codes.device)
 
@@ -163,7 +172,7 @@ def enable() -> int:
 
     Returns 0 where they cannot be registered; then plain operations are compiled. It imports `torch._inductor`, and is therefore
     called by the first compilation, not at import. The width is an argument of the operators, because Inductor's cache on disk
-    does not tell CPUs apart.
+    does not tell CPUs apart, and so is a digest of this file.
     """
     global _chosen
     if _chosen is None:
@@ -254,12 +263,14 @@ def _register() -> str:
         return lowerings.make_pointwise(inner, override_return_dtype=torch.int32 if bits else torch.float32)(*inputs)
 
     @lowerings.register_lowering(torch.ops.bnbref.lut16.default, type_promotion_kind=None)
-    def _(codes: Any, table: list[float], width: int) -> Any:
-        return lower(torch.ops.bnbref.lut16.default, [codes], (table, width), torch.float32, False)
+    def _(codes: Any, table: list[float], width: int, text: str = "") -> Any:
+        return lower(torch.ops.bnbref.lut16.default, [codes], (table, width, text), torch.float32, False)
 
     @lowerings.register_lowering(torch.ops.bnbref.scaled16.default, type_promotion_kind=None)
-    def _(codes: Any, scale: Any, table: list[float], dtype: torch.dtype, bits: bool, width: int) -> Any:
-        return lower(torch.ops.bnbref.scaled16.default, [codes, scale], (table, dtype, bits, width), dtype, bits)
+    def _(
+        codes: Any, scale: Any, table: list[float], dtype: torch.dtype, bits: bool, width: int, text: str = ""
+    ) -> Any:
+        return lower(torch.ops.bnbref.scaled16.default, [codes, scale], (table, dtype, bits, width, text), dtype, bits)
 
     return {512: _AVX512, 256: _AVX2}[width]
 
