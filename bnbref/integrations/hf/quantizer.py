@@ -24,7 +24,7 @@ from bnbref.integrations.hf.layers import is_linear, plain_layer, quantized_laye
 from bnbref.integrations.hf.loaded import dequantize, log_report, plain_if_new, set_flags, undone_on_saving
 from bnbref.integrations.hf.loading import ANOTHER_SHAPE, Quantize, Read
 from bnbref.integrations.hf.readers import read_by_others
-from bnbref.nn.inventory import REASONS, report
+from bnbref.nn.inventory import REASONS, merged, report
 from bnbref.nn.quantized_layer import QuantizedLayer
 from bnbref.quant_state import QuantState
 
@@ -87,21 +87,24 @@ class BnbRefHfQuantizer(HfQuantizer):  # type: ignore[misc]
         candidates = {name: m for name, m in model.named_modules() if is_linear(m) or is_experts(m)}
         tied = {key.removesuffix(".weight"): other for key, other in model.all_tied_weights_keys.items()}
         readers = read_by_others(model)
+        surprising: dict[str, list[str]] = {}
         for name, module in candidates.items():
             reason = f"tied to {tied[name]}" if name in tied else _skipped(name, patterns, skip)
             if reason is None and name in readers and not self.pre_quantized:
                 reason = f"{readers[name]} reads its weight by itself"
-                logger.warning("%s stays as it is. %s", name, reason)
+                surprising.setdefault(reason, []).append(name)
+            if reason is None and not is_linear(module) and self.spec.is_int8 and not self.pre_quantized:
+                reason = "experts: LLM.int8() is a product with a matrix; nf4 and fp4 are for any parameter"
+                surprising.setdefault(reason, []).append(name)
             if reason is not None:
                 self.reasons[name] = reason
             elif is_linear(module):
                 model.set_submodule(name, quantized_layer(module, self.spec, self.spec.is_int8))
-            elif self.spec.is_int8 and not self.pre_quantized:
-                self.reasons[name] = "experts: LLM.int8() is a product with a matrix; nf4 and fp4 are for any parameter"
-                logger.warning("%s stays as it is. %s", name, self.reasons[name])
             else:
                 parameters = module.named_parameters(prefix=name, recurse=False)
                 self.fused.update({n: None for n, p in parameters if p.dim() == 3})
+        for reason, names in surprising.items():
+            logger.warning("not quantized: %s. %s", ", ".join(merged(names)), reason)
         for pattern in skip:
             if all(should_convert_module(name, [pattern]) for name in candidates):
                 below = f".*{pattern}"
