@@ -1,6 +1,6 @@
 """`python -m bnbref`: the commands and their arguments. What they do is elsewhere, and imported when asked for.
 
-Exit status: 0 done, 1 something was found wrong, 2 the command could not be run as it was given.
+Exit status: 0 done, 1 something was found wrong, 2 the command could not be run as it was given, 130 interrupted.
 """
 
 import argparse
@@ -32,6 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # who reads the output, such as `head`, has read enough; what is left is written nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except KeyboardInterrupt:
+        print("bnbref: interrupted", file=sys.stderr)
+        return 130
     return status
 
 

@@ -5,8 +5,10 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ import torch
 from expecttest import assert_expected_inline
 
 import bnbref
-from bnbref import info
+from bnbref import cli, info
 from bnbref.cli import main
 from bnbref.demo import Settings
 from bnbref.selfcheck import Result, formats
@@ -246,6 +248,52 @@ def test_a_reader_that_has_read_enough():
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     os.close(writer)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+def interrupted(*args):
+    raise KeyboardInterrupt
+
+
+def test_ctrl_c(capsys, monkeypatch):
+    """One line in place of a hundred of torch's, and the status that a shell expects."""
+    monkeypatch.setattr(cli, "run_plan", interrupted)
+    assert main(["plan", "7B"]) == 130
+    assert_expected_inline(capsys.readouterr().err, """bnbref: interrupted\n""")
+
+
+def test_ctrl_c_reaches_the_workers_of_the_kit(tmp_path):
+    """Every process of a terminal gets it. The parent says so, and no worker is left or has something to say."""
+    (tmp_path / "slow.py").write_text(
+        "import pathlib, time\n"
+        "def quantize_4bit(*args, **kwargs):\n"
+        f"    pathlib.Path({str(tmp_path / 'begun')!r}).touch()\n"
+        "    time.sleep(60)\n",
+        encoding="utf-8",
+    )
+    path = f"{tmp_path}{os.pathsep}{ROOT}"
+    check = subprocess.Popen(
+        [sys.executable, "-m", "bnbref", "check", "--backend", "slow"], start_new_session=True, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path}, cwd=tmp_path,
+    )  # fmt: skip
+    while not (tmp_path / "begun").exists() and check.poll() is None:
+        time.sleep(0.1)
+    os.killpg(check.pid, signal.SIGINT)
+    said = check.communicate(timeout=60)[1]
+    assert (check.returncode, said) == (130, "bnbref: interrupted\n")
+    for _ in range(100):  # multiprocessing's own helper ends when it sees that the parent has
+        if not is_there(check.pid):
+            break
+        time.sleep(0.1)
+    assert not is_there(check.pid)
+
+
+def is_there(group):
+    """Whether any process is left in that group."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def test_nowhere_to_print_to(monkeypatch):
