@@ -21,7 +21,8 @@ import bnbref
 from bnbref import blockwise, fourbit, int8, nested
 from bnbref import functional as F
 from bnbref.codebooks import DYNAMIC, NF4, Codebook, value_table
-from bnbref.kernels import REGISTRY, Kernel, compiler, formulations, fused
+from bnbref.kernels import REGISTRY, Kernel, compile_enabled, compiler, formulations, fused
+from bnbref.kernels.ordered import batch_invariant_enabled
 from bnbref.kernels.variants import Variants
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -150,6 +151,25 @@ def test_eager_is_a_context_that_nests(counted):
         raise KeyError
     decode()
     assert len(counted) == 3
+
+
+def test_eager_in_threads():
+    """In a Python without a global lock a counter that threads share loses some of what they add: there this failed."""
+    barrier = threading.Barrier(8)
+
+    def work(_):
+        barrier.wait()
+        for _ in range(500):
+            with bnbref.eager(), bnbref.batch_invariant():
+                pass
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+    assert compile_enabled()
+    assert not batch_invariant_enabled()
+    with bnbref.eager(), bnbref.batch_invariant():
+        assert not compile_enabled()
+        assert batch_invariant_enabled()
 
 
 PROBE = """
