@@ -366,6 +366,26 @@ print([m for m in sys.modules for heavy in {HEAVY} if m == heavy or m.startswith
     assert done.stdout.strip() == "[]", "importing bnbref also imports these"
 
 
+PREFORK = """
+import os, signal, torch, bnbref
+
+child = os.fork()
+if child:
+    os._exit(os.waitpid(child, 0)[1] != 0)
+signal.alarm(60)  # ends it where it hangs
+torch.set_num_threads(2)
+codes = torch.full((64, 64), 127, dtype=torch.int8)
+assert (bnbref.int8.multiply(codes, codes) == 64 * 127 * 127).all() and torch.zeros(2**20).sum() == 0
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_processes_may_be_forked_after_the_import():
+    """As servers do that import before they fork. Where the parent has used several threads of OpenMP, the child would hang."""
+    done = subprocess.run([sys.executable, "-c", PREFORK], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
 # The readers of source above, on source whose outcome is known.
 
 
