@@ -24,6 +24,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; its exit status."""
     args = parser().parse_args(argv)
     try:
+        if args.run not in (run_info, run_plan) and not (Path(bnbref.__file__).parent / "py.typed").is_file():
+            raise Refused(
+                f"this command reads files beside the package, and there are none where {bnbref.__file__!r} is, in an archive or "
+                "a frozen program: install bnbref, or unpack it"
+            )
         status: int = args.run(args)
         print(end="", flush=True)
     except Refused as error:

@@ -30,8 +30,7 @@ EXACT_IN_FLOAT32 = 1024
 
 
 def cpu_product_is_exact() -> bool:
-    """Whether oneDNN's int8 product is exact. Without VNNI, or when told to do without it, it adds pairs of products in 16 bits and
-    saturates.
+    """Whether oneDNN's int8 product is exact: without VNNI, or told to do without, it adds pairs of products in 16 bits and saturates.
 
     It is asked at the first product and not at import, because it starts threads of OpenMP, after which a process that is made by
     `fork` hangs; and in a thread that has no mode, autocast or default device around it.

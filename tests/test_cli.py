@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -248,6 +249,27 @@ def test_a_reader_that_has_read_enough():
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     os.close(writer)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_from_an_archive(tmp_path):
+    """What needs no other file of the package runs; the rest says what is missing."""
+    archive = tmp_path / "bnbref.zip"
+    with zipfile.ZipFile(archive, "w") as packed:
+        for file in (ROOT / "bnbref").rglob("*.py"):
+            packed.write(file, file.relative_to(ROOT))
+
+    def run(*argv):
+        command = [sys.executable, "-m", "bnbref", *argv]
+        env = {**os.environ, "BNBREF_COMPILE": "0", "PYTHONPATH": str(archive)}
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
+
+    assert "ok: 5 formats, eager" in run("info").stdout
+    done = run("alias", "--enable")
+    assert done.returncode == 2
+    assert_expected_inline(
+        done.stderr.replace(str(tmp_path), "TMP"),
+        """bnbref: error: this command reads files beside the package, and there are none where 'TMP/bnbref.zip/bnbref/__init__.py' is, in an archive or a frozen program: install bnbref, or unpack it\n""",
+    )
 
 
 def interrupted(*args):

@@ -280,7 +280,30 @@ def test_what_fails_only_when_it_compiles_is_said_once_too(digest, tmp_path):
     )
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("a fault of bnbref")])
+def test_a_library_of_which_a_killed_process_wrote_a_part(digest, tmp_path):
+    """It is compiled anew, here and for later processes."""
+    folder = str(tmp_path / "cache")
+    assert probe(TORCHINDUCTOR_CACHE_DIR=folder) == [digest]
+    libraries = list(tmp_path.rglob("*.main.so"))
+    for size, library in enumerate(libraries):
+        library.write_bytes(b"part" * 100 * (size % 2))
+    assert probe(TORCHINDUCTOR_CACHE_DIR=folder) == [digest]
+    assert all(library.stat().st_size > 1000 for library in libraries)
+
+
+def test_only_what_inductor_wrote_is_removed(tmp_path, monkeypatch):
+    theirs = tmp_path / "libtriton.so"
+    theirs.touch()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    assert not compiler.removed_fragment(ImportError(f"{theirs}: file too short"))
+    assert not compiler.removed_fragment(RuntimeError("a fault of bnbref"))
+    assert theirs.exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device"), OSError(12, "Cannot allocate memory"), RuntimeError("a fault of bnbref")],
+)
 def test_a_folder_that_fills_up_in_the_middle_of_a_step(error, monkeypatch):
     """The pieces of a step that were computed are not computed again; any other error is no reason to go on."""
     monkeypatch.setattr(compiler, "_failed", {})
@@ -297,7 +320,7 @@ def test_a_folder_that_fills_up_in_the_middle_of_a_step(error, monkeypatch):
     monkeypatch.setitem(formulations.ATTACHED, "plus_one", formulations.Formulation(plus_one, piece=3))
     x = torch.arange(16.0).view(8, 2)  # pieces of 2, 3 and 3 rows
     if isinstance(error, OSError):
-        with pytest.warns(UserWarning, match="Inductor cannot keep code in its folder.*No space left on device"):
+        with pytest.warns(UserWarning, match=f"start a compiler or keep code in its folder.*{error.strerror}"):
             kernel(x)
         assert torch.equal(x, torch.arange(16.0).view(8, 2) + 1)
         assert compiler.missing_compiler("cpu") is not None

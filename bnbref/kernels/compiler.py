@@ -73,16 +73,18 @@ def why_failed(device_type: str, error: BaseException) -> str | None:
 
     It is asked afterwards, because nothing that is cheap tells whether a compiler that is there, and a folder, will do.
     """
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, _OUTSIDE) and type(cause).__name__ not in _OF_INDUCTOR:
-        cause = getattr(cause, "inner_exception", None) or cause.__cause__
+    cause = _outside(error)
     if cause is None:
         return None
     if isinstance(cause, (ImportError, UnicodeDecodeError)):
-        return _failed.setdefault(device_type, f"torch's compiler cannot be imported ({type(cause).__name__}: {cause})")
+        remedy = "; PYTHONUTF8=1 lets it read its own source" if isinstance(cause, UnicodeDecodeError) else ""
+        why = f"torch's compiler cannot be imported ({type(cause).__name__}: {cause}{remedy})"
+        return _failed.setdefault(device_type, why)
     lines = [line.strip() for line in str(cause).splitlines()]
-    if isinstance(cause, OSError):
-        return _failed.setdefault(device_type, _unusable(lines[0].partition(".  ")[0]))
+    if isinstance(cause, OSError):  # of a full disk, or of a process that may not be started
+        said = lines[0].partition(".  ")[0]
+        why = f"Inductor cannot start a compiler or keep code in its folder, TORCHINDUCTOR_CACHE_DIR ({said})"
+        return _failed.setdefault(device_type, why)
     folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())
     if " " in folder:
         return _failed.setdefault(
@@ -90,6 +92,26 @@ def why_failed(device_type: str, error: BaseException) -> str | None:
         )
     said = next((line for line in lines if "error:" in line), lines[0])
     return _failed.setdefault(device_type, f"the C++ compiler {_cxx()!r} fails ({said})")
+
+
+def _outside(error: BaseException) -> BaseException | None:
+    """What was no fault of a kernel, among the causes of an error."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, _OUTSIDE) and type(cause).__name__ not in _OF_INDUCTOR:
+        cause = getattr(cause, "inner_exception", None) or cause.__cause__
+    return cause
+
+
+def removed_fragment(error: BaseException) -> bool:
+    """Whether a compilation failed for a library in Inductor's folder of which a killed process wrote only a part. It is removed:
+    Inductor would try to load it in every process that is to come.
+    """
+    path, _, why = str(_outside(error)).partition(".so: ")
+    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")  # Inductor sets it when it is first used
+    if why not in ("file too short", "invalid ELF header") or not Path(path).is_relative_to(folder):
+        return False
+    Path(f"{path}.so").unlink(missing_ok=True)
+    return True
 
 
 def _unusable(why: str) -> str:
