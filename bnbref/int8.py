@@ -30,7 +30,7 @@ EXACT_IN_FLOAT32 = 1024
 
 
 def cpu_product_is_exact() -> bool:
-    """Whether oneDNN's int8 product is exact: without VNNI, or told to do without, it adds pairs of products in 16 bits and saturates.
+    """Whether oneDNN's int8 product is exact: without VNNI, or told to do without, it adds pairs in 16 bits and saturates.
 
     It is asked at the first product and not at import, because it starts threads of OpenMP, after which a process that is made by
     `fork` hangs; and in a thread that has no mode, autocast or default device around it.
@@ -166,7 +166,9 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
         product = torch.zeros(rows.shape[0], b.shape[0], dtype=torch.int32, device=a.device)
     elif transforming():  # vmap knows float products
         product = _multiply_in_float32(rows, b)
-    elif a.device.type == "cpu" and cpu_product_is_exact() and b.shape[1] > 1:  # for k = 1 it returns what was in memory
+    elif (
+        a.device.type == "cpu" and cpu_product_is_exact() and b.shape[1] > 1
+    ):  # for k = 1 it returns what was in memory
         product = torch._int_mm(rows, b.t())
     elif a.device.type == "cuda":
         product = _multiply_on_cuda(rows, b)

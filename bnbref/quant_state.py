@@ -90,7 +90,10 @@ class QuantState:
         >>> QuantState(torch.ones(2), torch.Size([4, 32]), blocksize=64, quant_type="nf4", dtype=torch.float16)
         QuantState(quant_type='nf4', shape=(4, 32), dtype=torch.float16, blocksize=64, nested=False)
         """
-        kind, shape = getattr(self.quant_type, "name", self.quant_type), None if self.shape is None else tuple(self.shape)
+        kind, shape = (
+            getattr(self.quant_type, "name", self.quant_type),
+            None if self.shape is None else tuple(self.shape),
+        )
         fields = f"quant_type={kind!r}, shape={shape}, dtype={self.dtype}, blocksize={self.blocksize}"
         return f"{type(self).__name__}({fields}, nested={self.nested})"
 

@@ -268,7 +268,7 @@ def test_from_an_archive(tmp_path):
     assert done.returncode == 2
     assert_expected_inline(
         done.stderr.replace(str(tmp_path), "TMP"),
-        """bnbref: error: this command reads files beside the package, and there are none where 'TMP/bnbref.zip/bnbref/__init__.py' is, in an archive or a frozen program: install bnbref, or unpack it\n""",
+        """bnbref: error: this command reads files beside the package, and there are none where 'TMP/bnbref.zip/bnbref/__init__.py' is, in an archive or a frozen program: install bnbref, or unpack it\n""",  # noqa: E501
     )
 
 

@@ -189,6 +189,26 @@ def test_the_lowering_is_in_the_code():
     assert "_mm256_permutevar8x32_ps" in code
 
 
+def test_another_version_of_the_lowering_is_compiled_anew(tmp_path, monkeypatch):
+    """Inductor's cache on disk is shared by all versions of bnbref that ever ran on a machine."""
+    from torch._dynamo.utils import counters
+
+    if not lookup16.enable():
+        pytest.skip(lookup16.lowering())
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+
+    def compilations():
+        torch._dynamo.reset()
+        counters.clear()
+        torch.compile(lambda q: lookup16.lookup16(q, TABLE), fullgraph=True)(codes(64, 64))
+        return counters["inductor"]["fxgraph_cache_miss"]
+
+    with torch._inductor.config.patch(fx_graph_cache=True), torch._functorch.config.patch(enable_autograd_cache=False):
+        assert (compilations(), compilations()) == (1, 0)
+        monkeypatch.setattr(lookup16, "_TEXT", "of another version")
+        assert (compilations(), compilations()) == (1, 0)
+
+
 def test_the_default_dtype_does_not_matter():
     q, scale = codes(2, 64), torch.tensor([[0.3], [7.0]])
 

@@ -137,7 +137,9 @@ def _how(exit_code: int | None) -> str:
 
 def _serve(connection: Connection, name: str, device: str, threads: int) -> None:
     """Run cases until there are no more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process: the parent says so, and ends its workers
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches every process: the parent says so, and ends its workers
     torch.set_num_threads(threads)
     backend = backends.load(name)
     connection.send_bytes(b"loaded")

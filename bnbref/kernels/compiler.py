@@ -1,7 +1,9 @@
 """What a compiler needs on this machine, and the options under which its code has the bits of the eager operations."""
 
 import functools
+import hashlib
 import importlib.util
+import inspect
 import os
 import shutil
 import subprocess
@@ -44,6 +46,19 @@ def taught(register: Callable[[], None]) -> bool:
     except (ImportError, AttributeError, TypeError):
         return False
     return True
+
+
+def digest_of(*modules: str) -> str:
+    """A digest of the texts of modules of ours that teach Inductor operators, for an argument of these operators.
+
+    Inductor's cache on disk knows an operator by its name and arguments, and not by what it was taught. Without the digest it
+    would return the code of another version of bnbref.
+    """
+    try:
+        text = "".join(inspect.getsource(sys.modules[name]) for name in modules)
+    except OSError:  # a frozen program has no texts, and one version of them
+        return ""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def is_gpu(x: Tensor) -> bool:

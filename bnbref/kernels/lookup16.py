@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, library
 
 from bnbref.context import exporting
+from bnbref.kernels import lookup16_cpp
+from bnbref.kernels.compiler import digest_of
 from bnbref.kernels.floats import rounded_bits
 from bnbref.kernels.lookup16_cpp import Table, scalar_code, vector_code
 
@@ -29,10 +31,14 @@ _AVX2 = "2 x vpermps + blend"
 _PLAIN = "plain tensor operations"
 _chosen: str | None = None  # what `enable` found: None before it was called
 
+_TEXT = digest_of(__name__, lookup16_cpp.__name__)
+
 _operators = library.Library("bnbref", "FRAGMENT")
-_operators.define("lut16(Tensor codes, float[] table, int width) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _operators.define(
-    "scaled16(Tensor codes, Tensor scale, float[] table, ScalarType dtype, int width) -> Tensor",
+    "lut16(Tensor codes, float[] table, int width, str text='') -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+)
+_operators.define(
+    "scaled16(Tensor codes, Tensor scale, float[] table, ScalarType dtype, int width, str text='') -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -76,7 +82,7 @@ def lookup16(codes: Tensor, table: Table) -> Tensor:
     """
     _check(table)
     if _native(codes):
-        native: Tensor = torch.ops.bnbref.lut16(codes.to(torch.int32), table, enable())
+        native: Tensor = torch.ops.bnbref.lut16(codes.to(torch.int32), table, enable(), _TEXT)
         return native
     return tree16(codes, table) if torch.compiler.is_compiling() else gather16(codes, table)
 
@@ -95,7 +101,7 @@ def scaled16_bits(codes: Tensor, scale: Tensor, table: Table, dtype: torch.dtype
     if scale.dtype != torch.float32:
         raise TypeError(f"scale must be float32, got {scale.dtype}")
     if _native(codes):
-        native: Tensor = torch.ops.bnbref.scaled16(codes.to(torch.int32), scale, table, dtype, enable())
+        native: Tensor = torch.ops.bnbref.scaled16(codes.to(torch.int32), scale, table, dtype, enable(), _TEXT)
         return native
     value = tree16(codes, table) if torch.compiler.is_compiling() else gather16(codes, table)
     return rounded_bits(value * scale, dtype)
@@ -116,22 +122,22 @@ def _native(codes: Tensor) -> bool:
 
 
 @library.impl(_operators, "lut16", "CompositeExplicitAutograd")
-def _(codes: Tensor, table: list[float], width: int) -> Tensor:
+def _(codes: Tensor, table: list[float], width: int, text: str = "") -> Tensor:
     return gather16(codes, tuple(table))
 
 
 @library.register_fake("bnbref::lut16", lib=_operators)  # type: ignore[untyped-decorator]
-def _(codes: Tensor, table: list[float], width: int) -> Tensor:
+def _(codes: Tensor, table: list[float], width: int, text: str = "") -> Tensor:
     return torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
 
 
 @library.impl(_operators, "scaled16", "CompositeExplicitAutograd")
-def _(codes: Tensor, scale: Tensor, table: list[float], dtype: torch.dtype, width: int) -> Tensor:
+def _(codes: Tensor, scale: Tensor, table: list[float], dtype: torch.dtype, width: int, text: str = "") -> Tensor:
     return rounded_bits(gather16(codes, tuple(table)) * scale, dtype).contiguous()
 
 
 @library.register_fake("bnbref::scaled16", lib=_operators)  # type: ignore[untyped-decorator]
-def _(codes: Tensor, scale: Tensor, table: list[float], dtype: torch.dtype, width: int) -> Tensor:
+def _(codes: Tensor, scale: Tensor, table: list[float], dtype: torch.dtype, width: int, text: str = "") -> Tensor:
     return torch.empty(torch.broadcast_shapes(codes.shape, scale.shape), dtype=torch.int32, device=codes.device)
 
 
@@ -149,7 +155,7 @@ def enable() -> int:
 
     Returns 0 where they cannot be registered; then plain operations are compiled. It imports `torch._inductor`, and is therefore
     called by the first compilation, not at import. The width is an argument of the operators, because Inductor's cache on disk
-    does not tell CPUs apart.
+    does not tell CPUs apart, and so is a digest of the lowering.
     """
     global _chosen
     if _chosen is None:
@@ -238,11 +244,11 @@ def _register() -> str:
         return lowerings.make_pointwise(inner, override_return_dtype=result)(*lowerings.broadcast_tensors(*inputs))
 
     @lowerings.register_lowering(torch.ops.bnbref.lut16.default, type_promotion_kind=None)
-    def _(codes: Any, table: list[float], width: int) -> Any:
-        return lower(torch.ops.bnbref.lut16.default, [codes], table, None, width)
+    def _(codes: Any, table: list[float], width: int, text: str = "") -> Any:
+        return lower(torch.ops.bnbref.lut16.default, [codes], table, None, width, text)
 
     @lowerings.register_lowering(torch.ops.bnbref.scaled16.default, type_promotion_kind=None)
-    def _(codes: Any, scale: Any, table: list[float], dtype: torch.dtype, width: int) -> Any:
-        return lower(torch.ops.bnbref.scaled16.default, [codes, scale], table, dtype, dtype, width)
+    def _(codes: Any, scale: Any, table: list[float], dtype: torch.dtype, width: int, text: str = "") -> Any:
+        return lower(torch.ops.bnbref.scaled16.default, [codes, scale], table, dtype, dtype, width, text)
 
     return {512: _AVX512, 256: _AVX2}[width]
