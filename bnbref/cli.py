@@ -82,7 +82,9 @@ def parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", help="what fits on which GPU: formats, QLoRA or full training, optimizers")
     plan.add_argument("model", metavar="MODEL", help="a directory, a config.json, a name on the hub, or a size like 7B")
     plan.add_argument(
-        "--memory", metavar="SIZE", help="the memory of your GPU, like 24GiB: the best that fits, and the code to paste"
+        "--memory",
+        metavar="SIZE",
+        help="the memory of your GPU, like 24GiB, or of several, like 2x24GiB: the best that fits, and the code to paste",
     )
     plan.add_argument(
         "--train",
@@ -209,11 +211,12 @@ def run_plan(args: argparse.Namespace) -> int:
         if args.memory is None:
             text, fits = plan_report.cards(config, args.train, optimizer, args.seq, args.batch)
         else:
-            memory = plan_report.parse_bytes(args.memory)
+            count, each = plan_report.parse_memory(args.memory)
+            memory = plan_report.room(config, count, each)
             optimizer = optimizer or bnbref.optim.PagedAdamW8bit
             found = plan.plans(config, args.train, optimizer, args.seq, args.batch)
             name = args.model if plan.number_of_parameters(args.model) is None else "NAME OF THE MODEL"
-            text = plan_report.report(name, found, memory, args.train, optimizer.__name__)
+            text = plan_report.report(name, found, memory, args.train, optimizer.__name__, count)
             fits = any(p.total <= memory for p in found)
     except (OSError, ValueError) as error:
         raise Refused(str(error)) from error

@@ -1,5 +1,6 @@
 """`python -m bnbref plan`: against the bytes of models that are loaded, trained and generate, and published sizes."""
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -13,6 +14,7 @@ from bnbref import cli, optim
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 plan = pytest.importorskip("bnbref.integrations.hf.plan")
+plan_report = pytest.importorskip("bnbref.integrations.hf.plan_report")
 hf = pytest.importorskip("bnbref.integrations.hf.transformers")
 
 DEMO = Path(bnbref.__file__).parent / "demo" / "model"
@@ -186,9 +188,28 @@ def test_a_size_has_no_name_to_load(capsys):
 
 def test_the_page_shows_what_the_command_prints(capsys):
     page = (Path(__file__).parent.parent / "docs/content/memory.md").read_text(encoding="utf-8")
-    for arguments in (["7B"], ["7B", "--memory", "8GiB", "--train", "qlora"]):
+    for arguments in (["7B"], ["7B", "--memory", "8GiB", "--train", "qlora"], ["70B", "--memory", "2x24GiB"]):
         cli.main(["plan", *arguments])
         assert f"```text\n{capsys.readouterr().out}```" in page, arguments
+
+
+def test_layers_are_divided_among_gpus_as_a_whole():
+    """GPUs that are filled in turn, as accelerate does, hold whatever fits into the room that a plan counts with."""
+    config = plan.llama(1e9)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    layers = [2 * sum(p.numel() for p in layer.parameters()) for layer in model.model.layers]
+    embedding = 2 * model.model.embed_tokens.weight.numel()
+    assert plan.undivided_bytes(config) == max(*layers, embedding)
+    for count in (1, 2, 3):
+        room = functools.partial(plan_report.room, config, count)
+        memory = next(m for m in range(2**20, 2**32, 2**20) if room(m) >= sum((embedding, *layers, embedding)))
+        gpus, left = 1, memory
+        for part in (embedding, *layers, embedding):
+            if part > left:
+                gpus, left = gpus + 1, memory
+            left -= part
+        assert gpus <= count
 
 
 def test_what_does_not_fit(capsys):
@@ -199,9 +220,10 @@ def test_what_does_not_fit(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--memory", "much"], "memory must be a number with a unit, like 24GiB or 16GB, got 'much'"),
+        (["--memory", "much"], "memory must be a number with a unit, like 24GiB, 16GB or 2x24GiB, got 'much'"),
         (["--memory", "3 km"], "memory must be"),
         (["--memory", "8"], "memory must be a number with a unit"),
+        (["--memory", "0x8GiB"], "memory must be a number with a unit"),
         (["--optimizer", "Adafactor"], "--optimizer must be one of AdEMAMix, "),
     ],
 )

@@ -139,6 +139,17 @@ def weight_bytes(config: Any, spec: BnbRefConfig | None, floats: torch.dtype = D
     return found
 
 
+def undivided_bytes(config: Any) -> int:
+    """Bytes of the largest part of a model that one GPU holds as a whole, in bfloat16: a layer, or the embedding."""
+    model, _ = on_meta(config, None)
+    parts = [
+        m
+        for m in model.modules()
+        if type(m).__name__ in (model._no_split_modules or ()) or isinstance(m, torch.nn.Embedding)
+    ]
+    return max(sum(p.numel() for p in part.parameters()) for part in parts or [model]) * DTYPE.itemsize
+
+
 def adapter_shapes(config: Any, rank: int) -> list[torch.Size]:
     """The shapes of the adapters that LoRA of that rank puts on the projections of attention."""
     model, _ = on_meta(config, None)
