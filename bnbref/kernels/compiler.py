@@ -105,6 +105,10 @@ def why_failed(device_type: str, error: BaseException) -> str | None:
         return _failed.setdefault(
             device_type, _unusable(f"{folder!r} has blanks, which torch does not quote for a compiler")
         )
+    installed = next((path for path in (torch.__file__, sysconfig.get_path("include")) if " " in path), None)
+    if installed is not None:
+        why = f"{installed!r} has blanks, which torch does not quote for a compiler: install torch in a folder without"
+        return _failed.setdefault(device_type, why)
     said = next((line for line in lines if "error:" in line), lines[0])
     return _failed.setdefault(device_type, f"the C++ compiler {_cxx()!r} fails ({said})")
 
