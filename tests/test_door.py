@@ -280,6 +280,21 @@ def test_what_fails_only_when_it_compiles_is_said_once_too(digest, tmp_path):
     )
 
 
+def test_an_environment_in_a_folder_with_a_blank(monkeypatch):
+    """The compiler says only that the linker failed."""
+    failure = type("CppCompileError", (RuntimeError,), {})(
+        "C++ compile error\ncollect2: error: ld returned 1 exit status"
+    )
+    monkeypatch.setattr(compiler, "_failed", {})
+    assert "fails (collect2: error: ld returned 1 exit status)" in str(compiler.why_failed("cpu", failure))
+    monkeypatch.setattr(compiler, "_failed", {})
+    monkeypatch.setattr(torch, "__file__", "/my code/.venv/torch/__init__.py")
+    assert_expected_inline(
+        str(compiler.why_failed("cpu", failure)),
+        """'/my code/.venv/torch/__init__.py' has blanks, which torch does not quote for a compiler: install torch in a folder without""",
+    )
+
+
 def test_a_library_of_which_a_killed_process_wrote_a_part(digest, tmp_path):
     """It is compiled anew, here and for later processes."""
     folder = str(tmp_path / "cache")

@@ -4,6 +4,7 @@ import ast
 import importlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -277,6 +278,29 @@ def test_the_source_distribution_has_what_its_tests_read():
 
 
 # ---- what there is to use -------------------------------------------------------------------------------------------
+
+
+def test_line_ends_are_those_that_the_digests_are_of(tmp_path):
+    """A clone on Windows, where git has `core.autocrlf` by default."""
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("no checkout of git")
+    name = "bnbref/demo/model/heldout.txt"
+    clone = [
+        "git",
+        "-c",
+        "core.autocrlf=true",
+        "clone",
+        "-q",
+        "--depth",
+        "1",
+        "--no-checkout",
+        ROOT.as_uri(),
+        tmp_path / "clone",
+    ]
+    subprocess.run(clone, check=True, capture_output=True)
+    take = ["git", "-c", "core.autocrlf=true", "checkout", "HEAD", "--", ".gitattributes", name]
+    subprocess.run(take, check=True, capture_output=True, cwd=tmp_path / "clone")
+    assert b"\r" not in (tmp_path / "clone" / name).read_bytes()
 
 
 def test_dir_is_what_there_is_to_use():

@@ -1,6 +1,5 @@
 """`python -m bnbref plan`: against the bytes of models that are loaded, trained and generate, and published sizes."""
 
-import functools
 import json
 import re
 from pathlib import Path
@@ -200,12 +199,14 @@ def test_layers_are_divided_among_gpus_as_a_whole():
         model = transformers.AutoModelForCausalLM.from_config(config)
     layers = [2 * sum(p.numel() for p in layer.parameters()) for layer in model.model.layers]
     embedding = 2 * model.model.embed_tokens.weight.numel()
-    assert plan.undivided_bytes(config) == max(*layers, embedding)
+    largest = max(*layers, embedding)
+    assert plan.undivided_bytes(config) == largest
+    parts = (embedding, *layers, embedding)
     for count in (1, 2, 3):
-        room = functools.partial(plan_report.room, config, count)
-        memory = next(m for m in range(2**20, 2**32, 2**20) if room(m) >= sum((embedding, *layers, embedding)))
+        memory = -(-(sum(parts) + (count - 1) * largest) // count)
+        assert plan_report.room(config, count, memory) >= sum(parts)
         gpus, left = 1, memory
-        for part in (embedding, *layers, embedding):
+        for part in parts:
             if part > left:
                 gpus, left = gpus + 1, memory
             left -= part

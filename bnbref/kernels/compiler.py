@@ -49,13 +49,13 @@ def taught(register: Callable[[], None]) -> bool:
 
 
 def digest_of(*modules: str) -> str:
-    """A digest of the text of modules of ours that teach Inductor operators, for an argument of these operators.
+    """A digest of the texts of modules of ours that teach Inductor operators, for an argument of these operators.
 
     Inductor's cache on disk knows an operator by its name and arguments, and not by what it was taught. Without the digest it
     would return the code of another version of bnbref.
     """
     try:
-        text = "".join(inspect.getsource(sys.modules[module]) for module in modules)
+        text = "".join(inspect.getsource(sys.modules[name]) for name in modules)
     except OSError:  # a frozen program has no texts, and one version of them
         return ""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -105,6 +105,10 @@ def why_failed(device_type: str, error: BaseException) -> str | None:
         return _failed.setdefault(
             device_type, _unusable(f"{folder!r} has blanks, which torch does not quote for a compiler")
         )
+    installed = next((path for path in (torch.__file__, sysconfig.get_path("include")) if " " in path), None)
+    if installed is not None:
+        why = f"{installed!r} has blanks, which torch does not quote for a compiler: install torch in a folder without"
+        return _failed.setdefault(device_type, why)
     said = next((line for line in lines if "error:" in line), lines[0])
     return _failed.setdefault(device_type, f"the C++ compiler {_cxx()!r} fails ({said})")
 

@@ -155,7 +155,7 @@ def enable() -> int:
 
     Returns 0 where they cannot be registered; then plain operations are compiled. It imports `torch._inductor`, and is therefore
     called by the first compilation, not at import. The width is an argument of the operators, because Inductor's cache on disk
-    does not tell CPUs apart, and so is a digest of this file and of the C++.
+    does not tell CPUs apart, and so is a digest of the lowering.
     """
     global _chosen
     if _chosen is None:

@@ -147,7 +147,8 @@ def undivided_bytes(config: Any) -> int:
         for m in model.modules()
         if type(m).__name__ in (model._no_split_modules or ()) or isinstance(m, torch.nn.Embedding)
     ]
-    return int(max(sum(p.numel() for p in part.parameters()) for part in parts or [model]) * DTYPE.itemsize)
+    sizes: list[int] = [sum(p.numel() for p in part.parameters()) for part in parts or [model]]
+    return max(sizes) * DTYPE.itemsize
 
 
 def adapter_shapes(config: Any, rank: int) -> list[torch.Size]:
