@@ -106,7 +106,7 @@ class QuantState:
 
     @property
     def code_bytes(self) -> int:
-        """How many bytes the packed 4-bit codes of the tensor have."""
+        """The size in bytes of the packed 4-bit codes of the tensor."""
         return -(-present(self.shape, "shape").numel() // 2)
 
     def scales(self) -> Tensor:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
+from bnbref.context import constant_of_graphs
 from bnbref.kernels import floats
 from bnbref.kernels.compiler import digest_of, taught
 
@@ -77,16 +78,13 @@ def _(table: Tensor, index: Tensor, text: str = "") -> Tensor:
 # ---- teaching Inductor ----------------------------------------------------------------------------------------------
 
 
+@constant_of_graphs
 def _enable() -> bool:
     """Registers the lowering with Inductor, once per process; False where it cannot be, and then a plain look-up is compiled."""
     global _native
     if _native is None:
         _native = taught(_register)
     return _native
-
-
-# As torch.compiler.assume_constant_result does, without importing torch._dynamo.
-_enable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _register() -> None:

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnbref.context import constant_of_graphs
+
 # The door has compared all that these would look at again in every call.
 _NO_ASSERTS = {"size_asserts": False, "alignment_asserts": False, "assert_indirect_indexing": False}
 
@@ -158,13 +160,10 @@ def missing_compiler(device_type: str) -> str | None:
     return _failed.get(device_type) or _lacking(device_type)
 
 
+@constant_of_graphs
 def compiles(device_type: str) -> bool:
-    """Whether Inductor can compile for a device type. torch.compile does not trace it: it is a constant of the graph."""
+    """Whether Inductor can compile for a device type."""
     return missing_compiler(device_type) is None
-
-
-# As torch.compiler.assume_constant_result does, without importing torch._dynamo.
-compiles._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

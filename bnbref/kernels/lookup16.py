@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
-from bnbref.context import exporting
+from bnbref.context import constant_of_graphs, exporting
 from bnbref.kernels import lookup16_cpp
 from bnbref.kernels.compiler import digest_of
 from bnbref.kernels.floats import rounded_bits
@@ -150,6 +150,7 @@ def lowering() -> str:
     return str(_chosen)
 
 
+@constant_of_graphs
 def enable() -> int:
     """Registers the lowerings with Inductor, once per process, and returns the width of their vectors in bits.
 
@@ -164,10 +165,6 @@ def enable() -> int:
         except (ImportError, AttributeError, TypeError) as error:  # a torch whose internals have moved
             _chosen = f"{_PLAIN}: Inductor's internals are not as expected ({error})"
     return {_AVX512: 512, _AVX2: 256}.get(_chosen, 0)
-
-
-# As torch.compiler.assume_constant_result does, without importing torch._dynamo.
-enable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _width(isa: Any) -> int:

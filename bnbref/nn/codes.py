@@ -30,7 +30,7 @@ _NAMES = ("add", "sub", "mul", "div", "lerp", "addcmul", "addcdiv")
 _ALIASES = ("subtract", "multiply", "divide", "true_divide")
 _ARITHMETIC = {*_NAMES, *_ALIASES, *(f"_foreach_{name}" for name in _NAMES)}
 _ARITHMETIC |= {f"__{side}{name}__" for name in _BINARY[:4] for side in ("", "r")}
-# What multiplies by a weight without asking its layer, as nn.MultiheadAttention does with its out_proj's; the first function
+# Functions that multiply by a weight without asking its layer, as nn.MultiheadAttention does with its out_proj's; the first one
 # that weight_norm calls; and torch.func.stack_module_state, whose result has no scales.
 _ANY_DTYPE = {"linear", "matmul", "mm", "multi_head_attention_forward", "__matmul__", "__rmatmul__"}
 _ANY_DTYPE |= {"norm_except_dim", "stack"}

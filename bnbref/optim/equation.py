@@ -1,4 +1,4 @@
-"""What a rule computes, written down: `direction` is run on symbols, and the operations that it asked for are a program.
+"""The equation of a rule as a text: `direction` is run on symbols, and the operations that it asked for are a program.
 
     def direction(p, g, s0, c):
         a0 = c.b1 * s0

@@ -224,7 +224,7 @@ def plans(
     for name, spec in FORMATS.items():
         if train == "full" and spec is not None:
             continue
-        # What is not quantized, embeddings above all, is cast to float32 by peft's prepare_model_for_kbit_training.
+        # Parameters that are not quantized, embeddings above all, are cast to float32 by peft's prepare_model_for_kbit_training.
         parts = weight_bytes(config, spec, torch.float32 if train == "qlora" and spec is not None else DTYPE)
         host = 0
         if train is None:
