@@ -1,6 +1,7 @@
 """Strangers' classes around an optimizer: what they keep in its `state`, and saved states that they put there themselves."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -188,3 +189,22 @@ def test_a_state_of_another_rule_is_refused_in_a_wrapper_too():
         lion.step()
     names = {name("state1") for name in (str, absmax_key, qmap_key)}
     assert names < adam.state_dict()["state"][0][WRAPPED].keys()
+
+
+def test_a_step_inside_a_graph():
+    """Coefficients are made anew at each step: Dynamo neither keeps those of the first nor warns of what it met."""
+    ends = []
+    for wrap in (lambda step: step, lambda step: torch.compile(step, backend="eager")):
+        torch._dynamo.reset()
+        p = parameter()
+        optimizer = optim.AdamW8bit([p], min_8bit_size=1)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=9)
+        step = wrap(optimizer.step)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for t in range(4):
+                p.grad = torch.full_like(p, t + 1.0)
+                step()
+                schedule.step()
+        ends.append(p.detach())
+    assert torch.equal(*ends)

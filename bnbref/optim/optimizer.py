@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from bnbref.blockwise import check_blocksize
 from bnbref.optim import paging, turns
@@ -149,6 +150,7 @@ class Optimizer(torch.optim.Optimizer):
             self._placement.end(steps)
         return loss
 
+    @_disable_dynamo  # its kernels are compiled without that, and tracing the Python between them takes seconds
     def advance(self, parameters: Sequence[tuple[Tensor, Mapping[str, Any]]]) -> None:
         """The step of some parameters, each with its group. A `page_directory` is a checkpoint again after `step`."""
         due = self._due(parameters)

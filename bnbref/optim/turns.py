@@ -184,5 +184,5 @@ def _say_interrupted(
     warnings.warn(
         f"a step was interrupted. By their index in the state dict: {sorted(done)} have made it, {not_yet} are as they were, "
         f"and {sorted(part)} may have made a part of it",
-        stacklevel=7,
+        stacklevel=9,
     )
