@@ -46,6 +46,8 @@ if not TYPE_CHECKING:  # a type checker would believe that there is any name
         try:
             return getattr(importlib.import_module(home), name)
         except ModuleNotFoundError as error:
+            if error.name is None:  # transformers' own, about what it could not import
+                raise
             raise ImportError(f"bnbref.{name} needs {error.name}: pip install {error.name}", name=error.name) from error
 
 

@@ -380,6 +380,23 @@ except ImportError as error:
     assert done.stdout == "bnbref.BnbRefConfig needs transformers: pip install transformers\n"
 
 
+def test_a_transformers_that_is_broken_says_so_itself():
+    code = """
+import sys, types
+class Lazy(types.ModuleType):
+    def __getattr__(self, name):
+        raise AttributeError(name) if name.startswith("_") else ModuleNotFoundError(f"Could not import module {name!r}")
+sys.modules["transformers"] = Lazy("transformers")
+import bnbref
+try:
+    bnbref.BnbRefConfig
+except ImportError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.startswith("Could not import module '")
+
+
 def test_import_is_light():
     code = f"""
 import sys, bnbref

@@ -126,6 +126,8 @@ class EightBitLayer(QuantizedLayer):
         return name in ("weight", "SCB", "weight_format")
 
     def _read(self, entries: Mapping[str, Tensor]) -> Int8Params | None:
+        if "weight" not in entries:
+            raise ValueError(f"weight is missing, but its {sorted(entries)} are there")
         entries = dict(entries)
         layout: Any = entries.pop("weight_format", 0)
         if isinstance(layout, Tensor):

@@ -201,6 +201,19 @@ class QuantizedParameter(Watched, nn.Parameter):
         self.__dict__.update(state)
 
 
+def made(cls: type[Self], data: Tensor, requires_grad: bool) -> Self:
+    """The memory of data as a parameter. TypeError for a tensor that has none, as a FakeTensor or a DTensor."""
+    try:
+        return torch.Tensor._make_subclass(cls, data.detach(), requires_grad)
+    except RuntimeError as error:
+        if type(data) in (Tensor, nn.Parameter):
+            raise
+        raise TypeError(
+            f"data of a {cls.__name__} must be a tensor with memory of its own, got a {type(data).__name__}: quantize plain "
+            "tensors, and distribute or trace the layers then; a model without memory is built on the meta device"
+        ) from error
+
+
 def _numbered(device_type: str, device: Any) -> torch.device:
     if device is None:
         return torch.device(device_type)

@@ -82,7 +82,6 @@ def _function(source: str) -> FunctionType:
     return function
 
 
-@_disable_dynamo  # part of a step that somebody compiles, too
 def write_down(rule: Rule, names: tuple[str, ...]) -> Equation:
     """The equation of a rule whose coefficients have these names.
 
@@ -152,6 +151,7 @@ def coefficients_of(rule: Rule, t: int, group: Mapping[str, Any]) -> dict[str, f
     return found
 
 
+@_disable_dynamo  # Python, in what somebody compiles, too
 def at_step(
     rule: Rule, t: int, group: Mapping[str, Any], device: torch.device | None = None
 ) -> tuple[Equation, Tensor]:

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 
 from bnbref import blockwise
 from bnbref.codebooks import value_table
@@ -94,7 +93,6 @@ def alike(p: Tensor) -> tuple[Any, ...]:
     return p.shape, p.dtype, p.device, None if shard is None else shard.group
 
 
-@_disable_dynamo  # the same operators of torch, whoever compiles the step
 def step_together(rule: Equation, hyper: Tensor, jobs: Sequence[Job], stream: Stream) -> None:
     """One step in place of parameters that are `alike`.  *Bounded* by what the rule says of its functions of the whole matrix.
 

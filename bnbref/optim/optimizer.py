@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from bnbref.blockwise import check_blocksize, check_dense
 from bnbref.optim import paging, planned_steps
@@ -20,7 +21,7 @@ from bnbref.optim.named_rules import NamedRules
 from bnbref.optim.rule import Rule
 from bnbref.optim.settings import ALWAYS, ANYWHERE, GlobalOptimManager, check_distinct, check_settings
 from bnbref.optim.sharding import local, shard_of, sharded_like
-from bnbref.optim.state_dict import gathered_state, unwrapped_state, wrapped_state
+from bnbref.optim.state_dict import WRAPPED, gathered_state, unwrapped_state, wrapped_state
 from bnbref.optim.update import new_state
 
 
@@ -146,10 +147,11 @@ class Optimizer(torch.optim.Optimizer):
                 loss = closure()
         self.advance([(p, group) for group in self.param_groups for p in group["params"]])
         if self._placement.directory is not None:
-            steps = {i: self.state[p]["step"] for i, p in enumerate(self._parameters()) if self.state.get(p)}
+            steps = {i: self.state[p]["step"] for i, p in enumerate(self._parameters()) if "step" in self._state(p)}
             self._placement.end(steps)
         return loss
 
+    @_disable_dynamo  # its kernels are compiled without that, and tracing the Python between them takes seconds
     def advance(self, parameters: Sequence[tuple[Tensor, Mapping[str, Any]]]) -> None:
         """The step of some parameters, each with its group. A `page_directory` is a checkpoint again after `step`."""
         steps = self._planned_steps(parameters)
@@ -172,13 +174,22 @@ class Optimizer(torch.optim.Optimizer):
             if own is not None:
                 self._check_known(own)
                 self._check(config)
-            grad = planned_steps.checked_gradient(p, p.grad, self.state[p], self._rules.of(config))
+            state = self._state(p)
+            grad = planned_steps.checked_gradient(p, p.grad, state, self._rules.of(config))
             self._rules.check_shape(p, config)
-            key = (id(config), self.state[p].get("step", 0) + 1, p.device)
+            key = (id(config), state.get("step", 0) + 1, p.device)
             if key not in equations:
                 equations[key] = self._rules.at_step(key[1], config, p.device)
             steps.append(planned_steps.PlannedStep(p, grad, config, *equations[key]))
         return steps
+
+    def _state(self, p: Tensor) -> dict[str, Any]:
+        """The state of p, empty if it has none. Whoever steps parameters in a class of their own may have put a saved one there,
+        as torch's ZeroRedundancyOptimizer does."""
+        if WRAPPED in self.state.get(p, {}):
+            self._read({q: state for q, state in self.state.items() if WRAPPED in state})
+        found: dict[str, Any] = self.state.get(p, {})
+        return found
 
     def _parameters(self) -> list[Tensor]:
         """All parameters, by the indices that they have in a state dict."""
@@ -191,10 +202,11 @@ class Optimizer(torch.optim.Optimizer):
 
     def _begin(self, p: Tensor, config: Mapping[str, Any]) -> None:
         """Gives p its first state; or, if its state was loaded without the correction that p is to have, that correction."""
-        if not self.state[p]:
-            self.state[p] = self.new_state(p, config, self._memory(p))
-        elif not corrections(p, self.state[p]):
-            self.state[p].update(_new_correction(p, config, self._memory(p)))
+        state = self._state(p)
+        if "step" not in state:
+            self.state[p].update(self.new_state(p, config, self._memory(p)))
+        elif not corrections(p, state):
+            state.update(_new_correction(p, config, self._memory(p)))
 
     def new_state(self, p: Tensor, config: Mapping[str, Any], empty: Callable[..., Tensor]) -> dict[str, Any]:
         """The state of p before its first step, by the settings of `settings`. empty: as `update.new_state` takes it."""
@@ -238,7 +250,7 @@ class Optimizer(torch.optim.Optimizer):
         (1.0, True)
         """
         own = local(p.detach())
-        rest = corrections(p, self.state.get(p, {}))
+        rest = corrections(p, self._state(p))
         value = value_of(own.reshape(-1), [x.to(own.device) for x in rest])
         return sharded_like(p, (value.clone() if value.data_ptr() == own.data_ptr() else value).view(own.shape))
 
@@ -257,7 +269,7 @@ class Optimizer(torch.optim.Optimizer):
         if group is None:
             raise ValueError(f"p must be a parameter of this optimizer, got another one of shape {tuple(p.shape)}")
         for dtype, key in CORRECTIONS.items():
-            if dtype != p.dtype and self.state[p].pop(key, None) is not None:
+            if dtype != p.dtype and self._state(p).pop(key, None) is not None:
                 self._placement.forget(self._name(p, key))
         self._begin(p, self.settings(p, group))
         set_value(own, corrections(p, self.state[p]), given.reshape(-1))
@@ -267,6 +279,7 @@ class Optimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Settings and states in the layout of bitsandbytes, whose optimizers load it, as does `torch.load(weights_only=True)`.
 
+        What others keep in `optimizer.state[p]`, as Lookahead does, is saved beside the rule's states under its own name.
         States of sharded parameters are whole, on the CPU, and the same as without sharding, for any number of ranks to load:
         it is a collective call.
         """
@@ -299,14 +312,17 @@ class Optimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
+        self._read({p: value.state for p, value in self.state.items() if isinstance(value, _Held)})
+
+    def _read(self, saved: Mapping[Tensor, Mapping[str, Any]]) -> None:
+        """Give these parameters the states that `state_dict` made of theirs."""
         own = dict(zip(self._parameters(), self._rules_and_blocks(), strict=True))
-        held = [(p, value.state) for p, value in self.state.items() if isinstance(value, _Held)]
-        for p, saved in held:  # what is refused is refused before a page is written to
+        for p, state in saved.items():  # what is refused is refused before a page is written to
             rule, blocksize = own[p]
-            unwrapped_state(rule, p, saved, blocksize, _nowhere)
-        for p, saved in held:
+            unwrapped_state(rule, p, state, blocksize, _nowhere)
+        for p, state in saved.items():
             rule, blocksize = own[p]
-            self.state[p] = unwrapped_state(rule, p, saved, blocksize, self._memory(p))
+            self.state[p] = unwrapped_state(rule, p, state, blocksize, self._memory(p))
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("rule", "is_paged", "_own", "_rules", "_generator", "_placement")

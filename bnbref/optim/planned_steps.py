@@ -47,7 +47,7 @@ class PlannedStep:
 
 
 def checked_gradient(p: Tensor, grad: Tensor, state: Mapping[str, Any], rule: Rule) -> Tensor:
-    """The part of a gradient that this rank has. ValueError if p, whose state may be empty, cannot make a step by it."""
+    """The part of a gradient that this rank has. ValueError if p, which may have no state yet, cannot make a step by it."""
     check_float("a parameter", p)
     check_float("a gradient", grad)
     here, shape = local(grad), local(p).shape
@@ -56,13 +56,14 @@ def checked_gradient(p: Tensor, grad: Tensor, state: Mapping[str, Any], rule: Ru
             f"a gradient must have the shape of its parameter, and be sharded like it: here it has shape "
             f"{tuple(here.shape)}, the parameter {tuple(shape)}"
         )
-    if not state and _partly_shared(local(p), here):
+    begun = "step" in state
+    if not begun and _partly_shared(local(p), here):
         raise ValueError(
             f"a gradient must be in memory of its own, or in just its parameter's: of shape {tuple(shape)} they begin "
             f"{here.data_ptr() - local(p).data_ptr()} bytes apart"
         )
     corrections(p, state)
-    for s in rule.states if state else ():
+    for s in rule.states if begun else ():
         if state[s.key].shape != (shape if s.of == "elements" else s.shape(p.shape)):
             raise ValueError(
                 f"a parameter must keep its shape: its {s.key} has {tuple(state[s.key].shape)}, from its first step, "
@@ -187,5 +188,5 @@ def _say_interrupted(
     warnings.warn(
         f"a step was interrupted. By their index in the state dict: {sorted(done)} have made it, {not_yet} are as they were, "
         f"and {sorted(part)} may have made a part of it",
-        stacklevel=7,
+        stacklevel=9,
     )

@@ -113,7 +113,7 @@ class AdamWScheduleFree(Family):
     @torch.no_grad()
     def _switch(self, train: bool) -> None:
         groups = [group for group in self.param_groups if group["train_mode"] != train]
-        every = [(p, group) for group in groups for p in group["params"] if self.state.get(p)]
+        every = [(p, group) for group in groups for p in group["params"] if "step" in self._state(p)]
         moved: list[_Member] = []
         try:
             self._move(every, train, moved)
