@@ -117,7 +117,7 @@ def table(rows: list[dict[str, Any]], variants: Variants) -> str:
     for variant in variants:
         own = [row for row in rows if row["what"] == variant]
         loss, held = (statistics.median(row[key] for row in own) for key in ("loss", "heldout_loss"))
-        unstable, longest = sum(row["unstable"] for row in own), max(row["longest_step"] for row in own)
+        unstable, longest = sum(row["unstable"] for row in own), max(row.get("longest_step", math.nan) for row in own)
         lines.append(f"| {variant} | {loss:.3f} | {held:.3f} | {longest:.1f} | {unstable} of {len(own)} |")
     return "\n".join(lines)
 
