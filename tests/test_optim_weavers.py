@@ -17,7 +17,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from bnbref import optim
 from bnbref.optim.rules import Rule, State
-from bnbref.optim.saved import WRAPPED
+from bnbref.optim.state_dict import WRAPPED
 
 # ---- generated rules ------------------------------------------------------------------------------------------------
 
