@@ -5,7 +5,8 @@
     of each parameter    states encoded again,  p = decay p - rate direction
 
 What lies on several ranks is gathered. Each of them runs the same operators on the same numbers, and keeps its part; states
-of the whole matrix are on each. A parameter whose gradient has one element that is not finite stays as it was, with all states.
+of the whole matrix are on each. A parameter whose gradient has an element that is not finite, or is longer than 2^63 as a whole,
+stays as it was, with all states: a sum of its squares, which they are made of, might be no float32.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,7 +22,7 @@ from bnbref.context import without_autocast
 from bnbref.optim.equation import Equation
 from bnbref.optim.master_weights import corrections, value_of
 from bnbref.optim.rule import Coefficients, Rule, State, absmax_key, matrix_shape
-from bnbref.optim.sharding import Shard, gather_scales, shard_of, sum_over_shards, unsharded
+from bnbref.optim.sharding import Shard, gather_scales, shard_of, unsharded
 from bnbref.optim.step import LARGEST_GRADIENT
 from bnbref.optim.update import step
 
@@ -98,12 +99,12 @@ def step_together(rule: Equation, hyper: Tensor, jobs: Sequence[Job], stream: St
 
     rule, hyper: as `equation.at_step` gives them. stream: brings states to their device, as `Placement.stream` does.
     """
-    bad = torch.stack([~(job.g.abs() <= LARGEST_GRADIENT).all() for job in jobs])
-    finite = sum_over_shards(jobs[0].shard, bad.to(torch.int32)) == 0
     states = [(job.p.device, job.state) for job in jobs]
-    given = []
-    for job, state, well in zip(jobs, stream(states), finite, strict=True):
-        g = torch.where(well, job.matrix(job.g), 0.0)
+    given, finite = [], []
+    for job, state in zip(jobs, stream(states), strict=True):
+        g = job.matrix(job.g)
+        finite.append(torch.linalg.vector_norm(g) <= LARGEST_GRADIENT)
+        g = torch.where(finite[-1], g, 0.0)
         p = job.value(state) if "p" in rule.read else g  # else it lends its shape alone
         given.append((p, g, *(job.decoded(rule, s, state) for s in rule.states)))
     stacks = [torch.stack(each) for each in zip(*given, strict=True)]

@@ -108,7 +108,8 @@ class Optimizer(torch.optim.Optimizer):
         made = [kind for kind in type(self).__mro__ if issubclass(kind, Optimizer)]
         taken = {name for kind in made for name in inspect.signature(kind.__init__).parameters}
         for name in settings.keys() & taken - here - ANYWHERE:
-            if settings[name] not in ((ALWAYS[name],) if name in ALWAYS else (None, False)):
+            holds = ALWAYS[name] if name in ALWAYS else getattr(self, name, False)
+            if settings[name] != holds and (settings[name] is not None or name in ALWAYS):
                 raise ValueError(
                     f"{name} is no setting of a group or of a parameter, got {settings[name]!r}: {type(self).__name__} has "
                     f"{sorted(here)}"
@@ -175,11 +176,13 @@ class Optimizer(torch.optim.Optimizer):
                 self._check_known(own)
                 self._check(config)
             state = self._state(p)
-            grad = planned_steps.checked_gradient(p, p.grad, state, self._rules.of(config))
-            self._rules.check_shape(p, config)
             key = (id(config), state.get("step", 0) + 1, p.device)
             if key not in equations:
+                check_settings(config)  # which may have been changed since the group was made
                 equations[key] = self._rules.at_step(key[1], config, p.device)
+            rule, blocksize = self._rules.of(config), config["blocksize"]
+            grad = planned_steps.checked_gradient(p, p.grad, state, rule, blocksize)
+            self._rules.check_shape(p, config)
             steps.append(planned_steps.PlannedStep(p, grad, config, *equations[key]))
         return steps
 

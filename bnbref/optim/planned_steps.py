@@ -14,8 +14,8 @@ from bnbref.optim import matrix_steps
 from bnbref.optim.equation import Equation
 from bnbref.optim.master_weights import corrections
 from bnbref.optim.paging import Placement
-from bnbref.optim.rule import Rule
-from bnbref.optim.sharding import local, shard_of
+from bnbref.optim.rule import Rule, absmax_key
+from bnbref.optim.sharding import Shard, local, shard_of
 from bnbref.optim.update import Tails, step
 
 
@@ -46,7 +46,7 @@ class PlannedStep:
         return torch.randint(-(2**15), 2**15, (numel,), dtype=torch.int16, device=self.p.device, generator=generator)
 
 
-def checked_gradient(p: Tensor, grad: Tensor, state: Mapping[str, Any], rule: Rule) -> Tensor:
+def checked_gradient(p: Tensor, grad: Tensor, state: Mapping[str, Any], rule: Rule, blocksize: int) -> Tensor:
     """The part of a gradient that this rank has. ValueError if p, which may have no state yet, cannot make a step by it."""
     check_float("a parameter", p)
     check_float("a gradient", grad)
@@ -64,11 +64,24 @@ def checked_gradient(p: Tensor, grad: Tensor, state: Mapping[str, Any], rule: Ru
         )
     corrections(p, state)
     for s in rule.states if begun else ():
+        if s.key not in state:
+            raise ValueError(
+                f"the state of a parameter of shape {tuple(shape)} has {sorted(state)} and no {s.key!r}, which {rule!r} keeps: "
+                f"it began by another rule. `del optimizer.state[p]` begins anew"
+            )
         if state[s.key].shape != (shape if s.of == "elements" else s.shape(p.shape)):
             raise ValueError(
                 f"a parameter must keep its shape: its {s.key} has {tuple(state[s.key].shape)}, from its first step, "
                 f"the parameter now {tuple(shape)}. `del optimizer.state[p]` begins anew"
             )
+        if state[s.key].dtype == torch.uint8:
+            scales = state[absmax_key(s.key)].numel()
+            blocks = len((shard_of(p) or Shard((0, p.numel()), 0, None)).blocks(check_blocksize(blocksize, p.numel())))
+            if scales != blocks:
+                raise ValueError(
+                    f"blocksize of a parameter must stay what it was when its state began: there are {scales} scales for "
+                    f"{s.key}, and {blocks} blocks of {blocksize}. `del optimizer.state[p]` begins anew"
+                )
     return here
 
 

@@ -97,6 +97,7 @@ class AdamWScheduleFree(Family):
         **options: Unpack[Options],
     ) -> None:  # fmt: skip
         defaults = {"lr": lr, "betas": betas_of(betas), "eps": eps, "weight_decay": weight_decay}
+        options.setdefault("nonzero_squares", True)
         super().__init__(
             params, ScheduleFree(), {**defaults, "warmup_steps": warmup_steps, "train_mode": True},
             optim_bits=optim_bits, min_8bit_size=min_8bit_size, is_paged=is_paged, **options,

@@ -144,6 +144,8 @@ def _saved(rule: Rule, saved: Mapping[str, Any], key: str) -> Tensor:
             f"wrapped in a dictionary, leave it out"
         )
     tensor: Tensor = saved[key]
+    if tensor.is_meta:
+        raise ValueError(f"saved {key} must have numbers, got a tensor on meta of shape {tuple(tensor.shape)}")
     return tensor
 
 
