@@ -47,7 +47,9 @@ def fourbit(x, kind="nf4", **options):
 @shown("G-1", 0)
 def an_empty_tensor():
     """The exit status of a process that quantizes one: the C code ends it."""
-    program = "import sys, torch, bitsandbytes.functional as F; F.quantize_blockwise(torch.empty(0, device=sys.argv[1]))"
+    program = (
+        "import sys, torch, bitsandbytes.functional as F; F.quantize_blockwise(torch.empty(0, device=sys.argv[1]))"
+    )
     return subprocess.run([sys.executable, "-c", program, CUDA.type], capture_output=True).returncode
 
 
