@@ -65,21 +65,22 @@ class Optax:
         o = self.optax
         if gnorm_scale != 1 or p.dtype != torch.float32:
             raise Unsupported("optax' functions have no gnorm_scale, and are asked for float32 here")
-        decayed = o.add_decayed_weights(weight_decay)
-        made = {
-            "adam": lambda: (o.adamw(lr, beta1, beta2, eps, weight_decay=weight_decay), ("mu", "nu")),
-            "lion": lambda: (o.lion(lr, beta1, beta2, weight_decay=weight_decay), ("mu",)),
-            "momentum": lambda: (o.chain(decayed, o.sgd(lr, beta1)), ("trace",)),
-            "rmsprop": lambda: (o.chain(decayed, o.rmsprop(lr, beta1, eps, eps_in_sqrt=False)), ("nu",)),
-            "ademamix": lambda: (
-                o.contrib.ademamix(lr, beta1, beta2, beta3, alpha, eps=eps, weight_decay=weight_decay),
-                ("m1", "nu", "m2"),
-            ),
-        }  # fmt: skip
-        if optimizer not in made:
-            raise Unsupported(f"optax has another {optimizer}")
-        make, names = made[optimizer]()
-        states = dict(zip(names, (state1, state2, state3), strict=False))
+        match optimizer:
+            case "adam":
+                make, names = o.adamw(lr, beta1, beta2, eps, weight_decay=weight_decay), ["mu", "nu"]
+            case "lion":
+                make, names = o.lion(lr, beta1, beta2, weight_decay=weight_decay), ["mu"]
+            case "momentum":
+                make, names = o.chain(o.add_decayed_weights(weight_decay), o.sgd(lr, beta1)), ["trace"]
+            case "rmsprop":
+                own = o.rmsprop(lr, beta1, eps, eps_in_sqrt=False)
+                make, names = o.chain(o.add_decayed_weights(weight_decay), own), ["nu"]
+            case "ademamix":
+                make = o.contrib.ademamix(lr, beta1, beta2, beta3, alpha, eps=eps, weight_decay=weight_decay)
+                names = ["m1", "nu", "m2"]
+            case _:
+                raise Unsupported(f"optax has another {optimizer}")
+        states = {name: x for name, x in zip(names, (state1, state2, state3), strict=False) if x is not None}
         return self._step(make, p, g, states, count=step - 1, count_m2=step - 1)
 
     def muon(

@@ -69,9 +69,9 @@ def _products(earlier: Mapping[str, Case]) -> Iterator[Case]:
         )
     # Weights a quarter of a code beside what int8 has.
     exact = earlier["int8_backward/6-float16"]
-    weight = exact.inputs["weight"].clone()
-    weight[:, 1:] += weight[:, :1] / 508
-    yield _changed(exact, "rounded-float16", "IB-1", inputs={"weight": weight})
+    beside = exact.inputs["weight"].clone()
+    beside[:, 1:] += beside[:, :1] / 508
+    yield _changed(exact, "rounded-float16", "IB-1", inputs={"weight": beside})
 
 
 def _steps(earlier: Mapping[str, Case]) -> Iterator[Case]:
@@ -98,7 +98,7 @@ def _steps(earlier: Mapping[str, Case]) -> Iterator[Case]:
 
 def _matrices(earlier: Mapping[str, Case]) -> Iterator[Case]:
     resumed, zeros, coded = (earlier[name] for name in ("muon/resumed", "muon/zero-rows", "muon_8bit/resumed"))
-    usual = {"lr": 0.02, "beta": 0.95, "weight_decay": 0.1}
+    usual: dict[str, Any] = {"lr": 0.02, "beta": 0.95, "weight_decay": 0.1}
     yield _changed(resumed, "usual", "MU-1 MU-5", "nesterov", **usual)
     yield _changed(zeros, "zero-rows-usual", "MU-4 MU-5", **usual)  # of a row of zeros the decay is known to the bit
     yield _changed(coded, "decay", "MB-1", "adam-decay-order", weight_decay=0.25)
