@@ -113,7 +113,7 @@ def in_rows(x: Tensor, width: int) -> Tensor:
     return flat.view(rows, width)
 
 
-def first(rows: Tensor, n: int) -> Tensor:
+def unpadded(rows: Tensor, n: int) -> Tensor:
     """The first n elements in row-major order, `[n]`, without the padding after them in memory either."""
     flat = rows.reshape(-1)
     return flat if flat.numel() == n else flat[:n].clone()
@@ -144,7 +144,7 @@ def quantize(x: Tensor, codebook: Codebook, blocksize: int) -> tuple[Tensor, Ten
     if codebook.order is not None or codebook.sign_bit:
         raise ValueError(f"codebook {codebook.name!r} is not in the order of its values; 8-bit codes are ranks")
     codes, absmax = quantize_blocks(in_rows(x, blocksize), codebook=codebook)
-    return first(codes, x.numel()).view(x.shape), first(absmax, block_count(x.numel(), blocksize))
+    return unpadded(codes, x.numel()).view(x.shape), unpadded(absmax, block_count(x.numel(), blocksize))
 
 
 def dequantize(codes: Tensor, absmax: Tensor, values: Tensor, blocksize: int, dtype: torch.dtype) -> Tensor:
@@ -165,21 +165,24 @@ def dequantize(codes: Tensor, absmax: Tensor, values: Tensor, blocksize: int, dt
     blocks = in_rows(codes, blocksize)
     scales = in_rows(absmax.float(), 1).view(-1)
     out = dequantize_blocks(blocks, scales, values, dtype=dtype)
-    return first(out, codes.numel()).view(codes.shape)
+    return unpadded(out, codes.numel()).view(codes.shape)
 
 
 # ---- arguments ------------------------------------------------------------------------------------------------------
 
 
 def check_blocksize(blocksize: int, numel: int) -> int:
-    """A blocksize, an integer of at least 1, no larger than it needs to be for a tensor that is a part of one block.
+    """The blocksize to compute with: that one, or a smaller one if a single block holds the whole tensor and more.
+
+    A kernel pads a tensor to whole blocks, so that a blocksize far beyond `numel` would only ask for memory. It is reduced to the
+    next power of two, but not below 4096. Raises ValueError unless blocksize is an integer of at least 1.
 
     >>> check_blocksize(64, 10), check_blocksize(2**40, 5000)
     (64, 8192)
     """
     if not isinstance(blocksize, int) or isinstance(blocksize, bool) or blocksize < 1:
         raise ValueError(f"blocksize must be a positive integer, got {blocksize!r}")
-    # A kernel pads to whole blocks; powers of two, so that few variants of it are compiled.
+    # Powers of two, so that few variants of a kernel are compiled.
     return blocksize if blocksize <= 4096 else min(blocksize, 1 << max(12, (numel - 1).bit_length()))
 
 

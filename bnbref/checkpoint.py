@@ -1,7 +1,7 @@
 """bitsandbytes' bytes on disk: read them, write them, refuse what is half there. No model, no transformers.
 
-What makes a weight in a file is in `bnbref.stored`. Files are mapped into memory, so listing and checking cost none, and no size
-that a file claims is believed unchecked.
+What makes a weight in a file is in `bnbref.checkpoint_weights`. Files are mapped into memory, so listing and checking cost none,
+and no size that a file claims is believed unchecked.
 """
 
 import json
@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from bnbref import int8
 from bnbref.blockwise import check_float
+from bnbref.checkpoint_weights import Checkpoint, Entry, described, scb_key
 from bnbref.quant_state import quantize_with_state
-from bnbref.stored import Checkpoint, Entry, described, scb_key
 
 __all__ = ["BLOCKSIZES", "Checkpoint", "Entry", "entries", "keys", "open_checkpoint", "read", "write"]
 

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import bnbref
 from bnbref.conformance import command as kit
 from bnbref.conformance.command import Refused, usable_device, writable
+from bnbref.conformance.vectors_command import add_vectors
 
 HUGGING_FACE = ("transformers", "peft", "accelerate")
 
@@ -60,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("--self", action="store_true", help="bnbref's own exact kernels, eager and compiled, instead")
     check.set_defaults(run=run_check_or_self)
     kit.add_board(commands)
-    kit.add_vectors(commands)
+    add_vectors(commands)
 
     demo = commands.add_parser("demo", help="quantize a small language model, measure it, and fine-tune it")
     demo.add_argument("--quick", action="store_true", help="a tenth of the text and of the steps; other numbers")

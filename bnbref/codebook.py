@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from bnbref.context import kept
+from bnbref.context import cached
 from bnbref.kernels import tracing
 
 
@@ -78,7 +78,7 @@ class Codebook:
         self._check_ranks(ranks)
         # Compared by the bits of its numbers, because -0.0 is equal to 0.0 and yet decodes to another float. The hash is kept:
         # codebooks are in the key of every kernel call, and hashing 511 floats each time would cost more than the look-up.
-        identity = (self.name, *map(words, (self.values, self.thresholds)), self.order, self.sign_bit)
+        identity = (self.name, *map(_float32_bytes, (self.values, self.thresholds)), self.order, self.sign_bit)
         object.__setattr__(self, "_identity", identity)
         object.__setattr__(self, "_hash", hash(identity))
 
@@ -174,7 +174,7 @@ def _numbers(what: str, values: Any) -> tuple[float, ...]:
         raise ValueError(f"{what} must be a sequence of numbers, got {values!r}") from error
 
 
-def words(values: Sequence[float]) -> bytes:
+def _float32_bytes(values: Sequence[float]) -> bytes:
     """The float32 bits of numbers, which tell -0.0 from 0.0."""
     return struct.pack(f"{len(values)}f", *values)
 
@@ -216,7 +216,7 @@ def threshold_table(codebook: Codebook, device: torch.device) -> Tensor:
 
 
 def _table(codebook: Codebook, values: bool, device: torch.device) -> Tensor:
-    return (_new_table if tracing() else _kept_table)(codebook, values, device)
+    return (_new_table if tracing() else _cached_table)(codebook, values, device)
 
 
 def _new_table(codebook: Codebook, values: bool, device: torch.device) -> Tensor:
@@ -225,4 +225,4 @@ def _new_table(codebook: Codebook, values: bool, device: torch.device) -> Tensor
     return torch.tensor(numbers, dtype=torch.float32, device=device)
 
 
-_kept_table = kept()(_new_table)
+_cached_table = cached()(_new_table)

@@ -11,17 +11,17 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-from bnbref.codebook import Codebook, float32, is_table_of, threshold_table, value_table, words
+from bnbref.codebook import Codebook, float32, is_table_of, threshold_table, value_table
 from bnbref.formats import Formats
 
 __all__ = [
-    "AF4", "DYNAMIC", "DYNAMIC_UNSIGNED", "FOUR_BIT", "FP4", "INT4", "NF4", "Codebook", "Formats", "dynamic", "entered",
-    "four_bit", "fp8", "is_table_of", "linear", "linspace", "normal", "threshold_table", "value_table", "words",
+    "AF4", "DYNAMIC", "DYNAMIC_UNSIGNED", "FOUR_BIT", "FP4", "INT4", "NF4", "Codebook", "Formats", "dynamic", "four_bit", "fp8",
+    "is_table_of", "linear", "linspace", "normal", "registered_name", "threshold_table", "value_table",
 ]  # fmt: skip
 
 
-def _from_hex(words: str) -> tuple[float, ...]:
-    bits = torch.tensor([int(w, 16) - (int(w, 16) >> 31 << 32) for w in words.split()], dtype=torch.int32, device="cpu")
+def _from_hex(text: str) -> tuple[float, ...]:
+    bits = torch.tensor([int(w, 16) - (int(w, 16) >> 31 << 32) for w in text.split()], dtype=torch.int32, device="cpu")
     return tuple(bits.view(torch.float32).tolist())
 
 
@@ -89,10 +89,10 @@ def four_bit(quant_type: str | Codebook) -> Codebook:
     return book
 
 
-def entered(quant_type: str | Codebook) -> str | Codebook:
+def registered_name(quant_type: str | Codebook) -> str | Codebook:
     """The name of a codebook that is in `FOUR_BIT`; what is not there is returned as it is.
 
-    >>> entered(NF4)
+    >>> registered_name(NF4)
     'nf4'
     """
     book = FOUR_BIT.get(quant_type.name) if isinstance(quant_type, Codebook) else None

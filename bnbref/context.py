@@ -93,8 +93,10 @@ def transforming() -> bool:
 
 
 def undisturbed(x: Tensor) -> bool:
-    """Whether x is a plain tensor and torch does none of this around a call but, perhaps, no_grad, inference_mode, or autocast to
-    the dtype that x has."""
+    """Whether x is a plain tensor, and nothing of the table at the head of this file is at work.
+
+    Allowed are no_grad, inference_mode, and an autocast to the dtype that x has already.
+    """
     return (
         not torch.compiler.is_dynamo_compiling()
         and type(x) is Tensor
@@ -108,14 +110,15 @@ def undisturbed(x: Tensor) -> bool:
 
 
 def differentiated(*tensors: Tensor | None) -> bool:
-    """Whether a function of these needs the derivative that we give it."""
+    """Whether a function of these tensors will be differentiated, so that it needs a derivative written by us."""
     if jit_tracing():
         return False
     return transforming() or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
 
 
-def own(result: Tensor) -> Tensor:
-    """The same memory as a tensor that is no view: of views that were made unseen autograd allows no change in place."""
+def not_a_view(result: Tensor) -> Tensor:
+    """The same memory as a tensor that is no view. Autograd forbids to change a view in place if it was made where autograd did
+    not look, as in a custom function."""
     if jit_tracing() or not (torch.compiler.is_compiling() or result._is_view()):
         return result  # jit.trace would take the shape for a constant
     return torch.ops.aten._unsafe_view(result, result.shape)  # type: ignore[no-any-return]
@@ -126,7 +129,7 @@ def _is_batch_of_codes(weight: Tensor) -> bool:
 
 
 def plain(weight: Tensor) -> Tensor:
-    """The same memory as a plain tensor, also of a quantized parameter, which watches what is done to it."""
+    """The same memory as a plain tensor. A quantized parameter is a subclass of Tensor, which checks every operation on it."""
     if not torch.compiler.is_compiling() and transforming() and _is_batch_of_codes(weight):
         raise ValueError(
             "a quantized weight must be one weight, got the codes of several under vmap: each has scales of its own. "
@@ -152,7 +155,7 @@ def as_bytes(codes: Tensor) -> Tensor:
     return flat.view(torch.uint8)
 
 
-def kept(maxsize: int | None = None) -> Callable[[Callable[P, T]], Callable[P, T]]:
+def cached(maxsize: int | None = None) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Like `functools.lru_cache`, for a function that makes a tensor on the device that is among its arguments.
 
     While torch.compile warms up or records a CUDA graph, memory that this thread allocates on the GPU belongs to the graph, and

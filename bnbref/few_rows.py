@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bnbref.blockwise import FLOATS
 from bnbref.codebooks import Codebook, value_table
-from bnbref.context import as_bytes, own
+from bnbref.context import as_bytes, not_a_view
 from bnbref.int8 import RECIPROCAL_127, RECIPROCAL_127_SQUARED
 from bnbref.kernels import compile_enabled, fused, tracing
 from bnbref.kernels.compiler import is_gpu, missing_compiler
@@ -129,9 +129,9 @@ def _of_weight(
     def viewed() -> Tensor:
         return (given if second else scales()).view(n, k // blocksize)
 
-    kept = viewed()
+    view = viewed()
     # `absmax.data = ` may give the scales other memory.
-    return codes, lambda: kept if kept.data_ptr() == given.data_ptr() else viewed(), second, constants
+    return codes, lambda: view if view.data_ptr() == given.data_ptr() else viewed(), second, constants
 
 
 def _columns(a: Tensor) -> Tensor:
@@ -146,7 +146,7 @@ def _columns(a: Tensor) -> Tensor:
 
 def _shaped(y: Tensor, a: Tensor) -> Tensor:
     """The product `[rows, 1, n]` in the shape of the activations, which most often are one token of each text, `[rows, 1, k]`."""
-    return y if a.dim() == 3 and a.shape[1] == 1 else own(y.view(*a.shape[:-1], y.shape[-1]))
+    return y if a.dim() == 3 and a.shape[1] == 1 else not_a_view(y.view(*a.shape[:-1], y.shape[-1]))
 
 
 def _in_words(x: Tensor) -> Tensor:

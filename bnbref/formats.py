@@ -1,11 +1,12 @@
-"""Codebooks by name, as layers, files and configurations call them. `bnbref.codebooks.FOUR_BIT` is the one there is."""
+"""The registry of 4-bit codebooks: by the names that layers, files and configurations use. Its one instance is
+`bnbref.codebooks.FOUR_BIT`."""
 
 from collections.abc import Iterator, MutableMapping
 
 from bnbref.codebook import Codebook
 
 NOT_A_FORMAT = ("int8", "plain")
-"""What a weight may be instead of one of four bits, and so no name of a codebook."""
+"""Names of formats that are not of four bits. A codebook cannot have one of them."""
 
 
 class Formats(MutableMapping[str, Codebook]):

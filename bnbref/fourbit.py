@@ -21,10 +21,10 @@ from bnbref.blockwise import (
     check_float,
     check_scales,
     encode,
-    first,
     in_rows,
     magnitude,
     reciprocal,
+    unpadded,
 )
 from bnbref.codebooks import Codebook, value_table
 from bnbref.context import as_bytes
@@ -102,7 +102,7 @@ def quantize(
         )
     rows = in_rows(x, blocksize * row_blocks(blocksize))
     packed, absmax = quantize_rows(rows, blocksize=blocksize, codebook=codebook)
-    return first(packed, n_bytes).view(quant_storage).view(-1, 1), first(absmax, block_count(n, blocksize))
+    return unpadded(packed, n_bytes).view(quant_storage).view(-1, 1), unpadded(absmax, block_count(n, blocksize))
 
 
 def dequantize(
@@ -129,4 +129,4 @@ def dequantize(
     rows = in_rows(codes, blocks * blocksize // 2)
     scales = in_rows(absmax.float(), blocks)
     out = dequantize_rows(rows, scales, blocksize=blocksize, codebook=codebook, dtype=dtype)
-    return first(out, n).view(torch.Size(shape))
+    return unpadded(out, n).view(torch.Size(shape))

@@ -1,8 +1,8 @@
 """The functions of `bitsandbytes.functional`, with its names and signatures. Each is a few lines over a definition.
 
-Blocksizes are any positive integer and shapes any shape; where bitsandbytes takes `out=` or a tensor for the scales, so do
-these; it must have the dtype, shape and device of the result. What is computed is said by the definition that a docstring names:
-`blockwise`, `fourbit`, `nested`, `int8`.
+A blocksize is any positive integer, and a tensor has any shape. Where bitsandbytes takes `out=` or a tensor for the scales, so do
+these; that tensor must have the dtype, shape and device of the result. Each docstring names the definition that is called, in
+`blockwise`, `fourbit`, `nested` or `int8`.
 """
 
 import functools
@@ -15,10 +15,10 @@ from torch import Tensor
 from bnbref import blockwise, int8
 from bnbref.blockwise import into
 from bnbref.codebooks import DYNAMIC, Codebook, value_table
-from bnbref.context import own
+from bnbref.context import not_a_view
 from bnbref.maps import create_dynamic_map, create_fp8_map, create_linear_map, create_normal_map, get_4bit_type
 from bnbref.products import matmul_4bit
-from bnbref.quant_state import QuantState, present, quantize_with_state
+from bnbref.quant_state import QuantState, present, quantize_scales, quantize_with_state
 
 __all__ = [
     "QuantState", "create_dynamic_map", "create_fp8_map", "create_linear_map", "create_normal_map", "dequantize_4bit",
@@ -81,10 +81,7 @@ def quantize_blockwise(
     values = _pad_to_256(code if isinstance(code, Tensor) else value_table(book, A.device)).to(A.device)
     offset = state2 = None
     if nested:
-        offset = scales.mean() if scales.numel() else scales.new_zeros(())
-        inner, inner_scales = blockwise.quantize(scales - offset, DYNAMIC, blocksize)
-        state2 = QuantState(inner_scales, code=value_table(DYNAMIC, A.device), blocksize=blocksize, dtype=torch.float32)
-        scales = inner
+        scales, offset, state2 = quantize_scales(scales, blocksize)
     scales = into("absmax", absmax, scales)
     state = QuantState(scales, code=values, blocksize=blocksize, dtype=A.dtype, offset=offset, state2=state2)
     return into("out", out, codes), state
@@ -111,7 +108,7 @@ def dequantize_blockwise(
         raise ValueError(f"quant_state is one of 4-bit codes, {quant_state.quant_type!r}: dequantize_4bit undoes these")
     values = _pad_to_256(present(quant_state.code, "code")).to(A.device)
     dtype, blocksize = present(quant_state.dtype, "dtype"), present(quant_state.blocksize, "blocksize")
-    return into("out", out, own(blockwise.dequantize(A, quant_state.scales(), values, blocksize, dtype)))
+    return into("out", out, not_a_view(blockwise.dequantize(A, quant_state.scales(), values, blocksize, dtype)))
 
 
 # ---- four bits ------------------------------------------------------------------------------------------------------
@@ -154,7 +151,7 @@ def dequantize_4bit(
         blocksize = 64 if blocksize is None else blocksize
         quant_state = QuantState(absmax, shape=out.shape, blocksize=blocksize, quant_type=quant_type, dtype=out.dtype)
     _check_state(quant_state)
-    result = into("out", out, own(quant_state.dequantize(A, present(quant_state.dtype, "dtype"))))
+    result = into("out", out, not_a_view(quant_state.dequantize(A, present(quant_state.dtype, "dtype"))))
     return result.t() if A.dim() == 2 and A.shape[0] == 1 and A.shape[1] > 1 else result
 
 
@@ -242,8 +239,8 @@ def int8_double_quant(
         if value is not None:
             raise ValueError(f"{name} must be None: results are returned, not written into tensors of the caller")
     rows = int8_vectorwise_quant(A, threshold)
-    kept = torch.where(A.abs() >= threshold, 0, A) if threshold > 0 else A
-    by_column, column_absmax, _ = int8.quantize(kept.t())
+    inliers = torch.where(A.abs() >= threshold, 0, A) if threshold > 0 else A
+    by_column, column_absmax, _ = int8.quantize(inliers.t())
     return rows[0], by_column.t().contiguous(), rows[1], column_absmax, rows[2]
 
 
@@ -271,4 +268,4 @@ def int8_mm_dequant(
     y = int8.dequantize_int8_product(
         int8.as_matrix(A), row_stats.reshape(-1), col_stats.reshape(-1), bias, None, dtype=torch.float16
     )
-    return into("out", out, own(y.view(A.shape)))
+    return into("out", out, not_a_view(y.view(A.shape)))

@@ -11,25 +11,25 @@ from einops import rearrange
 from torch import Tensor
 
 from bnbref import blockwise
-from bnbref.blockwise import check_blocksize, check_scales, first, in_rows
+from bnbref.blockwise import check_blocksize, check_scales, in_rows, unpadded
 from bnbref.codebooks import DYNAMIC
 from bnbref.kernels import fused
 
 BLOCKSIZE = 256
 
 
-def quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def quantize(absmax: Tensor, blocksize: int = BLOCKSIZE) -> tuple[Tensor, Tensor, Tensor]:
     """The codes of scales, the scales of these codes, and the offset.
 
-    absmax: float32 `[n]`. Returns uint8 codes `[n]`, float32 absmax2 `[ceil(n / 256)]` and the float32 mean `[]`. Exact but for
-    that mean: it is `torch.mean`, whose order of summation is the device's. The mean of no scales is 0.
+    absmax: float32 `[n]`. Returns uint8 codes `[n]`, float32 absmax2 `[ceil(n / blocksize)]` and the float32 mean `[]`. Exact but
+    for that mean: it is `torch.mean`, whose order of summation is the device's. The mean of no scales is 0.
 
     >>> import torch
     >>> quantize(torch.tensor([1.0, 3.0]))
     (tensor([  0, 255], dtype=torch.uint8), tensor([1.]), tensor(2.))
     """
     offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
-    codes, absmax2 = blockwise.quantize(absmax - offset, DYNAMIC, BLOCKSIZE)
+    codes, absmax2 = blockwise.quantize(absmax - offset, DYNAMIC, blocksize)
     return codes, absmax2, offset
 
 
@@ -55,4 +55,4 @@ def dequantize(codes: Tensor, absmax2: Tensor, values: Tensor, offset: Tensor, b
     blocksize = check_blocksize(blocksize, codes.numel())
     scales = in_rows(absmax2, 1).view(-1)
     out = dequantize_nested(in_rows(codes, blocksize), scales, values, offset)
-    return first(out, codes.numel()).view(codes.shape)
+    return unpadded(out, codes.numel()).view(codes.shape)

@@ -87,7 +87,7 @@ def _(packed: Tensor, absmax: Tensor, second: list[Tensor], shape: list[int], *r
     return packed.new_empty(shape, dtype=rest[-1])
 
 
-def _keep_4bit(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save_4bit(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     a, _, ctx.in_order, packed, absmax, second, *ctx.constants = inputs
     ctx.k = a.shape[-1]
     ctx.save_for_backward(packed, absmax, *second)
@@ -107,7 +107,7 @@ def _gradient_4bit(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return grad_a, grad_bias, *(None,) * 3, [None] * len(second), *(None,) * 4
 
 
-library.register_autograd("bnbref::linear_4bit", _gradient_4bit, setup_context=_keep_4bit, lib=_operators)
+library.register_autograd("bnbref::linear_4bit", _gradient_4bit, setup_context=_save_4bit, lib=_operators)
 
 
 # ---- 8 bits ---------------------------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ def _(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(codes, dtype=dtype)
 
 
-def _keep_8bit(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save_8bit(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     a, weight, codes, absmax, bias, _ = inputs
     ctx.save_for_backward(codes, absmax, a if weight is not None and weight.requires_grad else None)
     ctx.bias_dtype = None if bias is None else bias.dtype
@@ -153,4 +153,4 @@ def _gradient_8bit(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_a, grad_weight, None, None, grad_bias, None
 
 
-library.register_autograd("bnbref::linear_8bit", _gradient_8bit, setup_context=_keep_8bit, lib=_operators)
+library.register_autograd("bnbref::linear_8bit", _gradient_8bit, setup_context=_save_8bit, lib=_operators)

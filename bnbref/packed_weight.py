@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bnbref import few_rows, fourbit, nested
 from bnbref.blockwise import FLOATS, in_rows
-from bnbref.context import as_bytes, own
+from bnbref.context import as_bytes, not_a_view
 from bnbref.kernels import compile_enabled, tracing
 from bnbref.quant_state import QuantState, present
 
@@ -32,27 +32,27 @@ class PackedWeight:
 
     def __init__(self, codes: Tensor, state: QuantState) -> None:
         self.codes, self.state = codes, state
-        self._of_state = None if tracing() else state.kept()
+        self._of_state = None if tracing() else state.cache()
         # None stands for `multiply`, whose bound method would keep this object, and the codes, alive.
         self._products: dict[Any, Product | None] = {}
         self._rows: Tensor | None = None
 
     def is_of(self, state: QuantState | None) -> bool:
         """Whether this is what was prepared from the state as it is now."""
-        return state is self.state and state.kept() is self._of_state
+        return state is self.state and state.cache() is self._of_state
 
     def decoded(self, dtype: torch.dtype) -> Tensor:
         """The weight in a dtype, in the shape that was quantized: `QuantState.dequantize`."""
         if tracing() or not compile_enabled() or type(self.codes) is not Tensor:
             return self.state.dequantize(self.codes, dtype)
-        kept, key = self.state.kept(), (dtype, self.codes.device, self.codes.nbytes, torch.get_num_threads())
-        decode = kept.get(key)
+        cache, key = self.state.cache(), (dtype, self.codes.device, self.codes.nbytes, torch.get_num_threads())
+        decode = cache.get(key)
         if decode is not None:
             return decode(self)  # type: ignore[no-any-return]
         weight = self.state.dequantize(self.codes, dtype)
         if not _captured(self.codes):
             # At the second call, as the state that an operator of a graph makes has only one.
-            kept[key] = self._decoder(dtype) if key in kept else None
+            cache[key] = self._decoder(dtype) if key in cache else None
         return weight
 
     def multiply(self, a: Tensor, bias: Tensor | None) -> Tensor:
@@ -60,14 +60,14 @@ class PackedWeight:
         if few_rows.are_few(a, self.state, bias):
             return few_rows.multiply_few(a, self.codes, self.state, bias)
         weight = self.decoded(a.dtype)
-        return own(F.linear(a, weight if weight.shape[1] == a.shape[-1] else weight.t(), bias))
+        return not_a_view(F.linear(a, weight if weight.shape[1] == a.shape[-1] else weight.t(), bias))
 
     # ---- what is kept -----------------------------------------------------------------------------------------------
 
     def find(self, a: Tensor, bias: Tensor | None) -> Product | None:
         """The product that was prepared for activations and a bias of this layout."""
         try:
-            return self._products[_layout(a, bias)] or self.multiply
+            return self._products[_product_key(a, bias)] or self.multiply
         except KeyError:
             return None
 
@@ -83,7 +83,7 @@ class PackedWeight:
         product: Product | None = None
         if few_rows.are_few(a, self.state, bias):
             product = few_rows.prepared(a, self.codes, self.state, bias, self._scales())
-        self._products[_layout(a, bias)] = product
+        self._products[_product_key(a, bias)] = product
         return product or self.multiply
 
     def _scales(self) -> Callable[[], Tensor]:
@@ -131,7 +131,7 @@ class PackedWeight:
         return rows
 
 
-def _layout(a: Tensor, bias: Tensor | None) -> Any:
+def _product_key(a: Tensor, bias: Tensor | None) -> Any:
     """All that the product of a weight depends on, but for the elements. That of many rows takes any number of them."""
     k = a.shape[-1] if a.dim() else 0
     rows = a.shape if a.numel() <= few_rows.MOST * k else k

@@ -24,7 +24,7 @@ from bnbref.context import (
     as_autocast,
     differentiated,
     exporting,
-    own,
+    not_a_view,
     plain,
     transforming,
     under_functorch,
@@ -67,10 +67,10 @@ def product_4bit(a: Tensor, weight: PackedWeight, bias: Tensor | None, in_order:
     """`a @ W^T + bias` without a gradient. in_order: whether the sum is in the fixed order."""
     if not in_order:
         return weight.multiply(a, bias)
-    return own(multiply_in_order(a, _turned(weight.decoded(a.dtype), a.shape[-1]).t(), bias))
+    return not_a_view(multiply_in_order(a, _as_n_k(weight.decoded(a.dtype), a.shape[-1]).t(), bias))
 
 
-def _turned(weight: Tensor, k: int) -> Tensor:
+def _as_n_k(weight: Tensor, k: int) -> Tensor:
     """The weight as `[n, k]`, also where `[k, n]` was quantized."""
     return weight if weight.shape[1] == k else weight.t()
 
@@ -92,7 +92,7 @@ class _MatMul4Bit(torch.autograd.Function):
         grad_a = grad_bias = None
         with without_autocast(grad):
             if ctx.needs_input_grad[0]:
-                grad_a = multiply(grad, _turned(ctx.weight.decoded(grad.dtype), ctx.k))
+                grad_a = multiply(grad, _as_n_k(ctx.weight.decoded(grad.dtype), ctx.k))
             if ctx.needs_input_grad[2]:
                 rows = as_matrix(grad)
                 grad_bias = multiply(rows.new_ones(1, len(rows)), rows)[0] if ctx.in_order else rows.sum(0)
@@ -163,7 +163,7 @@ def matmul_4bit(
         )
     if A.shape[-1] != shape[1] and not tracing():
         warnings.warn(
-            f"the weight was quantized as [k, n], {list(shape)}, and is turned in every product. "
+            f"the weight was quantized as [k, n], {list(shape)}, and is transposed in every product. "
             "Re-quantize from the weight in [n, k] (out_features, in_features) orientation.",
             DeprecationWarning,
             stacklevel=2,
@@ -186,7 +186,7 @@ def matmul_4bit(
 
 
 def _multiply(a: Tensor, packed: Tensor, bias: Tensor | None, state: QuantState, in_order: bool) -> Tensor:
-    weight = _kept(packed, state)
+    weight = _packed_weight(packed, state)
     # What torch.func does inside of torch.compile it does to plain operations.
     inlined = torch.compiler.is_dynamo_compiling() and under_functorch()
     if inlined or not differentiated(a, bias):
@@ -197,7 +197,7 @@ def _multiply(a: Tensor, packed: Tensor, bias: Tensor | None, state: QuantState,
     return _MatMul4Bit.apply(a, weight, bias, in_order)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _kept(packed: Tensor, state: QuantState) -> PackedWeight:
+def _packed_weight(packed: Tensor, state: QuantState) -> PackedWeight:
     """A weight with what it keeps of its products; a tensor of codes that is no parameter of ours keeps nothing."""
     if tracing() or not hasattr(packed, "products"):
         return PackedWeight(plain(packed), state)
@@ -216,8 +216,8 @@ def prepared_product(a: Tensor, packed: Tensor, state: QuantState | None, bias: 
         return None
     if ordered.batch_invariant_enabled():
         return None
-    kept: PackedWeight | None = packed.products
-    weight = kept if kept is not None and kept.is_of(state) else _kept(packed, state)
+    prepared: PackedWeight | None = packed.products
+    weight = prepared if prepared is not None and prepared.is_of(state) else _packed_weight(packed, state)
     product = weight.find(a, bias) or weight.prepare(a, bias)
     if product is None or not differentiated(a, bias):
         return product
@@ -273,7 +273,7 @@ def product_8bit(
         with without_autocast(a):
             outliers = None if columns is None else _outlier_product(rows, columns, codes, absmax, gather)
         y = int8.dequantize_int8_product(int8.multiply(q, codes), row_absmax, absmax, bias, outliers, dtype=a.dtype)
-    return own(y.view(*a.shape[:-1], codes.shape[0]))
+    return not_a_view(y.view(*a.shape[:-1], codes.shape[0]))
 
 
 class _MatMul8bit(torch.autograd.Function):
@@ -286,7 +286,7 @@ class _MatMul8bit(torch.autograd.Function):
     def forward(
         ctx: Any, a: Tensor, weight: Tensor | None, codes: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float
     ) -> Tensor:
-        _keep(ctx, a, weight, codes, absmax, bias)
+        _save_for_backward(ctx, a, weight, codes, absmax, bias)
         return product_8bit(a, codes, absmax, bias, threshold)
 
     @staticmethod
@@ -305,7 +305,9 @@ class _MatMul8bit(torch.autograd.Function):
         return grad_a, grad_weight, None, None, grad_bias, None
 
 
-def _keep(ctx: Any, a: Tensor, weight: Tensor | None, codes: Tensor, absmax: Tensor, bias: Tensor | None) -> None:
+def _save_for_backward(
+    ctx: Any, a: Tensor, weight: Tensor | None, codes: Tensor, absmax: Tensor, bias: Tensor | None
+) -> None:
     ctx.codes, ctx.absmax = codes, absmax
     ctx.save_for_backward(a if weight is not None and weight.requires_grad else None)
     ctx.bias_dtype = None if bias is None else bias.dtype
@@ -325,7 +327,7 @@ class _TransformedMatMul8bit(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _keep(ctx, *inputs[:5])
+        _save_for_backward(ctx, *inputs[:5])
         ctx.save_for_forward(inputs[0])
 
     @staticmethod

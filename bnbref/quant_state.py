@@ -9,10 +9,10 @@ from torch import Tensor
 
 from bnbref import fourbit, nested
 from bnbref.blockwise import check_float
-from bnbref.codebooks import DYNAMIC, Codebook, entered, four_bit, value_table
+from bnbref.codebooks import DYNAMIC, Codebook, four_bit, registered_name, value_table
 from bnbref.state_fields import BLOB, TENSORS, checked_fields
 
-__all__ = ["BLOB", "TENSORS", "QuantState", "dtype_name", "present", "quantize_with_state"]
+__all__ = ["BLOB", "TENSORS", "QuantState", "dtype_name", "present", "quantize_scales", "quantize_with_state"]
 
 T = TypeVar("T")
 
@@ -26,8 +26,8 @@ class QuantState:
     """
 
     _changed: object = None
-    """Another object after each assignment of an attribute."""
-    _kept: Any = None
+    """A new object after each assignment of an attribute: a version number that no two states share."""
+    _cache: Any = None
 
     def __init__(
         self, absmax: Tensor, shape: torch.Size | None = None, code: Tensor | None = None, blocksize: int | None = None,
@@ -49,16 +49,16 @@ class QuantState:
         if not torch.compiler.is_dynamo_compiling():
             self.__dict__["_changed"] = object()
 
-    def kept(self) -> dict[Any, Any]:
-        """For who prepares something from the state: a dictionary that is kept with it until an attribute of the state, or of
-        its state2, is assigned (not through `__dict__`). It is neither copied nor saved."""
+    def cache(self) -> dict[Any, Any]:
+        """A dictionary for what is prepared from the state. It becomes another, empty one as soon as an attribute of the state or
+        of its state2 is assigned (but not through `__dict__`). It is neither copied nor saved with the state."""
         version = self._changed, None if self.state2 is None else self.state2._changed
-        if self._kept is None or self._kept[0] != version:
-            self.__dict__["_kept"] = version, {}
-        return self._kept[1]  # type: ignore[no-any-return]
+        if self._cache is None or self._cache[0] != version:
+            self.__dict__["_cache"] = version, {}
+        return self._cache[1]  # type: ignore[no-any-return]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_changed", "_kept")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_changed", "_cache")}
 
     def __getattr__(self, name: str) -> Any:
         # FSDP resolves the state dict's key `weight.quant_state.bitsandbytes__nf4` by getattr.
@@ -148,7 +148,7 @@ class QuantState:
         >>> bytes(state.as_dict(packed=True)["quant_state.bitsandbytes__nf4"].tolist()).decode()
         '{"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": [64]}'
         """
-        quant_type = entered(self.quant_type)
+        quant_type = registered_name(self.quant_type)
         full: dict[str, Any] = {
             "quant_type": quant_type,
             "absmax": self.absmax,
@@ -206,11 +206,16 @@ def quantize_with_state(
     packed, scales = fourbit.quantize(x, book, blocksize, quant_storage)
     offset = state2 = None
     if double_quant:
-        scales, absmax2, offset = nested.quantize(scales)
-        values = value_table(DYNAMIC, x.device)
-        state2 = QuantState(absmax2, code=values, blocksize=nested.BLOCKSIZE, dtype=torch.float32)
-    name, code = entered(book), value_table(book, x.device)
+        scales, offset, state2 = quantize_scales(scales)
+    name, code = registered_name(book), value_table(book, x.device)
     return packed, QuantState(scales, x.shape, code, blocksize, name, x.dtype, offset, state2)
+
+
+def quantize_scales(scales: Tensor, blocksize: int = nested.BLOCKSIZE) -> tuple[Tensor, Tensor, QuantState]:
+    """The codes of scales, `nested.quantize`, and the two fields of a QuantState that undo it: offset and state2."""
+    codes, absmax2, offset = nested.quantize(scales, blocksize)
+    values = value_table(DYNAMIC, scales.device)
+    return codes, offset, QuantState(absmax2, code=values, blocksize=blocksize, dtype=torch.float32)
 
 
 def present(value: T | None, name: str) -> T:

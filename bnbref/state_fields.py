@@ -16,7 +16,7 @@ BLOB = "quant_state.bitsandbytes__"
 """Key of the JSON blob, followed by the quant_type."""
 
 ENTER = " (a codebook of your own has to be entered in bnbref.codebooks.FOUR_BIT first)"
-"""What the name of a codebook may need that this process does not know."""
+"""Ends the message about a quant_type that is unknown: its codebook may exist, but not be registered in this process."""
 
 TENSORS = ("nested_absmax", "nested_quant_map", "absmax", "quant_map")
 """Keys of what a state dict has as tensors; the first two if the scales are quantized."""
@@ -52,7 +52,7 @@ def checked_fields(qs_dict: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
         if code.device.type != "meta" and not bool((code.cpu() == known).all()):
             raise ValueError(f"quant_map is not the codebook {quant_type!r}: {code.tolist()}")
 
-    # A state of 8 bits does not say of how many elements it is.
+    # A state of 8 bits does not say how many elements its tensor has.
     of_any = _ANY_SIZE if quant_type is None else 0
     _check_blocksize("blocksize", blocksize, of_any if shape is None else math.prod(shape))
     blocks = None if shape is None else block_count(math.prod(shape), blocksize)

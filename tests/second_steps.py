@@ -75,8 +75,8 @@ def soap(
     p, g, m, v, left, right, of_left, of_right = map(double, (p, g, momentum, squares, left, right, of_left, of_right))
     m = beta1 * m + (1 - beta1) * g
     v = beta2 * v + (1 - beta2) * (of_left.T @ g @ of_right) ** 2
-    turned = of_left.T @ m @ of_right / (1 - beta1**step)
-    u = of_left @ (turned / (np.sqrt(v / (1 - beta2**step)) + eps)) @ of_right.T
+    rotated = of_left.T @ m @ of_right / (1 - beta1**step)
+    u = of_left @ (rotated / (np.sqrt(v / (1 - beta2**step)) + eps)) @ of_right.T
     left, right = beta3 * left + (1 - beta3) * g @ g.T, beta3 * right + (1 - beta3) * g.T @ g
     return named(p - lr * weight_decay * p - lr * u, momentum=m, squares=v, left=left, right=right)
 

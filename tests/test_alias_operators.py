@@ -230,13 +230,15 @@ def test_igemm_is_the_integer_product(sizes, dims, turns, seed):
     b, m, k, n = sizes
     generator = torch.Generator().manual_seed(seed)
 
-    def codes(*shape, turned, dim):
+    def codes(*shape, transposed, dim):
         shape = shape if dim == 3 else shape[1:]
         x = torch.randint(-128, 128, shape, dtype=torch.int8, generator=generator)
-        return x.transpose(-1, -2).contiguous() if turned else x
+        return x.transpose(-1, -2).contiguous() if transposed else x
 
-    left, right = codes(b, m, k, turned=turns[0], dim=dims[0]), codes(b, k, n, turned=turns[1], dim=dims[1])
-    whole = [(x.transpose(-1, -2) if turned else x).long() for x, turned in zip((left, right), turns, strict=True)]
+    left, right = codes(b, m, k, transposed=turns[0], dim=dims[0]), codes(b, k, n, transposed=turns[1], dim=dims[1])
+    whole = [
+        (x.transpose(-1, -2) if transposed else x).long() for x, transposed in zip((left, right), turns, strict=True)
+    ]
     found = extras.igemm(left, right, None, *turns)
     assert found.dtype == torch.int32
     assert torch.equal(found.long(), whole[0] @ whole[1])

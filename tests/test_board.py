@@ -167,7 +167,10 @@ def test_reports_of_a_cpu_have_every_case():
 def test_the_page_of_drawings_is_of_the_reports_beside_it():
     """It has every finding of these five, and no other: `python docs/results.py` writes all of them."""
     text = (RESULTS / "report.html").read_text(encoding="utf-8")
-    columns = [RESULTS / f"{name}.json" for name in ("bitsandbytes", "bitsandbytes-default", "torchao", "bnbref-eager", "bnbref")]
+    columns = [
+        RESULTS / f"{name}.json"
+        for name in ("bitsandbytes", "bitsandbytes-default", "torchao", "bnbref-eager", "bnbref")
+    ]
     found = [f for file in columns for f in json.loads(file.read_text(encoding="utf-8"))["findings"]]
     for finding in found:
         for said in (finding["message"], *finding["input"]):

@@ -81,7 +81,7 @@ OPS = SimpleNamespace(
 def test_it_finds_what_a_plain_look_up_finds(word, values, dtype):
     table = planes(torch.tensor(values, dtype=torch.float32).to(dtype))
     words = torch.tensor([signed(word)], dtype=torch.int32)
-    found = byte_permute.values_of(OPS, word, [byte_permute.own(OPS, w & MASK) for w in table.tolist()])
+    found = byte_permute.values_of(OPS, word, [byte_permute.per_lane(OPS, w & MASK) for w in table.tolist()])
     for place, got in enumerate(found):
         want = lookup8(words, table, place)
         assert np.float32(got).tobytes() == want.numpy().tobytes()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bnbref.cli import main
-from bnbref.conformance import release
+from bnbref.conformance import archive
 
 ROOT = Path(__file__).resolve().parent.parent
 ACTION = ROOT / ".github" / "actions" / "check" / "action.yml"
@@ -96,7 +96,7 @@ def test_the_page_can_be_copied(action):
     assert all(isinstance(step, list) and "run" in step[0] for step in steps)
     for name in action["inputs"]:
         assert f"`{name}`" in text
-    assert release.DIGESTS[1][:4] + "..." in text
+    assert archive.DIGESTS[1][:4] + "..." in text
 
 
 @pytest.mark.parametrize(
@@ -120,6 +120,6 @@ def test_status_badge_and_summary(tmp_path, monkeypatch, source, only, fail_on, 
     assert badge == {"schemaVersion": 1, "label": "bnbref", "message": message, "color": color}
     summary = json.loads((tmp_path / "summary").read_text())
     assert summary["badge"] == badge
-    assert summary["vectors"] == {f"v{version}": digest for version, digest in release.DIGESTS.items()}
+    assert summary["vectors"] == {f"v{version}": digest for version, digest in archive.DIGESTS.items()}
     broken = {finding["rule"] for finding in json.loads((tmp_path / "json").read_text())["findings"]}
     assert {*summary["rules"]["dialect"], *summary["rules"]["defect"]} == broken

@@ -89,12 +89,12 @@ def test_a_write_by_value_is_refused_and_changes_nothing(make, how):
 
 @pytest.mark.parametrize("width", [2, 64])
 @pytest.mark.parametrize("make", [linear4, linear8])
-@given(operation=st.sampled_from([torch.add, torch.subtract, torch.mul, torch.multiply, operator.add]), turned=st.booleans(),
+@given(operation=st.sampled_from([torch.add, torch.subtract, torch.mul, torch.multiply, operator.add]), swapped=st.booleans(),
        other=st.sampled_from([3, torch.tensor([3], dtype=torch.int8), torch.tensor([3], dtype=torch.uint8)]))  # fmt: skip
-def test_arithmetic_whose_result_would_look_like_codes_is_refused(make, width, operation, turned, other):
+def test_arithmetic_whose_result_would_look_like_codes_is_refused(make, width, operation, swapped, other):
     layer = make(32, width)
     if torch.result_type(layer.weight.data, other) == layer.weight.dtype:
-        pair = (other, layer.weight) if turned and isinstance(other, torch.Tensor) else (layer.weight, other)
+        pair = (other, layer.weight) if swapped and isinstance(other, torch.Tensor) else (layer.weight, other)
         with pytest.raises(ValueError, match="takes the codes of a quantized"):
             operation(*pair)
         with pytest.raises(ValueError, match="takes the codes of a quantized"):

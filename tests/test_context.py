@@ -18,7 +18,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stac
 
 import bnbref
 from bnbref import int8
-from bnbref.context import kept
+from bnbref.context import cached
 from bnbref.functional import dequantize_4bit, gemv_4bit, int8_linear_matmul, int8_mm_dequant, int8_vectorwise_quant
 from bnbref.integrations.bitsandbytes import ops
 from bnbref.nn import Linear4bit, Linear8bitLt
@@ -373,7 +373,7 @@ def test_what_is_kept_on_a_gpu_is_made_by_another_thread():
     """A CUDA graph that is being recorded would own what this thread allocates."""
     here, made = threading.get_ident(), []
 
-    @kept()
+    @cached()
     def table(name, device):
         made.append((name, threading.get_ident() == here))
         return torch.zeros(1)

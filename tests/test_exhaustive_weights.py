@@ -13,7 +13,7 @@ import torch
 from test_exhaustive import BF16, F16, INFINITY, SIGN, Function, eagerly, forbidden, kernel, prove
 from torch import Tensor
 
-from bnbref.optim import weights
+from bnbref.optim import master_weights
 
 NAN = 0x7FC00000
 PIECE = 2**16
@@ -77,10 +77,10 @@ def split_and_exact(dtype: torch.dtype, correction: torch.dtype) -> tuple[Functi
     """A float32 to the integer of its parameter and correction, and such integers to the bits of a float32."""
 
     def split(x: Tensor) -> Tensor:
-        return as_integer(*weights.split(x, dtype, correction))
+        return as_integer(*master_weights.split(x, dtype, correction))
 
     def exact(x: Tensor) -> Tensor:
-        value = weights.exact((x >> 16).to(torch.int16).view(dtype), x.to(torch.int16).to(correction))
+        value = master_weights.joined((x >> 16).to(torch.int16).view(dtype), x.to(torch.int16).to(correction))
         return torch.where(value.isnan(), NAN, value.view(torch.int32))
 
     return split, exact

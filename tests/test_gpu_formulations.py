@@ -12,7 +12,7 @@ from bnbref import blockwise, few_rows, fourbit
 from bnbref import nested as nested_scales
 from bnbref.blockwise import encode
 from bnbref.codebooks import AF4, DYNAMIC, DYNAMIC_UNSIGNED, FP4, INT4, NF4, linear, value_table
-from bnbref.kernels import few_rows as few_rows_kernel
+from bnbref.kernels import multiplying
 from bnbref.kernels.counting import code_by_table, code_by_wide_table, code_table, float_of, wide_table
 from bnbref.optim import rules
 from bnbref.optim import step as steps
@@ -162,7 +162,7 @@ def test_rows_by_words(dtype, nested, m, n):
     scales = codes.view(n, k // 64) if nested else absmax
     arguments = (columns, packed.view(torch.int32), scales, bias, *second)
     constants = {"blocksize": 64, "blocksize2": 256, "codebook": NF4, "dtype": dtype}
-    with as_on_gpu(), mock.patch.object(few_rows_kernel, "is_gpu", return_value=True):
+    with as_on_gpu(), mock.patch.object(multiplying, "is_gpu", return_value=True):
         on_gpu = few_rows.multiply_rows.body(*arguments, **constants)
     for got in (on_gpu, few_rows.multiply_rows.definition(*arguments, **constants)):
         assert got.dtype == dtype

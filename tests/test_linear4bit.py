@@ -57,7 +57,7 @@ def test_it_is_the_float_product_with_the_dequantized_weight(layer, shape, dtype
     n=st.sampled_from([1, 5, 96]), k=st.sampled_from([2, 7, 64]), rows=st.sampled_from([(), (0,), (1,), (3,), (2, 3)]),
     dtype=st.sampled_from([F32, BF16, F16]), nested=st.booleans(), biased=st.booleans(), in_order=st.booleans(),
 )  # fmt: skip
-def test_a_weight_that_was_quantized_as_k_n_is_turned(n, k, rows, dtype, nested, biased, in_order):
+def test_a_weight_that_was_quantized_as_k_n_is_transposed(n, k, rows, dtype, nested, biased, in_order):
     """bitsandbytes takes it, with this warning; values and gradients are those of the float product."""
     packed, state = quantize_4bit(inputs(k, n), quant_type="nf4", compress_statistics=nested)
     x = inputs(*rows, k, dtype=dtype).requires_grad_()
@@ -139,7 +139,7 @@ def test_activations_that_were_cast_to_the_dtype_of_codes_are_refused(dtype, com
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("shape", [(8,), (1, 8), (3, 8), (3, 5), ()])
 def test_activations_of_another_width_are_refused(grad, shape):
-    """As wide as the layer's result, they were multiplied by the turned weight."""
+    """As wide as the layer's result, they were multiplied by the transposed weight."""
     layer = linear4(8, 64, bias=False)
     layer(inputs(1, 64))
     with pytest.raises(ValueError, match=r"x must be \[\.\.\., 64\] for Linear4bit\(in_features=64, "):

@@ -14,7 +14,7 @@ import bnbref
 from bnbref import MatmulLtState, codebook, few_rows, int8, matmul, matmul_4bit, nn
 from bnbref.codebooks import NF4, Codebook
 from bnbref.functional import quantize_4bit
-from bnbref.kernels import few_rows as few_rows_kernel
+from bnbref.kernels import multiplying
 
 TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 BACKENDS = ("eager", "aot_eager", "inductor")
@@ -197,13 +197,13 @@ def test_codes_of_any_strides():
 
 @pytest.mark.skipif(TORCH < (2, 12), reason="Inductor of torch 2.11 cannot compile the kernel of GPUs for a CPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("form", ["turned", "every second", "beside others", "from the second on"])
+@pytest.mark.parametrize("form", ["transposed", "every second", "beside others", "from the second on"])
 def test_activations_of_any_strides_on_a_gpu(dtype, form):
     x = randn(1, 64).to(dtype)
-    shapes = {"turned": (64, 3), "every second": (1, 128), "beside others": (1, 66), "from the second on": (1, 65)}
+    shapes = {"transposed": (64, 3), "every second": (1, 128), "beside others": (1, 66), "from the second on": (1, 65)}
     memory = torch.zeros(shapes[form], dtype=dtype)
     a = {
-        "turned": lambda: memory.t()[:1],
+        "transposed": lambda: memory.t()[:1],
         "every second": lambda: memory[:, ::2],
         "beside others": lambda: memory[:, :64],
         "from the second on": lambda: memory[:, 1:],
@@ -225,7 +225,7 @@ def test_a_cuda_graph_holds_a_product_that_was_never_called(product):
         four_bit: lambda x: matmul_4bit(x, packed, state),
         eight_bit: lambda x: matmul(x, codes, state=MatmulLtState(codes, absmax, has_fp16_weights=False)),
     }[product]
-    for cache in (few_rows_kernel._planes, codebook._kept_table):
+    for cache in (multiplying._planes, codebook._cached_table):
         cache.cache_clear()
     graphed = compiled(function, "inductor", fullgraph=True, mode="reduce-overhead")
     with torch.no_grad():

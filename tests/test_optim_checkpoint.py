@@ -13,7 +13,7 @@ from torch import nn
 
 from bnbref import functional as F
 from bnbref import optim
-from bnbref.optim.saved import WRAPPED
+from bnbref.optim.state_dict import WRAPPED
 
 CONTINUED = """
 import sys, torch, bnbref

@@ -18,10 +18,10 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from bnbref import optim
-from bnbref.optim import paging, sharding, turns
+from bnbref.optim import paging, planned_steps, sharding
 from bnbref.optim.cuts import Cut, complete
-from bnbref.optim.layout import Coded, Part
-from bnbref.optim.saved import WRAPPED
+from bnbref.optim.parts import Coded, Part
+from bnbref.optim.state_dict import WRAPPED
 
 # Two ranks cut 70 x 61 and 3 x 2000 inside a block, and 64 x 128 between two; a rank has nothing of 1 x 5000; 2000 elements
 # here are 4000 there, so that 8 bits are for the whole alone to decide. On more GPUs other rows are cut, and the same is to hold.
@@ -83,10 +83,10 @@ def calls_of_a_step(name, device, mesh):
     shards = [sharding.shard_of(p) for p in model.parameters() if p.numel() >= 4096]
     with mock.patch.object(torch.distributed, "all_reduce", wraps=torch.distributed.all_reduce) as exchange:
         optimizer.step()
-    return sum(bool(shard.cut(256)) for shard in shards), exchange.call_count
+    return sum(bool(shard.cut_blocks(256)) for shard in shards), exchange.call_count
 
 
-def turned(device, mesh=None):
+def transposed(device, mesh=None):
     """Parameters that are not contiguous; a rank that has one row of one has a contiguous part."""
     torch.manual_seed(0)
     ps = [torch.randn(2100, rows).to(device).t() for rows in (3, 70)]
@@ -100,7 +100,7 @@ def turned(device, mesh=None):
     optimizer = make("AdamW8bit", ps, **options("AdamW8bit"))
     for t in range(3):
         for p in ps:
-            p.grad = torch.sin(p.detach() * (t + 1))
+            p.grad = p.detach() * (3 - 2 * t)  # the same bits on every device, which a sine has not
         optimizer.step()
     return [(p.full_tensor() if mesh is not None else p).detach().cpu().contiguous() for p in ps]
 
@@ -110,7 +110,7 @@ def interrupted(device, mesh):
     model = fully_shard(Model().to(device), mesh=mesh)
     optimizer = make("AdamW8bit", model.parameters(), **options("AdamW8bit"))
     model(0).backward()
-    update, last = turns.update, list(model.parameters())[-1]
+    update, last = planned_steps.update, list(model.parameters())[-1]
 
     def until_the_last(turn, *rest):
         if turn.p is last:
@@ -118,7 +118,7 @@ def interrupted(device, mesh):
         update(turn, *rest)
 
     with (
-        mock.patch.object(turns, "update", until_the_last),
+        mock.patch.object(planned_steps, "update", until_the_last),
         pytest.warns(UserWarning, match="interrupted") as said,
         pytest.raises(torch.OutOfMemoryError),
     ):
@@ -175,7 +175,7 @@ def run_all(rank, ranks, path):
     found["collective calls"] = [
         calls_of_a_step(name, device, mesh) for name in ("AdamW8bit", "PagedAdamW8bit", "AdamW32bit")
     ]
-    found["turned"] = turned(device, mesh)
+    found["transposed"] = transposed(device, mesh)
     found["interrupted"] = interrupted(device, mesh)
     if rank == 0:
         torch.save(found, path)
@@ -249,7 +249,7 @@ def test_one_exchange_for_all_parameters(ranked):
 
 @pytest.mark.usefixtures("eager")
 def test_sharded_is_unsharded_for_what_is_not_contiguous(ranked):
-    assert same_bits(ranked[1]["turned"], turned(torch.device("cpu")))
+    assert same_bits(ranked[1]["transposed"], transposed(torch.device("cpu")))
 
 
 def test_an_interrupted_exchange_is_no_finished_step(ranked):
@@ -343,14 +343,14 @@ def test_shards_have_every_element_and_block(sizes, blocksize):
     for shard in shards:
         for e in range(shard.start, shard.stop):
             owners.setdefault(e // blocksize, set()).add(shard.rank)
-        first, last = shard.whole(blocksize)
+        first, last = shard.whole_blocks(blocksize)
         assert 0 <= first <= last <= shard.stop - shard.start
-    assert shards[0].cut(blocksize) == sorted(b for b, ranks in owners.items() if len(ranks) > 1)
+    assert shards[0].cut_blocks(blocksize) == sorted(b for b, ranks in owners.items() if len(ranks) > 1)
     for shard in shards:
         assert set(shard.blocks(blocksize)) == {b for b, ranks in owners.items() if shard.rank in ranks}
-        inside = {e // blocksize for e in range(*(shard.start + i for i in shard.whole(blocksize)))}
+        inside = {e // blocksize for e in range(*(shard.start + i for i in shard.whole_blocks(blocksize)))}
         assert inside == {b for b, ranks in owners.items() if ranks == {shard.rank}}
-        for block in shard.cut(blocksize):
+        for block in shard.cut_blocks(blocksize):
             here, place = shard.part(block, blocksize)
             elements = range(shard.start + here.start, shard.start + here.stop)
             assert [e - block * blocksize for e in elements] == list(range(place.start, place.stop))
@@ -374,7 +374,7 @@ def test_cut_blocks_are_completed(data):
         shards = [sharding.Shard(b, rank, None) for b in bounds]
         parts = [sliced_whole(whole, shard, blocksize) for whole, shard in zip(wholes, shards, strict=True)]
         found = [Cut(*pair, blocksize) for pair in zip(parts, shards, strict=True)]
-        cuts[rank] = [cut for cut in found if cut.shard.cut(blocksize)]
+        cuts[rank] = [cut for cut in found if cut.shard.cut_blocks(blocksize)]
     if not cuts[0]:
         return
     words = []
@@ -387,7 +387,7 @@ def test_cut_blocks_are_completed(data):
             parts, write_back = complete(own)
         for cut, part in zip(own, parts, strict=True):
             whole = next(w for w, b in zip(wholes, bounds, strict=True) if b is cut.shard.bounds)
-            blocks = [b for b in cut.shard.cut(blocksize) if b in cut.shard.blocks(blocksize)]
+            blocks = [b for b in cut.shard.cut_blocks(blocksize) if b in cut.shard.blocks(blocksize)]
             assert (part is None) == (not blocks)
             if part is not None:
                 want = torch.cat([torch.arange(whole.p.numel())[b * blocksize : (b + 1) * blocksize] for b in blocks])
@@ -400,7 +400,7 @@ def test_cut_blocks_are_completed(data):
         write_back()
         for cut, (p, codes, g) in zip(own, before, strict=True):
             mine = torch.arange(cut.shard.start, cut.shard.stop) // blocksize
-            cutting = torch.isin(mine, torch.tensor(cut.shard.cut(blocksize)))
+            cutting = torch.isin(mine, torch.tensor(cut.shard.cut_blocks(blocksize)))
             assert same_bits(cut.part.p, torch.where(cutting, -p, p))
             assert same_bits(cut.part.states[0].codes, torch.where(cutting, ~codes, codes))
             assert same_bits(cut.part.g, g)

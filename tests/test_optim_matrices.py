@@ -15,8 +15,8 @@ from test_optim_paging import FarAway, LateCopies
 from torch import nn
 
 from bnbref import optim
-from bnbref.optim import matrices, whole
-from bnbref.optim.equation import numbers, write_down
+from bnbref.optim import matrices, matrix_steps
+from bnbref.optim.equation import coefficients_of, write_down
 from bnbref.optim.rules import LARS, SGD, Rule, State, averages, decoupled
 
 U = 2.0**-24  # one rounding to float32: relative error at most U
@@ -518,8 +518,8 @@ def test_interrupted_is_uninterrupted_and_paged_is_resident(name, eager, tmp_pat
 def test_alone_is_together(eager, monkeypatch):
     """Where no sum has two terms: one number in each row and column."""
     ends = []
-    for size in (whole.BATCH, 1):
-        monkeypatch.setattr(whole, "BATCH", size)
+    for size in (matrix_steps.BATCH, 1):
+        monkeypatch.setattr(matrix_steps, "BATCH", size)
         torch.manual_seed(0)
         params = [nn.Parameter(torch.randn(64, 64)) for _ in range(3)]
         optimizer = optim.Muon8bit(params)
@@ -750,7 +750,7 @@ def test_groups_of_a_model():
 def test_a_rule_on_tensors_is_its_definition():
     """`whole` is the step itself where nothing is written down."""
     rule = matrices.Muon()
-    found = numbers(rule, 1, {"lr": 0.1, "weight_decay": 0.0, "momentum": 0.9})
+    found = coefficients_of(rule, 1, {"lr": 0.1, "weight_decay": 0.0, "momentum": 0.9})
     c = types.SimpleNamespace(**{name: torch.tensor(x) for name, x in found.items()})
     g = torch.randn(8, 5)
     u, m = rule.direction(torch.zeros(8, 5), g, torch.zeros(8, 5), c)

@@ -14,7 +14,7 @@ from torch import nn
 
 import bnbref
 from bnbref import optim
-from bnbref.optim import schedule_free, weights
+from bnbref.optim import master_weights, schedule_free
 from bnbref.optim.schedule_free import share
 
 quick = pytest.mark.usefixtures("eager")
@@ -204,7 +204,7 @@ def test_a_switch_that_is_interrupted_is_undone(at, to_train, pages):
     switch = optimizer.train if to_train else optimizer.eval
     before = [p.detach().clone() for p in params]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(schedule_free, "store", interrupting(at))
+        patch.setattr(schedule_free, "set_value", interrupting(at))
         if at < len(params):
             with pytest.raises(KeyboardInterrupt):
                 switch()
@@ -237,15 +237,15 @@ def test_betas_of_a_group_and_of_one_parameter_are_those_of_its_average(where):
 
 
 def interrupting(at):
-    """`store`, which an exception keeps from writing the `at`-th parameter."""
+    """`set_value`, which an exception keeps from writing the `at`-th parameter."""
     calls = iter(range(1000))
 
-    def store(*args):
+    def set_value(*args):
         if next(calls) == at:
             raise KeyboardInterrupt
-        weights.store(*args)
+        master_weights.set_value(*args)
 
-    return store
+    return set_value
 
 
 @quick

@@ -14,7 +14,7 @@ from bnbref.kernels import REGISTRY
 from bnbref.optim import rules
 from bnbref.optim.equation import at_step
 from bnbref.optim.rules import absmax_key
-from bnbref.optim.saved import WRAPPED
+from bnbref.optim.state_dict import WRAPPED
 from bnbref.optim.update import new_state, step
 
 EIGHT = [optim.SGD8bit, optim.LARS8bit, optim.Adam8bit, optim.LAMB8bit, optim.Lion8bit, optim.RMSprop8bit,
@@ -119,15 +119,15 @@ def test_any_shape_and_layout(kind, eager):
     torch.manual_seed(0)
     values, grads = torch.randn(70, 61), torch.randn(3, 70, 61)
     flat = nn.Parameter(values.flatten().clone())
-    turned = nn.Parameter(values.t().contiguous().t())
-    assert not turned.is_contiguous()
+    transposed = nn.Parameter(values.t().contiguous().t())
+    assert not transposed.is_contiguous()
     one = kind([flat], min_8bit_size=1, **NEEDED.get(kind, {}))
-    other = kind([turned], min_8bit_size=1, **NEEDED.get(kind, {}))
+    other = kind([transposed], min_8bit_size=1, **NEEDED.get(kind, {}))
     for g in grads:
-        flat.grad, turned.grad = g.flatten(), g.clone()
+        flat.grad, transposed.grad = g.flatten(), g.clone()
         one.step()
         other.step()
-    assert same_bits(flat.data.view(70, 61), turned.data.contiguous())
+    assert same_bits(flat.data.view(70, 61), transposed.data.contiguous())
 
 
 @pytest.mark.parametrize("numel", [0, 1, 2, 255, 256, 257, 511, 512, 513])

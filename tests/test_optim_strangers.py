@@ -19,8 +19,7 @@ from torch import nn
 from bnbref import optim
 from bnbref.codebooks import DYNAMIC, DYNAMIC_UNSIGNED, FP4, Codebook
 from bnbref.kernels import REGISTRY
-from bnbref.optim.equation import numbers as coefficients_of
-from bnbref.optim.equation import write_down
+from bnbref.optim.equation import coefficients_of, write_down
 from bnbref.optim.rules import Rule, State, absmax_key, qmap_key
 
 # ---- generated rules ------------------------------------------------------------------------------------------------

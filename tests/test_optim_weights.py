@@ -15,7 +15,7 @@ from torch import nn
 
 import bnbref
 from bnbref import optim
-from bnbref.optim import weights
+from bnbref.optim import master_weights
 from bnbref.optim.equation import at_step
 from bnbref.optim.step import step_blocks, step_elements
 
@@ -62,8 +62,8 @@ def nearest_away(x: float, dtype: torch.dtype) -> float:
 @given(st.lists(float32s(), min_size=1, max_size=40))
 def test_split_and_exact(dtype, correction, values):
     x = tensor(values)
-    p, c = weights.split(x, dtype, correction)
-    back = weights.exact(p, c)
+    p, c = master_weights.split(x, dtype, correction)
+    back = master_weights.joined(p, c)
     assert p.dtype == dtype
     assert c.dtype == correction
     assert back.dtype == torch.float32
@@ -96,8 +96,8 @@ def test_split_and_exact(dtype, correction, values):
 @each_kind
 @given(st.lists(float32s(), min_size=1, max_size=40))
 def test_what_was_split_is_split_alike(dtype, correction, values):
-    p, c = weights.split(tensor(values), dtype, correction)
-    again = weights.split(weights.exact(p, c), dtype, correction)
+    p, c = master_weights.split(tensor(values), dtype, correction)
+    again = master_weights.split(master_weights.joined(p, c), dtype, correction)
     assert same_bits(p.float().nan_to_num(), again[0].float().nan_to_num())
     assert torch.equal(c, again[1])
 
@@ -115,12 +115,12 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_found(mistake, monkeypatch):
     dtype, correction, wrong = MISTAKES[mistake]
-    right = weights.split
+    right = master_weights.split
     near = torch.arange(-300, 300)  # numbers around 1: ties, and what lies beside them
     values = (near * 2**12 + near % 5 - 2 + 0x3F800000).to(torch.int32).view(F32).tolist()
     check = test_split_and_exact.hypothesis.inner_test
     check(dtype, correction, values)
-    monkeypatch.setattr(weights, "split", lambda x, *dtypes: wrong(x, *right(x, *dtypes)))
+    monkeypatch.setattr(master_weights, "split", lambda x, *dtypes: wrong(x, *right(x, *dtypes)))
     with pytest.raises(AssertionError):
         check(dtype, correction, values)
 
@@ -131,10 +131,10 @@ def test_a_bfloat16_with_every_correction_is_a_float32_of_its_own():
     for high in [*range(0, 0x7F80, 97), 1, 0x7F7F]:
         p = torch.full((2**16,), high, dtype=torch.int16).view(BF16)
         c = steps.clamp(min=0) if high == 0 else steps
-        x = weights.exact(p, c.to(torch.int16))
+        x = master_weights.joined(p, c.to(torch.int16))
         assert torch.equal(x.view(torch.int32), (high << 16) + c)
         for sign in (1, -1):
-            q, rest = weights.split(sign * x, BF16, torch.int16)
+            q, rest = master_weights.split(sign * x, BF16, torch.int16)
             assert same_bits(q, sign * p)
             assert torch.equal(rest.to(torch.int32), c)
 
@@ -144,7 +144,7 @@ def test_a_bfloat16_with_every_correction_is_a_float32_of_its_own():
 def test_a_parameter_that_somebody_sets_keeps_its_sign(dtype, correction):
     least, most = torch.iinfo(correction).min, torch.iinfo(correction).max
     p = torch.tensor([0.0, -0.0, 0.0, 1.0, -1.0], dtype=dtype)
-    got = weights.exact(p, torch.tensor([least, least, most, least, least], dtype=correction))
+    got = master_weights.joined(p, torch.tensor([least, least, most, least, least], dtype=correction))
     assert got[:2].tolist() == [0, 0]
     assert 0 < got[2] < 2**-14
     assert (got[3:] - p[3:].float()).abs().max() <= 2**-5
@@ -163,7 +163,7 @@ def test_compiled_is_eager(kernel, dtype, correction):
     bits = torch.randint(-(2**31), 2**31, (8 * 256,), generator=generator)
     x = bits.to(torch.int32).view(torch.float32).view(8, 256)
     x = torch.where(x.isnan(), 1.0, x)
-    p, c = weights.split(x, dtype, correction)
+    p, c = master_weights.split(x, dtype, correction)
     g = torch.randn(8, 256, generator=generator).to(dtype)
     g[0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
     codes = [torch.randint(0, 256, (8, 256), generator=generator, dtype=torch.uint8) for _ in range(2)]
@@ -224,7 +224,7 @@ def test_of_32_bits_every_class_trains_as_on_float32(name):
     for p, w in zip(params, wide, strict=True):
         assert same_bits(optimizer.exact_weight(p), w.detach())
         assert (p.detach().float() - w).abs().max() <= 2**-8 * w.abs().max()
-        state = {key: x for key, x in optimizer.state[p].items() if key != weights.CORRECTIONS[BF16]}
+        state = {key: x for key, x in optimizer.state[p].items() if key != master_weights.CORRECTIONS[BF16]}
         assert state.pop("step") == 4
         assert all(same_bits(x, want.state[w][key]) for key, x in state.items())
 
@@ -246,10 +246,10 @@ def test_a_step_is_one_on_float32_and_a_split(name, dtype, correction):
             w.grad = g.to(dtype).float()
         want.step()
         for p, w in zip(params, wide, strict=True):
-            near, rest = weights.split(w.detach(), dtype, correction)
+            near, rest = master_weights.split(w.detach(), dtype, correction)
             assert same_bits(p.detach(), near)
-            assert torch.equal(optimizer.state[p][weights.CORRECTIONS[dtype]], rest)
-            w.data.copy_(weights.exact(near, rest))
+            assert torch.equal(optimizer.state[p][master_weights.CORRECTIONS[dtype]], rest)
+            w.data.copy_(master_weights.joined(near, rest))
 
 
 @quick
@@ -277,7 +277,9 @@ def test_resumed_is_uninterrupted_and_a_directory_is_resident(name, bits, tmp_pa
     assert same_bits([*(p.detach() for p in others), *tensors(resumed)], want)
     assert same_bits([*(p.detach() for p in paged), *tensors(away)], want)
     read = optim.read_pages(tmp_path / "pages")
-    assert torch.equal(read[0][weights.CORRECTIONS[BF16]], optimizer.state[params[0]][weights.CORRECTIONS[BF16]])
+    assert torch.equal(
+        read[0][master_weights.CORRECTIONS[BF16]], optimizer.state[params[0]][master_weights.CORRECTIONS[BF16]]
+    )
     copied = copy.deepcopy(optimizer)
     assert same_bits(tensors(copied), tensors(optimizer))
 
@@ -346,7 +348,7 @@ def test_groups_overrides_and_float32_parameters():
     optim.GlobalOptimManager.get_instance().override_config(params[3], "master_weight_bits", None)
     wide.grad = torch.ones_like(wide)
     step(params, optimizer, 0)
-    found = [optimizer.state[p].get(weights.CORRECTIONS[BF16]) for p in (*params, wide)]
+    found = [optimizer.state[p].get(master_weights.CORRECTIONS[BF16]) for p in (*params, wide)]
     assert [None if x is None else x.dtype for x in found] == [torch.int8, torch.int8, torch.int16, None, None]
     assert (
         sum(x.nbytes for x in optimizer.state[params[2]].values() if isinstance(x, torch.Tensor)) == 5000 * 4 + 20 * 8
@@ -361,7 +363,7 @@ def test_a_state_without_a_correction_begins_with_none_missing():
     optimizer = optim.AdamW8bit(params, master_weight_bits=24)
     optimizer.load_state_dict(plain.state_dict())
     step(params, optimizer, 1)
-    assert all(optimizer.state[p][weights.CORRECTIONS[BF16]].dtype == torch.int8 for p in params)
+    assert all(optimizer.state[p][master_weights.CORRECTIONS[BF16]].dtype == torch.int8 for p in params)
 
 
 CASTS = [(BF16, F16), (F16, BF16), (BF16, torch.float32), (F16, torch.float32)]
@@ -437,9 +439,9 @@ def test_what_is_refused():
     wide = nn.Parameter(torch.ones(5000))
     with pytest.raises(ValueError, match=r"float32"):
         optim.AdamW8bit([wide]).load_state_dict(saved)
-    of_half = {weights.CORRECTIONS[F16]: torch.full((5000,), 5000, dtype=torch.int16)}
+    of_half = {master_weights.CORRECTIONS[F16]: torch.full((5000,), 5000, dtype=torch.int16)}
     with pytest.raises(ValueError, match="goes beyond 4096"):
-        weights.checked_correction(p.detach().half(), of_half)
+        master_weights.checked_correction(p.detach().half(), of_half)
     p.data = p.data.float()
     p.grad = torch.ones_like(p)
     with pytest.raises(ValueError, match=r"float32"):
@@ -472,7 +474,7 @@ def test_bytes_of_weights():
         optimizer = make(name, [p], master_weight_bits=bits)
         optimizer.step()
         sizes = {key: x.nbytes / p.numel() for key, x in optimizer.state[p].items() if isinstance(x, torch.Tensor)}
-        correction = sizes.pop(weights.CORRECTIONS[BF16], 0)
+        correction = sizes.pop(master_weights.CORRECTIONS[BF16], 0)
         assert (p.element_size(), correction, sum(sizes.values())) == want, name
 
 

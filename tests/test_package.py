@@ -25,7 +25,7 @@ ROOMS = (
     ("bnbref.optim",),
     ("bnbref.functional",),
     ("bnbref.checkpoint",),
-    ("bnbref.stored", "bnbref.maps"),
+    ("bnbref.checkpoint_weights", "bnbref.maps"),
     ("bnbref.operators",),
     ("bnbref.products",),
     ("bnbref.packed_weight",),

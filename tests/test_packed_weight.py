@@ -235,8 +235,8 @@ def test_codes_that_come_from_elsewhere_each_time_share_what_their_state_keeps(m
     made._parameters["weight"] = nn.Parameter(codes[:-1].clone(), requires_grad=False)
     with pytest.raises(ValueError, match="packed must hold 1024 bytes"):
         made(x)
-    assert state.kept()
-    assert not copy.deepcopy(state).kept()
+    assert state.cache()
+    assert not copy.deepcopy(state).cache()
 
 
 @compiled

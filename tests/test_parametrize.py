@@ -255,7 +255,7 @@ def test_an_error_in_the_forward_leaves_nothing(reads):
     with pytest.raises(RuntimeError):
         module(torch.ones(2, 31))
     assert (len(reads), alive(reads)) == (1, 0)
-    assert all(step.kept is None for step in steps(module).values())
+    assert all(step.cache is None for step in steps(module).values())
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -295,7 +295,7 @@ def test_compiled_and_exported_it_has_the_same_bits():
     want.sum().backward()
     got.sum().backward()
     assert raw(x.grad) == raw(y.grad)
-    assert all(step.kept is None for step in steps(module).values())
+    assert all(step.cache is None for step in steps(module).values())
     assert raw(torch.export.export(module, (X,)).module()(X)) == raw(want)
 
 

@@ -29,7 +29,7 @@ from torch import nn
 import bnbref
 from bnbref.functional import dequantize_4bit
 from bnbref.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
-from bnbref.nn.parameter import in_bytes
+from bnbref.nn.quantized_parameter import in_bytes
 
 STORAGES = [torch.uint8, BF16, F16, F32]
 

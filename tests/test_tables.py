@@ -17,7 +17,7 @@ from bnbref import checkpoint, optim
 from bnbref.codebooks import DYNAMIC, FOUR_BIT, dynamic, is_table_of, linear, value_table
 from bnbref.functional import dequantize_4bit, quantize_4bit
 from bnbref.nn import Embedding4bit, Linear4bit, Params4bit, replace_parameter_4bit, replace_parameter_4bit_prequantized
-from bnbref.optim.saved import WRAPPED
+from bnbref.optim.state_dict import WRAPPED
 from bnbref.quant_state import BLOB, QuantState
 
 CPU = torch.device("cpu")

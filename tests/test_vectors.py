@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from bnbref.cli import main
-from bnbref.conformance import release, vectors
+from bnbref.conformance import archive, vectors
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "docs" / "examples"
@@ -40,38 +40,38 @@ def of_version(version):
 
 def test_published_versions_do_not_change():
     folders = {int(folder.name[1:]): folder for folder in vectors.ROOT.glob("v[0-9]*")}
-    assert folders.keys() == release.DIGESTS.keys()
+    assert folders.keys() == archive.DIGESTS.keys()
     for version, folder in folders.items():
-        assert (folder / release.SUMS).read_text(encoding="utf-8") == release.sums(folder), (
+        assert (folder / archive.SUMS).read_text(encoding="utf-8") == archive.sums(folder), (
             "python -m bnbref vectors write"
         )
-        assert release.digest(folder) == release.DIGESTS[version], (
+        assert archive.digest(folder) == archive.DIGESTS[version], (
             "what is published stays: another byte is another version"
         )
-        assert hashlib.sha256((folder / release.SUMS).read_bytes()).hexdigest() == release.DIGESTS[version]
+        assert hashlib.sha256((folder / archive.SUMS).read_bytes()).hexdigest() == archive.DIGESTS[version]
 
 
 def test_the_digest_is_of_every_byte(tmp_path):
     shutil.copytree(vectors.folder_of(1), tmp_path / "v1")
-    assert release.digest(tmp_path / "v1") == release.DIGESTS[1]
+    assert archive.digest(tmp_path / "v1") == archive.DIGESTS[1]
     for file in sorted((tmp_path / "v1").glob("int8*")):
         data = file.read_bytes()
         file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-        assert release.digest(tmp_path / "v1") != release.DIGESTS[1]
-        with pytest.raises(ValueError, match="must have the digest of v1"):
-            release.archive(1, tmp_path / "v1")
+        assert archive.digest(tmp_path / "v1") != archive.DIGESTS[1]
+        with pytest.raises(ValueError, match="must have the digest of a published version"):
+            archive.tar_gz(tmp_path / "v1")
         file.write_bytes(data)
     (tmp_path / "v1" / "more").touch()
-    assert release.digest(tmp_path / "v1") != release.DIGESTS[1]
+    assert archive.digest(tmp_path / "v1") != archive.DIGESTS[1]
 
 
 @pytest.mark.parametrize("version", vectors.VERSIONS)
 def test_the_archive_is_the_published_files(version, tmp_path, capsys):
     chosen = [] if version == 1 else ["--version", str(version)]  # what asked for the first version gets it
     assert main(["vectors", "archive", str(tmp_path / "it.tar.gz"), *chosen]) == 0
-    assert capsys.readouterr().out == release.DIGESTS[version] + "\n"
+    assert capsys.readouterr().out == archive.DIGESTS[version] + "\n"
     data = (tmp_path / "it.tar.gz").read_bytes()
-    assert data == release.archive(version)
+    assert data == archive.tar_gz(vectors.folder_of(version))
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         found = {Path(entry.name).name: tar.extractfile(entry).read() for entry in tar}
         assert {Path(name).parent.name for name in tar.getnames()} == {f"bnbref-vectors-v{version}"}
@@ -86,10 +86,10 @@ def test_vectors_are_written_with_their_sums(tmp_path, capsys, monkeypatch):
     )
     assert main(["vectors", "write", str(tmp_path)]) == 0
     folders = [vectors.folder_of(version, tmp_path) for version in vectors.VERSIONS]
-    assert capsys.readouterr().out.split() == [release.digest(folder) for folder in folders]
+    assert capsys.readouterr().out.split() == [archive.digest(folder) for folder in folders]
     for version, folder in zip(vectors.VERSIONS, folders, strict=True):
         assert {path.name for path in folder.iterdir()} == {path.name for path in vectors.folder_of(version).iterdir()}
-        assert (folder / release.SUMS).read_text() == release.sums(folder)
+        assert (folder / archive.SUMS).read_text() == archive.sums(folder)
 
 
 @pytest.mark.parametrize("language", LOADERS)
@@ -133,4 +133,4 @@ def test_the_page_has_the_lines_of_the_loader(language):
 
 def test_the_page_names_the_digests():
     page = (ROOT / "docs" / "content" / "vectors.md").read_text(encoding="utf-8")
-    assert [digest for digest in release.DIGESTS.values() if digest not in page] == []
+    assert [digest for digest in archive.DIGESTS.values() if digest not in page] == []

@@ -1,11 +1,10 @@
-"""`python -m bnbref check`, `board` and `vectors`: their arguments, and what they run.
+"""`python -m bnbref check` and `board`: their arguments, and what they run. Those of `vectors` are in vectors_command.py.
 
 A function that runs a command returns its exit status: 0 no failure, 1 something failed. Where the command cannot be run as it
 was given, it raises `Refused`, which ends with status 2. What a command needs is imported when it runs.
 """
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -62,29 +61,6 @@ def add_board(commands: Any) -> None:
     board.add_argument("--html", type=Path, metavar="FILE", help="the page: rules by backends, filters, what failed")
     board.add_argument("--svg", type=Path, metavar="FILE", help="the same as a drawing")
     board.set_defaults(run=run_board)
-
-
-def add_vectors(commands: Any) -> None:
-    """Add `vectors` to the subparsers of `python -m bnbref`."""
-    vectors = commands.add_parser(
-        "vectors", help="the kit's cases as text for programs in any language, and their answers"
-    )
-    actions = vectors.add_subparsers(metavar="ACTION", required=True)
-    for name, help_, run in (
-        ("gen", "print the cases of an operation", run_gen),
-        ("check", "judge the answers to them on stdin", run_answers),
-    ):
-        action = actions.add_parser(name, help=help_)
-        action.add_argument("operation", metavar="OP", help="an operation, such as quantize_4bit")
-        action.add_argument("--only", default="", metavar="TEXT", help="only cases whose id contains this")
-        action.set_defaults(run=run)
-    write = actions.add_parser("write", help="compute all cases anew and write their files")
-    write.add_argument("folder", type=Path)
-    write.set_defaults(run=run_write)
-    archive = actions.add_parser("archive", help="the published vectors as one .tar.gz, with a digest of all of it")
-    archive.add_argument("file", type=Path)
-    archive.add_argument("--version", type=int, default=1, help="which of them (default: %(default)s)")
-    archive.set_defaults(run=run_archive)
 
 
 def writable(*files: Path | None) -> None:
@@ -195,78 +171,4 @@ def _list(backends: Any) -> int:
         except (ImportError, RuntimeError, ValueError) as error:
             state = str(error)
         print(f"{name:24}{state}")
-    return 0
-
-
-def _chosen(args: argparse.Namespace) -> list[Any]:
-    from bnbref.conformance import vectors
-    from bnbref.conformance.operations import OPERATIONS
-
-    if args.operation not in OPERATIONS:
-        raise Refused(f"OP must be one of {', '.join(OPERATIONS)}, got {args.operation!r}")
-    return [case for case in vectors.read(args.operation) if args.only in case.id]
-
-
-def run_gen(args: argparse.Namespace) -> int:
-    """Print the cases of an operation."""
-    from bnbref.conformance import text
-
-    for line in text.as_text(_chosen(args)):
-        print(line)
-    return 0
-
-
-def run_answers(args: argparse.Namespace) -> int:
-    """Judge the answers on stdin: 0 if there were answers, and all of them are right."""
-    import torch
-
-    from bnbref.conformance import backends, judge, report, text
-
-    cases = _chosen(args)
-    try:
-        answers = text.parse_answers(sys.stdin)
-    except ValueError as error:
-        raise Refused(str(error)) from error
-    unknown = sorted(set(answers) - {case.id for case in cases})
-    if unknown:
-        raise Refused(f"answers to cases that were not asked: {', '.join(unknown[:3])}")
-    silent = [case.id for case in cases if case.id not in answers]
-    if silent and answers:
-        raise Refused(
-            f"{len(silent)} of {len(cases)} cases have no answer, {silent[0]} first: a program answers each that was asked "
-            f"(`--only` says which, here too), by `unsupported` what it has not"
-        )
-    results = [judge.of_answer(case, answers.get(case.id)) for case in cases]
-    program = backends.Backend("your program", {args.operation: print})
-    done = report.report(program, torch.device("cpu"), results, small=False)
-    print(report.as_text(done))
-    return 0 if done.ok else 1
-
-
-def run_write(args: argparse.Namespace) -> int:
-    """Compute all cases and write their files, their sums, and print the digest of each version."""
-    from bnbref.conformance import release, vectors
-
-    if not args.folder.is_dir():
-        raise Refused(f"cannot write to {args.folder}: there is no such directory")
-    vectors.write(args.folder)
-    for version in vectors.VERSIONS:
-        folder = vectors.folder_of(version, args.folder)
-        (folder / release.SUMS).write_text(release.sums(folder), encoding="utf-8")
-        print(release.digest(folder))
-    return 0
-
-
-def run_archive(args: argparse.Namespace) -> int:
-    """Write the archive of the published vectors, and print their digest."""
-    from bnbref.conformance import release
-
-    writable(args.file)
-    if args.version not in release.DIGESTS:
-        raise Refused(f"--version must be one of {', '.join(map(str, release.DIGESTS))}, got {args.version}")
-    try:
-        args.file.write_bytes(release.archive(args.version))
-    except ValueError as error:
-        raise Refused(str(error)) from error
-    print(release.DIGESTS[args.version])
     return 0

@@ -63,9 +63,9 @@ class Dialect(Conventions):
     int8_constant: 1/16129. int8_float32: int8 products are summed in float32. int8_2d: only matrices are understood.
     bfloat16_nan: bfloat16 is rounded by adding to the bits, those of NaN too. nearest: a 4-bit code is that of the least distance
     in floating point, the first of equal ones. in_dtype: elements of 16 bits are scaled and compared in their dtype. tiny_is_one:
-    an absmax below the root of the least normal number of its dtype becomes 1. float16_weight: values and scales of a 4-bit weight are float16, their product is "rounded"
-    to it or, in a fused kernel, "kept". low_first: the first of two elements is in the low nibble. whole_blocks: packed codes are
-    as many as whole blocks have.
+    an absmax below the root of the least normal number of its dtype becomes 1. float16_weight: values and scales of a 4-bit
+    weight are float16, their product is "rounded" to it or, in a fused kernel, "kept". low_first: the first of two elements is in
+    the low nibble. whole_blocks: packed codes are as many as whole blocks have.
     """
 
     name: str

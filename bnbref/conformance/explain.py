@@ -126,8 +126,8 @@ def _other_order(failure: Failure) -> bool:
     got = failure.got
     if got is None or failure.kind != "value" or got.element_size() == 1:
         return False
-    turned = from_bytes(b"".join(raw(x)[::-1] for x in got.reshape(-1)), got.dtype, got.shape)
-    return wrong_elements(turned, failure.case.expected[failure.output]).numel() == 0
+    swapped = from_bytes(b"".join(raw(x)[::-1] for x in got.reshape(-1)), got.dtype, got.shape)
+    return wrong_elements(swapped, failure.case.expected[failure.output]).numel() == 0
 
 
 def _narrow(y: Tensor) -> list[str]:

@@ -52,7 +52,7 @@ import torch
 from torch import Tensor
 
 from bnbref.conformance.expected import Expected
-from bnbref.conformance.oracles import codes, muon, rules, steps, sums, values, weights
+from bnbref.conformance.oracles import codes, master_weights, muon, optimizers, steps, sums, values
 from bnbref.kernels import eager
 
 
@@ -102,8 +102,8 @@ _ORACLES = (
     codes.quantize_4bit_nested, values.dequantize_4bit_nested, sums.gemm_4bit, sums.gemm_4bit_backward, codes.int8_quantize,
     values.int8_matmul, values.int8_mm_dequant, values.int8_dequantize, sums.int8_backward, values.save_4bit,
     values.load_4bit, sums.evaluate_then_train, steps.optimizer_32bit, steps.optimizer_8bit,
-    rules.schedule_free, muon.muon, muon.muon_8bit, rules.adafactor, rules.soap, weights.split_weight, weights.join_weight,
-    weights.corrected_step, weights.released_step,
+    optimizers.schedule_free, muon.muon, muon.muon_8bit, optimizers.adafactor, optimizers.soap, master_weights.split_weight,
+    master_weights.join_weight, master_weights.corrected_step, master_weights.released_step,
 )  # fmt: skip
 
 OPERATIONS = {oracle.__name__: Operation(oracle) for oracle in _ORACLES}

@@ -73,9 +73,8 @@ def _smaller(case: Case) -> Iterator[Case]:
             if not torch.equal(absmax, counted):
                 yield _vary(case, {"absmax": counted})
         case "gemm_4bit" if case.inputs["a"].dim() == 2:
-            a, blocksize, (n, k) = case.inputs["a"], case.params["blocksize"], case.params["shape"]
-            for kept in _without(a.shape[0]):
-                yield _vary(case, {"a": a[kept]})
+            blocksize, (n, k) = case.params["blocksize"], case.params["shape"]
+            yield from _along(case, a=0)
             if "bias" in case.inputs:
                 yield _vary(_without_bias(case), {})
             if k % blocksize == 0 and blocksize % 2 == 0:  # a row is whole blocks, and whole bytes
@@ -85,30 +84,28 @@ def _smaller(case: Case) -> Iterator[Case]:
                     own = {"packed": packed[kept].reshape(-1), "absmax": absmax[kept].reshape(-1), **biased}
                     yield _vary(case, own, shape=[len(kept), k])
         case "int8_quantize" if case.inputs["x"].dim() == 2:
-            x = case.inputs["x"]
-            for kept in _without(x.shape[0]):
-                yield _vary(case, {"x": x[kept]})
-            for kept in _without(x.shape[1]):
-                yield _vary(case, {"x": x[:, kept]})
+            yield from _along(case, x=0)
+            yield from _along(case, x=1)
         case "int8_mm_dequant" if case.inputs["product"].dim() == 2:
-            product, row, column = (case.inputs[name] for name in ("product", "row", "column"))
-            for kept in _without(product.shape[0]):
-                yield _vary(case, {"product": product[kept], "row": row[kept]})
-            for kept in _without(product.shape[1]):
-                biased = {"bias": case.inputs["bias"][kept]} if "bias" in case.inputs else {}
-                yield _vary(case, {"product": product[:, kept], "column": column[kept], **biased})
+            yield from _along(case, product=0, row=0)
+            yield from _along(case, product=1, column=0, bias=0)
+        case "int8_matmul" if case.inputs["a"].dim() == 2:
+            yield from _along(case, a=0)
+            yield from _along(case, b=0)
         case "optimizer_32bit" | "optimizer_8bit" if case.inputs["p"].dim() == 1:
             # The first block, then elements of it.
             count = case.inputs["p"].numel()
             whole = count if case.operation == "optimizer_32bit" else min(count, BLOCKSIZE)
             for kept in [torch.arange(whole)] if whole < count else _without(count):
                 yield _vary(case, {name: _part(name, x, kept) for name, x in case.inputs.items()})
-        case "int8_matmul" if case.inputs["a"].dim() == 2:
-            a, b = case.inputs["a"], case.inputs["b"]
-            for kept in _without(a.shape[0]):
-                yield _vary(case, {"a": a[kept]})
-            for kept in _without(b.shape[0]):
-                yield _vary(case, {"b": b[kept]})
+
+
+def _along(case: Case, **dims: int) -> Iterator[Case]:
+    """The case with fewer rows or columns: of each of these inputs, if it is there, along the dimension that is given."""
+    given = {name: (case.inputs[name], dim) for name, dim in dims.items() if name in case.inputs}
+    first, dim = next(iter(given.values()))
+    for kept in _without(first.shape[dim]):
+        yield _vary(case, {name: x.index_select(along, kept) for name, (x, along) in given.items()})
 
 
 def _without_bias(case: Case) -> Case:

@@ -18,13 +18,15 @@ from torch import Tensor
 
 from bnbref.conformance.cases import Case
 from bnbref.conformance.cases.codes import quantization_cases
-from bnbref.conformance.cases.steps import step_cases
+from bnbref.conformance.cases.steps import optimizer_32bit
+from bnbref.conformance.cases.steps_8bit import optimizer_8bit
 from bnbref.conformance.cases.sums import product_cases
 from bnbref.conformance.cases.values import dequantization_cases
 from bnbref.conformance.cases.version2 import version_2_cases
 from bnbref.conformance.cases.version3 import version_3_cases
 from bnbref.conformance.expected import Also, Expected
 from bnbref.conformance.operations import OPERATIONS
+from bnbref.conformance.oracles.formula import STATES
 from bnbref.conformance.specification import FLAGS, RULES
 
 VERSIONS = (1, 2, 3)
@@ -137,10 +139,9 @@ def all_cases() -> dict[int, list[Case]]:
 
     Raises ValueError where two have one id.
     """
-    made = {
-        1: [*quantization_cases(), *dequantization_cases(), *product_cases(), *step_cases()],
-        2: [*version_2_cases()],
-    }
+    first = [*quantization_cases(), *dequantization_cases(), *product_cases()]
+    first += [case for cases in (optimizer_32bit, optimizer_8bit) for name in STATES for case in cases(name)]
+    made = {1: first, 2: [*version_2_cases()]}
     made[3] = list(version_3_cases({case.id: case for cases in made.values() for case in cases}))
     repeated = [name for name, n in Counter(case.id for cases in made.values() for case in cases).items() if n > 1]
     if repeated:

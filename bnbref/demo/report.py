@@ -1,11 +1,9 @@
-"""What the demo found: as an aligned table, as JSON, as a plot."""
+"""What the demo found: as an aligned table and as a plot."""
 
-import json
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -44,11 +42,6 @@ def doing(what: str) -> Iterator[None]:
     """Say on the terminal, as long as the block takes, what is being done."""
     with tqdm(total=0, desc=what, bar_format="{desc} ...", leave=False, disable=None):
         yield
-
-
-def write_json(file: Path, facts: dict[str, Any]) -> None:
-    """All that was measured, numbers unrounded."""
-    file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
 def write_plot(file: Path, losses: Sequence[float], title: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import tempfile
 import time
 import warnings
@@ -18,7 +19,7 @@ from bnbref.demo import FULL, MODEL, QUICK
 from bnbref.demo.compare import compare
 from bnbref.demo.evaluate import encode, windows
 from bnbref.demo.finetune import finetune
-from bnbref.demo.report import write_json, write_plot
+from bnbref.demo.report import write_plot
 from bnbref.demo.resources import cpu_seconds
 from bnbref.info import compute_dtype, default_device, describe_device, why_eager
 from bnbref.quant_state import dtype_name
@@ -47,7 +48,7 @@ def run(
     kept = f"; the adapter is in {out}" if out else ""
     print(f"\n{facts['seconds']:.0f} s, {facts['cpu_seconds']:.0f} s of processor time, compilers included{kept}")
     if json_file is not None:
-        write_json(json_file, facts)
+        json_file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     if plot_file is not None:
         write_plot(plot_file, facts["qlora"]["losses"], "QLoRA on the demo model: NF4, nested scales")
     return facts

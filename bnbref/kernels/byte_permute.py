@@ -111,7 +111,7 @@ def _(words: Sequence[Tensor], columns: Sequence[Tensor], table: Tensor) -> Tens
 def values_of(ops: Any, word: Any, table: list[Any]) -> list[Any]:
     """What `lookup8` returns for the eight places, in Inductor's operations `ops` on one element.
 
-    table: the words of the planes, each as `own` returns it.
+    table: the words of the planes, each as `per_lane` returns it.
     """
 
     def number(value: int) -> Any:
@@ -132,7 +132,7 @@ def values_of(ops: Any, word: Any, table: list[Any]) -> list[Any]:
     return values
 
 
-def own(ops: Any, entry: Any) -> Any:
+def per_lane(ops: Any, entry: Any) -> Any:
     """A word of the table as something that each lane has of its own."""
     return _asm(ops, _OWN, entry)
 
@@ -173,7 +173,7 @@ def _register() -> None:
         behind = len(words[0].get_size()) - len(columns[0].get_size())
 
         def inner(index: Any) -> Any:
-            planes_of_table = [own(ops, load_table([number])) for number in range(count)]
+            planes_of_table = [per_lane(ops, load_table([number])) for number in range(count)]
             values = [value for load in load_words for value in values_of(ops, load(index), planes_of_table)]
             columns = [load(index[behind:]) for load in load_columns]
             products = [ops.mul(value, column) for value, column in zip(values, columns, strict=True)]

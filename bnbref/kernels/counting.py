@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bnbref.blockwise import count_below, encode, magnitude, reciprocal
 from bnbref.codebooks import Codebook, threshold_table
-from bnbref.context import kept
+from bnbref.context import cached
 from bnbref.kernels import by_address, formulation, tracing
 from bnbref.kernels.compiler import TUNED, is_gpu, is_nvidia
 from bnbref.kernels.floats import absmax_of_lanes, in_lanes, look_up
@@ -32,7 +32,7 @@ def float_of(pattern: Tensor) -> Tensor:
     return torch.where(pattern >= 2**31, pattern - 2**32, pattern).to(torch.int32).view(torch.float32)
 
 
-@kept()
+@cached()
 def code_table(codebook: Codebook, device: torch.device, code_bits: int = 8) -> Tensor | None:
     """The table by which `code_by_table` does what `encode` does: int32 `[cells]`, with as few cells as will do.
 
@@ -76,7 +76,7 @@ def code_by_table(scaled: Tensor, table: Tensor, code_bits: int = 8) -> Tensor:
 # ---- a whole threshold in each entry --------------------------------------------------------------------------------
 
 
-@kept()
+@cached()
 def wide_table(codebook: Codebook, device: torch.device) -> Tensor | None:
     """The table by which `code_by_wide_table` does what `encode` does: int64 `[cells + 1]`, see `by_address`.
 

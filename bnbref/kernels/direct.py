@@ -9,7 +9,7 @@ from torch import Tensor
 from bnbref.kernels.launch import Call, launch_alone
 
 
-def layout(args: Sequence[Any], constants: Mapping[str, Any]) -> Any:
+def call_layout(args: Sequence[Any], constants: Mapping[str, Any]) -> Any:
     """All of a call that Dynamo and Inductor look at. Calls with equal layouts run the same compiled code."""
     tensors = [None if t is None else (type(t), t.device, t.dtype, t.shape, t.stride(), t.is_neg()) for t in args]
     kinds = map(type, constants.values())  # 1 is equal to 1.0 and to True

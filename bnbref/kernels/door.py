@@ -34,7 +34,7 @@ from torch import Tensor
 from bnbref.context import without_autocast
 from bnbref.kernels import formulations
 from bnbref.kernels.compiler import compiles, missing_compiler, why_failed
-from bnbref.kernels.direct import layout
+from bnbref.kernels.direct import call_layout
 from bnbref.kernels.formulations import Formulation
 from bnbref.kernels.modes import compile_enabled, inside_once, recorded_outside, traced
 from bnbref.kernels.parameters import Parameters
@@ -123,7 +123,7 @@ class Kernel(Generic[P, R]):
             return self._inlined(args, constants)
         if not compile_enabled() or recorded_outside():
             return self._uncompiled(args, constants)
-        key = layout(args, constants)
+        key = call_layout(args, constants)
         call = self._calls.get(key)
         return self._first_call(key, args, constants) if call is None else call(args)
 
@@ -132,7 +132,7 @@ class Kernel(Generic[P, R]):
 
         None before the first call, and where nothing is compiled.
         """
-        return self._calls.get(layout(args, constants))
+        return self._calls.get(call_layout(args, constants))
 
     def _inlined(self, args: Sequence[Any], constants: Mapping[str, Any]) -> R:
         # A formulation may ask Inductor what it can do, which without a compiler it cannot say.
@@ -191,7 +191,7 @@ class Kernel(Generic[P, R]):
     def _in_pieces(self, most: int, constants: Mapping[str, Any], args: Sequence[Any]) -> R:
         """A call in pieces of at most `most` rows: every argument whose first dimension is dynamic is cut along it."""
         for piece in self.parameters.pieces(args, most):
-            key = ("piece", *layout(piece, constants))
+            key = ("piece", *call_layout(piece, constants))
             call = self._calls.get(key)
             with torch.no_grad():
                 if call is not None:

@@ -11,7 +11,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 Options = Mapping[str, Any] | Callable[..., Mapping[str, Any]]
 
-_FILES = ("counting", "decoding", "encoding", "few_rows", "steps")
+_FILES = ("counting", "decoding", "encoding", "multiplying", "steps")
 """The files of this folder that have formulations."""
 
 ATTACHED: dict[str, "Formulation"] = {}

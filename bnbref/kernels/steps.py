@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor
 
 from bnbref.codebooks import Codebook, threshold_table, value_table
-from bnbref.context import kept
+from bnbref.context import cached
 from bnbref.kernels import by_address, floats, formulation, tracing
 from bnbref.kernels.compiler import is_gpu, is_nvidia
 from bnbref.kernels.configured import configured
@@ -31,7 +31,7 @@ def _gpu(*_: Any, **constants: Any) -> dict[str, Any]:
     return {**configured(rows=2, warps=2, width=256), **by_address.REAL_INPUTS}
 
 
-@kept()
+@cached()
 def _addressed_values(codebook: Codebook, device: torch.device) -> Tensor:
     return by_address.addressed(value_table(codebook, torch.device("cpu")).view(torch.int32).long(), device)
 

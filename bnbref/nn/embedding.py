@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from bnbref import fourbit, int8, nested
 from bnbref.codebooks import Codebook
 from bnbref.context import as_bytes, plain
-from bnbref.nn.layer import EightBitLayer, FourBitLayer, absmax_of, state_of
-from bnbref.nn.parameter import QuantizedParameter
+from bnbref.nn.four_and_eight_bits import EightBitLayer, FourBitLayer, absmax_of, state_of
 from bnbref.nn.params import Int8Params, Params4bit
-from bnbref.nn.quantized import QuantizedLayer
+from bnbref.nn.quantized_layer import QuantizedLayer
+from bnbref.nn.quantized_parameter import QuantizedParameter
 from bnbref.optim import GlobalOptimManager
 from bnbref.quant_state import QuantState, present
 

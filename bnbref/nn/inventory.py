@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from bnbref.nn import Int8Params, Params4bit
-from bnbref.nn.quantized import QuantizedLayer
+from bnbref.nn.quantized_layer import QuantizedLayer
 from bnbref.quant_state import QuantState, dtype_name
 
 REASONS = "bnbref_reasons"
@@ -156,7 +156,7 @@ def _why(leaf: str, module: nn.Module, parameter: nn.Parameter) -> str:
 
 
 def _alike(parameters: tuple[ParameterReport, ...]) -> list[tuple[list[str], ParameterReport]]:
-    """Parameters that differ in the numbers in their names alone."""
+    """Groups of parameters whose names differ in numbers alone, and that are the same in all else."""
     groups: dict[object, tuple[list[str], ParameterReport]] = {}
     for p in parameters:
         key = (re.sub(r"(?<=\.)\d+(?=\.)", "#", p.name), p.shape, p.format, p.bytes, p.quantized, p.reason)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from bnbref.codebooks import Codebook
 from bnbref.context import plain
 from bnbref.kernels import tracing
-from bnbref.nn.layer import EightBitLayer, FourBitLayer, absmax_of, state_of
+from bnbref.nn.four_and_eight_bits import EightBitLayer, FourBitLayer, absmax_of, state_of
 from bnbref.nn.params import Int8Params, Params4bit
 from bnbref.products import MatmulLtState, matmul, matmul_4bit, prepared_product
 
@@ -111,7 +111,7 @@ class Linear4bit(FourBitLayer, nn.Linear):
                 f"x must be floating, got {x.dtype}: code that casts it to the dtype of the weight, whose codes are "
                 f"{weight.dtype}, cannot have this layer quantized; name it in skip_modules"
             )
-        # As wide as the result, x would be multiplied by the turned weight.
+        # As wide as the result, x would be multiplied by the transposed weight.
         if state.shape is not None and x.shape[-1:] != state.shape[-1:] and state.shape == self._shape():
             raise ValueError(f"x must be [..., {self.in_features}] for {self}, got {tuple(x.shape)}")
         return matmul_4bit(a, weight, state, bias=bias).to(x.dtype)

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from bnbref.checkpoint_weights import Checkpoint
 from bnbref.codebooks import Codebook, four_bit
 from bnbref.functional import quantize_4bit
 from bnbref.kernels import tracing
-from bnbref.nn.parameter import check_finite, in_bytes
+from bnbref.nn.quantized_parameter import check_finite, in_bytes
 from bnbref.quant_state import QuantState, present
-from bnbref.stored import Checkpoint
 
 
 class Bnb4bitParametrization(nn.Module):
@@ -36,8 +36,11 @@ class Bnb4bitParametrization(nn.Module):
         four_bit(quant_state.quant_type)
         self.quant_state = quant_state
         self.dtype: torch.dtype = present(quant_state.dtype, "dtype")
-        self.kept: list[Tensor] | None = None
-        """During a forward of the module that has the parameter: a list with the values, once they are made. Else None."""
+        self.cache: list[Tensor] | None = None
+        """While the module that has the parameter runs its forward: a list, with the values once they are made.
+
+        None at other times.
+        """
 
     def forward(self, packed: Tensor) -> Tensor:
         """The values of the parameter, from its packed codes."""
@@ -45,9 +48,9 @@ class Bnb4bitParametrization(nn.Module):
             owner = getattr(packed, "dequantized_by", self)
             if owner is not self:  # torch.func has put the parameter of another module here
                 return owner.forward(packed)
-        kept = None if tracing() else self.kept
-        if kept:
-            return kept[0]
+        cache = None if tracing() else self.cache
+        if cache:
+            return cache[0]
         if hasattr(packed, "full_tensor"):
             raise NotImplementedError(
                 "a 4-bit parameter that is spread over ranks has values only in a forward of what FSDP gathered. Its state dict, "
@@ -56,8 +59,8 @@ class Bnb4bitParametrization(nn.Module):
         # When accelerate offloads, it moves the module's parameters and buffers to where they are used, but not these scales.
         state = self.quant_state.map(lambda t: t.to(packed.device))
         values = state.dequantize(packed, self.dtype)
-        if kept is not None:
-            kept.append(values)
+        if cache is not None:
+            cache.append(values)
         elif isinstance(state.quant_type, str) and not torch.compiler.is_compiling():
             _name_parts(values, state)
         return values
@@ -141,32 +144,33 @@ def _parametrize(module: nn.Module, name: str, packed: Tensor, state: QuantState
     original: Any = module.parametrizations[name].original  # type: ignore[index, union-attr]
     original.dequantized_by = step
     if first:
-        module.register_forward_pre_hook(_keep)
+        module.register_forward_pre_hook(_begin_forward)
         # Always called, because activation checkpointing ends a forward by an exception, which must not leave the values behind.
-        module.register_forward_hook(_forget, always_call=True)
+        module.register_forward_hook(_end_forward, always_call=True)
         module.register_state_dict_post_hook(_save)
         module.register_load_state_dict_pre_hook(_load)
         module.register_load_state_dict_post_hook(_name_missing)
 
 
 def quantized_in(module: nn.Module) -> Iterator[tuple[str, Any, Bnb4bitParametrization]]:
-    """The parameters of a module that are quantized so: (name, what reading it runs, of this what dequantizes)."""
+    """Of each parameter of a module that is quantized so: its name, its ParametrizationList, and the parametrization that
+    dequantizes."""
     for name, steps in getattr(module, "parametrizations", {}).items():
         for step in steps:
             if isinstance(step, Bnb4bitParametrization):
                 yield name, steps, step
 
 
-def _keep(module: nn.Module, args: Any) -> None:
+def _begin_forward(module: nn.Module, args: Any) -> None:
     if not torch.compiler.is_compiling():
         for _, _, step in quantized_in(module):
-            step.kept = []
+            step.cache = []
 
 
-def _forget(module: nn.Module, args: Any, output: Any) -> None:
+def _end_forward(module: nn.Module, args: Any, output: Any) -> None:
     if not torch.compiler.is_compiling():
         for _, _, step in quantized_in(module):
-            step.kept = None
+            step.cache = None
 
 
 # ---- state dicts ----------------------------------------------------------------------------------------------------
@@ -198,7 +202,7 @@ def _load(
             error_msgs.append(f"{prefix}{error}")
             continue
         state_dict[f"{prefix}parametrizations.{name}.original"] = packed
-        step.quant_state, step.kept = state, None
+        step.quant_state, step.cache = state, None
         step.dtype = present(state.dtype, "dtype") if assign else step.dtype
 
 

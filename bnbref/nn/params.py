@@ -1,4 +1,4 @@
-"""The two quantized parameters, of four and of eight bits. What they have in common is in `bnbref.nn.parameter`."""
+"""The two quantized parameters, of four and of eight bits. What they have in common is in `bnbref.nn.quantized_parameter`."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from bnbref import int8
 from bnbref.codebooks import Codebook, four_bit
 from bnbref.functional import quantize_4bit
-from bnbref.nn.parameter import DATA, QuantizedParameter, check_finite
+from bnbref.nn.quantized_parameter import DATA, QuantizedParameter, check_finite
 from bnbref.quant_state import QuantState
 
 

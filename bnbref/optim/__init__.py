@@ -25,9 +25,9 @@ from bnbref.optim.matrix_families import (
 )  # fmt: skip
 
 # isort: on
+from bnbref.optim.gradient_release import GradientRelease
 from bnbref.optim.optimizer import Optimizer
 from bnbref.optim.paging import read_pages
-from bnbref.optim.release import GradientRelease
 from bnbref.optim.rules import Rule, State
 from bnbref.optim.settings import GlobalOptimManager
 

@@ -1,6 +1,6 @@
 """Blocks that a boundary between ranks cuts: completed, for many parameters by one collective call.
 
-    rank 0    ... block ][ bl                     words     [ bl | ock ]      the same on all ranks: each writes what it has among
+    rank 0    ... block ][ bl                     buffer    [ bl | ock ]      the same on all ranks: each writes what it has among
     rank 1                   ock ][ block ...                                 zeros, and the bytes of all are added
 
 What is exchanged of a cut block is its parameter, gradient and codes, and the correction if there is one: as bytes, since the sum
@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bnbref.optim.layout import Coded, Part
+from bnbref.optim.parts import Coded, Part
 from bnbref.optim.sharding import Shard
 
 _ALIGNED = 16
-"""Bytes: where a tensor may begin among the words, of whatever dtype it is."""
+"""A tensor begins at a multiple of so many bytes of the buffer, which suits any dtype."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Cut:
     @cached_property
     def numel(self) -> int:
         """Elements of the cut blocks. The last block of a parameter may be a short one."""
-        blocks = self.shard.cut(self.blocksize)
+        blocks = self.shard.cut_blocks(self.blocksize)
         return (len(blocks) - 1) * self.blocksize + min(self.blocksize, self.shard.numel - blocks[-1] * self.blocksize)
 
     def nbytes(self, x: Tensor) -> int:
@@ -50,11 +50,11 @@ class Cut:
         """Bytes that are exchanged: the same on all ranks."""
         return sum(map(self.nbytes, self.tensors))
 
-    def own(self) -> list[tuple[int, slice, slice]]:
+    def pieces(self) -> list[tuple[int, slice, slice]]:
         """Of each cut block that this rank has a part of: its number here, its elements here, and their places among the
         elements of all cut blocks."""
         first, found = self.shard.blocks(self.blocksize).start, []
-        for row, block in enumerate(self.shard.cut(self.blocksize)):
+        for row, block in enumerate(self.shard.cut_blocks(self.blocksize)):
             here, place = self.shard.part(block, self.blocksize)
             if here.start < here.stop:
                 offset = row * self.blocksize
@@ -67,15 +67,15 @@ def complete(cuts: Sequence[Cut]) -> tuple[list[Part | None], Callable[[], None]
 
     cuts: at least one, all of one process group. A part is None if this rank has nothing of those blocks. A collective call.
     """
-    words = torch.zeros(sum(cut.size for cut in cuts), dtype=torch.uint8, device=cuts[0].part.p.device)
+    buffer = torch.zeros(sum(cut.size for cut in cuts), dtype=torch.uint8, device=cuts[0].part.p.device)
     offset = 0
     parts: list[Part | None] = []
     exchanged: list[tuple[Tensor, Tensor]] = []
     stepped: list[tuple[Tensor, Tensor]] = []
     for cut in cuts:
-        own, copies = cut.own(), []
+        own, copies = cut.pieces(), []
         for x in cut.tensors:
-            copy = words[offset : offset + cut.numel * x.itemsize].view(x.dtype)
+            copy = buffer[offset : offset + cut.numel * x.itemsize].view(x.dtype)
             offset += cut.nbytes(x)
             copies.append(copy)
             pieces = [(copy[place], x[here]) for _, here, place in own]
@@ -86,7 +86,7 @@ def complete(cuts: Sequence[Cut]) -> tuple[list[Part | None], Callable[[], None]
         for old, new in zip(cut.part.states, part.states if part else (), strict=part is not None):
             stepped += [(old.absmax[block : block + 1], new.absmax[i : i + 1]) for i, (block, *_) in enumerate(own)]
     _copy(exchanged)
-    dist.all_reduce(words, group=cuts[0].shard.group)
+    dist.all_reduce(buffer, group=cuts[0].shard.group)
     return parts, lambda: _copy(stepped)
 
 

@@ -26,9 +26,9 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from bnbref.codebooks import Codebook
+from bnbref.optim.master_weights import CORRECTIONS
 from bnbref.optim.rule import OF, Rule, State, absmax_key, qmap_key
 from bnbref.optim.symbols import LARGEST, Call, Names, Recording, Refusal, Symbol
-from bnbref.optim.weights import CORRECTIONS
 
 
 class Equation(Rule):
@@ -43,7 +43,7 @@ class Equation(Rule):
         calls: Mapping[str, Call] | None = None, read: Collection[str] = (),
     ) -> None:  # fmt: skip
         self.source, self.names, self.calls, self.read = source, names, calls or {}, read
-        self.states, self.stacked, self.codebooks, self.clipped = layout(rule)
+        self.states, self.stacked, self.codebooks, self.clipped = state_layout(rule)
         self.states = self.states if states is None else states
         self._name, self._function = repr(rule), _function(source)
         if self.calls:
@@ -66,11 +66,11 @@ class Equation(Rule):
         return self._hash
 
 
-Layout = tuple[tuple[State, ...], tuple[str, ...], tuple[Codebook, Codebook], bool]
+StateLayout = tuple[tuple[State, ...], tuple[str, ...], tuple[Codebook, Codebook], bool]
 
 
-def layout(rule: Rule) -> Layout:
-    """What the state of a rule looks like: what was made by one layout is not read by another."""
+def state_layout(rule: Rule) -> StateLayout:
+    """All of a rule that decides what its states look like. A state that was made by one layout cannot be read by another."""
     return rule.states, rule.stacked, rule.codebooks, rule.clipped
 
 
@@ -129,7 +129,7 @@ def _is_name(name: Any) -> bool:
     return usual and unicodedata.normalize("NFKC", name) == name
 
 
-def numbers(rule: Rule, t: int, group: Mapping[str, Any]) -> dict[str, float]:
+def coefficients_of(rule: Rule, t: int, group: Mapping[str, Any]) -> dict[str, float]:
     """The coefficients of step t for a group of parameters, in float64: ValueError if they are no finite float32."""
     # A learning rate in a tensor is a number, and what is computed with it on the host is computed in float64.
     group = {name: x.item() if isinstance(x, Tensor) and x.numel() == 1 else x for name, x in group.items()}
@@ -162,7 +162,7 @@ def at_step(
     >>> equation.names, hyper
     (('rate', 'decay', 'wd', 'b1'), tensor([0.5000, 1.0000, 0.0000, 0.7500]))
     """
-    found = numbers(rule, t, group)
+    found = coefficients_of(rule, t, group)
     hyper = torch.tensor(list(found.values()), dtype=torch.float32, device="cpu")  # whatever the default device is
     on_gpu = device is not None and device.type == "cuda"
     if on_gpu:
@@ -171,7 +171,7 @@ def at_step(
     return write_down(rule, tuple(found)), hyper.to(device, non_blocking=on_gpu)
 
 
-def check(rule: Any) -> Rule:
+def check_rule(rule: Any) -> Rule:
     """The rule, if it is one: TypeError or ValueError in a sentence about it if not."""
     if isinstance(rule, type):
         raise TypeError(f"rule must be a Rule, got a class: write {rule.__name__}()")

@@ -105,7 +105,8 @@ class Family(Optimizer):
 
     _keeps: tuple[str, ...] = ()
     _placeholders: ClassVar[Mapping[str, Any]] = {}
-    """What bitsandbytes' variants have in their signatures and ignore: Adam8bit says optim_bits=32, and refuses anything else."""
+    """Defaults that bitsandbytes' variants have in their signatures, and ignore: Adam8bit has optim_bits=32 there. A variant here
+    takes these values, or its own, and no other."""
 
 
 def _fix(cls: type[Family], fixed: dict[str, Any]) -> None:

@@ -115,12 +115,12 @@ class Adafactor(Rule):
         return (*(m or [u]), row, column, *m)
 
 
-def turned(g: Tensor, m: Tensor, of_left: Tensor, of_right: Tensor) -> tuple[Tensor, Tensor]:
+def rotated(g: Tensor, m: Tensor, of_left: Tensor, of_right: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient and the momentum in the bases of SOAP."""
     return of_left.mT @ g @ of_right, of_left.mT @ m @ of_right
 
 
-def turned_back(u: Tensor, of_left: Tensor, of_right: Tensor) -> Tensor:
+def rotated_back(u: Tensor, of_left: Tensor, of_right: Tensor) -> Tensor:
     """A direction in the bases of SOAP, as one of the parameter."""
     return of_left @ u @ of_right.mT
 
@@ -177,7 +177,7 @@ class SOAP(Rule):
     def direction(self, p: Tensor, g: Tensor, m: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         left, right, of_left, of_right, c = rest
         m = c.b1 * m + c.not_b1 * g
-        x, y = self.whole(turned, g, m, of_left, of_right, results=2)
+        x, y = self.whole(rotated, g, m, of_left, of_right, results=2)
         v = c.b2 * v + c.not_b2 * (x * x)
-        u = self.whole(turned_back, y / (self.sqrt(v) / c.root + c.eps), of_left, of_right)
+        u = self.whole(rotated_back, y / (self.sqrt(v) / c.root + c.eps), of_left, of_right)
         return u, m, v, *self.whole(averaged, g, left, right, of_left, of_right, c.not_b, c.refresh, results=4)

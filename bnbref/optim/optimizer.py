@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnbref.blockwise import check_blocksize
-from bnbref.optim import paging, turns
-from bnbref.optim.choice import Choice
+from bnbref.blockwise import check_blocksize, check_dense
+from bnbref.optim import paging, planned_steps
 from bnbref.optim.equation import Equation
+from bnbref.optim.master_weights import CORRECTIONS, correction_dtype, corrections, set_value, value_of
+from bnbref.optim.named_rules import NamedRules
 from bnbref.optim.rule import Rule
-from bnbref.optim.saved import gathered, packed, unpacked
 from bnbref.optim.settings import ALWAYS, ANYWHERE, GlobalOptimManager, check_distinct, check_settings
-from bnbref.optim.sharding import like, local, shard_of
+from bnbref.optim.sharding import local, shard_of, sharded_like
+from bnbref.optim.state_dict import gathered_state, unwrapped_state, wrapped_state
 from bnbref.optim.update import new_state
-from bnbref.optim.weights import CORRECTIONS, correction_dtype, corrections, opened, store
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -37,7 +37,7 @@ class Optimizer(torch.optim.Optimizer):
     or that of two parameters on the device at a time. page_directory: it is kept in memory-mapped files there.
     stochastic_rounding: of bfloat16, by the default generator of the device or the one given: set its state to repeat a run.
     master_weight_bits: 24 or 32 keeps a correction of 8 or 16 bits beside parameters of 16 bits, which are then trained as if
-    they had so many bits (see `bnbref.optim.weights`, `exact_weight`). maximize: against the gradient's sign.
+    they had so many bits (see `bnbref.optim.master_weights`, `exact_weight`). maximize: against the gradient's sign.
     foreach, fused: which of torch's implementations is to run; there is one here, whatever they say. capturable,
     differentiable: False, as the coefficients of a step are made on the host and no graph is kept.
 
@@ -65,7 +65,7 @@ class Optimizer(torch.optim.Optimizer):
         generator: torch.Generator | None = None, maximize: bool = False, foreach: bool | None = None,
         fused: bool | None = None, capturable: bool = False, differentiable: bool = False,
     ) -> None:  # fmt: skip
-        self._rules = Choice(rule)
+        self._rules = NamedRules(rule)
         self.rule = self._rules.rules[self._rules.first]
         self.is_paged = is_paged
         self._own: dict[str, Any] = {
@@ -94,6 +94,7 @@ class Optimizer(torch.optim.Optimizer):
             self._check(config)
             self._rules.at_step(1, config)
             for p in group["params"]:
+                check_dense("a parameter", p)
                 self._rules.check_shape(p, config)
         except BaseException:  # whatever a rule raises when it is asked for its coefficients
             self.param_groups.pop()
@@ -151,18 +152,18 @@ class Optimizer(torch.optim.Optimizer):
 
     def advance(self, parameters: Sequence[tuple[Tensor, Mapping[str, Any]]]) -> None:
         """The step of some parameters, each with its group. A `page_directory` is a checkpoint again after `step`."""
-        due = self._due(parameters)
+        steps = self._planned_steps(parameters)
         self._placement.begin()
-        for turn in due:
-            self._begin(turn.p, turn.config)
-        turns.take(due, self.state, self._placement, self._generator, self._parameters)
+        for planned in steps:
+            self._begin(planned.p, planned.config)
+        planned_steps.take_steps(steps, self.state, self._placement, self._generator, self._parameters)
 
-    def _due(self, parameters: Sequence[tuple[Tensor, Mapping[str, Any]]]) -> list[turns.Turn]:
-        """Those that have a gradient. What might be refused is refused here, before anything is changed."""
+    def _planned_steps(self, parameters: Sequence[tuple[Tensor, Mapping[str, Any]]]) -> list[planned_steps.PlannedStep]:
+        """The steps of the parameters that have a gradient. What is to be refused is refused here, before anything is changed."""
         overrides = GlobalOptimManager.get_instance().overrides()
         common = {id(group): {**self._own, **group} for _, group in parameters}
-        planned: dict[Any, tuple[Equation, Tensor]] = {}
-        due = []
+        equations: dict[Any, tuple[Equation, Tensor]] = {}
+        steps = []
         for p, group in parameters:
             if p.grad is None:
                 continue
@@ -171,13 +172,13 @@ class Optimizer(torch.optim.Optimizer):
             if own is not None:
                 self._check_known(own)
                 self._check(config)
+            grad = planned_steps.checked_gradient(p, p.grad, self.state[p], self._rules.of(config))
             self._rules.check_shape(p, config)
-            grad = turns.checked_gradient(p, p.grad, self.state[p], self._rules.of(config))
             key = (id(config), self.state[p].get("step", 0) + 1, p.device)
-            if key not in planned:
-                planned[key] = self._rules.at_step(key[1], config, p.device)
-            due.append(turns.Turn(p, grad, config, *planned[key]))
-        return due
+            if key not in equations:
+                equations[key] = self._rules.at_step(key[1], config, p.device)
+            steps.append(planned_steps.PlannedStep(p, grad, config, *equations[key]))
+        return steps
 
     def _parameters(self) -> list[Tensor]:
         """All parameters, by the indices that they have in a state dict."""
@@ -189,7 +190,7 @@ class Optimizer(torch.optim.Optimizer):
         return [(self._rules.of(config), config["blocksize"]) for config in settings]
 
     def _begin(self, p: Tensor, config: Mapping[str, Any]) -> None:
-        """Give p the state of before its first step, or what it lacks of one that was loaded: a correction."""
+        """Gives p its first state; or, if its state was loaded without the correction that p is to have, that correction."""
         if not self.state[p]:
             self.state[p] = self.new_state(p, config, self._memory(p))
         elif not corrections(p, self.state[p]):
@@ -238,8 +239,8 @@ class Optimizer(torch.optim.Optimizer):
         """
         own = local(p.detach())
         rest = corrections(p, self.state.get(p, {}))
-        value = opened(own.reshape(-1), [x.to(own.device) for x in rest])
-        return like(p, (value.clone() if value.data_ptr() == own.data_ptr() else value).view(own.shape))
+        value = value_of(own.reshape(-1), [x.to(own.device) for x in rest])
+        return sharded_like(p, (value.clone() if value.data_ptr() == own.data_ptr() else value).view(own.shape))
 
     @torch.no_grad()
     def set_exact_weight(self, p: Tensor, value: Tensor) -> None:
@@ -259,7 +260,7 @@ class Optimizer(torch.optim.Optimizer):
             if dtype != p.dtype and self.state[p].pop(key, None) is not None:
                 self._placement.forget(self._name(p, key))
         self._begin(p, self.settings(p, group))
-        store(own, corrections(p, self.state[p]), given.reshape(-1))
+        set_value(own, corrections(p, self.state[p]), given.reshape(-1))
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -274,7 +275,7 @@ class Optimizer(torch.optim.Optimizer):
         for i, state in whole["state"].items():
             if isinstance(i, int):
                 rule, blocksize = own[i]
-                whole["state"][i] = packed(rule, gathered(rule, parameters[i], state, blocksize))
+                whole["state"][i] = wrapped_state(rule, gathered_state(rule, parameters[i], state, blocksize))
         return whole
 
     def load_state_dict(self, state_dict: Mapping[str, Any], move_to_device: bool = True) -> None:
@@ -302,10 +303,10 @@ class Optimizer(torch.optim.Optimizer):
         held = [(p, value.state) for p, value in self.state.items() if isinstance(value, _Held)]
         for p, saved in held:  # what is refused is refused before a page is written to
             rule, blocksize = own[p]
-            unpacked(rule, p, saved, blocksize, _nowhere)
+            unwrapped_state(rule, p, saved, blocksize, _nowhere)
         for p, saved in held:
             rule, blocksize = own[p]
-            self.state[p] = unpacked(rule, p, saved, blocksize, self._memory(p))
+            self.state[p] = unwrapped_state(rule, p, saved, blocksize, self._memory(p))
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("rule", "is_paged", "_own", "_rules", "_generator", "_placement")
@@ -326,7 +327,7 @@ def _nowhere(key: str, shape: Any, dtype: torch.dtype) -> Tensor:
 
 
 class _Held:
-    """Keeps torch's `load_state_dict` from casting states to the parameters' dtype."""
+    """Wraps a state that is loaded. torch's `load_state_dict` would cast the tensors of a dict to the parameter's dtype."""
 
     def __init__(self, state: dict[str, Any]) -> None:
         self.state = state

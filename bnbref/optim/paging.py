@@ -62,7 +62,7 @@ class SideStreams:
 
 
 class Placement:
-    """Gives memory to new states, and brings states to their parameters' devices, one parameter after another."""
+    """Where states are: it gives memory to new ones, and brings states to the device of their parameter, one after another."""
 
     def __init__(
         self, is_paged: bool = False, directory: str | Path | None = None, page_bytes: int = PAGE_BYTES,
@@ -107,7 +107,8 @@ class Placement:
             path.unlink()
 
     def stream(self, states: Sequence[tuple[torch.device, Tensors]]) -> Generator[Tensors, None, None]:
-        """Each state in turn, its tensors on the device. What is done to them before the next one is asked for is kept.
+        """Yields each state with its tensors on the device. What is written to them before the next one is asked for is copied
+        back.
 
         The next one is fetched while the current one is in use, however large they are: one at a time, a link that carries both
         ways at once would carry one way after the other. To be closed: then the host has all that was written back.
@@ -139,12 +140,12 @@ class Placement:
                 copies.finish()
 
     def begin(self) -> None:
-        """A step begins: what is in the directory is no checkpoint until `end`."""
+        """Called when a step begins. From now on the directory is no checkpoint, until `end`."""
         if self.directory is not None:
             (self.directory / "steps.json").unlink(missing_ok=True)
 
     def end(self, steps: Mapping[int, int]) -> None:
-        """A step has ended; the steps of each parameter by its index."""
+        """Called when a step has ended. steps: how many each parameter has made, by its index."""
         if self.directory is not None:
             self.directory.mkdir(parents=True, exist_ok=True)
             unfinished = self.directory / "steps.json.new"

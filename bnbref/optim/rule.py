@@ -22,14 +22,15 @@ from torch.overrides import handle_torch_function, has_torch_function
 from bnbref.codebooks import DYNAMIC, DYNAMIC_UNSIGNED, Codebook
 
 OF = ("elements", "rows", "columns", "rows x rows", "columns x columns")
-"""What a state may have a number for: `State.of`."""
+"""The values of `State.of`: a state has one number for each element, for each row, and so on."""
 
 
 @dataclass(frozen=True)
 class State:
     """A state tensor: its name in `state_dict`, and whether it can be negative, which chooses its 8-bit codebook.
 
-    of: what it has a number for. Any but "elements" is a state of the whole matrix, in float32, for `Rule.whole` alone.
+    of: whether it has a number for each element, row or column, or is a square matrix; one of `OF`. Any but "elements" is a state
+    of the whole matrix: it is in float32, and only `Rule.whole` may use it.
     """
 
     key: str

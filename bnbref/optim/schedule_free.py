@@ -17,10 +17,10 @@ from typing_extensions import Unpack
 
 from bnbref.optim.equation import at_step
 from bnbref.optim.family import Family, Options, betas_of
+from bnbref.optim.master_weights import corrections, set_value, value_of
 from bnbref.optim.rules import Rule, State, averages
 from bnbref.optim.sharding import local, shard_of
 from bnbref.optim.update import directions
-from bnbref.optim.weights import corrections, opened, store
 
 _Member = tuple[Tensor, Mapping[str, Any]]
 """A parameter and its group."""
@@ -129,11 +129,11 @@ class AdamWScheduleFree(Family):
             for (p, group), state in zip(members, states, strict=True):
                 own, shard, config = local(p.detach()), shard_of(p), self.settings(p, group)
                 rest, size = corrections(p, state), config["blocksize"]
-                value = opened(own.reshape(-1), rest)
+                value = value_of(own.reshape(-1), rest)
                 rule, hyper = at_step(_Difference(), 1, config, p.device)
                 d = directions(rule, hyper, value, torch.zeros_like(value), state, blocksize=size, shard=shard)
                 step = hyper[0] * d
-                store(own, rest, value + step if train else value - step)
+                set_value(own, rest, value + step if train else value - step)
                 moved.append((p, group))
 
 

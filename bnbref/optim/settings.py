@@ -30,10 +30,10 @@ _REFUSED = {
 }
 
 ALWAYS = {"percentile_clipping": 100, "block_wise": True, "skip_zeros": False}
-"""Settings of older versions of bitsandbytes, which may say what always holds here."""
+"""Settings of older versions of bitsandbytes, each with the only value that it may have here."""
 
 ANYWHERE = {"params", "foreach", "fused", *_REFUSED}
-"""What a group may say besides its settings: they have one meaning, or were checked."""
+"""Names that a group may have although they are no settings of a group. They mean the same in every group, or nothing."""
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
@@ -77,7 +77,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
 
 
 class GlobalOptimManager:
-    """Settings of single parameters, over those of whatever optimizer has them: `get_instance()` is the one there is.
+    """Settings of single parameters, which override those of their optimizer. There is one instance: `get_instance()`.
 
     >>> import bnbref
     >>> layer = torch.nn.Linear(64, 64)

@@ -53,20 +53,20 @@ class Shard:
         first = self.start // blocksize
         return range(first, max(first, block_count(self.stop, blocksize)) if self.start < self.stop else first)
 
-    def whole(self, blocksize: int) -> tuple[int, int]:
+    def whole_blocks(self, blocksize: int) -> tuple[int, int]:
         """The elements, counted from `start`, of blocks that lie here alone.
 
-        >>> Shard((0, 10, 20), 0, None).whole(8), Shard((0, 10, 20), 1, None).whole(8)
+        >>> Shard((0, 10, 20), 0, None).whole_blocks(8), Shard((0, 10, 20), 1, None).whole_blocks(8)
         ((0, 8), (6, 10))
         """
         first = min(block_count(self.start, blocksize) * blocksize, self.stop)
         last = self.stop if self.stop == self.numel else max(first, self.stop // blocksize * blocksize)
         return first - self.start, last - self.start
 
-    def cut(self, blocksize: int) -> list[int]:
+    def cut_blocks(self, blocksize: int) -> list[int]:
         """The blocks, of the whole, that lie on several ranks: the same list on all of them.
 
-        >>> Shard((0, 10, 16, 20), 0, None).cut(8)
+        >>> Shard((0, 10, 16, 20), 0, None).cut_blocks(8)
         [1]
         """
         return sorted({bound // blocksize for bound in self.bounds if bound % blocksize and bound < self.numel})
@@ -116,7 +116,7 @@ def local(x: Tensor) -> Tensor:
 # ---- the whole ----------------------------------------------------------------------------------------------------------
 
 
-def total(shard: Shard | None, x: Tensor) -> Tensor:
+def sum_over_shards(shard: Shard | None, x: Tensor) -> Tensor:
     """The sum over all shards."""
     if shard is not None and shard.group is not None:
         x = x.clone()
@@ -124,7 +124,7 @@ def total(shard: Shard | None, x: Tensor) -> Tensor:
     return x
 
 
-def like(p: Tensor, x: Tensor) -> Tensor:
+def sharded_like(p: Tensor, x: Tensor) -> Tensor:
     """What this rank has of a tensor as such a tensor as p is: a DTensor with p's placements, if p is one."""
     if shard_of(p) is None:
         return x
@@ -134,10 +134,10 @@ def like(p: Tensor, x: Tensor) -> Tensor:
     return DTensor.from_local(x, sharded.device_mesh, sharded.placements, shape=p.shape, stride=p.stride())
 
 
-def whole(p: Tensor, x: Tensor) -> Tensor:
+def unsharded(p: Tensor, x: Tensor) -> Tensor:
     """All of what belongs to p. x: what belongs to this rank's part of it. A collective call, if p is a DTensor."""
     # On p's device, for which its process group is made: a paged state is on the host, where NCCL reads nothing.
-    every: Any = like(p, x.to(p.device))
+    every: Any = sharded_like(p, x.to(p.device))
     tensor: Tensor = every.full_tensor() if hasattr(every, "full_tensor") else every
     return tensor
 

@@ -12,7 +12,7 @@ Each is one kernel per (equation, dtype), which writes into the parameter and it
 NaN, infinite or beyond 2^63 stays as it was, parameter and state; so does its code, unless its block's absmax grows.
 
 After the states a parameter of 16 bits may have one more tensor, its correction: then p is the float32 that both stand for,
-before the step and after it (`bnbref.optim.weights`).
+before the step and after it (`bnbref.optim.master_weights`).
 """
 
 from collections.abc import Callable, Sequence
@@ -25,15 +25,15 @@ from bnbref.blockwise import encode, magnitude, reciprocal
 from bnbref.codebooks import value_table
 from bnbref.kernels import fused
 from bnbref.optim.equation import Equation
+from bnbref.optim.master_weights import split, value_of
 from bnbref.optim.rule import Coefficients, Rule
-from bnbref.optim.weights import opened, split
 
 # The square of a larger gradient is no float32. It is the gradient that is compared and not the new state, because Inductor would
 # then write the new state to memory (docs: How to read the code, table "formulations").
 LARGEST_GRADIENT = 2.0**63
 
 ByState = Callable[[int, Tensor], Tensor]
-"""A function of the number of a state and of its codes, or of its scaled elements."""
+"""A function of two arguments: the number of a state, and either its codes or its scaled elements."""
 
 Largest = Callable[[Tensor, Tensor, Tensor], Tensor]
 """A function with the arguments and the result of `largest`."""
@@ -53,8 +53,8 @@ def advance(
     c = Coefficients(rule.names, hyper)
     direction, *new = rule.direction(p, g, *states, c)
     finite = g.abs() <= LARGEST_GRADIENT
-    kept = [torch.where(finite, now, before) for now, before in zip(new, states, strict=True)]
-    return finite, torch.where(finite, c.decay * p - c.rate * direction, p), torch.where(finite, direction, 0.0), kept
+    after = [torch.where(finite, now, before) for now, before in zip(new, states, strict=True)]
+    return finite, torch.where(finite, c.decay * p - c.rate * direction, p), torch.where(finite, direction, 0.0), after
 
 
 def rounded(x: Tensor, dtype: torch.dtype, noise: Tensor | None) -> Tensor:
@@ -68,8 +68,13 @@ def rounded(x: Tensor, dtype: torch.dtype, noise: Tensor | None) -> Tensor:
     return torch.where(x.abs() < torch.inf, bits.view(torch.float32), x).to(dtype)
 
 
-def closed(x: Tensor, dtype: torch.dtype, noise: Tensor | None, correction: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """x as a parameter of a dtype, and its new correction if it had one; then there is no noise."""
+def as_parameter(
+    x: Tensor, dtype: torch.dtype, noise: Tensor | None, correction: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """The new parameter of that dtype, whose value is x; and its new correction, if it had one.
+
+    With a correction there is no noise.
+    """
     return split(x, dtype, correction[0].dtype) if correction else (rounded(x, dtype, noise),)
 
 
@@ -85,8 +90,8 @@ def step_elements(
     p, g, states: `[n]`. hyper: the rule's coefficients in float32. noise: int16 `[n]` for stochastic rounding, or None.
     """
     states, correction = states[: len(rule.states)], states[len(rule.states) :]
-    _, p_new, _, new = advance(rule, opened(p, correction), g, states, hyper)
-    rounded_p, *rest = closed(p_new, p.dtype, noise, correction)
+    _, p_new, _, new = advance(rule, value_of(p, correction), g, states, hyper)
+    rounded_p, *rest = as_parameter(p_new, p.dtype, noise, correction)
     return (rounded_p, *new, *rest)
 
 
@@ -109,7 +114,8 @@ def decoded(states: Sequence[Tensor], values: ByState) -> list[Tensor]:
 def largest(finite: Tensor, size: Tensor, before: Tensor) -> Tensor:
     """The new absmax of each block, of the magnitudes of its elements `[blocks, blocksize]` and its absmax before the step.
 
-    An element that stays holds its block's absmax where it was, lest it move by the rounding of another scale.
+    A block with an element that is not updated keeps at least its old absmax: with a smaller one, the element's code would stand
+    for another number than before.
     """
     return torch.where(finite, size, rearrange(before, "b -> b 1")).amax(-1)
 
@@ -120,8 +126,8 @@ def advance_blocks(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """What `step_blocks` returns, with states decoded by `values`, scaled by `largest` and encoded by `codes`."""
     states, correction = states[: 2 * len(rule.states)], states[2 * len(rule.states) :]
-    finite, p_new, _, new = advance(rule, opened(p, correction), g, decoded(states, values), hyper)
-    rounded_p, *rest = closed(p_new, p.dtype, noise, correction)
+    finite, p_new, _, new = advance(rule, value_of(p, correction), g, decoded(states, values), hyper)
+    rounded_p, *rest = as_parameter(p_new, p.dtype, noise, correction)
     results = [rounded_p]
     for i, (x, before) in enumerate(zip(new, states[1::2], strict=True)):
         absmax = largest(finite, magnitude(x), before)

@@ -21,7 +21,7 @@ LARGEST = (2 - 2.0**-23) * 2.0**127  # of float32
 
 
 _TAKEN = re.compile(r"[apsw]\d*|[cg]|sqrt|where|full_like|whole\d+|direction")
-"""Names that a program has for something else than a function of whole matrices."""
+"""Names that mean something else in a program, so that no function of whole matrices can be called so."""
 
 
 class Refusal(TypeError):
@@ -29,7 +29,8 @@ class Refusal(TypeError):
 
 
 class Call(NamedTuple):
-    """A call of `Rule.whole` by a rule: its function, its arguments, of which symbols are to be given, and how many results."""
+    """A call of `Rule.whole` by a rule. step: the function. args: its arguments, where symbols stand for tensors that are known
+    when the program runs. results: how many it returns."""
 
     rule: str
     step: Callable[..., Any]
@@ -96,7 +97,8 @@ class Recording:
         )
 
     def tensor(self, x: Any) -> str:
-        """The same, a number as a tensor: where torch would round differently, or take another dtype, for a scalar."""
+        """Like `operand`, but a number becomes a tensor. It is for places where torch would round a scalar in another way, or
+        take another dtype."""
         return self.operand(x) if isinstance(x, Symbol) else f"full_like(p, {self.operand(x)})"
 
     def call(self, step: Any, args: tuple[Any, ...], results: int) -> "tuple[Symbol, ...]":
@@ -156,7 +158,8 @@ def _where(r: Recording, condition: Any, x: Any, y: Any) -> Any:
 
 
 def _extreme(sign: str) -> Callable[..., Any]:
-    """x if it is on that side of y, or equal, or NaN, else y. So which zero, and which NaN, is no question of vectors."""
+    """x if it is on that side of y, equal to it, or NaN; else y. Written so, the same one of two zeros, and of two NaN, is
+    returned by scalar code and by vectors."""
 
     def apply(r: Recording, x: Any, y: Any) -> Any:
         a, b = r.operand(x), r.operand(y)
@@ -211,7 +214,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "zeros_like": lambda r, x: r.add(f"full_like({r.operand(x)}, 0.0)"),
     "ones_like": lambda r, x: r.add(f"full_like({r.operand(x)}, 1.0)"), "whole": _whole,
 }  # fmt: skip
-"""By the names that they have as functions of torch or as methods of a tensor."""
+"""What a rule may do with symbols, by the name that it has as a function of torch or as a method of a tensor."""
 
 
 class Names:

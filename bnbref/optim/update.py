@@ -14,11 +14,11 @@ from torch import Tensor
 from bnbref.blockwise import block_count, check_blocksize
 from bnbref.optim.cuts import Cut, complete
 from bnbref.optim.equation import Equation
-from bnbref.optim.layout import Coded, Part, padded, sliced, split, zeros_of
+from bnbref.optim.master_weights import corrections, value_of
+from bnbref.optim.parts import Coded, Part, padded, sliced, split, zeros_of
 from bnbref.optim.rule import Rule, absmax_key
-from bnbref.optim.sharding import Shard, total
+from bnbref.optim.sharding import Shard, sum_over_shards
 from bnbref.optim.step import direction_blocks, direction_elements, step_blocks, step_elements
-from bnbref.optim.weights import corrections, opened
 
 
 def new_state(
@@ -82,7 +82,7 @@ def step(
     """
     own = corrections(p, state)
     if max_norm > 0:
-        value = opened(p.view(-1), own) if own else p
+        value = value_of(p.view(-1), own) if own else p
         u = directions(rule, hyper, value, g, state, blocksize=blocksize, shard=shard)
         hyper = _clipped(rule, hyper, value, u, max_norm, shard)
     if not _in_8_bits(rule, state):
@@ -93,14 +93,14 @@ def step(
     blocksize = check_blocksize(blocksize, p.numel() if shard is None else shard.numel)
     part = everything = _part(rule, [p, *own], g, noise, state)
     if shard is not None:
-        part = sliced(part, *shard.whole(blocksize), shard, blocksize)
+        part = sliced(part, *shard.whole_blocks(blocksize), shard, blocksize)
     whole, rest = split(part, blocksize)
     if whole is not None:
         _run(whole, rule, hyper)
     waiting = Tails() if tails is None else tails
     if rest is not None:
         waiting.add(rule, hyper, blocksize, rest)
-    if shard is not None and shard.cut(blocksize):
+    if shard is not None and shard.cut_blocks(blocksize):
         waiting.add_cut(rule, hyper, Cut(everything, shard, blocksize))
     if tails is None:
         waiting.run()
@@ -112,7 +112,7 @@ def directions(
 ) -> Tensor:  # fmt: skip
     """The direction that `step` would take, float32 `[numel]`, 0 where the gradient is not finite.  Exact.
 
-    p: what the parameter and its correction stand for, see `weights.opened`.
+    p: what the parameter and its correction stand for, see `master_weights.value_of`.
     """
     if p.numel() == 0:
         return p.new_empty(0, dtype=torch.float32)
@@ -122,7 +122,7 @@ def directions(
     blocksize = check_blocksize(blocksize, p.numel() if shard is None else shard.numel)
     everything = _part(rule, [p], g, None, state)
     # At each boundary of whole blocks what lies here is cut in two.
-    bounds = (0, p.numel()) if shard is None else (0, *shard.whole(blocksize), p.numel())
+    bounds = (0, p.numel()) if shard is None else (0, *shard.whole_blocks(blocksize), p.numel())
     us = []
     for first, last in itertools.pairwise(bounds):
         if first < last:
@@ -139,7 +139,7 @@ def _clipped(rule: Equation, hyper: Tensor, p: Tensor, u: Tensor, max_norm: floa
     # A parameter that is all zeros could never leave: its step is not clipped.
     norms = torch.stack([torch.linalg.vector_norm(x, dtype=torch.float32) for x in (u, p)])
     if shard is not None:
-        norms = total(shard, norms * norms).sqrt()
+        norms = sum_over_shards(shard, norms * norms).sqrt()
     norm, most = norms[0], max_norm * norms[1]
     ratio = torch.where((norm > most) & (most > 0), most / norm, 1.0)
     scale = torch.ones_like(hyper)
@@ -161,10 +161,10 @@ class Tails:
         self._bytes = 0
         self._after: list[Callable[[], Any]] = []
         self.torn = False
-        """Whether an exception came while blocks were written: they may have made the step or not."""
+        """Whether an exception came while blocks were written back, so that nobody knows which of them have made the step."""
 
     def add(self, rule: Equation, hyper: Tensor, blocksize: int, rest: Part) -> None:
-        """Let an incomplete last block, which `split` left of a parameter, wait."""
+        """Adds an incomplete last block, which `split` has left of a parameter, to those that wait."""
         p, g = rest.p, rest.g
         dtypes = *(weight.dtype for weight in rest.weights), g.dtype
         key = (rule, blocksize, id(hyper), p.device, dtypes, rest.noise is None)
@@ -174,18 +174,21 @@ class Tails:
             self.run_own()
 
     def add_cut(self, rule: Equation, hyper: Tensor, cut: Cut) -> None:
-        """Let the blocks of a parameter wait that boundaries cut."""
+        """Adds the blocks of a parameter that boundaries between ranks cut to those that wait."""
         self._cuts.append((rule, hyper, cut))
         self._bytes += cut.size
         if self._bytes >= 2**24:
             self.run()
 
     def then(self, run: Callable[[], Any]) -> None:
-        """Call this when nothing waits any more."""
+        """Calls `run` as soon as nothing waits any more."""
         self._after.append(run)
 
     def run(self) -> None:
-        """Step all that wait. Those that an exception keeps from it still wait. A collective call if there are shards."""
+        """Makes the steps of all blocks that wait. After an exception, those that were not stepped still wait.
+
+        It is a collective call if parameters are sharded.
+        """
         groups: dict[Any, list[tuple[Equation, Tensor, Cut]]] = {}
         for waiting in self._cuts:
             groups.setdefault((waiting[2].shard.group, waiting[2].part.p.device), []).append(waiting)
@@ -204,7 +207,7 @@ class Tails:
         self._finish()
 
     def interrupt(self) -> None:
-        """After an exception: `run_own`, and what is left is not whole."""
+        """After an exception: `run_own`. Parameters with blocks that still wait are then not whole, see `torn`."""
         self.run_own()
         self.torn |= bool(self._cuts)
         self._finish()
@@ -214,7 +217,7 @@ class Tails:
             self._after.pop()()
 
     def run_own(self) -> None:
-        """Step those that need no other rank."""
+        """Makes the steps of the blocks that need nothing of another rank."""
         for key, (hyper, rests) in list(self._waiting.items()):
             rule, blocksize, *_ = key
             part, write_back = padded(rests, zeros_of(rule), blocksize)

@@ -18,8 +18,8 @@ from bnbref import functional
 from bnbref.kernels import Kernel
 from bnbref.optim import rules
 from bnbref.optim.equation import at_step
+from bnbref.optim.master_weights import CORRECTIONS, split
 from bnbref.optim.update import new_state, step
-from bnbref.optim.weights import CORRECTIONS, split
 from bnbref.selfcheck import example
 from bnbref.selfcheck.kernels import CHECKS, GROUP
 

@@ -93,7 +93,8 @@ class Transformers:
     ) -> Any:  # fmt: skip
         make = importlib.import_module("transformers.optimization").Adafactor
         state = {"step": step - 1, "RMS": 0, "exp_avg_sq_row": row, "exp_avg_sq_col": column}
-        options = {"eps": (1e-30, eps2), "clip_threshold": d, "decay_rate": beta2_decay, "weight_decay": weight_decay}
+        # There eps1 is added to the squares of the gradient; the rules have it as the least root of their product.
+        options = {"eps": (eps1**2, eps2), "clip_threshold": d, "decay_rate": beta2_decay, "weight_decay": weight_decay}
         # What torch and the paper have as a bound of the rate is there a schedule of its own.
         rate = min(lr, 1 / math.sqrt(step))
         new, state = stepped(make, p, g, state, lr=rate, relative_step=False, scale_parameter=True, **options)

@@ -16,7 +16,7 @@ from bnbref.kernels import eager
 from bnbref.kernels.ordered import batch_invariant
 from bnbref.optim import rules, update
 from bnbref.optim.equation import at_step
-from bnbref.optim.weights import CORRECTIONS
+from bnbref.optim.master_weights import CORRECTIONS
 from bnbref.quant_state import QuantState
 
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from bnbref.conformance.oracles.steps import BLOCKSIZE
-from bnbref.optim import SGD, GradientRelease, matrices, rules, schedule_free, update, weights
+from bnbref.optim import SGD, GradientRelease, master_weights, matrices, rules, schedule_free, update
 from bnbref.optim.equation import at_step
-from bnbref.optim.whole import Job, step_together
+from bnbref.optim.matrix_steps import Job, step_together
 
 Tensors = dict[str, Tensor]
 
@@ -54,10 +54,10 @@ class Training:
         return {name: x for name, x in made.items() if not name.startswith("of_")}
 
     def split_weight(self, x: Tensor, dtype: torch.dtype, bits: int) -> tuple[Tensor, ...]:
-        return weights.split(x, dtype, {24: torch.int8, 32: torch.int16}[bits])
+        return master_weights.split(x, dtype, {24: torch.int8, 32: torch.int16}[bits])
 
     def join_weight(self, p: Tensor, correction: Tensor) -> Tensor:
-        return weights.exact(p, correction)
+        return master_weights.joined(p, correction)
 
     def released_step(
         self, x: Tensor, weight1: Tensor, weight2: Tensor | None, grad: Tensor, lr: float

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bnbref.conformance.backends import Unsupported
+from bnbref.conformance.backends.blocks import rows
 from bnbref.conformance.oracles.steps import BLOCKSIZE
 
 
@@ -22,7 +23,7 @@ class TorchAO:
         self.state: Any = importlib.import_module("torchao.optim.subclass_8bit")
 
     def quantize_blockwise(self, x: Tensor, values: Tensor, blocksize: int) -> Any:
-        _whole_blocks(x, blocksize)
+        rows(x, blocksize)
         # Optimizer states are float32, and contiguous.
         scaled, absmax = self.quant.scale_tensor(x.float().contiguous(), blocksize)
         return self.quant.quantize_8bit_with_qmap(scaled, values), absmax
@@ -30,7 +31,7 @@ class TorchAO:
     def dequantize_blockwise(
         self, codes: Tensor, absmax: Tensor, values: Tensor, blocksize: int, dtype: torch.dtype
     ) -> Any:
-        _whole_blocks(codes, blocksize)
+        rows(codes, blocksize)
         return self.quant.dequant_with_qmap(codes, values, absmax).to(dtype)
 
     def optimizer_32bit(self, p: Tensor, g: Tensor, **k: Any) -> dict[str, Any]:
@@ -39,7 +40,7 @@ class TorchAO:
         return made
 
     def optimizer_8bit(self, p: Tensor, g: Tensor, **k: Any) -> dict[str, Any]:
-        _whole_blocks(p, BLOCKSIZE)
+        rows(p, BLOCKSIZE)
         p, codes2, absmax2 = p.clone(), _second(k, "state2"), _second(k, "absmax2")
         first = self.state.OptimState8bit(k["state1"].clone(), k["absmax1"].clone(), k["values1"], True)
         second = self.state.OptimState8bit(codes2, absmax2, k["values2"], False)
@@ -52,11 +53,6 @@ class TorchAO:
         step, lr = (torch.tensor(float(k[name]), device=p.device) for name in ("step", "lr"))
         self.adam.single_param_adam(p, g, step, first, second, None, lr, k["beta1"], k["beta2"], k["weight_decay"], k["eps"],
                                     IS_ADAMW=True, BF16_STOCHASTIC_ROUND=False)  # fmt: skip
-
-
-def _whole_blocks(x: Tensor, blocksize: int) -> None:
-    if x.numel() % blocksize or x.numel() == 0:
-        raise Unsupported("torchao keeps states of whole blocks alone in 8 bits")
 
 
 def _second(k: Mapping[str, Any], name: str) -> Tensor:

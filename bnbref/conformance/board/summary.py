@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from bnbref.conformance import release
+from bnbref.conformance import archive
 from bnbref.conformance.board import STATES, Column
 
 
@@ -14,7 +14,7 @@ def as_summary(column: Column) -> str:
         "backend": column.backend,
         "device": column.device,
         "versions": dict(column.versions),
-        "vectors": {f"v{version}": digest for version, digest in release.DIGESTS.items()},
+        "vectors": {f"v{version}": digest for version, digest in archive.DIGESTS.items()},
         "rules": rules,
         "badge": badge(column),
     }

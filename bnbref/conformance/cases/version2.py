@@ -15,8 +15,8 @@ from bnbref.conformance.cases import CPU, Case, make
 from bnbref.conformance.cases.inputs import beside, integers, noise, spread
 from bnbref.conformance.cases.steps import hyper
 from bnbref.conformance.oracles.codes import encode_8bit
+from bnbref.conformance.oracles.master_weights import LINES, split
 from bnbref.conformance.oracles.steps import BLOCKSIZE
-from bnbref.conformance.oracles.weights import LINES, split
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ OF_LEFT = _reflection(6, 0, 1, 2, 3) @ _reflection(6, 2, 3, 4, 5) @ _reflection(
 OF_RIGHT = _reflection(5, 0, 1, 3, 4) @ _reflection(5, 0, 1, 2, 3)
 
 
-def _turned(seed: int, of_left: Tensor = OF_LEFT, of_right: Tensor = OF_RIGHT) -> dict[str, Tensor]:
+def _rotated(seed: int, of_left: Tensor = OF_LEFT, of_right: Tensor = OF_RIGHT) -> dict[str, Tensor]:
     shape = (len(of_left), len(of_right))
     means = {name: _noise((n, n), 456 + n + seed) for name, n in zip(("left", "right"), shape, strict=True)}
     given = {key: _noise(shape, 451 + i + seed) for i, key in enumerate(("p", "g", "momentum"))}
@@ -183,11 +183,11 @@ def _turned(seed: int, of_left: Tensor = OF_LEFT, of_right: Tensor = OF_RIGHT) -
 
 def _soap() -> Iterator[Case]:
     numbers = {"step": 17, "lr": 0.0625, "beta1": 0.875, "beta2": 0.96875, "beta3": 0.9375, "eps": 2.0**-40}
-    case = _Of("soap", _turned, {**numbers, "weight_decay": 0.0})
+    case = _Of("soap", _rotated, {**numbers, "weight_decay": 0.0})
     zero = {key: torch.zeros(6, 5) for key in ("momentum", "squares")}
     yield case("step-1", "SO-1", "bias-correction", inputs={**zero, "g": _noise((6, 5), 460) + 1}, step=1)
     yield case("resumed", "SO-1", "resume")
-    yield case("square", "SO-1", inputs=_turned(0, OF_RIGHT.t().contiguous(), OF_RIGHT))
+    yield case("square", "SO-1", inputs=_rotated(0, OF_RIGHT.t().contiguous(), OF_RIGHT))
     yield case("own-axes", "SO-1", inputs={"of_left": torch.eye(6), "of_right": torch.eye(5)})
     yield case("no-gradient", "SO-2", inputs={"g": torch.zeros(6, 5)})
     yield case("means", "SO-2", seed=30)

@@ -18,7 +18,7 @@ from bnbref.conformance.expected import UNIT, Expected
 from bnbref.conformance.oracles.codes import encode_8bit
 from bnbref.conformance.oracles.formula import number
 from bnbref.conformance.oracles.intervals import SLACK, Interval, total
-from bnbref.conformance.oracles.rules import average
+from bnbref.conformance.oracles.optimizers import average
 from bnbref.conformance.oracles.steps import BLOCKSIZE, encoded
 from bnbref.conformance.oracles.values import each
 

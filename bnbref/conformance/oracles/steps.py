@@ -43,9 +43,7 @@ def both(
     formula = Formula(k, c, eight)
     numbers = formula.coefficients()
     single = SimpleNamespace(**{name: torch.tensor(x, dtype=torch.float32) for name, (x, _) in numbers.items()})
-    wide = SimpleNamespace(
-        **{name: Interval.near(x, off) if off else Interval.point(x) for name, (x, off) in numbers.items()}
-    )
+    wide = SimpleNamespace(**{name: Interval.near(x, off) for name, (x, off) in numbers.items()})
     dtype = p.dtype
     p, scale = p.reshape(-1).float(), torch.tensor(k["gnorm_scale"], dtype=torch.float32)
     bad = ~g.reshape(-1).isfinite()
@@ -60,8 +58,8 @@ def both(
     p_within, new_within = formula.step(wide, Interval.point(p), g_within, within, Interval.point(came))
     if c.decay_after and dtype != torch.float32:
         p_within = p_within.widened(0.0, UNIT[dtype])  # rounded before the decay, and after
-    kept = tuple(torch.where(bad, old, now) for old, now in zip(s, new, strict=True))
-    return Step(torch.where(bad, p, new_p), kept, p_within, new_within, bad)
+    after = tuple(torch.where(bad, old, now) for old, now in zip(s, new, strict=True))
+    return Step(torch.where(bad, p, new_p), after, p_within, new_within, bad)
 
 
 def bounded(value: Tensor, within: Interval, bad: Tensor) -> Expected:

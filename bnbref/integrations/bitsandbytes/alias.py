@@ -32,7 +32,7 @@ _undo = contextlib.ExitStack()
 
 
 def install_as_bitsandbytes(*, version: str = VERSION, force: bool = False, patch_hf: bool = False) -> None:
-    """Let `import bitsandbytes` in this process mean bnbref. Again does nothing.
+    """Lets `import bitsandbytes` in this process mean bnbref. A second call does nothing.
 
     version: what `importlib.metadata` and `bitsandbytes.__version__` say. force: also where bitsandbytes is installed.
     patch_hf: let bnbref's own quantizer serve `BitsAndBytesConfig` in transformers (`take_over_bitsandbytes`): models that
@@ -75,7 +75,10 @@ def install_as_bitsandbytes(*, version: str = VERSION, force: bool = False, patc
 
 
 def uninstall_as_bitsandbytes() -> None:
-    """Undo `install_as_bitsandbytes`. Who has imported a module keeps it; models that are loaded stay as they are."""
+    """Undoes `install_as_bitsandbytes`.
+
+    Modules that were imported stay with those who imported them; loaded models stay as they are.
+    """
     found = finder.current()
     if found is None:
         return
@@ -158,7 +161,7 @@ def _refresh_caches() -> None:
 
 
 def _bind() -> None:
-    """Catch up with `import bitsandbytes as bnb` where it was tried before."""
+    """Gives `bnb` to the modules that have tried `import bitsandbytes as bnb` before the alias was there, and failed."""
     for home in _BINDING:
         module: Any = sys.modules.get(home)
         if module is not None and getattr(module, "bnb", None) is None:
@@ -170,10 +173,11 @@ def _bind() -> None:
             mend(sys.modules[name])
 
 
-# Before, what undoes a conversion gives the first name of its pattern to every weight (seen in 5.17): left to raise.
+# The first version of transformers whose conversions give each weight its own name back when they are undone. An older one gives
+# the first name of the pattern to every weight (seen in 5.17), so that there saving is left to raise an error.
 _UNDOES_BY_NAME = (5, 23)
 
-# The oldest that is tested: an older one is left as it is.
+# The oldest version of peft that is tested. An older one is left as it is.
 _ADAPTABLE = (0, 21)
 
 

@@ -92,7 +92,7 @@ def check_matmul(
     """
     if A.dtype != expected_type or B.dtype != expected_type:
         raise TypeError(f"A and B must be {expected_type}, got {A.dtype} and {B.dtype}")
-    left, right = _turned(A, transposed_A), _turned(B, transposed_B)
+    left, right = _transposed_if(A, transposed_A), _transposed_if(B, transposed_B)
     same_rows = A.dim() == B.dim() == 3 and A.shape[:2] == B.shape[:2]
     if same_rows and out is not None and out.shape == (A.shape[2], B.shape[2]):
         return tuple(out.shape)
@@ -104,7 +104,7 @@ def check_matmul(
     return tuple(out.shape) if out is not None else (*left.shape[:-1], right.shape[-1])
 
 
-def _turned(x: Tensor, transposed: bool) -> Tensor:
+def _transposed_if(x: Tensor, transposed: bool) -> Tensor:
     return x.transpose(-1, -2) if transposed else x
 
 
@@ -122,7 +122,7 @@ def igemm(
     shape = check_matmul(A, B, out, transposed_A, transposed_B)
     if A.dim() == 3 and out is not None and len(shape) == 2:
         return into("out", out, int8.multiply(A.flatten(0, 1).t(), B.flatten(0, 1).t()))
-    left, right = _turned(A, transposed_A), _turned(B, transposed_B)
+    left, right = _transposed_if(A, transposed_A), _transposed_if(B, transposed_B)
     if right.dim() == 2:
         product = int8.multiply(left, right.t().contiguous())
     else:

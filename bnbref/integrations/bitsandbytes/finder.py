@@ -17,7 +17,7 @@ from typing import Any
 
 NAME = "bitsandbytes"
 VERSION = "0.50.2"
-"""Of the bitsandbytes whose surface is served, and the version that is reported by default."""
+"""The version of bitsandbytes whose names are served, and that is reported by default."""
 
 SWITCH = "BNBREF_AS_BITSANDBYTES"
 """Environment variable of the start-up hook: "1" serves, "force" serves even where bitsandbytes is installed."""
@@ -28,10 +28,10 @@ MODULES = (
     "optim.adam", "optim.adamw", "optim.ademamix", "optim.lamb", "optim.lars", "optim.lion", "optim.optimizer", "optim.rmsprop",
     "optim.sgd", "utils",
 )  # fmt: skip
-"""The modules of bitsandbytes that are served, less its name."""
+"""The modules of bitsandbytes that are served, by their names without `bitsandbytes.`."""
 
 MENDED = ("transformers.integrations.bitsandbytes", "peft")
-"""Modules that are not ours: see `alias.mend`."""
+"""Modules of other libraries that are changed after their import: see `alias.mend`."""
 
 
 class Finder(importlib.metadata.DistributionFinder):

@@ -180,7 +180,7 @@ _operators: library.Library | None = None
 
 
 def define() -> None:
-    """Make the operators. Again does nothing."""
+    """Makes the operators. A second call does nothing."""
     global _operators
     if _operators is not None:
         return
@@ -196,7 +196,7 @@ def define() -> None:
 
 
 def undefine() -> None:
-    """Take the operators away, for another bitsandbytes to define them."""
+    """Removes the operators, so that another bitsandbytes can define them."""
     global _operators
     if _operators is not None:
         _operators._destroy()

@@ -166,7 +166,7 @@ class BnbRefConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     @classmethod
     def of_bitsandbytes(cls, config: BitsAndBytesConfig) -> "BnbRefConfig":
-        """The same, said by a `BitsAndBytesConfig`.
+        """The config that asks for the same as a `BitsAndBytesConfig`.
 
         >>> BnbRefConfig.of_bitsandbytes(BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")).bits
         4.5
@@ -187,7 +187,10 @@ class BnbRefConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 def dtype_of(value: torch.dtype | str) -> Any:
-    """A dtype, of which a config has the name once it was saved; None if torch has none of that name."""
+    """A dtype from its name, which is what a saved config has; a dtype is returned as it is.
+
+    None if torch has none of that name.
+    """
     return getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
 
 

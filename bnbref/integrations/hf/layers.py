@@ -12,7 +12,7 @@ from bnbref import int8
 from bnbref.codebooks import FOUR_BIT
 from bnbref.integrations.hf.config import BnbRefConfig
 from bnbref.nn import Linear4bit, Linear8bitLt
-from bnbref.nn.quantized import QuantizedLayer
+from bnbref.nn.quantized_layer import QuantizedLayer
 from bnbref.quant_state import present
 
 

@@ -17,19 +17,20 @@ import torch
 from torch import Tensor
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
+from bnbref.checkpoint_weights import Checkpoint
 from bnbref.codebooks import FOUR_BIT
 from bnbref.integrations.hf.config import BnbRefConfig
 from bnbref.integrations.hf.layers import is_linear, plain_layer, quantized_layer, was_conv1d
 from bnbref.nn import Linear4bit, Linear8bitLt, Params4bit
-from bnbref.nn.quantized import QuantizedLayer
+from bnbref.nn.quantized_layer import QuantizedLayer
 from bnbref.quant_state import BLOB, TENSORS
-from bnbref.stored import Checkpoint
 
 ANOTHER_SHAPE = "another shape in the checkpoint: newly initialized"
 
 
 def stats() -> tuple[str, ...]:
-    """The names of what a file holds beside a 4-bit weight, for every codebook that is in FOUR_BIT by now."""
+    """The names of the tensors that a file has beside a 4-bit weight, for every codebook that is in FOUR_BIT when this is
+    called."""
     return (*TENSORS, *(BLOB + name for name in FOUR_BIT))
 
 

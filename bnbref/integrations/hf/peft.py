@@ -25,7 +25,7 @@ from torch import nn
 from bnbref.integrations.hf.peft_checks import WITHOUT_THE_WEIGHT
 from bnbref.integrations.hf.peft_parameters import adapt_peft, added
 from bnbref.nn import Linear4bit, Linear8bitLt
-from bnbref.nn.quantized import QuantizedLayer
+from bnbref.nn.quantized_layer import QuantizedLayer
 
 __all__ = ["LoraLinear", "register_lora"]
 

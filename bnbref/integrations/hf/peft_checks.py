@@ -15,7 +15,7 @@ from torch import nn
 from bnbref.integrations.bitsandbytes import finder
 from bnbref.integrations.hf.experts import quantized_parameters
 from bnbref.nn import Linear4bit, Linear8bitLt
-from bnbref.nn.quantized import QuantizedLayer
+from bnbref.nn.quantized_layer import QuantizedLayer
 
 TRAIN = frozenset(
     ("BEFT", "BOFT", "C3A", "FOURIERFT", "GRALORA", "LILY", "LORA", "MISS", "OFT", "ROAD", "VBLORA", "VERA", "WAVEFT")

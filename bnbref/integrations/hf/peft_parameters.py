@@ -27,9 +27,9 @@ from torch.nn.utils import parametrize
 from bnbref import int8
 from bnbref.integrations.hf.peft_checks import WITHOUT_THE_WEIGHT, check_merge, check_targets, ends_with
 from bnbref.nn import Params4bit
-from bnbref.nn.parameter import QuantizedParameter
 from bnbref.nn.parametrize import quantized_in
-from bnbref.nn.quantized import QuantizedLayer
+from bnbref.nn.quantized_layer import QuantizedLayer
+from bnbref.nn.quantized_parameter import QuantizedParameter
 from bnbref.quant_state import QuantState
 
 __all__ = ["ParamWrapper", "adapt_peft", "added"]

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from bnbref import optim
 from bnbref.integrations.hf.config import BnbRefConfig
 from bnbref.integrations.hf.quantizer import BnbRefHfQuantizer
-from bnbref.nn.quantized import QuantizedLayer
+from bnbref.nn.quantized_layer import QuantizedLayer
 from bnbref.optim.paging import PAGE_BYTES, PAGED_FROM
 
 FORMATS: dict[str, BnbRefConfig | None] = {

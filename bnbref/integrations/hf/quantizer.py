@@ -26,8 +26,8 @@ from bnbref.integrations.hf.loading import ANOTHER_SHAPE, Identity, Quantize, Re
 from bnbref.integrations.hf.readers import read_by_others
 from bnbref.nn import Linear8bitLt
 from bnbref.nn.inventory import REASONS, Report, report
-from bnbref.nn.parameter import QuantizedParameter
-from bnbref.nn.quantized import QuantizedLayer
+from bnbref.nn.quantized_layer import QuantizedLayer
+from bnbref.nn.quantized_parameter import QuantizedParameter
 from bnbref.quant_state import QuantState
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,8 @@ class BnbRefHfQuantizer(HfQuantizer):  # type: ignore[misc]
         super().preprocess_model(model, dtype=dtype, **kwargs)
 
     def _convert_model_for_quantization(self, model: Any) -> None:
-        """For files of bitsandbytes transformers takes some experts apart. Here that depends on what is in the file."""
+        """transformers exchanges modules of some models before it loads a file of bitsandbytes, so that each expert has layers of
+        its own. Here that is done only if the file has such layers."""
         if _exchanged(model) and any(re.search(r"\bexperts\.\d+\.", key) for path in self.files for key in keys(path)):
             super()._convert_model_for_quantization(model)
 
@@ -240,7 +241,7 @@ class BnbRefHfQuantizer(HfQuantizer):  # type: ignore[misc]
             if isinstance(module, QuantizedLayer) and not isinstance(module, nn.Embedding):
                 model.set_submodule(name, dequantized(name, module, dtype))
         dequantize_experts(model, dtype)
-        # What was not quantized was loaded in the model's dtype, or kept in float32 by the model.
+        # A parameter that was not quantized has the dtype of the model, or float32 if the model wants it so: that one stays.
         for parameter in model.parameters():
             if parameter.dtype == old and not isinstance(parameter, QuantizedParameter):
                 parameter.data = parameter.data.to(dtype)
@@ -252,7 +253,7 @@ class BnbRefHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 def _skipped(name: str, patterns: list[str], skip: list[str]) -> str | None:
-    """Why a module is not to be quantized, None if it is."""
+    """Why a module is not to be quantized. None if it is to be."""
     matching = sorted(pattern for pattern in patterns if not should_convert_module(name, [pattern]))
     if not matching:
         return None

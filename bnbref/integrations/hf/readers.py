@@ -1,10 +1,10 @@
-"""Which layers' weights a model reads by itself: packed, they would be no matrix to it.
+"""Layers whose weight is read by another module of the model. It would find packed codes instead of a matrix.
 
     time_step = self.dt_proj.weight @ time_step                        Mamba's mixer
     F.multi_head_attention_forward(..., self.out_proj.weight, ...)     WavLM's attention
     self.head(x.to(self.head.weight.dtype))                            a cast to the dtype of codes
 
-They are found in the source of the classes. Of a weight that is read only its device says nothing about its elements.
+They are found in the source of the classes. `weight.device` does not count, because it says nothing about the elements.
 """
 
 import functools

@@ -33,9 +33,9 @@ from bnbref.integrations.hf.experts import quantized_parameters
 from bnbref.integrations.hf.layers import dequantized
 from bnbref.integrations.hf.quantizer import BnbRefHfQuantizer
 from bnbref.nn import Params4bit
+from bnbref.nn.four_and_eight_bits import FourBitLayer
 from bnbref.nn.inventory import REASONS
-from bnbref.nn.layer import FourBitLayer
-from bnbref.nn.quantized import QuantizedLayer
+from bnbref.nn.quantized_layer import QuantizedLayer
 
 __all__ = ["BnbRefConfig", "BnbRefHfQuantizer", "give_back_bitsandbytes", "take_over_bitsandbytes"]
 

@@ -47,7 +47,7 @@ def correction_dtype(dtype: torch.dtype, bits: int | None) -> torch.dtype | None
     return _DTYPES[bits] if bits is not None and dtype in _LINES else None
 
 
-def exact(p: Tensor, correction: Tensor) -> Tensor:
+def joined(p: Tensor, correction: Tensor) -> Tensor:
     """The float32 that a parameter and its correction stand for, of any shape.  Exact.
 
         the float32 that lies `correction` further from 0 than p
@@ -55,7 +55,7 @@ def exact(p: Tensor, correction: Tensor) -> Tensor:
     A parameter that somebody else has set to 0 never becomes less than 0: it has no negative corrections of its own.
 
     >>> one = torch.ones(2, dtype=torch.bfloat16)
-    >>> exact(one, torch.tensor([-1, 64], dtype=torch.int8)).tolist() == [1 - 2**-16, 1 + 2**-9]
+    >>> joined(one, torch.tensor([-1, 64], dtype=torch.int8)).tolist() == [1 - 2**-16, 1 + 2**-9]
     True
     """
     line = _LINES[p.dtype]
@@ -65,9 +65,9 @@ def exact(p: Tensor, correction: Tensor) -> Tensor:
 
 
 def split(x: Tensor, dtype: torch.dtype, correction: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The parameter nearest to x, a tie away from zero, and its correction: what `exact` takes.  Exact.
+    """The parameter nearest to x, a tie away from zero, and its correction: what `joined` takes.  Exact.
 
-    int16   exact(*split(x)) is x: for bfloat16 always, for float16 from 2^-14 on to 65,520; below it errs by 2^-38 at most
+    int16   joined(*split(x)) is x: for bfloat16 always, for float16 from 2^-14 on to 65,520; below it errs by 2^-38 at most
     int8    x is first rounded to 16 bits (float16: 19) of significand, to the nearest, a tie to even
     """
     line = _LINES[dtype]
@@ -87,12 +87,12 @@ def _coarse(line: _Line, correction: torch.dtype) -> int:
     return line.shift - 8 if correction == torch.int8 else 0
 
 
-def opened(p: Tensor, corrections: Sequence[Tensor]) -> Tensor:
+def value_of(p: Tensor, corrections: Sequence[Tensor]) -> Tensor:
     """The float32 value of a parameter that has one correction or none."""
-    return exact(p, *corrections) if corrections else p.float()
+    return joined(p, *corrections) if corrections else p.float()
 
 
-def store(p: Tensor, corrections: Sequence[Tensor], value: Tensor) -> None:
+def set_value(p: Tensor, corrections: Sequence[Tensor], value: Tensor) -> None:
     """Set a parameter, of any strides, and its correction, if it has one, to a value: float32, its elements in a row."""
     if corrections:
         p_new, rest = split(value, p.dtype, corrections[0].dtype)

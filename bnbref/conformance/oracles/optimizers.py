@@ -26,9 +26,7 @@ def within(
     """The results of a formula by name: float32, between the bounds of any order of its operations."""
     single = {name: torch.tensor(x, dtype=torch.float64) for name, (x, _) in numbers.items()}
     exact = formula(SimpleNamespace(**single, **{name: x.double() for name, x in tensors.items()}))
-    wide: dict[str, Any] = {
-        name: Interval.near(x, off) if off else Interval.point(x) for name, (x, off) in numbers.items()
-    }
+    wide: dict[str, Any] = {name: Interval.near(x, off) for name, (x, off) in numbers.items()}
     bounds = formula(SimpleNamespace(**wide, **{name: Interval.point(x) for name, x in tensors.items()}))
     return {name: Expected(x.float(), low=bounds[name].low, high=bounds[name].high) for name, x in exact.items()}
 

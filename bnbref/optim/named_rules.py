@@ -7,22 +7,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnbref.blockwise import check_dense
-from bnbref.optim.equation import Equation, at_step, check, layout
+from bnbref.optim.equation import Equation, at_step, check_rule, state_layout
 from bnbref.optim.rule import Rule
 
-_MANY = 8  # equations of one rule: a few numbers are changed by hand, more are computed
+# Different equations that one rule may have before a warning: each is compiled anew. Somebody who changes a number by hand makes
+# a few; more come of a number that the program computes, and that should be a coefficient.
+_MANY = 8
 
 
-class Choice:
+class NamedRules:
     """One rule, or several of which a group names its own as "rule". A group that names none has the first."""
 
     def __init__(self, rule: Rule | Mapping[str, Rule]) -> None:
-        self.rules = {name: check(one) for name, one in (rule if isinstance(rule, Mapping) else {"": rule}).items()}
+        self.rules = {
+            name: check_rule(one) for name, one in (rule if isinstance(rule, Mapping) else {"": rule}).items()
+        }
         if not self.rules:
             raise ValueError("rule must be a Rule, or at least one by its name, got none")
         self.first = next(iter(self.rules))
-        self._layouts = {name: layout(one) for name, one in self.rules.items()}
+        self._layouts = {name: state_layout(one) for name, one in self.rules.items()}
         self._sources: dict[str, set[str]] = {name: set() for name in self.rules}
 
     def of(self, config: Mapping[str, Any]) -> Rule:
@@ -33,8 +36,7 @@ class Choice:
         return self.rules[name]
 
     def check_shape(self, p: Tensor, config: Mapping[str, Any]) -> None:
-        """Raise ValueError if the rule of p takes no parameter of its shape, or p is not dense."""
-        check_dense("a parameter", p)
+        """Raise ValueError if the rule of p takes no parameter of its shape."""
         rule = self.of(config)
         if not rule.takes(p.shape):
             others = [name for name, other in self.rules.items() if other.takes(p.shape)]
@@ -47,7 +49,7 @@ class Choice:
         """What the rule computes now, and its coefficients in step t."""
         name = config.get("rule", self.first)
         rule, made, sources = self.of(config), self._layouts[name], self._sources[name]
-        if layout(rule) != made:
+        if state_layout(rule) != made:
             raise RuntimeError(
                 f"states or codebooks of {rule!r} are not those that it had when the optimizer was made: {made}"
             )

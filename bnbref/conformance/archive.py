@@ -10,8 +10,6 @@ import io
 import tarfile
 from pathlib import Path
 
-from bnbref.conformance.vectors import folder_of
-
 SUMS = "SHA256SUMS"
 
 DIGESTS = {
@@ -33,15 +31,15 @@ def digest(folder: Path) -> str:
     return hashlib.sha256(sums(folder).encode()).hexdigest()
 
 
-def archive(version: int, folder: Path | None = None) -> bytes:
-    """A .tar.gz of a version of the vectors: the same files in the same order, without times and owners.
+def tar_gz(folder: Path) -> bytes:
+    """A .tar.gz of the folder of a published version: the same files in the same order, without times and owners.
 
-    Raises ValueError where a file is not that of the published version.
+    Raises ValueError where the files are those of no published version.
     """
-    folder = folder_of(version) if folder is None else folder
     found = digest(folder)
-    if found != DIGESTS[version]:
-        raise ValueError(f"{folder} must have the digest of v{version}, {DIGESTS[version]}, got {found}")
+    version = next((version for version, known in DIGESTS.items() if known == found), None)
+    if version is None:
+        raise ValueError(f"{folder} must have the digest of a published version, one of {DIGESTS}, got {found}")
     packed = io.BytesIO()
     with gzip.GzipFile(fileobj=packed, mode="wb", mtime=0) as stream, tarfile.open(fileobj=stream, mode="w|") as tar:
         for path in sorted(folder.iterdir()):

@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 from bnbref.blockwise import check_blocksize, check_float
-from bnbref.optim import whole
+from bnbref.optim import matrix_steps
 from bnbref.optim.equation import Equation
+from bnbref.optim.master_weights import corrections
 from bnbref.optim.paging import Placement
 from bnbref.optim.rule import Rule
 from bnbref.optim.sharding import local, shard_of
 from bnbref.optim.update import Tails, step
-from bnbref.optim.weights import corrections
 
 
 @dataclass(frozen=True)
-class Turn:
+class PlannedStep:
     """A parameter that is to make a step.
 
     p: as the optimizer has it. grad: this rank's part of its gradient. config: its settings. equation, hyper: what its rule
@@ -35,7 +35,7 @@ class Turn:
 
     @property
     def ascent(self) -> Tensor:
-        """The gradient of what is made smaller."""
+        """The gradient of what the step makes smaller: with `maximize` that is the negative loss."""
         return -self.grad if self.config["maximize"] else self.grad
 
     def noise(self, generator: torch.Generator | None) -> Tensor | None:
@@ -80,54 +80,53 @@ def _partly_shared(p: Tensor, g: Tensor) -> bool:
     return (start, p.dtype) != (other, g.dtype) and start < ends[1] and other < ends[0]
 
 
-def take(
-    turns: Sequence[Turn], states: MutableMapping[Tensor, dict[str, Any]], placement: Placement,
+def take_steps(
+    steps: Sequence[PlannedStep], states: MutableMapping[Tensor, dict[str, Any]], placement: Placement,
     generator: torch.Generator | None, every: Callable[[], Sequence[Tensor]],
 ) -> None:  # fmt: skip
-    """The steps of these parameters, whose `states` are there.
-
-    every: gives all parameters by their index in the state dict. An exception in the middle leaves whole the parameters before
-    the one that it met, and a warning says which.
+    """Makes the planned steps. states: of each parameter, made before. every: returns all parameters of the optimizer, by the
+    index that they have in its state dict. An exception in the middle leaves whole the parameters before the one that it met, and
+    a warning says which.
     """
     tails = Tails()
     made: list[Tensor] = []  # those that have made their step
     begun: list[Tensor] = []  # those that are making it
-    by_element = [turn for turn in turns if not turn.equation.calls]
+    by_element = [planned for planned in steps if not planned.equation.calls]
     try:
-        with closing(placement.stream([(turn.p.device, states[turn.p]) for turn in by_element])) as streamed:
-            for turn, state in zip(by_element, streamed, strict=True):
-                begun = [turn.p]
-                update(turn, state, turn.noise(generator), tails)
+        with closing(placement.stream([(planned.p.device, states[planned.p]) for planned in by_element])) as streamed:
+            for planned, state in zip(by_element, streamed, strict=True):
+                begun = [planned.p]
+                update(planned, state, planned.noise(generator), tails)
                 # Pages are written back before the next ones come. Of a shard they may be on another rank alone.
-                if placement.pages(turn.p.numel()) and shard_of(turn.p) is not None:
+                if placement.pages(planned.p.numel()) and shard_of(planned.p) is not None:
                     tails.run()
-                elif state is not states[turn.p]:
+                elif state is not states[planned.p]:
                     tails.run_own()
-                states[turn.p]["step"] += 1
+                states[planned.p]["step"] += 1
                 made += begun
                 begun = []
         tails.run()
-        for batch in _together([turn for turn in turns if turn.equation.calls]):
-            begun = [turn.p for turn in batch]
+        for batch in _together([planned for planned in steps if planned.equation.calls]):
+            begun = [planned.p for planned in batch]
             _update_together(batch, states, placement, generator)
             made += begun
             begun = []
     except BaseException as error:
         try:
-            _say_interrupted(made, begun, tails, every(), [turn.p for turn in turns])
+            _say_interrupted(made, begun, tails, every(), [planned.p for planned in steps])
         except Warning as said:  # where warnings are errors, what happened is still this error
             raise error from said
         raise
 
 
-def update(turn: Turn, state: Mapping[str, Any], noise: Tensor | None, tails: Tails) -> None:
+def update(planned: PlannedStep, state: Mapping[str, Any], noise: Tensor | None, tails: Tails) -> None:
     """The step of one parameter by a rule of elements. state: on its device."""
-    own, shard = local(turn.p.detach()), shard_of(turn.p)
+    own, shard = local(planned.p.detach()), shard_of(planned.p)
     flat = own.contiguous()
     copied = flat.data_ptr() != own.data_ptr()
     step(
-        turn.equation, turn.hyper, flat, turn.ascent, state, blocksize=turn.config["blocksize"], noise=noise, shard=shard,
-        max_norm=turn.config["max_unorm"] if turn.equation.clipped else 0.0,
+        planned.equation, planned.hyper, flat, planned.ascent, state, blocksize=planned.config["blocksize"], noise=noise,
+        shard=shard, max_norm=planned.config["max_unorm"] if planned.equation.clipped else 0.0,
         tails=None if copied and shard is None else tails,
     )  # fmt: skip
     if copied and shard is None:
@@ -136,26 +135,31 @@ def update(turn: Turn, state: Mapping[str, Any], noise: Tensor | None, tails: Ta
         tails.then(lambda: own.copy_(flat))
 
 
-def _together(turns: Sequence[Turn]) -> Iterator[Sequence[Turn]]:
+def _together(steps: Sequence[PlannedStep]) -> Iterator[Sequence[PlannedStep]]:
     """Batches of parameters whose rules see whole matrices: of those that are alike, as many at a time as `BATCH` allows."""
-    groups: dict[Any, list[Turn]] = {}
-    for turn in turns:
-        groups.setdefault((id(turn.hyper), *whole.alike(turn.p)), []).append(turn)
+    groups: dict[Any, list[PlannedStep]] = {}
+    for planned in steps:
+        groups.setdefault((id(planned.hyper), *matrix_steps.alike(planned.p)), []).append(planned)
     for group in groups.values():
-        size = max(1, whole.BATCH // max(1, group[0].p.numel()))
+        size = max(1, matrix_steps.BATCH // max(1, group[0].p.numel()))
         yield from (group[first : first + size] for first in range(0, len(group), size))
 
 
 def _update_together(
-    batch: Sequence[Turn], states: MutableMapping[Tensor, dict[str, Any]], placement: Placement,
+    batch: Sequence[PlannedStep], states: MutableMapping[Tensor, dict[str, Any]], placement: Placement,
     generator: torch.Generator | None,
 ) -> None:  # fmt: skip
     jobs = []
-    for turn in batch:
-        flat, blocksize = local(turn.p.detach()).contiguous(), check_blocksize(turn.config["blocksize"], turn.p.numel())
-        noise, shard = turn.noise(generator), shard_of(turn.p)
-        jobs.append(whole.Job(turn.p, flat, turn.ascent.contiguous(), states[turn.p], blocksize, noise, shard))
-    whole.step_together(batch[0].equation, batch[0].hyper, jobs, placement.stream)
+    for planned in batch:
+        flat, blocksize = (
+            local(planned.p.detach()).contiguous(),
+            check_blocksize(planned.config["blocksize"], planned.p.numel()),
+        )
+        noise, shard = planned.noise(generator), shard_of(planned.p)
+        jobs.append(
+            matrix_steps.Job(planned.p, flat, planned.ascent.contiguous(), states[planned.p], blocksize, noise, shard)
+        )
+    matrix_steps.step_together(batch[0].equation, batch[0].hyper, jobs, placement.stream)
     for job in jobs:
         states[job.p]["step"] += 1
         own = local(job.p.detach())

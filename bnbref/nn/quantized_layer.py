@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnbref.nn.parameter import QuantizedParameter
+from bnbref.nn.quantized_parameter import QuantizedParameter
 
 
 class QuantizedLayer(nn.Module):
@@ -48,9 +48,10 @@ class QuantizedLayer(nn.Module):
         super().__delattr__(name)
 
     def _fqn_modifiers(self) -> dict[str, str]:
-        """torch.distributed.checkpoint's question, by what attribute it comes to the object that a key of the state dict names.
+        """Called by torch.distributed.checkpoint, which follows each key of a state dict from attribute to attribute.
 
-        It walks along the key, and `weight.absmax` is an attribute of a quantized weight, but of no DTensor in its place.
+        Returns by which attribute to follow a key that begins so. For `weight.absmax` it is `_saved`, because a quantized weight
+        has the attribute `absmax`, but a DTensor in its place has not.
         """
         return dict.fromkeys(("weight", "weight_format"), "_saved")
 

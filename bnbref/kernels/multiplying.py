@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor
 
 from bnbref.codebooks import Codebook
-from bnbref.context import kept
+from bnbref.context import cached
 from bnbref.kernels import formulation, tracing
 from bnbref.kernels.byte_permute import dot8, planes
 from bnbref.kernels.compiler import is_gpu
@@ -27,7 +27,7 @@ def _new_planes(codebook: Codebook, dtype: torch.dtype, device: torch.device) ->
     return planes(torch.tensor(sixteen(codebook), dtype=torch.float32, device="cpu").to(dtype)).to(device)
 
 
-_planes = kept(maxsize=64)(_new_planes)
+_planes = cached(maxsize=64)(_new_planes)
 
 
 def _tables(a: Tensor, *_: Tensor | None, codebook: Codebook, **constants: Any) -> tuple[Tensor, ...]:

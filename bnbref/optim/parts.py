@@ -1,4 +1,4 @@
-"""How a parameter lies before the kernels of 8 bits: whole blocks as they are, incomplete ones padded in rows of a copy.
+"""What the kernels of 8 bits get of a parameter: its whole blocks as they are, and an incomplete one padded, in a row of a copy.
 
     elements of a parameter    [    block    ][    block    ][  rest ]
                                 whole blocks: views           a padded copy, with the rests of other parameters
@@ -126,7 +126,7 @@ def padded(rests: Sequence[Part], zeros: Sequence[int], blocksize: int) -> Padde
 
 
 def sliced(part: Part, first: int, last: int, shard: Shard, blocksize: int) -> Part:
-    """A piece of what this rank has of a parameter: its elements `first` to `last`, and the scales of their blocks."""
+    """Elements `first` to `last` of what this rank has of a parameter, and the scales of their blocks."""
     before = shard.blocks(blocksize).start
     blocks = slice((shard.start + first) // blocksize - before, block_count(shard.start + last, blocksize) - before)
     return part.map(lambda x: x[first:last], lambda x: x[blocks])

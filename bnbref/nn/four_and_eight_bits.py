@@ -1,6 +1,6 @@
 """Layers with a weight in four or in eight bits: which keys of a state dict it has, and what is remembered of it.
 
-What both do when they are moved, saved and loaded is in `bnbref.nn.quantized`.
+What both do when they are moved, saved and loaded is in `bnbref.nn.quantized_layer`.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnbref.nn.parameter import in_bytes
+from bnbref.checkpoint_weights import Checkpoint
 from bnbref.nn.params import Int8Params, Params4bit
-from bnbref.nn.quantized import QuantizedLayer
+from bnbref.nn.quantized_layer import QuantizedLayer
+from bnbref.nn.quantized_parameter import in_bytes
 from bnbref.quant_state import QuantState
-from bnbref.stored import Checkpoint
 
 
 class FourBitLayer(QuantizedLayer):

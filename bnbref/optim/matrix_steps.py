@@ -20,11 +20,11 @@ from bnbref import blockwise
 from bnbref.codebooks import value_table
 from bnbref.context import without_autocast
 from bnbref.optim.equation import Equation
+from bnbref.optim.master_weights import corrections, value_of
 from bnbref.optim.rule import Coefficients, Rule, State, absmax_key, matrix_shape
-from bnbref.optim.sharding import Shard, gather_scales, shard_of, total, whole
+from bnbref.optim.sharding import Shard, gather_scales, shard_of, sum_over_shards, unsharded
 from bnbref.optim.step import LARGEST_GRADIENT
 from bnbref.optim.update import step
-from bnbref.optim.weights import corrections, opened
 
 BATCH = 2**24
 """Elements of the parameters that are stepped together, unless a single one has more: 64 MiB for each of some matrices."""
@@ -50,7 +50,7 @@ class Job:
 
     def matrix(self, x: Tensor) -> Tensor:
         """The whole, float32 `[..., rows, columns]`, of which this rank has a part."""
-        return whole(self.p, x).float().reshape(matrix_shape(self.p.shape))
+        return unsharded(self.p, x).float().reshape(matrix_shape(self.p.shape))
 
     def part(self, x: Tensor) -> Tensor:
         """This rank's part of a tensor that has a number for each element."""
@@ -59,7 +59,7 @@ class Job:
 
     def value(self, state: Mapping[str, Any]) -> Tensor:
         """What the parameter and its correction stand for, as a matrix."""
-        return self.matrix(opened(self.flat.view(-1), corrections(self.flat, state)).view(self.flat.shape))
+        return self.matrix(value_of(self.flat.view(-1), corrections(self.flat, state)).view(self.flat.shape))
 
     def decoded(self, rule: Rule, s: State, state: Mapping[str, Any]) -> Tensor:
         """A state in memory of its own: of each element as a matrix, of the whole matrix as it is."""
@@ -72,10 +72,10 @@ class Job:
         if self.shard is not None:
             absmax = gather_scales(self.p, self.shard, absmax, self.blocksize)
         values = value_table(rule.codebook(s), self.p.device)
-        x = blockwise.dequantize(whole(self.p, x), absmax, values, self.blocksize, torch.float32)
+        x = blockwise.dequantize(unsharded(self.p, x), absmax, values, self.blocksize, torch.float32)
         return x.view(matrix_shape(self.p.shape))
 
-    def keep(self, rule: Rule, s: State, state: Mapping[str, Any], new: Tensor, finite: Tensor) -> None:
+    def set_state(self, rule: Rule, s: State, state: Mapping[str, Any], new: Tensor, finite: Tensor) -> None:
         """Make the new value of a state this rank's, if all of the gradient is finite."""
         found = {s.key: new}
         if state[s.key].dtype == torch.uint8:
@@ -101,7 +101,7 @@ def step_together(rule: Equation, hyper: Tensor, jobs: Sequence[Job], stream: St
     rule, hyper: as `equation.at_step` gives them. stream: brings states to their device, as `Placement.stream` does.
     """
     bad = torch.stack([~(job.g.abs() <= LARGEST_GRADIENT).all() for job in jobs])
-    finite = total(jobs[0].shard, bad.to(torch.int32)) == 0
+    finite = sum_over_shards(jobs[0].shard, bad.to(torch.int32)) == 0
     states = [(job.p.device, job.state) for job in jobs]
     given = []
     for job, state, well in zip(jobs, stream(states), finite, strict=True):
@@ -119,6 +119,6 @@ def step_together(rule: Equation, hyper: Tensor, jobs: Sequence[Job], stream: St
     descent = Equation(rule, "def direction(p, g, c):\n    return (g,)", rule.names, states=())
     for job, state, well, *own in zip(jobs, stream(states), finite, *results, strict=True):
         for s, new in zip(rule.states, own[1:], strict=True):
-            job.keep(rule, s, state, new, well)
+            job.set_state(rule, s, state, new, well)
         u = torch.where(well, job.part(own[0]), torch.nan)  # of NaN a step leaves everything as it was
         step(descent, hyper, job.flat, u, state, blocksize=job.blocksize, noise=job.noise)

@@ -14,34 +14,34 @@ from torch import Tensor
 from bnbref import blockwise
 from bnbref.blockwise import block_count, check_blocksize
 from bnbref.codebooks import DYNAMIC, DYNAMIC_UNSIGNED, is_table_of, value_table
+from bnbref.optim.master_weights import CORRECTIONS, checked_correction
 from bnbref.optim.rule import Rule, State, absmax_key, qmap_key
-from bnbref.optim.sharding import gather_scales, local, shard_of, whole
-from bnbref.optim.weights import CORRECTIONS, checked_correction
+from bnbref.optim.sharding import gather_scales, local, shard_of, unsharded
 
 WRAPPED = "__bnb_optimizer_quant_state__"
 
 _BESIDE = {"step", *CORRECTIONS.values(), "unorm_vec", "gnorm_vec"}
-"""What a saved state may have beside those of its rule; the last two are bitsandbytes', and mean nothing here."""
+"""Keys that a saved state may have beside those of its rule. The last two are written by bitsandbytes, and mean nothing here."""
 
 
-def gathered(rule: Rule, p: Tensor, state: Mapping[str, Any], blocksize: int) -> dict[str, Any]:
-    """The state of the whole parameter, of which p may be a shard. Then it is a collective call."""
+def gathered_state(rule: Rule, p: Tensor, state: Mapping[str, Any], blocksize: int) -> dict[str, Any]:
+    """The state of a whole parameter. If p is a shard of it, the parts are gathered, which is a collective call."""
     shard = shard_of(p)
     if shard is None or not state:
         return dict(state)
     found: dict[str, Any] = {"step": state["step"]}
     for s in rule.states:
-        found[s.key] = (whole(p, state[s.key]) if s.of == "elements" else state[s.key].clone()).cpu()
+        found[s.key] = (unsharded(p, state[s.key]) if s.of == "elements" else state[s.key].clone()).cpu()
         if state[s.key].dtype == torch.uint8:
             blocks = check_blocksize(blocksize, p.numel())
             found[absmax_key(s.key)] = gather_scales(p, shard, state[absmax_key(s.key)], blocks).cpu()
     for key in state.keys() & CORRECTIONS.values():
         # As int32, because gloo knows no int16.
-        found[key] = whole(p, state[key].to(torch.int32)).to(state[key].dtype).cpu()
+        found[key] = unsharded(p, state[key].to(torch.int32)).to(state[key].dtype).cpu()
     return found
 
 
-def packed(rule: Rule, state: Mapping[str, Any]) -> dict[str, Any]:
+def wrapped_state(rule: Rule, state: Mapping[str, Any]) -> dict[str, Any]:
     """A state as it is saved: with the values of its codes, and in one tensor what the rule has stacked."""
     wrapped: dict[str, Any] = {}
     for s in rule.states:
@@ -61,15 +61,16 @@ def packed(rule: Rule, state: Mapping[str, Any]) -> dict[str, Any]:
     return {"step": state["step"], WRAPPED: wrapped} if wrapped else {"step": state["step"]}
 
 
-def unpacked(
+def unwrapped_state(
     rule: Rule, p: Tensor, saved: Mapping[str, Any], blocksize: int, empty: Callable[..., Tensor]
 ) -> dict[str, Any]:
-    """The state of p of what was saved, wrapped or not, in the memory that `empty` gives.
+    """The state of p, read from a saved one that is wrapped or not, in memory that `empty` gives.
 
-    ValueError if it is none of p's, or another rule's as far as that can be seen: Adam, AdamW and LAMB take each other's.
+    Raises ValueError if the saved state does not fit p, or is that of another rule as far as that can be seen. (The states of
+    Adam, AdamW and LAMB look alike.)
     """
     bare = {key: x for key, x in saved.items() if key != WRAPPED}
-    saved = _apart(rule, {**bare, **saved.get(WRAPPED, {})})
+    saved = _unstacked(rule, {**bare, **saved.get(WRAPPED, {})})
     if not saved:
         return {}
     if "step" not in saved:
@@ -81,7 +82,7 @@ def unpacked(
     shard, shape = shard_of(p), tuple(local(p).shape)
     state: dict[str, Any] = {"step": int(saved["step"])}
 
-    def keep(key: str, every: Tensor, dtype: torch.dtype) -> None:
+    def put(key: str, every: Tensor, dtype: torch.dtype) -> None:
         flat = every.reshape(-1)
         mine = (flat if shard is None else flat[shard.start : shard.stop]).view(shape)
         state[key] = empty(key, shape, dtype).copy_(mine)
@@ -98,19 +99,19 @@ def unpacked(
             state[s.key] = empty(s.key, tuple(size), torch.float32).copy_(tensor.view(size))
             continue
         if tensor.dtype != torch.uint8:
-            keep(s.key, tensor, torch.float32)
+            put(s.key, tensor, torch.float32)
             continue
         each, key = check_blocksize(blocksize, p.numel()), absmax_key(s.key)
-        codes, scales = _translated(rule, s, tensor, _saved(rule, saved, key), saved.get(qmap_key(s.key)), each)
+        codes, scales = _reencoded(rule, s, tensor, _saved(rule, saved, key), saved.get(qmap_key(s.key)), each)
         _check_sign(rule, s, tensor, saved.get(qmap_key(s.key)))
         if shard is not None:
             blocks = shard.blocks(each)
             scales = scales[blocks.start : blocks.stop]
-        keep(s.key, codes, torch.uint8)
+        put(s.key, codes, torch.uint8)
         state[key] = empty(key, tuple(scales.shape), torch.float32).copy_(scales)
     correction = checked_correction(p, saved)
     if correction is not None:
-        keep(CORRECTIONS[p.dtype], correction, correction.dtype)
+        put(CORRECTIONS[p.dtype], correction, correction.dtype)
     return state
 
 
@@ -129,9 +130,10 @@ def _saved(rule: Rule, saved: Mapping[str, Any], key: str) -> Tensor:
 
 
 def _check_sign(rule: Rule, s: State, tensor: Tensor, values: Tensor | None = None) -> None:
-    """Bitsandbytes calls all states state1, state2: only their signs tell a momentum from an average of squares.
+    """ValueError if the numbers of a saved state have signs that state s cannot have, so that it is another state.
 
-    values: of codes, what they stand for; without them nothing is known.
+    bitsandbytes calls all states state1 and state2: only their signs tell a momentum from an average of squares. values: what
+    codes stand for. Without them nothing is known of codes.
     """
     lowest = tensor
     if tensor.dtype == torch.uint8:
@@ -149,20 +151,20 @@ def _check_sign(rule: Rule, s: State, tensor: Tensor, values: Tensor | None = No
         )
 
 
-def _apart(rule: Rule, saved: dict[str, Any]) -> dict[str, Any]:
+def _unstacked(rule: Rule, saved: dict[str, Any]) -> dict[str, Any]:
     """The saved state with a tensor for each of the states that bitsandbytes has stacked in one."""
     if not rule.stacked or rule.stacked[-1] in saved:
         return saved
     first = rule.stacked[0]
-    apart: dict[str, Any] = {}
+    unstacked: dict[str, Any] = {}
     for i, key in enumerate(rule.stacked):
-        apart |= {name(key): saved[name(first)][i] for name in (str, absmax_key) if name(first) in saved}
+        unstacked |= {name(key): saved[name(first)][i] for name in (str, absmax_key) if name(first) in saved}
         if qmap_key(first) in saved:
-            apart[qmap_key(key)] = saved[qmap_key(first)]
-    return {**saved, **apart}
+            unstacked[qmap_key(key)] = saved[qmap_key(first)]
+    return {**saved, **unstacked}
 
 
-def _translated(
+def _reencoded(
     rule: Rule, state: State, codes: Tensor, absmax: Tensor, values: Tensor | None, blocksize: int
 ) -> tuple[Tensor, Tensor]:
     """Codes and scales of the rule's codebook, of codes whose values are `values`."""
