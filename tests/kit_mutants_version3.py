@@ -67,6 +67,16 @@ def _one_more(codes: Tensor, **rest: Any) -> Any:
     return made
 
 
+_WORKSPACE: dict[torch.dtype, Tensor] = {}
+
+
+def _again(dtype: torch.dtype, **k: Any) -> Tensor:
+    """Results of a dtype are in one memory."""
+    y: Tensor = right("dequantize_blockwise")(dtype=dtype, **k)
+    memory = _WORKSPACE.setdefault(dtype, torch.empty(2**16, dtype=dtype))
+    return memory[: y.numel()].view(y.shape).copy_(y)
+
+
 def _memory_order(step: str) -> Any:
     return lambda p, g, **k: right(step)(p=p, g=g if g.is_contiguous() else g.t().contiguous().view(g.shape), **k)
 
@@ -74,6 +84,7 @@ def _memory_order(step: str) -> Any:
 _add("offset-ignored", "a slice is read from where its memory begins", quantize_blockwise=_from_the_start)
 _add("last-block-overread", "the last block is read to its end", quantize_blockwise=_whole_blocks)
 _add("byte-behind", "the byte behind an argument is cleared", dequantize_blockwise=_one_more)
+_add("one-workspace", "a result is written where the one before lies", dequantize_blockwise=_again)
 _add("gradient-in-memory-order", "strides of the gradient are ignored", **{step: _memory_order(step) for step in STEPS})
 
 

@@ -71,6 +71,8 @@ class Backend:
         self.functions = {op: _in_context(function, within) for op, function in found.items() if callable(function)}
         if not self.functions:
             raise ValueError(f"backend {name!r} has none of the operations {', '.join(OPERATIONS)}")
+        self.returned: list[tuple[Any, Any]] = []
+        """The tensors that the last call returned, and copies of them: a later call may not write to them."""
         self.versions = {package: _version(package) for package in ("torch", *packages)}
 
 
