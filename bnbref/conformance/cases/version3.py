@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnbref.codebooks import NF4
+from bnbref.codebooks import DYNAMIC, NF4
 from bnbref.conformance.cases import DTYPES, Case, make
 from bnbref.conformance.cases.inputs import cast, clear, in_blocks, noise, random_bytes, scales
 from bnbref.conformance.cases.steps import USUAL
@@ -28,13 +28,14 @@ def _changed(
 
 
 def _codes(earlier: Mapping[str, Case]) -> Iterator[Case]:
-    # Numbers that float16 has below 2^-14.
-    small = in_blocks(clear(noise(63, 501), NF4, 63) * 0.99, 64, 2.0**-15).half()
-    yield _changed(
-        earlier["quantize_4bit/nf4-noise-float16"], "nf4-subnormal-float16", "Q4-1 Q4-2", inputs={"x": small}
-    )
-    signed = earlier["quantize_blockwise/signed-noise-float16"]
-    yield _changed(signed, "signed-subnormal-float16", "Q8-1 Q8-2", inputs={"x": small})
+    # Numbers that float16 has below 2^-14, multiples of 2^-24, far from every threshold.
+    for book, name, rules in (
+        (NF4, "quantize_4bit/nf4", "Q4-1 Q4-2"),
+        (DYNAMIC, "quantize_blockwise/signed", "Q8-1 Q8-2"),
+    ):
+        small = clear(in_blocks(noise(63, 501).mul(512).round() / 512, 64), book).mul(512).round() * 2.0**-24
+        label = f"{name.partition('/')[2]}-subnormal-float16"
+        yield _changed(earlier[f"{name}-noise-float16"], label, rules, inputs={"x": small.half()})
     every = earlier["dequantize_blockwise/signed-every-code-float32"]
     absmax = torch.full_like(every.inputs["absmax"], 2.0**-110)
     yield _changed(every, "signed-small-scale", "D8-1", inputs={"absmax": absmax})
