@@ -175,7 +175,8 @@ def _signed_map(step: Any, k: dict[str, Any]) -> Any:
     """Decodes second moments with the map of the first."""
     if k["values2"] is None:
         return step(**k)
-    values = k["values1"][k["state2"].long()].abs() * k["absmax2"].repeat_interleave(BLOCKSIZE)[: k["p"].numel()]
+    scale = k["absmax2"].repeat_interleave(BLOCKSIZE)[: k["p"].numel()].view(k["p"].shape)
+    values = k["values1"][k["state2"].long()].abs() * scale
     again = right("quantize_blockwise")(values, k["values2"], BLOCKSIZE)
     return step(**{**k, "state2": again[0], "absmax2": again[1]})
 

@@ -118,8 +118,11 @@ def join_weight(p, correction):
     return torch.tensor([math.copysign(size, x) for size, x in zip(sizes, p.tolist(), strict=True)])
 
 
-def corrected_step(p, correction, g, state1, state2, optimizer, step, lr, beta1, beta2, eps, weight_decay, **_):
+def corrected_step(
+    p, correction, g, state1, state2, optimizer, step, lr, beta1, beta2, eps, weight_decay, gnorm_scale, **_
+):
     x, g, m, v = map(double, (join_weight(p, correction), g, state1, state2))
+    g = g * gnorm_scale
     m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g**2
     u = m / (1 - beta1**step) / (np.sqrt(v / (1 - beta2**step)) + eps)
     x = (x - lr * weight_decay * x - lr * u).astype(np.float32)

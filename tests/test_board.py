@@ -158,6 +158,26 @@ def test_two_reports_of_one_name_are_refused(tmp_path, capsys):
     assert "names of their own, got r twice" in capsys.readouterr().err
 
 
+def test_reports_of_a_cpu_have_every_case():
+    for file in RESULTS.glob("*.json"):
+        report = json.loads(file.read_text(encoding="utf-8"))
+        assert report["device"] != "cpu" or report["cases"].keys() == set(EVERY), f"{file.name} is of other vectors"
+
+
+def test_the_page_of_drawings_is_of_the_reports_beside_it():
+    """It has every finding of these five, and no other: `python docs/results.py` writes all of them."""
+    text = (RESULTS / "report.html").read_text(encoding="utf-8")
+    columns = [
+        RESULTS / f"{name}.json"
+        for name in ("bitsandbytes", "bitsandbytes-default", "torchao", "bnbref-eager", "bnbref")
+    ]
+    found = [f for file in columns for f in json.loads(file.read_text(encoding="utf-8"))["findings"]]
+    for finding in found:
+        for said in (finding["message"], *finding["input"]):
+            assert html.escape(said) in text, said
+    assert text.count("python -m bnbref check --backend") == len(found)
+
+
 def test_what_is_published_is_made_of_what_is_published(tmp_path, capsys):
     reports = sorted(map(str, RESULTS.glob("*.json")))
     made = {"--html": tmp_path / "board.html", "--svg": tmp_path / "board.svg"}

@@ -157,7 +157,7 @@ TEXT: dict[str, str | dict[Any, str]] = {
     "bfloat16_nan": "bfloat16 rounded by adding 0x7FFF to the bits of NaN",
     "nearest": "the code of the least distance, computed in floating point",
     "in_dtype": "elements of 16 bits are scaled and compared in 16 bits",
-    "tiny_is_one": "an absmax below 2^-63 becomes 1",
+    "tiny_is_one": "an absmax below 2^-63, of float16 below 2^-7, becomes 1",
     "float16_weight": {
         "rounded": "the weight is a float16 product of float16 values and scales",
         "kept": "values and scales of the weight are rounded to float16",

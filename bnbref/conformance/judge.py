@@ -21,7 +21,7 @@ REFUSALS = (ValueError, TypeError, NotImplementedError, RuntimeError)
 class Failure:
     """One result that the rules do not allow.
 
-    output: the name of the result; of the input, where kind is "mutated". kind: "value", "shape", "dtype", "missing", "raised",
+    output: the name of the result, empty where there is none. kind: "value", "shape", "dtype", "missing", "raised",
     "crashed" or "mutated". message: one line. wrong: flat indices of the wrong elements. got: the result as it came, None where
     there was none.
     """
@@ -47,41 +47,63 @@ class Result:
     seconds: float = 0.0
 
 
+BESIDE = 64
+"""How many elements lie in memory before and behind those of an argument: an address stays a multiple of 64 bytes."""
+
+
+def _embedded(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy in the middle of larger memory, as a slice is, between the largest numbers of the dtype."""
+    kind = torch.finfo(tensor.dtype) if tensor.is_floating_point() else torch.iinfo(tensor.dtype)
+    memory = torch.full((tensor.numel() + 2 * BESIDE,), kind.max, dtype=tensor.dtype, device=device)
+    return memory[BESIDE : BESIDE + tensor.numel()].view(tensor.shape).copy_(tensor)
+
+
+def _beside(x: Tensor) -> Tensor:
+    """What lies in memory before and behind an argument."""
+    memory = x.detach().as_strided((x.numel() + 2 * BESIDE,), (1,), 0)
+    return torch.cat((memory[:BESIDE], memory[-BESIDE:])).cpu()
+
+
 def given(case: Case, device: torch.device) -> dict[str, Any]:
     """The arguments of a case on a device: copies of its own."""
     tensors: dict[str, Any] = {}
     for name, tensor in case.inputs.items():
-        tensor = tensor.to(device, copy=True)
-        tensors[name] = tensor.t().contiguous().t() if name in case.layout else tensor
+        tensors[name] = _embedded(tensor.t(), device).t() if name in case.layout else _embedded(tensor, device)
     absent = {name: None for name in OPERATIONS[case.operation].optional if name not in tensors}
     return {**tensors, **arguments(case.params), **absent}
 
 
 def by_name(case: Case, result: Any) -> dict[str, Any]:
-    """The results by name, those that a tuple has beyond the names by their numbers; tensors are copies on the CPU.
+    """The results by name, those that a tuple has beyond the names by their numbers.
 
     None at the end of a tuple is no result: a state that an optimizer does not have.
     """
     if isinstance(result, Mapping):
-        named = dict(result)
-    else:
-        parts = list(result) if isinstance(result, (tuple, list)) else [result]
-        while len(parts) > len(case.expected) and parts[-1] is None:
-            parts.pop()
-        names = [*case.expected, *(f"result {i + 1}" for i in range(len(case.expected), len(parts)))]
-        named = dict(zip(names, parts, strict=False))
-    return {name: _on_cpu(part) for name, part in named.items()}
+        return dict(result)
+    parts = list(result) if isinstance(result, (tuple, list)) else [result]
+    while len(parts) > len(case.expected) and parts[-1] is None:
+        parts.pop()
+    names = OPERATIONS[case.operation].in_order(case.expected)
+    names += [f"result {i + 1}" for i in range(len(case.expected), len(parts))]
+    return dict(zip(names, parts, strict=False))
 
 
-def _on_cpu(part: Any) -> Any:
-    dense = isinstance(part, Tensor) and part.layout == torch.strided and part.device.type != "meta"
-    return part.detach().to("cpu", copy=True) if dense else part
+def _dense(part: Any) -> bool:
+    return isinstance(part, Tensor) and part.layout == torch.strided and part.device.type != "meta"
+
+
+def _overwritten(backend: Backend) -> bool:
+    """Whether what the last call returned is not what it was any more."""
+    return not all(x.shape == was.shape and bool(same(x.detach().cpu(), was).all()) for x, was in backend.returned)
 
 
 def modified(case: Case, keywords: Mapping[str, Any]) -> list[str]:
-    """The names of the inputs that are not what they were."""
-    now = {name: keywords[name].cpu() for name in case.inputs}
-    return [n for n, t in case.inputs.items() if now[n].shape != t.shape or not bool(same(now[n], t).all())]
+    """The names of the inputs that are not what they were, or beside which something was written."""
+
+    def kept(x: Tensor, was: Tensor) -> bool:
+        return x.shape == was.shape and bool(same(x.cpu(), was).all()) and len(_beside(x).unique()) == 1
+
+    return [name for name, was in case.inputs.items() if not kept(keywords[name], was)]
 
 
 def failures_of(case: Case, results: Mapping[str, Any]) -> Iterator[Failure]:
@@ -122,7 +144,7 @@ def of_answer(
     """The result of a case, of what was returned by name; None where there is no answer."""
     if results is None:
         return Result(case, "not implemented", seconds=seconds)
-    failures = [Failure(case, name, "mutated", f"the argument {name} was modified") for name in mutated]
+    failures = [Failure(case, "", "mutated", message) for message in mutated]
     failures += failures_of(case, results)
     return Result(case, "failed" if failures else "passed", tuple(failures), seconds)
 
@@ -136,8 +158,11 @@ def run_case(backend: Backend, case: Case, device: torch.device) -> Result:
     begin = time.perf_counter()
     try:
         with torch.enable_grad():  # a package for inference may have switched it off when it was imported
-            results = by_name(case, function(**keywords))
-        mutated = modified(case, keywords)
+            returned = by_name(case, function(**keywords))
+        results = {k: x.detach().to("cpu", copy=True) if _dense(x) else x for k, x in returned.items()}
+        mutated = [f"the argument {name} was modified, or memory beside it" for name in modified(case, keywords)]
+        mutated += ["what the call before had returned was modified"] if _overwritten(backend) else []
+        backend.returned = [(x, results[name]) for name, x in returned.items() if _dense(x)]
     except (Exception, SystemExit) as error:  # whatever a backend throws is a finding, not the end of the run
         if case.may_refuse and isinstance(error, REFUSALS) and not isinstance(error, Unsupported):
             return Result(case, "refused", seconds=time.perf_counter() - begin)

@@ -44,7 +44,7 @@ have are None, and none of its results; nothing is updated in place.
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,13 +72,9 @@ def arguments(params: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Operation:
-    """An operation: a function of its arguments that returns, by name, what each result may be.
-
-    version: of the vectors with which it came.
-    """
+    """An operation: a function of its arguments that returns, by name, what each result may be."""
 
     oracle: Callable[..., dict[str, Expected]]
-    version: int
 
     def expect(self, inputs: Mapping[str, Tensor], params: Mapping[str, Any]) -> dict[str, Expected]:
         """What each result may be, computed by the reference, uncompiled."""
@@ -91,21 +87,24 @@ class Operation:
         parameters = inspect.signature(self.oracle).parameters.values()
         return tuple(parameter.name for parameter in parameters if parameter.default is None)
 
+    def in_order(self, results: Iterable[str]) -> list[str]:
+        """The names of results as a tuple has them: those that are no arguments, then the others in the order of the arguments.
 
-_ORACLES = {
-    1: (
-        codes.quantize_blockwise, values.dequantize_blockwise, codes.quantize_4bit, values.dequantize_4bit,
-        codes.quantize_4bit_nested, values.dequantize_4bit_nested, sums.gemm_4bit, sums.gemm_4bit_backward, codes.int8_quantize,
-        values.int8_matmul, values.int8_mm_dequant, values.int8_dequantize, sums.int8_backward, values.save_4bit,
-        values.load_4bit, sums.evaluate_then_train, steps.optimizer_32bit, steps.optimizer_8bit,
-    ),
-    2: (
-        optimizers.schedule_free, muon.muon, muon.muon_8bit, optimizers.adafactor, optimizers.soap, master_weights.split_weight,
-        master_weights.join_weight, master_weights.corrected_step, master_weights.released_step,
-    ),
-}  # fmt: skip
+        >>> OPERATIONS["corrected_step"].in_order(["state1", "state2", "p", "correction"])
+        ['p', 'correction', 'state1', 'state2']
+        """
+        arguments = list(inspect.signature(self.oracle).parameters)
+        return sorted(results, key=lambda name: arguments.index(name) if name in arguments else -1)
 
-OPERATIONS = {
-    oracle.__name__: Operation(oracle, version) for version, oracles in _ORACLES.items() for oracle in oracles
-}
+
+_ORACLES = (
+    codes.quantize_blockwise, values.dequantize_blockwise, codes.quantize_4bit, values.dequantize_4bit,
+    codes.quantize_4bit_nested, values.dequantize_4bit_nested, sums.gemm_4bit, sums.gemm_4bit_backward, codes.int8_quantize,
+    values.int8_matmul, values.int8_mm_dequant, values.int8_dequantize, sums.int8_backward, values.save_4bit,
+    values.load_4bit, sums.evaluate_then_train, steps.optimizer_32bit, steps.optimizer_8bit,
+    optimizers.schedule_free, muon.muon, muon.muon_8bit, optimizers.adafactor, optimizers.soap, master_weights.split_weight,
+    master_weights.join_weight, master_weights.corrected_step, master_weights.released_step,
+)  # fmt: skip
+
+OPERATIONS = {oracle.__name__: Operation(oracle) for oracle in _ORACLES}
 """Every operation of the kit by name."""

@@ -30,7 +30,8 @@ def _scaled(x: Tensor, blocksize: int, d: Dialect, pad: int = 0) -> tuple[Tensor
     blocks = F.pad(flat, (0, count * blocksize - flat.numel())).view(count, blocksize)
     absmax = blocks.abs().nan_to_num(0.0, posinf=torch.inf).amax(-1)
     partial = torch.arange(count) == (count - 1 if x.numel() % blocksize else count)
-    absmax = torch.where(absmax < 2.0**-63, 1.0, absmax) if d.tiny_is_one else absmax.clamp(min=d.floor)
+    tiny = torch.finfo(x.dtype).tiny ** 0.5
+    absmax = torch.where(absmax < tiny, 1.0, absmax) if d.tiny_is_one else absmax.clamp(min=d.floor)
     stored, divisor = absmax, absmax
     if d.small == "zero":
         stored = divisor = torch.where(absmax >= SMALLEST_NORMAL, absmax, 0.0)

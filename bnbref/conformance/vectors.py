@@ -1,6 +1,7 @@
 """The cases as files that need neither Python nor torch: a pair for each operation, in the folder of its version.
 
-A version has the operations that came with it: v1/ the first eighteen, v2/ optimizers. OPERATION.json lists the cases, as
+A version has the cases that came with it: v1/ of the first eighteen operations, v2/ of more optimizers, v3/ what both let pass.
+OPERATION.json lists the cases, as
 schema.json says. OPERATION.safetensors has their tensors: eight bytes of length, a JSON header, the bytes of the tensors,
 little-endian.
 """
@@ -8,7 +9,7 @@ little-endian.
 import json
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,13 @@ from bnbref.conformance.cases.steps_8bit import optimizer_8bit
 from bnbref.conformance.cases.sums import product_cases
 from bnbref.conformance.cases.values import dequantization_cases
 from bnbref.conformance.cases.version2 import version_2_cases
+from bnbref.conformance.cases.version3 import version_3_cases
 from bnbref.conformance.expected import Also, Expected
 from bnbref.conformance.operations import OPERATIONS
 from bnbref.conformance.oracles.formula import STATES
 from bnbref.conformance.specification import FLAGS, RULES
 
-VERSIONS = sorted({operation.version for operation in OPERATIONS.values()})
+VERSIONS = (1, 2, 3)
 ROOT = Path(__file__).parent
 """The folder of the folders of all versions."""
 
@@ -132,23 +134,28 @@ def _output(expected: Expected, store: _Store) -> dict[str, Any]:
     return made
 
 
-def all_cases() -> list[Case]:
-    """Every case, in a fixed order, computed from the oracles. Takes some seconds. Raises ValueError where two have one id."""
-    made = [*quantization_cases(), *dequantization_cases(), *product_cases()]
-    made += [case for cases in (optimizer_32bit, optimizer_8bit) for name in STATES for case in cases(name)]
-    made += version_2_cases()
-    repeated = [name for name, count in Counter(case.id for case in made).items() if count > 1]
+def all_cases() -> dict[int, list[Case]]:
+    """Every case by the version that it came with, in a fixed order, computed from the oracles. Takes some seconds.
+
+    Raises ValueError where two have one id.
+    """
+    first = [*quantization_cases(), *dequantization_cases(), *product_cases()]
+    first += [case for cases in (optimizer_32bit, optimizer_8bit) for name in STATES for case in cases(name)]
+    made = {1: first, 2: [*version_2_cases()]}
+    made[3] = list(version_3_cases({case.id: case for cases in made.values() for case in cases}))
+    repeated = [name for name, n in Counter(case.id for cases in made.values() for case in cases).items() if n > 1]
     if repeated:
         raise ValueError(f"cases must have ids of their own, got {repeated} twice")
-    order = list(OPERATIONS)
-    return sorted(made, key=lambda case: order.index(case.operation))
+    return made
 
 
 def files(cases: Sequence[Case], version: int) -> dict[str, bytes]:
-    """The files of a version by name."""
+    """The files of the cases of a version by name."""
     made: dict[str, bytes] = {}
-    for op in of_version(version):
+    for op in OPERATIONS:
         chosen = [case for case in cases if case.operation == op]
+        if not chosen:
+            continue
         store = _Store()
         listed = [
             {
@@ -176,11 +183,6 @@ def files(cases: Sequence[Case], version: int) -> dict[str, bytes]:
     return made
 
 
-def of_version(version: int) -> list[str]:
-    """The operations that came with a version."""
-    return [op for op, operation in OPERATIONS.items() if operation.version == version]
-
-
 def folder_of(version: int, root: Path = ROOT) -> Path:
     """Where the files of a version are."""
     return root / f"v{version}"
@@ -188,18 +190,19 @@ def folder_of(version: int, root: Path = ROOT) -> Path:
 
 def write(root: Path) -> None:
     """Compute all cases and write their files, with the two that are written by hand, a folder for each version."""
-    cases = all_cases()
-    for version in VERSIONS:
+    for version, cases in all_cases().items():
         by_hand = {name: (folder_of(version) / name).read_bytes() for name in ("README.md", "schema.json")}
         folder_of(version, root).mkdir(exist_ok=True)
         for name, data in {**files(cases, version), **by_hand}.items():
             (folder_of(version, root) / name).write_bytes(data)
 
 
-def _body(operation: str) -> tuple[Path, dict[str, Any]]:
-    """The folder of an operation, and what its JSON says."""
-    folder = folder_of(OPERATIONS[operation].version)
-    return folder, json.loads((folder / f"{operation}.json").read_text(encoding="utf-8"))
+def _bodies(operation: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The folders that have cases of an operation, and what its JSON says there."""
+    for folder in map(folder_of, VERSIONS):
+        file = folder / f"{operation}.json"
+        if file.exists():
+            yield folder, json.loads(file.read_text(encoding="utf-8"))
 
 
 def read(operation: str) -> list[Case]:
@@ -208,7 +211,10 @@ def read(operation: str) -> list[Case]:
     >>> read("int8_dequantize")[0].id
     'int8_dequantize/every-code'
     """
-    folder, body = _body(operation)
+    return [case for folder, body in _bodies(operation) for case in _read(folder, body)]
+
+
+def _read(folder: Path, body: Mapping[str, Any]) -> Iterator[Case]:
     tensors = load_safetensors((folder / body["tensors"]).read_bytes())
 
     def expected(entry: Mapping[str, Any]) -> Expected:
@@ -221,9 +227,9 @@ def read(operation: str) -> list[Case]:
         outputs = {name: expected(output) for name, output in entry["outputs"].items()}
         rest: dict[str, Any] = {name: tuple(entry[name]) for name in LISTS}
         rest |= {name: entry[name] for name in SWITCHES}
-        return Case(entry["id"], operation, entry["params"], inputs, outputs, **rest)
+        return Case(entry["id"], body["operation"], entry["params"], inputs, outputs, **rest)
 
-    return [case(entry) for entry in body["cases"]]
+    return map(case, body["cases"])
 
 
 def read_all() -> list[Case]:
@@ -233,4 +239,4 @@ def read_all() -> list[Case]:
 
 def stored() -> dict[str, dict[str, Any]]:
     """Each stored case by its id, as its file has it: without its tensors."""
-    return {case["id"]: case for op in OPERATIONS for case in _body(op)[1]["cases"]}
+    return {case["id"]: case for op in OPERATIONS for _, body in _bodies(op) for case in body["cases"]}

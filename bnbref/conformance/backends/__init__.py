@@ -23,10 +23,12 @@ KNOWN = {
     "bitsandbytes-default": "bitsandbytes_default:BitsAndBytesDefault",
     "bitsandbytes-cpu-fork": "bitsandbytes:Fork",
     "mps-bitsandbytes": "mps_bitsandbytes:MpsBitsAndBytes",
+    "muon-optimizer": "optimizers:MuonOptimizer",
     "neural-compressor": "neural_compressor:NeuralCompressor",
     "nncf": "nncf:OpenVINO",
     "nvidia-modelopt": "modelopt:ModelOptimizer",
     "onnxruntime": "onnxruntime:OnnxRuntime",
+    "optax": "optax:Optax",
     "pytorch-optimizer": "optimizers:PytorchOptimizer",
     "qwix": "qwix:Qwix",
     "schedulefree": "optimizers:ScheduleFree",
@@ -69,6 +71,8 @@ class Backend:
         self.functions = {op: _in_context(function, within) for op, function in found.items() if callable(function)}
         if not self.functions:
             raise ValueError(f"backend {name!r} has none of the operations {', '.join(OPERATIONS)}")
+        self.returned: list[tuple[Any, Any]] = []
+        """The tensors that the last call returned, and copies of them: a later call may not write to them."""
         self.versions = {package: _version(package) for package in ("torch", *packages)}
 
 

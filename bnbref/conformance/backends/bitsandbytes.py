@@ -61,8 +61,9 @@ class BitsAndBytes(PublicNames):
         return self.op("int8_vectorwise_dequant", codes, absmax)
 
     def optimizer_32bit(self, p: Tensor, g: Tensor, optimizer: str, max_unorm: float, **k: Any) -> dict[str, Any]:
-        p, first, second = p.clone(), _stacked(k["state1"], k["state3"]), _copy(k["state2"])
-        # As its classes do.
+        # As its classes do, here and below: what is not contiguous is made so.
+        p, g = p.clone(memory_format=torch.contiguous_format), g.contiguous()
+        first, second = _stacked(k["state1"], k["state3"]), _copy(k["state2"])
         norm = float(p.float().norm()) if max_unorm > 0 else 0.0
         room = torch.zeros(1, device=p.device) if max_unorm > 0 else None
         self.op("optimizer_update_32bit", optimizer, g, p, first, second, room, max_unorm, norm, k["beta1"], k["beta2"],
@@ -70,8 +71,9 @@ class BitsAndBytes(PublicNames):
         return {"p": p, **_unstacked(first, second, k["state3"], "state")}
 
     def optimizer_8bit(self, p: Tensor, g: Tensor, optimizer: str, **k: Any) -> dict[str, Any]:
-        # As its classes do: LAMB8bit and LARS8bit too leave max_unorm out, for which the operator has no argument.
-        p, first, scale1 = p.clone(), _stacked(k["state1"], k["state3"]), _stacked(k["absmax1"], k["absmax3"])
+        # LAMB8bit and LARS8bit leave max_unorm out, for which the operator has no argument.
+        p, g = p.clone(memory_format=torch.contiguous_format), g.contiguous()
+        first, scale1 = _stacked(k["state1"], k["state3"]), _stacked(k["absmax1"], k["absmax3"])
         second, scale2 = _copy(k["state2"]), _copy(k["absmax2"])
         self.op("optimizer_update_8bit_blockwise", optimizer, g, p, first, second, k["beta1"], k["beta2"], k["beta3"],
                 k["alpha"], k["eps"], k["step"], k["lr"], k["values1"], k["values2"], scale1, scale2, k["weight_decay"],

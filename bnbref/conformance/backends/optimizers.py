@@ -1,4 +1,4 @@
-"""Optimizers by their packages: torch.optim, transformers' Adafactor, the authors' Schedule-Free, pytorch_optimizer's SOAP.
+"""Optimizers by their packages: torch.optim, transformers' Adafactor, Schedule-Free and Muon of their authors, pytorch_optimizer.
 
 A step is made by the package's own class, on a parameter whose state is that of the case.
 """
@@ -129,10 +129,37 @@ class ScheduleFree:
         return new, state["z"], state["exp_avg_sq"]
 
 
+class MuonOptimizer:
+    """The package of Muon's author."""
+
+    packages = ("muon",)
+
+    def muon(
+        self, p: Tensor, g: Tensor, momentum: Tensor, lr: float, beta: float, weight_decay: float, nesterov: bool, adjust: str,
+        ns_steps: int, eps: float,
+    ) -> Any:  # fmt: skip
+        if adjust != "original":
+            raise Unsupported("muon scales a step in one way alone")
+        # Its class steps so, with nesterov and five turns.
+        make, momentum = importlib.import_module("muon").muon_update, momentum.clone()
+        update = make(g.clone(), momentum, beta, ns_steps, nesterov)
+        return (p * (1 - lr * weight_decay)).add_(update, alpha=-lr), momentum
+
+
 class PytorchOptimizer:
-    """pytorch_optimizer's SOAP."""
+    """pytorch_optimizer's SOAP and Muon."""
 
     packages = ("pytorch_optimizer",)
+
+    def muon(self, p: Tensor, g: Tensor, momentum: Tensor, beta: float, adjust: str, eps: float, **k: Any) -> Any:
+        def grouped(parameters: Any, **options: Any) -> Any:
+            make = importlib.import_module("pytorch_optimizer").Muon
+            return make([{"params": parameters, "use_muon": True}], foreach=False, **options)
+
+        adjusted = adjust == "match_rms_adamw"
+        state = {"momentum_buffer": momentum}
+        new, state = stepped(grouped, p, g, state, momentum=beta, use_adjusted_lr=adjusted, **k)
+        return new, state["momentum_buffer"]
 
     def soap(
         self, p: Tensor, g: Tensor, momentum: Tensor, squares: Tensor, left: Tensor, right: Tensor, of_left: Tensor,

@@ -95,9 +95,9 @@ class Reference(Training, PublicNames):
         state = {key: x for key, x in arguments.items() if isinstance(x, Tensor)}
         betas = tuple(arguments[f"beta{i}"] for i in (1, 2, 3))
         planned = at_step(rule, step, {**arguments, "betas": betas, "t_alpha": None, "t_beta3": None}, p.device)
-        # A step is made in place: of copies.
-        made = {"p": p.clone(), **{key: x.clone() for key, x in state.items()}}
-        g = g if gnorm_scale == 1 else g * gnorm_scale
+        # A step is made in place, of memory in order: of copies.
+        made = {"p": p.clone(memory_format=torch.contiguous_format), **{key: x.clone() for key, x in state.items()}}
+        g = g if gnorm_scale == 1 else g.float() * gnorm_scale
         max_norm = max_unorm if rule.clipped else 0.0
         update.step(*planned, made["p"], g, made, blocksize=BLOCKSIZE, max_norm=max_norm)
         return made
