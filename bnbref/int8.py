@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor
 
 from bnbref.blockwise import check_device, check_float, reciprocal
-from bnbref.context import plain, transforming, without_autocast
+from bnbref.context import constant_of_graphs, plain, transforming, without_autocast
 from bnbref.kernels import fused
 
 # Below this 127 * (1 / absmax) is no float32 any more; such a row is stored as a row of zeros.
@@ -29,6 +29,7 @@ RECIPROCAL_127_SQUARED = (
 EXACT_IN_FLOAT32 = 1024
 
 
+@constant_of_graphs
 def cpu_product_is_exact() -> bool:
     """Whether oneDNN's int8 product is exact: without VNNI, or told to do without, it adds pairs in 16 bits and saturates.
 
@@ -36,10 +37,6 @@ def cpu_product_is_exact() -> bool:
     `fork` hangs; and in a thread that has no mode, autocast or default device around it.
     """
     return _asked()
-
-
-# As torch.compiler.assume_constant_result does, without importing torch._dynamo.
-cpu_product_is_exact._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
