@@ -61,7 +61,7 @@ VARIANTS: Variants = {
 def trained(
     variant: str, variants: Variants, seed: int, tokens: Tensor, heldout: Tensor, args: Any, bar: Any
 ) -> dict[str, Any]:
-    """Losses of each step, and the held-out perplexity at the end."""
+    """Losses of each step, the held-out loss at the end, and the longest step of an element, in learning rates."""
     torch.manual_seed(seed)
     sizes = [f"--{name}={getattr(args, name)}" for name in ("hidden", "ffn", "layers", "device")]
     model = build_model(arguments(["--out=unused", "--dropout=0", *sizes]))
@@ -75,15 +75,19 @@ def trained(
         else lambda step: min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * min(1.0, step / args.steps))),
     )
     offsets = torch.arange(args.length, device=args.device)
-    losses = []
+    losses, longest = [], 0.0
     for _ in range(args.steps):
         first = torch.randint(len(tokens) - args.length, (args.batch, 1), device=args.device)
         loss = next_token_loss(model, tokens[first + offsets])
         torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        before = [p.detach().clone() for p in model.parameters()]
+        rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
         # The same bits; a block for each tensor would be a kernel to compile for each size of a tensor.
         with contextlib.nullcontext() if args.compiled else bnbref.eager():
             optimizer.step()
+        moved = zip(model.parameters(), before, strict=True)
+        longest = max(longest, *((p.detach() - old).abs().max().item() / rates[id(p)] for p, old in moved))
         schedule.step()
         optimizer.zero_grad()
         losses.append(loss.item())
@@ -94,24 +98,27 @@ def trained(
     with torch.inference_mode():
         parts = windows(heldout, args.length)[: args.windows].split(16)
         held = statistics.fmean(next_token_loss(model, part).item() for part in parts)
+    every = max(1, args.steps // 250)  # of longer runs fewer losses are kept
     return {
         "what": variant,
         "seed": seed,
         "loss": statistics.fmean(losses[-max(1, args.steps // 10) :]),
         "heldout_loss": held,
+        "longest_step": longest,
         "unstable": not all(x <= losses[0] for x in losses[warmup:]),
-        "losses": [round(x, 4) for x in losses],
+        "every": every,
+        "losses": [round(x, 4) for x in losses[::every]],
     }
 
 
 def table(rows: list[dict[str, Any]], variants: Variants) -> str:
-    """A variant a line: loss and held-out loss, the median of the seeds, and the unstable runs."""
-    lines = ["| states | loss | held-out loss | unstable runs |", "|---|---|---|---|"]
+    """A variant a line: loss and held-out loss, the median of the seeds, the longest step of all, and the unstable runs."""
+    lines = ["| states | loss | held-out loss | longest step | unstable runs |", "|---|---|---|---|---|"]
     for variant in variants:
         own = [row for row in rows if row["what"] == variant]
         loss, held = (statistics.median(row[key] for row in own) for key in ("loss", "heldout_loss"))
-        unstable = sum(row["unstable"] for row in own)
-        lines.append(f"| {variant} | {loss:.3f} | {held:.3f} | {unstable} of {len(own)} |")
+        unstable, longest = sum(row["unstable"] for row in own), max(row.get("longest_step", math.nan) for row in own)
+        lines.append(f"| {variant} | {loss:.3f} | {held:.3f} | {longest:.1f} | {unstable} of {len(own)} |")
     return "\n".join(lines)
 
 
@@ -124,7 +131,8 @@ def plot(rows: list[dict[str, Any]], variants: Variants, path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4))
     for i, variant in enumerate(variants):
         for k, row in enumerate(row for row in rows if row["what"] == variant):
-            axes.plot(row["losses"], color=f"C{i}", linewidth=1, alpha=0.8, label=variant if k == 0 else None)
+            steps = range(0, len(row["losses"]) * row.get("every", 1), row.get("every", 1))
+            axes.plot(steps, row["losses"], color=f"C{i}", linewidth=1, alpha=0.8, label=variant if k == 0 else None)
     axes.set(xlabel="step", ylabel="training loss", yscale="log")
     axes.legend()
     figure.tight_layout()

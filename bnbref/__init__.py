@@ -46,9 +46,11 @@ if not TYPE_CHECKING:  # a type checker would believe that there is any name
         try:
             return getattr(importlib.import_module(home), name)
         except ModuleNotFoundError as error:
+            if error.name is None:  # transformers' own, about what it could not import
+                raise
             raise ImportError(f"bnbref.{name} needs {error.name}: pip install {error.name}", name=error.name) from error
 
 
 def __dir__() -> list[str]:
-    # What there is to use: not what this file imports for itself.
+    # The names that users may use, without those that this file imports for itself.
     return sorted([*__all__, *_NEED_HUGGING_FACE])

@@ -44,7 +44,7 @@ def reciprocal(absmax: Tensor) -> Tensor:
 
 
 def count_below(x: Tensor, thresholds: Tensor) -> Tensor:
-    """How many thresholds are strictly below each element, int32; none is below NaN.  Exact.
+    """The number of thresholds that are strictly below each element, int32; 0 for NaN.  Exact.
 
     >>> count_below(torch.tensor([-1.0, 0.5, 0.6, float("nan")]), torch.tensor([-0.5, 0.5]))
     tensor([0, 1, 2, 0], dtype=torch.int32)

@@ -23,7 +23,7 @@ from bnbref.quant_state import quantize_with_state
 __all__ = ["BLOCKSIZES", "Checkpoint", "Entry", "entries", "keys", "open_checkpoint", "read", "write"]
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-"""Those of 4-bit weights that bitsandbytes reads."""
+"""The blocksizes of 4-bit weights that bitsandbytes reads."""
 
 # ---- read -----------------------------------------------------------------------------------------------------------
 
@@ -46,7 +46,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def entries(path: str | os.PathLike[str]) -> list[Entry]:
-    """What is in a checkpoint, by name.
+    """The entries of a checkpoint: name, format, shape and size of each weight.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,6 @@
 """`python -m bnbref`: the commands and their arguments. What they do is elsewhere, and imported when asked for.
 
-Exit status: 0 done, 1 something was found wrong, 2 the command could not be run as it was given.
+Exit status: 0 done, 1 something was found wrong, 2 the command could not be run as it was given, 130 interrupted.
 """
 
 import argparse
@@ -24,6 +24,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; its exit status."""
     args = parser().parse_args(argv)
     try:
+        if args.run not in (run_info, run_plan) and not (Path(bnbref.__file__).parent / "py.typed").is_file():
+            raise Refused(
+                f"this command reads files beside the package, and there are none where {bnbref.__file__!r} is, in an archive or "
+                "a frozen program: install bnbref, or unpack it"
+            )
         status: int = args.run(args)
         print(end="", flush=True)
     except Refused as error:
@@ -32,6 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # who reads the output, such as `head`, has read enough; what is left is written nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except KeyboardInterrupt:
+        print("bnbref: interrupted", file=sys.stderr)
+        return 130
     return status
 
 
@@ -74,7 +82,9 @@ def parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", help="what fits on which GPU: formats, QLoRA or full training, optimizers")
     plan.add_argument("model", metavar="MODEL", help="a directory, a config.json, a name on the hub, or a size like 7B")
     plan.add_argument(
-        "--memory", metavar="SIZE", help="the memory of your GPU, like 24GiB: the best that fits, and the code to paste"
+        "--memory",
+        metavar="SIZE",
+        help="the memory of your GPU, like 24GiB, or of several, like 2x24GiB: the best that fits, and the code to paste",
     )
     plan.add_argument(
         "--train",
@@ -201,11 +211,12 @@ def run_plan(args: argparse.Namespace) -> int:
         if args.memory is None:
             text, fits = plan_report.cards(config, args.train, optimizer, args.seq, args.batch)
         else:
-            memory = plan_report.parse_bytes(args.memory)
+            count, each = plan_report.parse_memory(args.memory)
+            memory = plan_report.room(config, count, each)
             optimizer = optimizer or bnbref.optim.PagedAdamW8bit
             found = plan.plans(config, args.train, optimizer, args.seq, args.batch)
             name = args.model if plan.number_of_parameters(args.model) is None else "NAME OF THE MODEL"
-            text = plan_report.report(name, found, memory, args.train, optimizer.__name__)
+            text = plan_report.report(name, found, memory, args.train, optimizer.__name__, count)
             fits = any(p.total <= memory for p in found)
     except (OSError, ValueError) as error:
         raise Refused(str(error)) from error

@@ -109,7 +109,7 @@ class Codebook:
 
     @property
     def bits(self) -> int:
-        """How many bits a code is stored in: 4 if it fits into a nibble, else 8."""
+        """The number of bits that a code is stored in: 4 if it fits into a nibble, else 8."""
         return 4 if len(self.values) <= 16 else 8
 
     @functools.cached_property

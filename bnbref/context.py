@@ -23,6 +23,15 @@ T = TypeVar("T")
 _NOTHING = contextlib.nullcontext()
 
 
+def constant_of_graphs(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorates a function that Dynamo is to call when it traces, not to trace: its result is a constant of the graph.
+
+    `torch.compiler.assume_constant_result` does the same, but imports torch._dynamo.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 class _AutocastOff:
     """`torch.autocast(kind, enabled=False)` where autocast is on, for a fifth of the time."""
 
@@ -67,22 +76,17 @@ def jit_tracing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._is_tracing()
 
 
+@constant_of_graphs
 def exporting() -> bool:
     """Whether torch.export traces. In torch 2.11 Dynamo takes `is_exporting()` for True in every trace."""
     return torch.compiler.is_exporting()
 
 
-# Asked by Dynamo when it traces, as torch.compiler.assume_constant_result does without importing torch._dynamo.
-exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
+@constant_of_graphs
 def under_functorch(derivative: bool = False) -> bool:
     """Whether `torch.func` transforms, also while Dynamo traces; with `derivative`, whether by other transforms than `vmap`."""
     stack = torch._C._functorch.get_interpreter_stack() or []
     return any(not derivative or level.key() != torch._C._functorch.TransformType.Vmap for level in stack)
-
-
-under_functorch._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def transforming() -> bool:

@@ -10,12 +10,13 @@ NOT_A_FORMAT = ("int8", "plain")
 
 
 class Formats(MutableMapping[str, Codebook]):
-    """4-bit codebooks by name. Setting another codebook under a name that has one raises ValueError: what was quantized under
-    that name would decode to other values."""
+    """4-bit codebooks by name. Setting another codebook under a name that has one, or had one before it was deleted, raises
+    ValueError: what was quantized under that name would decode to other values."""
 
     # Not a dict, whose `update` and `setdefault` write past these checks.
     def __init__(self, *books: Codebook) -> None:
         self._books: dict[str, Codebook] = {}
+        self._ever: dict[str, Codebook] = {}
         self.update({book.name: book for book in books})
         self._own = frozenset(self._books)
 
@@ -30,8 +31,8 @@ class Formats(MutableMapping[str, Codebook]):
                 f"a format has the name of its codebook, of letters, digits and underscores, and not 'int8' or 'plain', "
                 f"got {name!r}"
             )
-        if self.get(name, book) != book:
-            raise ValueError(f"the name {name!r} has another codebook already: give this one another name")
+        if self._ever.setdefault(name, book) != book:
+            raise ValueError(f"the name {name!r} has had another codebook already: give this one another name")
         self._books[name] = book
 
     def __getitem__(self, name: str) -> Codebook:

@@ -46,7 +46,7 @@ def multiplies_bfloat16() -> bool:
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """What a small model computes in soonest: bfloat16, but float32 on a CPU without instructions for it."""
+    """The dtype in which a small model is fastest: bfloat16, but float32 on a CPU without instructions for bfloat16."""
     return torch.float32 if device.type == "cpu" and not multiplies_bfloat16() else torch.bfloat16
 
 

@@ -6,7 +6,9 @@
 Source: Dettmers et al., LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale (2208.07339), sections 2-3.
 """
 
+import functools
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
@@ -27,15 +29,27 @@ RECIPROCAL_127_SQUARED = (
 EXACT_IN_FLOAT32 = 1024
 
 
-def _cpu_product_is_exact() -> bool:
-    """Without VNNI, or when told to do without it, oneDNN adds pairs of products in 16 bits and saturates: ask it."""
-    if not torch.cpu._is_vnni_supported():
-        return False
-    largest = torch.full((32, 64), 127, dtype=torch.int8, device="cpu")
-    return bool((torch._int_mm(largest, largest.t()) == 64 * 127 * 127).all())
+def cpu_product_is_exact() -> bool:
+    """Whether oneDNN's int8 product is exact: without VNNI, or told to do without, it adds pairs in 16 bits and saturates.
+
+    It is asked at the first product and not at import, because it starts threads of OpenMP, after which a process that is made by
+    `fork` hangs; and in a thread that has no mode, autocast or default device around it.
+    """
+    return _asked()
 
 
-_CPU_PRODUCT_IS_EXACT = _cpu_product_is_exact()
+# As torch.compiler.assume_constant_result does, without importing torch._dynamo.
+cpu_product_is_exact._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _asked() -> bool:
+    def exact() -> bool:
+        largest = torch.full((32, 64), 127, dtype=torch.int8)
+        return bool((torch._int_mm(largest, largest.t()) == 64 * 127 * 127).all())
+
+    with ThreadPoolExecutor(1) as apart:
+        return torch.cpu._is_vnni_supported() and apart.submit(exact).result()
 
 
 @fused(dynamic={"rows": (0, 1)}, by_rows=lambda threshold: threshold <= 0)
@@ -152,7 +166,9 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
         product = torch.zeros(rows.shape[0], b.shape[0], dtype=torch.int32, device=a.device)
     elif transforming():  # vmap knows float products
         product = _multiply_in_float32(rows, b)
-    elif a.device.type == "cpu" and _CPU_PRODUCT_IS_EXACT and b.shape[1] > 1:  # for k = 1 it returns what was in memory
+    elif (
+        a.device.type == "cpu" and cpu_product_is_exact() and b.shape[1] > 1
+    ):  # for k = 1 it returns what was in memory
         product = torch._int_mm(rows, b.t())
     elif a.device.type == "cuda":
         product = _multiply_on_cuda(rows, b)

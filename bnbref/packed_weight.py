@@ -109,7 +109,7 @@ class PackedWeight:
 
     def _decoder(self, dtype: torch.dtype) -> Callable[["PackedWeight"], Tensor]:
         """`decoded` for a dtype, of any weight with this state and so many codes, prepared."""
-        # What is returned is kept with the state, and so must not hold it.
+        # The result is cached with the state, and so must not refer to it.
         state = self.state
         shape, blocksize = present(state.shape, "shape"), present(state.blocksize, "blocksize")
         n, width = shape.numel(), fourbit.row_blocks(blocksize)

@@ -84,6 +84,19 @@ class QuantState:
 
     __hash__ = None  # type: ignore[assignment]
 
+    def __repr__(self) -> str:
+        """What it is of, without the numbers.
+
+        >>> QuantState(torch.ones(2), torch.Size([4, 32]), blocksize=64, quant_type="nf4", dtype=torch.float16)
+        QuantState(quant_type='nf4', shape=(4, 32), dtype=torch.float16, blocksize=64, nested=False)
+        """
+        kind, shape = (
+            getattr(self.quant_type, "name", self.quant_type),
+            None if self.shape is None else tuple(self.shape),
+        )
+        fields = f"quant_type={kind!r}, shape={shape}, dtype={self.dtype}, blocksize={self.blocksize}"
+        return f"{type(self).__name__}({fields}, nested={self.nested})"
+
     @property
     def codebook(self) -> Codebook:
         """The 4-bit codebook that `quant_type` names."""
@@ -93,7 +106,7 @@ class QuantState:
 
     @property
     def code_bytes(self) -> int:
-        """How many bytes the packed 4-bit codes of the tensor have."""
+        """The size in bytes of the packed 4-bit codes of the tensor."""
         return -(-present(self.shape, "shape").numel() // 2)
 
     def scales(self) -> Tensor:

@@ -5,8 +5,11 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ import torch
 from expecttest import assert_expected_inline
 
 import bnbref
-from bnbref import info
+from bnbref import cli, info
 from bnbref.cli import main
 from bnbref.demo import Settings
 from bnbref.selfcheck import Result, formats
@@ -246,6 +249,73 @@ def test_a_reader_that_has_read_enough():
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     os.close(writer)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_from_an_archive(tmp_path):
+    """What needs no other file of the package runs; the rest says what is missing."""
+    archive = tmp_path / "bnbref.zip"
+    with zipfile.ZipFile(archive, "w") as packed:
+        for file in (ROOT / "bnbref").rglob("*.py"):
+            packed.write(file, file.relative_to(ROOT))
+
+    def run(*argv):
+        command = [sys.executable, "-m", "bnbref", *argv]
+        env = {**os.environ, "BNBREF_COMPILE": "0", "PYTHONPATH": str(archive)}
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
+
+    assert "ok: 5 formats, eager" in run("info").stdout
+    done = run("alias", "--enable")
+    assert done.returncode == 2
+    assert_expected_inline(
+        done.stderr.replace(str(tmp_path), "TMP"),
+        """bnbref: error: this command reads files beside the package, and there are none where 'TMP/bnbref.zip/bnbref/__init__.py' is, in an archive or a frozen program: install bnbref, or unpack it\n""",  # noqa: E501
+    )
+
+
+def interrupted(*args):
+    raise KeyboardInterrupt
+
+
+def test_ctrl_c(capsys, monkeypatch):
+    """One line in place of a hundred of torch's, and the status that a shell expects."""
+    monkeypatch.setattr(cli, "run_plan", interrupted)
+    assert main(["plan", "7B"]) == 130
+    assert_expected_inline(capsys.readouterr().err, """bnbref: interrupted\n""")
+
+
+def test_ctrl_c_reaches_the_workers_of_the_kit(tmp_path):
+    """Every process of a terminal gets it. The parent says so, and no worker is left or has something to say."""
+    (tmp_path / "slow.py").write_text(
+        "import pathlib, time\n"
+        "def quantize_4bit(*args, **kwargs):\n"
+        f"    pathlib.Path({str(tmp_path / 'begun')!r}).touch()\n"
+        "    time.sleep(60)\n",
+        encoding="utf-8",
+    )
+    path = f"{tmp_path}{os.pathsep}{ROOT}"
+    check = subprocess.Popen(
+        [sys.executable, "-m", "bnbref", "check", "--backend", "slow"], start_new_session=True, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path}, cwd=tmp_path,
+    )  # fmt: skip
+    while not (tmp_path / "begun").exists() and check.poll() is None:
+        time.sleep(0.1)
+    os.killpg(check.pid, signal.SIGINT)
+    said = check.communicate(timeout=60)[1]
+    assert (check.returncode, said) == (130, "bnbref: interrupted\n")
+    for _ in range(100):  # multiprocessing's own helper ends when it sees that the parent has
+        if not is_there(check.pid):
+            break
+        time.sleep(0.1)
+    assert not is_there(check.pid)
+
+
+def is_there(group):
+    """Whether any process is left in that group."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def test_nowhere_to_print_to(monkeypatch):

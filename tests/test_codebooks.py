@@ -461,6 +461,10 @@ def test_a_name_keeps_its_codebook(monkeypatch):
     FOUR_BIT["mine"] = Codebook.nearest("mine", [-1, 0, 1])  # the same again
     with pytest.raises(ValueError, match="another codebook already"):
         FOUR_BIT["mine"] = Codebook.nearest("mine", [-1, 0, 0.5, 1])
+    del FOUR_BIT["mine"]  # as in a notebook whose cell is run again: layers of the first are still there
+    with pytest.raises(ValueError, match="another codebook already"):
+        FOUR_BIT["mine"] = Codebook.nearest("mine", [-1, 0, 0.5, 1])
+    FOUR_BIT["mine"] = mine
     with pytest.raises(ValueError, match="has the name of its codebook"):
         FOUR_BIT["yours"] = mine
     with pytest.raises(ValueError, match="letters, digits"):

@@ -84,6 +84,20 @@ def test_tests_that_a_page_names_exist(page):
         assert known, f"{page.name} names {name}, which is not in tests/"
 
 
+@pytest.mark.parametrize("page", [pytest.param(p, id=p.relative_to(ROOT).as_posix()) for p in PAGES])
+def test_files_that_a_page_names_exist(page):
+    """Of the package, as `bnbref/optim/step.py`; on the pages that list its files, by the last part of the path alone."""
+    lists = page.name in ("reading.md", "conformance.md")
+    files = {
+        path.relative_to(ROOT).as_posix() for folder in ("bnbref", "tests") for path in (ROOT / folder).rglob("*.py")
+    }
+    for name in re.findall(r"`((?:\w+/)*\w+\.py)`", page.read_text(encoding="utf-8")):
+        if lists or name.startswith("bnbref/"):
+            assert any(f"/{file}".endswith(f"/{name}") for file in files), (
+                f"{page.name} names {name}, which is not there"
+            )
+
+
 COMMAND = re.compile(r"python -m bnbref ([^`\n]*)")
 REST = re.compile(r" #|[|>;)]|&&")
 """What ends a command on its line."""

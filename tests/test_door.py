@@ -21,7 +21,8 @@ import bnbref
 from bnbref import blockwise, fourbit, int8, nested
 from bnbref import functional as F
 from bnbref.codebooks import DYNAMIC, NF4, Codebook, value_table
-from bnbref.kernels import REGISTRY, Kernel, compiler, formulations, fused
+from bnbref.kernels import REGISTRY, Kernel, compile_enabled, compiler, formulations, fused
+from bnbref.kernels.ordered import batch_invariant_enabled
 from bnbref.kernels.variants import Variants
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -152,6 +153,25 @@ def test_eager_is_a_context_that_nests(counted):
     assert len(counted) == 3
 
 
+def test_eager_in_threads():
+    """In a Python without a global lock a counter that threads share loses some of what they add: there this failed."""
+    barrier = threading.Barrier(8)
+
+    def work(_):
+        barrier.wait()
+        for _ in range(500):
+            with bnbref.eager(), bnbref.batch_invariant():
+                pass
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+    assert compile_enabled()
+    assert not batch_invariant_enabled()
+    with bnbref.eager(), bnbref.batch_invariant():
+        assert not compile_enabled()
+        assert batch_invariant_enabled()
+
+
 PROBE = """
 import hashlib, warnings, torch, bnbref
 from bnbref import functional as F
@@ -260,7 +280,45 @@ def test_what_fails_only_when_it_compiles_is_said_once_too(digest, tmp_path):
     )
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("a fault of bnbref")])
+def test_an_environment_in_a_folder_with_a_blank(monkeypatch):
+    """The compiler says only that the linker failed."""
+    failure = type("CppCompileError", (RuntimeError,), {})(
+        "C++ compile error\ncollect2: error: ld returned 1 exit status"
+    )
+    monkeypatch.setattr(compiler, "_failed", {})
+    assert "fails (collect2: error: ld returned 1 exit status)" in str(compiler.why_failed("cpu", failure))
+    monkeypatch.setattr(compiler, "_failed", {})
+    monkeypatch.setattr(torch, "__file__", "/my code/.venv/torch/__init__.py")
+    assert_expected_inline(
+        str(compiler.why_failed("cpu", failure)),
+        """'/my code/.venv/torch/__init__.py' has blanks, which torch does not quote for a compiler: install torch in a folder without""",
+    )
+
+
+def test_a_library_of_which_a_killed_process_wrote_a_part(digest, tmp_path):
+    """It is compiled anew, here and for later processes."""
+    folder = str(tmp_path / "cache")
+    assert probe(TORCHINDUCTOR_CACHE_DIR=folder) == [digest]
+    libraries = list(tmp_path.rglob("*.main.so"))
+    for size, library in enumerate(libraries):
+        library.write_bytes(b"part" * 100 * (size % 2))
+    assert probe(TORCHINDUCTOR_CACHE_DIR=folder) == [digest]
+    assert all(library.stat().st_size > 1000 for library in libraries)
+
+
+def test_only_what_inductor_wrote_is_removed(tmp_path, monkeypatch):
+    theirs = tmp_path / "libtriton.so"
+    theirs.touch()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    assert not compiler.removed_fragment(ImportError(f"{theirs}: file too short"))
+    assert not compiler.removed_fragment(RuntimeError("a fault of bnbref"))
+    assert theirs.exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device"), OSError(12, "Cannot allocate memory"), RuntimeError("a fault of bnbref")],
+)
 def test_a_folder_that_fills_up_in_the_middle_of_a_step(error, monkeypatch):
     """The pieces of a step that were computed are not computed again; any other error is no reason to go on."""
     monkeypatch.setattr(compiler, "_failed", {})
@@ -277,7 +335,7 @@ def test_a_folder_that_fills_up_in_the_middle_of_a_step(error, monkeypatch):
     monkeypatch.setitem(formulations.ATTACHED, "plus_one", formulations.Formulation(plus_one, piece=3))
     x = torch.arange(16.0).view(8, 2)  # pieces of 2, 3 and 3 rows
     if isinstance(error, OSError):
-        with pytest.warns(UserWarning, match="Inductor cannot keep code in its folder.*No space left on device"):
+        with pytest.warns(UserWarning, match=f"start a compiler or keep code in its folder.*{error.strerror}"):
             kernel(x)
         assert torch.equal(x, torch.arange(16.0).view(8, 2) + 1)
         assert compiler.missing_compiler("cpu") is not None

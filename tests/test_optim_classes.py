@@ -4,6 +4,8 @@ import contextlib
 import copy
 import inspect
 import pickle
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -581,3 +583,29 @@ def tensors_in(state):
             yield from tensors_in(value)
         elif isinstance(value, torch.Tensor):
             yield value
+
+
+def test_settings_of_parameters_in_threads():
+    """Some threads give parameters settings of their own while others read all of them, as every step does."""
+    manager, interval = optim.GlobalOptimManager.get_instance(), sys.getswitchinterval()
+    layers = [[nn.Linear(1, 1) for _ in range(300)] for _ in range(2)]
+
+    def write(mine):
+        for layer in mine:
+            manager.register_module_override(layer, "weight", {"optim_bits": 32})
+            manager.override_config(layer.bias, "optim_bits", 32)
+
+    def read(times):
+        for _ in range(times):
+            manager.overrides()
+
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            work = [*(pool.submit(write, mine) for mine in layers), pool.submit(read, 60), pool.submit(read, 60)]
+            for each in work:
+                each.result()
+    finally:
+        sys.setswitchinterval(interval)
+    found = manager.overrides()
+    assert all(p in found for mine in layers for layer in mine for p in layer.parameters())

@@ -283,7 +283,7 @@ def assert_same_state(got, want):
         assert got[i]["step"] == state["step"]
         assert got[i][WRAPPED].keys() == state[WRAPPED].keys()
         for key, x in state[WRAPPED].items():
-            assert same_bits(got[i][WRAPPED][key], x), (i, key)
+            assert same_bits(got[i][WRAPPED][key], x.cpu()), (i, key)
 
 
 @pytest.mark.usefixtures("eager")

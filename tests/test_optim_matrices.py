@@ -532,8 +532,11 @@ def test_alone_is_together(eager, monkeypatch):
 
 
 @eight_bit
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 2.0**64])
-def test_one_element_that_is_not_finite_changes_nothing(name, bad, eager):
+@pytest.mark.parametrize(
+    ("bad", "where"), [(math.nan, (1, 2)), (math.inf, (1, 2)), (2.0**64, (1, 2)), (2.0**62, ...)], ids=str
+)
+def test_one_element_that_is_not_finite_changes_nothing(name, bad, where, eager):
+    """Nor do elements that all are, if the sum of their squares is not: a mean of squares that is infinite would stay so."""
     params, optimizer = start(name)
     advanced(params, optimizer, 0, 2)
     before = [p.detach().clone() for p in params]
@@ -541,7 +544,7 @@ def test_one_element_that_is_not_finite_changes_nothing(name, bad, eager):
     for p in params:
         p.grad = torch.randn(p.shape)
     for p in params[:2]:
-        p.grad[1, 2] = bad
+        p.grad[where] = bad
     optimizer.step()
     for p, data, state in zip(params, before, kept, strict=True):
         same = all(same_bits(optimizer.state[p][key], x) for key, x in state.items())
@@ -604,6 +607,25 @@ def test_each_of_two_rules_is_clipped_or_not(eager):
     optim.Optimizer(groups, {"lars": LARS(), "sgd": SGD()}, group, max_unorm=0.5).step()
     assert params[0].tolist() == [0.5] * 10
     assert params[1].tolist() == [0.0] * 10
+
+
+@each_family
+@pytest.mark.filterwarnings("ignore:paged state")
+def test_on_meta_a_step_makes_states_of_the_same_shapes(name, eager):
+    """As whoever asks how much memory a run takes."""
+    found = []
+    for device in ("cpu", "meta"):
+        params = [nn.Parameter(torch.ones(shape, device=device)) for shape in (*SHAPES, *VECTORS)]
+        optimizer = made(name, params)
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+        states = [{key: x for key, x in optimizer.state[p].items() if key != "step"} for p in params]
+        found.append([{key: (x.shape, x.dtype) for key, x in state.items()} for state in states])
+    assert found[0] == found[1]
+    with pytest.raises(ValueError, match="must have numbers, got a tensor on meta"):
+        optimizer.load_state_dict(optimizer.state_dict())
 
 
 def test_inside_a_graph(eager):
@@ -713,7 +735,7 @@ def test_the_others_are_by_adamw(eager):
     """The same bits as AdamW8bit alone."""
     matrix, vector, alone = (nn.Parameter(torch.ones(shape)) for shape in ((64, 80), (5000,), (5000,)))
     optimizer = optim.Muon8bit([{"params": [matrix]}, {"params": [vector], "rule": "adamw", "lr": 1e-3}], lr=0.02)
-    other = optim.AdamW8bit([alone], lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    other = optim.AdamW8bit([alone], lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, nonzero_squares=True)
     for _ in range(3):
         matrix.grad, vector.grad = torch.randn(64, 80), torch.randn(5000)
         alone.grad = vector.grad.clone()

@@ -1,10 +1,13 @@
-"""Averages of squares in 8 bits: by default the smallest round to 0, as in bitsandbytes; `nonzero_squares` keeps them."""
+"""Averages of squares in 8 bits: by default the smallest round to 0 where bitsandbytes' do; `nonzero_squares` keeps them."""
+
+import copy
 
 import pytest
 import torch
 from conftest import running, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_optim_classes import ALL, NAMES, OF_MATRICES, make
 from torch import nn
 
 import bnbref
@@ -74,6 +77,13 @@ def test_a_rare_gradient_makes_no_step_of_a_thousand_learning_rates(name):
     assert rare_and_frequent(name, **unclipped) <= 2 * in_32_bits < 10
 
 
+@pytest.mark.parametrize("name", [*ALL, *OF_MATRICES])
+def test_it_is_the_default_where_bitsandbytes_has_no_such_class(name):
+    rules = make(name, [nn.Parameter(torch.ones(4, 4))])._rules.rules.values()
+    kept = {rule.codebooks[1] == DYNAMIC_UNSIGNED.nonzero() for rule in rules}
+    assert kept == {name not in NAMES and any(x in name for x in ("ScheduleFree", "Muon", "SOAP"))}
+
+
 def trained(p, optimizer, steps=4):
     for t in range(steps):
         generator = torch.Generator().manual_seed(t)
@@ -130,7 +140,7 @@ def test_there_must_be_squares(name):
 
 def test_it_is_no_setting_of_a_group():
     """Nor is what older versions of bitsandbytes took, unless it says what always holds."""
-    p = nn.Parameter(torch.ones(4, 4))
+    p, q = nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(4, 4))
     for name, value in (
         ("nonzero_squares", True),
         ("percentile_clipping", 5),
@@ -141,3 +151,7 @@ def test_it_is_no_setting_of_a_group():
         with pytest.raises(ValueError, match=f"{name} is no setting of a group"):
             optim.AdamW8bit([{"params": [p], name: value}])
     optim.AdamW8bit([{"params": [p], "percentile_clipping": 100, "block_wise": True}])
+    for kind, name, holds in ((optim.SOAP8bit, "nonzero_squares", True), (optim.PagedAdam8bit, "is_paged", True)):
+        copy.deepcopy(kind([{"params": [p], name: holds}])).add_param_group({"params": [q], name: holds})
+        with pytest.raises(ValueError, match=f"{name} is no setting of a group or of a parameter, got False"):
+            kind([{"params": [p], name: False}])

@@ -27,6 +27,7 @@ from hypothesis.stateful import (
 )
 from test_optim_classes import make
 from test_optim_strangers import Proper, strangers
+from test_optim_weavers import weavers
 from torch import nn
 
 from bnbref import optim
@@ -44,6 +45,7 @@ FAMILIES = [
 ]
 FAMILIES += ["Muon8bit", "Adafactor8bit", "SOAP", "AdamWScheduleFree8bit", "PagedAdamW8bit"]
 WITH_SQUARES = [family for family in FAMILIES if not any(x in family for x in ("SGD", "Lion", "LARS", "Adafactor"))]
+OF_STRANGERS = strangers().map(lambda one: Proper(*one[:4], "field", one[-1])) | weavers()
 SHAPES = [(70, 60), (64, 64), (9, 5)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = {
@@ -86,14 +88,14 @@ class Walk(RuleBasedStateMachine):
     """`ours` walks, `twin` steps; each is a list of parameters and their optimizer."""
 
     @initialize(
-        family=st.sampled_from(FAMILIES) | strangers(),
+        family=st.sampled_from(FAMILIES) | OF_STRANGERS,
         dtype=st.sampled_from(DTYPES),
         bits=st.sampled_from([None, 24, 32]),
         maximize=st.booleans(),
         nonzero=st.booleans(),
     )
     def begin(self, family, dtype, bits, maximize, nonzero):
-        self.rule = None if isinstance(family, str) else Proper(*family[:4], "field", family[-1])
+        self.rule = None if isinstance(family, str) else family
         self.family, self.dtype = family if isinstance(family, str) else "of a stranger", dtype
         self.options = {"lr": 1e-2, "min_8bit_size": 64, "maximize": maximize}
         self.options |= {"nonzero_squares": True} if nonzero and self.family in WITH_SQUARES else {}

@@ -4,6 +4,7 @@ import ast
 import importlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -279,6 +280,29 @@ def test_the_source_distribution_has_what_its_tests_read():
 # ---- what there is to use -------------------------------------------------------------------------------------------
 
 
+def test_line_ends_are_those_that_the_digests_are_of(tmp_path):
+    """A clone on Windows, where git has `core.autocrlf` by default."""
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("no checkout of git")
+    name = "bnbref/demo/model/heldout.txt"
+    clone = [
+        "git",
+        "-c",
+        "core.autocrlf=true",
+        "clone",
+        "-q",
+        "--depth",
+        "1",
+        "--no-checkout",
+        ROOT.as_uri(),
+        tmp_path / "clone",
+    ]
+    subprocess.run(clone, check=True, capture_output=True)
+    take = ["git", "-c", "core.autocrlf=true", "checkout", "HEAD", "--", ".gitattributes", name]
+    subprocess.run(take, check=True, capture_output=True, cwd=tmp_path / "clone")
+    assert b"\r" not in (tmp_path / "clone" / name).read_bytes()
+
+
 def test_dir_is_what_there_is_to_use():
     """Every name, and no other: `import` statements of the module are not listed."""
     bnbref = importlib.import_module("bnbref")
@@ -356,6 +380,23 @@ except ImportError as error:
     assert done.stdout == "bnbref.BnbRefConfig needs transformers: pip install transformers\n"
 
 
+def test_a_transformers_that_is_broken_says_so_itself():
+    code = """
+import sys, types
+class Lazy(types.ModuleType):
+    def __getattr__(self, name):
+        raise AttributeError(name) if name.startswith("_") else ModuleNotFoundError(f"Could not import module {name!r}")
+sys.modules["transformers"] = Lazy("transformers")
+import bnbref
+try:
+    bnbref.BnbRefConfig
+except ImportError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.startswith("Could not import module '")
+
+
 def test_import_is_light():
     code = f"""
 import sys, bnbref
@@ -364,6 +405,26 @@ print([m for m in sys.modules for heavy in {HEAVY} if m == heavy or m.startswith
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]", "importing bnbref also imports these"
+
+
+PREFORK = """
+import os, signal, torch, bnbref
+
+child = os.fork()
+if child:
+    os._exit(os.waitpid(child, 0)[1] != 0)
+signal.alarm(60)  # ends it where it hangs
+torch.set_num_threads(2)
+codes = torch.full((64, 64), 127, dtype=torch.int8)
+assert (bnbref.int8.multiply(codes, codes) == 64 * 127 * 127).all() and torch.zeros(2**20).sum() == 0
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_processes_may_be_forked_after_the_import():
+    """As servers do that import before they fork. Where the parent has used several threads of OpenMP, the child would hang."""
+    done = subprocess.run([sys.executable, "-c", PREFORK], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
 
 
 # The readers of source above, on source whose outcome is known.

@@ -25,6 +25,7 @@ from layers import (
     unquantized,
 )
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bnbref
 from bnbref.functional import dequantize_4bit
@@ -326,6 +327,12 @@ def test_deepcopy_keeps_what_is_one_object_one():
 
 
 # ---- Int8Params -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", [Params4bit, Int8Params])
+def test_a_tensor_without_memory_is_refused_by_name(cls):
+    with FakeTensorMode(), pytest.raises(TypeError, match=f"data of a {cls.__name__} must .* got a FakeTensor"):
+        cls(torch.randn(64, 64))
 
 
 def test_CB_is_the_data():

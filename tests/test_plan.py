@@ -13,6 +13,7 @@ from bnbref import cli, optim
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 plan = pytest.importorskip("bnbref.integrations.hf.plan")
+plan_report = pytest.importorskip("bnbref.integrations.hf.plan_report")
 hf = pytest.importorskip("bnbref.integrations.hf.transformers")
 
 DEMO = Path(bnbref.__file__).parent / "demo" / "model"
@@ -186,9 +187,30 @@ def test_a_size_has_no_name_to_load(capsys):
 
 def test_the_page_shows_what_the_command_prints(capsys):
     page = (Path(__file__).parent.parent / "docs/content/memory.md").read_text(encoding="utf-8")
-    for arguments in (["7B"], ["7B", "--memory", "8GiB", "--train", "qlora"]):
+    for arguments in (["7B"], ["7B", "--memory", "8GiB", "--train", "qlora"], ["70B", "--memory", "2x24GiB"]):
         cli.main(["plan", *arguments])
         assert f"```text\n{capsys.readouterr().out}```" in page, arguments
+
+
+def test_layers_are_divided_among_gpus_as_a_whole():
+    """GPUs that are filled in turn, as accelerate does, hold whatever fits into the room that a plan counts with."""
+    config = plan.llama(1e9)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    layers = [2 * sum(p.numel() for p in layer.parameters()) for layer in model.model.layers]
+    embedding = 2 * model.model.embed_tokens.weight.numel()
+    largest = max(*layers, embedding)
+    assert plan.undivided_bytes(config) == largest
+    parts = (embedding, *layers, embedding)
+    for count in (1, 2, 3):
+        memory = -(-(sum(parts) + (count - 1) * largest) // count)
+        assert plan_report.room(config, count, memory) >= sum(parts)
+        gpus, left = 1, memory
+        for part in parts:
+            if part > left:
+                gpus, left = gpus + 1, memory
+            left -= part
+        assert gpus <= count
 
 
 def test_what_does_not_fit(capsys):
@@ -199,9 +221,10 @@ def test_what_does_not_fit(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--memory", "much"], "memory must be a number with a unit, like 24GiB or 16GB, got 'much'"),
+        (["--memory", "much"], "memory must be a number with a unit, like 24GiB, 16GB or 2x24GiB, got 'much'"),
         (["--memory", "3 km"], "memory must be"),
         (["--memory", "8"], "memory must be a number with a unit"),
+        (["--memory", "0x8GiB"], "memory must be a number with a unit"),
         (["--optimizer", "Adafactor"], "--optimizer must be one of AdEMAMix, "),
     ],
 )

@@ -1,4 +1,4 @@
-"""What known backends do instead of the reference: tables and switches, and what each of them means in words.
+"""The dialects: where known backends differ from the reference, as tables and switches, and in words.
 
 A `Dialect` is the reference with some fields replaced. predictions.py computes what a backend with these conventions returns.
 """
@@ -54,18 +54,11 @@ FP4_OF_EIGHTHS = Codebook(
 class Dialect(Conventions):
     """The conventions of a backend, by default those of the reference. Those of its optimizers are inherited fields.
 
-    nf4, fp4: the codebooks. ties: how 8-bit codes are chosen, "even", "lower", "upper" (by distances) or "bins" (by a table of
-    65,536). floor: the least absmax. division: where x / absmax takes the place of x * (1 / absmax), "never", "always" or in
-    the partial last block ("tail"). small: an absmax below 2^-126 is stored as 0 ("zero"), kept ("keep"), or clamped to 1e-38
-    ("clamp"; only a partial block stores the clamped number). large: the reciprocal of an absmax above 2^126 is 0. zero_block:
-    the code in all-zero blocks, None for the codebook's. row_scales: the scale of an element is indexed by its row.
-    vector_as_row: a vector comes back as a matrix of one row. row_transposed: one packed byte comes back as a column.
-    int8_constant: 1/16129. int8_float32: int8 products are summed in float32. int8_2d: only matrices are understood.
-    bfloat16_nan: bfloat16 is rounded by adding to the bits, those of NaN too. nearest: a 4-bit code is that of the least distance
-    in floating point, the first of equal ones. in_dtype: elements of 16 bits are scaled and compared in their dtype. tiny_is_one:
-    an absmax below the root of the least normal number of its dtype becomes 1. float16_weight: values and scales of a 4-bit
-    weight are float16, their product is "rounded" to it or, in a fused kernel, "kept". low_first: the first of two elements is in
-    the low nibble. whole_blocks: packed codes are as many as whole blocks have.
+    `TEXT` below says what each field means that is not the reference's. Beside that: floor counts before small, by which an
+    absmax below 2^-126 becomes 0 ("zero"), stays ("keep"), or is clamped to 1e-38 ("clamp"; only a partial block stores that
+    number). large: the reciprocal of an absmax above 2^126 is 0. zero_block: None for the codebook's code of 0. nearest: of codes
+    at the least distance the first one. float16_weight: the product of value and scale is "rounded" to float16 or, in a fused
+    kernel, "kept".
     """
 
     name: str
@@ -186,11 +179,11 @@ TEXT: dict[str, str | dict[Any, str]] = {
         "any": "a gradient that is NaN or infinite becomes the scale of its block",
     },
 }  # fmt: skip
-"""What a field of a dialect that is not the reference's means; of some fields, what each of its values means."""
+"""The meaning of each field of a dialect where it is not that of the reference; of some fields, the meaning of each value."""
 
 
 def in_words(field: str, value: Any) -> str:
-    """What it means that a field of a dialect has this value.
+    """The meaning of a field of a dialect that has this value.
 
     >>> in_words("floor", 1e-12)
     'absmax is at least 1e-12'

@@ -1,4 +1,4 @@
-"""What the rules allow a result to be, and which of its elements are not."""
+"""The results that the rules allow, and which elements of a given result they do not allow."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ def where_true(mask: Tensor) -> Tensor | None:
 
 @dataclass(frozen=True)
 class Expected:
-    """What the rules allow one result to be.
+    """The values that the rules allow one result to have.
 
     value: what it is, bit for bit but for the sign of zero and the bits of NaN. ulp: by how many representable numbers it may be
     off. also: further values of some elements. free: flat indices of elements that may be anything. pairs: flat indices `[2, m]`

@@ -1,4 +1,4 @@
-"""What failed, in words: the input, the wrong elements, and what they have in common."""
+"""Failures in words: the input, the wrong elements, and the cause that several failures share."""
 
 import struct
 from collections.abc import Iterable, Sequence

@@ -36,7 +36,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a case, and the seconds it took.
+    """The outcome of a case, and the seconds that it took.
 
     status: "passed", "failed", "not implemented", or "refused", where the rules allow an exception.
     """

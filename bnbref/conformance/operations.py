@@ -1,4 +1,4 @@
-"""What a backend may implement: each operation's arguments, its results, and what the rules allow them to be.
+"""The operations that a backend may implement: their arguments, their results, and what the rules allow as results.
 
 A backend is any object with functions of these names, called with keyword arguments. Tensors are on one device, packed codes
 are uint8 `[bytes]`, dtypes are torch's. A function returns its one result, a tuple of them in order, or a dict by name.

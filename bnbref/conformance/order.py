@@ -48,7 +48,7 @@ class Probe:
 
     @functools.cached_property
     def one(self) -> float:
-        """What a one gives alone: 1, or what the weight's ones became."""
+        """The product with a single one: 1, or the number that the backend has made of the ones of the weight."""
         a = torch.zeros(self.rows, self.size, dtype=self.dtype)
         a[:, 0] = 1
         return float(self.product(a)[0, 0])

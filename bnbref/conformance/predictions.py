@@ -1,4 +1,4 @@
-"""What a backend that follows a dialect returns."""
+"""The results of a backend that follows a dialect."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -178,7 +178,7 @@ _BY_CONVENTIONS: dict[str, Callable[..., dict[str, Expected]]] = {
 
 
 def step_within(d: Dialect, operation: str, /, **given: Any) -> dict[str, Expected]:
-    """What a step with these conventions may return."""
+    """The results that a step with these conventions may have."""
     if operation in _BY_CONVENTIONS:
         return _BY_CONVENTIONS[operation](c=d, **given)
     floor = float(torch.tensor(d.floor, dtype=torch.float32))
@@ -202,7 +202,7 @@ PREDICT: dict[str, Callable[..., Tensors]] = {
 
 
 def predict(dialect: Dialect, case: Case) -> Mapping[str, Tensor]:
-    """What a backend with these conventions returns; empty where its conventions say nothing of the operation."""
+    """The results of a backend with these conventions; none if its conventions say nothing of the operation."""
     with eager():
         keywords = {**case.inputs, **arguments(case.params)}
         try:

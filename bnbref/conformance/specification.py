@@ -36,7 +36,7 @@ def _entries(block: str) -> list[str]:
 
 
 def _rules(text: str) -> tuple[dict[str, str], dict[str, Rule]]:
-    """What each operation is, and the rules by their ids. A block is an operation, what it is, and its rules."""
+    """The description of each operation, and the rules by their ids. A block of the text is about one operation."""
     operations: dict[str, str] = {}
     found: dict[str, Rule] = {}
     for block in text.split("\n\n"):
@@ -58,7 +58,7 @@ def _flags(text: str) -> dict[str, Flag]:
 
 
 ABOUT, RULES = _rules(_HERE.with_name("specification.txt").read_text(encoding="utf-8"))
-"""What each operation is, by its name, and every rule by its id."""
+"""The description of each operation by its name, and every rule by its id."""
 
 FLAGS = _flags(_HERE.with_name("flags.txt").read_text(encoding="utf-8"))
 """Every flag by its name; in brackets stands the number of the report in bitsandbytes' tracker."""

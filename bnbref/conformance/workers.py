@@ -110,7 +110,7 @@ class _Worker:
         return max(0.0, self.begun + limit - time.monotonic())
 
     def result(self, case: Case, ended: bool) -> Result:
-        """What became of the case that was sent. If the process is gone, the case failed, and a new process is started.
+        """The outcome of the case that was sent. If the process is gone, the case has failed, and a new process is started.
 
         ended: it took too long, and the process is to be ended.
         """
@@ -137,6 +137,9 @@ def _how(exit_code: int | None) -> str:
 
 def _serve(connection: Connection, name: str, device: str, threads: int) -> None:
     """Run cases until there are no more."""
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches every process: the parent says so, and ends its workers
     torch.set_num_threads(threads)
     backend = backends.load(name)
     connection.send_bytes(b"loaded")

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 MODEL = Path(__file__).parent / "model"
-"""What `from_pretrained` reads; its README.md is the model card."""
+"""The folder of the model, for `from_pretrained`. Its README.md is the model card."""
 
 
 class Settings(NamedTuple):

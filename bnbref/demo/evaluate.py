@@ -1,4 +1,4 @@
-"""What a language model is measured by here: perplexity on held-out text, and the text that it writes."""
+"""The two measures of a language model in the demo: perplexity on held-out text, and the text that it writes."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ class Format(NamedTuple):
 
 
 def plain(dtype: torch.dtype) -> Format:
-    """What the others are compared with: the model as it is, in bfloat16 or float32."""
+    """The format that the others are compared with: the model as it is, in bfloat16 or float32."""
     return Format({torch.bfloat16: "bf16", torch.float32: "f32"}[dtype], None, dtype.itemsize)
 
 

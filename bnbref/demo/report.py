@@ -1,4 +1,4 @@
-"""What the demo found: as an aligned table and as a plot."""
+"""The results of the demo as an aligned table and as a plot."""
 
 import statistics
 from collections.abc import Iterable, Iterator, Sequence

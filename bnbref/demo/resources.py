@@ -14,7 +14,10 @@ _CLEAR = Path("/proc/self/clear_refs")
 
 @dataclass
 class Phase:
-    """What a part of the run took. `peak` is in bytes and counts this process alone; compilers run in other processes."""
+    """The resources that a part of the run took.
+
+    `peak` is in bytes and counts this process alone; compilers run in other processes.
+    """
 
     name: str
     seconds: float = 0.0

@@ -32,7 +32,7 @@ def run(
     """Measure and print everything; what was measured. `Mismatch` where something is not what it must be."""
     start, cpu = time.perf_counter(), cpu_seconds()
     transformers.utils.logging.disable_progress_bar()
-    # What peft and Trainer ask for.
+    # Of an option that peft and Trainer set themselves.
     warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
     settings = QUICK if quick else FULL
     where = torch.device(device) if device else default_device()
@@ -55,7 +55,7 @@ def run(
 
 
 def machine(device: torch.device) -> dict[str, str]:
-    """What the numbers were measured on, and with."""
+    """The machine and the versions with which the numbers were measured."""
     why = why_eager(device.type)
     return {
         "bnbref": bnbref.__version__,
@@ -68,6 +68,6 @@ def machine(device: torch.device) -> dict[str, str]:
 
 
 def headline(facts: dict[str, str]) -> str:
-    """Two lines of it."""
+    """The machine in two lines."""
     versions = ", ".join(f"{name} {facts[name]}" for name in ("bnbref", "torch", "transformers"))
     return f"{versions}\n{facts['device']}; computed in {facts['dtype']}, kernels {facts['kernels']}"

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
+from bnbref.context import constant_of_graphs
 from bnbref.kernels import floats
-from bnbref.kernels.compiler import taught
+from bnbref.kernels.compiler import digest_of, taught
 
 # Inductor's cache on disk knows the operator but not this text: another text needs another operator.
 _LOAD = "{ .reg .b64 a; .reg .pred p; setp.ne.b64 p, $1, 0; mad.wide.u32 a, $2, 8, $1; @p ld.global.nc.b64 $0, [a]; }"
@@ -36,8 +37,10 @@ REAL_INPUTS = {
 
 _native: bool | None = None  # what `_enable` found: None before it was called
 
+_TEXT = digest_of(__name__)
+
 _operators = library.Library("bnbref", "FRAGMENT")
-_operators.define("entry_at(Tensor table, Tensor index) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_operators.define("entry_at(Tensor table, Tensor index, str text='') -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
 def addressed(entries: Tensor, device: torch.device) -> Tensor:
@@ -57,34 +60,31 @@ def look_up(table: Tensor, index: Tensor) -> Tensor:
     tensor([[7, 5]])
     """
     if table.device.type == "cuda" and torch.compiler.is_compiling() and _enable():
-        native: Tensor = torch.ops.bnbref.entry_at(table, index)
+        native: Tensor = torch.ops.bnbref.entry_at(table, index, _TEXT)
         return native
     return floats.look_up(table, index)
 
 
 @library.impl(_operators, "entry_at", "CompositeExplicitAutograd")
-def _(table: Tensor, index: Tensor) -> Tensor:
+def _(table: Tensor, index: Tensor, text: str = "") -> Tensor:
     return floats.look_up(table, index)
 
 
 @library.register_fake("bnbref::entry_at", lib=_operators)  # type: ignore[untyped-decorator]
-def _(table: Tensor, index: Tensor) -> Tensor:
+def _(table: Tensor, index: Tensor, text: str = "") -> Tensor:
     return torch.empty(index.shape, dtype=torch.int64, device=index.device)
 
 
 # ---- teaching Inductor ----------------------------------------------------------------------------------------------
 
 
+@constant_of_graphs
 def _enable() -> bool:
     """Registers the lowering with Inductor, once per process; False where it cannot be, and then a plain look-up is compiled."""
     global _native
     if _native is None:
         _native = taught(_register)
     return _native
-
-
-# As torch.compiler.assume_constant_result does, without importing torch._dynamo.
-_enable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _register() -> None:
@@ -97,7 +97,7 @@ def _register() -> None:
         getattr(owner, name)
 
     @lowerings.register_lowering(torch.ops.bnbref.entry_at.default, type_promotion_kind=None)
-    def _(table: Any, index: Any) -> Any:
+    def _(table: Any, index: Any, text: str = "") -> Any:
         load_table, load_index, last = table.make_loader(), index.make_loader(), int(table.get_size()[0]) - 1
 
         def inner(at: Any) -> Any:

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
-from bnbref.kernels.compiler import taught
+from bnbref.context import constant_of_graphs
+from bnbref.kernels.compiler import digest_of, taught
 
 # 0xca: by each bit of the first operand the bit of the second or of the third one.
 _PLANE = "{ .reg .b32 s, t; prmt.b32 s, $3, $4, $1; prmt.b32 t, $5, $6, $1; lop3.b32 $0, $2, t, s, 0xca; }"
@@ -42,8 +43,12 @@ _OWN = "{ .reg .b32 m, t; mov.b32 m, %lanemask_eq; add.s32 t, m, -1; and.b32 t, 
 
 _native: bool | None = None  # what `_enable` found: None before it was called
 
+_TEXT = digest_of(__name__)
+
 _operators = library.Library("bnbref", "FRAGMENT")
-_operators.define("dot8(Tensor[] words, Tensor[] columns, Tensor table) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_operators.define(
+    "dot8(Tensor[] words, Tensor[] columns, Tensor table, str text='') -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+)
 
 
 def planes(values: Tensor) -> Tensor:
@@ -83,7 +88,7 @@ def dot8(words: Sequence[Tensor], columns: Sequence[Tensor], table: Tensor) -> T
     tensor([12.])
     """
     if words[0].device.type == "cuda" and torch.compiler.is_compiling() and _enable():
-        native: Tensor = torch.ops.bnbref.dot8(words, columns, table)
+        native: Tensor = torch.ops.bnbref.dot8(words, columns, table, _TEXT)
         return native
     return _plain(words, columns, table)
 
@@ -96,12 +101,12 @@ def _plain(words: Sequence[Tensor], columns: Sequence[Tensor], table: Tensor) ->
 
 
 @library.impl(_operators, "dot8", "CompositeExplicitAutograd")
-def _(words: Sequence[Tensor], columns: Sequence[Tensor], table: Tensor) -> Tensor:
+def _(words: Sequence[Tensor], columns: Sequence[Tensor], table: Tensor, text: str = "") -> Tensor:
     return _plain(words, columns, table)
 
 
 @library.register_fake("bnbref::dot8", lib=_operators)  # type: ignore[untyped-decorator]
-def _(words: Sequence[Tensor], columns: Sequence[Tensor], table: Tensor) -> Tensor:
+def _(words: Sequence[Tensor], columns: Sequence[Tensor], table: Tensor, text: str = "") -> Tensor:
     return torch.empty(words[0].shape, dtype=torch.float32, device=words[0].device)
 
 
@@ -145,16 +150,13 @@ def _asm(ops: Any, text: str, *operands: Any, dtype: torch.dtype = torch.int32) 
 # ---- teaching Inductor ----------------------------------------------------------------------------------------------
 
 
+@constant_of_graphs
 def _enable() -> bool:
     """Registers the lowering with Inductor, once per process; False where it cannot be, and then a plain look-up is compiled."""
     global _native
     if _native is None:
         _native = taught(_register)
     return _native
-
-
-# As torch.compiler.assume_constant_result does, without importing torch._dynamo.
-_enable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _register() -> None:
@@ -167,7 +169,7 @@ def _register() -> None:
         getattr(owner, name)
 
     @lowerings.register_lowering(torch.ops.bnbref.dot8.default, type_promotion_kind=None)
-    def _(words: Any, columns: Any, table: Any) -> Any:
+    def _(words: Any, columns: Any, table: Any, text: str = "") -> Any:
         load_words, load_columns = ([x.make_loader() for x in tensors] for tensors in (words, columns))
         load_table, count = table.make_loader(), int(table.get_size()[0])
         behind = len(words[0].get_size()) - len(columns[0].get_size())

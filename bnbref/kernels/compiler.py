@@ -1,7 +1,9 @@
 """What a compiler needs on this machine, and the options under which its code has the bits of the eager operations."""
 
 import functools
+import hashlib
 import importlib.util
+import inspect
 import os
 import shutil
 import subprocess
@@ -14,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from bnbref.context import constant_of_graphs
 
 # The door has compared all that these would look at again in every call.
 _NO_ASSERTS = {"size_asserts": False, "alignment_asserts": False, "assert_indirect_indexing": False}
@@ -46,6 +50,19 @@ def taught(register: Callable[[], None]) -> bool:
     return True
 
 
+def digest_of(*modules: str) -> str:
+    """A digest of the texts of modules of ours that teach Inductor operators, for an argument of these operators.
+
+    Inductor's cache on disk knows an operator by its name and arguments, and not by what it was taught. Without the digest it
+    would return the code of another version of bnbref.
+    """
+    try:
+        text = "".join(inspect.getsource(sys.modules[name]) for name in modules)
+    except OSError:  # a frozen program has no texts, and one version of them
+        return ""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def is_gpu(x: Tensor) -> bool:
     """Whether a formulation takes its way for GPUs, which is look-ups in memory and wide loads.
 
@@ -73,23 +90,49 @@ def why_failed(device_type: str, error: BaseException) -> str | None:
 
     It is asked afterwards, because nothing that is cheap tells whether a compiler that is there, and a folder, will do.
     """
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, _OUTSIDE) and type(cause).__name__ not in _OF_INDUCTOR:
-        cause = getattr(cause, "inner_exception", None) or cause.__cause__
+    cause = _outside(error)
     if cause is None:
         return None
     if isinstance(cause, (ImportError, UnicodeDecodeError)):
-        return _failed.setdefault(device_type, f"torch's compiler cannot be imported ({type(cause).__name__}: {cause})")
+        remedy = "; PYTHONUTF8=1 lets it read its own source" if isinstance(cause, UnicodeDecodeError) else ""
+        why = f"torch's compiler cannot be imported ({type(cause).__name__}: {cause}{remedy})"
+        return _failed.setdefault(device_type, why)
     lines = [line.strip() for line in str(cause).splitlines()]
-    if isinstance(cause, OSError):
-        return _failed.setdefault(device_type, _unusable(lines[0].partition(".  ")[0]))
+    if isinstance(cause, OSError):  # of a full disk, or of a process that may not be started
+        said = lines[0].partition(".  ")[0]
+        why = f"Inductor cannot start a compiler or keep code in its folder, TORCHINDUCTOR_CACHE_DIR ({said})"
+        return _failed.setdefault(device_type, why)
     folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())
     if " " in folder:
         return _failed.setdefault(
             device_type, _unusable(f"{folder!r} has blanks, which torch does not quote for a compiler")
         )
+    installed = next((path for path in (torch.__file__, sysconfig.get_path("include")) if " " in path), None)
+    if installed is not None:
+        why = f"{installed!r} has blanks, which torch does not quote for a compiler: install torch in a folder without"
+        return _failed.setdefault(device_type, why)
     said = next((line for line in lines if "error:" in line), lines[0])
     return _failed.setdefault(device_type, f"the C++ compiler {_cxx()!r} fails ({said})")
+
+
+def _outside(error: BaseException) -> BaseException | None:
+    """What was no fault of a kernel, among the causes of an error."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, _OUTSIDE) and type(cause).__name__ not in _OF_INDUCTOR:
+        cause = getattr(cause, "inner_exception", None) or cause.__cause__
+    return cause
+
+
+def removed_fragment(error: BaseException) -> bool:
+    """Whether a compilation failed for a library in Inductor's folder of which a killed process wrote only a part. It is removed:
+    Inductor would try to load it in every process that is to come.
+    """
+    path, _, why = str(_outside(error)).partition(".so: ")
+    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")  # Inductor sets it when it is first used
+    if why not in ("file too short", "invalid ELF header") or not Path(path).is_relative_to(folder):
+        return False
+    Path(f"{path}.so").unlink(missing_ok=True)
+    return True
 
 
 def _unusable(why: str) -> str:
@@ -117,13 +160,10 @@ def missing_compiler(device_type: str) -> str | None:
     return _failed.get(device_type) or _lacking(device_type)
 
 
+@constant_of_graphs
 def compiles(device_type: str) -> bool:
-    """Whether Inductor can compile for a device type. torch.compile does not trace it: it is a constant of the graph."""
+    """Whether Inductor can compile for a device type."""
     return missing_compiler(device_type) is None
-
-
-# As torch.compiler.assume_constant_result does, without importing torch._dynamo.
-compiles._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from bnbref.context import without_autocast
 from bnbref.kernels import formulations
-from bnbref.kernels.compiler import compiles, missing_compiler, why_failed
+from bnbref.kernels.compiler import compiles, missing_compiler, removed_fragment, why_failed
 from bnbref.kernels.direct import call_layout
 from bnbref.kernels.formulations import Formulation
 from bnbref.kernels.modes import compile_enabled, inside_once, recorded_outside, traced
@@ -218,6 +218,8 @@ class Kernel(Generic[P, R]):
                 tables = self.tables(*args, **constants)
                 return self.variants.call(device_type, self.formulation, args, tables, constants, writes)
         except (ImportError, OSError, RuntimeError, UnicodeDecodeError) as error:
+            if removed_fragment(error):
+                return self._through_dynamo(device_type, args, constants, writes)
             reason = why_failed(device_type, error)
             if reason is None:
                 raise

@@ -46,19 +46,6 @@ def rounded_bits(value: Tensor, dtype: torch.dtype) -> Tensor:
     return value.to(dtype).view(torch.int16).to(torch.int32) & 0xFFFF
 
 
-def rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """A float32 rounded to `dtype` and widened again, also where Inductor would leave out `.to(dtype).float()`.  Exact.
-
-    >>> rounded(torch.tensor([1.01]), torch.bfloat16)
-    tensor([1.0078])
-    """
-    if dtype == torch.float32:
-        return value
-    if not torch.compiler.is_compiling():
-        return value.to(dtype).float()
-    return widen(value.to(dtype).view(torch.int16), dtype)  # Inductor never leaves out a bit cast
-
-
 # ---- several in one load --------------------------------------------------------------------------------------------
 
 

@@ -7,6 +7,8 @@ from typing import Any, ParamSpec, TypeVar
 
 from torch import Tensor
 
+from bnbref.context import constant_of_graphs
+
 P = ParamSpec("P")
 R = TypeVar("R")
 Options = Mapping[str, Any] | Callable[..., Mapping[str, Any]]
@@ -48,14 +50,11 @@ class Formulation:
         return own(*dtypes, **constants) if callable(own) else own
 
 
+@constant_of_graphs
 def load() -> None:
     """Imports every file that attaches a formulation. The door does so when it first needs one."""
     for name in _FILES:
         importlib.import_module(f"bnbref.kernels.{name}")
-
-
-# As torch.compiler.assume_constant_result does, without importing torch._dynamo: an import is nothing to be traced.
-load._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def formulation(

@@ -10,9 +10,10 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from bnbref.context import exporting, jit_tracing, transforming
 
-# How many `eager()` are entered. BNBREF_COMPILE=0 is one that is never left. It is read once, because looking a variable up that
-# is not set costs more than the look-up of a kernel.
-_eager_depth = 1 if os.environ.get("BNBREF_COMPILE") == "0" else 0
+# An element for each `eager()` that is entered: appending to a list is one step for all threads, and `+= 1` is not where Python
+# has no global lock. BNBREF_COMPILE=0 is one that is never left. It is read once, because looking a variable up that is not set
+# costs more than the look-up of a kernel.
+_entered: list[None] = [None] if os.environ.get("BNBREF_COMPILE") == "0" else []
 
 _here = threading.local()
 """`once`: how many `once()` this thread has entered."""
@@ -26,12 +27,11 @@ def eager() -> Iterator[None]:
     >>> with bnbref.eager():
     ...     packed, state = bnbref.functional.quantize_4bit(torch.ones(64))
     """
-    global _eager_depth
-    _eager_depth += 1
+    _entered.append(None)
     try:
         yield
     finally:
-        _eager_depth -= 1
+        _entered.pop()
 
 
 @contextlib.contextmanager
@@ -54,7 +54,7 @@ def inside_once() -> bool:
 
 def compile_enabled() -> bool:
     """Whether kernels are to be compiled: not inside `eager()`, and BNBREF_COMPILE was not 0 when bnbref was imported."""
-    return _eager_depth == 0
+    return not _entered
 
 
 def tracing() -> bool:

@@ -30,7 +30,7 @@ _NAMES = ("add", "sub", "mul", "div", "lerp", "addcmul", "addcdiv")
 _ALIASES = ("subtract", "multiply", "divide", "true_divide")
 _ARITHMETIC = {*_NAMES, *_ALIASES, *(f"_foreach_{name}" for name in _NAMES)}
 _ARITHMETIC |= {f"__{side}{name}__" for name in _BINARY[:4] for side in ("", "r")}
-# What multiplies by a weight without asking its layer, as nn.MultiheadAttention does with its out_proj's; the first function
+# Functions that multiply by a weight without asking its layer, as nn.MultiheadAttention does with its out_proj's; the first one
 # that weight_norm calls; and torch.func.stack_module_state, whose result has no scales.
 _ANY_DTYPE = {"linear", "matmul", "mm", "multi_head_attention_forward", "__matmul__", "__rmatmul__"}
 _ANY_DTYPE |= {"norm_except_dim", "stack"}
@@ -63,7 +63,7 @@ class Watched:
             return args[0].result_of(name, result)
 
     def result_of(self, name: str, result: Any) -> Any:
-        """What the function called `name`, applied to this tensor, is to return in place of `result`."""
+        """The tensor that is returned instead of `result`, which the function called `name` gave for this one."""
         return self.detached(result) if name == "detach" and self.holds_codes() else result
 
     def detached(self, codes: Tensor) -> "Codes":
@@ -73,7 +73,7 @@ class Watched:
         return result
 
     def __format__(self, spec: str) -> str:
-        """As of Tensor. Codes add a sentence, because torch.func prints them in its error when it is given a state dict."""
+        """Like Tensor's. Codes add a sentence, because torch.func prints them in its error when it is given a state dict."""
         if not self.holds_codes():
             return super().__format__(spec)
         return (

@@ -26,7 +26,7 @@ class FourBitLayer(QuantizedLayer):
 
     @property
     def quant_state(self) -> QuantState | None:
-        """What the weight is dequantized by, its scales among it; None while the weight is not quantized."""
+        """The scales of the weight, and all else that dequantizes it; None while the weight is not quantized."""
         return state_of(self)
 
     @quant_state.setter
@@ -99,7 +99,7 @@ class EightBitLayer(QuantizedLayer):
 
     @property
     def SCB(self) -> Tensor | None:
-        """What a state dict has under this name. torch.func assigns it, and uses it if the codes beside it are a plain tensor."""
+        """The absmax of each row, under its name in a state dict. torch.func assigns it together with a plain tensor of codes."""
         return absmax_of(self)
 
     @SCB.setter
@@ -126,6 +126,8 @@ class EightBitLayer(QuantizedLayer):
         return name in ("weight", "SCB", "weight_format")
 
     def _read(self, entries: Mapping[str, Tensor]) -> Int8Params | None:
+        if "weight" not in entries:
+            raise ValueError(f"weight is missing, but its {sorted(entries)} are there")
         entries = dict(entries)
         layout: Any = entries.pop("weight_format", 0)
         if isinstance(layout, Tensor):

@@ -1,9 +1,9 @@
-"""What became of every parameter of a model: quantized or not, how, how many bytes, and why not."""
+"""A report on every parameter of a model: whether it is quantized, how, in how many bytes, or why not."""
 
 import itertools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -41,12 +41,12 @@ class Report:
 
     @property
     def quantized(self) -> tuple[ParameterReport, ...]:
-        """Those that are quantized."""
+        """The parameters that are quantized."""
         return tuple(p for p in self.parameters if p.quantized)
 
     @property
     def skipped(self) -> tuple[ParameterReport, ...]:
-        """Those that are not."""
+        """The parameters that are not quantized."""
         return tuple(p for p in self.parameters if not p.quantized)
 
     @property
@@ -73,7 +73,7 @@ class Report:
 
 
 def report(model: nn.Module) -> Report:
-    """What became of every parameter of a model.
+    """The report on every parameter of a model.
 
     >>> import bnbref
     >>> from bnbref.nn import LinearNF4
@@ -159,9 +159,25 @@ def _alike(parameters: tuple[ParameterReport, ...]) -> list[tuple[list[str], Par
     """Groups of parameters whose names differ in numbers alone, and that are the same in all else."""
     groups: dict[object, tuple[list[str], ParameterReport]] = {}
     for p in parameters:
-        key = (re.sub(r"(?<=\.)\d+(?=\.)", "#", p.name), p.shape, p.format, p.bytes, p.quantized, p.reason)
+        key = (_without_numbers(p.name), p.shape, p.format, p.bytes, p.quantized, p.reason)
         groups.setdefault(key, ([], p))[0].append(p.name)
     return list(groups.values())
+
+
+def merged(names: Iterable[str]) -> list[str]:
+    """Names with those as one that differ in numbers alone.
+
+    >>> merged(["layers.0.mlp", "layers.1.mlp", "head"])
+    ['layers.[0-1].mlp', 'head']
+    """
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(_without_numbers(name), []).append(name)
+    return [_merged(group) for group in groups.values()]
+
+
+def _without_numbers(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "#", name)
 
 
 def _merged(names: list[str]) -> str:

@@ -78,7 +78,7 @@ class Linear4bit(FourBitLayer, nn.Linear):
         return self.out_features, self.in_features
 
     def extra_repr(self) -> str:
-        """What `nn.Linear` prints, and the format of the weight."""
+        """The text of `nn.Linear`, and the format of the weight."""
         weight = self.weight
         own = (
             f", quant_type={weight.quant_type}, blocksize={weight.blocksize}" if isinstance(weight, Params4bit) else ""

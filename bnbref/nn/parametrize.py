@@ -111,10 +111,10 @@ def replace_parameter_4bit(
 def replace_parameter_4bit_prequantized(
     module: nn.Module, param_name: str, qs_dict: Mapping[str, Any], device: torch.device | str | None = None
 ) -> None:
-    """The same for a parameter that holds packed codes already.
+    """Parametrize a parameter that holds packed codes already.
 
-    qs_dict: what is beside the codes in a state dict (`absmax`, `quant_map` and so on). device: where codes and scales are to be;
-    by default where the codes are. Raises ValueError if the codes are too few or too many, or qs_dict is not whole.
+    qs_dict: the entries of a state dict beside the codes (`absmax`, `quant_map` and so on). device: the device for codes and
+    scales, by default that of the codes. Raises ValueError if the codes are too few or too many, or qs_dict is not whole.
     """
     packed = _parameter(module, param_name).detach()
     packed = packed.to(packed.device if device is None else device)
@@ -153,8 +153,8 @@ def _parametrize(module: nn.Module, name: str, packed: Tensor, state: QuantState
 
 
 def quantized_in(module: nn.Module) -> Iterator[tuple[str, Any, Bnb4bitParametrization]]:
-    """Of each parameter of a module that is quantized so: its name, its ParametrizationList, and the parametrization that
-    dequantizes."""
+    """For each parameter of a module that is quantized so: its name, its ParametrizationList, and the parametrization that
+    dequantizes it."""
     for name, steps in getattr(module, "parametrizations", {}).items():
         for step in steps:
             if isinstance(step, Bnb4bitParametrization):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from bnbref import int8
 from bnbref.codebooks import Codebook, four_bit
 from bnbref.functional import quantize_4bit
-from bnbref.nn.quantized_parameter import DATA, QuantizedParameter, check_finite
+from bnbref.nn.quantized_parameter import DATA, QuantizedParameter, check_finite, made
 from bnbref.quant_state import QuantState
 
 
@@ -55,7 +55,7 @@ class Params4bit(QuantizedParameter):
         """Unknown keywords are ignored: rebuilding from `__dict__` passes whatever other libraries left there."""
         four_bit(quant_type)
         data = torch.empty(0) if data is None else data
-        self = torch.Tensor._make_subclass(cls, data.detach(), requires_grad)
+        self = made(cls, data, requires_grad)
         self.blocksize = 64 if blocksize is None else blocksize
         self.compress_statistics = compress_statistics
         self.quant_type = quant_type
@@ -179,7 +179,7 @@ class Int8Params(QuantizedParameter):
     ) -> "Int8Params":  # fmt: skip
         """The argument CB is not looked at: the codes are `data`, wherever that is int8. Unknown keywords are ignored."""
         data = torch.empty(0) if data is None else data
-        self = torch.Tensor._make_subclass(cls, data.detach(), requires_grad and data.is_floating_point())
+        self = made(cls, data, requires_grad and data.is_floating_point())
         self.has_fp16_weights = has_fp16_weights
         self.SCB = SCB
         return self
@@ -209,7 +209,7 @@ class Int8Params(QuantizedParameter):
         return self.dtype == torch.int8
 
     def to(self, *args: Any, **kwargs: Any) -> "Int8Params":
-        """As `QuantizedParameter.to`."""
+        """Like `QuantizedParameter.to`."""
         moved = super().to(*args, **kwargs)
         # accelerate calls `.to(0).to("cpu")` on codes that it has read, and then moves their `SCB`, which it sets only
         # afterwards. So codes without scales get an empty placeholder.

@@ -1,4 +1,4 @@
-"""What every layer with a quantized weight does when it is moved, saved and loaded; what it computes is elsewhere.
+"""The base of layers with a quantized weight: how they are moved, saved and loaded. What they compute is elsewhere.
 
 FSDP replaces a weight by a view or a DTensor, which loses the weight's attributes and the scales among them. So the layer
 remembers the scales that its weight came with, and uses them when the weight has none.
@@ -40,8 +40,8 @@ class QuantizedLayer(nn.Module):
             self._remember(param)
 
     def __delattr__(self, name: str) -> None:
-        """As of `nn.Module`. torch's parametrizations and spectral_norm, which remove a weight first, are refused here, where the
-        layer is still whole. FSDP removes it too, and puts a view of the same codes in its place."""
+        """Like the method of `nn.Module`. torch's parametrizations and spectral_norm, which remove a weight first, are refused
+        here, where the layer is still whole. FSDP removes it too, and puts a view of the same codes in its place."""
         asking = sys._getframe(1).f_globals.get("__name__", "")
         if isinstance(self._parameters.get(name), QuantizedParameter) and asking.startswith("torch.nn.utils."):
             raise TypeError(f"the {name} of {self} cannot be parametrized: it holds codes, or will")

@@ -23,7 +23,7 @@ from bnbref.nn.codes import Watched
 Self = TypeVar("Self", bound="QuantizedParameter")
 
 DATA: Any = torch.Tensor.data
-"""What reads and writes the data of any tensor: that of a quantized parameter does more."""
+"""The attribute `data` as every tensor has it. That of a quantized parameter also checks what is assigned."""
 
 _CUTS = {"chunk", "split", "split_with_sizes", "tensor_split", "narrow", "view", "reshape", "flatten", "__getitem__"}
 
@@ -199,6 +199,19 @@ class QuantizedParameter(Watched, nn.Parameter):
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         self.__dict__.update(state)
+
+
+def made(cls: type[Self], data: Tensor, requires_grad: bool) -> Self:
+    """The memory of data as a parameter. TypeError for a tensor that has none, as a FakeTensor or a DTensor."""
+    try:
+        return torch.Tensor._make_subclass(cls, data.detach(), requires_grad)
+    except RuntimeError as error:
+        if type(data) in (Tensor, nn.Parameter):
+            raise
+        raise TypeError(
+            f"data of a {cls.__name__} must be a tensor with memory of its own, got a {type(data).__name__}: quantize plain "
+            "tensors, and distribute or trace the layers then; a model without memory is built on the meta device"
+        ) from error
 
 
 def _numbered(device_type: str, device: Any) -> torch.device:

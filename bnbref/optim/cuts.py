@@ -32,7 +32,7 @@ class Cut:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """What is exchanged: the gradient, then what a step writes."""
+        """The tensors that are exchanged: the gradient first, then all that a step writes."""
         return [self.part.g, *self.part.weights, *(state.codes for state in self.part.states)]
 
     @cached_property
@@ -51,8 +51,8 @@ class Cut:
         return sum(map(self.nbytes, self.tensors))
 
     def pieces(self) -> list[tuple[int, slice, slice]]:
-        """Of each cut block that this rank has a part of: its number here, its elements here, and their places among the
-        elements of all cut blocks."""
+        """For each cut block that this rank has a part of: the block's number on this rank, the slice of this rank's elements,
+        and the slice of the same elements among those of all cut blocks."""
         first, found = self.shard.blocks(self.blocksize).start, []
         for row, block in enumerate(self.shard.cut_blocks(self.blocksize)):
             here, place = self.shard.part(block, self.blocksize)
@@ -98,7 +98,8 @@ def _copy(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
 
 
 def _part(cut: Cut, own: Sequence[tuple[int, slice, slice]], copies: Sequence[Tensor]) -> Part:
-    """What a step takes of the cut blocks that this rank has a part of, which follow each other. copies: of `cut.tensors`."""
+    """The cut blocks that this rank has a part of, completed, as a step takes them. They follow each other. copies: the exchanged
+    copies of `cut.tensors`."""
     first = own[0][2].start // cut.blocksize * cut.blocksize
     last = min(-(-own[-1][2].stop // cut.blocksize) * cut.blocksize, cut.numel)
     g, *rest = (x[first:last] for x in copies)

@@ -1,4 +1,4 @@
-"""What a rule computes, written down: `direction` is run on symbols, and the operations that it asked for are a program.
+"""The equation of a rule as a text: `direction` is run on symbols, and the operations that it asked for are a program.
 
     def direction(p, g, s0, c):
         a0 = c.b1 * s0
@@ -82,7 +82,6 @@ def _function(source: str) -> FunctionType:
     return function
 
 
-@_disable_dynamo  # part of a step that somebody compiles, too
 def write_down(rule: Rule, names: tuple[str, ...]) -> Equation:
     """The equation of a rule whose coefficients have these names.
 
@@ -152,6 +151,7 @@ def coefficients_of(rule: Rule, t: int, group: Mapping[str, Any]) -> dict[str, f
     return found
 
 
+@_disable_dynamo  # Python, in what somebody compiles, too
 def at_step(
     rule: Rule, t: int, group: Mapping[str, Any], device: torch.device | None = None
 ) -> tuple[Equation, Tensor]:

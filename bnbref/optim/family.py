@@ -37,7 +37,7 @@ class Options(TypedDict, total=False):
 
 
 class PagedOptions(Options, total=False):
-    """The same and `is_paged`, for the families that bitsandbytes does not page."""
+    """`Options` and `is_paged`, for the families that bitsandbytes does not page."""
 
     is_paged: bool
 
@@ -58,7 +58,8 @@ class Family(Optimizer):
     """Base of the named optimizers.
 
     nonzero_squares: an average of squares in 8 bits that is above 2^-149 of the largest of its block never gets the code of 0,
-    but that of the smallest value. Then no momentum is divided by nothing. Files are the same.
+    but that of the smallest value. Then no momentum is divided by nothing. Files are the same. It is the default of Muon, SOAP
+    and AdamWScheduleFree, and False in the others, whose bits are bitsandbytes'.
     percentile_clipping and block_wise, which bitsandbytes took until 0.49, may say what always holds: 100 and True.
     """
 
@@ -67,6 +68,7 @@ class Family(Optimizer):
         nonzero_squares: bool = False, percentile_clipping: int = 100, block_wise: bool = True, **options: Any,
     ) -> None:  # fmt: skip
         check_settings({"nonzero_squares": nonzero_squares})
+        self.nonzero_squares = nonzero_squares
         if nonzero_squares:
             self._keep_squares(list(rule.values()) if isinstance(rule, Mapping) else [rule])
         if percentile_clipping != 100:
@@ -86,6 +88,9 @@ class Family(Optimizer):
         for rule in own:
             signed, unsigned = rule.codebooks
             rule.codebooks = signed, unsigned.nonzero()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "nonzero_squares": self.nonzero_squares}
 
     @property
     def args(self) -> Args:

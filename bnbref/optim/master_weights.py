@@ -1,4 +1,4 @@
-"""Weights of 16 bits that are trained as if they had 24 or 32: what rounding takes away is kept beside them, as an integer.
+"""Weights of 16 bits that are trained as if they had 24 or 32. The part that rounding takes away is beside them, an integer.
 
     exact value, float32        s eeeeeeee mmmmmmm mmmmmmmm mmmmmmmm
     parameter, bfloat16         s eeeeeeee mmmmmmm                      the nearest one, a tie away from zero
@@ -26,7 +26,7 @@ CORRECTIONS = {torch.bfloat16: "correction", torch.float16: "correction_float16"
 
 
 class _Line(NamedTuple):
-    """How the numbers of a dtype lie among float32s: every 2^shift-th one, after a product with scale, below limit."""
+    """The numbers of a dtype among the float32s: every 2^shift-th one, after a product with scale, below limit."""
 
     shift: int
     scale: float
@@ -83,7 +83,7 @@ def split(x: Tensor, dtype: torch.dtype, correction: torch.dtype) -> tuple[Tenso
 
 
 def _coarse(line: _Line, correction: torch.dtype) -> int:
-    """How many bits of a float32 an 8-bit correction leaves out."""
+    """The number of bits of a float32 that an 8-bit correction leaves out."""
     return line.shift - 8 if correction == torch.int8 else 0
 
 

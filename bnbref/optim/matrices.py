@@ -105,6 +105,10 @@ class Adafactor(Rule):
         self.states = (State("row", of="rows"), State("column", of="columns"), *((State("momentum"),) * momentum))
 
     def coefficients(self, t: int, group: Mapping[str, Any]) -> dict[str, float]:
+        if group["beta1"] > 0 and not self.momentum:
+            raise ValueError(
+                f"beta1 of a group must be 0 where the optimizer's is, which has no momentum, got {group['beta1']}"
+            )
         own = {"rate": min(group["lr"], 1 / math.sqrt(t)), "not_b": t ** group["beta2_decay"]}
         return decoupled(group) | averages(b1=group["beta1"]) | own
 
@@ -130,7 +134,7 @@ def averaged(
 ) -> tuple[Tensor, ...]:
     """The means of G G^T and G^T G, and bases of their eigenvectors, or nearer to them by one step of a power iteration."""
     left, right = left + not_b * (g @ g.mT - left), right + not_b * (g.mT @ g - right)
-    if refresh:
+    if refresh.is_meta or refresh:
         of_left, of_right = _nearer(left, of_left), _nearer(right, of_right)
     return left, right, of_left, of_right
 
@@ -143,7 +147,7 @@ def _nearer(mean: Tensor, basis: Tensor) -> Tensor:
     sorted_basis = torch.linalg.qr(torch.take_along_dim(power, order[..., None, :], -1))[0]
     nearer = torch.take_along_dim(sorted_basis, order.argsort(-1)[..., None, :], -1)
     none = ~basis.any(-1).any(-1)[..., None, None]
-    return torch.where(none, torch.linalg.eigh(mean)[1], nearer) if none.any() else nearer
+    return torch.where(none, torch.linalg.eigh(mean)[1], nearer) if none.is_meta or none.any() else nearer
 
 
 class SOAP(Rule):

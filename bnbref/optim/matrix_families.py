@@ -49,6 +49,7 @@ class Muon(Family):
             "betas": betas_of(betas),
             "eps": adamw_eps,
         }
+        options.setdefault("nonzero_squares", True)
         super().__init__(
             params, {"muon": muon, "adamw": rules.Adam()}, defaults, optim_bits=optim_bits, min_8bit_size=min_8bit_size, **options
         )  # fmt: skip
@@ -137,6 +138,7 @@ class SOAP(Family):
             "eps": eps,
             "weight_decay": weight_decay,
         }
+        options.setdefault("nonzero_squares", True)
         super().__init__(
             params, {"soap": matrices.SOAP(), "adamw": rules.Adam()}, {**defaults, "frequency": frequency},
             optim_bits=optim_bits, min_8bit_size=min_8bit_size, **options,

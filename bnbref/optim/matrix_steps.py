@@ -5,7 +5,8 @@
     of each parameter    states encoded again,  p = decay p - rate direction
 
 What lies on several ranks is gathered. Each of them runs the same operators on the same numbers, and keeps its part; states
-of the whole matrix are on each. A parameter whose gradient has one element that is not finite stays as it was, with all states.
+of the whole matrix are on each. A parameter whose gradient has an element that is not finite, or is longer than 2^63 as a whole,
+stays as it was, with all states: a sum of its squares, which they are made of, might be no float32.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 
 from bnbref import blockwise
 from bnbref.codebooks import value_table
@@ -22,7 +22,7 @@ from bnbref.context import without_autocast
 from bnbref.optim.equation import Equation
 from bnbref.optim.master_weights import corrections, value_of
 from bnbref.optim.rule import Coefficients, Rule, State, absmax_key, matrix_shape
-from bnbref.optim.sharding import Shard, gather_scales, shard_of, sum_over_shards, unsharded
+from bnbref.optim.sharding import Shard, gather_scales, shard_of, unsharded
 from bnbref.optim.step import LARGEST_GRADIENT
 from bnbref.optim.update import step
 
@@ -58,7 +58,7 @@ class Job:
         return (flat if self.shard is None else flat[self.shard.start : self.shard.stop]).view(self.flat.shape)
 
     def value(self, state: Mapping[str, Any]) -> Tensor:
-        """What the parameter and its correction stand for, as a matrix."""
+        """The float32 value of the parameter and its correction, as a matrix."""
         return self.matrix(value_of(self.flat.view(-1), corrections(self.flat, state)).view(self.flat.shape))
 
     def decoded(self, rule: Rule, s: State, state: Mapping[str, Any]) -> Tensor:
@@ -89,23 +89,22 @@ class Job:
 
 
 def alike(p: Tensor) -> tuple[Any, ...]:
-    """What parameters have in common that are stepped together."""
+    """A key that is equal for parameters that can be stepped together."""
     shard = shard_of(p)
     return p.shape, p.dtype, p.device, None if shard is None else shard.group
 
 
-@_disable_dynamo  # the same operators of torch, whoever compiles the step
 def step_together(rule: Equation, hyper: Tensor, jobs: Sequence[Job], stream: Stream) -> None:
     """One step in place of parameters that are `alike`.  *Bounded* by what the rule says of its functions of the whole matrix.
 
     rule, hyper: as `equation.at_step` gives them. stream: brings states to their device, as `Placement.stream` does.
     """
-    bad = torch.stack([~(job.g.abs() <= LARGEST_GRADIENT).all() for job in jobs])
-    finite = sum_over_shards(jobs[0].shard, bad.to(torch.int32)) == 0
     states = [(job.p.device, job.state) for job in jobs]
-    given = []
-    for job, state, well in zip(jobs, stream(states), finite, strict=True):
-        g = torch.where(well, job.matrix(job.g), 0.0)
+    given, finite = [], []
+    for job, state in zip(jobs, stream(states), strict=True):
+        g = job.matrix(job.g)
+        finite.append(torch.linalg.vector_norm(g) <= LARGEST_GRADIENT)
+        g = torch.where(finite[-1], g, 0.0)
         p = job.value(state) if "p" in rule.read else g  # else it lends its shape alone
         given.append((p, g, *(job.decoded(rule, s, state) for s in rule.states)))
     stacks = [torch.stack(each) for each in zip(*given, strict=True)]

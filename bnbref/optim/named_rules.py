@@ -36,7 +36,12 @@ class NamedRules:
         return self.rules[name]
 
     def check_shape(self, p: Tensor, config: Mapping[str, Any]) -> None:
-        """Raise ValueError if the rule of p takes no parameter of its shape."""
+        """Raise ValueError if the rule of p takes no parameter of its shape, or p was expanded."""
+        if any(size > 1 and stride == 0 for size, stride in zip(p.shape, p.stride(), strict=True)):
+            raise ValueError(
+                f"a parameter must have memory for each of its elements, got one of shape {tuple(p.shape)} that was expanded: "
+                f"its strides are {p.stride()}"
+            )
         rule = self.of(config)
         if not rule.takes(p.shape):
             others = [name for name, other in self.rules.items() if other.takes(p.shape)]
@@ -46,7 +51,7 @@ class NamedRules:
             )
 
     def at_step(self, t: int, config: Mapping[str, Any], device: torch.device | None = None) -> tuple[Equation, Tensor]:
-        """What the rule computes now, and its coefficients in step t."""
+        """The equation that the rule is now, and its coefficients in step t."""
         name = config.get("rule", self.first)
         rule, made, sources = self.of(config), self._layouts[name], self._sources[name]
         if state_layout(rule) != made:

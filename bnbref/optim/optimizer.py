@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from bnbref.blockwise import check_blocksize, check_dense
 from bnbref.optim import paging, planned_steps
@@ -20,7 +21,7 @@ from bnbref.optim.named_rules import NamedRules
 from bnbref.optim.rule import Rule
 from bnbref.optim.settings import ALWAYS, ANYWHERE, GlobalOptimManager, check_distinct, check_settings
 from bnbref.optim.sharding import local, shard_of, sharded_like
-from bnbref.optim.state_dict import gathered_state, unwrapped_state, wrapped_state
+from bnbref.optim.state_dict import WRAPPED, gathered_state, unwrapped_state, wrapped_state
 from bnbref.optim.update import new_state
 
 
@@ -107,7 +108,8 @@ class Optimizer(torch.optim.Optimizer):
         made = [kind for kind in type(self).__mro__ if issubclass(kind, Optimizer)]
         taken = {name for kind in made for name in inspect.signature(kind.__init__).parameters}
         for name in settings.keys() & taken - here - ANYWHERE:
-            if settings[name] not in ((ALWAYS[name],) if name in ALWAYS else (None, False)):
+            holds = ALWAYS[name] if name in ALWAYS else getattr(self, name, False)
+            if settings[name] != holds and (settings[name] is not None or name in ALWAYS):
                 raise ValueError(
                     f"{name} is no setting of a group or of a parameter, got {settings[name]!r}: {type(self).__name__} has "
                     f"{sorted(here)}"
@@ -146,10 +148,11 @@ class Optimizer(torch.optim.Optimizer):
                 loss = closure()
         self.advance([(p, group) for group in self.param_groups for p in group["params"]])
         if self._placement.directory is not None:
-            steps = {i: self.state[p]["step"] for i, p in enumerate(self._parameters()) if self.state.get(p)}
+            steps = {i: self.state[p]["step"] for i, p in enumerate(self._parameters()) if "step" in self._state(p)}
             self._placement.end(steps)
         return loss
 
+    @_disable_dynamo  # its kernels are compiled without that, and tracing the Python between them takes seconds
     def advance(self, parameters: Sequence[tuple[Tensor, Mapping[str, Any]]]) -> None:
         """The step of some parameters, each with its group. A `page_directory` is a checkpoint again after `step`."""
         steps = self._planned_steps(parameters)
@@ -172,13 +175,24 @@ class Optimizer(torch.optim.Optimizer):
             if own is not None:
                 self._check_known(own)
                 self._check(config)
-            grad = planned_steps.checked_gradient(p, p.grad, self.state[p], self._rules.of(config))
-            self._rules.check_shape(p, config)
-            key = (id(config), self.state[p].get("step", 0) + 1, p.device)
+            state = self._state(p)
+            key = (id(config), state.get("step", 0) + 1, p.device)
             if key not in equations:
+                check_settings(config)  # which may have been changed since the group was made
                 equations[key] = self._rules.at_step(key[1], config, p.device)
+            rule, blocksize = self._rules.of(config), config["blocksize"]
+            grad = planned_steps.checked_gradient(p, p.grad, state, rule, blocksize)
+            self._rules.check_shape(p, config)
             steps.append(planned_steps.PlannedStep(p, grad, config, *equations[key]))
         return steps
+
+    def _state(self, p: Tensor) -> dict[str, Any]:
+        """The state of p, empty if it has none. Whoever steps parameters in a class of their own may have put a saved one there,
+        as torch's ZeroRedundancyOptimizer does."""
+        if WRAPPED in self.state.get(p, {}):
+            self._read({q: state for q, state in self.state.items() if WRAPPED in state})
+        found: dict[str, Any] = self.state.get(p, {})
+        return found
 
     def _parameters(self) -> list[Tensor]:
         """All parameters, by the indices that they have in a state dict."""
@@ -191,10 +205,11 @@ class Optimizer(torch.optim.Optimizer):
 
     def _begin(self, p: Tensor, config: Mapping[str, Any]) -> None:
         """Gives p its first state; or, if its state was loaded without the correction that p is to have, that correction."""
-        if not self.state[p]:
-            self.state[p] = self.new_state(p, config, self._memory(p))
-        elif not corrections(p, self.state[p]):
-            self.state[p].update(_new_correction(p, config, self._memory(p)))
+        state = self._state(p)
+        if "step" not in state:
+            self.state[p].update(self.new_state(p, config, self._memory(p)))
+        elif not corrections(p, state):
+            state.update(_new_correction(p, config, self._memory(p)))
 
     def new_state(self, p: Tensor, config: Mapping[str, Any], empty: Callable[..., Tensor]) -> dict[str, Any]:
         """The state of p before its first step, by the settings of `settings`. empty: as `update.new_state` takes it."""
@@ -218,7 +233,7 @@ class Optimizer(torch.optim.Optimizer):
         return empty
 
     def _name(self, p: Tensor, key: str) -> str:
-        """What the files of a state of p are called."""
+        """The name that the files of a state of p begin with."""
         return f"{next(i for i, q in enumerate(self._parameters()) if q is p)}.{key}"
 
     # ---- weights ----------------------------------------------------------------------------------------------------
@@ -238,7 +253,7 @@ class Optimizer(torch.optim.Optimizer):
         (1.0, True)
         """
         own = local(p.detach())
-        rest = corrections(p, self.state.get(p, {}))
+        rest = corrections(p, self._state(p))
         value = value_of(own.reshape(-1), [x.to(own.device) for x in rest])
         return sharded_like(p, (value.clone() if value.data_ptr() == own.data_ptr() else value).view(own.shape))
 
@@ -257,7 +272,7 @@ class Optimizer(torch.optim.Optimizer):
         if group is None:
             raise ValueError(f"p must be a parameter of this optimizer, got another one of shape {tuple(p.shape)}")
         for dtype, key in CORRECTIONS.items():
-            if dtype != p.dtype and self.state[p].pop(key, None) is not None:
+            if dtype != p.dtype and self._state(p).pop(key, None) is not None:
                 self._placement.forget(self._name(p, key))
         self._begin(p, self.settings(p, group))
         set_value(own, corrections(p, self.state[p]), given.reshape(-1))
@@ -267,6 +282,7 @@ class Optimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Settings and states in the layout of bitsandbytes, whose optimizers load it, as does `torch.load(weights_only=True)`.
 
+        What others keep in `optimizer.state[p]`, as Lookahead does, is saved beside the rule's states under its own name.
         States of sharded parameters are whole, on the CPU, and the same as without sharding, for any number of ranks to load:
         it is a collective call.
         """
@@ -299,14 +315,17 @@ class Optimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
+        self._read({p: value.state for p, value in self.state.items() if isinstance(value, _Held)})
+
+    def _read(self, saved: Mapping[Tensor, Mapping[str, Any]]) -> None:
+        """Give these parameters the states that `state_dict` made of theirs."""
         own = dict(zip(self._parameters(), self._rules_and_blocks(), strict=True))
-        held = [(p, value.state) for p, value in self.state.items() if isinstance(value, _Held)]
-        for p, saved in held:  # what is refused is refused before a page is written to
+        for p, state in saved.items():  # what is refused is refused before a page is written to
             rule, blocksize = own[p]
-            unwrapped_state(rule, p, saved, blocksize, _nowhere)
-        for p, saved in held:
+            unwrapped_state(rule, p, state, blocksize, _nowhere)
+        for p, state in saved.items():
             rule, blocksize = own[p]
-            self.state[p] = unwrapped_state(rule, p, saved, blocksize, self._memory(p))
+            self.state[p] = unwrapped_state(rule, p, state, blocksize, self._memory(p))
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("rule", "is_paged", "_own", "_rules", "_generator", "_placement")

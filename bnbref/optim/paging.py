@@ -1,4 +1,4 @@
-"""Where state lives: with its parameter, in pinned host memory, or in memory-mapped files.
+"""The three places of states: with their parameter, in pinned host memory, or in memory-mapped files.
 
     resident        on the parameter's device
     paged           CUDA: in pinned host memory; the states of the next parameters are fetched on a side stream while the
@@ -38,7 +38,7 @@ class SideStreams:
         self._fetching, self._writing = torch.cuda.Stream(device), torch.cuda.Stream(device)
 
     def fetch(self, host: Sequence[Tensor]) -> tuple[list[Tensor], Any]:
-        """Start to copy to the device. What is returned may be used after `wait`."""
+        """Start to copy to the device. The copies may be used after `wait`."""
         with torch.cuda.stream(self._fetching):
             return [x.to(self._device, non_blocking=True) for x in host], self._fetching.record_event()
 
@@ -47,7 +47,7 @@ class SideStreams:
         torch.cuda.current_stream(self._device).wait_event(event)
 
     def write_back(self, host: Sequence[Tensor], device: Sequence[Tensor]) -> None:
-        """Start to copy to the host what the computation so far leaves on the device."""
+        """Start to copy to the host the values that the computation so far leaves on the device."""
         self._writing.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._writing):
             for target, x in zip(host, device, strict=True):
@@ -55,14 +55,15 @@ class SideStreams:
         self._fetching.wait_stream(self._writing)
 
     def finish(self) -> None:
-        """Wait until the host has everything, and the computation has left what was fetched."""
+        """Wait until the host has everything, and the computation no longer uses the fetched copies."""
         self._writing.wait_stream(torch.cuda.current_stream(self._device))
         self._fetching.wait_stream(self._writing)
         self._writing.synchronize()
 
 
 class Placement:
-    """Where states are: it gives memory to new ones, and brings states to the device of their parameter, one after another."""
+    """The place of the states of an optimizer. It gives memory to new ones, and brings states to the device of their parameter,
+    one after another."""
 
     def __init__(
         self, is_paged: bool = False, directory: str | Path | None = None, page_bytes: int = PAGE_BYTES,

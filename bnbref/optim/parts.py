@@ -1,4 +1,4 @@
-"""What the kernels of 8 bits get of a parameter: its whole blocks as they are, and an incomplete one padded, in a row of a copy.
+"""The parts of a parameter that kernels of 8 bits get: its whole blocks as they are, and an incomplete one padded, in a copy.
 
     elements of a parameter    [    block    ][    block    ][  rest ]
                                 whole blocks: views           a padded copy, with the rests of other parameters
@@ -28,7 +28,7 @@ class Coded(NamedTuple):
 
 @dataclass(frozen=True)
 class Part:
-    """What a step reads and writes of a parameter: elements in a row, or `[blocks, blocksize]`.
+    """The tensors of a part of a parameter that a step reads and writes: elements in a row, or `[blocks, blocksize]`.
 
     weights: the parameter, and its correction if it has one.
     """

@@ -14,8 +14,8 @@ from bnbref.optim import matrix_steps
 from bnbref.optim.equation import Equation
 from bnbref.optim.master_weights import corrections
 from bnbref.optim.paging import Placement
-from bnbref.optim.rule import Rule
-from bnbref.optim.sharding import local, shard_of
+from bnbref.optim.rule import Rule, absmax_key
+from bnbref.optim.sharding import Shard, local, shard_of
 from bnbref.optim.update import Tails, step
 
 
@@ -46,8 +46,8 @@ class PlannedStep:
         return torch.randint(-(2**15), 2**15, (numel,), dtype=torch.int16, device=self.p.device, generator=generator)
 
 
-def checked_gradient(p: Tensor, grad: Tensor, state: Mapping[str, Any], rule: Rule) -> Tensor:
-    """The part of a gradient that this rank has. ValueError if p, whose state may be empty, cannot make a step by it."""
+def checked_gradient(p: Tensor, grad: Tensor, state: Mapping[str, Any], rule: Rule, blocksize: int) -> Tensor:
+    """The part of a gradient that this rank has. ValueError if p, which may have no state yet, cannot make a step by it."""
     check_float("a parameter", p)
     check_float("a gradient", grad)
     here, shape = local(grad), local(p).shape
@@ -56,18 +56,32 @@ def checked_gradient(p: Tensor, grad: Tensor, state: Mapping[str, Any], rule: Ru
             f"a gradient must have the shape of its parameter, and be sharded like it: here it has shape "
             f"{tuple(here.shape)}, the parameter {tuple(shape)}"
         )
-    if not state and _partly_shared(local(p), here):
+    begun = "step" in state
+    if not begun and _partly_shared(local(p), here):
         raise ValueError(
             f"a gradient must be in memory of its own, or in just its parameter's: of shape {tuple(shape)} they begin "
             f"{here.data_ptr() - local(p).data_ptr()} bytes apart"
         )
     corrections(p, state)
-    for s in rule.states if state else ():
+    for s in rule.states if begun else ():
+        if s.key not in state:
+            raise ValueError(
+                f"the state of a parameter of shape {tuple(shape)} has {sorted(state)} and no {s.key!r}, which {rule!r} keeps: "
+                f"it began by another rule. `del optimizer.state[p]` begins anew"
+            )
         if state[s.key].shape != (shape if s.of == "elements" else s.shape(p.shape)):
             raise ValueError(
                 f"a parameter must keep its shape: its {s.key} has {tuple(state[s.key].shape)}, from its first step, "
                 f"the parameter now {tuple(shape)}. `del optimizer.state[p]` begins anew"
             )
+        if state[s.key].dtype == torch.uint8:
+            scales = state[absmax_key(s.key)].numel()
+            blocks = len((shard_of(p) or Shard((0, p.numel()), 0, None)).blocks(check_blocksize(blocksize, p.numel())))
+            if scales != blocks:
+                raise ValueError(
+                    f"blocksize of a parameter must stay what it was when its state began: there are {scales} scales for "
+                    f"{s.key}, and {blocks} blocks of {blocksize}. `del optimizer.state[p]` begins anew"
+                )
     return here
 
 
@@ -187,5 +201,5 @@ def _say_interrupted(
     warnings.warn(
         f"a step was interrupted. By their index in the state dict: {sorted(done)} have made it, {not_yet} are as they were, "
         f"and {sorted(part)} may have made a part of it",
-        stacklevel=7,
+        stacklevel=9,
     )

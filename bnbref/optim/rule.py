@@ -1,4 +1,4 @@
-"""What a rule is. Optimizers are equations: a rule is a direction, and every step is
+"""The base class of rules. Optimizers are equations: a rule is a direction, and every step is
 
     p = decay * p - rate * direction
 
@@ -90,9 +90,9 @@ class Coefficients:
 
 
 class Rule:
-    """What an optimizer is. A subclass names its states, its coefficients and its direction.
+    """The equation of an optimizer. A subclass names its states, its coefficients and its direction.
 
-    It may hold numbers, in fields or wherever: what it computes with at a step is what counts, see `bnbref.optim.equation`.
+    It may hold numbers, in fields or wherever. Each step uses those that it finds at that time, see `bnbref.optim.equation`.
 
     states: by any names, "state1" and so on in bitsandbytes' files; they start at zero. stacked: states that `state_dict` has
     as one tensor, under the name of the first. codebooks: of 8-bit states with a sign, and of those without. clipped: whether

@@ -97,6 +97,7 @@ class AdamWScheduleFree(Family):
         **options: Unpack[Options],
     ) -> None:  # fmt: skip
         defaults = {"lr": lr, "betas": betas_of(betas), "eps": eps, "weight_decay": weight_decay}
+        options.setdefault("nonzero_squares", True)
         super().__init__(
             params, ScheduleFree(), {**defaults, "warmup_steps": warmup_steps, "train_mode": True},
             optim_bits=optim_bits, min_8bit_size=min_8bit_size, is_paged=is_paged, **options,
@@ -113,7 +114,7 @@ class AdamWScheduleFree(Family):
     @torch.no_grad()
     def _switch(self, train: bool) -> None:
         groups = [group for group in self.param_groups if group["train_mode"] != train]
-        every = [(p, group) for group in groups for p in group["params"] if self.state.get(p)]
+        every = [(p, group) for group in groups for p in group["params"] if "step" in self._state(p)]
         moved: list[_Member] = []
         try:
             self._move(every, train, moved)

@@ -1,6 +1,7 @@
 """Settings of an optimizer, of a group of parameters, of a single parameter. One that is not valid is refused by name."""
 
 import math
+import threading
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
@@ -89,6 +90,8 @@ class GlobalOptimManager:
     """
 
     _instance: ClassVar["GlobalOptimManager | None"] = None
+    # A thread may make a layer with settings of its own while another one makes a step, or the first one of the process.
+    _lock: ClassVar[threading.RLock] = threading.RLock()
 
     def __init__(self) -> None:
         raise RuntimeError("GlobalOptimManager has one instance: call GlobalOptimManager.get_instance()")
@@ -96,10 +99,12 @@ class GlobalOptimManager:
     @classmethod
     def get_instance(cls) -> "GlobalOptimManager":
         """The manager of this process."""
-        if cls._instance is None:
-            cls._instance = cls.__new__(cls)
-            cls._instance.initialize()
-        return cls._instance
+        with cls._lock:
+            if cls._instance is None:
+                made = cls.__new__(cls)
+                made.initialize()
+                cls._instance = made
+            return cls._instance
 
     def initialize(self) -> None:
         """Forget all settings."""
@@ -122,23 +127,26 @@ class GlobalOptimManager:
                 f"override_config takes key and value, or key_value_dict, got {key!r} and {key_value_dict!r}"
             )
         config = dict(key_value_dict) if key_value_dict is not None else {key: value}
-        for p in [parameters] if isinstance(parameters, Tensor) else parameters:
-            self._of_parameter.setdefault(p, {}).update(config)
+        with self._lock:
+            for p in [parameters] if isinstance(parameters, Tensor) else parameters:
+                self._of_parameter.setdefault(p, {}).update(config)
 
     def register_module_override(self, module: nn.Module, param_name: str, config: Mapping[str, Any]) -> None:
-        """The same for whatever parameter the module has under that name when it is updated."""
-        self._of_module.setdefault(module, {}).setdefault(param_name, {}).update(config)
+        """Overrides settings of the parameter that the module has under that name at the time of a step."""
+        with self._lock:
+            self._of_module.setdefault(module, {}).setdefault(param_name, {}).update(config)
 
     def overrides(self) -> WeakIdKeyDictionary:
         """All settings by parameter."""
         found = WeakIdKeyDictionary()
-        for module, by_name in self._of_module.items():
-            for name, config in by_name.items():
-                p = getattr(module, name, None)
-                if isinstance(p, Tensor):
-                    found[p] = dict(config)
-        for p, config in self._of_parameter.items():
-            found[p] = {**found.get(p, {}), **config}
+        with self._lock:
+            for module, by_name in self._of_module.items():
+                for name, config in by_name.items():
+                    p = getattr(module, name, None)
+                    if isinstance(p, Tensor):
+                        found[p] = dict(config)
+            for p, config in self._of_parameter.items():
+                found[p] = {**found.get(p, {}), **config}
         return found
 
 

@@ -20,7 +20,7 @@ from bnbref.blockwise import block_count
 
 @dataclass(frozen=True)
 class Shard:
-    """What one of several ranks has of a tensor: elements `bounds[rank]` to `bounds[rank + 1]` in row-major order.
+    """The part of a tensor that one of several ranks has: elements `bounds[rank]` to `bounds[rank + 1]` in row-major order.
 
     group: the process group of the ranks; None if there is one rank alone.
     """
@@ -125,7 +125,7 @@ def sum_over_shards(shard: Shard | None, x: Tensor) -> Tensor:
 
 
 def sharded_like(p: Tensor, x: Tensor) -> Tensor:
-    """What this rank has of a tensor as such a tensor as p is: a DTensor with p's placements, if p is one."""
+    """x, which is this rank's part of a tensor, as a DTensor with the placements of p. If p is no DTensor, x as it is."""
     if shard_of(p) is None:
         return x
     from torch.distributed.tensor import DTensor

@@ -5,6 +5,7 @@
 The wrapper keeps FSDP from gathering what does not have the parameter's shape.
 """
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,9 +28,9 @@ _BESIDE = {"step", *CORRECTIONS.values(), "unorm_vec", "gnorm_vec"}
 def gathered_state(rule: Rule, p: Tensor, state: Mapping[str, Any], blocksize: int) -> dict[str, Any]:
     """The state of a whole parameter. If p is a shard of it, the parts are gathered, which is a collective call."""
     shard = shard_of(p)
-    if shard is None or not state:
+    if shard is None or "step" not in state:
         return dict(state)
-    found: dict[str, Any] = {"step": state["step"]}
+    found: dict[str, Any] = {"step": state["step"], **_of_others(rule, state)}
     for s in rule.states:
         found[s.key] = (unsharded(p, state[s.key]) if s.of == "elements" else state[s.key].clone()).cpu()
         if state[s.key].dtype == torch.uint8:
@@ -58,7 +59,18 @@ def wrapped_state(rule: Rule, state: Mapping[str, Any]) -> dict[str, Any]:
     if rule.clipped and wrapped:
         # Room that bitsandbytes expects to find.
         wrapped["unorm_vec"] = torch.zeros(1, dtype=torch.float32, device="cpu")
-    return {"step": state["step"], WRAPPED: wrapped} if wrapped else {"step": state["step"]}
+    others = _of_others(rule, state)  # a whole saved state, if a wrapper has put one there since the last step
+    step = {"step": state["step"]} if "step" in state else {}
+    return {**step, **({WRAPPED: wrapped} if wrapped or others else {}), **others}
+
+
+def _names(rule: Rule) -> set[str]:
+    return {name(s.key) for s in rule.states for name in (str, absmax_key, qmap_key)}
+
+
+def _of_others(rule: Rule, state: Mapping[str, Any]) -> dict[str, Any]:
+    """What a state holds that is no business of its rule."""
+    return {key: x for key, x in state.items() if key not in _names(rule) | _BESIDE}
 
 
 def unwrapped_state(
@@ -67,20 +79,22 @@ def unwrapped_state(
     """The state of p, read from a saved one that is wrapped or not, in memory that `empty` gives.
 
     Raises ValueError if the saved state does not fit p, or is that of another rule as far as that can be seen. (The states of
-    Adam, AdamW and LAMB look alike.)
+    Adam, AdamW and LAMB look alike.) What stands beside a wrapped state is not the rule's, and kept.
     """
     bare = {key: x for key, x in saved.items() if key != WRAPPED}
-    saved = _unstacked(rule, {**bare, **saved.get(WRAPPED, {})})
+    others = _of_others(rule, bare) if WRAPPED in saved else {}
+    saved = _unstacked(rule, {**{key: x for key, x in bare.items() if key not in others}, **saved.get(WRAPPED, {})})
+    state: dict[str, Any] = {key: _copied(x, p.device) for key, x in others.items()}
     if not saved:
-        return {}
+        return state
     if "step" not in saved:
         raise ValueError(f"the saved state has no 'step', only {sorted(saved)}")
-    known = {name(s.key) for s in rule.states for name in (str, absmax_key, qmap_key)}
+    known = _names(rule)
     unknown = sorted(saved.keys() - known - _BESIDE)
     if unknown and known & saved.keys():
         raise ValueError(f"the saved state has {unknown}, which {rule!r} has not: it is of another rule")
     shard, shape = shard_of(p), tuple(local(p).shape)
-    state: dict[str, Any] = {"step": int(saved["step"])}
+    state["step"] = int(saved["step"])
 
     def put(key: str, every: Tensor, dtype: torch.dtype) -> None:
         flat = every.reshape(-1)
@@ -115,6 +129,10 @@ def unwrapped_state(
     return state
 
 
+def _copied(x: Any, device: torch.device) -> Any:
+    return x.detach().to(device, copy=True) if isinstance(x, Tensor) else copy.deepcopy(x)
+
+
 def _saved(rule: Rule, saved: Mapping[str, Any], key: str) -> Tensor:
     if key not in saved:
         raise ValueError(
@@ -126,6 +144,8 @@ def _saved(rule: Rule, saved: Mapping[str, Any], key: str) -> Tensor:
             f"wrapped in a dictionary, leave it out"
         )
     tensor: Tensor = saved[key]
+    if tensor.is_meta:
+        raise ValueError(f"saved {key} must have numbers, got a tensor on meta of shape {tuple(tensor.shape)}")
     return tensor
 
 

@@ -214,7 +214,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "zeros_like": lambda r, x: r.add(f"full_like({r.operand(x)}, 0.0)"),
     "ones_like": lambda r, x: r.add(f"full_like({r.operand(x)}, 1.0)"), "whole": _whole,
 }  # fmt: skip
-"""What a rule may do with symbols, by the name that it has as a function of torch or as a method of a tensor."""
+"""The operations that a rule may use on symbols, by their names as functions of torch or methods of a tensor."""
 
 
 class Names:

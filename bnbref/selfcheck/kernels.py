@@ -60,7 +60,8 @@ def one_nan(x: Tensor) -> Tensor:
 
 
 def _rows(thresholds: Sequence[float], width: int) -> Iterator[Tensor]:
-    """What is quantized: 16-bit numbers as they are, and boundaries, each scale in rows of its own that begin with it."""
+    """The tensors that are quantized: all 16-bit numbers; and boundaries, where each scale has rows of its own that begin with
+    it."""
     yield from (sixteen_bits(dtype) for dtype in (torch.bfloat16, torch.float16))
     scaled = boundaries(thresholds)
     points = torch.nn.functional.pad(scaled[:, 1:], (0, -(scaled.shape[1] - 1) % (width - 1)))

@@ -95,7 +95,7 @@ class Transformers:
         state = {"step": step - 1, "RMS": 0, "exp_avg_sq_row": row, "exp_avg_sq_col": column}
         # There eps1 is added to the squares of the gradient; the rules have it as the least root of their product.
         options = {"eps": (eps1**2, eps2), "clip_threshold": d, "decay_rate": beta2_decay, "weight_decay": weight_decay}
-        # What torch and the paper have as a bound of the rate is there a schedule of its own.
+        # The bound of the rate, by which torch and the paper mean lr, is a schedule of its own there.
         rate = min(lr, 1 / math.sqrt(step))
         new, state = stepped(make, p, g, state, lr=rate, relative_step=False, scale_parameter=True, **options)
         return new, state["exp_avg_sq_row"], state["exp_avg_sq_col"]

@@ -26,13 +26,13 @@ STATES = {
     "not offered": "the backend has no such function, or none for these arguments",
     "not judged": "the report has no case that tells: they did not run, or failed by another rule first",
 }
-"""What a cell of the board may be, and what that means."""
+"""The states of a cell of the board, each with its meaning."""
 
 _KEYS = {"backend": str, "device": str, "versions": dict, "cases": dict, "findings": list}
 
 
 class Cell(NamedTuple):
-    """What became of one rule in one report.
+    """One rule in one report: whether the backend keeps it.
 
     state: one of STATES. counts: the cases of the rule by their status, those aside that fail by another rule. findings: those of
     the report that break the rule, as its JSON has them.
@@ -121,7 +121,7 @@ def column(file: Path, text: str) -> Column:
 
 
 def key(finding: Mapping[str, Any]) -> Any:
-    """What no two findings of a report have in common."""
+    """A key of a finding, which no other finding of the report has."""
     return finding["cases"][0], finding["rule"], *finding["follows"]
 
 

@@ -13,7 +13,7 @@ from bnbref.conformance.judge import Failure
 from bnbref.conformance.report import Report
 
 WIDTH, HEIGHT = 400.0, 60.0
-"""Of the bars of a drawing."""
+"""The size of the area of a drawing in which its bars are."""
 
 
 def of_finding(done: Report, finding: Finding) -> str:

@@ -15,7 +15,7 @@ from bnbref.conformance.specification import ABOUT, FLAGS, RULES
 STYLE, SCRIPT = (Path(__file__).with_name(f"board.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
 
 SIGNS = {"passed": "✓", "dialect": "≈", "defect": "✗", "refused": "!", "not offered": "·", "not judged": "?"}
-"""What stands in a cell, so that colour is not what tells."""
+"""The sign in a cell of each state, so that states are not told by colour alone."""
 
 
 def as_page(columns: Sequence[Column]) -> str:
@@ -64,7 +64,7 @@ def _opener(identity: str, label: str, described: str = "") -> str:
 
 
 def _opened(identity: str, title: str, body: str) -> str:
-    """What a button opens: the browser does so, closes it by Escape, and gives the focus back."""
+    """The dialog that a button opens. The browser opens it, closes it by Escape, and gives the focus back to the button."""
     name = _text(identity)
     return (
         f'<div popover id="{name}" role=dialog aria-labelledby="{name}-title">'

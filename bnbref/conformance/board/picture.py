@@ -18,7 +18,7 @@ SHAPES = {
     "not offered": "m3.5 6h2v2h-2z",
     "not judged": "m1.5 6h6v2h-6z",
 }
-"""A path for each state, from the upper left corner of a cell: forms, so that colour is not what tells."""
+"""A path for each state, from the upper left corner of a cell. The shapes differ, so that states are not told by colour alone."""
 
 STYLE = """
 text { font: 12px system-ui, sans-serif; fill: #1f2328; }

@@ -8,7 +8,7 @@ from bnbref.conformance.board import STATES, Column
 
 
 def as_summary(column: Column) -> str:
-    """What was tested, against which vectors by their digests, and the rules by what became of them."""
+    """The summary as JSON: the backend and its versions, the digests of the vectors, and the rules by their state."""
     rules = {state: [rule for rule, cell in column.cells.items() if cell.state == state] for state in STATES}
     body = {
         "backend": column.backend,

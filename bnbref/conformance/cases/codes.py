@@ -116,7 +116,7 @@ def _quantize_4bit(book: Codebook) -> Iterator[Case]:
         yield case(f"thresholds-2^{power}", points, rule, flag)
     for dtype in DTYPES[1:]:
         yield case(f"thresholds-{dtype}", cast(in_blocks(neighbours(book.thresholds, dtype), 64), dtype), rule, flag)
-    # Of FP4's thresholds those that are midpoints too: the literals have cases of their own.
+    # Those of FP4's thresholds that are midpoints too: the literals have cases of their own.
     midpoints = [book.thresholds[1], book.thresholds[4]] if book.sign_bit else book.thresholds[:12]
     yield case("thresholds-any-scale", _at_any_scale(beside(midpoints, (-2, -1, 0, 1, 2)), 64), "Q4-2")
     minus = in_blocks(torch.tensor([-0.0, 0.5] * 31), 64)

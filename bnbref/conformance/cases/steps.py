@@ -38,7 +38,7 @@ def average(count: int, seed: int, square: bool) -> Tensor:
 
 
 def results(case: Case) -> dict[str, Tensor]:
-    """What the case's step gives, for the next step."""
+    """The results of the step of a case, as the inputs of the next step."""
     return {key: expected.value for key, expected in case.expected.items()}
 
 

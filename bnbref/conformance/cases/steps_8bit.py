@@ -123,7 +123,7 @@ def optimizer_8bit(name: str) -> Iterator[Case]:
     yield case("usual", "OB-1 OB-2", "", quick=False, **{**USUAL, "weight_decay": 0.0})
     yield case("decay", "OB-3", of_decay, weight_decay=0.25)
     yield case("scaled", "OB-3", "raw-gradient", gnorm_scale=0.5)
-    # Of every block one half has no gradient and no state; then a step more, in which it still has none.
+    # One half of every block has no gradient and no state; then a step more, in which it still has none.
     idle = _zeros(name, 512, signed)
     half = torch.arange(512) % 2 == 1
     g = torch.where(half, torch.where(noise(512, 331) < 0, -0.5, 0.5), 0.0)

@@ -63,7 +63,7 @@ def rest(beta: float) -> tuple[float, float]:
 
 
 def off_by(correction: float, t: int) -> float:
-    """By how much, relatively, a bias correction 1 - beta^t may be off, beta^t being that of a GPU's exp2."""
+    """The relative error that a bias correction 1 - beta^t may have, if beta^t was computed by a GPU's exp2."""
     return (t + 2) * SLACK * (1 - correction) / correction
 
 

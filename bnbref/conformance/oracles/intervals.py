@@ -93,7 +93,7 @@ class Interval:
         return (self.low == 1) & (self.high == 1)
 
     def widened(self, absolute: float | Tensor, relative: float = SLACK) -> "Interval":
-        """Both ends moved away from each other."""
+        """The interval with both of its ends moved outwards, by an absolute and a relative amount."""
         return Interval(
             self.low - relative * self.low.abs() - absolute, self.high + relative * self.high.abs() + absolute
         )

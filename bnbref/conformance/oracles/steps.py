@@ -16,7 +16,7 @@ from bnbref.conformance.oracles.intervals import Interval
 from bnbref.conformance.oracles.values import each
 
 BLOCKSIZE = 256
-"""Of 8-bit states."""
+"""The blocksize of 8-bit states."""
 
 Encode = Callable[[Tensor, Tensor], Tensor]
 """A function of scaled elements and the values of a codebook that returns codes."""
@@ -98,7 +98,7 @@ def optimizer_8bit(
         within.append(Interval.point(value) * Interval.point(scale))
     made = both(p, g, decoded, within, k, c, eight=True)
     found = {"p": bounded(made.p.to(p.dtype).view(p.shape), made.p_within, made.bad)}
-    # What takes part in its block's scale as it came, if the conventions say so: infinity, or NaN too.
+    # By some conventions an infinite gradient, or NaN too, becomes the scale of its block.
     flat = g.reshape(-1).float()
     counted = flat.isinf() if c.bad_gradient == "infinite" else made.bad & (c.bad_gradient == "any")
     spread = torch.where(counted, torch.where(flat.isinf(), torch.inf, flat), 0.0)
@@ -116,7 +116,11 @@ def _blocks(x: Tensor) -> Tensor:
 def encoded(
     x: Tensor, within: Interval, bad: Tensor, spread: Tensor, before: Tensor, values: Tensor, encode: Encode, floor: float
 ) -> tuple[Expected, Expected]:  # fmt: skip
-    """The codes and scales of a new state. before: its old scales. spread: what takes part in its block's scale, if not 0."""
+    """The codes and scales of a new state.
+
+    x, within: its numbers in float32 and as intervals. bad: the elements whose gradient is not finite. spread: for each element,
+    0, or an infinity or NaN that becomes the scale of its block. before: the old scales.
+    """
     held = _blocks(bad).any(-1)
     size = within.abs()
     largest = _blocks(torch.where(bad, 0.0, x).abs()).amax(-1)

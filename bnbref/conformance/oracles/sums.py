@@ -46,7 +46,7 @@ def int8_backward(a: Tensor, weight: Tensor, grad: Tensor) -> dict[str, Expected
     codes, absmax, _ = int8.quantize(weight)
     rows, inputs = int8.as_matrix(grad), int8.as_matrix(a)
     g, x = rows.double().abs(), inputs.double().abs()
-    # Of each column half a step of 127, and a little for its scale in float16.
+    # For each column half a step of 127, and a little for its scale in float16.
     g_off, x_off = (t.amax(0) / 253 for t in (g, x))
     off = g_off[:, None] * x.sum(0) + g.sum(0)[:, None] * x_off + len(g) * g_off[:, None] * x_off
     return {

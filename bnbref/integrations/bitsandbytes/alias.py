@@ -26,7 +26,7 @@ from bnbref.integrations.bitsandbytes.surface import MISSING, SURFACE
 __all__ = ["as_bitsandbytes", "install_as_bitsandbytes", "uninstall_as_bitsandbytes"]
 
 _undo = contextlib.ExitStack()
-"""What uninstalling takes back, the last first."""
+"""The changes that uninstalling takes back, the last one first."""
 
 # ---- install --------------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""What bitsandbytes has and bnbref has no use for: old names of its functional module, its constants.
+"""Names of bitsandbytes that bnbref itself has no use for: old functions of its functional module, and constants.
 
 Served by the alias alone, see `surface.py`. Each is a line or two over a function of bnbref.
 """

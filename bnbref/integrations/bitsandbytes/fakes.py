@@ -1,4 +1,4 @@
-"""What the results of bitsandbytes' operators look like: their fake kernels, for torch.compile and the meta device."""
+"""Fake kernels of bitsandbytes' operators, for torch.compile and the meta device: the shapes and dtypes of their results."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

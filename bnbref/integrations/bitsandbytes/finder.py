@@ -72,7 +72,7 @@ class Finder(importlib.metadata.DistributionFinder):
 
 
 def _then_mend(spec: importlib.machinery.ModuleSpec | None) -> importlib.machinery.ModuleSpec | None:
-    """The same spec; who loads the module mends it, too."""
+    """The same spec, whose loader calls `alias.mend` when it has loaded the module."""
     loader: Any = None if spec is None else spec.loader
     if loader is not None:
         execute = loader.exec_module
@@ -100,7 +100,7 @@ class Loader(importlib.abc.Loader):
 
 
 class Distribution(importlib.metadata.Distribution):
-    """What `importlib.metadata` says of bitsandbytes."""
+    """The metadata of bitsandbytes, as `importlib.metadata` finds them."""
 
     def __init__(self, version: str) -> None:
         self._version = version

@@ -17,7 +17,7 @@ from bnbref.optim.rules import absmax_key
 from bnbref.optim.update import step
 
 BLOCKSIZE = 256
-"""Of the 8-bit states of bitsandbytes."""
+"""The blocksize of 8-bit states of bitsandbytes."""
 
 
 def optimizer_update_32bit(

@@ -18,7 +18,7 @@ def pack_dict_to_tensor(source_dict: Mapping[str, Any]) -> Tensor:
 
 
 def unpack_tensor_to_dict(tensor_data: Tensor) -> Any:
-    """What `pack_dict_to_tensor` packed."""
+    """The dict that `pack_dict_to_tensor` has packed."""
     return json.loads(bytes(tensor_data.cpu().tolist()).decode())
 
 

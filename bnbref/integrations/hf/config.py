@@ -127,7 +127,7 @@ class BnbRefConfig(QuantizationConfigMixin):  # type: ignore[misc]
     # ---- config.json ------------------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
-        """What config.json says: `checkpoint_format`."""
+        """The dictionary for config.json, in the form that `checkpoint_format` names."""
         arguments = {name: getattr(self, name) for name in inspect.signature(BnbRefConfig).parameters}
         own = {name: dtype_name(x) if isinstance(x, torch.dtype) else x for name, x in arguments.items()}
         own = {"quant_method": METHOD, **own}

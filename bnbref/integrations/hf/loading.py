@@ -165,7 +165,7 @@ class Read(_Conversion):
 
 def _shape(entries: Mapping[str, Tensor]) -> tuple[int, ...]:
     """The shape of a quantized weight, from its entries in a state dict; ValueError if it is not whole."""
-    # Of older files the layer knows more than one `weight_format`.
+    # Without weight_format, because a layer takes more forms of it than `Checkpoint`: those of older files.
     return (
         Checkpoint({name: value for name, value in entries.items() if name != "weight_format"}).entries["weight"].shape
     )

@@ -1,4 +1,5 @@
-"""What peft's tuners can do over packed weights: the rest is refused by the layer's name, before anything is trained or merged.
+"""Which of peft's tuners can work on packed weights. The others are refused, with the name of the layer, before anything is
+trained or merged.
 
 A tuner of peft takes any subclass of `nn.Linear`. If it computes with the layer's output alone, it trains as over a float layer.
 If it reads `layer.weight` it finds codes: most then fail inside of torch, some compute with int8 codes as if they were numbers.

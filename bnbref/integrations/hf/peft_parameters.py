@@ -64,7 +64,7 @@ class ParamWrapper(lora.ParamWrapper):  # type: ignore[misc]
         super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
 
     def _steps(self) -> Any:
-        """What reading the parameter runs, None if it was dequantized meanwhile."""
+        """The ParametrizationList that runs when the parameter is read. None if the parameter was dequantized meanwhile."""
         return _quantized(self.get_base_layer()).get(self.parameter_name)
 
     def get_param(self) -> Tensor:

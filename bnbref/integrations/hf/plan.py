@@ -35,7 +35,7 @@ FORMATS: dict[str, BnbRefConfig | None] = {
 
 DTYPE = torch.bfloat16
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "query_key_value", "c_attn", "out_proj", "dense")
-"""What models call the projections of attention, which a plan for QLoRA adapts."""
+"""Names that models have for the projections of attention. A plan for QLoRA adapts these."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def read_config(model: str) -> Any:
 
 
 def number_of_parameters(model: str) -> float | None:
-    """What a size means; None for the name of a model, or of a file that is there.
+    """The number of parameters that a size like 7B means; None for the name of a model, or of a file that is there.
 
     >>> number_of_parameters("0.5B"), number_of_parameters("demo")
     (500000000.0, None)
@@ -137,6 +137,18 @@ def weight_bytes(config: Any, spec: BnbRefConfig | None, floats: torch.dtype = D
         else:
             found["weights"] += p.numel() * floats.itemsize
     return found
+
+
+def undivided_bytes(config: Any) -> int:
+    """Bytes of the largest part of a model that one GPU holds as a whole, in bfloat16: a layer, or the embedding."""
+    model, _ = on_meta(config, None)
+    parts = [
+        m
+        for m in model.modules()
+        if type(m).__name__ in (model._no_split_modules or ()) or isinstance(m, torch.nn.Embedding)
+    ]
+    sizes: list[int] = [sum(p.numel() for p in part.parameters()) for part in parts or [model]]
+    return max(sizes) * DTYPE.itemsize
 
 
 def adapter_shapes(config: Any, rank: int) -> list[torch.Size]:
@@ -212,7 +224,7 @@ def plans(
     for name, spec in FORMATS.items():
         if train == "full" and spec is not None:
             continue
-        # What is not quantized, embeddings above all, is cast to float32 by peft's prepare_model_for_kbit_training.
+        # Parameters that are not quantized, embeddings above all, are cast to float32 by peft's prepare_model_for_kbit_training.
         parts = weight_bytes(config, spec, torch.float32 if train == "qlora" and spec is not None else DTYPE)
         host = 0
         if train is None:

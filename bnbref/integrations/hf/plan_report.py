@@ -1,4 +1,4 @@
-"""What `python -m bnbref plan` prints: a table of the usual GPUs; or, of one memory, what fits and the code to paste."""
+"""The output of `python -m bnbref plan`: a table of the usual GPUs; or, for one memory size, what fits and the code to paste."""
 
 import math
 import re
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bnbref import optim
-from bnbref.integrations.hf.plan import FORMATS, PROJECTIONS, Plan, plans
+from bnbref.integrations.hf.plan import FORMATS, PROJECTIONS, Plan, plans, undivided_bytes
 
 CARDS = (8, 12, 16, 24, 40, 80)
 """Memory of usual GPUs, in GiB."""
@@ -16,12 +16,12 @@ USES: dict[str | None, tuple[str, tuple[type[optim.Optimizer], ...]]] = {
     "qlora": ("train an adapter", (optim.PagedAdamW8bit,)),
     "full": ("train everything", (optim.AdamW, optim.AdamW8bit, optim.PagedAdamW8bit, optim.Lion8bit)),
 }
-"""What a model is loaded for, and optimizers of different cost. An adapter is so small that its optimizer hardly counts."""
+"""The uses of a model, each with optimizers of different cost. An adapter is so small that its optimizer hardly counts."""
 
 
 PREPARED = ("model = prepare_model_for_kbit_training(model)",)
 CHECKPOINTED = ("model.gradient_checkpointing_enable()", "model.enable_input_require_grads()")
-"""Of a float model, which `prepare_model_for_kbit_training` would cast to float32 as a whole."""
+"""Lines of code that prepare a float model. `prepare_model_for_kbit_training` would cast all of it to float32."""
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -60,25 +60,30 @@ def cards(
     return "\n".join(lines), any(p.total <= max(CARDS) * 2**30 for *_, p in found)
 
 
-def parse_bytes(text: str) -> int:
-    """A number of bytes with a unit.
+def parse_memory(text: str) -> tuple[int, int]:
+    """How many GPUs, and the bytes of each: a number with a unit, after how many of them there are.
 
-    >>> parse_bytes("24GiB"), parse_bytes("1.5 GB")
-    (25769803776, 1500000000)
+    >>> parse_memory("24GiB"), parse_memory("2 x 1.5 GB")
+    ((1, 25769803776), (2, 1500000000))
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b\s*", text.lower())
+    found = re.fullmatch(r"\s*(?:([1-9]\d*)\s*x)?\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b\s*", text.lower())
     if found is None:
-        raise ValueError(f"memory must be a number with a unit, like 24GiB or 16GB, got {text!r}")
-    number, letter, binary = found.groups()
+        raise ValueError(f"memory must be a number with a unit, like 24GiB, 16GB or 2x24GiB, got {text!r}")
+    count, number, letter, binary = found.groups()
     unit: int = (1024 if binary else 1000) ** " kmgt".index(letter or " ")
-    return math.floor(float(number) * unit)
+    return int(count or 1), math.floor(float(number) * unit)
 
 
 # ---- one device -----------------------------------------------------------------------------------------------------
 
 
-def report(model: str, found: list[Plan], memory: int, train: str | None, optimizer: str) -> str:
-    """A table of plans, what is recommended, and the code to paste."""
+def room(config: Any, count: int, memory: int) -> int:
+    """Bytes that a model may take on so many GPUs: whole layers are divided, so each but one may waste a layer."""
+    return count * memory - (count - 1) * undivided_bytes(config)
+
+
+def report(model: str, found: list[Plan], memory: int, train: str | None, optimizer: str, count: int = 1) -> str:
+    """A table of plans, what is recommended, and the code to paste. memory: bytes that there are, on `count` GPUs."""
     columns = list(dict.fromkeys(name for plan in found for name in plan.parts))
     unit, power = ("GiB", 30) if max(plan.total for plan in found) >= 2**30 else ("MiB", 20)
     rows = [[unit, *columns, "total", "host", "fits"]]
@@ -88,7 +93,10 @@ def report(model: str, found: list[Plan], memory: int, train: str | None, optimi
         rows.append([plan.format, *(f"{size / 2**power:.2f}" for size in (*sizes, plan.total, plan.host)), fits])
     lines = aligned(rows)
     best = next((plan for plan in found if plan.total <= memory), None)
-    lines += ["", f"activations are an estimate; {memory / 2**power:.2f} {unit} are there"]
+    divided = (
+        f", on {count} GPUs among which layers are divided as a whole; one GPU works at a time" if count > 1 else ""
+    )
+    lines += ["", f"activations are an estimate; {memory / 2**power:.2f} {unit} are there{divided}"]
     if best is None:
         least = min(found, key=lambda plan: plan.total)
         return "\n".join(

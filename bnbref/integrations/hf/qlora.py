@@ -28,7 +28,7 @@ from bnbref.optim import PagedAdamW8bit
 __all__ = ["Finetuned", "dataset_text", "qlora"]
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-"""What the projections of attention are called in Llama, Qwen, Mistral and their like."""
+"""The names of the projections of attention in Llama, Qwen, Mistral and similar models."""
 
 HELD_OUT = 10
 """Every tenth window."""

@@ -13,21 +13,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION, HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 from transformers.utils import is_peft_available
 
 from bnbref.checkpoint import keys
 from bnbref.integrations.hf.config import METHOD, BnbRefConfig, dtype_of
-from bnbref.integrations.hf.experts import dequantize_experts, is_experts, load_offloaded, parametrize_experts
-from bnbref.integrations.hf.layers import dequantized, is_linear, plain_layer, quantized_layer, was_conv1d
-from bnbref.integrations.hf.loading import ANOTHER_SHAPE, Identity, Quantize, Read
+from bnbref.integrations.hf.experts import is_experts, load_offloaded, parametrize_experts
+from bnbref.integrations.hf.layers import is_linear, plain_layer, quantized_layer
+from bnbref.integrations.hf.loaded import dequantize, log_report, plain_if_new, set_flags, undone_on_saving
+from bnbref.integrations.hf.loading import ANOTHER_SHAPE, Quantize, Read
 from bnbref.integrations.hf.readers import read_by_others
-from bnbref.nn import Linear8bitLt
-from bnbref.nn.inventory import REASONS, Report, report
+from bnbref.nn.inventory import REASONS, merged, report
 from bnbref.nn.quantized_layer import QuantizedLayer
-from bnbref.nn.quantized_parameter import QuantizedParameter
 from bnbref.quant_state import QuantState
 
 logger = logging.getLogger(__name__)
@@ -48,7 +46,7 @@ class BnbRefHfQuantizer(HfQuantizer):  # type: ignore[misc]
         self.reasons: dict[str, str] = {}
         """Why a module or parameter was left as it is."""
         self.conversions: list[Any] = []
-        """What transformers did to the tensors of the checkpoint."""
+        """The conversions that transformers has made of the tensors of the checkpoint."""
         self.files: Sequence[str] = ()
         """The files of the checkpoint."""
 
@@ -89,21 +87,24 @@ class BnbRefHfQuantizer(HfQuantizer):  # type: ignore[misc]
         candidates = {name: m for name, m in model.named_modules() if is_linear(m) or is_experts(m)}
         tied = {key.removesuffix(".weight"): other for key, other in model.all_tied_weights_keys.items()}
         readers = read_by_others(model)
+        surprising: dict[str, list[str]] = {}
         for name, module in candidates.items():
             reason = f"tied to {tied[name]}" if name in tied else _skipped(name, patterns, skip)
             if reason is None and name in readers and not self.pre_quantized:
                 reason = f"{readers[name]} reads its weight by itself"
-                logger.warning("%s stays as it is. %s", name, reason)
+                surprising.setdefault(reason, []).append(name)
+            if reason is None and not is_linear(module) and self.spec.is_int8 and not self.pre_quantized:
+                reason = "experts: LLM.int8() is a product with a matrix; nf4 and fp4 are for any parameter"
+                surprising.setdefault(reason, []).append(name)
             if reason is not None:
                 self.reasons[name] = reason
             elif is_linear(module):
                 model.set_submodule(name, quantized_layer(module, self.spec, self.spec.is_int8))
-            elif self.spec.is_int8 and not self.pre_quantized:
-                self.reasons[name] = "experts: LLM.int8() is a product with a matrix; nf4 and fp4 are for any parameter"
-                logger.warning("%s stays as it is. %s", name, self.reasons[name])
             else:
                 parameters = module.named_parameters(prefix=name, recurse=False)
                 self.fused.update({n: None for n, p in parameters if p.dim() == 3})
+        for reason, names in surprising.items():
+            logger.warning("not quantized: %s. %s", ", ".join(merged(names)), reason)
         for pattern in skip:
             if all(should_convert_module(name, [pattern]) for name in candidates):
                 below = f".*{pattern}"
@@ -169,17 +170,7 @@ class BnbRefHfQuantizer(HfQuantizer):  # type: ignore[misc]
     # ---- after loading ----------------------------------------------------------------------------------------------
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        for name, module in list(model.named_modules()):
-            if isinstance(module, QuantizedLayer) and not module.weight.is_meta and not _is_quantized(module):
-                if module.weight.shape != module._shape():
-                    raise ValueError(
-                        f"{name}.weight has no scales: transformers renames them on loading, but not their weight"
-                    )
-                self.reasons[name] = "not in the checkpoint: newly initialized"
-                plain = plain_layer(module, module.weight.data)
-                if not was_conv1d(module):
-                    plain.weight = module.weight
-                model.set_submodule(name, plain)
+        self.reasons |= plain_if_new(model)
         quantized = {name: state for name, state in self.fused.items() if state is not None}
         self.reasons |= dict.fromkeys(self.fused.keys() - quantized.keys(), "float in the checkpoint")
         for name, state in quantized.items():
@@ -191,28 +182,15 @@ class BnbRefHfQuantizer(HfQuantizer):  # type: ignore[misc]
         conversions = getattr(model, "_weight_conversions", None) or []
         self.conversions = [c for c in conversions if not isinstance(getattr(c, "operations", [None])[0], Read)]
         layers = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, QuantizedLayer)]
-        model._weight_conversions = [c for c in self.conversions if not _undoing(c, [*quantized, *layers])]
-        _set_flags(model)
+        model._weight_conversions = [c for c in self.conversions if not undone_on_saving(c, [*quantized, *layers])]
+        set_flags(model)
         if is_peft_available():
             from bnbref.integrations.hf.peft_parameters import adapt_peft
 
             adapt_peft()
         setattr(model, REASONS, self.reasons)
-        self._log(report(model))
+        log_report(report(model), self.reasons)
         return model
-
-    def _log(self, found: Report) -> None:
-        logger.info("%s", found)
-        if not found.quantized:
-            logger.warning("nothing in this model was quantized:\n%s", found)
-            return
-        kept = ("embedding", *self.reasons.values())
-        left = tuple(p for p in found.skipped if len(p.shape) > 1 and p.elements and p.reason not in kept)
-        share = sum(p.elements for p in left) / sum(p.elements for p in found.parameters)
-        if share > 0.05:
-            logger.warning(
-                "%.0f %% of this model is in parameters that cannot be quantized:\n%s", 100 * share, Report(left)
-            )
 
     # ---- the loaded model -------------------------------------------------------------------------------------------
 
@@ -231,24 +209,16 @@ class BnbRefHfQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
-        """What save_pretrained saves: the model's own state dict, unless it lacks what is offloaded."""
+        """The tensors for save_pretrained.
+
+        None stands for the model's own state dict, which lacks only codes that are offloaded.
+        """
         offloaded = load_offloaded(model)
         return ({**model.state_dict(), **offloaded} if offloaded else None), {}
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
-        old, dtype = dtype_of(model.config.dtype), dtype_of(dtype)
-        for name, module in list(model.named_modules()):
-            if isinstance(module, QuantizedLayer) and not isinstance(module, nn.Embedding):
-                model.set_submodule(name, dequantized(name, module, dtype))
-        dequantize_experts(model, dtype)
-        # A parameter that was not quantized has the dtype of the model, or float32 if the model wants it so: that one stays.
-        for parameter in model.parameters():
-            if parameter.dtype == old and not isinstance(parameter, QuantizedParameter):
-                parameter.data = parameter.data.to(dtype)
-        model.config.dtype = dtype
+        dequantize(model, dtype_of(dtype))
         model._weight_conversions = self.conversions
-        for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit", REASONS):
-            model.__dict__.pop(flag, None)
         return model
 
 
@@ -266,35 +236,3 @@ def _skipped(name: str, patterns: list[str], skip: list[str]) -> str | None:
 def _exchanged(model: nn.Module) -> bool:
     """Whether transformers exchanges modules of this model if a file says "bitsandbytes", and then looks for other names."""
     return any(type(module).__name__ in MODULES_TO_PATCH_FOR_QUANTIZATION for module in model.modules())
-
-
-def _is_quantized(layer: QuantizedLayer) -> bool:
-    weight: Any = layer.weight
-    return hasattr(weight, "holds_codes") and weight.holds_codes()
-
-
-def _undoing(conversion: Any, names: list[str]) -> bool:
-    """Whether saving would undo to some of these weights what loading did to them: split merged weights, for example.
-
-    Codes cannot be split so. They are saved under the model's own names, under which transformers loads them, too.
-    """
-    if not isinstance(conversion, WeightConverter):
-        return False
-    sources, targets = conversion._original_source_patterns, conversion._original_target_patterns
-    backwards = WeightConverter(targets, sources, operations=[Identity()])
-    for scope in ("scope_prefix", "base_model_prefix"):
-        setattr(backwards, scope, getattr(conversion, scope))
-    return any(backwards.rename_source_key(name)[1] is not None for name in names)
-
-
-def _set_flags(model: Any) -> None:
-    """The flags by which Hugging Face's libraries know a quantized model.
-
-    An 8-bit model does not call its method "bitsandbytes", because then `model.to(device)` would ask for that package.
-    """
-    if any(isinstance(module, Linear8bitLt) for module in model.modules()):
-        model.is_loaded_in_8bit = True
-        model.quantization_method = METHOD
-    else:
-        model.is_loaded_in_4bit = True
-        model.quantization_method = "bitsandbytes"

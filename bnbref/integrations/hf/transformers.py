@@ -101,7 +101,7 @@ def _counting(original: Callable[..., int]) -> Callable[..., int]:
     @functools.wraps(original)
     def num_parameters(self: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         states = {id(p): p.quant_state for p in self.parameters() if isinstance(p, Params4bit)}
-        # What FSDP has put in a weight's place is known by its layer.
+        # FSDP puts another parameter in the place of a weight: the layer knows its state.
         layers = [m for m in self.modules() if isinstance(m, FourBitLayer) and m.quant_state is not None]
         states |= {id(layer.weight): layer.quant_state for layer in layers}
         for _, module, name, step in quantized_parameters(self):

@@ -1,0 +1,132 @@
+"""Settings that are changed between steps, as schedules and users do: what a group may not begin with, no step takes."""
+
+import copy
+import math
+
+import pytest
+import torch
+from conftest import same_bits
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_optim_classes import OF_MATRICES, make
+from torch import nn
+
+from bnbref import optim
+
+pytestmark = pytest.mark.usefixtures("eager")
+FAMILIES = ["SGD8bit", "AdamW8bit", "Lion32bit", "LAMB8bit", "AdEMAMix8bit", "AdamWScheduleFree8bit"]
+FAMILIES += [name for name in OF_MATRICES if not name.startswith("Paged") and "8bit" in name]
+REFUSED = (ValueError, TypeError, NotImplementedError)
+
+VALUES = (
+    st.none()
+    | st.booleans()
+    | st.integers(-2, 2)
+    | st.sampled_from([8, 24, 32, 100, 256, 4096])
+    | st.floats(-2, 2)
+    | st.sampled_from([math.nan, math.inf, "", "adamw", "0.9"])
+    | st.lists(st.floats(-1, 2), max_size=4).map(tuple)
+    | st.floats(-1, 1).map(torch.tensor)
+)
+
+
+def begun(name):
+    """An optimizer that has made a step, its two parameters, and how to make a group of settings."""
+    torch.manual_seed(0)
+    params = [nn.Parameter(torch.randn(30, 40)) for _ in range(2)]
+    optimizer = make(name, [{"params": params[:1]}, {"params": params[1:]}], min_8bit_size=0)
+    for p in params:
+        p.grad = torch.randn(30, 40)
+    optimizer.step()
+    return optimizer, params
+
+
+def everything(optimizer, params):
+    return [x for p in params for x in (p.detach(), *optimizer.state[p].values()) if isinstance(x, torch.Tensor)]
+
+
+@settings(max_examples=60)
+@given(st.sampled_from(FAMILIES), st.data(), VALUES, st.booleans())
+def test_what_a_group_may_not_begin_with_no_step_takes(name, data, value, of_one):
+    """It changes nothing. of_one: the setting of one parameter, by `GlobalOptimManager`."""
+    optimizer, params = begun(name)
+    others = ("foreach", "fused", "capturable", "differentiable")
+    key = data.draw(st.sampled_from(sorted({*optimizer._own, *optimizer.defaults, *others})))
+    fresh = nn.Parameter(torch.ones(30, 40))
+    try:
+        copy.deepcopy(optimizer).add_param_group({"params": [fresh], key: value})
+        refused = False
+    except REFUSED:
+        refused = True
+    if of_one:
+        optim.GlobalOptimManager.get_instance().override_config(params[1], key, value)
+    else:
+        optimizer.param_groups[1][key] = value
+    before = copy.deepcopy(everything(optimizer, params))
+    try:
+        optimizer.step()
+        stepped = True
+    except REFUSED:
+        stepped = False
+    except RuntimeError:
+        stepped = key != "train_mode"  # averages make no step
+    after = everything(optimizer, params)
+    assert not (stepped and refused)
+    assert stepped or same_bits(after, before)
+    assert all(bool(x.isfinite().all()) for x in after if x.is_floating_point())
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if "8bit" in name])
+@pytest.mark.parametrize(("numel", "blocksize", "same"), [(300, 128, False), (300, 512, False), (60, 128, True)])
+def test_blocks_stay_what_they_were(name, numel, blocksize, same):
+    """Another size that would make another number of blocks is refused, and changes nothing."""
+    own = {"beta1": 0.9} if "Adafactor" in name else {}
+    params = [nn.Parameter(torch.linspace(-1, 1, numel).view(2, -1)) for _ in range(2)]
+    ours, twin = (make(name, [x], min_8bit_size=0, **own) for x in params)
+    for t in range(3):
+        ours.param_groups[0]["blocksize"] = blocksize if t == 1 else 256
+        for p in params:
+            p.grad = torch.sin(torch.arange(numel) * (t + 1.0)).view(2, -1)
+        if t == 1 and not same:
+            with pytest.raises(ValueError, match="blocksize of a parameter must stay what it was"):
+                ours.step()
+        else:
+            ours.step()
+            twin.step()
+    assert same_bits(everything(ours, params[:1]), everything(twin, params[1:]))
+
+
+def test_a_group_of_another_rule_than_its_states():
+    p = nn.Parameter(torch.ones(8, 9))
+    p.grad = torch.ones(8, 9)
+    optimizer = optim.Muon8bit([p])
+    optimizer.step()
+    optimizer.param_groups[0]["rule"] = "adamw"
+    with pytest.raises(
+        ValueError, match=r"has \['momentum', 'step'\] and no 'state1', which Adam keeps: it began by another"
+    ):
+        optimizer.step()
+    del optimizer.state[p]
+    optimizer.step()
+
+
+def test_a_group_has_no_momentum_where_the_optimizer_has_none():
+    """Adafactor keeps one, or not, for all groups: a group that asks for it in vain would be stepped without."""
+    with pytest.raises(ValueError, match="beta1 of a group must be 0 where the optimizer's is"):
+        optim.Adafactor([{"params": [nn.Parameter(torch.ones(4, 4))], "beta1": 0.9}])
+    optim.Adafactor([{"params": [nn.Parameter(torch.ones(4, 4))], "beta1": 0.0}], beta1=0.9)
+
+
+@pytest.mark.parametrize("name", ["AdamW8bit", "SGD32bit", "Adafactor8bit"])
+def test_a_parameter_has_memory_for_each_element(name):
+    """An expanded tensor has one for many, of which no step could make what it should."""
+    with pytest.raises(
+        ValueError, match=r"must have memory for each .* \(5, 9\) that was expanded: its strides are \(0, 1\)"
+    ):
+        make(name, [nn.Parameter(torch.ones(1, 9).expand(5, 9))])
+    p = nn.Parameter(torch.ones(5, 9))
+    optimizer = make(name, [p])
+    p.data = torch.ones(1, 9).expand(5, 9)
+    p.grad = torch.ones(5, 9)
+    with pytest.raises(ValueError, match="was expanded"):
+        optimizer.step()
