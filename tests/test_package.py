@@ -162,7 +162,8 @@ def test_no_assert(module):
 # What only these may import is an extra's; all the rest of the package runs with the dependencies alone. pytest loads three.
 GUESTS = ("bnbref.integrations.hf", "bnbref.demo", "bnbref.conformance.conftest", "bnbref.conformance.test_backend",
           "bnbref.conformance.plugin", "bnbref.conformance.backends.nncf", "bnbref.conformance.backends.onnxruntime",
-          "bnbref.conformance.backends.optax", "bnbref.conformance.backends.qwix", "bnbref.conformance.backends.tinygrad")  # fmt: skip
+          "bnbref.conformance.backends.optax", "bnbref.conformance.backends.qwix",
+          "bnbref.conformance.backends.tinygrad")  # fmt: skip
 FOLDERS = ("bnbref", "tests", "benchmarks", "docs")
 BROUGHT = {"griffe", "tokenizers", "triton", "yaml"}  # by mkdocstrings, transformers, a torch for GPUs, huggingface_hub
 BROUGHT |= {"jax", "onnx", "openvino"}  # with the packages that programs of the conformance reports are about
