@@ -201,22 +201,23 @@ def run_plan(args: argparse.Namespace) -> int:
     """0 if something fits, 1 if nothing does."""
     needs("plan", "transformers", "accelerate")
     from bnbref.integrations.hf import plan, plan_report
+    from bnbref.integrations.hf.blueprint import Blueprint
 
     optimizers = sorted(family.__name__ for family in plan.optimizers())
     if args.optimizer not in (None, *optimizers):
         raise Refused(f"--optimizer must be one of {', '.join(optimizers)}, got {args.optimizer!r}")
     try:
-        config = plan.read_config(args.model)
+        blueprint = Blueprint(plan.read_config(args.model))
         optimizer = getattr(bnbref.optim, args.optimizer) if args.optimizer else None
         if args.memory is None:
-            text, fits = plan_report.cards(config, args.train, optimizer, args.seq, args.batch)
+            text, fits = plan_report.cards(blueprint, args.train, optimizer, args.seq, args.batch)
         else:
             count, each = plan_report.parse_memory(args.memory)
-            memory = plan_report.room(config, count, each)
+            memory = plan_report.room(blueprint, count, each)
             optimizer = optimizer or bnbref.optim.PagedAdamW8bit
-            found = plan.plans(config, args.train, optimizer, args.seq, args.batch)
+            found = plan.plans(blueprint, args.train, optimizer, args.seq, args.batch)
             name = args.model if plan.number_of_parameters(args.model) is None else "NAME OF THE MODEL"
-            text = plan_report.report(name, found, memory, args.train, optimizer.__name__, count)
+            text = plan_report.report(name, blueprint.loader, found, memory, args.train, optimizer.__name__, count)
             fits = any(p.total <= memory for p in found)
     except (OSError, ValueError) as error:
         raise Refused(str(error)) from error

@@ -119,10 +119,11 @@ def weights(shape: dict[str, int]) -> dict[str, int]:
     """Bytes of a Llama's weights and scales in each format."""
     from transformers import LlamaConfig
 
-    from bnbref.integrations.hf.plan import FORMATS, weight_bytes
+    from bnbref.integrations.hf.blueprint import FORMATS, Blueprint
 
-    config = LlamaConfig(vocab_size=32000, **shape)
-    return {name: sum(weight_bytes(config, spec).values()) for name, spec in FORMATS.items()}
+    blueprint = Blueprint(LlamaConfig(vocab_size=32000, **shape))
+    found = {name: blueprint.weights(name) for name in FORMATS}
+    return {name: 2 * weights.floats + weights.codes + weights.scales for name, weights in found.items()}
 
 
 def memory() -> Picture:

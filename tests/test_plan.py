@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 import bnbref
 from bnbref import cli, optim
@@ -13,6 +14,7 @@ from bnbref import cli, optim
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 plan = pytest.importorskip("bnbref.integrations.hf.plan")
+blueprint = pytest.importorskip("bnbref.integrations.hf.blueprint")
 plan_report = pytest.importorskip("bnbref.integrations.hf.plan_report")
 hf = pytest.importorskip("bnbref.integrations.hf.transformers")
 
@@ -30,7 +32,7 @@ PARAMETERS = {"7b": 6_738_415_616, "13b": 13_015_864_320, "70b": 68_976_648_192}
 
 @pytest.fixture(scope="module")
 def demo():
-    return plan.read_config(str(DEMO))
+    return blueprint.Blueprint(plan.read_config(str(DEMO)))
 
 
 def load(spec):
@@ -39,18 +41,21 @@ def load(spec):
         return transformers.AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.bfloat16, **options)
 
 
-@pytest.mark.parametrize("name", plan.FORMATS)
+def weight_bytes(model, name):
+    found = model.weights(name)
+    return 2 * found.floats + found.codes + found.scales
+
+
+@pytest.mark.parametrize("name", blueprint.FORMATS)
 def test_weights_and_scales_to_the_byte(name, demo):
-    spec = plan.FORMATS[name]
-    found = plan.weight_bytes(demo, spec)
-    assert sum(found.values()) == bnbref.report(load(spec)).total_bytes
+    assert weight_bytes(demo, name) == bnbref.report(load(blueprint.FORMATS[name])).total_bytes
 
 
 def test_training_to_the_byte(demo):
     """Adapters, gradients and states of a step of QLoRA on the demo model."""
     (p,) = [p for p in plan.plans(demo, "qlora", optim.AdamW8bit, 32, 2) if p.format == "nf4, double"]
-    model = peft.prepare_model_for_kbit_training(load(plan.FORMATS[p.format]))
-    settings = peft.LoraConfig(r=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], task_type="CAUSAL_LM")
+    model = peft.prepare_model_for_kbit_training(load(blueprint.FORMATS[p.format]))
+    settings = peft.LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
     model = peft.get_peft_model(model, settings)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = optim.AdamW8bit(trained, lr=1e-3)
@@ -76,11 +81,73 @@ def test_training_to_the_byte(demo):
     assert held / 4 < p.parts["activations"] < held * 4
 
 
-def test_the_cache_to_the_byte(demo):
-    model = load(None)
-    cache = model(input_ids=torch.arange(48).view(2, 24), use_cache=True).past_key_values
-    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert plan.cache_bytes(demo, 2, 24) == held
+TINY = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+CONFIGS = {
+    "llama": lambda: transformers.LlamaConfig(**TINY, num_key_value_heads=2),
+    "sliding windows": lambda: transformers.Gemma3TextConfig(
+        **TINY, num_key_value_heads=2, head_dim=16, sliding_window=20, layer_types=["sliding_attention", "full_attention"] * 2
+    ),
+    "compressed keys": lambda: transformers.DeepseekV3Config(
+        **TINY, num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
+        n_routed_experts=4, n_group=1, topk_group=1, num_experts_per_tok=2, first_k_dense_replace=1,
+        moe_intermediate_size=16,
+    ),
+    "recurrent": lambda: transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=8),
+    "encoder and decoder": lambda: transformers.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4),
+    "needs values": lambda: transformers.BartConfig(
+        vocab_size=64, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=64, decoder_ffn_dim=64,
+    ),
+}  # fmt: skip
+
+
+def held(cache):
+    """Bytes of the tensors of each layer of a cache; what an encoder's keys take is in a cache beside."""
+    parts = (
+        [cache.self_attention_cache, cache.cross_attention_cache]
+        if hasattr(cache, "cross_attention_cache")
+        else [cache]
+    )
+    found = [
+        x for part in parts for layer in part.layers for x in tree_leaves(vars(layer)) if isinstance(x, torch.Tensor)
+    ]
+    return sum(x.nbytes for x in found if x.dim())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("seq", [12, 40])
+def test_the_cache_to_the_byte(name, seq):
+    found = blueprint.Blueprint(CONFIGS[name]())
+    torch.manual_seed(0)
+    model = found._class._from_config(found.config, dtype=torch.bfloat16).eval()
+    ids = torch.arange(2 * seq).view(2, seq) % 60 + 3
+    inputs = {"decoder_input_ids": ids} if found.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        output = model(input_ids=ids, use_cache=True, **inputs)
+    assert found.cache_bytes(2, seq) == held(output.get("past_key_values") or output.cache_params)
+
+
+@pytest.mark.parametrize(
+    ("config", "loader"),
+    [
+        ("ViTConfig", "ViTModel"), ("T5Config", "T5ForConditionalGeneration"), ("BertConfig", "AutoModelForCausalLM"),
+        ("LlavaConfig", "LlavaForConditionalGeneration"), ("MixtralConfig", "AutoModelForCausalLM"),
+    ],
+)  # fmt: skip
+def test_models_of_other_kinds(config, loader, tmp_path, capsys):
+    getattr(transformers, config)().save_pretrained(tmp_path)
+    assert cli.main(["plan", str(tmp_path), "--memory", "2TB", "--train", "qlora"]) == 0
+    said = capsys.readouterr().out
+    assert f"from transformers import {loader}\n" in said
+    assert 'target_modules="all-linear"' in said
+    assert cli.main(["plan", str(tmp_path)]) in (0, 1)
+
+
+def test_the_class_that_a_config_names():
+    config = transformers.BertConfig(architectures=["BertForMaskedLM"], num_hidden_layers=1)
+    assert blueprint.Blueprint(config).loader == "BertForMaskedLM"
+    with pytest.raises(ValueError, match="has no model for a PreTrainedConfig"):
+        blueprint.Blueprint(transformers.PretrainedConfig())
 
 
 @pytest.mark.parametrize("size", LLAMA2)
@@ -88,7 +155,8 @@ def test_published_sizes_of_llama_2(size):
     """14, 7 and 3.5 GB for 7B are two, one and half a byte a parameter; scales and what stays bfloat16 come on top."""
     config = transformers.LlamaConfig(vocab_size=32000, **LLAMA2[size])
     count = PARAMETERS[size]
-    found = {name: sum(plan.weight_bytes(config, spec).values()) for name, spec in plan.FORMATS.items()}
+    model = blueprint.Blueprint(config)
+    found = {name: weight_bytes(model, name) for name in blueprint.FORMATS}
     assert found["bfloat16"] == 2 * count
     kept = 2 * 32000 * config.hidden_size  # embedding and output head stay bfloat16
     vectors = (2 * config.num_hidden_layers + 1) * config.hidden_size
@@ -100,17 +168,18 @@ def test_published_sizes_of_llama_2(size):
 
 def test_full_training_of_7b(monkeypatch):
     config = transformers.LlamaConfig(vocab_size=32000, **LLAMA2["7b"])
-    (p,) = plan.plans(config, "full", optim.PagedAdamW8bit, 512, 1)
+    model = blueprint.Blueprint(config)
+    (p,) = plan.plans(model, "full", optim.PagedAdamW8bit, 512, 1)
     assert p.parts["gradients"] == p.parts["weights"] == 2 * PARAMETERS["7b"]
     assert p.host == pytest.approx(2 * PARAMETERS["7b"] * (1 + 4 / 256), rel=1e-3)
     assert p.parts["optimizer"] < 2**29
-    (resident,) = plan.plans(config, "full", optim.AdamW8bit, 512, 1)
+    (resident,) = plan.plans(model, "full", optim.AdamW8bit, 512, 1)
     assert resident.total - p.total == pytest.approx(p.host, rel=0.03)
 
 
 @pytest.mark.parametrize("size", ["0.5B", "1.1B", "3B", "7B", "13B", "33B", "70B"])
 def test_a_llama_of_a_size(size):
-    count = sum(p.numel() for p in plan.on_meta(plan.read_config(size), None)[0].parameters())
+    count = sum(p.numel() for p in blueprint.Blueprint(plan.read_config(size)).model.parameters())
     assert count == pytest.approx(float(size[:-1]) * 1e9, rel=0.1)
 
 
@@ -200,11 +269,12 @@ def test_layers_are_divided_among_gpus_as_a_whole():
     layers = [2 * sum(p.numel() for p in layer.parameters()) for layer in model.model.layers]
     embedding = 2 * model.model.embed_tokens.weight.numel()
     largest = max(*layers, embedding)
-    assert plan.undivided_bytes(config) == largest
+    found = blueprint.Blueprint(config)
+    assert found.undivided_bytes() == largest
     parts = (embedding, *layers, embedding)
     for count in (1, 2, 3):
         memory = -(-(sum(parts) + (count - 1) * largest) // count)
-        assert plan_report.room(config, count, memory) >= sum(parts)
+        assert plan_report.room(found, count, memory) >= sum(parts)
         gpus, left = 1, memory
         for part in parts:
             if part > left:
@@ -244,7 +314,9 @@ def test_a_model_that_is_not_there(capsys, tmp_path):
         assert f"--batch: must be an integer of at least 1, got {count!r}" in capsys.readouterr().err
 
 
-def test_a_model_without_attention_to_adapt():
-    config = transformers.RwkvConfig(hidden_size=32, num_hidden_layers=1, vocab_size=64)
-    with pytest.raises(ValueError, match="none to adapt"):
-        plan.plans(config, "qlora")
+def test_what_is_not_known_of_a_model():
+    found = blueprint.Blueprint(transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1]))
+    with pytest.raises(ValueError, match="ResNetModel has no linear layer to adapt"):
+        plan.plans(found, "qlora")
+    with pytest.raises(ValueError, match="the activations of ResNetModel are not known: "):
+        plan.plans(found)

@@ -3,10 +3,10 @@
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
 
 from bnbref import optim
-from bnbref.integrations.hf.plan import FORMATS, PROJECTIONS, Plan, plans, undivided_bytes
+from bnbref.integrations.hf.blueprint import FORMATS, Blueprint
+from bnbref.integrations.hf.plan import Plan, plans
 
 CARDS = (8, 12, 16, 24, 40, 80)
 """Memory of usual GPUs, in GiB."""
@@ -34,7 +34,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def cards(
-    config: Any, train: str | None, optimizer: type[optim.Optimizer] | None, seq: int, batch: int
+    blueprint: Blueprint, train: str | None, optimizer: type[optim.Optimizer] | None, seq: int, batch: int
 ) -> tuple[str, bool]:
     """A table of what fits on which GPU, and whether anything fits on any. train, optimizer: None for all of `USES`."""
     found: list[tuple[str, str, Plan]] = []
@@ -42,7 +42,7 @@ def cards(
         if train not in (None, use):
             continue
         for choice in (optimizer,) if optimizer and use else usual:
-            found += [(name, choice.__name__ if use else "", p) for p in plans(config, use, choice, seq, batch)]
+            found += [(name, choice.__name__ if use else "", p) for p in plans(blueprint, use, choice, seq, batch)]
     unit, power = ("GiB", 30) if max(p.total for *_, p in found) >= 2**30 else ("MiB", 20)
     rows = [["", "format", "optimizer", "weights", "training", "tokens", unit, "host", *map(str, CARDS)]]
     for name, chosen, p in found:
@@ -77,13 +77,18 @@ def parse_memory(text: str) -> tuple[int, int]:
 # ---- one device -----------------------------------------------------------------------------------------------------
 
 
-def room(config: Any, count: int, memory: int) -> int:
+def room(blueprint: Blueprint, count: int, memory: int) -> int:
     """Bytes that a model may take on so many GPUs: whole layers are divided, so each but one may waste a layer."""
-    return count * memory - (count - 1) * undivided_bytes(config)
+    return count * memory - (count - 1) * blueprint.undivided_bytes()
 
 
-def report(model: str, found: list[Plan], memory: int, train: str | None, optimizer: str, count: int = 1) -> str:
-    """A table of plans, what is recommended, and the code to paste. memory: bytes that there are, on `count` GPUs."""
+def report(
+    model: str, loader: str, found: list[Plan], memory: int, train: str | None, optimizer: str, count: int = 1
+) -> str:
+    """A table of plans, what is recommended, and the code to paste.
+
+    loader: the class of transformers that loads the model. memory: bytes that there are, on `count` GPUs.
+    """
     columns = list(dict.fromkeys(name for plan in found for name in plan.parts))
     unit, power = ("GiB", 30) if max(plan.total for plan in found) >= 2**30 else ("MiB", 20)
     rows = [[unit, *columns, "total", "host", "fits"]]
@@ -102,20 +107,21 @@ def report(model: str, found: list[Plan], memory: int, train: str | None, optimi
         return "\n".join(
             [*lines, f"none fits: {least.format} needs {(least.total - memory) / 2**power:.2f} {unit} more"]
         )
-    return "\n".join([*lines, f"recommended: {best.format}", "", code(model, best.format, train, optimizer)])
+    return "\n".join([*lines, f"recommended: {best.format}", "", code(model, loader, best.format, train, optimizer)])
 
 
-def code(model: str, format_name: str, train: str | None, optimizer: str) -> str:
+def code(model: str, loader: str, format_name: str, train: str | None, optimizer: str) -> str:
     """Python that does what a plan says."""
     spec = FORMATS[format_name]
     quantization = ""
     if spec is not None:
         double = "" if spec.is_int8 else f", double_quant={spec.double_quant}"
         quantization = f"    quantization_config=BnbRefConfig({spec.quant_type!r}{double}),\n"
-    lines = ["import torch", "from transformers import AutoModelForCausalLM"]
+    task = ', task_type="CAUSAL_LM"' if loader == "AutoModelForCausalLM" else ""
+    lines = ["import torch", f"from transformers import {loader}"]
     if spec is not None:
         lines.append("from bnbref import BnbRefConfig")
-    lines += ["", "model = AutoModelForCausalLM.from_pretrained("]
+    lines += ["", f"model = {loader}.from_pretrained("]
     lines += [f'    {model!r},\n{quantization}    dtype=torch.bfloat16,\n    device_map="auto",', ")"]
     if train == "qlora":
         lines += [
@@ -124,7 +130,7 @@ def code(model: str, format_name: str, train: str | None, optimizer: str) -> str
             "from bnbref import register_lora",
             "",
             *(PREPARED if spec else CHECKPOINTED),
-            'lora = LoraConfig(r=16, target_modules=r".*\\.(' + "|".join(PROJECTIONS) + ')", task_type="CAUSAL_LM")',
+            f'lora = LoraConfig(r=16, target_modules="all-linear"{task})',
             "model = get_peft_model(model, register_lora(lora))",
         ]
     if train is not None:
