@@ -120,21 +120,26 @@ PANELS = (
 
 
 def plot(runs: list[dict[str, Any]], path: Path) -> None:
-    """Two rows of panels for each shape; a panel that was not measured is left out."""
+    """A panel for each measurement that there is of a shape, three in a row."""
     try:
         pyplot = importlib.import_module("matplotlib.pyplot")
     except ImportError as error:
         raise ImportError("a plot needs matplotlib: pip install 'bnbref[bench]', or leave out --plot") from error
-    shapes = list(dict.fromkeys(run["shape"] for run in runs))
+    panels: dict[str, tuple[list[dict[str, Any]], str]] = {}
+    for shape in dict.fromkeys(run["shape"] for run in runs):
+        rows = [row for run in runs if run["shape"] == shape for row in run["rows"]]
+        for part, what, measure, title in PANELS:
+            own = [row for row in rows if (row["part"], row["what"]) == (part, what) and row.get(measure)]
+            if own:
+                panels[f"{shape}, {title}"] = own, measure
+    height = -(-len(panels) // 3)
     with pyplot.rc_context({"svg.fonttype": "none", "font.size": 7}):
-        figure, grid = pyplot.subplots(2 * len(shapes), 3, figsize=(9, 4 * len(shapes)), layout="constrained")
-        for i, shape in enumerate(shapes):
-            rows = [row for run in runs if run["shape"] == shape for row in run["rows"]]
-            for axes, (part, what, measure, title) in zip(grid[2 * i : 2 * i + 2].flat, PANELS, strict=True):
-                own = [row for row in rows if (row["part"], row["what"]) == (part, what) and row.get(measure)]
-                bar_chart(axes, own, measure)
-                axes.set_title(f"{shape}, {title}")
-                axes.set_visible(bool(own))
+        figure, grid = pyplot.subplots(height, 3, figsize=(9, 2 * height), layout="constrained", squeeze=False)
+        for axes in grid.flat[len(panels) :]:
+            axes.set_visible(False)
+        for axes, (title, (own, measure)) in zip(grid.flat, panels.items(), strict=False):
+            bar_chart(axes, own, measure)
+            axes.set_title(title)
         figure.legend(
             [pyplot.Rectangle((0, 0), 1, 1, color=c) for c in COLORS.values()],
             COLORS,
