@@ -19,6 +19,7 @@ from bnbref.conformance import board
 from bnbref.conformance.board import page, picture
 from bnbref.conformance.dialects import CHOICES, FP4_BY_MIDPOINTS, FP4_OF_EIGHTHS, in_words
 from bnbref.conformance.explain import verdict
+from bnbref.conformance.vectors import all_cases
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "content" / "conformance"
 CASES = board.cases_of_rules()
@@ -162,6 +163,24 @@ def test_reports_of_a_cpu_have_every_case():
     for file in RESULTS.glob("*.json"):
         report = json.loads(file.read_text(encoding="utf-8"))
         assert report["device"] != "cpu" or report["cases"].keys() == set(EVERY), f"{file.name} is of other vectors"
+
+
+def test_numbers_in_prose_are_those_of_the_reports():
+    root = RESULTS.parent.parent.parent
+
+    def failed(backend):
+        statuses = json.loads((RESULTS / f"{backend}.json").read_text(encoding="utf-8"))["cases"].values()
+        return Counter(statuses)["failed"]
+
+    readme = " ".join((root / "README.md").read_text(encoding="utf-8").split())
+    cpu, cuda, count = failed("bitsandbytes"), failed("bitsandbytes-cuda"), len(list(RESULTS.glob("*.json")))
+    assert f"runs {sum(map(len, all_cases().values()))} cases" in readme
+    assert f"bitsandbytes 0.50.2 fails {cpu} of them on a CPU and {cuda} on an H100" in readme
+    assert f"[the board](docs/content/board.md) of {count} backends" in readme
+    assert f"rules each of {count} backends keeps" in " ".join((RESULTS.parent / "board.md").read_text("utf-8").split())
+    page = (RESULTS.parent / "conformance.md").read_text(encoding="utf-8")
+    causes = page.partition(f"Where the {cuda} come from:")[2].partition("bnbref itself")[0]
+    assert sum(map(int, re.findall(r"^\| (\d+) \|", causes, re.MULTILINE))) == cuda
 
 
 def test_the_page_of_drawings_is_of_the_reports_beside_it():
