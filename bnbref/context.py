@@ -10,8 +10,8 @@ a CUDA graph that is being recorded   memory that is kept is not of its pool
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -159,6 +159,28 @@ def as_bytes(codes: Tensor) -> Tensor:
     return flat.view(torch.uint8)
 
 
+def in_another_thread(function: Callable[[], T]) -> T:
+    """The result of a function that runs in a thread of its own, where no mode, autocast, default device or graph capture is.
+
+    Not by concurrent.futures, which takes no work once the main thread has ended.
+    """
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(function())
+        except BaseException as error:  # the caller's, in whose thread it is raised
+            errors.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
 def cached(maxsize: int | None = None) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Like `functools.lru_cache`, for a function that makes a tensor on the device that is among its arguments.
 
@@ -178,8 +200,7 @@ def cached(maxsize: int | None = None) -> Callable[[Callable[P, T]], Callable[P,
         def found(*args: P.args, **kwargs: P.kwargs) -> T:
             if not any(isinstance(x, torch.device) and x.type == "cuda" for x in args):
                 return make(*args, **kwargs)
-            with ThreadPoolExecutor(1) as other:
-                return other.submit(whole, *args, **kwargs).result()
+            return in_another_thread(functools.partial(whole, *args, **kwargs))
 
         return found  # type: ignore[return-value]
 

@@ -8,7 +8,6 @@ Source: Dettmers et al., LLM.int8(): 8-bit Matrix Multiplication for Transformer
 
 import functools
 import math
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +15,7 @@ from einops import rearrange
 from torch import Tensor
 
 from bnbref.blockwise import check_device, check_float, reciprocal
-from bnbref.context import constant_of_graphs, plain, transforming, without_autocast
+from bnbref.context import constant_of_graphs, in_another_thread, plain, transforming, without_autocast
 from bnbref.kernels import fused
 
 # Below this 127 * (1 / absmax) is no float32 any more; such a row is stored as a row of zeros.
@@ -45,8 +44,7 @@ def _asked() -> bool:
         largest = torch.full((32, 64), 127, dtype=torch.int8)
         return bool((torch._int_mm(largest, largest.t()) == 64 * 127 * 127).all())
 
-    with ThreadPoolExecutor(1) as apart:
-        return torch.cpu._is_vnni_supported() and apart.submit(exact).result()
+    return torch.cpu._is_vnni_supported() and in_another_thread(exact)
 
 
 @fused(dynamic={"rows": (0, 1)}, by_rows=lambda threshold: threshold <= 0)

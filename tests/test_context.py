@@ -3,7 +3,10 @@
 import contextlib
 import io
 import itertools
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +21,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stac
 
 import bnbref
 from bnbref import int8
-from bnbref.context import cached
+from bnbref.context import cached, in_another_thread
 from bnbref.functional import dequantize_4bit, gemv_4bit, int8_linear_matmul, int8_mm_dequant, int8_vectorwise_quant
 from bnbref.integrations.bitsandbytes import ops
 from bnbref.nn import Linear4bit, Linear8bitLt
@@ -382,3 +385,23 @@ def test_what_is_kept_on_a_gpu_is_made_by_another_thread():
     for name, kind in (("a", "cpu"), ("b", "cuda"), ("b", "cuda")):
         assert table(name, torch.device(kind)) is table(name, torch.device(kind))
     assert made == [("a", True), ("b", False)]
+
+
+LATE = """
+import threading
+from bnbref.context import in_another_thread
+def late():
+    threading.main_thread().join()
+    print(in_another_thread(lambda: 7))
+threading.Thread(target=late).start()
+"""
+
+
+def test_in_another_thread():
+    """Also once the main thread has ended, where concurrent.futures takes no work; an error is its caller's."""
+    done = subprocess.run(
+        [sys.executable, "-c", LATE], capture_output=True, text=True, cwd=Path(__file__).parent.parent
+    )
+    assert done.stdout == "7\n", done.stderr
+    with pytest.raises(ZeroDivisionError):
+        in_another_thread(lambda: 1 // 0)
