@@ -310,7 +310,9 @@ def test_a_library_of_which_a_killed_process_wrote_a_part(tmp_path):
 
     def compiled():
         command = [sys.executable, "-W", "error", "-c", ONE_KERNEL]
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env).stdout
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
     assert compiled() == "1\n"
     (library,) = tmp_path.rglob("*.main.so")
@@ -323,9 +325,22 @@ def test_only_what_inductor_wrote_is_removed(tmp_path, monkeypatch):
     theirs = tmp_path / "libtriton.so"
     theirs.touch()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    assert not compiler.removed_fragment(ImportError(f"{theirs}: file too short"))
-    assert not compiler.removed_fragment(RuntimeError("a fault of bnbref"))
-    assert theirs.exists()
+    assert not compiler.remove_fragment(ImportError(f"{theirs}: file too short"))
+    assert not compiler.remove_fragment(RuntimeError("a fault of bnbref"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # an installation below it is not Inductor's either
+    installed = tmp_path / "venv" / "lib" / "libtriton.so"
+    installed.parent.mkdir(parents=True)
+    installed.touch()
+    for path in (theirs, installed):
+        assert not compiler.remove_fragment(ImportError(f"{path}: file too short"))
+        assert path.exists()
+    (ours := tmp_path / "ab" / "cab.main.so").parent.mkdir()
+    ours.touch()
+    assert compiler.remove_fragment(ImportError(f"{ours}: cannot read file data"))
+    assert not ours.exists()
+    assert not compiler.remove_fragment(
+        ImportError(f"{ours}: file too short")
+    )  # it is gone: what is wrong is another thing
 
 
 @pytest.mark.parametrize(

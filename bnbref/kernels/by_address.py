@@ -24,7 +24,6 @@ from bnbref.context import constant_of_graphs
 from bnbref.kernels import floats
 from bnbref.kernels.compiler import digest_of, taught
 
-# Inductor's cache on disk knows the operator but not this text: another text needs another operator.
 _LOAD = "{ .reg .b64 a; .reg .pred p; setp.ne.b64 p, $1, 0; mad.wide.u32 a, $2, 8, $1; @p ld.global.nc.b64 $0, [a]; }"
 
 REAL_INPUTS = {

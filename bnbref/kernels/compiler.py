@@ -4,6 +4,7 @@ import functools
 import hashlib
 import importlib.util
 import inspect
+import marshal
 import os
 import shutil
 import subprocess
@@ -56,11 +57,15 @@ def digest_of(*modules: str) -> str:
     Inductor's cache on disk knows an operator by its name and arguments, and not by what it was taught. Without the digest it
     would return the code of another version of bnbref.
     """
+    return hashlib.sha256(b"".join(map(_text, modules))).hexdigest()[:16]
+
+
+def _text(module: str) -> bytes:
     try:
-        text = "".join(inspect.getsource(sys.modules[name]) for name in modules)
-    except OSError:  # a frozen program has no texts, and one version of them
-        return ""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return inspect.getsource(sys.modules[module]).encode()
+    except OSError:  # installed without sources
+        loader: Any = sys.modules[module].__loader__
+        return marshal.dumps(loader.get_code(module))
 
 
 def is_gpu(x: Tensor) -> bool:
@@ -123,15 +128,19 @@ def _outside(error: BaseException) -> BaseException | None:
     return cause
 
 
-def removed_fragment(error: BaseException) -> bool:
-    """Whether a compilation failed for a library in Inductor's folder of which a killed process wrote only a part. It is removed:
-    Inductor would try to load it in every process that is to come.
+def remove_fragment(error: BaseException) -> bool:
+    """Removes the library for which a compilation failed, if it is in Inductor's folder and a killed process wrote only a part of
+    it, and returns whether it did. Inductor would try to load it in every process that is to come.
     """
     path, _, why = str(_outside(error)).partition(".so: ")
     folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")  # Inductor sets it when it is first used
-    if why not in ("file too short", "invalid ELF header") or not Path(path).is_relative_to(folder):
+    partial = why in ("file too short", "invalid ELF header", "cannot read file data")
+    if not partial or Path(path).parent.parent != Path(folder):  # FOLDER/xx/NAME.so, as Inductor names them
         return False
-    Path(f"{path}.so").unlink(missing_ok=True)
+    try:
+        Path(f"{path}.so").unlink()
+    except OSError:  # another process was faster, or it is another user's
+        return False
     return True
 
 

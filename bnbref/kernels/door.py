@@ -33,7 +33,7 @@ from torch import Tensor
 
 from bnbref.context import without_autocast
 from bnbref.kernels import formulations
-from bnbref.kernels.compiler import compiles, missing_compiler, removed_fragment, why_failed
+from bnbref.kernels.compiler import compiles, missing_compiler, remove_fragment, why_failed
 from bnbref.kernels.direct import call_layout
 from bnbref.kernels.formulations import Formulation
 from bnbref.kernels.modes import compile_enabled, inside_once, recorded_outside, traced
@@ -205,9 +205,12 @@ class Kernel(Generic[P, R]):
         return tuple(self.parameters.written(args))  # type: ignore[return-value]
 
     def _through_dynamo(
-        self, device_type: str, args: Sequence[Any], constants: Mapping[str, Any], writes: bool
+        self, device_type: str, args: Sequence[Any], constants: Mapping[str, Any], writes: bool, again: bool = True
     ) -> tuple[R, Callable[[Sequence[Any]], R] | None]:
-        """`Variants.call`. Where the compiler does not work, after all, the call is uncompiled."""
+        """`Variants.call`. Where the compiler does not work, after all, the call is uncompiled.
+
+        again: whether to try once more, should a half-written file be in the way.
+        """
         try:
             with warnings.catch_warnings():
                 # What torch warns of while it compiles is no user's concern, and where warnings are errors, as in many a test
@@ -218,8 +221,8 @@ class Kernel(Generic[P, R]):
                 tables = self.tables(*args, **constants)
                 return self.variants.call(device_type, self.formulation, args, tables, constants, writes)
         except (ImportError, OSError, RuntimeError, UnicodeDecodeError) as error:
-            if removed_fragment(error):
-                return self._through_dynamo(device_type, args, constants, writes)
+            if again and remove_fragment(error):
+                return self._through_dynamo(device_type, args, constants, writes, again=False)
             reason = why_failed(device_type, error)
             if reason is None:
                 raise
