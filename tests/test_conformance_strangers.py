@@ -1,5 +1,6 @@
 """Who has read the page alone makes mistakes: each is told in one line that says what to do, in Python and through the pipe."""
 
+import functools
 import io
 import subprocess
 import sys
@@ -60,7 +61,6 @@ SINGLE = {
 FINE = {
     "strided": lambda y: y.t().contiguous().t(),
     "differentiable": lambda y: y.requires_grad_(),
-    "static": _static,
     "tuple": lambda y: (y,),
     "nothing-more": lambda y: [y, None, None],
     "subclass": torch.nn.Parameter,
@@ -103,6 +103,27 @@ def test_a_coroutine_is_no_result():
 def test_results_that_are_right_in_another_way(name):
     backend = Backend("mine", {"int8_dequantize": lambda **k: FINE[name](RIGHT["int8_dequantize"](**k))})
     assert [result.status for result in judge.run(backend, WEIGHTS, CPU)] == ["passed"] * len(WEIGHTS)
+
+
+def test_a_result_is_not_written_where_the_one_before_lies():
+    """Who keeps the codes of two layers would have those of the second one twice."""
+    backend = Backend("mine", {"int8_dequantize": lambda **k: _static(RIGHT["int8_dequantize"](**k))})
+    first, second = judge.run(backend, WEIGHTS[:2], CPU)
+    assert first.status == "passed"
+    assert [failure.message for failure in second.failures] == ["what the call before had returned was modified"]
+
+
+def test_an_argument_may_be_given_other_memory():
+    """Its numbers are what they were, and what the backend returns is judged as ever: right, or wrong."""
+
+    def moved(x, wrong, **k):
+        x.data = x.data.clone()
+        packed, absmax = RIGHT["quantize_4bit"](x=x, **k)
+        return packed + wrong, absmax
+
+    for wrong, status in ((0, "passed"), (1, "failed")):
+        backend = Backend("mine", {"quantize_4bit": functools.partial(moved, wrong=wrong)})
+        assert {result.status for result in judge.run(backend, CODES, CPU)} == {status}
 
 
 def test_an_argument_that_was_resized_was_modified():

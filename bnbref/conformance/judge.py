@@ -51,26 +51,22 @@ BESIDE = 64
 """How many elements lie in memory before and behind those of an argument: an address stays a multiple of 64 bytes."""
 
 
-def _embedded(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy in the middle of larger memory, as a slice is, between the largest numbers of the dtype."""
+def _room(tensor: Tensor, device: torch.device) -> Tensor:
+    """Memory for a tensor and what lies beside it, full of the largest number of its dtype."""
     kind = torch.finfo(tensor.dtype) if tensor.is_floating_point() else torch.iinfo(tensor.dtype)
-    memory = torch.full((tensor.numel() + 2 * BESIDE,), kind.max, dtype=tensor.dtype, device=device)
-    return memory[BESIDE : BESIDE + tensor.numel()].view(tensor.shape).copy_(tensor)
+    return torch.full((tensor.numel() + 2 * BESIDE,), kind.max, dtype=tensor.dtype, device=device)
 
 
-def _beside(x: Tensor) -> Tensor:
-    """What lies in memory before and behind an argument."""
-    memory = x.detach().as_strided((x.numel() + 2 * BESIDE,), (1,), 0)
-    return torch.cat((memory[:BESIDE], memory[-BESIDE:])).cpu()
-
-
-def given(case: Case, device: torch.device) -> dict[str, Any]:
-    """The arguments of a case on a device: copies of its own."""
+def given(case: Case, device: torch.device) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The arguments of a case on a device, copies of its own; and the memory in which each tensor lies, as a slice does."""
     tensors: dict[str, Any] = {}
+    memory = {name: _room(tensor, device) for name, tensor in case.inputs.items()}
     for name, tensor in case.inputs.items():
-        tensors[name] = _embedded(tensor.t(), device).t() if name in case.layout else _embedded(tensor, device)
+        own = memory[name].detach()[BESIDE : BESIDE + tensor.numel()]
+        tensors[name] = own.view(tensor.t().shape).t() if name in case.layout else own.view(tensor.shape)
+        tensors[name].copy_(tensor)
     absent = {name: None for name in OPERATIONS[case.operation].optional if name not in tensors}
-    return {**tensors, **arguments(case.params), **absent}
+    return {**tensors, **arguments(case.params), **absent}, memory
 
 
 def by_name(case: Case, result: Any) -> dict[str, Any]:
@@ -97,13 +93,14 @@ def _overwritten(backend: Backend) -> bool:
     return not all(x.shape == was.shape and bool(same(x.detach().cpu(), was).all()) for x, was in backend.returned)
 
 
-def modified(case: Case, keywords: Mapping[str, Any]) -> list[str]:
+def modified(case: Case, keywords: Mapping[str, Any], memory: Mapping[str, Tensor]) -> list[str]:
     """The names of the inputs that are not what they were, or beside which something was written."""
 
-    def kept(x: Tensor, was: Tensor) -> bool:
-        return x.shape == was.shape and bool(same(x.cpu(), was).all()) and len(_beside(x).unique()) == 1
+    def kept(x: Tensor, was: Tensor, around: Tensor) -> bool:
+        beside = torch.cat((around[:BESIDE], around[-BESIDE:])).cpu()
+        return x.shape == was.shape and bool(same(x.detach().cpu(), was).all()) and len(beside.unique()) == 1
 
-    return [name for name, was in case.inputs.items() if not kept(keywords[name], was)]
+    return [name for name, was in case.inputs.items() if not kept(keywords[name], was, memory[name])]
 
 
 def failures_of(case: Case, results: Mapping[str, Any]) -> Iterator[Failure]:
@@ -154,15 +151,12 @@ def run_case(backend: Backend, case: Case, device: torch.device) -> Result:
     function = backend.functions.get(case.operation)
     if function is None:
         return Result(case, "not implemented")
-    keywords = given(case, device)
+    keywords, memory = given(case, device)
     begin = time.perf_counter()
     try:
         with torch.enable_grad():  # a package for inference may have switched it off when it was imported
             returned = by_name(case, function(**keywords))
         results = {k: x.detach().to("cpu", copy=True) if _dense(x) else x for k, x in returned.items()}
-        mutated = [f"the argument {name} was modified, or memory beside it" for name in modified(case, keywords)]
-        mutated += ["what the call before had returned was modified"] if _overwritten(backend) else []
-        backend.returned = [(x, results[name]) for name, x in returned.items() if _dense(x)]
     except (Exception, SystemExit) as error:  # whatever a backend throws is a finding, not the end of the run
         if case.may_refuse and isinstance(error, REFUSALS) and not isinstance(error, Unsupported):
             return Result(case, "refused", seconds=time.perf_counter() - begin)
@@ -170,7 +164,11 @@ def run_case(backend: Backend, case: Case, device: torch.device) -> Result:
             return of_answer(case, None, seconds=time.perf_counter() - begin)
         text = f"raised {type(error).__name__}: {next(filter(str.strip, str(error).splitlines()), '').strip()}"
         return Result(case, "failed", (Failure(case, "", "raised", text),), time.perf_counter() - begin)
-    return of_answer(case, results, mutated, time.perf_counter() - begin)
+    seconds = time.perf_counter() - begin
+    mutated = [f"the argument {name} was modified, or memory beside it" for name in modified(case, keywords, memory)]
+    mutated += ["what the call before had returned was modified"] if _overwritten(backend) else []
+    backend.returned = [(x, results[name]) for name, x in returned.items() if _dense(x)]
+    return of_answer(case, results, mutated, seconds)
 
 
 def run(backend: Backend, cases: Iterable[Case], device: torch.device) -> list[Result]:

@@ -122,7 +122,9 @@ def _culprits(failure: Failure) -> set[str]:
     if failure.kind != "value" or failure.got is None or not failure.case.operation.startswith("quantize"):
         return set()
     x = failure.case.inputs["x"].reshape(-1)
-    of_one = -(-x.numel() // failure.got.numel())  # of a byte two elements, of a scale a block
+    of_one = -(-x.numel() // failure.got.numel())  # of a byte two elements
+    if failure.output == "absmax":
+        of_one = failure.case.params.get("blocksize", of_one)
     parts = x.split(of_one)
     return {word for i in failure.wrong.tolist() for word in hex_words(parts[i])}
 
