@@ -296,6 +296,7 @@ def test_ctrl_c_reaches_the_workers_of_the_kit(tmp_path):
     check = subprocess.Popen(
         [sys.executable, "-m", "bnbref", "check", "--backend", "slow"], start_new_session=True, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path}, cwd=tmp_path,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's job in the background ignores it
     )  # fmt: skip
     while not (tmp_path / "begun").exists() and check.poll() is None:
         time.sleep(0.1)
