@@ -287,3 +287,19 @@ def test_8_bits_go_where_32_bits_go():
         ends[bits] = (p.detach() - 3).abs().mean().item()
     assert ends[32] < 2.5
     assert abs(ends[8] - ends[32]) < 0.1 * (3 - ends[32])
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("blocksize", [128, 512])
+def test_a_switch_checks_what_a_step_checks(blocksize):
+    p = nn.Parameter(torch.linspace(-1, 1, 1024))
+    optimizer = optim.AdamWScheduleFree8bit([p], lr=1e-2, min_8bit_size=512, blocksize=256)
+    p.grad = torch.ones(1024)
+    optimizer.step()
+    before = p.detach().clone()
+    optimizer.param_groups[0]["blocksize"] = blocksize
+    with pytest.raises(ValueError, match="blocksize of a parameter must stay what it was"):
+        optimizer.eval()
+    assert torch.equal(p, before)
+    optimizer.param_groups[0]["blocksize"] = 256
+    optimizer.eval()

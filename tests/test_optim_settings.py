@@ -130,3 +130,20 @@ def test_a_parameter_has_memory_for_each_element(name):
     p.grad = torch.ones(5, 9)
     with pytest.raises(ValueError, match="was expanded"):
         optimizer.step()
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("steps", [2, 100])
+def test_a_schedule_may_end_at_no_learning_rate(steps):
+    """By its roundings torch's LinearLR ends at -1.85e-20 for a hundred steps; a learning rate that is negative is none."""
+    p = nn.Parameter(torch.ones(8))
+    optimizer = optim.AdamW8bit([p], lr=1e-3)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, end_factor=0.0, total_iters=steps)
+    for _ in range(steps + 1):
+        p.grad = torch.ones(8)
+        optimizer.step()
+        schedule.step()
+    assert abs(optimizer.param_groups[0]["lr"]) < 1e-18
+    optimizer.param_groups[0]["lr"] = -1e-6
+    with pytest.raises(ValueError, match="lr must not be negative"):
+        optimizer.step()

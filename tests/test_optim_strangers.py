@@ -246,8 +246,11 @@ def test_what_changes_belongs_to_coefficients(eager):
     for _ in range(8):
         optimizer.step()
         rule.factor += 0.5
-    with pytest.warns(UserWarning, match="direction of Scaled has computed with other numbers in more than 8 steps"):
+    with pytest.warns(
+        UserWarning, match="direction of Scaled has computed with other numbers in more than 8 steps"
+    ) as said:
         optimizer.step()
+    assert said[0].filename == __file__
     rule.factor += 0.5
     optimizer.step()  # said once
 

@@ -63,7 +63,7 @@ class NamedRules:
             warnings.warn(
                 f"direction of {rule!r} has computed with other numbers in more than {_MANY} steps, and each of these is "
                 f"compiled anew: numbers that change belong to its coefficients",
-                stacklevel=7,
+                stacklevel=9,
             )
         sources.add(equation.source)
         return equation, hyper

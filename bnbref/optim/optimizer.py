@@ -190,7 +190,7 @@ class Optimizer(torch.optim.Optimizer):
         """The state of p, empty if it has none. Whoever steps parameters in a class of their own may have put a saved one there,
         as torch's ZeroRedundancyOptimizer does."""
         if WRAPPED in self.state.get(p, {}):
-            self._read({q: state for q, state in self.state.items() if WRAPPED in state})
+            self._read({q: self.state[q] for q in self._parameters() if WRAPPED in self.state.get(q, {})})
         found: dict[str, Any] = self.state.get(p, {})
         return found
 
@@ -283,11 +283,13 @@ class Optimizer(torch.optim.Optimizer):
         """Settings and states in the layout of bitsandbytes, whose optimizers load it, as does `torch.load(weights_only=True)`.
 
         What others keep in `optimizer.state[p]`, as Lookahead does, is saved beside the rule's states under its own name.
-        States of sharded parameters are whole, on the CPU, and the same as without sharding, for any number of ranks to load:
-        it is a collective call.
+        The rule's states of sharded parameters are whole, on the CPU, and the same as without sharding, for any number of ranks
+        to load: it is a collective call.
         """
-        whole, parameters = super().state_dict(), self._parameters()
-        own = self._rules_and_blocks()
+        own, parameters = self._rules_and_blocks(), self._parameters()
+        for p in parameters:
+            self._state(p)
+        whole = super().state_dict()
         for i, state in whole["state"].items():
             if isinstance(i, int):
                 rule, blocksize = own[i]

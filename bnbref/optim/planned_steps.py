@@ -63,7 +63,15 @@ def checked_gradient(p: Tensor, grad: Tensor, state: Mapping[str, Any], rule: Ru
             f"{here.data_ptr() - local(p).data_ptr()} bytes apart"
         )
     corrections(p, state)
-    for s in rule.states if begun else ():
+    if begun:
+        check_state(p, state, rule, blocksize)
+    return here
+
+
+def check_state(p: Tensor, state: Mapping[str, Any], rule: Rule, blocksize: int) -> None:
+    """ValueError if a state does not fit its parameter, its rule or its blocksize, as one that has begun by others."""
+    shape = local(p).shape
+    for s in rule.states:
         if s.key not in state:
             raise ValueError(
                 f"the state of a parameter of shape {tuple(shape)} has {sorted(state)} and no {s.key!r}, which {rule!r} keeps: "
@@ -82,7 +90,6 @@ def checked_gradient(p: Tensor, grad: Tensor, state: Mapping[str, Any], rule: Ru
                     f"blocksize of a parameter must stay what it was when its state began: there are {scales} scales for "
                     f"{s.key}, and {blocks} blocks of {blocksize}. `del optimizer.state[p]` begins anew"
                 )
-    return here
 
 
 def _partly_shared(p: Tensor, g: Tensor) -> bool:

@@ -18,7 +18,9 @@ from typing_extensions import Unpack
 from bnbref.optim.equation import at_step
 from bnbref.optim.family import Family, Options, betas_of
 from bnbref.optim.master_weights import corrections, set_value, value_of
+from bnbref.optim.planned_steps import check_state
 from bnbref.optim.rules import Rule, State, averages
+from bnbref.optim.settings import check_settings
 from bnbref.optim.sharding import local, shard_of
 from bnbref.optim.update import directions
 
@@ -115,6 +117,10 @@ class AdamWScheduleFree(Family):
     def _switch(self, train: bool) -> None:
         groups = [group for group in self.param_groups if group["train_mode"] != train]
         every = [(p, group) for group in groups for p in group["params"] if "step" in self._state(p)]
+        for p, group in every:
+            config = self.settings(p, group)
+            check_settings(config)
+            check_state(p, self._state(p), self._rules.of(config), config["blocksize"])
         moved: list[_Member] = []
         try:
             self._move(every, train, moved)

@@ -49,7 +49,9 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     for name in ("lr", "eps", "weight_decay", "max_unorm"):
         x = settings.get(name, 0.0)
         one = isinstance(x, Real) or (isinstance(x, Tensor) and x.numel() == 1)
-        if not one or not 0 <= float(x) < math.inf:
+        # A schedule that ends at a learning rate of 0, as torch's LinearLR, may end at -1e-20 by its roundings.
+        least = -1e-12 if name == "lr" else 0.0
+        if not one or not least <= float(x) < math.inf:
             raise ValueError(f"{name} must not be negative, but a finite number, got {x!r}")
     for name in ("betas", "momentum", "beta1", "shampoo_beta"):
         weights = settings.get(name, ())

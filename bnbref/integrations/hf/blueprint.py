@@ -64,8 +64,11 @@ class Blueprint:
         return "AutoModelForCausalLM" if known else str(self._class.__name__)
 
     def _built(self) -> Any:
-        with torch.device("meta"):
-            model = self._class._from_config(self.config, dtype=DTYPE)
+        try:
+            with torch.device("meta"):
+                model = self._class._from_config(self.config, dtype=DTYPE)
+        except Exception as error:  # a stranger's code, which may need other packages, or a setting that is not there
+            raise ValueError(f"transformers cannot make a {self._class.__name__} of this config: {error}") from error
         model.tie_weights()
         return model.eval()
 
@@ -116,7 +119,8 @@ class Blueprint:
     def cache_bytes(self, batch: int, seq: int) -> int:
         """Bytes of all that the model keeps of `seq` tokens: keys and values, or the state of a recurrent layer.
 
-        Two short texts are run on the meta device. What grows with the text grows on, up to a sliding window.
+        Two short texts are run on the meta device. What grows with the text grows on, up to a sliding window. Of a model that
+        cannot be run so it is an estimate: keys and values of usual attention in every layer.
         """
         if not self._class.can_generate():
             return 0
@@ -124,6 +128,8 @@ class Blueprint:
         try:
             kept = list(zip(self._kept(few), self._kept(more), strict=True))
         except Exception:  # a stranger's code, which may need values, or a picture
+            kept = []
+        if not kept:  # or it keeps them where nobody sees them
             return batch * seq * self._usual_cache()
         total = 0
         for (least, window), (size, _) in kept:

@@ -1,7 +1,7 @@
 """How much memory a model takes, from its config.json alone or from its number of parameters: `python -m bnbref plan`.
 
 Weights, scales, adapters, gradients, optimizer states and the KV cache are counted to the byte on a model without memory
-(`blueprint.py`); activations are an estimate, and called so.
+(`blueprint.py`); the cache of a model that needs values to run, and activations, are estimates.
 
     inference    weights + KV cache + activations of one layer
     qlora        quantized weights + adapters, their gradients and states + activations, by gradient checkpointing
