@@ -107,7 +107,7 @@ class Optimizer(torch.optim.Optimizer):
         here = {*self._own, *self.defaults}
         made = [kind for kind in type(self).__mro__ if issubclass(kind, Optimizer)]
         taken = {name for kind in made for name in inspect.signature(kind.__init__).parameters}
-        for name in settings.keys() & taken - here - ANYWHERE:
+        for name in sorted(settings.keys() & taken - here - ANYWHERE):
             holds = ALWAYS[name] if name in ALWAYS else getattr(self, name, False)
             if settings[name] != holds and (settings[name] is not None or name in ALWAYS):
                 raise ValueError(
