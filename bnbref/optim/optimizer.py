@@ -125,10 +125,6 @@ class Optimizer(torch.optim.Optimizer):
                     f"{sorted(here)}"
                 )
 
-    def rule_of(self, config: Mapping[str, Any]) -> Rule:
-        """The rule of a parameter with these settings."""
-        return self._rules.of(config)
-
     def settings(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
         """The settings of a parameter: those of `GlobalOptimManager`, then those of its group, then the optimizer's."""
         return {**self._own, **group, **GlobalOptimManager.get_instance().overrides().get(p, {})}
