@@ -1,8 +1,7 @@
 """Symbols: tensors of which nothing is known but how they are computed, and what a rule may do with them.
 
-Each operation adds a line to a `Recording`. All of them are correctly rounded, everywhere and however they are compiled: so
-the lines have the same bits on every path. Where torch has a faster spelling with other bits (a quotient with a number is a
-product with its reciprocal on GPUs, and so is 3.0 / x everywhere), the line is spelled otherwise.
+A `Recording` collects the lines of a program. A symbol is a name in it; each operation on symbols, of those in `operations`, adds
+a line.
 """
 
 import functools
@@ -15,10 +14,9 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-ALLOWED = "+ - * /, comparisons, & | ~, abs, sign, sqrt, square, where, minimum, maximum and clamp"
+from bnbref.optim.operations import ALLOWED, OPERATIONS
 
 LARGEST = (2 - 2.0**-23) * 2.0**127  # of float32
-
 
 _TAKEN = re.compile(r"[apsw]\d*|[cg]|sqrt|where|full_like|whole\d+|direction")
 """Names that mean something else in a program, so that no function of whole matrices can be called so."""
@@ -136,87 +134,6 @@ class Recording:
         return self.add(f"where({condition._name}, full_like(p, 1.0), full_like(p, 0.0))")
 
 
-def _infix(sign: str, condition: bool = False) -> Callable[..., Any]:
-    def apply(recording: Recording, x: Any, y: Any) -> "Symbol":
-        # x / 3.0 is a product with a reciprocal on a GPU, 3.0 / x everywhere: two roundings.
-        operand = recording.tensor if sign == "/" else recording.operand
-        return recording.add(f"{operand(x)} {sign} {operand(y)}", condition)
-
-    return apply
-
-
-def _logical(sign: str) -> Callable[..., Any]:
-    return lambda r, x, y: r.add(f"{r.condition(x)} {sign} {r.condition(y)}", True)
-
-
-def _not(r: Recording, x: Any) -> Any:
-    return r.add(f"~{r.condition(x)}", True)
-
-
-def _where(r: Recording, condition: Any, x: Any, y: Any) -> Any:
-    return r.add(f"where({r.condition(condition)}, {r.tensor(x)}, {r.tensor(y)})")
-
-
-def _extreme(sign: str) -> Callable[..., Any]:
-    """x if it is on that side of y, equal to it, or NaN; else y. Written so, the same one of two zeros, and of two NaN, is
-    returned by scalar code and by vectors."""
-
-    def apply(r: Recording, x: Any, y: Any) -> Any:
-        a, b = r.operand(x), r.operand(y)
-        return _where(r, r.add(f"({a} {sign}= {b}) | ({a} != {a})", True), x, y)
-
-    return apply
-
-
-_maximum, _minimum = _extreme(">"), _extreme("<")
-
-
-def _clamp(r: Recording, x: Any, min: Any = None, max: Any = None) -> Any:  # noqa: A002, torch's names
-    x = x if min is None else _maximum(r, x, min)
-    return x if max is None else _minimum(r, x, max)
-
-
-def _power(r: Recording, x: Any, exponent: Any) -> Any:
-    if isinstance(exponent, Real) and exponent == 2:
-        return _square(r, x)
-    if isinstance(exponent, Real) and exponent == 0.5:
-        return _sqrt(r, x)
-    return r.refuse(f"uses the power {exponent!r}, not 2 or 0.5")
-
-
-def _square(r: Recording, x: Any) -> Any:
-    return r.add("{0} * {0}".format(r.operand(x)))
-
-
-def _sqrt(r: Recording, x: Any) -> Any:
-    return r.add(f"sqrt({r.operand(x)})")
-
-
-def _whole(r: Recording, step: Any, *args: Any, results: int = 1) -> Any:
-    found = r.call(step, args, results)
-    return found[0] if results == 1 else found
-
-
-_add, _sub, _mul, _div = map(_infix, "+-*/")
-
-OPERATIONS: dict[str, Callable[..., Any]] = {
-    "add": _add, "sub": _sub, "mul": _mul, "div": _div,
-    **{name: _infix(sign, True) for name, sign in
-       (("lt", "<"), ("le", "<="), ("gt", ">"), ("ge", ">="), ("eq", "=="), ("ne", "!="))},
-    "logical_and": _logical("&"), "logical_or": _logical("|"), "logical_not": _not,
-    "neg": lambda r, x: r.add(f"-{r.operand(x)}"), "pos": lambda r, x: r.number(x) if x._condition else x,
-    "abs": lambda r, x: r.add(f"{r.operand(x)}.abs()"),
-    "sign": lambda r, x: r.add(f"{r.operand(x)}.sign()"),
-    "sqrt": _sqrt, "square": _square, "pow": _power,
-    "where": _where, "maximum": _maximum, "minimum": _minimum, "clamp": _clamp,
-    "float": lambda r, x: r.number(x) if x._condition else x,
-    "clone": lambda r, x: x,
-    "zeros_like": lambda r, x: r.add(f"full_like({r.operand(x)}, 0.0)"),
-    "ones_like": lambda r, x: r.add(f"full_like({r.operand(x)}, 1.0)"), "whole": _whole,
-}  # fmt: skip
-"""The operations that a rule may use on symbols, by their names as functions of torch or methods of a tensor."""
-
-
 class Names:
     """The coefficients of a rule as attributes."""
 
@@ -262,7 +179,7 @@ class Symbol:
         return "a tensor"
 
     def __pow__(self, exponent: Any) -> Any:
-        return _power(self._recording, self, exponent)
+        return OPERATIONS["pow"](self._recording, self, exponent)
 
     def _unknown(self, *_: Any) -> NoReturn:
         self._recording.refuse("asks for the value or the size of a tensor, as `if`, float(), len() and [] do")
@@ -294,10 +211,11 @@ def _operator(apply: Callable[..., Any], reflected: bool = False) -> Callable[..
     return method
 
 
-for _name, _apply in (("add", _add), ("sub", _sub), ("mul", _mul), ("truediv", _div)):
-    setattr(Symbol, f"__{_name}__", _operator(_apply))
-    setattr(Symbol, f"__r{_name}__", _operator(_apply, reflected=True))
+for _name in ("add", "sub", "mul", "div"):
+    _special = _name.replace("div", "truediv")
+    setattr(Symbol, f"__{_special}__", _operator(OPERATIONS[_name]))
+    setattr(Symbol, f"__r{_special}__", _operator(OPERATIONS[_name], reflected=True))
 for _name in ("lt", "le", "gt", "ge", "eq", "ne", "neg", "pos", "abs"):
     setattr(Symbol, f"__{_name}__", _operator(OPERATIONS[_name]))
-for _name, _apply in (("and", _logical("&")), ("or", _logical("|")), ("invert", _not)):
-    setattr(Symbol, f"__{_name}__", _operator(_apply))
+for _name, _logical in (("and", "logical_and"), ("or", "logical_or"), ("invert", "logical_not")):
+    setattr(Symbol, f"__{_name}__", _operator(OPERATIONS[_logical]))
