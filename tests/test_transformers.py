@@ -1023,8 +1023,3 @@ def test_a_codebook_that_is_entered_later_is_saved_and_loaded(ids, tmp_path, mon
     assert again.model.layers[0].mlp.up_proj.weight.quant_type == "late"
     with torch.no_grad():
         assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
-
-
-def test_the_first_name_of_the_module_is_still_imported():
-    module = importlib.import_module("bnbref.integrations.transformers")
-    assert {name: getattr(module, name) for name in module.__all__} == {name: getattr(hf, name) for name in hf.__all__}
