@@ -145,7 +145,7 @@ def test_the_bits_of_every_float16_and_bfloat16_widen():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_plain_operations_give_the_same_bits(dtype, monkeypatch):
     """Where no lowering is to be had."""
-    monkeypatch.setattr(lookup16, "_chosen", f"{lookup16._PLAIN}: by the test")
+    monkeypatch.setattr(lookup16, "lowering", lambda: f"{lookup16._PLAIN}: by the test")
     q, scale = codes(len(SCALES) - 1, 33), torch.tensor(SCALES[:-1])[:, None]
 
     def f(q, s):
@@ -160,7 +160,7 @@ def test_plain_operations_give_the_same_bits(dtype, monkeypatch):
 def test_unexpected_internals_are_said(monkeypatch):
     from torch._inductor import lowering as lowerings
 
-    monkeypatch.setattr(lookup16, "_chosen", None)
+    monkeypatch.setattr(lookup16, "lowering", lookup16.lowering.__wrapped__)
     monkeypatch.delattr(lowerings, "make_pointwise")
     assert not lookup16.enable()
     assert lookup16.lowering().startswith("plain tensor operations")

@@ -11,7 +11,7 @@ of selectors; with the fourth it copies the sign of that byte to all bits.
 looks up one byte of the values of four codes; t0 to t3 are the sixteen bytes of that place, one of each value: a plane. Values of
 two planes (float16) are put together by `prmt` and widened, those of four planes (float32) are put together by three.
 
-Elsewhere (a CPU, another maker's GPU, a torch whose internals look different) the same sum is of plain look-ups.
+Elsewhere the same sum is of plain look-ups.
 Source of the idea: docs/content/reading.md, table "formulations".
 """
 
@@ -20,10 +20,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 
-from bnbref.context import constant_of_graphs
-from bnbref.kernels.compiler import digest_of, taught
+from bnbref.kernels.taught import digest_of, expression, instructions, is_taught, operator
 
 # 0xca: by each bit of the first operand the bit of the second or of the third one.
 _PLANE = "{ .reg .b32 s, t; prmt.b32 s, $3, $4, $1; prmt.b32 t, $5, $6, $1; lop3.b32 $0, $2, t, s, 0xca; }"
@@ -41,14 +40,7 @@ _WIDEN = (
 # which `prmt` takes none, and copy them before each one. The mask of a lane has one bit.
 _OWN = "{ .reg .b32 m, t; mov.b32 m, %lanemask_eq; add.s32 t, m, -1; and.b32 t, t, m; or.b32 $0, $1, t; }"
 
-_native: bool | None = None  # what `_enable` found: None before it was called
-
 _TEXT = digest_of(__name__)
-
-_operators = library.Library("bnbref", "FRAGMENT")
-_operators.define(
-    "dot8(Tensor[] words, Tensor[] columns, Tensor table, str text='') -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
-)
 
 
 def planes(values: Tensor) -> Tensor:
@@ -87,7 +79,7 @@ def dot8(words: Sequence[Tensor], columns: Sequence[Tensor], table: Tensor) -> T
     >>> dot8([torch.tensor([0x21])], [torch.tensor([10.0**i]) for i in range(8)], table)
     tensor([12.])
     """
-    if words[0].device.type == "cuda" and torch.compiler.is_compiling() and _enable():
+    if words[0].device.type == "cuda" and torch.compiler.is_compiling() and is_taught("dot8"):
         native: Tensor = torch.ops.bnbref.dot8(words, columns, table, _TEXT)
         return native
     return _plain(words, columns, table)
@@ -100,14 +92,12 @@ def _plain(words: Sequence[Tensor], columns: Sequence[Tensor], table: Tensor) ->
     return total
 
 
-@library.impl(_operators, "dot8", "CompositeExplicitAutograd")
+@operator(
+    "dot8(Tensor[] words, Tensor[] columns, Tensor table, str text='') -> Tensor",
+    lambda words, columns, table, text="": words[0].new_empty(words[0].shape, dtype=torch.float32),
+)
 def _(words: Sequence[Tensor], columns: Sequence[Tensor], table: Tensor, text: str = "") -> Tensor:
     return _plain(words, columns, table)
-
-
-@library.register_fake("bnbref::dot8", lib=_operators)  # type: ignore[untyped-decorator]
-def _(words: Sequence[Tensor], columns: Sequence[Tensor], table: Tensor, text: str = "") -> Tensor:
-    return torch.empty(words[0].shape, dtype=torch.float32, device=words[0].device)
 
 
 # ---- the instructions -----------------------------------------------------------------------------------------------
@@ -143,44 +133,21 @@ def per_lane(ops: Any, entry: Any) -> Any:
 
 
 def _asm(ops: Any, text: str, *operands: Any, dtype: torch.dtype = torch.int32) -> Any:
-    constraints = ("=f" if dtype == torch.float32 else "=r") + ",r" * len(operands)
-    return ops.inline_asm_elementwise(*operands, asm=text, constraints=constraints, dtype=dtype, is_pure=True, pack=1)
+    kinds = ("f" if dtype == torch.float32 else "r") + "r" * len(operands)
+    return instructions(ops, text, *operands, kinds=kinds, dtype=dtype)
 
 
-# ---- teaching Inductor ----------------------------------------------------------------------------------------------
+@expression("dot8", torch.float32)
+def _(ops: Any, words: Any, columns: Any, table: Any, text: str = "") -> Any:
+    load_words, load_columns = ([x.make_loader() for x in tensors] for tensors in (words, columns))
+    load_table, count = table.make_loader(), int(table.get_size()[0])
+    behind = len(words[0].get_size()) - len(columns[0].get_size())
 
+    def element(index: Any) -> Any:
+        planes_of_table = [per_lane(ops, load_table([number])) for number in range(count)]
+        values = [value for load in load_words for value in values_of(ops, load(index), planes_of_table)]
+        columns = [load(index[behind:]) for load in load_columns]
+        products = [ops.mul(value, column) for value, column in zip(values, columns, strict=True)]
+        return functools.reduce(ops.add, products)
 
-@constant_of_graphs
-def _enable() -> bool:
-    """Registers the lowering with Inductor, once per process; False where it cannot be, and then a plain look-up is compiled."""
-    global _native
-    if _native is None:
-        _native = taught(_register)
-    return _native
-
-
-def _register() -> None:
-    from torch._inductor import ir
-    from torch._inductor import lowering as lowerings
-    from torch._inductor.ops_handler import OpsHandler
-    from torch._inductor.virtualized import ops
-
-    for owner, name in ((ir, "Pointwise"), (lowerings, "register_lowering"), (OpsHandler, "inline_asm_elementwise")):
-        getattr(owner, name)
-
-    @lowerings.register_lowering(torch.ops.bnbref.dot8.default, type_promotion_kind=None)
-    def _(words: Any, columns: Any, table: Any, text: str = "") -> Any:
-        load_words, load_columns = ([x.make_loader() for x in tensors] for tensors in (words, columns))
-        load_table, count = table.make_loader(), int(table.get_size()[0])
-        behind = len(words[0].get_size()) - len(columns[0].get_size())
-
-        def inner(index: Any) -> Any:
-            planes_of_table = [per_lane(ops, load_table([number])) for number in range(count)]
-            values = [value for load in load_words for value in values_of(ops, load(index), planes_of_table)]
-            columns = [load(index[behind:]) for load in load_columns]
-            products = [ops.mul(value, column) for value, column in zip(values, columns, strict=True)]
-            return functools.reduce(ops.add, products)
-
-        return ir.Pointwise.create(
-            device=words[0].get_device(), dtype=torch.float32, inner_fn=inner, ranges=list(words[0].get_size())
-        )
+    return words[0], element

@@ -1,17 +1,14 @@
 """What a compiler needs on this machine, and the options under which its code has the bits of the eager operations."""
 
 import functools
-import hashlib
 import importlib.util
-import inspect
-import marshal
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,37 +32,6 @@ _GPU_OPTIONS = {
 TUNED = {"coordinate_descent_tuning": True}
 """An option of kernels that are bound by memory: on a GPU Inductor times more block sizes, for some seconds of the first call
 (docs: How to read the code, table "choices of the door")."""
-
-
-def taught(register: Callable[[], None]) -> bool:
-    """Calls `register`, which teaches Inductor instructions of NVIDIA GPUs.
-
-    Returns False on ROCm, and for a torch whose internals are not as `register` expects them.
-    """
-    if torch.version.hip is not None:
-        return False
-    try:
-        register()
-    except (ImportError, AttributeError, TypeError):
-        return False
-    return True
-
-
-def digest_of(*modules: str) -> str:
-    """A digest of the texts of modules of ours that teach Inductor operators, for an argument of these operators.
-
-    Inductor's cache on disk knows an operator by its name and arguments, and not by what it was taught. Without the digest it
-    would return the code of another version of bnbref.
-    """
-    return hashlib.sha256(b"".join(map(_text, modules))).hexdigest()[:16]
-
-
-def _text(module: str) -> bytes:
-    try:
-        return inspect.getsource(sys.modules[module]).encode()
-    except OSError:  # installed without sources
-        loader: Any = sys.modules[module].__loader__
-        return marshal.dumps(loader.get_code(module))
 
 
 def is_gpu(x: Tensor) -> bool:

@@ -14,33 +14,24 @@ Everywhere else (another device, another instruction set, a torch whose internal
 tensor operations give the same bits, more slowly.  `lowering()` says which.  The C++ itself is in `lookup16_cpp`.
 """
 
+import functools
 import struct
 from typing import Any
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 
 from bnbref.context import constant_of_graphs, exporting
 from bnbref.kernels import lookup16_cpp
-from bnbref.kernels.compiler import digest_of
 from bnbref.kernels.floats import rounded_bits
 from bnbref.kernels.lookup16_cpp import Table, scalar_code, vector_code
+from bnbref.kernels.taught import digest_of, operator
 
 _AVX512 = "vpermps"
 _AVX2 = "2 x vpermps + blend"
 _PLAIN = "plain tensor operations"
-_chosen: str | None = None  # what `enable` found: None before it was called
 
 _TEXT = digest_of(__name__, lookup16_cpp.__name__)
-
-_operators = library.Library("bnbref", "FRAGMENT")
-_operators.define(
-    "lut16(Tensor codes, float[] table, int width, str text='') -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
-)
-_operators.define(
-    "scaled16(Tensor codes, Tensor scale, float[] table, ScalarType dtype, int width, str text='') -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
 
 
 # ---- definitions ----------------------------------------------------------------------------------------------------
@@ -121,50 +112,45 @@ def _native(codes: Tensor) -> bool:
 # ---- the operators: what a backend other than Inductor runs ---------------------------------------------------------
 
 
-@library.impl(_operators, "lut16", "CompositeExplicitAutograd")
+@operator(
+    "lut16(Tensor codes, float[] table, int width, str text='') -> Tensor",
+    lambda codes, table, width, text="": codes.new_empty(codes.shape, dtype=torch.float32),
+)
 def _(codes: Tensor, table: list[float], width: int, text: str = "") -> Tensor:
     return gather16(codes, tuple(table))
 
 
-@library.register_fake("bnbref::lut16", lib=_operators)  # type: ignore[untyped-decorator]
-def _(codes: Tensor, table: list[float], width: int, text: str = "") -> Tensor:
-    return torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
-
-
-@library.impl(_operators, "scaled16", "CompositeExplicitAutograd")
+@operator(
+    "scaled16(Tensor codes, Tensor scale, float[] table, ScalarType dtype, int width, str text='') -> Tensor",
+    lambda codes, scale, *_: codes.new_empty(torch.broadcast_shapes(codes.shape, scale.shape), dtype=torch.int32),
+)
 def _(codes: Tensor, scale: Tensor, table: list[float], dtype: torch.dtype, width: int, text: str = "") -> Tensor:
     return rounded_bits(gather16(codes, tuple(table)) * scale, dtype).contiguous()
-
-
-@library.register_fake("bnbref::scaled16", lib=_operators)  # type: ignore[untyped-decorator]
-def _(codes: Tensor, scale: Tensor, table: list[float], dtype: torch.dtype, width: int, text: str = "") -> Tensor:
-    return torch.empty(torch.broadcast_shapes(codes.shape, scale.shape), dtype=torch.int32, device=codes.device)
 
 
 # ---- teaching Inductor ----------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def lowering() -> str:
-    """What compiled CPU code does for a lookup: "vpermps", "2 x vpermps + blend", or "plain tensor operations: <why>"."""
-    enable()
-    return str(_chosen)
+    """What compiled CPU code does for a lookup: "vpermps", "2 x vpermps + blend", or "plain tensor operations: <why>".
+
+    Registers the lowerings with Inductor when it is first called, and so imports `torch._inductor`.
+    """
+    try:
+        return _register()
+    except (ImportError, AttributeError, TypeError) as error:  # a torch whose internals have moved
+        return f"{_PLAIN}: Inductor's internals are not as expected ({error})"
 
 
 @constant_of_graphs
 def enable() -> int:
-    """Registers the lowerings with Inductor, once per process, and returns the width of their vectors in bits.
+    """The width in bits of the vectors of the lowerings, 0 where there are none, and plain operations are compiled.
 
-    Returns 0 where they cannot be registered; then plain operations are compiled. It imports `torch._inductor`, and is therefore
-    called by the first compilation, not at import. The width is an argument of the operators, because Inductor's cache on disk
-    does not tell CPUs apart, and so is a digest of the lowering.
+    The first compilation calls it. The width is an argument of the operators, because Inductor's cache on disk does not tell CPUs
+    apart, and so is a digest of the lowering.
     """
-    global _chosen
-    if _chosen is None:
-        try:
-            _chosen = _register()
-        except (ImportError, AttributeError, TypeError) as error:  # a torch whose internals have moved
-            _chosen = f"{_PLAIN}: Inductor's internals are not as expected ({error})"
-    return {_AVX512: 512, _AVX2: 256}.get(_chosen, 0)
+    return {_AVX512: 512, _AVX2: 256}.get(lowering(), 0)
 
 
 def _width(isa: Any) -> int:

@@ -16,9 +16,10 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor, library
+from torch import Tensor
 
 from bnbref.kernels.door import fused
+from bnbref.kernels.taught import operator
 
 WIDTH = 64  # products that are added as a tree
 
@@ -72,11 +73,11 @@ def add_products(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
 # of a CPU's cache (docs: How to read the code, table "formulations").
 _APART = 16
 
-_operators = library.Library("bnbref", "FRAGMENT")
-_operators.define("ordered_product(Tensor a, Tensor b, Tensor? bias) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
-
-@library.impl(_operators, "ordered_product", "CompositeExplicitAutograd")
+@operator(
+    "ordered_product(Tensor a, Tensor b, Tensor? bias) -> Tensor",
+    lambda a, b, bias: a.new_empty(a.shape[0], b.shape[1]),
+)
 def _(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     (m, k), n = a.shape, b.shape[1]
     # Padded by zeros to whole trees of columns, and to at least two rows, because Dynamo would compile once more for one row.
@@ -91,12 +92,7 @@ def _(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
         slab[: len(rows), :n].copy_(rows)
         total = add_products(total, left, slab)
     y = total[:m, :n] if bias is None else total[:m, :n] + bias.float()
-    return y.to(a.dtype).contiguous()  # as the fake implementation below says: graphs are compiled for those strides
-
-
-@library.register_fake("bnbref::ordered_product", lib=_operators)  # type: ignore[untyped-decorator]
-def _(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-    return a.new_empty(a.shape[0], b.shape[1])
+    return y.to(a.dtype).contiguous()  # as the sketch says: graphs are compiled for those strides
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -150,7 +150,7 @@ def main() -> None:
     """A line of JSON for each call of a kernel."""
     pretend.install()
     # The interpreter runs no assembly; tests/test_byte_permute.py and tests/test_by_address.py do.
-    byte_permute._native = by_address._native = False
+    byte_permute.is_taught = by_address.is_taught = lambda name: False
 
     def run(kernel: Kernel[..., Any], tensors: list[Any], constants: Any) -> Any:
         want = kernel.definition(*tensors, **constants)
