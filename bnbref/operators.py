@@ -14,10 +14,10 @@ from torch import Tensor, library
 
 from bnbref import int8
 from bnbref.codebooks import FOUR_BIT, Codebook, four_bit
-from bnbref.context import plain, without_autocast
-from bnbref.int8 import as_matrix
+from bnbref.context import plain
+from bnbref.fourbit_product import gradients_4bit, product_4bit
+from bnbref.int8_product import gradients_8bit, product_8bit
 from bnbref.packed_weight import PackedWeight
-from bnbref.products import multiply_in_order, product_4bit, product_8bit
 from bnbref.quant_state import QuantState
 
 _STATE = "Tensor packed, Tensor absmax, Tensor[] second, int[] shape, int blocksize, int blocksize2, str values"
@@ -95,15 +95,9 @@ def _save_4bit(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _gradient_4bit(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     packed, absmax, *second = ctx.saved_tensors
-    multiply = multiply_in_order if ctx.in_order else torch.matmul
-    grad_a = grad_bias = None
-    with without_autocast(grad):
-        if ctx.needs_input_grad[0]:
-            weight = torch.ops.bnbref.weight_4bit(packed, absmax, second, *ctx.constants, grad.dtype)
-            grad_a = multiply(grad, weight if weight.shape[1] == ctx.k else weight.t())
-        if ctx.needs_input_grad[1]:
-            rows = as_matrix(grad)
-            grad_bias = multiply(rows.new_ones(1, rows.shape[0]), rows)[0] if ctx.in_order else rows.sum(0)
+    needs_a, needs_bias, *_ = ctx.needs_input_grad
+    weight = torch.ops.bnbref.weight_4bit(packed, absmax, second, *ctx.constants, grad.dtype) if needs_a else None
+    grad_a, grad_bias = gradients_4bit(grad, weight, ctx.k, ctx.in_order, needs_bias)
     return grad_a, grad_bias, *(None,) * 3, [None] * len(second), *(None,) * 4
 
 
@@ -141,16 +135,8 @@ def _save_8bit(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _gradient_8bit(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     codes, absmax, a = ctx.saved_tensors
-    grad_a = grad_weight = grad_bias = None
-    rows = as_matrix(grad)
-    with without_autocast(grad):
-        if ctx.needs_input_grad[0]:
-            grad_a = grad @ torch.ops.bnbref.weight_8bit(codes, absmax, grad.dtype)
-        if ctx.needs_input_grad[1]:
-            grad_weight = rows.t() @ as_matrix(a)
-        if ctx.needs_input_grad[4]:
-            grad_bias = rows.sum(0, dtype=ctx.bias_dtype)
-    return grad_a, grad_weight, None, None, grad_bias, None
+    decoded = torch.ops.bnbref.weight_8bit(codes, absmax, grad.dtype) if ctx.needs_input_grad[0] else None
+    return gradients_8bit(ctx, grad, a, decoded)
 
 
 library.register_autograd("bnbref::linear_8bit", _gradient_8bit, setup_context=_save_8bit, lib=_operators)

@@ -3,8 +3,8 @@
     matmul_4bit    y = a @ W~^T + b,  W~ decoded from its codes for the length of one product             QLoRA (2305.14314)
     matmul         y = T( int8 part + b + outlier part )                                                 LLM.int8() (2208.07339)
 
-    int8 part      rows of a times rows of the weight as an exact int32 product, scaled back in float32
-    outlier part   the columns of a that hold a magnitude >= threshold, times the weight's columns, in the dtype of a
+What is multiplied, and its derivative, is in `fourbit_product` and `int8_product`. Here arguments are checked, and it is decided
+which way a call takes.
 
 A product in somebody's graph is one operator (`torch.ops.bnbref.linear_4bit`, `linear_8bit`), which runs what an eager call runs.
 So a graph compiles as fast as that of the float model, and its bits are those of the eager call. An exported program holds plain
@@ -18,20 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnbref import few_rows, int8
+from bnbref import int8
 from bnbref.blockwise import check_device, check_float, into
 from bnbref.context import (
     as_autocast,
     differentiated,
     exporting,
-    not_a_view,
     plain,
     transforming,
     under_functorch,
     undisturbed,
     without_autocast,
 )
-from bnbref.int8 import as_matrix
+from bnbref.fourbit_product import MatMul4Bit, TransformedMatMul4Bit, product_4bit
+from bnbref.int8_product import MatMul8bit, TransformedMatMul8bit, product_8bit
 from bnbref.kernels import compile_enabled, ordered, tracing
 from bnbref.packed_weight import PackedWeight, Product
 from bnbref.quant_state import QuantState, present
@@ -61,77 +61,6 @@ def _check_bias(bias: Tensor | None, n: int) -> None:
 
 
 # ---- 4 bits ---------------------------------------------------------------------------------------------------------
-
-
-def product_4bit(a: Tensor, weight: PackedWeight, bias: Tensor | None, in_order: bool) -> Tensor:
-    """`a @ W^T + bias` without a gradient. in_order: whether the sum is in the fixed order."""
-    if not in_order:
-        return weight.multiply(a, bias)
-    return not_a_view(multiply_in_order(a, _as_n_k(weight.decoded(a.dtype), a.shape[-1]).t(), bias))
-
-
-def _as_n_k(weight: Tensor, k: int) -> Tensor:
-    """The weight as `[n, k]`, also where `[k, n]` was quantized."""
-    return weight if weight.shape[1] == k else weight.t()
-
-
-class _MatMul4Bit(torch.autograd.Function):
-    """The codes are an attribute and not saved tensors: they have no gradient, and so may be tensors of inference mode."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, a: Tensor, weight: PackedWeight, bias: Tensor | None, in_order: bool, product: Product | None = None
-    ) -> Tensor:
-        ctx.weight, ctx.in_order, ctx.k = weight, in_order, a.shape[-1]
-        return product_4bit(a, weight, bias, in_order) if product is None else product(a, bias)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        multiply = multiply_in_order if ctx.in_order else torch.matmul
-        grad_a = grad_bias = None
-        with without_autocast(grad):
-            if ctx.needs_input_grad[0]:
-                grad_a = multiply(grad, _as_n_k(ctx.weight.decoded(grad.dtype), ctx.k))
-            if ctx.needs_input_grad[2]:
-                rows = as_matrix(grad)
-                grad_bias = multiply(rows.new_ones(1, len(rows)), rows)[0] if ctx.in_order else rows.sum(0)
-        return grad_a, None, grad_bias, None, None
-
-
-class _TransformedMatMul4Bit(torch.autograd.Function):
-    """The same for `torch.func` and forward mode. Calling it costs more, and torch.compile would not trace it.
-
-    The codes are an argument of their own, because torch.func unwraps the tensors among the arguments.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(a: Tensor, codes: Tensor, bias: Tensor | None, state: QuantState, in_order: bool) -> Tensor:
-        return product_4bit(a, PackedWeight(codes, state), bias, in_order)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        a, codes, _, state, ctx.in_order = inputs
-        ctx.weight, ctx.k = PackedWeight(codes, state), a.shape[-1]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _MatMul4Bit.backward(ctx, *grads)
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor | None:
-        a, _, bias, *_ = tangents
-        if a is None:
-            return bias
-        y = product_4bit(a, ctx.weight, None, ctx.in_order)
-        return y if bias is None else y + bias
-
-
-def multiply_in_order(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`[..., k] @ [k, n] + bias` in the fixed order, one rounding to the dtype of a."""
-    return ordered.product(as_matrix(a), b, bias).view(*a.shape[:-1], b.shape[1])
 
 
 def matmul_4bit(
@@ -193,8 +122,8 @@ def _multiply(a: Tensor, packed: Tensor, bias: Tensor | None, state: QuantState,
         return product_4bit(a, weight, bias, in_order)
     if transforming():
         arguments = a, weight.codes, bias, state, in_order
-        return _TransformedMatMul4Bit.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
-    return _MatMul4Bit.apply(a, weight, bias, in_order)  # type: ignore[no-any-return, no-untyped-call]
+        return TransformedMatMul4Bit.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
+    return MatMul4Bit.apply(a, weight, bias, in_order)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _packed_weight(packed: Tensor, state: QuantState) -> PackedWeight:
@@ -221,7 +150,7 @@ def prepared_product(a: Tensor, packed: Tensor, state: QuantState | None, bias: 
     product = weight.find(a, bias) or weight.prepare(a, bias)
     if product is None or not differentiated(a, bias):
         return product
-    return lambda a, bias: _MatMul4Bit.apply(a, weight, bias, False, product)  # type: ignore[no-untyped-call]
+    return lambda a, bias: MatMul4Bit.apply(a, weight, bias, False, product)  # type: ignore[no-untyped-call]
 
 
 # ---- 8 bits ---------------------------------------------------------------------------------------------------------
@@ -243,101 +172,6 @@ class MatmulLtState:
     def reset_grads(self) -> None:
         """Forget the quantized weight."""
         self.CB = self.SCB = None
-
-
-def _outlier_product(a: Tensor, columns: Tensor, codes: Tensor, absmax: Tensor, gather: bool) -> Tensor | None:
-    if not gather or tracing() or a.device.type == "meta":
-        return torch.where(columns, a, 0) @ int8.dequantize(codes, absmax, a.dtype).t()
-    index = columns.nonzero().view(-1)
-    if index.numel() == 0:
-        return None
-    return a[:, index] @ int8.dequantize(codes[:, index].contiguous(), absmax, a.dtype).t()
-
-
-def product_8bit(
-    a: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float, gather: bool = True
-) -> Tensor:
-    """`A @ W^T + bias` for `A [..., k]` and an int8 weight `[n, k]` with absmax `[n]`: see the head of this file.
-
-    gather: whether outlier columns are counted and gathered, which waits for a GPU; if not, the others are set to zero.
-    """
-    rows = as_matrix(a)
-    q, row_absmax, columns = int8.quantize(rows, threshold)
-    if few_rows.is_row_of_int8(rows, codes):
-        arguments = (q, row_absmax, codes, absmax, bias)
-        if columns is None:
-            y = few_rows.multiply_int8_row(*arguments, dtype=a.dtype)
-        else:
-            y = few_rows.multiply_int8_row_and_outliers(*arguments, rows.detach(), columns, dtype=a.dtype)
-    else:
-        with without_autocast(a):
-            outliers = None if columns is None else _outlier_product(rows, columns, codes, absmax, gather)
-        y = int8.dequantize_int8_product(int8.multiply(q, codes), row_absmax, absmax, bias, outliers, dtype=a.dtype)
-    return not_a_view(y.view(*a.shape[:-1], codes.shape[0]))
-
-
-class _MatMul8bit(torch.autograd.Function):
-    """A float weight may be given beside its codes: it then receives the gradient that the float product would give it.
-
-    The codes are attributes and not saved tensors: they have no gradient, and so may be tensors of inference mode.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, a: Tensor, weight: Tensor | None, codes: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float
-    ) -> Tensor:
-        _save_for_backward(ctx, a, weight, codes, absmax, bias)
-        return product_8bit(a, codes, absmax, bias, threshold)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        (a,) = ctx.saved_tensors
-        grad_a = grad_weight = grad_bias = None
-        rows = as_matrix(grad)
-        with without_autocast(grad):
-            if ctx.needs_input_grad[0]:
-                grad_a = grad @ int8.dequantize(ctx.codes, ctx.absmax, grad.dtype)
-            if ctx.needs_input_grad[1]:
-                grad_weight = rows.t() @ as_matrix(a)
-            if ctx.needs_input_grad[4]:
-                grad_bias = rows.sum(0, dtype=ctx.bias_dtype)
-        return grad_a, grad_weight, None, None, grad_bias, None
-
-
-def _save_for_backward(
-    ctx: Any, a: Tensor, weight: Tensor | None, codes: Tensor, absmax: Tensor, bias: Tensor | None
-) -> None:
-    ctx.codes, ctx.absmax = codes, absmax
-    ctx.save_for_backward(a if weight is not None and weight.requires_grad else None)
-    ctx.bias_dtype = None if bias is None else bias.dtype
-
-
-class _TransformedMatMul8bit(torch.autograd.Function):
-    """The same for `torch.func` and forward mode. Calling it costs more, and torch.compile would not trace it."""
-
-    generate_vmap_rule = True
-    backward = _MatMul8bit.backward
-
-    @staticmethod
-    def forward(
-        a: Tensor, weight: Tensor | None, codes: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float
-    ) -> Tensor:
-        return product_8bit(a, codes, absmax, bias, threshold)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _save_for_backward(ctx, *inputs[:5])
-        ctx.save_for_forward(inputs[0])
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor | None:
-        a, weight, _, _, bias, _ = tangents
-        y = None if a is None else a @ int8.dequantize(ctx.codes, ctx.absmax, a.dtype).t()
-        if weight is not None:
-            by_weight = ctx.saved_tensors[0] @ weight.t()
-            y = by_weight if y is None else y + by_weight
-        return y if bias is None else bias if y is None else y + bias
 
 
 def matmul(
@@ -382,7 +216,7 @@ def matmul(
     if _in_graph():
         result: Tensor = torch.ops.bnbref.linear_8bit(A, weight, codes, absmax, bias, threshold)
     elif not (torch.compiler.is_dynamo_compiling() and under_functorch()) and differentiated(A, weight, bias):
-        function = _TransformedMatMul8bit if transforming() else _MatMul8bit
+        function = TransformedMatMul8bit if transforming() else MatMul8bit
         result = function.apply(A, weight, codes, absmax, bias, threshold)  # type: ignore[no-untyped-call]
     else:
         result = product_8bit(A, codes, absmax, bias, threshold)
