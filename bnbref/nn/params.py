@@ -63,7 +63,6 @@ class Params4bit(QuantizedParameter):
         self.quant_storage = quant_storage
         self.bnb_quantized = bnb_quantized
         self.module = module
-        self.products = None
         return self
 
     @classmethod

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from bnbref.kernels import once, tracing
+from bnbref.nn import graph_arguments
 from bnbref.nn.codes import Watched
 
 Self = TypeVar("Self", bound="QuantizedParameter")
@@ -43,10 +44,18 @@ def in_bytes(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
 class QuantizedParameter(Watched, nn.Parameter):
     """A parameter whose attributes follow it when it is moved, copied, pickled, shared and cut into pieces.
 
-    products: what `products.matmul_4bit` keeps of this weight. It is a slot, because it must not follow.
+    products: what `products.matmul_4bit` keeps of this weight. graph_arguments: what a graph reads of it, see the module of that
+    name. They are slots, because they must not follow.
     """
 
-    __slots__ = ("products",)
+    __slots__ = ("graph_arguments", "products")
+    graph_arguments: graph_arguments.Known
+    products: Any
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in ("quant_state", "SCB"):
+            self.graph_arguments.clear()
 
     @property
     def data(self) -> Tensor:
@@ -64,6 +73,7 @@ class QuantizedParameter(Watched, nn.Parameter):
         with torch._C.DisableTorchFunctionSubclass():
             DATA.__set__(self, value)
         if isinstance(value, Watched):
+            self.graph_arguments.clear()
             self.__dict__.update(value.__dict__)
 
     def _check_assigned(self, value: Tensor) -> None:
@@ -204,7 +214,7 @@ class QuantizedParameter(Watched, nn.Parameter):
 def made(cls: type[Self], data: Tensor, requires_grad: bool) -> Self:
     """The memory of data as a parameter. TypeError for a tensor that has none, as a FakeTensor or a DTensor."""
     try:
-        return torch.Tensor._make_subclass(cls, data.detach(), requires_grad)
+        self = torch.Tensor._make_subclass(cls, data.detach(), requires_grad)
     except RuntimeError as error:
         if type(data) in (Tensor, nn.Parameter):
             raise
@@ -212,6 +222,8 @@ def made(cls: type[Self], data: Tensor, requires_grad: bool) -> Self:
             f"data of a {cls.__name__} must be a tensor with memory of its own, got a {type(data).__name__}: quantize plain "
             "tensors, and distribute or trace the layers then; a model without memory is built on the meta device"
         ) from error
+    self.graph_arguments, self.products = graph_arguments.empty(self), None
+    return self
 
 
 def _numbered(device_type: str, device: Any) -> torch.device:

@@ -1,0 +1,295 @@
+"""What a graph reads of a quantized weight: whatever is done to a layer between two calls, its graph computes what
+the layer computes. And Dynamo passes over a layer in its checks, as over a float one."""
+
+import copy
+import gc
+import pickle
+import re
+
+import pytest
+import torch
+from conftest import difference, same_bits
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import bnbref
+from bnbref.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
+from bnbref.products import MatmulLtState
+from bnbref.quant_state import QuantState
+
+BF16 = torch.bfloat16
+N, K = 8, 128
+
+
+def floats(seed):
+    return torch.randn(N, K, generator=torch.Generator().manual_seed(seed))
+
+
+def weight_4bit(seed, **arguments):
+    return Params4bit(floats(seed), **{"quant_type": "nf4", **arguments}).to("cpu")
+
+
+def weight_8bit(seed):
+    return Int8Params(floats(seed), requires_grad=False).to("cpu")
+
+
+def layer_4bit(**arguments):
+    layer = Linear4bit(K, N, quant_type="nf4", compute_dtype=BF16)
+    layer.weight = weight_4bit(0, **arguments)
+    return layer.requires_grad_(False)
+
+
+def layer_8bit():
+    layer = Linear8bitLt(K, N, has_fp16_weights=False, threshold=2.0)
+    layer.weight = weight_8bit(0)
+    return layer.requires_grad_(False)
+
+
+class Block(nn.Module):
+    """A layer, which changes may replace, in a model that is compiled."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x) * 2
+
+
+def assigned(attribute, value, of=lambda weight: weight):
+    """A change: assigns an attribute of something that belongs to the weight."""
+
+    def change(block, seed):
+        setattr(of(block.layer.weight), attribute, value(seed))
+
+    return change
+
+
+def scaled(tensor, seed):
+    return tensor * (1 + seed / 8)
+
+
+def new_weight(make):
+    def change(block, seed):
+        block.layer.weight = make(seed)
+
+    return change
+
+
+def put_in_place(make):
+    """As accelerate and transformers put a weight in its place."""
+
+    def change(block, seed):
+        block.layer._parameters["weight"] = make(seed)
+
+    return change
+
+
+def put_where_the_old_one_was(make):
+    """The new weight may get the address, and so the `id`, of the old one."""
+
+    def change(block, seed):
+        block.layer._parameters["weight"] = None
+        gc.collect()
+        block.layer._parameters["weight"] = make(seed)
+
+    return change
+
+
+def new_data(make):
+    def change(block, seed):
+        block.layer.weight.data = make(seed)
+
+    return change
+
+
+def loaded(make, assign):
+    def change(block, seed):
+        other = copy.deepcopy(block.layer)
+        other.weight = make(seed)
+        block.layer.load_state_dict(other.state_dict(), assign=assign)
+
+    return change
+
+
+def replaced(copied):
+    def change(block, seed):
+        block.layer = copied(block.layer)
+
+    return change
+
+
+def functional(block, seed):
+    """torch.func swaps parameters in and out again."""
+    torch.func.functional_call(block, {"layer.bias": torch.full((N,), float(seed))}, torch.randn(2, K))
+
+
+def moved(block, seed):
+    block.to("meta").to_empty(device="cpu") if seed < 0 else block.to("cpu")
+
+
+def state_of(weight):
+    return weight.quant_state
+
+
+def state2_of(weight):
+    return weight.quant_state.state2
+
+
+def multiplied(attribute, of):
+    def change(block, seed):
+        state = of(block.layer.weight)
+        setattr(state, attribute, scaled(getattr(state, attribute), seed))
+
+    return change
+
+
+COMMON = {
+    "copied": replaced(copy.deepcopy),
+    "copied flatly": replaced(copy.copy),
+    "pickled": replaced(lambda layer: pickle.loads(pickle.dumps(layer))),
+    "functional call": functional,
+    "moved": moved,
+    "frozen bias": lambda block, seed: block.layer.bias.requires_grad_(seed % 2 == 0),
+    "other bias": lambda block, seed: setattr(block.layer, "bias", nn.Parameter(torch.full((N,), float(seed)))),
+}
+
+
+def weights(make):
+    return {
+        "assigned": new_weight(make),
+        "put in place": put_in_place(make),
+        "put where the old one was": put_where_the_old_one_was(make),
+        "new data": new_data(make),
+        "loaded": loaded(make, False),
+        "loaded, assigned": loaded(make, True),
+    }
+
+
+def nested_state(seed):
+    return weight_4bit(seed).quant_state
+
+
+FOUR = {
+    **COMMON,
+    **weights(weight_4bit),
+    "flat weight": new_weight(lambda seed: weight_4bit(seed, compress_statistics=seed % 2 == 0)),
+    "fp4": new_weight(lambda seed: weight_4bit(seed, quant_type="fp4", blocksize=128)),
+    "state": assigned("quant_state", nested_state),
+    "state2": assigned("state2", lambda seed: nested_state(seed).state2, state_of),
+    "absmax": assigned("absmax", lambda seed: nested_state(seed).absmax, state_of),
+    "absmax in place": lambda block, seed: block.layer.weight.quant_state.state2.absmax.mul_(1 + seed / 8),
+    "offset": multiplied("offset", state_of),
+    "absmax2": multiplied("absmax", state2_of),
+    "code2": multiplied("code", state2_of),
+    "quant_type": assigned("quant_type", lambda seed: ("nf4", "fp4")[seed % 2], state_of),
+    "state moved": lambda block, seed: block.layer.weight.quant_state.to("cpu"),
+    "state of others": lambda block, seed: setattr(
+        block.layer.weight, "quant_state", QuantState.from_dict(nested_state(seed).as_dict(), "cpu")
+    ),
+    "compute_dtype": lambda block, seed: setattr(
+        block.layer, "compute_dtype", (None, torch.float32, torch.float16, BF16)[seed % 4]
+    ),
+}
+EIGHT = {
+    **COMMON,
+    **weights(weight_8bit),
+    "SCB": assigned("SCB", lambda seed: weight_8bit(seed).SCB),
+    "SCB of layer": lambda block, seed: setattr(block.layer, "SCB", weight_8bit(seed).SCB),
+    "threshold": lambda block, seed: setattr(block.layer.state, "threshold", float(seed)),
+    "settings": lambda block, seed: setattr(block.layer, "state", MatmulLtState(threshold=float(seed))),
+}
+
+
+def check(make, table, changes):
+    torch.compiler.reset()
+    block = Block(make())
+    x = torch.randn(3, K, generator=torch.Generator().manual_seed(1)).to(BF16)
+    graph = torch.compile(block, backend="eager", fullgraph=True)
+    with torch.no_grad(), bnbref.eager():
+        graph(x)
+        for name, seed in changes:
+            try:
+                table[name](block, seed)
+                want = block(x)
+            except (
+                AttributeError,
+                RuntimeError,
+                TypeError,
+                ValueError,
+            ):  # a change that this layer, or the earlier ones, refuse
+                return
+            got = graph(x)
+            assert same_bits(got, want), (name, difference(got, want))
+
+
+def changes_of(table):
+    return st.lists(st.tuples(st.sampled_from(sorted(table)), st.integers(0, 5)), min_size=1, max_size=4)
+
+
+@settings(max_examples=12, deadline=None)
+@given(changes_of(FOUR))
+def test_a_graph_sees_what_is_done_to_a_4bit_layer(changes):
+    check(layer_4bit, FOUR, changes)
+
+
+@settings(max_examples=8, deadline=None)
+@given(changes_of(EIGHT))
+def test_a_graph_sees_what_is_done_to_an_8bit_layer(changes):
+    check(layer_8bit, EIGHT, changes)
+
+
+@pytest.mark.parametrize("name", FOUR)
+def test_each_change_of_a_4bit_layer(name):
+    check(layer_4bit, FOUR, [(name, 1), (name, 2)])
+
+
+@pytest.mark.parametrize("name", EIGHT)
+def test_each_change_of_an_8bit_layer(name):
+    check(layer_8bit, EIGHT, [(name, 1), (name, 3)])
+
+
+def test_a_state_that_is_changed_inside_of_a_graph():
+    block, absmax = Block(layer_4bit(compress_statistics=False)), torch.full((N * K // 64,), 3.0)
+
+    def forward(x):
+        y = block(x)
+        block.layer.weight.quant_state.absmax = absmax
+        return y, block(x)
+
+    x = torch.ones(1, K, dtype=BF16)
+    with torch.no_grad(), bnbref.eager():
+        graph = torch.compile(forward, backend="eager")
+        got = graph(x), graph(x)
+        block.layer.weight = weight_4bit(0, compress_statistics=False)
+        want = forward(x), forward(x)
+    assert all(same_bits(a, b) for a, b in zip(sum(got, ()), sum(want, ()), strict=True))
+
+
+@pytest.mark.parametrize("make", [layer_4bit, layer_8bit])
+def test_a_weight_that_is_gone_is_not_kept(make):
+    """Offloading frees a weight by putting one without memory in its place."""
+    layer = make()
+    codes = layer.weight.untyped_storage()
+    known = layer._known
+    assert "arguments" in known
+    layer._parameters["weight"] = type(layer.weight)(torch.empty(0, device="meta"), requires_grad=False)
+    gc.collect()
+    assert not known
+    assert torch._C._storage_Use_Count(codes._cdata) == 1
+
+
+@pytest.mark.parametrize("make", [layer_4bit, layer_8bit])
+def test_dynamo_passes_over_a_layer(make):
+    torch.compiler.reset()
+    block = Block(make())
+
+    def forward(x):
+        return block(x)
+
+    with torch.no_grad(), bnbref.eager(), torch._dynamo.config.patch(use_recursive_dict_tags_for_guards=True):
+        torch.compile(forward, backend="eager", fullgraph=True)(torch.ones(1, K, dtype=BF16))
+    (entry,) = torch._dynamo.eval_frame._debug_get_cache_entry_list(forward)
+    (layer,) = re.findall(r"source=[^,]*_modules\['layer'\], .*tag_safe=\((\w+), (\w+)\)", str(entry.guard_manager))
+    assert layer[0] == "True"
