@@ -17,6 +17,10 @@ from typing import Any
 
 import torch
 
+ROW, TURN = "ROW ", "TURN"
+"""What begins a line that gpu_flows.py reads; and the argument that says that it gives turns, with the line that asks for one.
+Libraries print other lines."""
+
 OUTLIERS = 6
 """Features with outliers, of the hidden state: "up to 7" in LLM.int8() (2208.07339), section 4."""
 
@@ -31,7 +35,7 @@ class Shape:
     batch: int = 4
     length: int = 1024
     steps: int = 7
-    rounds: int = 3
+    rounds: int = 5
 
 
 def llama(hidden: int, inner: int, layers: int, tied: bool, **other: int) -> dict[str, Any]:
@@ -139,6 +143,13 @@ def loaded(job: Job) -> Any:
     )
 
 
+def turn() -> None:
+    """Waits until gpu_flows.py gives this process its turn: the others do nothing until it asks for the next, or ends."""
+    if sys.argv[2:] == [TURN]:
+        print(TURN, flush=True)
+        sys.stdin.readline()
+
+
 # ---- the parts ------------------------------------------------------------------------------------------------------
 
 
@@ -179,7 +190,10 @@ def generate(job: Job, **options: Any) -> Iterator[dict[str, Any]]:
     first = seconds(run, job.device)
     run()  # what the second call still compiles or records
     forget_peak(job.device)
-    times = [seconds(run, job.device) for _ in range(shape.rounds)]
+    times = []
+    for _ in range(shape.rounds):
+        turn()
+        times.append(seconds(run, job.device))
     if len(tokens) != shape.new_tokens:
         raise RuntimeError(f"generated {len(tokens)} tokens, not {shape.new_tokens}")
     rate = shape.new_tokens / statistics.median(times)
@@ -220,6 +234,7 @@ def qlora(job: Job) -> Iterator[dict[str, Any]]:
     ids = torch.randint(1, shape.config["vocab_size"], (shape.batch, shape.length), generator=generator)
     adamw = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     yield job.row("loop", **loop(model, adamw, ids, job.device, SHAPES[job.shape].steps))
+    turn()
     yield job.row("Trainer", **trainer(job, model, ids))
 
 
@@ -239,7 +254,10 @@ def loop(model: Any, optimizer: Any, ids: torch.Tensor, device: str, steps: int)
     first = seconds(step, device)
     step()
     forget_peak(device)
-    times = [seconds(step, device) for _ in range(steps)]
+    times = []
+    for _ in range(steps):
+        turn()
+        times.append(seconds(step, device))
     measured = {"ms": statistics.median(times) * 1e3, "first_s": first, **peak(device)}
     return {**measured, "seconds": times, "losses": [float(loss) for loss in losses]}
 
@@ -296,9 +314,6 @@ PARTS: dict[str, Callable[[Job], Iterator[dict[str, Any]]]] = {
     "qlora": qlora,
     "load": load,
 }
-
-ROW = "ROW "
-"""What begins a line that gpu_flows.py reads; libraries print others."""
 
 
 def main() -> None:

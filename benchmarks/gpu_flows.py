@@ -10,9 +10,10 @@ qlora     a training step, LoRA on all linear layers, gradient checkpointing: ms
 load      `from_pretrained`: seconds with cold and with warm caches and a second time in the process, peak memory
 layers    a layer from Python, and its kernels alone, from a CUDA graph: microseconds
 
-A Llama of random weights is written once to --models, nothing is downloaded. Each contender runs in processes of its own, but for
-layers, where they take turns; one that fails is a row with its error. Medians. Rows are saved as they come, beside those of other
-parts and shapes in the same file; --again joins files, and prints and plots them without measuring.
+A Llama of random weights is written once to --models, nothing is downloaded. Each contender runs in a process of its own. They
+take turns: a round of one, a round of the next, while the others wait. One that fails is a row with its error. Medians. Rows are
+saved as they come, beside those of other parts and shapes in the same file; --again joins files, and prints and plots them
+without measuring.
 """
 
 import argparse
@@ -27,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from typing import Any
 import flow_table
 import timing
 import torch
-from flow_parts import ROW, SHAPES, Job
+from flow_parts import ROW, SHAPES, TURN, Job
 
 HERE = Path(__file__).parent
 PARTS = ("generate", "static", "qlora", "load", "layers")
@@ -53,12 +54,13 @@ class Process:
     cold: bool = True
 
 
-def processes(args: argparse.Namespace, scratch: Path) -> Iterator[Process]:
-    """In the order in which they run: contenders side by side, so that a slow minute of the machine hits all alike."""
+def processes(args: argparse.Namespace, scratch: Path) -> Iterator[list[Process]]:
+    """In the order in which they run; a list of those that take turns, so that a slow minute of the machine hits all alike."""
     for part in args.only:
         if part == "layers":
-            yield Process("flow_layers.py", {"contenders": args.contenders, "device": args.device, **args.layers})
+            yield [Process("flow_layers.py", {"contenders": args.contenders, "device": args.device, **args.layers})]
             continue
+        together: list[Process] = []
         for format_ in ("nf4", "int8") if part in ("generate", "static") else ("nf4",):
             for contender in args.contenders:
                 if contender == "bf16" and format_ == "int8":
@@ -66,10 +68,12 @@ def processes(args: argparse.Namespace, scratch: Path) -> Iterator[Process]:
                 job = Job(part, contender, "" if contender == "bf16" else format_, args.shape, args.model, args.device)
                 caches = scratch / f"{part}-{contender}-{format_}"
                 if part == "load":
-                    yield Process("flow_parts.py", asdict(job), "cold caches", caches)
-                    yield Process("flow_parts.py", asdict(job), "warm caches", caches, cold=False)
+                    yield [Process("flow_parts.py", asdict(job), "cold caches", caches)]
+                    yield [Process("flow_parts.py", asdict(job), "warm caches", caches, cold=False)]
                 else:
-                    yield Process("flow_parts.py", asdict(job), "", caches if part == "static" else None)
+                    together.append(Process("flow_parts.py", asdict(job), "", caches if part == "static" else None))
+        if together:
+            yield together
 
 
 def environment(process: Process) -> dict[str, str]:
@@ -83,37 +87,77 @@ def environment(process: Process) -> dict[str, str]:
     return {**os.environ, **offline, "TORCHINDUCTOR_CACHE_DIR": str(inductor), "TRITON_CACHE_DIR": str(triton)}
 
 
-def run(process: Process, left: float = math.inf) -> Iterator[dict[str, Any]]:
-    """The rows of a process as it prints them; one with an error, and the end of what it wrote, if it fails or takes too long."""
-    command = [sys.executable, str(HERE / process.program), json.dumps(process.argument)]
-    start = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(folder) / name for name in ("out", "err")]
+class Child:
+    """A running process. It ends when the block does, with the workers that compile for it."""
+
+    def __init__(self, process: Process) -> None:
+        self.process, self.start, self.ended = process, time.monotonic(), False
+        self.folder = tempfile.TemporaryDirectory()
+        paths = [Path(self.folder.name) / name for name in ("out", "err")]
+        command = [sys.executable, str(HERE / process.program), json.dumps(process.argument), TURN]
         with paths[0].open("w") as out, paths[1].open("w") as err:
-            child = subprocess.Popen(command, stdout=out, stderr=err, env=environment(process), start_new_session=True)
-        try:
-            with paths[0].open() as lines:
-                code, line = None, ""
-                while code is None and time.monotonic() - start < left:
-                    with contextlib.suppress(subprocess.TimeoutExpired):
-                        code = child.wait(timeout=0.2)
-                    while (line := line + lines.readline()).endswith("\n"):
-                        if line.startswith(ROW):
-                            row = json.loads(line.removeprefix(ROW))
-                            yield {**row, "what": row["what"] or process.what, "wall_s": time.monotonic() - start}
-                        line = ""
-        finally:
-            if child.poll() is None:  # with the workers that compile for it
-                os.killpg(child.pid, signal.SIGKILL)
-                child.wait()
+            self.child = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=out, stderr=err, env=environment(process), start_new_session=True,
+                text=True,
+            )  # fmt: skip
+        self.lines, self.err = paths[0].open(), paths[1]
+
+    def __enter__(self) -> "Child":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.child.poll() is None:
+            os.killpg(self.child.pid, signal.SIGKILL)
+            self.child.wait()
+        if self.child.stdin is not None:
+            self.child.stdin.close()
+        self.lines.close()
+        self.folder.cleanup()
+
+    def go(self) -> None:
+        """Gives it the turn that it asked for."""
+        if self.child.stdin is not None and self.child.poll() is None:
+            with contextlib.suppress(BrokenPipeError):
+                self.child.stdin.write("go\n")
+                self.child.stdin.flush()
+
+    def rows(self, left: float) -> Iterator[dict[str, Any]]:
+        """Its rows as it prints them, until it asks for a turn or ends; one with an error, and the end of what it wrote, if it
+        fails or takes too long."""
+        code, line, start = None, "", time.monotonic()
+        while code is None and time.monotonic() - start < left:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                code = self.child.wait(timeout=0.01)
+            while (line := line + self.lines.readline()).endswith("\n"):
+                if line.startswith(ROW):
+                    row = json.loads(line.removeprefix(ROW))
+                    yield {**row, "what": row["what"] or self.process.what, "wall_s": time.monotonic() - self.start}
+                elif line.strip() == TURN:
+                    return
+                line = ""
+        self.ended = True
         if code != 0:
-            said = paths[1].read_text(errors="replace").strip()
+            said = self.err.read_text(errors="replace").strip()
             reason = (
                 f"cut short after {left:.0f} s" if code is None else (said.splitlines() or [f"exit code {code}"])[-1]
             )
-            named = {"part": "layers", "contender": "", "format": "", **process.argument}
+            named = {"part": "layers", "contender": "", "format": "", **self.process.argument}
             names = {key: named[key] for key in ("part", "contender", "format")}
-            yield {**names, "what": process.what, "error": reason, "stderr": said[-2000:]}
+            yield {**names, "what": self.process.what, "error": reason, "stderr": said[-2000:]}
+
+
+def run(processes: Sequence[Process], left: float = math.inf) -> Iterator[dict[str, Any]]:
+    """The rows of processes that take turns. One begins when the one before it asks for its first turn: no two ever compute."""
+    end = time.monotonic() + left
+    with contextlib.ExitStack() as stack:
+        children = []
+        for process in processes:
+            children.append(stack.enter_context(Child(process)))
+            yield from children[-1].rows(end - time.monotonic())
+        while waiting := [child for child in children if not child.ended]:
+            for child in waiting:
+                child.go()
+                yield from child.rows(end - time.monotonic())
 
 
 def line(row: dict[str, Any]) -> str:
@@ -151,7 +195,7 @@ def measure(args: argparse.Namespace, result: dict[str, Any], save: Callable[[],
     with tempfile.TemporaryDirectory() as scratch:
         if set(args.only) - {"layers"}:
             written = Job("checkpoint", "bf16", "", args.shape, args.model, args.device)
-            for row in run(Process("flow_parts.py", asdict(written)), args.seconds):
+            for row in run([Process("flow_parts.py", asdict(written))], args.seconds):
                 if "error" in row:
                     raise SystemExit(f"no model was written: {row['error']}\n{row['stderr']}")
                 print(f"{row['parameters'] / 1e9:.2f} B parameters written in {row['wall_s']:.0f} s", flush=True)
@@ -160,17 +204,18 @@ def measure(args: argparse.Namespace, result: dict[str, Any], save: Callable[[],
                 with file.open("rb") as content:
                     while content.read(2**26):
                         pass
-        for process in processes(args, Path(scratch)):
+        for together in processes(args, Path(scratch)):
             left = args.seconds - (time.monotonic() - start)
             if left <= 0:
                 result["cut_short"] = True
                 break
-            for row in run(process, left):
+            for row in run(together, left):
                 result["rows"].append(row)
                 print(line(row), flush=True)
                 save()
-            if process.caches and not process.cold:
-                shutil.rmtree(process.caches, ignore_errors=True)
+            for process in together:
+                if process.caches and not process.cold:
+                    shutil.rmtree(process.caches, ignore_errors=True)
     result["seconds"] = round(time.monotonic() - start)
     save()
 

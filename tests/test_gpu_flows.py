@@ -90,11 +90,39 @@ def test_a_process_that_fails_is_a_row(program, left, error, tmp_path):
     (tmp_path / "fails.py").write_text(program)
     names = {"part": "qlora", "contender": "bnbref", "format": "nf4"}
     start = time.monotonic()
-    rows = list(gpu_flows.run(gpu_flows.Process(str(tmp_path / "fails.py"), names), left))
+    rows = list(gpu_flows.run([gpu_flows.Process(str(tmp_path / "fails.py"), names)], left))
     assert [(r["what"], r.get("ms"), r.get("error")) for r in rows] == [("loop", 1.5, None), ("", None, error)]
     assert time.monotonic() - start < 30
     for found in rows:
         assert all(str(value) in gpu_flows.line(found) for value in names.values())
+
+
+TURNS = """
+import json, sys
+name = json.loads(sys.argv[1])["contender"]
+log = open({log!r}, "a")
+for round in range(3):
+    print("TURN", flush=True)
+    assert sys.stdin.readline() == "go\\n"
+    print(f"{{name}} {{round}} begins", file=log, flush=True)
+    __import__("time").sleep(0.05)
+    print(f"{{name}} {{round}} ends", file=log, flush=True)
+    if name == "b" and round == 1:
+        raise SystemExit("b fails")
+print("ROW " + json.dumps({{"part": "static", "format": "", "what": "", "contender": name}}), flush=True)
+"""
+
+
+def test_processes_take_turns(tmp_path):
+    gpu_flows = module("gpu_flows")
+    (tmp_path / "turns.py").write_text(TURNS.format(log=str(tmp_path / "log")))
+    names = [{"part": "static", "contender": name, "format": ""} for name in "abc"]
+    rows = list(gpu_flows.run([gpu_flows.Process(str(tmp_path / "turns.py"), n) for n in names], 60))
+    assert [(r["contender"], r.get("error")) for r in rows] == [("b", "b fails"), ("a", None), ("c", None)]
+    order = ("a 0", "b 0", "c 0", "a 1", "b 1", "c 1", "a 2", "c 2")
+    assert (tmp_path / "log").read_text().splitlines() == [
+        f"{turn} {what}" for turn in order for what in ("begins", "ends")
+    ]
 
 
 def test_the_parts_of_a_model(tmp_path):
