@@ -6,6 +6,7 @@ itself, which watches what is done to it; the operator computes with its memory.
 """
 
 import functools
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,10 +15,11 @@ from torch import Tensor, library
 
 from bnbref import int8
 from bnbref.codebooks import FOUR_BIT, Codebook, four_bit
-from bnbref.context import plain
+from bnbref.context import plain, undisturbed
 from bnbref.fourbit_product import gradients_4bit, product_4bit
 from bnbref.int8_product import gradients_8bit, product_8bit
-from bnbref.packed_weight import PackedWeight
+from bnbref.kernels import compile_enabled
+from bnbref.packed_weight import PackedWeight, kept_weight, operator_arguments
 from bnbref.quant_state import QuantState
 
 _STATE = "Tensor packed, Tensor absmax, Tensor[] second, int[] shape, int blocksize, int blocksize2, str values"
@@ -65,9 +67,27 @@ def _state(
     return state
 
 
+def _weight(packed: Tensor, *given: Any) -> PackedWeight:
+    """The weight of these arguments. A parameter whose quant state they are keeps what is prepared from it, as in eager calls."""
+    own: QuantState | None = getattr(packed, "quant_state", None)
+    if own is not None and _are_of(own, *given):
+        return kept_weight(packed, own)
+    return PackedWeight(plain(packed), _state(*given))
+
+
+def _are_of(
+    state: QuantState, absmax: Tensor, second: Sequence[Tensor], shape: Sequence[int], *constants: int | str
+) -> bool:
+    own_absmax, own_second, own_shape, *own = operator_arguments(state)
+    same = own_absmax is absmax and own_shape == tuple(shape) and own == list(constants)
+    return same and len(own_second) == len(second) and all(map(operator.is_, own_second, second))
+
+
 @library.impl(_operators, "linear_4bit", "CompositeExplicitAutograd")
 def _(a: Tensor, bias: Tensor | None, in_order: bool, packed: Tensor, *state: Any) -> Tensor:
-    return product_4bit(a, PackedWeight(plain(packed), _state(*state)), bias, in_order)
+    weight = _weight(packed, *state)
+    product = None if in_order or not undisturbed(a) or not compile_enabled() else weight.find_or_prepare(a, bias)
+    return product_4bit(a, weight, bias, in_order) if product is None else product(a, bias)
 
 
 @library.register_fake("bnbref::linear_4bit", lib=_operators)  # type: ignore[untyped-decorator]
@@ -79,7 +99,7 @@ def _(
 
 @library.impl(_operators, "weight_4bit", "CompositeExplicitAutograd")
 def _(packed: Tensor, *state: Any) -> Tensor:
-    return _state(*state[:-1]).dequantize(plain(packed), state[-1])
+    return _weight(packed, *state[:-1]).decoded(state[-1])
 
 
 @library.register_fake("bnbref::weight_4bit", lib=_operators)  # type: ignore[untyped-decorator]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bnbref import few_rows, fourbit, nested
 from bnbref.blockwise import FLOATS, in_rows
-from bnbref.context import as_bytes, not_a_view
+from bnbref.context import as_bytes, not_a_view, plain
 from bnbref.kernels import compile_enabled, tracing
 from bnbref.quant_state import QuantState, present
 
@@ -64,15 +64,14 @@ class PackedWeight:
 
     # ---- what is kept -----------------------------------------------------------------------------------------------
 
-    def find(self, a: Tensor, bias: Tensor | None) -> Product | None:
-        """The product that was prepared for activations and a bias of this layout."""
+    def find_or_prepare(self, a: Tensor, bias: Tensor | None) -> Product | None:
+        """The product that is prepared, and kept, for activations and a bias of this layout. None if they do not fit."""
         try:
             return self._products[_product_key(a, bias)] or self.multiply
         except KeyError:
-            return None
+            return self._prepare(a, bias)
 
-    def prepare(self, a: Tensor, bias: Tensor | None) -> Product | None:
-        """Prepares the product for activations and a bias of this layout, and keeps it. None if they do not fit the weight."""
+    def _prepare(self, a: Tensor, bias: Tensor | None) -> Product | None:
         shape = present(self.state.shape, "shape")
         others = self.codes if bias is None else bias
         fits = len(shape) == 2 and a.dim() > 0 and a.shape[-1] == shape[1] and a.dtype in FLOATS
@@ -129,6 +128,28 @@ class PackedWeight:
         if rows.data_ptr() == self.codes.data_ptr():  # a copy would not see a change in place
             self._rows = rows
         return rows
+
+
+def kept_weight(packed: Tensor, state: QuantState) -> PackedWeight:
+    """A weight with what it keeps of its products; a tensor of codes that is no parameter of ours keeps nothing."""
+    if tracing() or not hasattr(packed, "products"):
+        return PackedWeight(plain(packed), state)
+    weight: PackedWeight | None = packed.products
+    if weight is None or not weight.is_of(state):
+        weight = packed.products = PackedWeight(plain(packed), state)
+    return weight
+
+
+def operator_arguments(state: QuantState) -> tuple[Any, ...]:
+    """A quant state as the arguments of `torch.ops.bnbref.linear_4bit`. Dynamo traces every call in here, perhaps once for each
+    layer of a model: so there are few calls."""
+    second: tuple[Tensor, ...] = ()
+    blocksize2, state2, book = 0, state.state2, present(state.quant_type, "quant_type")
+    if state2 is not None:
+        second = (state2.absmax, present(state2.code, "state2.code"), present(state.offset, "offset"))
+        blocksize2 = present(state2.blocksize, "state2.blocksize")
+    values = book if isinstance(book, str) else " ".join([str(value) for value in book.values])
+    return state.absmax, second, tuple(state.shape or ()), present(state.blocksize, "blocksize"), blocksize2, values
 
 
 def _product_key(a: Tensor, bias: Tensor | None) -> Any:

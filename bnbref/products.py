@@ -34,7 +34,7 @@ from bnbref.context import (
 from bnbref.fourbit_product import MatMul4Bit, TransformedMatMul4Bit, product_4bit
 from bnbref.int8_product import MatMul8bit, TransformedMatMul8bit, product_8bit
 from bnbref.kernels import compile_enabled, ordered, tracing
-from bnbref.packed_weight import PackedWeight, Product
+from bnbref.packed_weight import PackedWeight, Product, kept_weight, operator_arguments
 from bnbref.quant_state import QuantState, present
 
 
@@ -42,18 +42,6 @@ def in_graph() -> bool:
     """Whether a product becomes an operator of a graph: Dynamo traces it, and neither for an export nor under `torch.func`, which
     differentiate or keep plain operations."""
     return torch.compiler.is_dynamo_compiling() and not exporting() and not under_functorch()
-
-
-def operator_arguments(state: QuantState) -> tuple[Any, ...]:
-    """A quant state as the arguments of `torch.ops.bnbref.linear_4bit`. Dynamo traces every call in here, perhaps once for each
-    layer of a model: so there are few calls."""
-    second: tuple[Tensor, ...] = ()
-    blocksize2, state2, book = 0, state.state2, present(state.quant_type, "quant_type")
-    if state2 is not None:
-        second = (state2.absmax, present(state2.code, "state2.code"), present(state.offset, "offset"))
-        blocksize2 = present(state2.blocksize, "state2.blocksize")
-    values = book if isinstance(book, str) else " ".join([str(value) for value in book.values])
-    return state.absmax, second, tuple(state.shape or ()), present(state.blocksize, "blocksize"), blocksize2, values
 
 
 def _check_bias(bias: Tensor | None, n: int) -> None:
@@ -132,7 +120,7 @@ def matmul_4bit_in_graph(A: Tensor, B: Tensor, arguments: tuple[Any, ...], bias:
 
 
 def _multiply(a: Tensor, packed: Tensor, bias: Tensor | None, state: QuantState, in_order: bool) -> Tensor:
-    weight = _packed_weight(packed, state)
+    weight = kept_weight(packed, state)
     # What torch.func does inside of torch.compile it does to plain operations.
     inlined = torch.compiler.is_dynamo_compiling() and under_functorch()
     if inlined or not differentiated(a, bias):
@@ -141,16 +129,6 @@ def _multiply(a: Tensor, packed: Tensor, bias: Tensor | None, state: QuantState,
         arguments = a, weight.codes, bias, state, in_order
         return TransformedMatMul4Bit.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
     return MatMul4Bit.apply(a, weight, bias, in_order)  # type: ignore[no-any-return, no-untyped-call]
-
-
-def _packed_weight(packed: Tensor, state: QuantState) -> PackedWeight:
-    """A weight with what it keeps of its products; a tensor of codes that is no parameter of ours keeps nothing."""
-    if tracing() or not hasattr(packed, "products"):
-        return PackedWeight(plain(packed), state)
-    weight: PackedWeight | None = packed.products
-    if weight is None or not weight.is_of(state):
-        weight = packed.products = PackedWeight(plain(packed), state)
-    return weight
 
 
 def prepared_product(a: Tensor, packed: Tensor, state: QuantState | None, bias: Tensor | None) -> Product | None:
@@ -163,8 +141,8 @@ def prepared_product(a: Tensor, packed: Tensor, state: QuantState | None, bias: 
     if ordered.batch_invariant_enabled():
         return None
     prepared: PackedWeight | None = packed.products
-    weight = prepared if prepared is not None and prepared.is_of(state) else _packed_weight(packed, state)
-    product = weight.find(a, bias) or weight.prepare(a, bias)
+    weight = prepared if prepared is not None and prepared.is_of(state) else kept_weight(packed, state)
+    product = weight.find_or_prepare(a, bias)
     if product is None or not differentiated(a, bias):
         return product
     return lambda a, bias: MatMul4Bit.apply(a, weight, bias, False, product)  # type: ignore[no-untyped-call]

@@ -15,7 +15,7 @@ from bnbref.nn import graph_arguments
 from bnbref.nn.params import Int8Params, Params4bit
 from bnbref.nn.quantized_layer import QuantizedLayer
 from bnbref.nn.quantized_parameter import in_bytes
-from bnbref.products import operator_arguments
+from bnbref.packed_weight import operator_arguments
 from bnbref.quant_state import QuantState
 
 
