@@ -259,15 +259,15 @@ def run_qlora(args: argparse.Namespace) -> int:
 
 def run_alias(args: argparse.Namespace) -> int:
     """0 when it is done."""
-    from bnbref.integrations.bitsandbytes import alias
+    from bnbref.integrations.bitsandbytes import startup
 
     try:
         if args.enable:
-            print(f"wrote {alias.enable_hook()}: BNBREF_AS_BITSANDBYTES=1 now turns bnbref into bitsandbytes")
+            print(f"wrote {startup.enable_hook()}: BNBREF_AS_BITSANDBYTES=1 now turns bnbref into bitsandbytes")
         elif args.disable:
-            print(f"removed {alias.hook_file()}" if alias.disable_hook() else f"there is no {alias.hook_file()}")
+            print(f"removed {startup.hook_file()}" if startup.disable_hook() else f"there is no {startup.hook_file()}")
         else:
-            print(alias.status())
+            print(startup.status())
     except OSError as error:
         raise Refused(str(error)) from error
     return 0
