@@ -10,13 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnbref import blockwise, int8
+from bnbref import blockwise, int8, maps
 from bnbref.blockwise import into
 from bnbref.codebooks import Codebook, value_table
 from bnbref.context import not_a_view
-from bnbref.maps import (
-    codebook_of, create_dynamic_map, create_fp8_map, create_linear_map, create_normal_map, get_4bit_type, padded_to_256,
-)  # fmt: skip
+from bnbref.maps import create_dynamic_map, create_fp8_map, create_linear_map, create_normal_map, get_4bit_type
 from bnbref.products import matmul_4bit
 from bnbref.quant_state import QuantState, present, quantize_scales, quantize_with_state
 
@@ -53,9 +51,9 @@ def quantize_blockwise(
     >>> codes, state.absmax
     (tensor([127,   0, 219], dtype=torch.uint8), tensor([2.]))
     """
-    book = codebook_of(code)
+    book = maps.codebook_of(code)
     codes, scales = blockwise.quantize(A, book, blocksize)
-    values = padded_to_256(code if isinstance(code, Tensor) else value_table(book, A.device)).to(A.device)
+    values = maps.padded_to_256(code if isinstance(code, Tensor) else value_table(book, A.device)).to(A.device)
     offset = state2 = None
     if nested:
         scales, offset, state2 = quantize_scales(scales, blocksize)
@@ -78,12 +76,12 @@ def dequantize_blockwise(
     if quant_state is None:
         if absmax is None:
             raise ValueError("dequantize_blockwise needs quant_state or absmax, got neither")
-        values = code if isinstance(code, Tensor) else value_table(codebook_of(code), A.device)
+        values = code if isinstance(code, Tensor) else value_table(maps.codebook_of(code), A.device)
         quant_state = QuantState(absmax, code=values, blocksize=blocksize, dtype=torch.float32)
     _check_state(quant_state)
     if quant_state.quant_type is not None:
         raise ValueError(f"quant_state is one of 4-bit codes, {quant_state.quant_type!r}: dequantize_4bit undoes these")
-    values = padded_to_256(present(quant_state.code, "code")).to(A.device)
+    values = maps.padded_to_256(present(quant_state.code, "code")).to(A.device)
     dtype, blocksize = present(quant_state.dtype, "dtype"), present(quant_state.blocksize, "blocksize")
     return into("out", out, not_a_view(blockwise.dequantize(A, quant_state.scales(), values, blocksize, dtype)))
 

@@ -18,7 +18,7 @@ from bnbref.codebooks import Codebook
 from bnbref.kernels import formulation, tracing
 from bnbref.kernels.by_address import REAL_INPUTS
 from bnbref.kernels.compiler import TUNED, is_gpu
-from bnbref.kernels.counting import count, table_for
+from bnbref.kernels.counting import count, is_wide, table_of
 from bnbref.kernels.floats import absmax_of_lanes, in_lanes, in_pairs
 
 
@@ -77,8 +77,8 @@ def _by_lanes(rows: Tensor, table: Tensor, blocksize: int) -> tuple[Tensor, Tens
 def _tables(rows: Tensor, *, blocksize: int, codebook: Codebook) -> tuple[Tensor, ...]:
     if not is_gpu(rows) or tracing():
         return ()
-    table = table_for(rows, codebook, 4, blocksize)
-    return () if table is None or blocksize % lane_elements(rows, table) != 0 else (table,)
+    table = table_of(codebook, rows.device, is_wide(rows, blocksize), code_bits=4)
+    return () if table.dtype == torch.float32 or blocksize % lane_elements(rows, table) != 0 else (table,)
 
 
 # Vectors of 256 bits, because comparisons of 512 bits go through AVX512's mask registers and back (docs: How to read the code,
