@@ -74,7 +74,7 @@ def get_4bit_type(typename: str, device: torch.device | str | None = None, block
 
 
 def codebook_of(code: Tensor | Codebook | None) -> Codebook:
-    """The codebook that an argument `code` of bitsandbytes' functions means: that of sorted values, or by default the dynamic one.
+    """The codebook that an argument `code` of bitsandbytes' functions means: of sorted values, or by default the dynamic one.
 
     >>> codebook_of(create_dynamic_map()).thresholds == codebook_of(None).thresholds
     True

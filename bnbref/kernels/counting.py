@@ -120,8 +120,8 @@ def code_by_wide_table(scaled: Tensor, table: Tensor) -> Tensor:
 
 
 def table_of(codebook: Codebook, device: torch.device, wide: bool = False, code_bits: int = 8) -> Tensor:
-    """The table that `count` takes: if wide, a wide one; else a code table. Where the codebook has none, it is the thresholds, and
-    so it is in a trace, in which no tensor may be cached."""
+    """The table that `count` takes: if wide, a wide one; else a code table. It is the thresholds where the codebook has neither,
+    and in a trace, in which no tensor may be cached."""
     table = None
     if not tracing():
         table = wide_table(codebook, device) if wide else None
