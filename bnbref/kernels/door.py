@@ -31,12 +31,12 @@ from typing import Any, Generic, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from bnbref.context import without_autocast
+from bnbref.context import recorded_outside, traced, without_autocast
 from bnbref.kernels import formulations
 from bnbref.kernels.compiler import compiles, missing_compiler, remove_fragment, why_failed
 from bnbref.kernels.direct import call_layout
 from bnbref.kernels.formulations import Formulation
-from bnbref.kernels.modes import compile_enabled, inside_once, recorded_outside, traced
+from bnbref.kernels.modes import compile_enabled, inside_once
 from bnbref.kernels.parameters import Parameters
 from bnbref.kernels.variants import Variants
 
