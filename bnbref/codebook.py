@@ -169,7 +169,7 @@ def _numbers(what: str, values: Any) -> tuple[float, ...]:
         ValueError,
         OverflowError,
         NotImplementedError,
-    ) as error:  # the last one: a meta tensor has no numbers
+    ) as error:  # the last: a meta tensor has no numbers
         raise ValueError(f"{what} must be a sequence of numbers, got {values!r}") from error
 
 

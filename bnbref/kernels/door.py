@@ -231,12 +231,9 @@ class Kernel(Generic[P, R]):
 
 
 def fused(
-    *,
-    dynamic: Mapping[str, tuple[int, ...]],
-    exact: bool = True,
-    writes: Sequence[str] = (),
+    *, dynamic: Mapping[str, tuple[int, ...]], exact: bool = True, writes: Sequence[str] = (),
     by_rows: bool | Callable[..., bool] = False,
-) -> Callable[[Callable[P, R]], Kernel[P, R]]:
+) -> Callable[[Callable[P, R]], Kernel[P, R]]:  # fmt: skip
     """Register a pure function as a kernel; calling it runs it compiled.
 
     dynamic: by the name of an argument, its dimensions that vary between calls. exact: whether compiled and eager calls give the

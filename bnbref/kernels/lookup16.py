@@ -171,20 +171,14 @@ def _register() -> str:
     width = _width(cpu_vec_isa.pick_vec_isa())
     if not width:
         return f"{_PLAIN}: no AVX2 or AVX512"
-    for owner, name in (
-        (lowerings, "make_pointwise"),
-        (lowerings, "register_lowering"),
-        (lowerings, "fallback_handler"),
-        (lowerings, "broadcast_tensors"),
-        (CppVecKernel, "_get_num_vectors"),
-        (CppVecKernel, "broadcast"),
-        (CppOverrides, "where"),
-        (CppVecOverrides, "where"),
-        (DefaultHandler, "_default"),
-        (DtypePropagationOpsHandler, "constant"),
-        (ShapePropagationOpsHandler, "constant"),
-    ):
-        getattr(owner, name)
+    used: dict[Any, str] = {
+        lowerings: "make_pointwise register_lowering fallback_handler broadcast_tensors",
+        CppVecKernel: "_get_num_vectors broadcast", CppOverrides: "where", CppVecOverrides: "where",
+        DefaultHandler: "_default", DtypePropagationOpsHandler: "constant", ShapePropagationOpsHandler: "constant",
+    }  # fmt: skip
+    for owner, names in used.items():
+        for name in names.split():
+            getattr(owner, name)
 
     def declare(table: Table, dtype: torch.dtype | None) -> str:
         """Makes an operation of Inductor and returns its name: a look-up, or a scaled one that is rounded to a dtype. Operations

@@ -71,14 +71,8 @@ def _by_words(
 
 
 def _by_bytes(
-    a: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    blocksize: int,
-    codebook: Codebook,
-    dtype: torch.dtype,
-) -> Tensor:
+    a: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, blocksize: int, codebook: Codebook, dtype: torch.dtype
+) -> Tensor:  # fmt: skip
     """For CPUs: a lane takes a byte of two codes, p = 2.
 
     The rows of the weight are taken in two halves, so that two sums are under way at a time.
@@ -125,20 +119,10 @@ def _gpu(*_: Any, **constants: Any) -> dict[str, Any]:
     gpu=_gpu,
 )
 def _(
-    a: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    bias: Tensor | None = None,
-    absmax2: Tensor | None = None,
-    values2: Tensor | None = None,
-    offset: Tensor | None = None,
-    *,
-    tables: tuple[Tensor, ...],
-    blocksize: int,
-    blocksize2: int = 0,
-    codebook: Codebook,
-    dtype: torch.dtype,
-) -> Tensor:
+    a: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None = None, absmax2: Tensor | None = None,
+    values2: Tensor | None = None, offset: Tensor | None = None, *, tables: tuple[Tensor, ...], blocksize: int,
+    blocksize2: int = 0, codebook: Codebook, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     scale = absmax
     if absmax2 is not None and values2 is not None and offset is not None:
         block = torch.arange(absmax.numel(), device=absmax.device) // blocksize2
