@@ -73,7 +73,7 @@ def as_autocast(x: Tensor) -> Tensor:
 
 
 def jit_tracing() -> bool:
-    """Whether `torch.jit.trace` records."""
+    """Whether `torch.jit.trace` records the operations that are called now."""
     return not torch.compiler.is_compiling() and torch._C._is_tracing()
 
 
