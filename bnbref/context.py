@@ -5,6 +5,7 @@ torch.func, torch.autograd.forward_ad plain operations, and a derivative of ours
 torch.jit.trace                       plain operations, no derivative of ours: a program that is saved cannot hold it
 no_grad, inference_mode               nothing is a view of what autograd has not seen, so that it may be changed in place
 a subclass of Tensor as a weight      is taken for its memory
+a trace, a dispatch mode              a tensor that is made belongs to the recording, and is not kept
 a CUDA graph that is being recorded   memory that is kept is not of its pool
 """
 
