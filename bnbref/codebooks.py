@@ -52,6 +52,7 @@ FP4 = Codebook(
 
 
 def _descending(name: str, ascending: Sequence[float], source: str) -> Codebook:
+    """The codebook that rounds to the nearest of these values, whose codes count from the largest value down."""
     nearest = Codebook.nearest(name, ascending)
     n = len(nearest.values)
     return Codebook(name, nearest.values[::-1], nearest.thresholds, order=tuple(reversed(range(n))), source=source)
