@@ -29,7 +29,7 @@ _SMALLEST_TABLE, _LARGEST_TABLE = 9, 16  # upper bits of a float that number its
 
 def float_of(pattern: Tensor) -> Tensor:
     """The float32 with the lower 32 bits of an int64."""
-    return torch.where(pattern >= 2**31, pattern - 2**32, pattern).to(torch.int32).view(torch.float32)
+    return pattern.to(torch.int32).view(torch.float32)  # integers are cut off
 
 
 @cached()

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from bnbref.context import constant_of_graphs, exporting
 from bnbref.kernels import lookup16_cpp
-from bnbref.kernels.floats import rounded_bits
+from bnbref.kernels.floats import choose, rounded_bits
 from bnbref.kernels.lookup16_cpp import Table, scalar_code, vector_code
 from bnbref.kernels.taught import digest_of, operator
 
@@ -53,12 +53,7 @@ def tree16(codes: Tensor, table: Table) -> Tensor:
     >>> torch.equal(tree16(codes, tuple(range(16))), gather16(codes, tuple(range(16))))
     True
     """
-    # Tensors, because torch.where of two Python floats has the default dtype, which is bfloat16 while transformers loads a model.
-    row = [torch.full((), value, dtype=torch.float32, device=codes.device) for value in table]
-    for bit in (1, 2, 4, 8):
-        high = (codes & bit) != 0
-        row = [torch.where(high, odd, even) for even, odd in zip(row[::2], row[1::2], strict=True)]
-    return row[0]
+    return choose([(codes & bit) != 0 for bit in (8, 4, 2, 1)], table, codes)
 
 
 # ---- what the package calls -----------------------------------------------------------------------------------------
