@@ -132,7 +132,8 @@ def matmul_4bit_in_graph(A: Tensor, B: Tensor, arguments: tuple[Any, ...], bias:
 
 
 def _multiply(a: Tensor, packed: Tensor, bias: Tensor | None, state: QuantState, in_order: bool) -> Tensor:
-    weight = _packed_weight(packed, state)
+    keeps = not tracing() and hasattr(packed, "products")  # codes that are no parameter of ours keep nothing
+    weight = _kept(packed, state) if keeps else PackedWeight(plain(packed), state)
     # What torch.func does inside of torch.compile it does to plain operations.
     inlined = torch.compiler.is_dynamo_compiling() and under_functorch()
     if inlined or not differentiated(a, bias):
@@ -143,10 +144,8 @@ def _multiply(a: Tensor, packed: Tensor, bias: Tensor | None, state: QuantState,
     return MatMul4Bit.apply(a, weight, bias, in_order)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _packed_weight(packed: Tensor, state: QuantState) -> PackedWeight:
-    """A weight with what it keeps of its products; a tensor of codes that is no parameter of ours keeps nothing."""
-    if tracing() or not hasattr(packed, "products"):
-        return PackedWeight(plain(packed), state)
+def _kept(packed: Any, state: QuantState) -> PackedWeight:
+    """The weight of a parameter of ours, which keeps it with all that is prepared of its products."""
     weight: PackedWeight | None = packed.products
     if weight is None or not weight.is_of(state):
         weight = packed.products = PackedWeight(plain(packed), state)
@@ -162,8 +161,7 @@ def prepared_product(a: Tensor, packed: Tensor, state: QuantState | None, bias: 
         return None
     if ordered.batch_invariant_enabled():
         return None
-    prepared: PackedWeight | None = packed.products
-    weight = prepared if prepared is not None and prepared.is_of(state) else _packed_weight(packed, state)
+    weight = _kept(packed, state)
     product = weight.find(a, bias) or weight.prepare(a, bias)
     if product is None or not differentiated(a, bias):
         return product
