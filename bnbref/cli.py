@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import bnbref
 from bnbref.conformance import command as kit
@@ -79,25 +80,23 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--plot", type=Path, metavar="FILE", help="draw the losses of fine-tuning (needs matplotlib)")
     demo.set_defaults(run=run_demo)
 
+    count: Any = {"type": positive, "metavar": "N"}
     plan = commands.add_parser("plan", help="what fits on which GPU: formats, QLoRA or full training, optimizers")
     plan.add_argument("model", metavar="MODEL", help="a directory, a config.json, a name on the hub, or a size like 7B")
     plan.add_argument(
-        "--memory",
-        metavar="SIZE",
+        "--memory", metavar="SIZE",
         help="the memory of your GPU, like 24GiB, or of several, like 2x24GiB: the best that fits, and the code to paste",
-    )
+    )  # fmt: skip
     plan.add_argument(
-        "--train",
-        choices=("qlora", "full"),
+        "--train", choices=("qlora", "full"),
         help="to train an adapter, or everything (default: all uses; with --memory: to run the model)",
-    )
+    )  # fmt: skip
     plan.add_argument(
-        "--optimizer",
-        metavar="NAME",
+        "--optimizer", metavar="NAME",
         help="an optimizer of bnbref.optim, like Lion8bit (default: several; with --memory: PagedAdamW8bit)",
-    )
-    plan.add_argument("--seq", type=positive, default=2048, metavar="N", help="tokens of a text (default: %(default)s)")
-    plan.add_argument("--batch", type=positive, default=1, metavar="N", help="texts at once (default: %(default)s)")
+    )  # fmt: skip
+    plan.add_argument("--seq", **count, default=2048, help="tokens of a text (default: %(default)s)")
+    plan.add_argument("--batch", **count, default=1, help="texts at once (default: %(default)s)")
     plan.set_defaults(run=run_plan)
 
     qlora = commands.add_parser("qlora", help="fine-tune an adapter on a 4-bit model, from a text to a folder")
@@ -107,34 +106,20 @@ def parser() -> argparse.ArgumentParser:
     source.add_argument("--dataset", metavar="NAME", help="instead: a dataset, on the hub or in a directory")
     qlora.add_argument("--column", default="text", metavar="NAME", help="its column with texts (default: %(default)s)")
     qlora.add_argument("--split", default="train", metavar="NAME", help="its part (default: %(default)s)")
+    qlora.add_argument("--steps", **count, default=60, help="steps of training (default: %(default)s)")
+    qlora.add_argument("--batch", **count, default=8, help="windows a step (default: %(default)s)")
+    qlora.add_argument("--length", **count, default=128, help="tokens a window (default: %(default)s)")
     qlora.add_argument(
-        "--steps", type=positive, default=60, metavar="N", help="steps of training (default: %(default)s)"
-    )
-    qlora.add_argument("--batch", type=positive, default=8, metavar="N", help="windows a step (default: %(default)s)")
-    qlora.add_argument(
-        "--length", type=positive, default=128, metavar="N", help="tokens a window (default: %(default)s)"
-    )
-    qlora.add_argument(
-        "--lr",
-        type=float,
-        default=2e-3,
-        metavar="X",
+        "--lr", type=float, default=2e-3, metavar="X",
         help="learning rate (default: %(default)s, for the demo model; of 7B try 2e-4)",
-    )
-    qlora.add_argument("--rank", type=positive, default=16, metavar="N", help="of the adapter (default: %(default)s)")
+    )  # fmt: skip
+    qlora.add_argument("--rank", **count, default=16, help="of the adapter (default: %(default)s)")
     qlora.add_argument(
-        "--targets",
-        nargs="+",
-        metavar="NAME",
-        help="the layers that get an adapter (default: the projections of attention)",
-    )
+        "--targets", nargs="+", metavar="NAME", help="the layers that get an adapter (default: the projections of attention)"
+    )  # fmt: skip
     qlora.add_argument(
-        "--out",
-        type=Path,
-        default=Path("adapter"),
-        metavar="DIR",
-        help="where the adapter is saved (default: %(default)s)",
-    )
+        "--out", type=Path, default=Path("adapter"), metavar="DIR", help="where the adapter is saved (default: %(default)s)"
+    )  # fmt: skip
     qlora.add_argument("--plot", type=Path, metavar="FILE", help="draw the losses (needs matplotlib)")
     qlora.set_defaults(run=run_qlora)
 
@@ -259,15 +244,15 @@ def run_qlora(args: argparse.Namespace) -> int:
 
 def run_alias(args: argparse.Namespace) -> int:
     """0 when it is done."""
-    from bnbref.integrations.bitsandbytes import alias
+    from bnbref.integrations.bitsandbytes import startup
 
     try:
         if args.enable:
-            print(f"wrote {alias.enable_hook()}: BNBREF_AS_BITSANDBYTES=1 now turns bnbref into bitsandbytes")
+            print(f"wrote {startup.enable_hook()}: BNBREF_AS_BITSANDBYTES=1 now turns bnbref into bitsandbytes")
         elif args.disable:
-            print(f"removed {alias.hook_file()}" if alias.disable_hook() else f"there is no {alias.hook_file()}")
+            print(f"removed {startup.hook_file()}" if startup.disable_hook() else f"there is no {startup.hook_file()}")
         else:
-            print(alias.status())
+            print(startup.status())
     except OSError as error:
         raise Refused(str(error)) from error
     return 0

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from bnbref.context import cached
-from bnbref.kernels import tracing
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,7 +169,7 @@ def _numbers(what: str, values: Any) -> tuple[float, ...]:
         ValueError,
         OverflowError,
         NotImplementedError,
-    ) as error:  # the last one: a meta tensor has no numbers
+    ) as error:  # the last: a meta tensor has no numbers
         raise ValueError(f"{what} must be a sequence of numbers, got {values!r}") from error
 
 
@@ -215,14 +214,8 @@ def threshold_table(codebook: Codebook, device: torch.device) -> Tensor:
     return _table(codebook, False, device)
 
 
+@cached()
 def _table(codebook: Codebook, values: bool, device: torch.device) -> Tensor:
-    return (_new_table if tracing() else _cached_table)(codebook, values, device)
-
-
-def _new_table(codebook: Codebook, values: bool, device: torch.device) -> Tensor:
     padding = (0.0,) * (2**codebook.bits - len(codebook.values))
     numbers = codebook.values + padding if values else codebook.thresholds
     return torch.tensor(numbers, dtype=torch.float32, device=device)
-
-
-_cached_table = cached()(_new_table)

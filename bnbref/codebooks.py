@@ -5,6 +5,7 @@ Each is a `Codebook`. A format of four bits is an entry of `FOUR_BIT`; a family 
 
 import functools
 import itertools
+import struct
 from collections.abc import Sequence
 from statistics import NormalDist
 
@@ -21,8 +22,8 @@ __all__ = [
 
 
 def _from_hex(text: str) -> tuple[float, ...]:
-    bits = torch.tensor([int(w, 16) - (int(w, 16) >> 31 << 32) for w in text.split()], dtype=torch.int32, device="cpu")
-    return tuple(bits.view(torch.float32).tolist())
+    """float32 numbers by their bits, in hexadecimal."""
+    return tuple(number for (number,) in struct.iter_unpack(">f", bytes.fromhex(text)))
 
 
 # ---- four bits ------------------------------------------------------------------------------------------------------
@@ -52,6 +53,7 @@ FP4 = Codebook(
 
 
 def _descending(name: str, ascending: Sequence[float], source: str) -> Codebook:
+    """The codebook that rounds to the nearest of these values, whose codes count from the largest value down."""
     nearest = Codebook.nearest(name, ascending)
     n = len(nearest.values)
     return Codebook(name, nearest.values[::-1], nearest.thresholds, order=tuple(reversed(range(n))), source=source)

@@ -5,6 +5,7 @@ torch.func, torch.autograd.forward_ad plain operations, and a derivative of ours
 torch.jit.trace                       plain operations, no derivative of ours: a program that is saved cannot hold it
 no_grad, inference_mode               nothing is a view of what autograd has not seen, so that it may be changed in place
 a subclass of Tensor as a weight      is taken for its memory
+a trace, a dispatch mode              a tensor that is made belongs to the recording, and is not kept
 a CUDA graph that is being recorded   memory that is kept is not of its pool
 """
 
@@ -16,6 +17,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -72,7 +74,7 @@ def as_autocast(x: Tensor) -> Tensor:
 
 
 def jit_tracing() -> bool:
-    """Whether `torch.jit.trace` records."""
+    """Whether `torch.jit.trace` records the operations that are called now."""
     return not torch.compiler.is_compiling() and torch._C._is_tracing()
 
 
@@ -94,6 +96,22 @@ def transforming() -> bool:
     if torch.compiler.is_compiling():
         return under_functorch()
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+def tracing() -> bool:
+    """Whether somebody records operations (a trace, a dispatch mode). A tensor that is made now is then part of the recording,
+    and must not be kept in a cache."""
+    return traced() or recorded_outside()
+
+
+def traced() -> bool:
+    """Whether Dynamo or an export traces. (`is_compiling()` is also true for other code that runs meanwhile, in any thread.)"""
+    return torch.compiler.is_dynamo_compiling() or exporting()
+
+
+def recorded_outside() -> bool:
+    """Whether a dispatch mode, `torch.jit.trace` or a transform of functions sees the operations that are called now."""
+    return _get_current_dispatch_mode() is not None or jit_tracing() or transforming()
 
 
 def undisturbed(x: Tensor) -> bool:
@@ -184,8 +202,9 @@ def in_another_thread(function: Callable[[], T]) -> T:
 def cached(maxsize: int | None = None) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Like `functools.lru_cache`, for a function that makes a tensor on the device that is among its arguments.
 
-    While torch.compile warms up or records a CUDA graph, memory that this thread allocates on the GPU belongs to the graph, and
-    torch raises if any of it is still in use afterwards. So what is kept is made by another thread.
+    What is made while somebody traces is not kept. While torch.compile warms up or records a CUDA graph, memory that this thread
+    allocates on the GPU belongs to the graph, and torch raises if any of it is still in use afterwards. So what is kept is made
+    by another thread.
     """
 
     def decorate(make: Callable[P, T]) -> Callable[P, T]:
@@ -196,12 +215,16 @@ def cached(maxsize: int | None = None) -> Callable[[Callable[P, T]], Callable[P,
             return made
 
         @functools.lru_cache(maxsize)
-        @functools.wraps(make)
-        def found(*args: P.args, **kwargs: P.kwargs) -> T:
+        def kept(*args: P.args, **kwargs: P.kwargs) -> T:
             if not any(isinstance(x, torch.device) and x.type == "cuda" for x in args):
                 return make(*args, **kwargs)
             return in_another_thread(functools.partial(whole, *args, **kwargs))
 
-        return found  # type: ignore[return-value]
+        @functools.wraps(make)
+        def found(*args: P.args, **kwargs: P.kwargs) -> T:
+            return make(*args, **kwargs) if tracing() else kept(*args, **kwargs)  # type: ignore[arg-type]
+
+        found.kept = kept  # type: ignore[attr-defined]
+        return found
 
     return decorate

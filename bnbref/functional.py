@@ -5,16 +5,14 @@ these; that tensor must have the dtype, shape and device of the result. Each doc
 `blockwise`, `fourbit`, `nested` or `int8`.
 """
 
-import functools
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from bnbref import blockwise, int8
+from bnbref import blockwise, int8, maps
 from bnbref.blockwise import into
-from bnbref.codebooks import DYNAMIC, Codebook, value_table
+from bnbref.codebooks import Codebook, value_table
 from bnbref.context import not_a_view
 from bnbref.maps import create_dynamic_map, create_fp8_map, create_linear_map, create_normal_map, get_4bit_type
 from bnbref.products import matmul_4bit
@@ -28,29 +26,6 @@ __all__ = [
 ]  # fmt: skip
 
 # ---- codes ----------------------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def _codebook_of(values: tuple[float, ...]) -> Codebook:
-    return Codebook.nearest("code", values, ties="even")
-
-
-def _eight_bit(code: Tensor | Codebook | None) -> Codebook:
-    if isinstance(code, Codebook):
-        return code
-    if code is None:
-        return DYNAMIC
-    if not isinstance(code, Tensor) or code.dim() != 1 or code.is_complex():
-        got = f"{code.dtype} {tuple(code.shape)}" if isinstance(code, Tensor) else repr(code)
-        raise ValueError(f"code must be a Codebook or a tensor of sorted values in one dimension, got {got}")
-    return _codebook_of(tuple(code.detach().float().tolist()))
-
-
-def _pad_to_256(code: Tensor) -> Tensor:
-    code = code.detach().float().reshape(-1)
-    if not 2 <= code.numel() <= 256:
-        raise ValueError(f"code must have 2 to 256 values, got {code.numel()}")
-    return F.pad(code, (0, 256 - code.numel()))
 
 
 def _check_state(quant_state: Any) -> None:
@@ -76,9 +51,9 @@ def quantize_blockwise(
     >>> codes, state.absmax
     (tensor([127,   0, 219], dtype=torch.uint8), tensor([2.]))
     """
-    book = _eight_bit(code)
+    book = maps.codebook_of(code)
     codes, scales = blockwise.quantize(A, book, blocksize)
-    values = _pad_to_256(code if isinstance(code, Tensor) else value_table(book, A.device)).to(A.device)
+    values = maps.padded_to_256(code if isinstance(code, Tensor) else value_table(book, A.device)).to(A.device)
     offset = state2 = None
     if nested:
         scales, offset, state2 = quantize_scales(scales, blocksize)
@@ -101,12 +76,12 @@ def dequantize_blockwise(
     if quant_state is None:
         if absmax is None:
             raise ValueError("dequantize_blockwise needs quant_state or absmax, got neither")
-        values = code if isinstance(code, Tensor) else value_table(_eight_bit(code), A.device)
+        values = code if isinstance(code, Tensor) else value_table(maps.codebook_of(code), A.device)
         quant_state = QuantState(absmax, code=values, blocksize=blocksize, dtype=torch.float32)
     _check_state(quant_state)
     if quant_state.quant_type is not None:
         raise ValueError(f"quant_state is one of 4-bit codes, {quant_state.quant_type!r}: dequantize_4bit undoes these")
-    values = _pad_to_256(present(quant_state.code, "code")).to(A.device)
+    values = maps.padded_to_256(present(quant_state.code, "code")).to(A.device)
     dtype, blocksize = present(quant_state.dtype, "dtype"), present(quant_state.blocksize, "blocksize")
     return into("out", out, not_a_view(blockwise.dequantize(A, quant_state.scales(), values, blocksize, dtype)))
 

@@ -22,7 +22,7 @@ from bnbref.kernels import fused
 SMALLEST_ABSMAX = 2.0**-121
 RECIPROCAL_127 = 0.007874015718698502  # RN(1 / 127)
 RECIPROCAL_127_SQUARED = (
-    6.200012285262346e-05  # RN(1 / 16129); bitsandbytes' default backend has a typo in its fifth digit
+    6.200012285262346e-05  # RN(1 / 16129); bitsandbytes' default backend has a typo in the fifth digit
 )
 # Any sum of 1024 products of int8 is at most 1024 * 128 * 128 = 2^24: exact in float32, in any order, fused or not.
 EXACT_IN_FLOAT32 = 1024
@@ -161,10 +161,8 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
         product = torch.zeros(rows.shape[0], b.shape[0], dtype=torch.int32, device=a.device)
     elif transforming():  # vmap knows float products
         product = _multiply_in_float32(rows, b)
-    elif (
-        a.device.type == "cpu" and cpu_product_is_exact() and b.shape[1] > 1
-    ):  # for k = 1 it returns what was in memory
-        product = torch._int_mm(rows, b.t())
+    elif a.device.type == "cpu" and b.shape[1] > 1 and cpu_product_is_exact():
+        product = torch._int_mm(rows, b.t())  # for k = 1 it returns what was in memory
     elif a.device.type == "cuda":
         product = _multiply_on_cuda(rows, b)
     else:

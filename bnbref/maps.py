@@ -1,12 +1,14 @@
 """The values of codebooks as bitsandbytes has them: tensors of 256 numbers, with zeros for the codes that a map lacks."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bnbref import codebooks
-from bnbref.codebooks import dynamic, four_bit, value_table
+from bnbref.codebooks import DYNAMIC, Codebook, dynamic, four_bit, value_table
 
 
 def _map_of_256(values: Sequence[float]) -> Tensor:
@@ -66,3 +68,35 @@ def get_4bit_type(typename: str, device: torch.device | str | None = None, block
     if typename == "af4" and blocksize != 64:
         raise ValueError(f"af4 is defined for blocksize 64, got {blocksize}")
     return value_table(four_bit(typename), torch.device(device or "cpu")).clone()
+
+
+# ---- maps that are given --------------------------------------------------------------------------------------------
+
+
+def codebook_of(code: Tensor | Codebook | None) -> Codebook:
+    """The codebook that an argument `code` of bitsandbytes' functions means: of sorted values, or by default the dynamic one.
+
+    >>> codebook_of(create_dynamic_map()).thresholds == codebook_of(None).thresholds
+    True
+    """
+    if isinstance(code, Codebook):
+        return code
+    if code is None:
+        return DYNAMIC
+    if not isinstance(code, Tensor) or code.dim() != 1 or code.is_complex():
+        got = f"{code.dtype} {tuple(code.shape)}" if isinstance(code, Tensor) else repr(code)
+        raise ValueError(f"code must be a Codebook or a tensor of sorted values in one dimension, got {got}")
+    return _of_values(tuple(code.detach().float().tolist()))
+
+
+@functools.cache
+def _of_values(values: tuple[float, ...]) -> Codebook:
+    return Codebook.nearest("code", values, ties="even")
+
+
+def padded_to_256(code: Tensor) -> Tensor:
+    """The values of codes, float32, with zeros behind them up to 256. ValueError unless there are 2 to 256."""
+    code = code.detach().float().reshape(-1)
+    if not 2 <= code.numel() <= 256:
+        raise ValueError(f"code must have 2 to 256 values, got {code.numel()}")
+    return F.pad(code, (0, 256 - code.numel()))

@@ -70,7 +70,7 @@ def _state(
 def _weight(packed: Tensor, *given: Any) -> PackedWeight:
     """The weight of these arguments. A parameter whose quant state they are keeps what is prepared from it, as in eager calls."""
     own: QuantState | None = getattr(packed, "quant_state", None)
-    if own is not None and _are_of(own, *given):
+    if own is not None and hasattr(packed, "products") and _are_of(own, *given):
         return kept_weight(packed, own)
     return PackedWeight(plain(packed), _state(*given))
 

@@ -130,10 +130,8 @@ class PackedWeight:
         return rows
 
 
-def kept_weight(packed: Tensor, state: QuantState) -> PackedWeight:
-    """A weight with what it keeps of its products; a tensor of codes that is no parameter of ours keeps nothing."""
-    if tracing() or not hasattr(packed, "products"):
-        return PackedWeight(plain(packed), state)
+def kept_weight(packed: Any, state: QuantState) -> PackedWeight:
+    """The weight of a parameter of ours, which keeps it with all that is prepared of its products."""
     weight: PackedWeight | None = packed.products
     if weight is None or not weight.is_of(state):
         weight = packed.products = PackedWeight(plain(packed), state)

@@ -120,7 +120,8 @@ def matmul_4bit_in_graph(A: Tensor, B: Tensor, arguments: tuple[Any, ...], bias:
 
 
 def _multiply(a: Tensor, packed: Tensor, bias: Tensor | None, state: QuantState, in_order: bool) -> Tensor:
-    weight = kept_weight(packed, state)
+    keeps = not tracing() and hasattr(packed, "products")  # codes that are no parameter of ours keep nothing
+    weight = kept_weight(packed, state) if keeps else PackedWeight(plain(packed), state)
     # What torch.func does inside of torch.compile it does to plain operations.
     inlined = torch.compiler.is_dynamo_compiling() and under_functorch()
     if inlined or not differentiated(a, bias):
@@ -140,8 +141,7 @@ def prepared_product(a: Tensor, packed: Tensor, state: QuantState | None, bias: 
         return None
     if ordered.batch_invariant_enabled():
         return None
-    prepared: PackedWeight | None = packed.products
-    weight = prepared if prepared is not None and prepared.is_of(state) else kept_weight(packed, state)
+    weight = kept_weight(packed, state)
     product = weight.find_or_prepare(a, bias)
     if product is None or not differentiated(a, bias):
         return product

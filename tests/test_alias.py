@@ -16,7 +16,7 @@ import torch
 
 import bnbref
 from bnbref import cli
-from bnbref.integrations.bitsandbytes import alias, finder
+from bnbref.integrations.bitsandbytes import alias, finder, startup
 from bnbref.integrations.bitsandbytes.surface import MISSING, SURFACE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -219,7 +219,7 @@ def test_states_that_bitsandbytes_pickled(bitsandbytes):
 @pytest.fixture
 def site(tmp_path, monkeypatch):
     """A site-packages of our own."""
-    monkeypatch.setattr(alias.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(startup.sysconfig, "get_path", lambda name: str(tmp_path))
     return tmp_path
 
 
@@ -231,7 +231,7 @@ print("torch" in sys.modules, "bnbref" in sys.modules)
 
 
 def test_the_hook_serves_only_where_it_is_asked_to(site):
-    path = alias.enable_hook()
+    path = startup.enable_hook()
     assert path.parent == site
     assert path.read_text().count("\n") == 1
     start = HOOKED.format(directory=str(site))
@@ -248,9 +248,9 @@ def test_the_hook_serves_only_where_it_is_asked_to(site):
     known += "bnbref.uninstall_as_bitsandbytes(); print(len(sys.meta_path))"
     before, after = map(int, run(known, BNBREF_AS_BITSANDBYTES="1")[2:])
     assert before == after + 1
-    assert alias.disable_hook()
+    assert startup.disable_hook()
     assert not path.exists()
-    assert not alias.disable_hook()
+    assert not startup.disable_hook()
 
 
 def test_the_command(site, capsys, monkeypatch):
@@ -264,13 +264,13 @@ def test_the_command(site, capsys, monkeypatch):
     assert cli.main(["alias", "--disable"]) == 0
     assert cli.main(["alias", "--disable"]) == 0
     assert "there is no" in capsys.readouterr().out
-    monkeypatch.setattr(alias.sysconfig, "get_path", lambda name: str(site / "nowhere"))
+    monkeypatch.setattr(startup.sysconfig, "get_path", lambda name: str(site / "nowhere"))
     assert cli.main(["alias", "--enable"]) == 2
     assert "nowhere" in capsys.readouterr().err
 
 
 def test_the_hook_does_not_hide_bitsandbytes(site, tmp_path):
-    alias.enable_hook()
+    startup.enable_hook()
     (tmp_path / "bitsandbytes").mkdir()
     (tmp_path / "bitsandbytes" / "__init__.py").write_text("")
     code = HOOKED.format(directory=str(site)) + (

@@ -3,12 +3,13 @@
 import ctypes
 import re
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import library
 
-from bnbref.kernels import by_address
+from bnbref.kernels import by_address, taught
 from bnbref.kernels.by_address import addressed, look_up
 
 CPU = torch.device("cpu")
@@ -60,3 +61,20 @@ def test_the_operator_is_whole():
     table = addressed(torch.tensor([5, 6, 7]), CPU)
     index = torch.tensor([[2, 0], [1, 1]], dtype=torch.int32)
     library.opcheck(torch.ops.bnbref.entry_at.default, (table, index))
+
+
+@pytest.mark.parametrize("lacks", ["an operation", "a lowering", "a GPU of NVIDIA's"])
+def test_inductor_is_taught_nothing_where_it_is_not_as_expected(lacks, monkeypatch):
+    from torch._inductor import lowering
+    from torch._inductor.ops_handler import OpsHandler
+
+    learn = taught._taught.__wrapped__
+    monkeypatch.setattr(lowering, "register_lowering", lambda *args, **options: lambda function: function)
+    assert learn("entry_at")
+    if lacks == "an operation":
+        monkeypatch.delattr(OpsHandler, "inline_asm_elementwise")
+    elif lacks == "a lowering":
+        monkeypatch.delattr(lowering, "register_lowering")
+    else:
+        monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert not learn("entry_at")

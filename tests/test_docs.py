@@ -98,6 +98,15 @@ def test_files_that_a_page_names_exist(page):
             )
 
 
+def test_every_file_is_on_the_page_that_says_in_which_order_to_read_them():
+    """But those of the folders that it names as a whole."""
+    page = (ROOT / "docs/content/reading.md").read_text(encoding="utf-8")
+    for path in sorted((ROOT / "bnbref").rglob("*.py")):
+        folder = path.relative_to(ROOT / "bnbref").parts[0]
+        if not path.stem.startswith("__") and folder not in ("conformance", "demo", "selfcheck"):
+            assert re.search(rf"`(\w+/)*{path.name}`", page), f"{path.relative_to(ROOT)} is in no row of reading.md"
+
+
 COMMAND = re.compile(r"python -m bnbref ([^`\n]*)")
 REST = re.compile(r" #|[|>;)]|&&")
 """What ends a command on its line."""

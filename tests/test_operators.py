@@ -225,8 +225,8 @@ def test_a_cuda_graph_holds_a_product_that_was_never_called(product):
         four_bit: lambda x: matmul_4bit(x, packed, state),
         eight_bit: lambda x: matmul(x, codes, state=MatmulLtState(codes, absmax, has_fp16_weights=False)),
     }[product]
-    for cache in (multiplying._planes, codebook._cached_table):
-        cache.cache_clear()
+    for cache in (multiplying._planes, codebook._table):
+        cache.kept.cache_clear()
     graphed = compiled(function, "inductor", fullgraph=True, mode="reduce-overhead")
     with torch.no_grad():
         got = [graphed(x + i).clone() for i in range(4)]

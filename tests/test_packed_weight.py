@@ -19,7 +19,6 @@ from bnbref import products
 from bnbref.kernels.compiler import missing_compiler
 from bnbref.nn import Linear4bit
 from bnbref.packed_weight import PackedWeight
-from bnbref.quant_state import QuantState
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 COMPILED = missing_compiler("cpu") is None and bnbref.kernels.compile_enabled()

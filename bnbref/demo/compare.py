@@ -66,14 +66,14 @@ The speeds are those of a model whose layers are tiny; they say nothing about la
 
 def measure(kind: Format, tokenizer: Any, heldout: Tensor, settings: Settings, device: torch.device) -> dict[str, Any]:
     """Everything about one format."""
-    with phase("ready") as ready, doing(f"{kind.name}: loading"):
+    with phase() as ready, doing(f"{kind.name}: loading"):
         model = load(kind, device)
         sample(model, tokenizer, PROMPT, tokens=2, greedy=True)
     found = weights(model, kind)
     count = sum(p.elements for p in found.parameters)
-    with phase("evaluation") as evaluation:
+    with phase() as evaluation:
         value = perplexity(model, heldout, batch=1, progress=f"{kind.name}: perplexity")
-    with phase("generation") as generation, doing(f"{kind.name}: generating"):
+    with phase() as generation, doing(f"{kind.name}: generating"):
         text = sample(model, tokenizer, PROMPT, tokens=settings.tokens, greedy=True)
     return {
         "name": kind.name,
@@ -84,5 +84,7 @@ def measure(kind: Format, tokenizer: Any, heldout: Tensor, settings: Settings, d
         "perplexity": value,
         "tokens_per_second": text.tokens / text.seconds,
         "text": text.text,
-        **{part.name: asdict(part) for part in (ready, evaluation, generation)},
+        "ready": asdict(ready),
+        "evaluation": asdict(evaluation),
+        "generation": asdict(generation),
     }

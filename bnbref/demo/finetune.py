@@ -53,7 +53,7 @@ def finetune(tokenizer: Any, heldout: Tensor, settings: Settings, device: torch.
     dtype = compute_dtype(device)
     base = prepare_model_for_kbit_training(load(str(MODEL), device, dtype), use_gradient_checkpointing=False)
     before, text_before = measure(base, tokenizer, unseen, heldout, settings, "before")
-    with phase("training") as training:
+    with phase() as training:
         found = qlora(
             str(MODEL), source(MODULES), folder, steps=settings.steps, batch=BATCH, length=WINDOW, rank=RANK,
             targets="all-linear", device=device, dtype=dtype,

@@ -1,10 +1,10 @@
-"""Time and memory of the parts of a run: wall clock, processor time, and the most memory held."""
+"""What a run took: wall clock and the most memory held, of each part; processor time."""
 
 import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +19,7 @@ class Phase:
     `peak` is in bytes and counts this process alone; compilers run in other processes.
     """
 
-    name: str
     seconds: float = 0.0
-    cpu_seconds: float = 0.0
     peak: int = 0
 
 
@@ -39,13 +37,10 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def reset_peak() -> bool:
-    """Let `peak_memory` count from now; False where the system cannot."""
-    try:
+def reset_peak() -> None:
+    """Let `peak_memory` count from now, where the system can."""
+    with suppress(OSError):
         _CLEAR.write_text("5", encoding="ascii")
-    except OSError:
-        return False
-    return True
 
 
 def cpu_seconds() -> float:
@@ -55,14 +50,11 @@ def cpu_seconds() -> float:
 
 
 @contextmanager
-def phase(name: str) -> Iterator[Phase]:
+def phase() -> Iterator[Phase]:
     """Measure the block; the numbers are there when it has ended."""
     reset_peak()
-    result = Phase(name)
-    start, cpu = time.perf_counter(), cpu_seconds()
+    result, start = Phase(), time.perf_counter()
     try:
         yield result
     finally:
-        result.seconds = time.perf_counter() - start
-        result.cpu_seconds = cpu_seconds() - cpu
-        result.peak = peak_memory()
+        result.seconds, result.peak = time.perf_counter() - start, peak_memory()

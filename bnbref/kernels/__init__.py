@@ -9,8 +9,9 @@ use operators of bnbref's own (`taught`). Nobody needs
 one to read the book: docs/content/reading.md says how to read both.
 """
 
+from bnbref.context import tracing
 from bnbref.kernels.door import REGISTRY, Kernel, fused
 from bnbref.kernels.formulations import formulation
-from bnbref.kernels.modes import compile_enabled, eager, once, tracing
+from bnbref.kernels.modes import compile_enabled, eager, once
 
 __all__ = ["REGISTRY", "Kernel", "compile_enabled", "eager", "formulation", "fused", "once", "tracing"]

@@ -29,7 +29,7 @@ _PLANE = "{ .reg .b32 s, t; prmt.b32 s, $3, $4, $1; prmt.b32 t, $5, $6, $1; lop3
 _UPPER = (
     "prmt.b32 $0, $1, $2, 0x9d8c;",
     "prmt.b32 $0, $1, $2, 0xbfae;",
-)  # of the lower, of the upper four codes of a word
+)  # of the lower, the upper four codes of a word
 _PAIRS = ("prmt.b32 $0, $1, $2, 0x5140;", "prmt.b32 $0, $1, $2, 0x7362;")  # codes 0 and 1, codes 2 and 3 of four
 _WORDS = ("prmt.b32 $0, $1, $2, 0x5410;", "prmt.b32 $0, $1, $2, 0x7632;")  # the lower, the upper code of a pair
 _WIDEN = (

@@ -29,7 +29,7 @@ _SMALLEST_TABLE, _LARGEST_TABLE = 9, 16  # upper bits of a float that number its
 
 def float_of(pattern: Tensor) -> Tensor:
     """The float32 with the lower 32 bits of an int64."""
-    return torch.where(pattern >= 2**31, pattern - 2**32, pattern).to(torch.int32).view(torch.float32)
+    return pattern.to(torch.int32).view(torch.float32)  # integers are cut off
 
 
 @cached()
@@ -119,17 +119,24 @@ def code_by_wide_table(scaled: Tensor, table: Tensor) -> Tensor:
 # ---- quantize_blocks ------------------------------------------------------------------------------------------------
 
 
-def table_for(x: Tensor, codebook: Codebook, code_bits: int, blocksize: int) -> Tensor | None:
-    """The table by which codes are found, None if the codebook has none: on an NVIDIA GPU the wide one for floats of 16 bits,
-    whose encoders wait for look-ups and not for memory."""
-    table = wide_table(codebook, x.device) if is_nvidia(x) and x.itemsize == 2 and blocksize % 4 == 0 else None
-    return code_table(codebook, x.device, code_bits) if table is None else table
+def table_of(codebook: Codebook, device: torch.device, wide: bool = False, code_bits: int = 8) -> Tensor:
+    """The table that `count` takes: if wide, a wide one; else a code table. It is the thresholds where the codebook has neither,
+    and in a trace, in which no tensor may be cached."""
+    table = None
+    if not tracing():
+        table = wide_table(codebook, device) if wide else None
+        table = code_table(codebook, device, code_bits) if table is None else table
+    return threshold_table(codebook, device) if table is None else table
+
+
+def is_wide(x: Tensor, blocksize: int) -> bool:
+    """Whether the encoder of x takes a wide table: on an NVIDIA GPU that of 16-bit floats does, which waits for look-ups and not
+    for memory."""
+    return is_nvidia(x) and x.itemsize == 2 and blocksize % 4 == 0
 
 
 def _tables(blocks: Tensor, *, codebook: Codebook) -> tuple[Tensor]:
-    """The table; or the thresholds, if the codebook has none, or in a trace, in which no tensor may be cached."""
-    table = None if tracing() else table_for(blocks, codebook, 8, blocks.shape[1])
-    return (threshold_table(codebook, blocks.device) if table is None else table,)
+    return (table_of(codebook, blocks.device, is_wide(blocks, blocks.shape[1])),)
 
 
 def count(scaled: Tensor, table: Tensor, code_bits: int = 8) -> Tensor:

@@ -49,14 +49,8 @@ def _by_bytes(
 
 @formulation("dequantize_rows", tables=value_tables, gpu=TUNED)
 def _(
-    packed: Tensor,
-    absmax: Tensor,
-    *,
-    tables: tuple[Tensor, ...],
-    blocksize: int,
-    codebook: Codebook,
-    dtype: torch.dtype,
-) -> Tensor:
+    packed: Tensor, absmax: Tensor, *, tables: tuple[Tensor, ...], blocksize: int, codebook: Codebook, dtype: torch.dtype
+) -> Tensor:  # fmt: skip
     if dtype != torch.float32 and blocksize % 4 == 0:  # torch 2.11 cannot view a block of one integer as two
         return _by_bytes(packed, absmax, tables, blocksize, codebook, dtype)
     lane = torch.arange(WORD, device=packed.device)

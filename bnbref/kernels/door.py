@@ -31,12 +31,12 @@ from typing import Any, Generic, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from bnbref.context import without_autocast
+from bnbref.context import recorded_outside, traced, without_autocast
 from bnbref.kernels import formulations
 from bnbref.kernels.compiler import compiles, missing_compiler, remove_fragment, why_failed
 from bnbref.kernels.direct import call_layout
 from bnbref.kernels.formulations import Formulation
-from bnbref.kernels.modes import compile_enabled, inside_once, recorded_outside, traced
+from bnbref.kernels.modes import compile_enabled, inside_once
 from bnbref.kernels.parameters import Parameters
 from bnbref.kernels.variants import Variants
 
@@ -231,12 +231,9 @@ class Kernel(Generic[P, R]):
 
 
 def fused(
-    *,
-    dynamic: Mapping[str, tuple[int, ...]],
-    exact: bool = True,
-    writes: Sequence[str] = (),
+    *, dynamic: Mapping[str, tuple[int, ...]], exact: bool = True, writes: Sequence[str] = (),
     by_rows: bool | Callable[..., bool] = False,
-) -> Callable[[Callable[P, R]], Kernel[P, R]]:
+) -> Callable[[Callable[P, R]], Kernel[P, R]]:  # fmt: skip
     """Register a pure function as a kernel; calling it runs it compiled.
 
     dynamic: by the name of an argument, its dimensions that vary between calls. exact: whether compiled and eager calls give the

@@ -7,7 +7,6 @@ Comparisons and selections are about fifty operations an element. A GPU does the
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 from einops import rearrange
@@ -18,24 +17,8 @@ from bnbref.codebooks import Codebook
 from bnbref.kernels import formulation, tracing
 from bnbref.kernels.by_address import REAL_INPUTS
 from bnbref.kernels.compiler import TUNED, is_gpu
-from bnbref.kernels.counting import count, table_for
-from bnbref.kernels.floats import absmax_of_lanes, in_lanes, in_pairs
-
-
-def _select(bit: Tensor, upper: Tensor | float, lower: Tensor | float) -> Tensor:
-    # A tensor, as torch.where of two Python floats has the default dtype, which is bfloat16 while transformers loads a model.
-    if not isinstance(upper, Tensor):
-        upper = torch.full((), upper, dtype=torch.float32, device=bit.device)
-    return torch.where(bit, upper, lower)
-
-
-def _choose(bits: Sequence[Tensor], leaves: Sequence[float], like: Tensor) -> Tensor:
-    """The leaf whose number has these bits, the most significant one first."""
-    row: list[Tensor | float] = list(leaves)
-    for bit in bits:
-        half = len(row) // 2
-        row = [_select(bit, row[half + i], row[i]) for i in range(half)]
-    return row[0] if isinstance(row[0], Tensor) else torch.full((), row[0], dtype=torch.float32, device=like.device)
+from bnbref.kernels.counting import count, is_wide, table_of
+from bnbref.kernels.floats import absmax_of_lanes, choose, in_lanes, in_pairs, select
 
 
 def code_by_tree(scaled: Tensor, codebook: Codebook) -> Tensor:
@@ -48,12 +31,12 @@ def code_by_tree(scaled: Tensor, codebook: Codebook) -> Tensor:
     bits: list[Tensor] = []
     for level in range(depth):
         stride = size >> level
-        bits.append(x > _choose(bits, thresholds[stride // 2 - 1 :: stride], x))
+        bits.append(x > choose(bits, thresholds[stride // 2 - 1 :: stride], x))
     order = codebook.order or range(size)
     codes = [float(code) for code in order] + [0.0] * (size - len(order))
-    code = _choose(bits, codes, x)
+    code = choose(bits, codes, x)
     if codebook.sign_bit:
-        code = code + _select(scaled < 0, float(len(codebook.values) // 2), 0.0)
+        code = code + select(scaled < 0, float(len(codebook.values) // 2), 0.0)
     return code
 
 
@@ -77,8 +60,8 @@ def _by_lanes(rows: Tensor, table: Tensor, blocksize: int) -> tuple[Tensor, Tens
 def _tables(rows: Tensor, *, blocksize: int, codebook: Codebook) -> tuple[Tensor, ...]:
     if not is_gpu(rows) or tracing():
         return ()
-    table = table_for(rows, codebook, 4, blocksize)
-    return () if table is None or blocksize % lane_elements(rows, table) != 0 else (table,)
+    table = table_of(codebook, rows.device, is_wide(rows, blocksize), code_bits=4)
+    return () if table.dtype == torch.float32 or blocksize % lane_elements(rows, table) != 0 else (table,)
 
 
 # Vectors of 256 bits, because comparisons of 512 bits go through AVX512's mask registers and back (docs: How to read the code,

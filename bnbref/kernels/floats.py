@@ -5,6 +5,8 @@ of 32 or 64 bits. Then loads and stores are wide, a block is reduced mostly insi
 made by the lane that has both.
 """
 
+from collections.abc import Sequence
+
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -15,6 +17,27 @@ from bnbref.kernels.compiler import is_gpu
 def look_up(table: Tensor, index: Tensor) -> Tensor:
     """`table[index]` for indices that are never negative. Written as a gather, for which Inductor does not check that."""
     return table.gather(0, index.to(torch.int64).reshape(-1)).reshape(index.shape)
+
+
+def select(bit: Tensor, upper: Tensor | float, lower: Tensor | float) -> Tensor:
+    """`upper` where the bit is set, else `lower`: float32."""
+    # A tensor, as torch.where of two Python floats has the default dtype, which is bfloat16 while transformers loads a model.
+    if not isinstance(upper, Tensor):
+        upper = torch.full((), upper, dtype=torch.float32, device=bit.device)
+    return torch.where(bit, upper, lower)
+
+
+def choose(bits: Sequence[Tensor], leaves: Sequence[float], like: Tensor) -> Tensor:
+    """The leaf whose number has these bits, the most significant one first: a tree of selections, without a look at memory.
+
+    >>> choose([torch.tensor([False, True]), torch.tensor([True, True])], [0.0, 1.0, 2.0, 3.0], torch.ones(2))
+    tensor([1., 3.])
+    """
+    row: list[Tensor | float] = list(leaves)
+    for bit in bits:
+        half = len(row) // 2
+        row = [select(bit, row[half + i], row[i]) for i in range(half)]
+    return row[0] if isinstance(row[0], Tensor) else torch.full((), row[0], dtype=torch.float32, device=like.device)
 
 
 # ---- sixteen bits ---------------------------------------------------------------------------------------------------

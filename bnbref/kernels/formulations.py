@@ -28,13 +28,9 @@ class Formulation:
     """
 
     def __init__(
-        self,
-        body: Callable[..., Any],
-        tables: Callable[..., tuple[Tensor, ...]] | None = None,
-        cpu: Options | None = None,
-        gpu: Options | None = None,
-        piece: int | None = None,
-    ) -> None:
+        self, body: Callable[..., Any], tables: Callable[..., tuple[Tensor, ...]] | None = None, cpu: Options | None = None,
+        gpu: Options | None = None, piece: int | None = None,
+    ) -> None:  # fmt: skip
         self.body, self.tables, self.piece = body, tables, piece
         self._options = cpu or {}, gpu or {}
         parameters = inspect.signature(body).parameters.values()
@@ -58,13 +54,9 @@ def load() -> None:
 
 
 def formulation(
-    name: str,
-    *,
-    tables: Callable[..., tuple[Tensor, ...]] | None = None,
-    cpu: Options | None = None,
-    gpu: Options | None = None,
-    piece: int | None = None,
-) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    name: str, *, tables: Callable[..., tuple[Tensor, ...]] | None = None, cpu: Options | None = None,
+    gpu: Options | None = None, piece: int | None = None,
+) -> Callable[[Callable[P, R]], Callable[P, R]]:  # fmt: skip
     """Decorator: the function is compiled in place of the definition of the kernel called `name`, whose bits it has.
 
     tables: a function of the tensors and the constants of a call. It returns the tensors that the decorated function needs beside

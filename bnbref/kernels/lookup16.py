@@ -23,7 +23,7 @@ from torch import Tensor
 
 from bnbref.context import constant_of_graphs, exporting
 from bnbref.kernels import lookup16_cpp
-from bnbref.kernels.floats import rounded_bits
+from bnbref.kernels.floats import choose, rounded_bits
 from bnbref.kernels.lookup16_cpp import Table, scalar_code, vector_code
 from bnbref.kernels.taught import digest_of, operator
 
@@ -53,12 +53,7 @@ def tree16(codes: Tensor, table: Table) -> Tensor:
     >>> torch.equal(tree16(codes, tuple(range(16))), gather16(codes, tuple(range(16))))
     True
     """
-    # Tensors, because torch.where of two Python floats has the default dtype, which is bfloat16 while transformers loads a model.
-    row = [torch.full((), value, dtype=torch.float32, device=codes.device) for value in table]
-    for bit in (1, 2, 4, 8):
-        high = (codes & bit) != 0
-        row = [torch.where(high, odd, even) for even, odd in zip(row[::2], row[1::2], strict=True)]
-    return row[0]
+    return choose([(codes & bit) != 0 for bit in (8, 4, 2, 1)], table, codes)
 
 
 # ---- what the package calls -----------------------------------------------------------------------------------------
@@ -171,20 +166,14 @@ def _register() -> str:
     width = _width(cpu_vec_isa.pick_vec_isa())
     if not width:
         return f"{_PLAIN}: no AVX2 or AVX512"
-    for owner, name in (
-        (lowerings, "make_pointwise"),
-        (lowerings, "register_lowering"),
-        (lowerings, "fallback_handler"),
-        (lowerings, "broadcast_tensors"),
-        (CppVecKernel, "_get_num_vectors"),
-        (CppVecKernel, "broadcast"),
-        (CppOverrides, "where"),
-        (CppVecOverrides, "where"),
-        (DefaultHandler, "_default"),
-        (DtypePropagationOpsHandler, "constant"),
-        (ShapePropagationOpsHandler, "constant"),
-    ):
-        getattr(owner, name)
+    used: dict[Any, str] = {
+        lowerings: "make_pointwise register_lowering fallback_handler broadcast_tensors",
+        CppVecKernel: "_get_num_vectors broadcast", CppOverrides: "where", CppVecOverrides: "where",
+        DefaultHandler: "_default", DtypePropagationOpsHandler: "constant", ShapePropagationOpsHandler: "constant",
+    }  # fmt: skip
+    for owner, names in used.items():
+        for name in names.split():
+            getattr(owner, name)
 
     def declare(table: Table, dtype: torch.dtype | None) -> str:
         """Makes an operation of Inductor and returns its name: a look-up, or a scaled one that is rounded to a dtype. Operations

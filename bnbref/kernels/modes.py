@@ -1,14 +1,9 @@
-"""What decides, beside its arguments, whether a kernel is compiled: switches of ours, and what torch records."""
+"""The switches that decide whether a kernel is compiled. What torch does around a call decides it too: `bnbref.context`."""
 
 import contextlib
 import os
 import threading
 from collections.abc import Iterator
-
-import torch
-from torch.utils._python_dispatch import _get_current_dispatch_mode
-
-from bnbref.context import exporting, jit_tracing, transforming
 
 # An element for each `eager()` that is entered: appending to a list is one step for all threads, and `+= 1` is not where Python
 # has no global lock. BNBREF_COMPILE=0 is one that is never left. It is read once, because looking a variable up that is not set
@@ -55,19 +50,3 @@ def inside_once() -> bool:
 def compile_enabled() -> bool:
     """Whether kernels are to be compiled: not inside `eager()`, and BNBREF_COMPILE was not 0 when bnbref was imported."""
     return not _entered
-
-
-def tracing() -> bool:
-    """Whether somebody records operations (a trace, a dispatch mode). A tensor that is made now is then part of the recording,
-    and must not be kept in a cache."""
-    return traced() or recorded_outside()
-
-
-def traced() -> bool:
-    """Whether Dynamo or an export traces. (`is_compiling()` is also true for other code that runs meanwhile, in any thread.)"""
-    return torch.compiler.is_dynamo_compiling() or exporting()
-
-
-def recorded_outside() -> bool:
-    """Whether a dispatch mode, `torch.jit.trace` or a transform of functions sees the operations that are called now."""
-    return _get_current_dispatch_mode() is not None or jit_tracing() or transforming()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bnbref.codebooks import Codebook
 from bnbref.context import cached
-from bnbref.kernels import formulation, tracing
+from bnbref.kernels import formulation
 from bnbref.kernels.byte_permute import dot8, planes
 from bnbref.kernels.compiler import is_gpu
 from bnbref.kernels.configured import configured
@@ -23,18 +23,16 @@ from bnbref.kernels.floats import in_lanes, look_up
 from bnbref.kernels.lookup16 import lookup16
 
 
-def _new_planes(codebook: Codebook, dtype: torch.dtype, device: torch.device) -> Tensor:
+@cached(maxsize=64)
+def _planes(codebook: Codebook, dtype: torch.dtype, device: torch.device) -> Tensor:
     return planes(torch.tensor(sixteen(codebook), dtype=torch.float32, device="cpu").to(dtype)).to(device)
-
-
-_planes = cached(maxsize=64)(_new_planes)
 
 
 def _tables(a: Tensor, *_: Tensor | None, codebook: Codebook, **constants: Any) -> tuple[Tensor, ...]:
     if a.shape[1] != 1:
         return ()
     dtype = torch.float32 if a.dtype == torch.float32 else torch.float16
-    return ((_new_planes if tracing() else _planes)(codebook, dtype, a.device),)
+    return (_planes(codebook, dtype, a.device),)
 
 
 _GROUP = 4
@@ -73,14 +71,8 @@ def _by_words(
 
 
 def _by_bytes(
-    a: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    blocksize: int,
-    codebook: Codebook,
-    dtype: torch.dtype,
-) -> Tensor:
+    a: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, blocksize: int, codebook: Codebook, dtype: torch.dtype
+) -> Tensor:  # fmt: skip
     """For CPUs: a lane takes a byte of two codes, p = 2.
 
     The rows of the weight are taken in two halves, so that two sums are under way at a time.
@@ -127,20 +119,10 @@ def _gpu(*_: Any, **constants: Any) -> dict[str, Any]:
     gpu=_gpu,
 )
 def _(
-    a: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    bias: Tensor | None = None,
-    absmax2: Tensor | None = None,
-    values2: Tensor | None = None,
-    offset: Tensor | None = None,
-    *,
-    tables: tuple[Tensor, ...],
-    blocksize: int,
-    blocksize2: int = 0,
-    codebook: Codebook,
-    dtype: torch.dtype,
-) -> Tensor:
+    a: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None = None, absmax2: Tensor | None = None,
+    values2: Tensor | None = None, offset: Tensor | None = None, *, tables: tuple[Tensor, ...], blocksize: int,
+    blocksize2: int = 0, codebook: Codebook, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     scale = absmax
     if absmax2 is not None and values2 is not None and offset is not None:
         block = torch.arange(absmax.numel(), device=absmax.device) // blocksize2

@@ -33,7 +33,7 @@ class Parameters:
         self.any_written = any(self._written)
 
     def _for_each(self, values: tuple[Any, ...], count: int) -> tuple[Any, ...]:
-        """One value for each of `count` arguments, from one for each parameter."""
+        """One value for each of `count` arguments, from one for each parameter: `*rest` may stand for several."""
         return values[:-1] + values[-1:] * (count - len(values) + 1) if self._variadic else values[:count]
 
     def with_dynamic(self, args: Sequence[Any]) -> list[tuple[Tensor | None, tuple[int, ...]]]:
@@ -53,8 +53,8 @@ class Parameters:
         return tuple(targets)  # type: ignore[return-value]
 
     def apart(self, args: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """The arguments, those copied that are in the memory of one that is written to, as a gradient may be in its parameter's:
-        Inductor fails to compile for these."""
+        """The arguments, with a copy in the place of each that shares memory with one that is written to, as a gradient may lie
+        in its parameter's: Inductor fails to compile for these."""
         memory = {t.untyped_storage().data_ptr() for t in self.written(args)}
         places = self._for_each(self._written, len(args))
         return [
@@ -63,7 +63,8 @@ class Parameters:
         ]
 
     def pieces(self, args: Sequence[Any], most: int) -> Iterator[Sequence[Any]]:
-        """The arguments, again and again, with at most `most` of their rows: of those whose first dimension is dynamic."""
+        """The arguments of several calls, which together do what this one does. Each has at most `most` rows of those arguments
+        whose first dimension is dynamic, and the others whole."""
         by_rows = [t is not None and 0 in dims for t, dims in self.with_dynamic(args)]
         rows = next(len(t) for t, sliced in zip(args, by_rows, strict=True) if sliced)
         count = max(1, -(-rows // most))

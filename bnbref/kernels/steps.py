@@ -9,12 +9,12 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from bnbref.codebooks import Codebook, threshold_table, value_table
+from bnbref.codebooks import Codebook, value_table
 from bnbref.context import cached
 from bnbref.kernels import by_address, floats, formulation, tracing
 from bnbref.kernels.compiler import is_gpu, is_nvidia
 from bnbref.kernels.configured import configured
-from bnbref.kernels.counting import code_table, count, wide_table
+from bnbref.kernels.counting import count, table_of
 from bnbref.optim.equation import Equation
 from bnbref.optim.rules import Rule
 from bnbref.optim.step import advance, advance_blocks, decoded, largest
@@ -48,18 +48,9 @@ def _look_up(table: Tensor, codes: Tensor) -> Tensor:
     return by_address.look_up(table, codes.to(torch.int32)).to(torch.int32).view(torch.float32)
 
 
-def _table_of_codes(codebook: Codebook, p: Tensor) -> Tensor:
-    """The table that `count` takes."""
-    table = None
-    if not tracing():
-        table = wide_table(codebook, p.device) if is_nvidia(p) else None
-        table = code_table(codebook, p.device) if table is None else table
-    return threshold_table(codebook, p.device) if table is None else table
-
-
 def _values_and_codes(p: Tensor, *_: Tensor | None, rule: Rule, **constants: Any) -> tuple[Tensor, ...]:
     """The values of the codebook of each state; then, again for each state, the table of its codes."""
-    return (*_values(p, rule=rule), *(_table_of_codes(rule.codebook(state), p) for state in rule.states))
+    return (*_values(p, rule=rule), *(table_of(rule.codebook(s), p.device, is_nvidia(p)) for s in rule.states))
 
 
 def _largest_by_bits(finite: Tensor, size: Tensor, before: Tensor) -> Tensor:

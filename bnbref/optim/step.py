@@ -45,7 +45,7 @@ Largest = Callable[[Tensor, Tensor, Tensor], Tensor]
 def advance(
     rule: Equation, p: Tensor, g: Tensor, states: Sequence[Tensor], hyper: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """One step in float32: where the gradient is finite, the new p, the direction and the new states.
+    """One step in float32. Returns which elements have a finite gradient, the new p, the direction and the new states.
 
     Where the gradient is not finite, p and the states are what they were, and the direction is 0.
     """

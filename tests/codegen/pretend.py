@@ -188,6 +188,8 @@ def generate(
     with (
         mock.patch.object(GraphLowering, "compile_to_module", to_module),
         mock.patch.object(type(kernel), "tables", return_value=tuple(tables)),
+        # All fake tensors are at address 0, as if each were in the memory of the others.
+        mock.patch.object(type(kernel.parameters), "apart", lambda self, args: list(args)),
         _mode(),
     ):
         return kernel._through_dynamo("cuda", fakes, constants, writes=bool(kernel.parameters.written(fakes)))[0]

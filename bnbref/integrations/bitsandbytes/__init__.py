@@ -1,6 +1,7 @@
 """bitsandbytes for code that imports it: its modules, its operators, its names, as bnbref serves them.
 
-alias      `install_as_bitsandbytes`, and the start-up hook
+alias      `install_as_bitsandbytes`
+startup    the start-up hook, for other processes
 finder     what the import system asks
 surface    where each public name of bitsandbytes comes from, and which are missing, with the reason
 ops        `torch.ops.bitsandbytes`

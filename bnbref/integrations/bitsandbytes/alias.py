@@ -10,17 +10,14 @@ which does nothing but where BNBREF_AS_BITSANDBYTES=1 is in the environment.
 
 import contextlib
 import importlib
-import os
 import re
 import sys
-import sysconfig
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from bnbref.integrations.bitsandbytes import finder, ops
-from bnbref.integrations.bitsandbytes.finder import NAME, SWITCH, VERSION
+from bnbref.integrations.bitsandbytes.finder import NAME, VERSION
 from bnbref.integrations.bitsandbytes.surface import MISSING, SURFACE
 
 __all__ = ["as_bitsandbytes", "install_as_bitsandbytes", "uninstall_as_bitsandbytes"]
@@ -216,42 +213,3 @@ def _let_transformers_save(module: Any) -> None:
         if cls.reverse_op is ConversionOps.reverse_op:
             cls.reverse_op = property(lambda self: _IdentityOp())
             _undo.callback(delattr, cls, "reverse_op")
-
-
-# ---- start-up hook --------------------------------------------------------------------------------------------------
-
-
-def hook_file() -> Path:
-    """The file of the start-up hook, which Python reads when it starts."""
-    return Path(sysconfig.get_path("purelib")) / "bnbref_alias.pth"
-
-
-def enable_hook() -> Path:
-    """Write the start-up hook. OSError if that directory cannot be written."""
-    source = str(Path(finder.__file__).resolve())
-    # One line that begins with "import" is what site.py executes; the file is read only where the variable is set.
-    line = (
-        f"import os; os.environ.get({SWITCH!r}, '') in ('', '0') or (lambda g: "
-        f"(exec(compile(open({source!r}, encoding='utf-8').read(), {source!r}, 'exec'), g), g['at_startup']()))"
-        f"({{'__name__': 'bnbref_finder', '__file__': {source!r}}})\n"
-    )
-    path = hook_file()
-    path.write_text(line, encoding="utf-8")
-    return path
-
-
-def disable_hook() -> bool:
-    """Remove the start-up hook; whether there was one."""
-    path = hook_file()
-    was_there = path.exists()
-    path.unlink(missing_ok=True)
-    return was_there
-
-
-def status() -> str:
-    """Whether the hook is there, whether it is on, and what `import bitsandbytes` means in this process."""
-    path = hook_file()
-    here = "installed" if path.exists() else "not installed"
-    value = os.environ.get(SWITCH)
-    means = "bnbref" if finder.current() is not None else "bitsandbytes" if finder.is_installed() else "nothing"
-    return f"hook {here} ({path})\n{SWITCH} is {value or 'not set'}\nimport bitsandbytes means {means}"

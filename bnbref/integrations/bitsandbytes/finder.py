@@ -95,7 +95,7 @@ class Loader(importlib.abc.Loader):
         """An empty module, as Python makes it."""
 
     def exec_module(self, module: ModuleType) -> None:
-        """Give it its names."""
+        """Gives a module its names."""
         importlib.import_module("bnbref.integrations.bitsandbytes.alias").fill(module, self.version)
 
 

@@ -35,12 +35,12 @@ def stats() -> tuple[str, ...]:
 
 
 class Identity(ConversionOps):  # type: ignore[misc]
-    """Nothing: for conversions of which only the names matter."""
+    """An operation that changes nothing, for conversions of which only the names matter."""
 
     supports_many_to_many = True
 
     def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        """The same."""
+        """The tensors, as they are."""
         return input_dict
 
 
