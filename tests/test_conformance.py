@@ -20,6 +20,7 @@ import kit_mutants_strangers
 import kit_mutants_training
 import kit_mutants_version2
 import kit_mutants_version3
+import kit_mutants_version4
 import numpy as np
 import pytest
 import second
@@ -45,7 +46,9 @@ from bnbref.conformance.text import parse_tensor, tensor_line
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 STORED = vectors.read_all()
-MODULES = (kit_mutants, kit_mutants_training, kit_mutants_strangers, kit_mutants_version2, kit_mutants_version3)
+MODULES = (
+    kit_mutants, kit_mutants_training, kit_mutants_strangers, kit_mutants_version2, kit_mutants_version3, kit_mutants_version4,
+)  # fmt: skip
 MUTANTS = [mutant for module in MODULES for mutant in module.MUTANTS]
 BY_ID = {case.id: case for case in STORED}
 each_operation = pytest.mark.parametrize("operation", OPERATIONS)
@@ -249,6 +252,22 @@ def second_8bit(p, g, optimizer, values1, values2=None, **k):
     return made
 
 
+def second_nonzero(values1, **k):
+    """The states of an unsigned map as quantize_squares codes them: of what the step leaves in 32 bits."""
+    made = second_8bit(values1=values1, **k)
+    for i in (1, 2):
+        values = values1 if i == 1 else k.get("values2")
+        if values is not None and values[0] == 0:
+            zero = made[f"state{i}"] == 0
+            made[f"state{i}"] = torch.where(zero & ~still(k, i), torch.ones_like(made[f"state{i}"]), made[f"state{i}"])
+    return made
+
+
+def still(k, i):
+    """Where an average of squares stays 0: the gradient is 0, and so was the average. A bad gradient keeps it."""
+    return (~k["g"].isfinite() | (k["g"] == 0)) & (k[f"state{i}"] == 0)
+
+
 def second_int8_weight(weight):
     codes, absmax, _ = second_int8(weight, 0.0)
     return second.int8_dequantize(codes.numpy(), second.floats(absmax), weight.dtype)
@@ -296,6 +315,10 @@ SECOND = {
     ),
     "save_4bit": second_file,
     "load_4bit": second_load,
+    "quantize_squares": lambda x, values, blocksize: second_steps.tensors_of(
+        *second_steps.quantize_squares(second.floats(x), blocksize), x.shape
+    ),
+    "optimizer_8bit_nonzero": second_nonzero,
     **second_steps.STEPS,
 }
 

@@ -1,9 +1,8 @@
 """The cases as files that need neither Python nor torch: a pair for each operation, in the folder of its version.
 
-A version has the cases that came with it: v1/ of the first eighteen operations, v2/ of more optimizers, v3/ what both let pass.
-OPERATION.json lists the cases, as
-schema.json says. OPERATION.safetensors has their tensors: eight bytes of length, a JSON header, the bytes of the tensors,
-little-endian.
+A version has the cases that came with it: v1/ of the first eighteen operations, v2/ of more optimizers, v3/ and v4/ what those
+before let pass. OPERATION.json lists the cases, as schema.json says. OPERATION.safetensors has their tensors: eight bytes of
+length, a JSON header, the bytes of the tensors, little-endian.
 """
 
 import json
@@ -24,12 +23,13 @@ from bnbref.conformance.cases.sums import product_cases
 from bnbref.conformance.cases.values import dequantization_cases
 from bnbref.conformance.cases.version2 import version_2_cases
 from bnbref.conformance.cases.version3 import version_3_cases
+from bnbref.conformance.cases.version4 import version_4_cases
 from bnbref.conformance.expected import Also, Expected
 from bnbref.conformance.operations import OPERATIONS
 from bnbref.conformance.oracles.formula import STATES
 from bnbref.conformance.specification import FLAGS, RULES
 
-VERSIONS = (1, 2, 3)
+VERSIONS = (1, 2, 3, 4)
 ROOT = Path(__file__).parent
 """The folder of the folders of all versions."""
 
@@ -142,7 +142,8 @@ def all_cases() -> dict[int, list[Case]]:
     first = [*quantization_cases(), *dequantization_cases(), *product_cases()]
     first += [case for cases in (optimizer_32bit, optimizer_8bit) for name in STATES for case in cases(name)]
     made = {1: first, 2: [*version_2_cases()]}
-    made[3] = list(version_3_cases({case.id: case for cases in made.values() for case in cases}))
+    for version, later in ((3, version_3_cases), (4, version_4_cases)):
+        made[version] = list(later({case.id: case for cases in made.values() for case in cases}))
     repeated = [name for name, n in Counter(case.id for cases in made.values() for case in cases).items() if n > 1]
     if repeated:
         raise ValueError(f"cases must have ids of their own, got {repeated} twice")

@@ -71,3 +71,13 @@ def make(
         f"{operation}/{name}", operation, params, dict(inputs), wanted, tuple(rules.split()), tuple(flags.split()),
         layout, may_refuse, quick, expected is None,
     )  # fmt: skip
+
+
+def changed(
+    case: Case, label: str, rules: str, flags: str = "", layout: tuple[str, ...] = (), inputs: Mapping[str, Tensor] | None = None,
+    **params: Any,
+) -> Case:  # fmt: skip
+    """Another case of a case's operation, with its other inputs and parameters."""
+    given = {**case.inputs, **(inputs or {})}
+    return make(label, case.operation, given, rules, flags, layout=layout, may_refuse=case.may_refuse,
+                **{**case.params, **params})  # fmt: skip

@@ -32,6 +32,17 @@ def noise(count: int, seed: int) -> Tensor:
     return torch.as_tensor(total).float() * 2.0**-21
 
 
+def matrix(shape: Sequence[int], seed: int) -> Tensor:
+    """`noise` of that shape."""
+    return noise(math.prod(shape), seed).view(*shape)
+
+
+def squares(shape: Sequence[int], seed: int) -> Tensor:
+    """float32 of that shape: squares, none of which is next to nothing."""
+    x = matrix(shape, seed) / 2
+    return x * x + 0.015625
+
+
 def spread(count: int, seed: int, low: int, high: int) -> Tensor:
     """float32 whose exponents are uniform in [low, high), with 8 random bits of mantissa and a random sign."""
     exponent = integers(count, seed, 16) % (high - low) + low
