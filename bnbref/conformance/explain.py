@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnbref.conformance.cases import Case
+from bnbref.conformance.case import Case
 from bnbref.conformance.dialects import CHOICES, DIALECTS, REFERENCE, TEXT, Dialect, in_words
 from bnbref.conformance.expected import Expected, same, wrong_elements
 from bnbref.conformance.judge import Failure

@@ -11,7 +11,7 @@ from torch import Tensor
 from bnbref import blockwise
 from bnbref.blockwise import SMALLEST_NORMAL, count_below
 from bnbref.codebooks import DYNAMIC, value_table
-from bnbref.conformance.cases import CPU, Case
+from bnbref.conformance.case import CPU, Case
 from bnbref.conformance.dialects import Dialect
 from bnbref.conformance.expected import Expected
 from bnbref.conformance.operations import arguments

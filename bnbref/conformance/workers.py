@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from bnbref.conformance import backends
-from bnbref.conformance.cases import Case
+from bnbref.conformance.case import Case
 from bnbref.conformance.judge import Failure, Result, run_case
 
 

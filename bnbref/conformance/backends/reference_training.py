@@ -88,12 +88,12 @@ class Training:
 
     def soap_8bit(self, p: Tensor, g: Tensor, step: int, absmax1: Tensor, absmax2: Tensor, values1: Tensor, values2: Tensor,
                   **rest: Any) -> Tensors:  # fmt: skip
-        scales = {"momentum_absmax": absmax1, "squares_absmax": absmax2}
+        scales: dict[str, Any] = {"momentum_absmax": absmax1, "squares_absmax": absmax2}
         made = self._soap(nonzero(matrices.SOAP()), p, g, step, frequency=step + 1, **scales, **rest)
         return _numbered({name: x for name, x in made.items() if not name.startswith("of_")})
 
     def soap_refresh(self, p: Tensor, g: Tensor, then: Tensor, step: int, **rest: Any) -> Tensors:
-        first = self._soap(matrices.SOAP(), p, g, step, frequency=max(1, step), **rest)
+        first: dict[str, Any] = self._soap(matrices.SOAP(), p, g, step, frequency=max(1, step), **rest)
         numbers = {name: x for name, x in rest.items() if not isinstance(x, Tensor)}
         made = self._soap(matrices.SOAP(), **first, g=then, step=step + 1, frequency=step + 2, **numbers)
         return {name: made[name] for name in ("p", "momentum", "left", "right")}

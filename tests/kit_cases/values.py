@@ -10,8 +10,8 @@ from torch import Tensor
 
 from bnbref.checkpoint import BLOCKSIZES
 from bnbref.codebooks import DYNAMIC, DYNAMIC_UNSIGNED, FP4, NF4, Codebook, linear, value_table
-from bnbref.conformance.cases import CPU, DTYPES, Case, make
-from bnbref.conformance.cases.inputs import (
+from bnbref.conformance.case import CPU, DTYPES, Case, make
+from kit_cases.inputs import (
     cast,
     clear,
     in_blocks,

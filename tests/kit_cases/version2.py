@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from bnbref.codebooks import DYNAMIC, value_table
-from bnbref.conformance.cases import CPU, Case, make
-from bnbref.conformance.cases.inputs import beside, integers, matrix, noise, spread, squares
-from bnbref.conformance.cases.steps import hyper
+from bnbref.conformance.case import CPU, Case, make
 from bnbref.conformance.oracles.codes import encode_8bit
 from bnbref.conformance.oracles.master_weights import LINES, split
 from bnbref.conformance.oracles.steps import BLOCKSIZE
+from kit_cases.inputs import beside, integers, matrix, noise, spread, squares
+from kit_cases.steps import hyper
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from bnbref.codebooks import DYNAMIC, NF4
-from bnbref.conformance.cases import DTYPES, Case, changed, make
-from bnbref.conformance.cases.inputs import cast, clear, in_blocks, noise, random_bytes, scales
-from bnbref.conformance.cases.steps import USUAL
+from bnbref.conformance.case import DTYPES, Case, make
 from bnbref.conformance.oracles.formula import CLIPPED, COUPLED, STATES
+from kit_cases.inputs import cast, changed, clear, in_blocks, noise, random_bytes, scales
+from kit_cases.steps import USUAL
 
 
 def _codes(earlier: Mapping[str, Case]) -> Iterator[Case]:

@@ -1,12 +1,14 @@
 """The numbers that cases are made of: hashes of the index, neighbours of thresholds, blocks with a known absmax."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bnbref.codebooks import DYNAMIC, Codebook
+from bnbref.conformance.case import Case, make
 
 
 def integers(count: int, seed: int, bits: int) -> Tensor:
@@ -123,3 +125,13 @@ def nested_weight(book: Codebook, blocks: int, zero_block: bool) -> Tensor:
     absmax = torch.stack((2 - step, 2 + step), 1).view(-1)
     x = in_blocks(clear(noise(63 * blocks, 33), book, 63) * 0.99, 64).view(blocks, 64)
     return x * absmax[:, None]
+
+
+def changed(
+    case: Case, label: str, rules: str, flags: str = "", layout: tuple[str, ...] = (), inputs: Mapping[str, Tensor] | None = None,
+    **params: Any,
+) -> Case:  # fmt: skip
+    """Another case of a case's operation, with its other inputs and parameters."""
+    given = {**case.inputs, **(inputs or {})}
+    return make(label, case.operation, given, rules, flags, layout=layout, may_refuse=case.may_refuse,
+                **{**case.params, **params})  # fmt: skip
