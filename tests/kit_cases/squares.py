@@ -148,7 +148,7 @@ def _soap_refresh(earlier: Earlier) -> Iterator[Case]:
     axes = {"of_left": torch.eye(6), "of_right": torch.eye(5), "left": _mean(torch.eye(6), (6.0, 1.0, 2.0, 5.0, 3.0, 4.0), 669),
             "right": _mean(torch.eye(5), (1.0, 5.0, 2.0, 4.0, 3.0), 670)}  # fmt: skip
     yield case("own-axes", "SR-1", "refresh", changed=axes)
-    yield case("decay", "SR-1", "adam-decay-order", weight_decay=0.25)
+    yield case("decay", "SO-3 SR-1", "adam-decay-order", weight_decay=0.25)
     # The gradient that makes the bases: its singular values are apart, and its vectors those of reflections.
     of_left, of_right = OF_RIGHT.t(), OF_RIGHT
     g = of_left @ torch.diag(torch.tensor([2.0, 1.5, 3.0, 2.5, 1.0])) @ of_right.t()
