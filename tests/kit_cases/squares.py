@@ -43,7 +43,8 @@ def _nonzero(earlier: Earlier) -> Iterator[Case]:
 
     def case(of: str, label: str, rules: str, flags: str = "", **inputs: Tensor) -> Case:
         one = earlier[f"optimizer_8bit/{of}"]
-        return make(label, "optimizer_8bit_nonzero", {**one.inputs, **inputs}, rules, flags, **one.params)
+        shorter = {key: x[:260] if x.numel() == 512 else x for key, x in {**one.inputs, **inputs}.items()}
+        return make(label, "optimizer_8bit_nonzero", shorter, rules, flags, **one.params)
 
     for name in ("adam", "ademamix"):
         first = case(f"{name}-wide", f"{name}-wide", "ON-1", "squares-lost", g=DECADES * noise(512, 631).sign())
@@ -77,20 +78,20 @@ def _zero(names: tuple[str, str], shape: tuple[int, ...]) -> dict[str, Tensor]:
 def _schedule_free_8bit(earlier: Earlier) -> Iterator[Case]:
     names, numbers = ("difference", "squares"), earlier["schedule_free/resumed"].params
 
-    def case(label: str, rules: str, flags: str = "", count: int = 512, states: dict[str, Tensor] | None = None,
+    def case(label: str, rules: str, flags: str = "", count: int = 260, states: dict[str, Tensor] | None = None,
              g: Tensor | None = None, **own: Any) -> Case:  # fmt: skip
         inputs = {"p": noise(count, 641), **(states or _coded(names, (count,), 642))}
         inputs["g"] = noise(count, 645) if g is None else g
         return make(label, "schedule_free_8bit", inputs, rules, flags, **{**numbers, **own})
 
-    yield case("step-1", "SD-1", "bias-correction", states=_zero(names, (512,)), step=1)
+    yield case("step-1", "SD-1", "bias-correction", states=_zero(names, (260,)), step=1)
     yield case("resumed", "SD-1", "resume")
-    yield case("wide", "SD-2", "squares-lost", states=_zero(names, (512,)), g=DECADES, step=1)
-    idle = torch.arange(512) % 2
-    yield case("zeros", "SD-2", "zero-state-drift", states=_zero(names, (512,)), g=DECADES * idle, step=1)
+    yield case("wide", "SD-2", "squares-lost", states=_zero(names, (260,)), g=DECADES[:260], step=1)
+    idle = torch.arange(260) % 2
+    yield case("zeros", "SD-2", "zero-state-drift", states=_zero(names, (260,)), g=DECADES[:260] * idle, step=1)
     yield case("warmup", "SD-1", "averaging-weight", step=3, warmup_steps=8)
     yield case("decay", "SD-1", "decay-of-the-average", weight_decay=0.25)
-    yield case("tail", "SD-2", "tail-block", count=300)
+    yield case("tail", "SD-2", "tail-block", count=257)
 
 
 # ---- SOAP -----------------------------------------------------------------------------------------------------------

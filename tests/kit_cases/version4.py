@@ -41,11 +41,11 @@ def _numbers(earlier: Earlier) -> Iterator[Case]:
 def _shapes(earlier: Earlier) -> Iterator[Case]:
     a, b = random_int8((5, 24), 611), random_int8((24, 24), 612)
     yield make("square", "int8_matmul", {"a": a, "b": b}, "IM-1")
-    square: dict[str, Any] = {"blocksize": 64, "quant_type": "nf4", "shape": [64, 64]}
-    weight = {"packed": random_bytes(64 * 32, 613), "absmax": scales(64)}
+    square: dict[str, Any] = {"blocksize": 64, "quant_type": "nf4", "shape": [24, 24]}
+    weight = {"packed": random_bytes(24 * 12, 613), "absmax": scales(9)}
     for dtype in DTYPES:
-        # As many rows as outputs as inputs, beyond tiles of 16 and 32 rows.
-        x, bias = cast(noise(64 * 64, 614).view(64, 64), dtype), cast(noise(64, 615) * 4, dtype)
+        # As many rows as outputs as inputs, beyond tiles of 16.
+        x, bias = cast(noise(24 * 24, 614).view(24, 24), dtype), cast(noise(24, 615) * 4, dtype)
         yield make(f"nf4-square-{dtype}", "gemm_4bit", {"a": x, "bias": bias, **weight}, "G4-1", "gemm-rows", **square)
         yield make(f"nf4-square-{dtype}", "gemm_4bit_backward", {"grad": x, **weight}, "GB-1", "gemm-rows", **square)
     cube = clear(in_blocks(clear(noise(63 * 6, 616), DYNAMIC, 63) * 0.99, 64), DYNAMIC).view(2, 3, 64)
@@ -55,8 +55,8 @@ def _shapes(earlier: Earlier) -> Iterator[Case]:
     for name in STATES:
         for bits in ("32bit", "8bit"):
             resumed = earlier[f"optimizer_{bits}/{name}-resumed"]
-            size = resumed.inputs["p"].numel()
-            shaped = {key: x.view(2, 2, size // 4) for key, x in resumed.inputs.items() if x.numel() == size}
+            size, kept = resumed.inputs["p"].numel(), 100 if bits == "32bit" else 260
+            shaped = {key: x[:kept].view(2, 2, kept // 4) for key, x in resumed.inputs.items() if x.numel() == size}
             rules = "OS-7 G-1" if bits == "32bit" else "OB-1 OB-2 G-1"
             yield changed(resumed, f"{name}-3d", rules, inputs=shaped, quick=name in ("adam", "momentum"))
     for name in ("adam", "momentum"):
@@ -68,10 +68,10 @@ def _shapes(earlier: Earlier) -> Iterator[Case]:
 def _blocksizes(earlier: Earlier) -> Iterator[Case]:
     """Products in blocks that are not of 64; one kernel of them is often all that is called."""
     for blocksize in (32, 128):
-        kind: dict[str, Any] = {"blocksize": blocksize, "quant_type": "nf4", "shape": [32, 256]}
-        weight = {"packed": random_bytes(32 * 128, 618), "absmax": scales(32 * 256 // blocksize)}
+        kind: dict[str, Any] = {"blocksize": blocksize, "quant_type": "nf4", "shape": [16, 128]}
+        weight = {"packed": random_bytes(16 * 64, 618), "absmax": scales(16 * 128 // blocksize)}
         for rows in (1, 3):
-            a, grad = noise(rows * 256, 619).view(rows, 256), noise(rows * 32, 620).view(rows, 32)
+            a, grad = noise(rows * 128, 619).view(rows, 128), noise(rows * 16, 620).view(rows, 16)
             label = f"nf4-{rows}-blocksize-{blocksize}"
             yield make(label, "gemm_4bit", {"a": a, **weight}, "G4-1", "blocksize", **kind)
             yield make(label, "gemm_4bit_backward", {"grad": grad, **weight}, "GB-1", "blocksize", **kind)
@@ -108,12 +108,12 @@ def _files(earlier: Earlier) -> Iterator[Case]:
     yield changed(outliers, "outliers-of-4.5", "I8-1 I8-3", "outlier-columns", threshold=4.5,
                   inputs={"x": outliers.inputs["x"] * 0.75})  # fmt: skip
     yield changed(outliers, "outliers-3d", "I8-5 I8-3", "int8-3d", inputs={"x": outliers.inputs["x"].view(2, 4, 64)})
-    x = nested_weight(NF4, 128, zero_block=False)
-    wide = torch.cat((x[:64], x[64:] / x[64:].abs().amax(1, keepdim=True) * x[:64].abs().amax(1, keepdim=True)), 1)
+    x = nested_weight(NF4, 32, zero_block=False)
+    wide = torch.cat((x[:16], x[16:] / x[16:].abs().amax(1, keepdim=True) * x[:16].abs().amax(1, keepdim=True)), 1)
     given: dict[str, Any] = {"blocksize": 128, "quant_type": "nf4"}
     yield make("nf4-blocksize-128", "quantize_4bit_nested", {"x": wide}, "QN-1", "nested-absmax", **given)
     for label, tensor, nested in (
-        ("nf4-blocksize-128-nested", wide, True), ("nf4-blocksize-128", wide, False), ("nf4-3d", wide.view(4, 16, 128), False),
+        ("nf4-blocksize-128-nested", wide, True), ("nf4-blocksize-128", wide, False), ("nf4-3d", wide.view(4, 4, 128), False),
     ):  # fmt: skip
         written = make(label, "save_4bit", {"x": tensor}, "CW-1 CW-2", "checkpoint-bytes", **given, nested=nested)
         yield written
