@@ -38,7 +38,7 @@ def run(
     results: dict[int, Result] = {}
     waiting = _alike(cases)
     threads = max(1, torch.get_num_threads() // jobs)
-    workers = [_Worker(name, device, threads) for _ in range(min(jobs, len(waiting)))]
+    workers = [_Worker(name, device, threads) for _ in range(min(jobs, len(cases)))]
     try:
         for worker in workers:
             worker.loaded()
