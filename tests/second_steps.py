@@ -12,7 +12,7 @@ import torch
 
 
 def double(x):
-    return second.floats(x).reshape(x.shape).astype(np.float64)
+    return x.double().numpy().copy()
 
 
 def named(p, **results):
@@ -81,6 +81,75 @@ def soap(
     return named(p - lr * weight_decay * p - lr * u, momentum=m, squares=v, left=left, right=right)
 
 
+def coded_squares(x):
+    """Codes of numbers that are not negative, none of which above 0 has the code of 0; and scales of blocks of 256."""
+    return tensors_of(*quantize_squares(x.reshape(-1).astype(np.float32), 256), x.shape)
+
+
+def quantize_squares(x, blocksize):
+    codes, scales = second.quantize("dynamic_unsigned", x, blocksize)
+    each = np.repeat(scales, blocksize)[: len(x)]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        above = (each > 0) & (x * (np.float32(1) / each) > 0)
+    return np.where(above, np.maximum(codes, 1), codes), scales
+
+
+def tensors_of(codes, scales, shape):
+    return torch.tensor(codes, dtype=torch.uint8).view(shape), torch.from_numpy(np.asarray(scales, dtype=np.float32))
+
+
+def coded_signed(x):
+    return tensors_of(*second.quantize("dynamic_signed", x.reshape(-1).astype(np.float32), 256), x.shape)
+
+
+def uncoded(codes, scales, values):
+    each = scales.repeat_interleave(256)[: codes.numel()].view(codes.shape)
+    return values[codes.long()] * each
+
+
+def schedule_free_8bit(p, difference, absmax1, values1, g, squares, absmax2, values2, beta1, **k):
+    d, v = uncoded(difference, absmax1, values1), uncoded(squares, absmax2, values2)
+    z = (p.double() + beta1 * d.double()).float()  # of y = z - b1 d, that is (1 - b1) z + b1 (z - d)
+    made = schedule_free(p, z, g, v, beta1=beta1, **k)
+    exact = made["z"].double() - made["p"].double()
+    new, scales1 = coded_signed((exact / beta1).numpy())
+    codes, scales2 = coded_squares(made["squares"].numpy())
+    return {"p": made["p"], "difference": new, "absmax1": scales1, "squares": codes, "absmax2": scales2}
+
+
+def soap_8bit(momentum, absmax1, values1, squares, absmax2, values2, **k):
+    m, v = uncoded(momentum, absmax1, values1), uncoded(squares, absmax2, values2)
+    made = soap(momentum=m, squares=v, **k)
+    made["momentum"], made["absmax1"] = coded_signed(made["momentum"].numpy())
+    made["squares"], made["absmax2"] = coded_squares(made["squares"].numpy())
+    return made
+
+
+def refreshed(mean, basis):
+    """By Householder, and signs as they come; a first basis by LAPACK's symmetric eigenproblem."""
+    if not basis.any():
+        return np.linalg.eigh(mean)[1]
+    order = np.argsort(-np.einsum("ij,ik,kj->j", basis, mean, basis))
+    q = np.empty_like(basis)
+    q[:, order] = np.linalg.qr((mean @ basis)[:, order])[0]
+    return q
+
+
+def soap_refresh(p, g, then, step, beta3, **k):
+    arrays = {name: double(x) for name, x in k.items() if isinstance(x, torch.Tensor)}
+    numbers = {name: x for name, x in k.items() if not isinstance(x, torch.Tensor)} | {"beta3": beta3}
+    state = {"p": double(p), **arrays}
+    if step:
+        state |= {name: x.double().numpy() for name, x in soap(p=p, g=g, step=step, beta3=beta3, **k).items()}
+    else:
+        g = double(g)
+        state |= {"left": (1 - beta3) * g @ g.T, "right": (1 - beta3) * g.T @ g}
+    for side in ("left", "right"):
+        state[f"of_{side}"] = refreshed(state[side], state[f"of_{side}"])
+    made = soap(g=then, step=step + 1, **{name: torch.from_numpy(x) for name, x in state.items()}, **numbers)
+    return {name: made[name] for name in ("p", "momentum", "left", "right")}
+
+
 # ---- corrections ----------------------------------------------------------------------------------------------------
 
 F = {torch.bfloat16: (16, 1.0), torch.float16: (13, 2.0**-112)}
@@ -105,17 +174,24 @@ def split(x, dtype, coarse):
 
 
 def split_weight(x, dtype, bits):
-    pairs = [split(value, dtype, bits == 24) for value in x.tolist()]
-    kind = torch.int8 if bits == 24 else torch.int16
-    return torch.tensor([p for p, _ in pairs], dtype=dtype), torch.tensor([c for _, c in pairs], dtype=kind)
+    pairs = [split(value, dtype, bits == 24) for value in x.reshape(-1).tolist()]
+    kinds = dtype, torch.int8 if bits == 24 else torch.int16
+    return tuple(
+        torch.tensor(part, dtype=kind).view(x.shape) for part, kind in zip(zip(*pairs, strict=True), kinds, strict=True)
+    )
 
 
 def join_weight(p, correction):
     shift, f = F[p.dtype]
     unit = 2 ** (shift - 8) if correction.dtype == torch.int8 else 1
-    numbers = [max(0, place(x, f) + c * unit) for x, c in zip(p.tolist(), correction.tolist(), strict=True)]
+    numbers = [
+        max(0, place(x, f) + c * unit)
+        for x, c in zip(p.reshape(-1).tolist(), correction.reshape(-1).tolist(), strict=True)
+    ]
     sizes = [struct.unpack("<f", struct.pack("<I", n))[0] / f for n in numbers]
-    return torch.tensor([math.copysign(size, x) for size, x in zip(sizes, p.tolist(), strict=True)])
+    return torch.tensor([math.copysign(size, x) for size, x in zip(sizes, p.reshape(-1).tolist(), strict=True)]).view(
+        p.shape
+    )
 
 
 def corrected_step(
@@ -141,5 +217,6 @@ STEPS = {
     function.__name__: function
     for function in (
         schedule_free, muon, muon_8bit, adafactor, soap, split_weight, join_weight, corrected_step, released_step,
+        schedule_free_8bit, soap_8bit, soap_refresh,
     )
 }  # fmt: skip

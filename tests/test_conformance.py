@@ -15,11 +15,15 @@ from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
+import kit_cases.__main__ as kit_cases
 import kit_mutants
+import kit_mutants_shapes
+import kit_mutants_squares
 import kit_mutants_strangers
 import kit_mutants_training
 import kit_mutants_version2
 import kit_mutants_version3
+import kit_mutants_version4
 import numpy as np
 import pytest
 import second
@@ -45,8 +49,12 @@ from bnbref.conformance.text import parse_tensor, tensor_line
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 STORED = vectors.read_all()
-MODULES = (kit_mutants, kit_mutants_training, kit_mutants_strangers, kit_mutants_version2, kit_mutants_version3)
+MODULES = (
+    kit_mutants, kit_mutants_training, kit_mutants_strangers, kit_mutants_version2, kit_mutants_version3, kit_mutants_version4,
+    kit_mutants_shapes, kit_mutants_squares,
+)  # fmt: skip
 MUTANTS = [mutant for module in MODULES for mutant in module.MUTANTS]
+QUICK = [case for case in STORED if case.quick]
 BY_ID = {case.id: case for case in STORED}
 each_operation = pytest.mark.parametrize("operation", OPERATIONS)
 
@@ -65,12 +73,14 @@ def files_of(operation):
 
 def test_the_files_are_what_the_cases_give_byte_for_byte():
     by_hand = ("README.md", "schema.json", "SHA256SUMS")
-    for version, cases in vectors.all_cases().items():
-        made = vectors.files(cases, version)
+    for version, cases in kit_cases.all_cases().items():
+        made = kit_cases.files(cases, version)
         folder = vectors.folder_of(version)
         stored = {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in by_hand}
         assert sorted(made) == sorted(stored)
-        assert [name for name in made if made[name] != stored[name]] == [], "python -m bnbref vectors write"
+        assert [name for name in made if made[name] != stored[name]] == [], (
+            "PYTHONPATH=tests python -m kit_cases bnbref/conformance"
+        )
 
 
 def test_the_files_are_small():
@@ -249,6 +259,22 @@ def second_8bit(p, g, optimizer, values1, values2=None, **k):
     return made
 
 
+def second_nonzero(values1, **k):
+    """The states of an unsigned map as quantize_squares codes them: of what the step leaves in 32 bits."""
+    made = second_8bit(values1=values1, **k)
+    for i in (1, 2):
+        values = values1 if i == 1 else k.get("values2")
+        if values is not None and values[0] == 0:
+            zero = made[f"state{i}"] == 0
+            made[f"state{i}"] = torch.where(zero & ~still(k, i), torch.ones_like(made[f"state{i}"]), made[f"state{i}"])
+    return made
+
+
+def still(k, i):
+    """Where an average of squares stays 0: the gradient is 0, and so was the average. A bad gradient keeps it."""
+    return (~k["g"].isfinite() | (k["g"] == 0)) & (k[f"state{i}"] == 0)
+
+
 def second_int8_weight(weight):
     codes, absmax, _ = second_int8(weight, 0.0)
     return second.int8_dequantize(codes.numpy(), second.floats(absmax), weight.dtype)
@@ -296,6 +322,10 @@ SECOND = {
     ),
     "save_4bit": second_file,
     "load_4bit": second_load,
+    "quantize_squares": lambda x, values, blocksize: second_steps.tensors_of(
+        *second_steps.quantize_squares(second.floats(x), blocksize), x.shape
+    ),
+    "optimizer_8bit_nonzero": second_nonzero,
     **second_steps.STEPS,
 }
 
@@ -560,6 +590,28 @@ def test_a_backend_that_ends_its_process_fails_one_case(tmp_path, monkeypatch, c
     assert [id_ for id_, status in got.items() if status != want[id_]] == ["quantize_4bit/nf4-empty"]
 
 
+SLOW = """
+import os, time, torch
+from pathlib import Path
+
+def int8_matmul(a, b):
+    time.sleep(0.3)
+    Path(__file__).with_name(f"by-{os.getpid()}").touch()
+    return (a.long() @ b.long().mT).to(torch.int32)
+"""
+
+
+def test_cases_of_one_kind_are_shared_by_workers(tmp_path, monkeypatch):
+    """All of them need the same kernel, and go to one worker first."""
+    (tmp_path / "slow_backend.py").write_text(SLOW)
+    monkeypatch.syspath_prepend(tmp_path)
+    chosen = [c for c in of("int8_matmul") if c.quick]
+    results = workers.run("slow_backend", chosen, CPU, jobs=2)
+    assert [r.case.id for r in results] == [c.id for c in chosen]
+    assert {r.status for r in results} == {"passed"}
+    assert len(list(tmp_path.glob("by-*"))) == 2
+
+
 def test_workers_that_cannot_work():
     with pytest.raises(ValueError, match="jobs must be at least 1, got 0"):
         workers.run("bnbref-eager", [], CPU, jobs=0)
@@ -575,13 +627,11 @@ def test_at_least_a_hundred_backends_are_wrong():
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_a_wrong_backend_does_not_pass(mutant):
-    results = judge.run(mutant.backend, STORED, CPU)
-    killers = [result.case.id for result in results if result.status == "failed"]
-    assert killers, f"{mutant.name}: {mutant.wrong}"
+    """Not even the quick run."""
+    results = judge.run(mutant.backend, QUICK, CPU)
     raised = [f.message for result in results for f in result.failures if f.kind == "raised"]
     assert not raised, f"{mutant.name} must be wrong, not broken: {raised[0]}"
-    quick = [result for result in results if result.case.quick and result.status == "failed"]
-    assert quick, f"the quick run lets {mutant.name} pass; the full one has {killers}"
+    assert any(result.status == "failed" for result in results), f"{mutant.name}: {mutant.wrong}"
 
 
 def test_the_mutants_page_is_up_to_date():
@@ -799,8 +849,11 @@ def test_the_scale_index_of_avx512_is_found():
 
 @pytest.mark.parametrize("name", ["bitsandbytes", "bitsandbytes-default", "torchao"])
 def test_every_red_cell_has_a_cause(name):
-    """A convention that predicts the wrong elements, or one of four that no convention can: each has its bug report."""
-    raised = ("raised RuntimeError: The size of tensor", "raised RuntimeError: t() expects a tensor with <= 2")
+    """A convention that predicts the wrong elements, or one of five that no convention can: each has its bug report."""
+    raised = (
+        "raised RuntimeError: The size of tensor", "raised RuntimeError: t() expects a tensor with <= 2",
+        "raised RuntimeError: view size is not compatible",
+    )  # fmt: skip
     for finding in found_by(name)["findings"]:
         known = finding["flags"] in (["int8-one-column"], ["evaluation-repacks"])
         assert finding["follows"] or known or finding["message"].startswith(raised), finding
@@ -877,7 +930,6 @@ def test_running_twice_gives_the_same_bytes():
         (["check", "--device", "abacus"], "abacus"),
         (["check", "--json", "no/such/dir/r.json"], "there is no directory no/such/dir"),
         (["vectors", "gen", "multiply"], "OP must be one of"),
-        (["vectors", "write", "no/such/dir"], "there is no such directory"),
     ],
 )
 def test_commands_that_cannot_be_run(argv, message, capsys):

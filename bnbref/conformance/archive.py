@@ -16,6 +16,7 @@ DIGESTS = {
     1: "97dac90b433fa78b446176c9fe7a5b2f8ef8e4c92a1abbd1468f0cd41278c5ea",
     2: "1949f142dc6c9f00de9113bf7d8cc23d9bf060165f9d55c7f5b75477fc780914",
     3: "4f9e08bbe1f66f4152846400b9d948e49d12e2830cef59bff1e4cced0b4b8ae8",
+    4: "1cd26a12389e6f0b6dd7d901b7f4fb0f789fdab8211de108dc107f89f311c852",
 }
 """The digest of each version: the SHA-256 of its file SHA256SUMS, which has that of every other file."""
 

@@ -93,10 +93,11 @@ BNB_CUDA = Dialect(
 BNB_DEFAULT = Dialect(
     "bnb-default", fp4=FP4_BY_MIDPOINTS, ties="lower", division="tail", small="clamp", int8_constant=6.200124e-05,
     int8_float32=True, int8_2d=True, row_transposed=True, norm="undecayed", norm_eps=True, clip_8bit=False,
+    scaled_in_16=True,
 )  # fmt: skip
 BNB_CPU = replace(
     BNB_DEFAULT, name="bnb-cpu", ties="bins", small="keep", row_scales=True, vector_as_row=True, int8_float32=False,
-    bfloat16_nan=True, norm="biased", norm_eps=False, bad_gradient="infinite",
+    bfloat16_nan=True, norm="biased", norm_eps=False, bad_gradient="infinite", scaled_in_16=False,
 )  # fmt: skip
 BNB_TRITON = Dialect("bnb-triton", division="always", ties="lower")
 
@@ -173,6 +174,7 @@ TEXT: dict[str, str | dict[Any, str]] = {
     },
     "norm_eps": "the bound of the update's norm has eps added",
     "scaled_decay": "weight decay is by the rate times the size of the parameter",
+    "scaled_in_16": "a gradient of 16 bits is scaled in 16 bits",
     "clip_8bit": "with 8-bit state the update's norm is not bounded",
     "bad_gradient": {
         "infinite": "an infinite gradient becomes the scale of its block",

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnbref.conformance.cases import Case
+from bnbref.conformance.case import Case
 from bnbref.conformance.dialects import CHOICES, DIALECTS, REFERENCE, TEXT, Dialect, in_words
 from bnbref.conformance.expected import Expected, same, wrong_elements
 from bnbref.conformance.judge import Failure
@@ -26,7 +26,7 @@ from bnbref.kernels import eager
 
 _OF_OPTIMIZERS = {f.name for f in fields(Conventions)}
 _PRODUCTS = ("gemm_4bit", "gemm_4bit_backward")
-_OF_DECAY = {"adafactor": {"scaled_decay"}, "soap": {"decay_after"}}
+_OF_DECAY = {"adafactor": {"scaled_decay"}, "soap": {"decay_after"}, "soap_refresh": {"decay_after"}}
 _STEPS = ("optimizer_32bit", "optimizer_8bit", *_OF_DECAY)
 
 
@@ -49,6 +49,7 @@ def _concern(case: Case) -> set[str]:
         "norm_eps": clipped,
         "clip_8bit": clipped and eight,
         "bad_gradient": not bool(case.inputs["g"].isfinite().all()),
+        "scaled_in_16": case.inputs["g"].element_size() == 2 and k["gnorm_scale"] != 1,
         "ties": eight,
         "floor": eight,
     }

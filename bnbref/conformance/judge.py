@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bnbref.conformance.backends import Backend, Unsupported
-from bnbref.conformance.cases import Case
+from bnbref.conformance.case import Case
 from bnbref.conformance.expected import same, wrong_elements
 from bnbref.conformance.operations import OPERATIONS, arguments
 

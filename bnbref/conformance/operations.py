@@ -34,9 +34,17 @@ Since version 2 of the vectors:
     corrected_step(p, correction, g, state1, state2, HYPER)                 -> p, correction, state1, state2
     released_step(x, weight1, weight2, grad, lr)                            -> weight1, weight2
 
-NUMBERS: step, lr, beta1, beta2, beta3, eps, weight_decay. HYPER: optimizer (momentum, lars, adam, lamb, lion, rmsprop, adagrad
-or ademamix), step, lr, beta1, beta2, beta3, alpha, eps, weight_decay, max_unorm, gnorm_scale. States that an optimizer does not
-have are None, and none of its results; nothing is updated in place.
+Since version 4:
+
+    quantize_squares(x, values, blocksize)                                  -> codes, absmax
+    optimizer_8bit_nonzero(the arguments of optimizer_8bit)                 -> p, state1, absmax1, ...
+    schedule_free_8bit(p, difference, absmax1, values1, g, squares, absmax2, values2, NUMBERS)  -> p, difference, ...
+    soap_8bit(p, g, momentum, absmax1, values1, squares, absmax2, values2, left, ..., NUMBERS)  -> p, momentum, ...
+    soap_refresh(p, g, then, momentum, squares, left, right, of_left, of_right, NUMBERS)  -> p, momentum, left, right
+
+NUMBERS: step, lr, beta1, beta2, beta3 (SOAP), eps, weight_decay, warmup_steps (Schedule-Free). HYPER: optimizer (momentum,
+lars, adam, lamb, lion, rmsprop, adagrad or ademamix), step, lr, beta1, beta2, beta3, alpha, eps, weight_decay, max_unorm,
+gnorm_scale. States that an optimizer does not have are None, and none of its results; nothing is updated in place.
 
 `values` is float32 [256], sorted. `columns` holds the indices of outlier columns, int64, ascending, [0] if there are none.
 `bias` may be None. In save_4bit and load_4bit the names are packed, absmax, quant_map, state, nested_absmax, nested_quant_map.
@@ -52,7 +60,7 @@ import torch
 from torch import Tensor
 
 from bnbref.conformance.expected import Expected
-from bnbref.conformance.oracles import codes, master_weights, muon, optimizers, steps, sums, values
+from bnbref.conformance.oracles import codes, master_weights, muon, optimizers, soap, steps, sums, values
 from bnbref.kernels import eager
 
 
@@ -102,8 +110,9 @@ _ORACLES = (
     codes.quantize_4bit_nested, values.dequantize_4bit_nested, sums.gemm_4bit, sums.gemm_4bit_backward, codes.int8_quantize,
     values.int8_matmul, values.int8_mm_dequant, values.int8_dequantize, sums.int8_backward, values.save_4bit,
     values.load_4bit, sums.evaluate_then_train, steps.optimizer_32bit, steps.optimizer_8bit,
-    optimizers.schedule_free, muon.muon, muon.muon_8bit, optimizers.adafactor, optimizers.soap, master_weights.split_weight,
+    optimizers.schedule_free, muon.muon, muon.muon_8bit, optimizers.adafactor, soap.soap, master_weights.split_weight,
     master_weights.join_weight, master_weights.corrected_step, master_weights.released_step,
+    codes.quantize_squares, steps.optimizer_8bit_nonzero, optimizers.schedule_free_8bit, soap.soap_8bit, soap.soap_refresh,
 )  # fmt: skip
 
 OPERATIONS = {oracle.__name__: Operation(oracle) for oracle in _ORACLES}

@@ -11,11 +11,11 @@ from torch import Tensor
 from bnbref import blockwise
 from bnbref.blockwise import SMALLEST_NORMAL, count_below
 from bnbref.codebooks import DYNAMIC, value_table
-from bnbref.conformance.cases import CPU, Case
+from bnbref.conformance.case import CPU, Case
 from bnbref.conformance.dialects import Dialect
 from bnbref.conformance.expected import Expected
 from bnbref.conformance.operations import arguments
-from bnbref.conformance.oracles import optimizers, steps
+from bnbref.conformance.oracles import optimizers, soap, steps
 from bnbref.conformance.oracles.codes import encode_8bit
 from bnbref.conformance.oracles.values import each, unpack
 from bnbref.kernels import eager
@@ -173,7 +173,8 @@ def _load_4bit(
 
 
 _BY_CONVENTIONS: dict[str, Callable[..., dict[str, Expected]]] = {
-    "optimizer_32bit": steps.optimizer_32bit, "adafactor": optimizers.adafactor, "soap": optimizers.soap,
+    "optimizer_32bit": steps.optimizer_32bit, "adafactor": optimizers.adafactor, "soap": soap.soap,
+    "soap_refresh": soap.soap_refresh,
 }  # fmt: skip
 
 

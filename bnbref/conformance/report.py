@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from bnbref.conformance import cases
+from bnbref.conformance import case as cases
 from bnbref.conformance.backends import Backend
 from bnbref.conformance.explain import explain, verdict
 from bnbref.conformance.findings import Finding, broken_by, by_cause, describe, elements, inputs_of, size_of

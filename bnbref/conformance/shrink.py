@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bnbref.conformance.backends import Backend
-from bnbref.conformance.cases import Case
+from bnbref.conformance.case import Case
 from bnbref.conformance.explain import explain
 from bnbref.conformance.judge import Failure, run_case
 from bnbref.conformance.operations import OPERATIONS

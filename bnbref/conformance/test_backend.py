@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bnbref.codebooks import DYNAMIC, value_table
-from bnbref.conformance.cases import Case, make
+from bnbref.conformance.case import Case, make
 from bnbref.conformance.findings import describe
 from bnbref.conformance.judge import Result, run_case
 from bnbref.conformance.report import report

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnbref.conformance.cases import Case
+from bnbref.conformance.case import Case
 from bnbref.conformance.vectors import DTYPES, from_bytes
 from bnbref.quant_state import dtype_name
 

@@ -1,14 +1,12 @@
 """The cases as files that need neither Python nor torch: a pair for each operation, in the folder of its version.
 
-A version has the cases that came with it: v1/ of the first eighteen operations, v2/ of more optimizers, v3/ what both let pass.
-OPERATION.json lists the cases, as
-schema.json says. OPERATION.safetensors has their tensors: eight bytes of length, a JSON header, the bytes of the tensors,
-little-endian.
+A version has the cases that came with it: v1/ of the first eighteen operations, v2/ of more optimizers, v3/ and v4/ what those
+before let pass. OPERATION.json lists the cases, as schema.json says. OPERATION.safetensors has their tensors: eight bytes of
+length, a JSON header, the bytes of the tensors, little-endian.
 """
 
 import json
 import sys
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,20 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnbref.conformance.cases import Case
-from bnbref.conformance.cases.codes import quantization_cases
-from bnbref.conformance.cases.steps import optimizer_32bit
-from bnbref.conformance.cases.steps_8bit import optimizer_8bit
-from bnbref.conformance.cases.sums import product_cases
-from bnbref.conformance.cases.values import dequantization_cases
-from bnbref.conformance.cases.version2 import version_2_cases
-from bnbref.conformance.cases.version3 import version_3_cases
+from bnbref.conformance.archive import DIGESTS
+from bnbref.conformance.case import Case
 from bnbref.conformance.expected import Also, Expected
 from bnbref.conformance.operations import OPERATIONS
-from bnbref.conformance.oracles.formula import STATES
-from bnbref.conformance.specification import FLAGS, RULES
 
-VERSIONS = (1, 2, 3)
+VERSIONS = tuple(DIGESTS)
 ROOT = Path(__file__).parent
 """The folder of the folders of all versions."""
 
@@ -72,21 +62,6 @@ def from_bytes(data: bytes, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
     return torch.frombuffer(words, dtype=torch.uint8).clone().view(dtype).view(tuple(shape))
 
 
-def save_safetensors(tensors: Mapping[str, Tensor]) -> bytes:
-    """The bytes of a safetensors file: the largest dtypes first, so that all are aligned."""
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    header: dict[str, Any] = {}
-    parts: list[bytes] = []
-    end = 0
-    for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].element_size()):
-        parts.append(raw(tensor))
-        start, end = end, end + len(parts[-1])
-        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + b"".join(parts)
-
-
 def load_safetensors(data: bytes) -> dict[str, Tensor]:
     """The tensors of a safetensors file.
 
@@ -106,95 +81,9 @@ def load_safetensors(data: bytes) -> dict[str, Tensor]:
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
-class _Store:
-    """Tensors by content: what several cases share is kept once."""
-
-    def __init__(self) -> None:
-        self.tensors: dict[str, Tensor] = {}
-        self._names: dict[tuple[Any, ...], str] = {}
-
-    def add(self, tensor: Tensor) -> str:
-        content = (tensor.dtype, tuple(tensor.shape), raw(tensor))
-        if content not in self._names:
-            self._names[content] = f"t{len(self._names)}"
-            self.tensors[self._names[content]] = tensor.contiguous()
-        return self._names[content]
-
-
-def _output(expected: Expected, store: _Store) -> dict[str, Any]:
-    made: dict[str, Any] = {"grade": expected.grade, "value": store.add(expected.value)}
-    if expected.ulp:
-        made["ulp"] = expected.ulp
-    if expected.also is not None:
-        made |= {"also_index": store.add(expected.also.where), "also_value": store.add(expected.also.value)}
-    for name in ("free", "pairs", "low", "high"):
-        tensor = getattr(expected, name)
-        if tensor is not None:
-            made[name] = store.add(tensor)
-    return made
-
-
-def all_cases() -> dict[int, list[Case]]:
-    """Every case by the version that it came with, in a fixed order, computed from the oracles. Takes some seconds.
-
-    Raises ValueError where two have one id.
-    """
-    first = [*quantization_cases(), *dequantization_cases(), *product_cases()]
-    first += [case for cases in (optimizer_32bit, optimizer_8bit) for name in STATES for case in cases(name)]
-    made = {1: first, 2: [*version_2_cases()]}
-    made[3] = list(version_3_cases({case.id: case for cases in made.values() for case in cases}))
-    repeated = [name for name, n in Counter(case.id for cases in made.values() for case in cases).items() if n > 1]
-    if repeated:
-        raise ValueError(f"cases must have ids of their own, got {repeated} twice")
-    return made
-
-
-def files(cases: Sequence[Case], version: int) -> dict[str, bytes]:
-    """The files of the cases of a version by name."""
-    made: dict[str, bytes] = {}
-    for op in OPERATIONS:
-        chosen = [case for case in cases if case.operation == op]
-        if not chosen:
-            continue
-        store = _Store()
-        listed = [
-            {
-                "id": case.id,
-                "params": dict(case.params),
-                "inputs": {name: store.add(tensor) for name, tensor in case.inputs.items()},
-                "outputs": {name: _output(expected, store) for name, expected in case.expected.items()},
-                **{name: list(getattr(case, name)) for name in LISTS},
-                **{name: getattr(case, name) for name in SWITCHES},
-            }
-            for case in chosen
-        ]
-        rules = dict.fromkeys(rule for case in chosen for rule in case.rules)
-        flags = dict.fromkeys(flag for case in chosen for flag in case.flags)
-        body = {
-            "version": version,
-            "operation": op,
-            "tensors": f"{op}.safetensors",
-            "rules": {rule: {"text": RULES[rule].text, "freedom": RULES[rule].freedom} for rule in rules},
-            "flags": {flag: {"story": FLAGS[flag].story, "issue": FLAGS[flag].issue} for flag in flags},
-            "cases": listed,
-        }
-        made[f"{op}.json"] = (json.dumps(body, indent=1) + "\n").encode()
-        made[f"{op}.safetensors"] = save_safetensors(store.tensors)
-    return made
-
-
 def folder_of(version: int, root: Path = ROOT) -> Path:
     """Where the files of a version are."""
     return root / f"v{version}"
-
-
-def write(root: Path) -> None:
-    """Compute all cases and write their files, with the two that are written by hand, a folder for each version."""
-    for version, cases in all_cases().items():
-        by_hand = {name: (folder_of(version) / name).read_bytes() for name in ("README.md", "schema.json")}
-        folder_of(version, root).mkdir(exist_ok=True)
-        for name, data in {**files(cases, version), **by_hand}.items():
-            (folder_of(version, root) / name).write_bytes(data)
 
 
 def _bodies(operation: str) -> Iterator[tuple[Path, dict[str, Any]]]:

@@ -22,9 +22,6 @@ def add_vectors(commands: Any) -> None:
         action.add_argument("operation", metavar="OP", help="an operation, such as quantize_4bit")
         action.add_argument("--only", default="", metavar="TEXT", help="only cases whose id contains this")
         action.set_defaults(run=run)
-    write = actions.add_parser("write", help="compute all cases anew and write their files")
-    write.add_argument("folder", type=Path)
-    write.set_defaults(run=run_write)
     pack = actions.add_parser("archive", help="the published vectors as one .tar.gz, with a digest of all of it")
     pack.add_argument("file", type=Path)
     pack.add_argument("--version", type=int, default=1, help="which of them (default: %(default)s)")
@@ -74,20 +71,6 @@ def run_answers(args: argparse.Namespace) -> int:
     done = report.report(program, torch.device("cpu"), results, small=False)
     print(report.as_text(done))
     return 0 if done.ok else 1
-
-
-def run_write(args: argparse.Namespace) -> int:
-    """Compute all cases and write their files, their sums, and print the digest of each version."""
-    from bnbref.conformance import archive, vectors
-
-    if not args.folder.is_dir():
-        raise Refused(f"cannot write to {args.folder}: there is no such directory")
-    vectors.write(args.folder)
-    for version in vectors.VERSIONS:
-        folder = vectors.folder_of(version, args.folder)
-        (folder / archive.SUMS).write_text(archive.sums(folder), encoding="utf-8")
-        print(archive.digest(folder))
-    return 0
 
 
 def run_archive(args: argparse.Namespace) -> int:

@@ -3,7 +3,8 @@
     parent   sends each worker its next case, and notices when a worker is gone
     worker   loads the backend by name, runs the case, and sends what became of it
 
-Cases of one operation with the same dtypes and parameters go to one worker, because they need the same compiled kernels.
+Cases of one operation with the same dtypes and parameters go to one worker, because they need the same compiled kernels. Who has
+nothing left to do takes half of the longest rest of another.
 """
 
 import multiprocessing
@@ -19,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from bnbref.conformance import backends
-from bnbref.conformance.cases import Case
+from bnbref.conformance.case import Case
 from bnbref.conformance.judge import Failure, Result, run_case
 
 
@@ -37,13 +38,13 @@ def run(
     results: dict[int, Result] = {}
     waiting = _alike(cases)
     threads = max(1, torch.get_num_threads() // jobs)
-    workers = [_Worker(name, device, threads) for _ in range(min(jobs, len(waiting)))]
+    workers = [_Worker(name, device, threads) for _ in range(min(jobs, len(cases)))]
     try:
         for worker in workers:
             worker.loaded()
         with tqdm(total=len(cases), unit=" cases", leave=False, disable=None) as bar:
             for worker in workers:
-                worker.begin(waiting, cases)
+                worker.begin(waiting, cases, workers)
             while busy := {worker.connection: worker for worker in workers if worker.todo}:
                 done = set(wait(list(busy), timeout=min(worker.left(limit) for worker in busy.values())))
                 for connection, worker in busy.items():
@@ -52,7 +53,7 @@ def run(
                         case = cases[worker.todo[0]]
                         results[worker.todo.popleft()] = worker.result(case, ended=not ready)
                         bar.update()
-                        worker.begin(waiting, cases)
+                        worker.begin(waiting, cases, workers)
     finally:
         for worker in workers:
             worker.end()
@@ -97,10 +98,13 @@ class _Worker:
         self.process.kill()
         self.process.join()
 
-    def begin(self, waiting: deque[deque[int]], cases: Sequence[Case]) -> None:
-        """Send the next case of the group in hand, or else of the next group that waits."""
+    def begin(self, waiting: deque[deque[int]], cases: Sequence[Case], workers: Sequence["_Worker"]) -> None:
+        """Send the next case of the group in hand, or else of the next group that waits, or of the longest that another has."""
         if not self.todo and waiting:
             self.todo = waiting.popleft()
+        elif not self.todo:
+            longest = max((worker.todo for worker in workers), key=len)
+            self.todo = deque(longest.pop() for _ in range(len(longest) // 2))
         if self.todo:
             self.connection.send_bytes(pickle.dumps(cases[self.todo[0]]))
             self.begun = time.monotonic()

@@ -15,14 +15,15 @@ from bnbref.conformance.backends import Unsupported
 
 
 def stepped(
-    make: Callable[..., Any], p: Tensor, g: Tensor, state: Mapping[str, Any], **options: Any
+    make: Callable[..., Any], p: Tensor, gradients: Tensor | list[Tensor], state: Mapping[str, Any], **options: Any
 ) -> tuple[Tensor, Any]:
-    """A parameter after a step by `make([p], **options)`, and its state; both are copies."""
+    """A parameter after a step for each gradient by `make([p], **options)`, and its state; both are copies."""
     parameter = torch.nn.Parameter(p.clone())
-    parameter.grad = g.clone()
     optimizer = make([parameter], **options)
     optimizer.state[parameter] = {key: x.clone() if isinstance(x, Tensor) else x for key, x in state.items()}
-    optimizer.step()
+    for g in gradients if isinstance(gradients, list) else [gradients]:
+        parameter.grad = g.clone()
+        optimizer.step()
     return parameter.detach(), optimizer.state[parameter]
 
 
@@ -161,23 +162,28 @@ class PytorchOptimizer:
         new, state = stepped(grouped, p, g, state, momentum=beta, use_adjusted_lr=adjusted, **k)
         return new, state["momentum_buffer"]
 
-    def soap(
-        self, p: Tensor, g: Tensor, momentum: Tensor, squares: Tensor, left: Tensor, right: Tensor, of_left: Tensor,
-        of_right: Tensor, step: int, beta1: float, beta2: float, beta3: float, **k: Any,
+    def soap(self, g: Tensor, step: int, **given: Any) -> Any:
+        new, state = self._soap([g], step, frequency=step + 1, **given)  # no refresh at this step
+        return new, state["exp_avg"], state["exp_avg_sq"], *state["GG"]
+
+    def soap_refresh(self, g: Tensor, then: Tensor, step: int, **given: Any) -> Any:
+        new, state = self._soap([g, then], step, frequency=max(1, step), **given)
+        return new, state["exp_avg"], *state["GG"]
+
+    def _soap(
+        self, gradients: list[Tensor], step: int, frequency: int, p: Tensor, momentum: Tensor, squares: Tensor, left: Tensor,
+        right: Tensor, of_left: Tensor, of_right: Tensor, beta1: float, beta2: float, beta3: float, **k: Any,
     ) -> Any:  # fmt: skip
         make = importlib.import_module("pytorch_optimizer").SOAP
-        state: dict[str, Any] = {
-            "exp_avg": momentum,
-            "exp_avg_sq": squares,
-            "GG": [left.clone(), right.clone()],
-            "Q": [of_left, of_right],
-        }
+        options = {**k, "betas": (beta1, beta2), "shampoo_beta": beta3, "precondition_frequency": frequency}
+        bases = {"GG": [left.clone(), right.clone()], "Q": [of_left, of_right], "shampoo_beta": beta3}
+        state = {"exp_avg": momentum, "exp_avg_sq": squares, **bases, "precondition_frequency": frequency}
+        if step == 0:
+            state = {}  # the first gradient makes all of it
 
         def resumed(parameters: Any, **options: Any) -> Any:
             optimizer = make(parameters, **options)
             optimizer.param_groups[0]["step"] = step
             return optimizer
 
-        state |= {"shampoo_beta": beta3, "precondition_frequency": step + 1}  # never at this step
-        new, state = stepped(resumed, p, g, state, betas=(beta1, beta2), **k)
-        return new, state["exp_avg"], state["exp_avg_sq"], *state["GG"]
+        return stepped(resumed, p, gradients, state, **options)

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnbref import blockwise, fourbit, functional, int8, nn, products
-from bnbref.codebooks import four_bit
+from bnbref import blockwise, codebooks, fourbit, functional, int8, nn, products
 from bnbref.conformance.backends.public_names import PublicNames
-from bnbref.conformance.backends.reference_training import Training
+from bnbref.conformance.backends.reference_training import Training, nonzero
 from bnbref.conformance.oracles.steps import BLOCKSIZE
 from bnbref.kernels import eager
 from bnbref.kernels.ordered import batch_invariant
@@ -37,17 +36,20 @@ class Reference(Training, PublicNames):
         codes, state = functional.quantize_blockwise(x, values, blocksize=blocksize)
         return codes, state.absmax
 
+    def quantize_squares(self, x: Tensor, values: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+        return blockwise.quantize(x, codebooks.DYNAMIC_UNSIGNED.nonzero(), blocksize)
+
     def dequantize_blockwise(
         self, codes: Tensor, absmax: Tensor, values: Tensor, blocksize: int, dtype: torch.dtype
     ) -> Tensor:
         return blockwise.dequantize(codes, absmax, values, blocksize, dtype)
 
     def quantize_4bit(self, x: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, Tensor]:
-        packed, absmax = fourbit.quantize(x, four_bit(quant_type), blocksize)
+        packed, absmax = fourbit.quantize(x, codebooks.four_bit(quant_type), blocksize)
         return packed.view(-1), absmax
 
     def dequantize_4bit(self, packed: Tensor, absmax: Tensor, quant_type: str, **arguments: Any) -> Tensor:
-        return fourbit.dequantize(packed, absmax, four_bit(quant_type), **arguments)
+        return fourbit.dequantize(packed, absmax, codebooks.four_bit(quant_type), **arguments)
 
     def gemm_4bit(
         self, a: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, shape: Sequence[int], **arguments: Any
@@ -77,10 +79,12 @@ class Reference(Training, PublicNames):
     def optimizer_8bit(
         self, p: Tensor, g: Tensor, optimizer: str, values1: Tensor, values2: Tensor | None, **arguments: Any
     ) -> dict[str, Tensor]:
-        rule = rules.RULES[optimizer]
-        if bool((values1 < 0).any()):
-            rule = rules.SIGNED_RULES.get(optimizer, rule)
-        return self._step(rule, p, g, **arguments)
+        return self._step(_rule(optimizer, values1), p, g, **arguments)
+
+    def optimizer_8bit_nonzero(
+        self, p: Tensor, g: Tensor, optimizer: str, values1: Tensor, values2: Tensor | None, **arguments: Any
+    ) -> dict[str, Tensor]:
+        return self._step(nonzero(_rule(optimizer, values1)), p, g, **arguments)
 
     def corrected_step(
         self, p: Tensor, g: Tensor, optimizer: str, correction: Tensor, **arguments: Any
@@ -101,6 +105,12 @@ class Reference(Training, PublicNames):
         max_norm = max_unorm if rule.clipped else 0.0
         update.step(*planned, made["p"], g, made, blocksize=BLOCKSIZE, max_norm=max_norm)
         return made
+
+
+def _rule(optimizer: str, values: Tensor) -> rules.Rule:
+    """The rule whose first state has this codebook."""
+    of_squares = rules.RULES[optimizer]
+    return rules.SIGNED_RULES.get(optimizer, of_squares) if bool((values < 0).any()) else of_squares
 
 
 class Eager(Reference):

@@ -1,5 +1,6 @@
 """bnbref's steps that see whole matrices, average, correct 16-bit weights, or are made in the backward pass."""
 
+import copy
 from typing import Any
 
 import torch
@@ -21,16 +22,50 @@ def _whole(rule: rules.Rule, step: int, group: dict[str, Any], p: Tensor, g: Ten
     return made
 
 
-class Training:
-    """The operations that came with version 2."""
+def nonzero(rule: rules.Rule) -> rules.Rule:
+    """The rule with squares in 8 bits that are never 0 where they were not, as `nonzero_squares=True` makes it."""
+    signed, unsigned = rule.codebooks
+    changed = copy.copy(rule)
+    changed.codebooks = signed, unsigned.nonzero()
+    return changed
 
-    def schedule_free(self, p: Tensor, z: Tensor, g: Tensor, squares: Tensor, step: int, beta1: float, beta2: float,
-                      **group: Any) -> Tensors:  # fmt: skip
-        state = {"difference": (z - p) / beta1, "squares": squares.clone()}
-        group |= {"betas": (beta1, beta2), "train_mode": True}
-        p = p.clone()
-        update.step(*at_step(schedule_free.ScheduleFree(), step, group, p.device), p, g, state, blocksize=BLOCKSIZE)
-        return {"p": p, "z": p + beta1 * state["difference"], "squares": state["squares"]}
+
+def _numbered(made: Tensors) -> Tensors:
+    """The results with the kit's names of scales."""
+    names = {name: f"absmax{i}" for i, name in enumerate((n for n in made if n.endswith("_absmax")), 1)}
+    return {names.get(name, name): x for name, x in made.items()}
+
+
+class Training:
+    """The operations that came with versions 2 and 4."""
+
+    def schedule_free(self, p: Tensor, z: Tensor, g: Tensor, squares: Tensor, beta1: float, **group: Any) -> Tensors:
+        states = {"difference": (z - p) / beta1, "squares": squares}
+        made = self._averaged(schedule_free.ScheduleFree(), p, g, states, beta1=beta1, **group)
+        return {"p": made["p"], "z": made["p"] + beta1 * made["difference"], "squares": made["squares"]}
+
+    def schedule_free_8bit(
+        self, p: Tensor, difference: Tensor, absmax1: Tensor, values1: Tensor, g: Tensor, squares: Tensor, absmax2: Tensor,
+        values2: Tensor, **group: Any,
+    ) -> Tensors:  # fmt: skip
+        states = {"difference": difference, "difference_absmax": absmax1, "squares": squares, "squares_absmax": absmax2}
+        return _numbered(self._averaged(nonzero(schedule_free.ScheduleFree()), p, g, states, **group))
+
+    def _averaged(
+        self,
+        rule: rules.Rule,
+        p: Tensor,
+        g: Tensor,
+        states: Tensors,
+        step: int,
+        beta1: float,
+        beta2: float,
+        **group: Any,
+    ) -> Tensors:
+        made = {name: x.clone() for name, x in {"p": p, **states}.items()}
+        planned = at_step(rule, step, {**group, "betas": (beta1, beta2), "train_mode": True}, p.device)
+        update.step(*planned, made["p"], g, made, blocksize=BLOCKSIZE)
+        return made
 
     def muon(self, p: Tensor, g: Tensor, momentum: Tensor, nesterov: bool, adjust: str, ns_steps: int, eps: float, beta: float,
              absmax: Tensor | None = None, values: Tensor | None = None, **group: Any) -> Tensors:  # fmt: skip
@@ -46,12 +81,28 @@ class Training:
         rule = matrices.Adafactor(eps=(eps1, eps2), d=d)
         return _whole(rule, step, {**group, "beta1": 0.0}, p, g, row=row, column=column)
 
-    def soap(self, p: Tensor, g: Tensor, step: int, beta1: float, beta2: float, beta3: float, lr: float, eps: float,
-             weight_decay: float, **states: Tensor) -> Tensors:  # fmt: skip
-        # Our first step makes the bases alone; at a multiple of the frequency they would be refreshed.
-        group = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "betas": (beta1, beta2), "shampoo_beta": beta3}
-        made = _whole(matrices.SOAP(), step + 1, {**group, "frequency": step + 1}, p, g, **states)
+    def soap(self, p: Tensor, g: Tensor, step: int, **states_and_numbers: Any) -> Tensors:
+        # At a multiple of the frequency the bases would be refreshed.
+        made = self._soap(matrices.SOAP(), p, g, step, frequency=step + 1, **states_and_numbers)
         return {name: x for name, x in made.items() if not name.startswith("of_")}
+
+    def soap_8bit(self, p: Tensor, g: Tensor, step: int, absmax1: Tensor, absmax2: Tensor, values1: Tensor, values2: Tensor,
+                  **rest: Any) -> Tensors:  # fmt: skip
+        scales: dict[str, Any] = {"momentum_absmax": absmax1, "squares_absmax": absmax2}
+        made = self._soap(nonzero(matrices.SOAP()), p, g, step, frequency=step + 1, **scales, **rest)
+        return _numbered({name: x for name, x in made.items() if not name.startswith("of_")})
+
+    def soap_refresh(self, p: Tensor, g: Tensor, then: Tensor, step: int, **rest: Any) -> Tensors:
+        first: dict[str, Any] = self._soap(matrices.SOAP(), p, g, step, frequency=max(1, step), **rest)
+        numbers = {name: x for name, x in rest.items() if not isinstance(x, Tensor)}
+        made = self._soap(matrices.SOAP(), **first, g=then, step=step + 1, frequency=step + 2, **numbers)
+        return {name: made[name] for name in ("p", "momentum", "left", "right")}
+
+    def _soap(self, rule: rules.Rule, p: Tensor, g: Tensor, step: int, beta1: float, beta2: float, beta3: float, lr: float,
+              eps: float, weight_decay: float, frequency: int, **states: Tensor) -> Tensors:  # fmt: skip
+        group = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "betas": (beta1, beta2), "shampoo_beta": beta3}
+        # Our first step, which makes the bases alone, is the kit's step 0.
+        return _whole(rule, step + 1, {**group, "frequency": frequency}, p, g, **states)
 
     def split_weight(self, x: Tensor, dtype: torch.dtype, bits: int) -> tuple[Tensor, ...]:
         return master_weights.split(x, dtype, {24: torch.int8, 32: torch.int16}[bits])

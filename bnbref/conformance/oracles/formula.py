@@ -38,7 +38,7 @@ class Conventions:
     bound, the "direction", "biased" (before lamb's bias correction) or "undecayed" (without lars' decay). norm_eps: lars
     lets it be longer by eps. clip_8bit: whether they bound it in 8 bits. bad_gradient: what is not finite changes its own
     element ("kept"), or, if it is "infinite" or "any", becomes the scale of its block. scaled_decay: adafactor decays by
-    the rate times the size of the parameter.
+    the rate times the size of the parameter. scaled_in_16: a gradient of 16 bits is scaled in them.
     """
 
     decay_after: bool = False
@@ -49,6 +49,7 @@ class Conventions:
     clip_8bit: bool = True
     bad_gradient: str = "kept"
     scaled_decay: bool = False
+    scaled_in_16: bool = False
 
 
 def number(x: float, error: float = 0.0) -> tuple[float, float]:

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnbref.conformance.expected import Expected
+
 UNIT = 2.0**-24
 """Unit roundoff of float32."""
 
@@ -43,6 +45,18 @@ class Interval:
         """All numbers that are not farther from x than the error."""
         value = torch.tensor(x, dtype=torch.float64)
         return cls(value - error, value + error)
+
+    @classmethod
+    def within(cls, expected: Expected) -> "Interval":
+        """All that is allowed of a result that has bounds."""
+        if expected.low is None or expected.high is None:
+            raise ValueError(f"a result must have bounds, got one that is {expected.grade}")
+        return cls(expected.low, expected.high)
+
+    @property
+    def middle(self) -> Tensor:
+        """The number between both ends."""
+        return (self.low + self.high) / 2
 
     def __add__(self, other: "Interval") -> "Interval":
         total = Interval(self.low + other.low, self.high + other.high)

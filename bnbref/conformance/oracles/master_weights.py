@@ -53,15 +53,18 @@ def corrected_step(
 ) -> dict[str, Expected]:
     """Rules WC."""
     made_of = (p.dtype, 24 if correction.dtype == torch.int8 else 32)
-    states = [state1, state2]
+    states = [state1.reshape(-1), state2.reshape(-1)]
     made = both(joined(p, correction), g, states, [Interval.point(s) for s in states], k, REFERENCE, eight=False)
-    found = {f"state{i}": bounded(now, made.states_within[i - 1], made.bad) for i, now in enumerate(made.states, 1)}
-    ends = [split(end.float(), *made_of) for end in (made.p_within.low, made.p_within.high)]
-    for name, value, low, high in zip(("p", "correction"), split(made.p, *made_of), *ends, strict=True):
+    found = {
+        f"state{i}": bounded(now.view(p.shape), within, made.bad)
+        for i, (now, within) in enumerate(zip(made.states, made.states_within, strict=True), 1)
+    }
+    ends = [split(end.float().view(p.shape), *made_of) for end in (made.p_within.low, made.p_within.high)]
+    for name, value, low, high in zip(("p", "correction"), split(made.p.view(p.shape), *made_of), *ends, strict=True):
         both_ends = torch.stack(
             (low, high)
         ).double()  # of a negative weight the larger number has the lesser correction
-        beside_a_tie = where_true(ends[0][0] != ends[1][0]) if name == "correction" else None
+        beside_a_tie = where_true((ends[0][0] != ends[1][0]).view(-1)) if name == "correction" else None
         found[name] = Expected(value, low=both_ends.amin(0), high=both_ends.amax(0), free=beside_a_tie)
     return found
 

@@ -15,12 +15,10 @@ import torch
 from torch import Tensor
 
 from bnbref.conformance.expected import UNIT, Expected
-from bnbref.conformance.oracles.codes import encode_8bit
 from bnbref.conformance.oracles.formula import number
 from bnbref.conformance.oracles.intervals import SLACK, Interval, total
 from bnbref.conformance.oracles.optimizers import average
-from bnbref.conformance.oracles.steps import BLOCKSIZE, encoded
-from bnbref.conformance.oracles.values import each
+from bnbref.conformance.oracles.steps import decoded, recoded
 
 A, B, C = 3.4445, -4.775, 2.0315
 """f(s) = A s + B s^3 + C s^5: one step of the iteration."""
@@ -83,7 +81,7 @@ def _step(
     ns_steps: int, eps: float,
 ) -> tuple[Expected, Tensor, Interval]:  # fmt: skip
     """(the new p, the new momentum in float64 and within bounds)."""
-    old, g = (momentum.low + momentum.high) / 2, g.double()
+    old, g = momentum.middle, g.double()
     m = beta * old + (1 - beta) * g
     x = beta * m + (1 - beta) * g if nesterov else m
     numbers = {**average("b", beta), "decay": number(1 - lr * weight_decay)}
@@ -107,16 +105,6 @@ def muon(p: Tensor, g: Tensor, momentum: Tensor, **k: Any) -> dict[str, Expected
 
 def muon_8bit(p: Tensor, g: Tensor, momentum: Tensor, absmax: Tensor, values: Tensor, **k: Any) -> dict[str, Expected]:
     """Rules MB."""
-    scale = each(absmax, BLOCKSIZE, p.numel()).view(p.shape)
-    decoded = Interval.point(values[momentum.long()]) * Interval.point(scale)
-    new, m, bounds = _step(p, g, decoded, **k)
-    nothing = torch.zeros(p.numel())
-    flat = Interval(bounds.low.reshape(-1), bounds.high.reshape(-1))
-    codes, scales = encoded(
-        m.reshape(-1).float(), flat, nothing.bool(), nothing, absmax, values, encode_8bit, floor=0.0
-    )
-    return {
-        "p": new,
-        "momentum": Expected(codes.value.view(p.shape), also=codes.also, free=codes.free),
-        "absmax": scales,
-    }
+    new, m, bounds = _step(p, g, decoded(momentum, absmax, values), **k)
+    codes, scales = recoded(Expected(m.float(), low=bounds.low, high=bounds.high), absmax, values)
+    return {"p": new, "momentum": codes, "absmax": scales}

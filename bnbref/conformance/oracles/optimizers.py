@@ -1,5 +1,5 @@
-"""Steps that came with version 2 of the vectors: Schedule-Free AdamW, Adafactor, SOAP. Each formula is written once, for float64
-tensors and for intervals; in the latter it is whatever another order of its operations makes of it in float32.
+"""Steps of Schedule-Free AdamW and Adafactor. Each formula is written once, for float64 tensors and for intervals; in the latter
+it is whatever another order of its operations makes of it in float32.
 
 In the formulas h has, by their names, tensors and numbers: both of one kind.
 """
@@ -14,20 +14,22 @@ from torch import Tensor
 
 from bnbref.conformance.expected import Expected
 from bnbref.conformance.oracles.formula import REFERENCE, Conventions, number, off_by, rest
-from bnbref.conformance.oracles.intervals import SLACK, Interval, at_least, mean, product
+from bnbref.conformance.oracles.intervals import SLACK, Interval, at_least, mean
+from bnbref.conformance.oracles.steps import decoded, recoded
 
 Numbers = Mapping[str, tuple[float, float]]
 """Numbers of a step, and by how much each may be off."""
 
 
 def within(
-    formula: Callable[[Any], dict[str, Any]], tensors: Mapping[str, Tensor], numbers: Numbers
+    formula: Callable[[Any], dict[str, Any]], tensors: Mapping[str, Tensor | Interval], numbers: Numbers
 ) -> dict[str, Expected]:
     """The results of a formula by name: float32, between the bounds of any order of its operations."""
     single = {name: torch.tensor(x, dtype=torch.float64) for name, (x, _) in numbers.items()}
-    exact = formula(SimpleNamespace(**single, **{name: x.double() for name, x in tensors.items()}))
     wide: dict[str, Any] = {name: Interval.near(x, off) for name, (x, off) in numbers.items()}
-    bounds = formula(SimpleNamespace(**wide, **{name: Interval.point(x) for name, x in tensors.items()}))
+    intervals = {name: x if isinstance(x, Interval) else Interval.point(x) for name, x in tensors.items()}
+    exact = formula(SimpleNamespace(**single, **{name: x.middle for name, x in intervals.items()}))
+    bounds = formula(SimpleNamespace(**wide, **intervals))
     return {name: Expected(x.float(), low=bounds[name].low, high=bounds[name].high) for name, x in exact.items()}
 
 
@@ -36,28 +38,53 @@ def average(name: str, beta: float) -> dict[str, tuple[float, float]]:
     return {name: number(beta), f"not_{name}": rest(beta)}
 
 
-def schedule_free(
-    p: Tensor, z: Tensor, g: Tensor, squares: Tensor, step: int, lr: float, beta1: float, beta2: float, eps: float,
-    weight_decay: float, warmup_steps: int,
-) -> dict[str, Expected]:  # fmt: skip
-    """Rules SF."""
+def _averaging(
+    step: int, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, warmup_steps: int
+) -> dict[str, tuple[float, float]]:
+    """The numbers of a step of Schedule-Free: r is its rate, c its weight in the average."""
     rates = [lr * min(1.0, t / max(1, warmup_steps)) for t in range(1, step + 1)]
     r, c = rates[-1], rates[-1] ** 2 / math.fsum(x * x for x in rates)
     unbias = 1 - beta2**step
     numbers = average("b2", beta2) | {"unbias": number(unbias, unbias * off_by(unbias, step)), "eps": number(eps)}
     numbers |= {"wd": number(weight_decay), "r": number(r), "c": number(c), "not_c": rest(c)}
-    numbers |= {"own": number(r * (1 - beta1 * (1 - c)))}
+    return numbers | {"own": number(r * (1 - beta1 * (1 - c))), "pull": number(beta1 * c)}
+
+
+def _direction(h: Any) -> tuple[Any, Any]:
+    v = h.b2 * h.squares + h.not_b2 * (h.g * h.g)
+    return h.g / ((v / h.unbias).sqrt() + h.eps) + h.wd * h.p, v
+
+
+def schedule_free(p: Tensor, z: Tensor, g: Tensor, squares: Tensor, **numbers: Any) -> dict[str, Expected]:
+    """Rules SF."""
 
     def formula(h: Any) -> dict[str, Any]:
-        v = h.b2 * h.squares + h.not_b2 * (h.g * h.g)
-        u = h.g / ((v / h.unbias).sqrt() + h.eps) + h.wd * h.p
+        u, v = _direction(h)
         z = h.z - h.r * u
         # Kept as a distance, and added again: four roundings of numbers that are not larger than both.
         if isinstance(z, Interval):
             z = z.widened(SLACK * (h.p.abs() + h.z.abs()).high)
         return {"p": (h.not_c * h.p + h.c * h.z) - h.own * u, "z": z, "squares": v}
 
-    return within(formula, {"p": p, "z": z, "g": g, "squares": squares}, numbers)
+    return within(formula, {"p": p, "z": z, "g": g, "squares": squares}, _averaging(**numbers))
+
+
+def schedule_free_8bit(
+    p: Tensor, difference: Tensor, absmax1: Tensor, values1: Tensor, g: Tensor, squares: Tensor, absmax2: Tensor,
+    values2: Tensor, **numbers: Any,
+) -> dict[str, Expected]:  # fmt: skip
+    """Rules SD."""
+
+    def formula(h: Any) -> dict[str, Any]:
+        u, v = _direction(h)
+        moved = h.p - h.own * u + h.pull * h.difference
+        return {"p": moved, "difference": h.not_c * (h.difference - h.r * u), "squares": v}
+
+    states = {"difference": decoded(difference, absmax1, values1), "squares": decoded(squares, absmax2, values2)}
+    made = within(formula, {"p": p, "g": g, **states}, _averaging(**numbers))
+    made["difference"], made["absmax1"] = recoded(made["difference"], absmax1, values1)
+    made["squares"], made["absmax2"] = recoded(made["squares"], absmax2, values2)
+    return made
 
 
 def adafactor(
@@ -80,27 +107,3 @@ def adafactor(
         return {"p": decayed - rate / at_least(length / h.d, 1.0) * u, "row": new_row, "column": new_column}
 
     return within(formula, {"p": p, "g": g, "row": row, "column": column}, numbers)
-
-
-def soap(
-    p: Tensor, g: Tensor, momentum: Tensor, squares: Tensor, left: Tensor, right: Tensor, of_left: Tensor, of_right: Tensor,
-    step: int, lr: float, beta1: float, beta2: float, beta3: float, eps: float, weight_decay: float, c: Conventions = REFERENCE,
-) -> dict[str, Expected]:  # fmt: skip
-    """Rules SO."""
-    first, second = 1 - beta1**step, 1 - beta2**step
-    numbers = average("b1", beta1) | average("b2", beta2) | average("b3", beta3) | {"eps": number(eps)}
-    numbers |= {"rate": number(lr / first, lr / first * off_by(first, step)), "decay": number(1 - lr * weight_decay)}
-    numbers |= {"root": number(math.sqrt(second), math.sqrt(second) * off_by(second, step))}
-
-    def formula(h: Any) -> dict[str, Any]:
-        m = h.b1 * h.momentum + h.not_b1 * h.g
-        x, y = (product(product(h.of_left.mT, side), h.of_right) for side in (h.g, m))
-        v = h.b2 * h.squares + h.not_b2 * (x * x)
-        u = product(product(h.of_left, y / (v.sqrt() / h.root + h.eps)), h.of_right.mT)
-        means = {"left": product(h.g, h.g.mT), "right": product(h.g.mT, h.g)}
-        new = {name: h.b3 * getattr(h, name) + h.not_b3 * x for name, x in means.items()}
-        p = h.decay * (h.p - h.rate * u) if c.decay_after else h.decay * h.p - h.rate * u
-        return {"p": p, "momentum": m, "squares": v, **new}
-
-    tensors = {"p": p, "g": g, "momentum": momentum, "squares": squares}
-    return within(formula, {**tensors, "left": left, "right": right, "of_left": of_left, "of_right": of_right}, numbers)

@@ -52,3 +52,25 @@ p, state, room = torch.tensor([2.0]), torch.zeros(1), torch.zeros(1)
 step = KERNELS["optimizer_update_32bit"]
 step("lars", torch.tensor([1.0]), p, state, None, room, 0.2, 2.0, 0.9, 0.0, 0.0, 0.0, 0.0, 1.0, 1, 0.1, 1.0, False)
 red("OS-5", round(p.item(), 4), 1.96)  # the step is lr * 0.2 * |p|, with the decay in it
+state = torch.zeros(1)
+step(
+    "momentum",
+    torch.ones(1).half(),
+    p.half(),
+    state,
+    None,
+    None,
+    0.0,
+    0.0,
+    0.0,
+    0.0,
+    0.0,
+    0.0,
+    0.0,
+    0.0,
+    1,
+    0.1,
+    0.3,
+    False,
+)
+red("OS-3", state.item(), torch.tensor(0.3).item())  # gnorm_scale times a gradient of 16 bits, rounded to 16 bits

@@ -1,10 +1,6 @@
-"""The cases: inputs chosen where wrong implementations show, each with the rules it tests and the bugs it was made from.
+"""A case: one call of an operation, and what may come out of it.
 
-Everything is integers, powers of two and neighbours of thresholds; noise is a hash of the index. So the cases are the same bytes
-on every machine, and where absmax is a power of two, scaling is exact in any formulation and the expected codes are unique.
-
-inputs.py makes the numbers; codes.py, values.py, sums.py, steps.py and steps_8bit.py have the cases of the operations that the
-oracles of the same names judge.
+Those of the kit are files (vectors.py), which tests/kit_cases made; a random input is one, too (test_backend.py).
 """
 
 from collections.abc import Mapping

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from bnbref.codebooks import FP4, NF4
-from bnbref.conformance.cases import DTYPES, Case, make
-from bnbref.conformance.cases.inputs import cast, integers, noise, random_bytes, scales
+from bnbref.conformance.case import DTYPES, Case, make
+from kit_cases.inputs import cast, integers, noise, random_bytes, scales
 
 
 def _packed(n: int, k: int, seed: int) -> dict[str, Tensor]:

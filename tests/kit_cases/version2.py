@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from bnbref.codebooks import DYNAMIC, value_table
-from bnbref.conformance.cases import CPU, Case, make
-from bnbref.conformance.cases.inputs import beside, integers, noise, spread
-from bnbref.conformance.cases.steps import hyper
+from bnbref.conformance.case import CPU, Case, make
 from bnbref.conformance.oracles.codes import encode_8bit
 from bnbref.conformance.oracles.master_weights import LINES, split
 from bnbref.conformance.oracles.steps import BLOCKSIZE
+from kit_cases.inputs import beside, integers, matrix, noise, spread, squares
+from kit_cases.steps import hyper
 
 
 @dataclass(frozen=True)
@@ -34,22 +34,13 @@ class _Of:
         return make(label, self.operation, given, rules, flags, **{**self.numbers, **changed})
 
 
-def _noise(shape: Sequence[int], seed: int) -> Tensor:
-    return noise(torch.Size(shape).numel(), seed).view(*shape)
-
-
-def _squares(shape: Sequence[int], seed: int) -> Tensor:
-    x = _noise(shape, seed) / 2
-    return x * x + 0.015625
-
-
 # ---- Schedule-Free --------------------------------------------------------------------------------------------------
 
 
 def _averaged(seed: int, shape: Sequence[int] = (100,)) -> dict[str, Tensor]:
-    p = _noise(shape, 401 + seed)
-    near = p + _noise(shape, 402 + seed) / 8
-    return {"p": p, "z": near, "g": _noise(shape, 403 + seed), "squares": _squares(shape, 404 + seed)}
+    p = matrix(shape, 401 + seed)
+    near = p + matrix(shape, 402 + seed) / 8
+    return {"p": p, "z": near, "g": matrix(shape, 403 + seed), "squares": squares(shape, 404 + seed)}
 
 
 def _schedule_free() -> Iterator[Case]:
@@ -100,7 +91,7 @@ def _directed(
     """Blocks differ in size, and the momentum has other ratios than the gradient: which of them is orthogonalised shows."""
     sizes = [[x * size for x in (first, 2.0, 0.5, 3.0, 0.0)], [x * old for x in (2.0, -0.5, 3.0, 0.25, 0.0)]]
     g, momentum = (x.t().contiguous() if tall else x for x in _orthogonal(blocks, 420 + seed, sizes))
-    return {"p": _noise(g.shape, 430 + seed) / 8, "g": g, "momentum": momentum}
+    return {"p": matrix(g.shape, 430 + seed) / 8, "g": g, "momentum": momentum}
 
 
 def _coded(**options: Any) -> dict[str, Tensor]:
@@ -142,8 +133,8 @@ def _muon() -> Iterator[Case]:
 
 
 def _factored(seed: int, shape: tuple[int, int] = (6, 5)) -> dict[str, Tensor]:
-    p, g = _noise(shape, 441 + seed), _noise(shape, 442 + seed)
-    return {"p": p, "g": g, "row": _squares(shape[:1], 443 + seed), "column": _squares(shape[1:], 444 + seed)}
+    p, g = matrix(shape, 441 + seed), matrix(shape, 442 + seed)
+    return {"p": p, "g": g, "row": squares(shape[:1], 443 + seed), "column": squares(shape[1:], 444 + seed)}
 
 
 def _adafactor() -> Iterator[Case]:
@@ -154,11 +145,11 @@ def _adafactor() -> Iterator[Case]:
     for name, shape, quick in (("row", (1, 7), True), ("column", (7, 1), True), ("larger", (16, 24), False)):
         yield case(name, "AF-1", inputs=_factored(0, shape), quick=quick)
     yield case("transposed", "AF-1 G-3", layout=("g",))
-    zeros = _noise((6, 5), 445)
+    zeros = matrix((6, 5), 445)
     zeros[2], zeros[:, 3] = 0, 0
     yield case("zeros", "AF-1", inputs={"g": zeros})
-    yield case("clipped", "AF-2", "update-clip", inputs={"g": _noise((6, 5), 446) * 4}, d=1.0)
-    yield case("small-parameter", "AF-3", inputs={"p": _noise((6, 5), 447) * 2.0**-16})
+    yield case("clipped", "AF-2", "update-clip", inputs={"g": matrix((6, 5), 446) * 4}, d=1.0)
+    yield case("small-parameter", "AF-3", inputs={"p": matrix((6, 5), 447) * 2.0**-16})
     yield case("late", "AF-3", step=400)
     yield case("decay", "AF-4", "scaled-decay", weight_decay=0.25)
 
@@ -176,16 +167,16 @@ OF_RIGHT = _reflection(5, 0, 1, 3, 4) @ _reflection(5, 0, 1, 2, 3)
 
 def _rotated(seed: int, of_left: Tensor = OF_LEFT, of_right: Tensor = OF_RIGHT) -> dict[str, Tensor]:
     shape = (len(of_left), len(of_right))
-    means = {name: _noise((n, n), 456 + n + seed) for name, n in zip(("left", "right"), shape, strict=True)}
-    given = {key: _noise(shape, 451 + i + seed) for i, key in enumerate(("p", "g", "momentum"))}
-    return {**given, "squares": _squares(shape, 454 + seed), **means, "of_left": of_left, "of_right": of_right}
+    means = {name: matrix((n, n), 456 + n + seed) for name, n in zip(("left", "right"), shape, strict=True)}
+    given = {key: matrix(shape, 451 + i + seed) for i, key in enumerate(("p", "g", "momentum"))}
+    return {**given, "squares": squares(shape, 454 + seed), **means, "of_left": of_left, "of_right": of_right}
 
 
 def _soap() -> Iterator[Case]:
     numbers = {"step": 17, "lr": 0.0625, "beta1": 0.875, "beta2": 0.96875, "beta3": 0.9375, "eps": 2.0**-40}
     case = _Of("soap", _rotated, {**numbers, "weight_decay": 0.0})
     zero = {key: torch.zeros(6, 5) for key in ("momentum", "squares")}
-    yield case("step-1", "SO-1", "bias-correction", inputs={**zero, "g": _noise((6, 5), 460) + 1}, step=1)
+    yield case("step-1", "SO-1", "bias-correction", inputs={**zero, "g": matrix((6, 5), 460) + 1}, step=1)
     yield case("resumed", "SO-1", "resume")
     yield case("square", "SO-1", inputs=_rotated(0, OF_RIGHT.t().contiguous(), OF_RIGHT))
     yield case("own-axes", "SO-1", inputs={"of_left": torch.eye(6), "of_right": torch.eye(5)})
@@ -218,7 +209,7 @@ def _corrections(dtype: torch.dtype, bits: int, name: str) -> Iterator[Case]:
 def _corrected(dtype: torch.dtype, bits: int, name: str) -> Iterator[Case]:
     def tensors(_: int) -> dict[str, Tensor]:
         p, correction = split(noise(100, 481), dtype, bits)
-        g, states = noise(100, 482).to(dtype), {"state1": noise(100, 483) / 2, "state2": _squares((100,), 484)}
+        g, states = noise(100, 482).to(dtype), {"state1": noise(100, 483) / 2, "state2": squares((100,), 484)}
         return {"p": p, "correction": correction, "g": g, **states}
 
     case, label = _Of("corrected_step", tensors, hyper("adam")), f"{name}-{bits}"

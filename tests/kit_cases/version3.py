@@ -8,23 +8,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bnbref.codebooks import DYNAMIC, NF4
-from bnbref.conformance.cases import DTYPES, Case, make
-from bnbref.conformance.cases.inputs import cast, clear, in_blocks, noise, random_bytes, scales
-from bnbref.conformance.cases.steps import USUAL
+from bnbref.conformance.case import DTYPES, Case, make
 from bnbref.conformance.oracles.formula import CLIPPED, COUPLED, STATES
-
-
-def _changed(
-    case: Case, label: str, rules: str, flags: str = "", layout: tuple[str, ...] = (), inputs: Mapping[str, Tensor] | None = None,
-    **params: Any,
-) -> Case:  # fmt: skip
-    """Another case of a case's operation, with its other inputs and parameters."""
-    given = {**case.inputs, **(inputs or {})}
-    return make(label, case.operation, given, rules, flags, layout=layout, may_refuse=case.may_refuse,
-                **{**case.params, **params})  # fmt: skip
+from kit_cases.inputs import cast, changed, clear, in_blocks, noise, random_bytes, scales
+from kit_cases.steps import USUAL
 
 
 def _codes(earlier: Mapping[str, Case]) -> Iterator[Case]:
@@ -35,10 +24,10 @@ def _codes(earlier: Mapping[str, Case]) -> Iterator[Case]:
     ):
         small = clear(in_blocks(noise(63, 501).mul(512).round() / 512, 64), book).mul(512).round() * 2.0**-24
         label = f"{name.partition('/')[2]}-subnormal-float16"
-        yield _changed(earlier[f"{name}-noise-float16"], label, rules, inputs={"x": small.half()})
+        yield changed(earlier[f"{name}-noise-float16"], label, rules, inputs={"x": small.half()})
     every = earlier["dequantize_blockwise/signed-every-code-float32"]
     absmax = torch.full_like(every.inputs["absmax"], 2.0**-110)
-    yield _changed(every, "signed-small-scale", "D8-1", inputs={"absmax": absmax})
+    yield changed(every, "signed-small-scale", "D8-1", inputs={"absmax": absmax})
     # Scales whose mean, 2 + 2^-19, is exact, no number of 16 bits, and not in the middle between the least and the largest.
     steps = torch.tensor([-1, -1, -1, -1, -1, -1, 3, 3.0]).repeat(32) / 4 + 2.0**-19
     x = in_blocks(clear(noise(63 * 256, 502), NF4, 63) * 0.99, 64).view(256, 64) * (2 + steps)[:, None]
@@ -47,7 +36,7 @@ def _codes(earlier: Mapping[str, Case]) -> Iterator[Case]:
     product, row, column = (square.inputs[name] for name in ("product", "row", "column"))
     n = min(product.shape)
     inputs = {"product": product[:n, :n].contiguous(), "row": row[:n], "column": column[:n]}
-    yield _changed(square, "square", "ID-1", inputs=inputs)
+    yield changed(square, "square", "ID-1", inputs=inputs)
 
 
 def _products(earlier: Mapping[str, Case]) -> Iterator[Case]:
@@ -72,41 +61,41 @@ def _products(earlier: Mapping[str, Case]) -> Iterator[Case]:
     exact = earlier["int8_backward/6-float16"]
     beside = exact.inputs["weight"].clone()
     beside[:, 1:] += beside[:, :1] / 508
-    yield _changed(exact, "rounded-float16", "IB-1", inputs={"weight": beside})
+    yield changed(exact, "rounded-float16", "IB-1", inputs={"weight": beside})
 
 
 def _steps(earlier: Mapping[str, Case]) -> Iterator[Case]:
     awkward = {**USUAL, "step": 5000, "alpha": 5.3, "weight_decay": 0.013, "gnorm_scale": 0.3}
     for name in STATES:
         resumed, matrix = earlier[f"optimizer_32bit/{name}-resumed"], earlier[f"optimizer_32bit/{name}-matrix"]
-        yield _changed(resumed, f"{name}-late", "OS-1 OS-3", **awkward)
-        yield _changed(matrix, f"{name}-transposed", "G-3", "noncontiguous", layout=("p", "g"))
+        yield changed(resumed, f"{name}-late", "OS-1 OS-3", **awkward)
+        yield changed(matrix, f"{name}-transposed", "G-3", "noncontiguous", layout=("p", "g"))
         one = {key: x[0] for key, x in resumed.inputs.items()}
-        yield _changed(resumed, f"{name}-scalar", "OS-7 G-1", inputs=one)
+        yield changed(resumed, f"{name}-scalar", "OS-7 G-1", inputs=one)
         if name in COUPLED:
-            yield _changed(
+            yield changed(
                 resumed, f"{name}-decay-scaled", "OS-2 OS-3", "coupled-decay", weight_decay=0.25, gnorm_scale=0.25
             )
         if name in CLIPPED:
             large = earlier[f"optimizer_32bit/{name}-size-257"]
-            yield _changed(large, f"{name}-clipped-257", "OS-5", "update-norm", max_unorm=0.07, eps=0.0)
+            yield changed(large, f"{name}-clipped-257", "OS-5", "update-norm", max_unorm=0.07, eps=0.0)
     for name in ("adam", "momentum"):
         resumed = earlier[f"optimizer_8bit/{name}-resumed"]
         shaped = {key: x.view(32, 16) for key, x in resumed.inputs.items() if x.numel() == 512}
-        yield _changed(resumed, f"{name}-matrix", "OB-1 OB-2 G-1", inputs=shaped)
-        yield _changed(resumed, f"{name}-transposed", "G-3", "noncontiguous", layout=("p", "g"), inputs=shaped)
+        yield changed(resumed, f"{name}-matrix", "OB-1 OB-2 G-1", inputs=shaped)
+        yield changed(resumed, f"{name}-transposed", "G-3", "noncontiguous", layout=("p", "g"), inputs=shaped)
 
 
 def _matrices(earlier: Mapping[str, Case]) -> Iterator[Case]:
     resumed, zeros, coded = (earlier[name] for name in ("muon/resumed", "muon/zero-rows", "muon_8bit/resumed"))
     usual: dict[str, Any] = {"lr": 0.02, "beta": 0.95, "weight_decay": 0.1}
-    yield _changed(resumed, "usual", "MU-1 MU-5", "nesterov", **usual)
-    yield _changed(zeros, "zero-rows-usual", "MU-4 MU-5", **usual)  # of a row of zeros the decay is known to the bit
-    yield _changed(coded, "decay", "MB-1", "adam-decay-order", weight_decay=0.25)
-    yield _changed(earlier["muon_8bit/tall"], "tall-as-adamw", "MB-1", "muon-scale", adjust="match_rms_adamw")
-    yield _changed(earlier["adafactor/late"], "late-decay", "AF-4", "scaled-decay", weight_decay=0.25)
+    yield changed(resumed, "usual", "MU-1 MU-5", "nesterov", **usual)
+    yield changed(zeros, "zero-rows-usual", "MU-4 MU-5", **usual)  # of a row of zeros the decay is known to the bit
+    yield changed(coded, "decay", "MB-1", "adam-decay-order", weight_decay=0.25)
+    yield changed(earlier["muon_8bit/tall"], "tall-as-adamw", "MB-1", "muon-scale", adjust="match_rms_adamw")
+    yield changed(earlier["adafactor/late"], "late-decay", "AF-4", "scaled-decay", weight_decay=0.25)
     # So late that its bias correction is 1, whatever it is applied to.
-    yield _changed(earlier["soap/resumed"], "eps", "SO-1", step=4000, eps=0.25)
+    yield changed(earlier["soap/resumed"], "eps", "SO-1", step=4000, eps=0.25)
 
 
 def _weights(earlier: Mapping[str, Case]) -> Iterator[Case]:
@@ -117,8 +106,8 @@ def _weights(earlier: Mapping[str, Case]) -> Iterator[Case]:
         for bits in (24, 32):
             label = f"{dtype}-{bits}"
             both = torch.cat((x, -x))
-            yield _changed(earlier[f"split_weight/{label}-noise"], f"{label}-subnormal", "WS-2", inputs={"x": both})
-            yield _changed(earlier[f"corrected_step/{label}-resumed"], f"{label}-scaled", "WC-1", gnorm_scale=0.3)
+            yield changed(earlier[f"split_weight/{label}-noise"], f"{label}-subnormal", "WS-2", inputs={"x": both})
+            yield changed(earlier[f"corrected_step/{label}-resumed"], f"{label}-scaled", "WC-1", gnorm_scale=0.3)
 
 
 def version_3_cases(earlier: Mapping[str, Case]) -> Iterator[Case]:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from bnbref.checkpoint import BLOCKSIZES
 from bnbref.codebooks import DYNAMIC, DYNAMIC_UNSIGNED, FP4, NF4, Codebook, linear, value_table
-from bnbref.conformance.cases import CPU, DTYPES, Case, make
-from bnbref.conformance.cases.inputs import (
+from bnbref.conformance.case import CPU, DTYPES, Case, make
+from kit_cases.inputs import (
     cast,
     clear,
     in_blocks,
@@ -150,13 +150,13 @@ def _int8_mm_dequant() -> Iterator[Case]:
     row, column = torch.full((6,), 100.0), torch.full((9,), 50.0)
     for dtype in ("float32", "bfloat16"):
         name = f"beyond-float16-{dtype}"
-        yield _loosened(case(name, random * 16, "ID-2", "float16-detour", dtype, row=row, column=column))
+        yield loosened(case(name, random * 16, "ID-2", "float16-detour", dtype, row=row, column=column))
     cube = (integers(2 * 3 * 4, 85, 12) - 2048).view(2, 3, 4)
     for dtype in DTYPES:
-        yield _loosened(case(f"3d-{dtype}", cube, "ID-3", "int8-3d", dtype))
+        yield loosened(case(f"3d-{dtype}", cube, "ID-3", "int8-3d", dtype))
 
 
-def _loosened(case: Case) -> Case:
+def loosened(case: Case) -> Case:
     """The case with a relative error of 1e-4 allowed: it is about shapes or ranges, others are about the last digits."""
     y = case.expected["y"]
     if y.low is None or y.high is None:

@@ -1,12 +1,14 @@
 """The numbers that cases are made of: hashes of the index, neighbours of thresholds, blocks with a known absmax."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bnbref.codebooks import DYNAMIC, Codebook
+from bnbref.conformance.case import Case, make
 
 
 def integers(count: int, seed: int, bits: int) -> Tensor:
@@ -30,6 +32,17 @@ def noise(count: int, seed: int) -> Tensor:
     """
     total = sum(integers(count, 4 * seed + i, 20) - 2**19 for i in range(4))
     return torch.as_tensor(total).float() * 2.0**-21
+
+
+def matrix(shape: Sequence[int], seed: int) -> Tensor:
+    """`noise` of that shape."""
+    return noise(math.prod(shape), seed).view(*shape)
+
+
+def squares(shape: Sequence[int], seed: int) -> Tensor:
+    """float32 of that shape: squares, none of which is next to nothing."""
+    x = matrix(shape, seed) / 2
+    return x * x + 0.015625
 
 
 def spread(count: int, seed: int, low: int, high: int) -> Tensor:
@@ -112,3 +125,13 @@ def nested_weight(book: Codebook, blocks: int, zero_block: bool) -> Tensor:
     absmax = torch.stack((2 - step, 2 + step), 1).view(-1)
     x = in_blocks(clear(noise(63 * blocks, 33), book, 63) * 0.99, 64).view(blocks, 64)
     return x * absmax[:, None]
+
+
+def changed(
+    case: Case, label: str, rules: str, flags: str = "", layout: tuple[str, ...] = (), inputs: Mapping[str, Tensor] | None = None,
+    **params: Any,
+) -> Case:  # fmt: skip
+    """Another case of a case's operation, with its other inputs and parameters."""
+    given = {**case.inputs, **(inputs or {})}
+    return make(label, case.operation, given, rules, flags, layout=layout, may_refuse=case.may_refuse,
+                **{**case.params, **params})  # fmt: skip

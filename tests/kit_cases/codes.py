@@ -10,10 +10,10 @@ from torch import Tensor
 
 from bnbref.checkpoint import BLOCKSIZES
 from bnbref.codebooks import DYNAMIC, DYNAMIC_UNSIGNED, FP4, NF4, Codebook, value_table
-from bnbref.conformance.cases import CPU, DTYPES, Case, make
-from bnbref.conformance.cases.inputs import beside, cast, clear, in_blocks, neighbours, nested_weight, noise, spread
+from bnbref.conformance.case import CPU, DTYPES, Case, make
 from bnbref.conformance.expected import Expected
 from bnbref.conformance.operations import OPERATIONS
+from kit_cases.inputs import beside, cast, clear, in_blocks, neighbours, nested_weight, noise, spread
 
 Tensors = Mapping[str, Tensor]
 
