@@ -1,6 +1,7 @@
 """Settings that are changed between steps, as schedules and users do: what a group may not begin with, no step takes."""
 
 import copy
+import fractions
 import math
 
 import pytest
@@ -12,6 +13,7 @@ from test_optim_classes import OF_MATRICES, make
 from torch import nn
 
 from bnbref import optim
+from bnbref.optim.rules import Rule, State
 
 pytestmark = pytest.mark.usefixtures("eager")
 FAMILIES = ["SGD8bit", "AdamW8bit", "Lion32bit", "LAMB8bit", "AdEMAMix8bit", "AdamWScheduleFree8bit"]
@@ -150,3 +152,93 @@ def test_a_schedule_may_end_at_no_learning_rate(steps):
     optimizer.param_groups[0]["lr"] = -1e-6
     with pytest.raises(ValueError, match="lr must not be negative"):
         optimizer.step()
+
+
+class Offhand(Rule):
+    """A stranger's rule, which takes a name for whatever it likes."""
+
+    states = (State("state1"),)
+
+    def coefficients(self, t, group):
+        return {"rate": 0.5, "decay": 1.0, "mine": float(group["mine"] is None)}
+
+    def direction(self, p, g, m, c):
+        return g + c.mine * m, m
+
+
+OURS = (
+    "lr",
+    "eps",
+    "weight_decay",
+    "betas",
+    "momentum",
+    "beta1",
+    "shampoo_beta",
+    "frequency",
+    "warmup_steps",
+    "beta2_decay",
+)
+
+
+@given(
+    st.dictionaries(st.sampled_from(OURS), VALUES, min_size=1), st.sampled_from(["defaults", "group", "one", "later"])
+)
+def test_a_name_means_what_its_rule_takes_it_for(own, where):
+    """A stranger's frequency may be 0.5, and its eps two numbers: what our rules make of these names is none of its business."""
+    p = nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    defaults = {**dict.fromkeys(OURS), "mine": None, **(own if where == "defaults" else {})}
+    optimizer = optim.Optimizer([{"params": [p], **(own if where == "group" else {})}], Offhand(), defaults)
+    if where == "one":
+        optim.GlobalOptimManager.get_instance().override_config(p, key_value_dict=own)
+    elif where == "later":
+        optimizer.param_groups[0].update(own)
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert p.tolist() == [0.5] * 3
+
+
+@given(
+    st.sampled_from([*FAMILIES, "AdamWScheduleFree32bit", "RMSprop32bit", "Adagrad32bit"]), st.data(),
+    st.floats(2.0**-14, 0.5, width=16), st.sampled_from(["fraction", "float16", "float32", "tensor", "bfloat16", "float64"]),
+)  # fmt: skip
+def test_a_number_of_any_type_is_that_number(name, data, value, kind):
+    """Of numpy's types, too, whose arithmetic would round the coefficients to their own precision."""
+    numpy = pytest.importorskip("numpy")
+    kinds = {"fraction": fractions.Fraction, "tensor": torch.tensor, "bfloat16": lambda x: torch.tensor(x).bfloat16()}
+    made = kinds.get(kind) or getattr(numpy, kind)
+    value = float(made(value))  # of bfloat16 it is another one
+    ends = []
+    key = data.draw(st.sampled_from(["lr", "weight_decay", "eps", "betas"]))
+    for x in (value, made(value)):
+        torch.manual_seed(0)
+        p = nn.Parameter(torch.randn(20, 30))
+        optimizer = make(name, [p], min_8bit_size=0)
+        if key in optimizer.defaults:
+            count = len(optimizer.defaults["betas"]) if key == "betas" else 0
+            optimizer.param_groups[0][key] = (x,) * count or x
+        for _ in range(3):
+            p.grad = torch.randn(20, 30)
+            optimizer.step()
+        ends.append(everything(optimizer, [p]))
+    assert same_bits(*ends)
+
+
+@given(st.floats(2.0**-20, 4.0), st.sampled_from(["group", "later", "one", "loaded"]))
+def test_eps_of_a_group_is_that_of_its_rule(eps, where):
+    """Muon's is the least norm by which newton_schulz divides; that of AdamW's groups is another, with another default."""
+    p, q, v = (nn.Parameter(torch.full(shape, 2.0**-9)) for shape in ((4, 5), (4, 5), (3,)))
+    groups = [{"params": [p], **({"eps": eps} if where == "group" else {})}, {"params": [v], "rule": "adamw"}]
+    ours, want = optim.Muon(groups, adamw_eps=1e-4), torch.optim.Muon([q], eps=eps)
+    assert [group["eps"] for group in ours.param_groups] == [eps if where == "group" else 1e-7, 1e-4]
+    if where == "later":
+        ours.param_groups[0]["eps"] = eps
+    elif where == "one":
+        optim.GlobalOptimManager.get_instance().override_config(p, "eps", eps)
+    elif where == "loaded":
+        saved = optim.Muon([{"params": [p]}, groups[1]], eps=eps).state_dict()
+        ours.load_state_dict(saved)
+    p.grad, q.grad = (torch.linspace(-1, 1, 20).view(4, 5) * 2.0**-9 for _ in range(2))
+    ours.step()
+    want.step()
+    torch.testing.assert_close(p, q, rtol=0, atol=1e-5)  # a step is 1e-3 long, and torch rounds it to bfloat16

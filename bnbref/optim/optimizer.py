@@ -87,6 +87,9 @@ class Optimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """A group of parameters with its own settings; what it does not say comes from the defaults."""
+        if isinstance(param_group, dict):  # if it is none, torch says so
+            for name, value in self._rules.of(param_group).defaults.items():
+                param_group.setdefault(name, value)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -315,7 +318,7 @@ class Optimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
-            for name, value in self.defaults.items():
+            for name, value in {**self.defaults, **self._rules.of(group).defaults}.items():
                 group.setdefault(name, value)
         self._read({p: value.state for p, value in self.state.items() if isinstance(value, _Held)})
 
