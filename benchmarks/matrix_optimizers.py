@@ -3,8 +3,8 @@
     python benchmarks/matrix_optimizers.py [--size 512] [--matrices 8] [--threads 2] [--rounds 9] [--processor-time] [--only SOAP]
     python benchmarks/matrix_optimizers.py --device cuda --size 2048 --rounds 5 --seconds 110
 
-Against torch.optim and, where they are installed, transformers, schedulefree, pytorch_optimizer, heavyball and optimi. Rounds of a
-family are interleaved, and the load of the machine is saved beside them. SOAP is timed over ten steps, of which one has the
+Against torch.optim and, where they are installed, transformers, schedulefree, pytorch_optimizer, heavyball and optimi. Rounds of
+a family are interleaved, and the load of the machine is saved beside them. SOAP is timed over ten steps, of which one has the
 decompositions. heavyball tries kernels at its first steps, which takes a while: `--without heavyball` leaves it out. On a machine
 that others use too, compare the processor time of one thread. On CUDA every round ends when the GPU has done its work, and the
 memory that a step needs beside parameters, gradients and states is measured, too.

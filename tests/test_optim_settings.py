@@ -1,8 +1,10 @@
 """Settings that are changed between steps, as schedules and users do: what a group may not begin with, no step takes."""
 
+import contextlib
 import copy
 import fractions
 import math
+import tempfile
 
 import pytest
 import torch
@@ -81,24 +83,56 @@ def test_what_a_group_may_not_begin_with_no_step_takes(name, data, value, of_one
     assert all(bool(x.isfinite().all()) for x in after if x.is_floating_point())
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if "8bit" in name])
-@pytest.mark.parametrize(("numel", "blocksize", "same"), [(300, 128, False), (300, 512, False), (60, 128, True)])
-def test_blocks_stay_what_they_were(name, numel, blocksize, same):
-    """Another size that would make another number of blocks is refused, and changes nothing."""
+@given(
+    st.sampled_from([name for name in FAMILIES if "8bit" in name]), st.integers(1, 120), st.data(),
+    st.sampled_from(["later", "loaded", "put", "pages"]),
+)  # fmt: skip
+def test_blocks_stay_what_they_were(name, numel, data, how):
+    """Another size that would make other blocks is refused, and changes nothing: as many of them, too, or in another run."""
+    sizes = st.integers(1, 150) | st.sampled_from([256, 512, numel, numel + 1, 2**40])
+    before = data.draw(sizes)
+    after = data.draw(sizes | st.integers(max(1, before - 3), before + 3))
+    same = min(before, numel) == min(after, numel)
     own = {"beta1": 0.9} if "Adafactor" in name else {}
-    params = [nn.Parameter(torch.linspace(-1, 1, numel).view(2, -1)) for _ in range(2)]
-    ours, twin = (make(name, [x], min_8bit_size=0, **own) for x in params)
-    for t in range(3):
-        ours.param_groups[0]["blocksize"] = blocksize if t == 1 else 256
-        for p in params:
-            p.grad = torch.sin(torch.arange(numel) * (t + 1.0)).view(2, -1)
-        if t == 1 and not same:
-            with pytest.raises(ValueError, match="blocksize of a parameter must stay what it was"):
-                ours.step()
-        else:
+    params = [nn.Parameter(torch.linspace(-1, 1, numel).view(1, -1)) for _ in range(2)]
+    with tempfile.TemporaryDirectory() as folder:
+        pages = {"page_directory": folder} if how == "pages" else {}
+        ours, twin = (make(name, [x], min_8bit_size=0, blocksize=before, **own) for x in params)
+        ours = make(name, params[:1], min_8bit_size=0, blocksize=before, **own, **pages)
+        for t in range(2):
+            for p in params:
+                p.grad = torch.sin(torch.arange(numel) * (t + 1.0)).view(1, -1)
             ours.step()
             twin.step()
-    assert same_bits(everything(ours, params[:1]), everything(twin, params[1:]))
+        want = copy.deepcopy(everything(ours, params[:1]))
+        saved = {**ours.state_dict(), **({"state": optim.read_pages(folder)} if pages else {})}
+        refused = contextlib.nullcontext() if same else pytest.raises(ValueError, match="blocksize")
+        if how == "later":
+            ours.param_groups[0]["blocksize"] = after
+        else:
+            ours = make(name, params[:1], min_8bit_size=0, blocksize=after, **own)
+        if how == "put":
+            ours.state[params[0]] = saved["state"][0]
+        with refused:
+            if how in ("loaded", "pages"):
+                ours.load_state_dict(saved)
+            ours.step()
+            twin.step()
+        if same:
+            assert same_bits(everything(ours, params[:1]), everything(twin, params[1:]))
+        else:
+            assert same_bits(params[0].detach(), want[0])
+            assert how != "later" or same_bits(everything(ours, params[:1]), want)
+
+
+def test_blocks_of_256_say_nothing_in_a_file():
+    """Which is then bitsandbytes' to the letter."""
+    for blocksize, counts in ((256, {"step"}), (128, {"step", "blocksize"}), (5000, {"step", "blocksize"})):
+        p = nn.Parameter(torch.ones(1000))
+        p.grad = torch.ones(1000)
+        optimizer = optim.AdamW8bit([p], min_8bit_size=0, blocksize=blocksize)
+        optimizer.step()
+        assert optimizer.state_dict()["state"][0].keys() == {*counts, "__bnb_optimizer_quant_state__"}
 
 
 def test_a_group_of_another_rule_than_its_states():

@@ -188,7 +188,7 @@ def check_rule(rule: Any) -> Rule:
     states: Any = getattr(rule, "states", None)
     if not isinstance(states, tuple) or not all(isinstance(s, State) for s in states):
         raise TypeError(f'states of {rule!r} must be a tuple of State, as in (State("state1"),), got {states!r}')
-    keys = ["step", "unorm_vec", *CORRECTIONS.values()]
+    keys = ["step", "blocksize", "unorm_vec", *CORRECTIONS.values()]
     for s in states:
         if not isinstance(s.key, str) or not s.key.isidentifier():
             raise ValueError(f"a state of {rule!r} must have a name of letters, digits and underscores, got {s.key!r}")

@@ -21,7 +21,7 @@ from bnbref.optim.named_rules import NamedRules
 from bnbref.optim.rule import Rule
 from bnbref.optim.settings import ALWAYS, ANYWHERE, GlobalOptimManager, check_distinct, check_settings
 from bnbref.optim.sharding import local, shard_of, sharded_like
-from bnbref.optim.state_dict import WRAPPED, gathered_state, unwrapped_state, wrapped_state
+from bnbref.optim.state_dict import COUNTS, WRAPPED, gathered_state, of_blocks, unwrapped_state, wrapped_state
 from bnbref.optim.update import new_state
 
 
@@ -100,6 +100,7 @@ class Optimizer(torch.optim.Optimizer):
             for p in group["params"]:
                 check_dense("a parameter", p)
                 self._rules.check_shape(p, config)
+                self._check_place(p)
         except BaseException:  # whatever a rule raises when it is asked for its coefficients
             self.param_groups.pop()
             raise
@@ -151,8 +152,9 @@ class Optimizer(torch.optim.Optimizer):
                 loss = closure()
         self.advance([(p, group) for group in self.param_groups for p in group["params"]])
         if self._placement.directory is not None:
-            steps = {i: self.state[p]["step"] for i, p in enumerate(self._parameters()) if "step" in self._state(p)}
-            self._placement.end(steps)
+            states = [self._state(p) for p in self._parameters()]
+            counts = [{key: state[key] for key in COUNTS if key in state} for state in states]
+            self._placement.end({i: each for i, each in enumerate(counts) if "step" in each})
         return loss
 
     @_disable_dynamo  # its kernels are compiled without that, and tracing the Python between them takes seconds
@@ -186,6 +188,7 @@ class Optimizer(torch.optim.Optimizer):
             rule, blocksize = self._rules.of(config), config["blocksize"]
             grad = planned_steps.checked_gradient(p, p.grad, state, rule, blocksize)
             self._rules.check_shape(p, config)
+            self._check_place(p)
             steps.append(planned_steps.PlannedStep(p, grad, config, *equations[key]))
         return steps
 
@@ -210,7 +213,8 @@ class Optimizer(torch.optim.Optimizer):
         """Gives p its first state; or, if its state was loaded without the correction that p is to have, that correction."""
         state = self._state(p)
         if "step" not in state:
-            self.state[p].update(self.new_state(p, config, self._memory(p)))
+            new = self.new_state(p, config, self._memory(p))
+            self.state[p].update(new)
         elif not corrections(p, state):
             state.update(_new_correction(p, config, self._memory(p)))
 
@@ -218,14 +222,17 @@ class Optimizer(torch.optim.Optimizer):
         """The state of p before its first step, by the settings of `settings`. empty: as `update.new_state` takes it."""
         bits = 8 if config["optim_bits"] == 8 and p.numel() >= config["min_8bit_size"] else 32
         blocksize = check_blocksize(config["blocksize"], p.numel())
-        shard = shard_of(p)
-        if shard is not None and self._placement.directory is not None:
+        state = new_state(self._rules.of(config), local(p).shape, bits, blocksize, empty, shard_of(p), p.shape)
+        blocks = of_blocks(blocksize, p.numel()) if any(x.dtype == torch.uint8 for x in state.values()) else {}
+        return {"step": 0, **blocks, **state, **_new_correction(p, config, empty)}
+
+    def _check_place(self, p: Tensor) -> None:
+        """NotImplementedError if p is sharded in a way that no step is made for, or its state is to be in files."""
+        if shard_of(p) is not None and self._placement.directory is not None:
             raise NotImplementedError(
                 f"page_directory takes whole parameters: one of shape {tuple(p.shape)} is sharded, and what its ranks would "
                 f"write is no checkpoint"
             )
-        state = new_state(self._rules.of(config), local(p).shape, bits, blocksize, empty, shard, p.shape)
-        return {"step": 0, **state, **_new_correction(p, config, empty)}
 
     def _memory(self, p: Tensor) -> Callable[[str, Any, torch.dtype], Tensor]:
         """A function that gives memory to a state of p, of its key, shape and dtype."""
@@ -286,8 +293,8 @@ class Optimizer(torch.optim.Optimizer):
         """Settings and states in the layout of bitsandbytes, whose optimizers load it, as does `torch.load(weights_only=True)`.
 
         What others keep in `optimizer.state[p]`, as Lookahead does, is saved beside the rule's states under its own name.
-        The rule's states of sharded parameters are whole, on the CPU, and the same as without sharding, for any number of ranks
-        to load: it is a collective call.
+        States of sharded parameters are whole, on the CPU, and the same as without sharding, for any number of ranks to load: it
+        is a collective call. What others keep of them must be sharded like the parameter.
         """
         own, parameters = self._rules_and_blocks(), self._parameters()
         for p in parameters:
@@ -295,8 +302,8 @@ class Optimizer(torch.optim.Optimizer):
         whole = super().state_dict()
         for i, state in whole["state"].items():
             if isinstance(i, int):
-                rule, blocksize = own[i]
-                whole["state"][i] = wrapped_state(rule, gathered_state(rule, parameters[i], state, blocksize))
+                rule, _ = own[i]
+                whole["state"][i] = wrapped_state(rule, gathered_state(rule, parameters[i], state))
         return whole
 
     def load_state_dict(self, state_dict: Mapping[str, Any], move_to_device: bool = True) -> None:
