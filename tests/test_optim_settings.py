@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import fractions
+import itertools
 import math
 import tempfile
 
@@ -156,19 +157,46 @@ def test_a_group_has_no_momentum_where_the_optimizer_has_none():
     optim.Adafactor([{"params": [nn.Parameter(torch.ones(4, 4))], "beta1": 0.0}], beta1=0.9)
 
 
-@pytest.mark.parametrize("name", ["AdamW8bit", "SGD32bit", "Adafactor8bit"])
-def test_a_parameter_has_memory_for_each_element(name):
-    """An expanded tensor has one for many, of which no step could make what it should."""
-    with pytest.raises(
-        ValueError, match=r"must have memory for each .* \(5, 9\) that was expanded: its strides are \(0, 1\)"
-    ):
-        make(name, [nn.Parameter(torch.ones(1, 9).expand(5, 9))])
-    p = nn.Parameter(torch.ones(5, 9))
-    optimizer = make(name, [p])
-    p.data = torch.ones(1, 9).expand(5, 9)
-    p.grad = torch.ones(5, 9)
-    with pytest.raises(ValueError, match="was expanded"):
+@given(
+    st.sampled_from(["AdamW8bit", "SGD32bit", "Adafactor8bit"]),
+    st.lists(st.tuples(st.integers(0, 4), st.integers(0, 12)), min_size=1, max_size=3), st.booleans(),
+)  # fmt: skip
+def test_a_parameter_has_memory_for_each_element(name, sides, later):
+    """Of an expanded tensor, or of one whose rows overlap, no step could make what it should."""
+    shape, strides = zip(*sides, strict=True)
+    data = torch.randn(64 + sum(size * stride for size, stride in sides)).as_strided(shape, strides)
+    places = torch.arange(1000).as_strided(shape, strides).reshape(-1).tolist()
+    p = nn.Parameter(torch.ones(shape) if later else data)
+    p.grad = torch.ones(shape)
+    before, said = data.clone(), ""
+    try:
+        optimizer = make(name, [p])
+        p.data = data
         optimizer.step()
+    except ValueError as error:
+        said = str(error)
+    if said:
+        assert "must have memory for each of its elements" in said
+        assert not data.is_contiguous()
+        assert torch.equal(data, before)
+    else:
+        assert len({*places}) == len(places)
+        q = nn.Parameter(before.contiguous())
+        q.grad = p.grad
+        make(name, [q]).step()
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("shape", [(5, 9), (2, 3, 4, 5)])
+def test_a_parameter_may_lie_as_torch_lays_it(shape):
+    for order in itertools.permutations(range(len(shape))):
+        for data in (
+            torch.ones(shape).permute(order),
+            torch.ones([2 * size for size in shape])[1::2, ::2].permute(order),
+        ):
+            p = nn.Parameter(data)
+            p.grad = torch.ones(p.shape)
+            optim.AdamW8bit([p]).step()
 
 
 @pytest.mark.usefixtures("eager")

@@ -296,15 +296,23 @@ class Optimizer(torch.optim.Optimizer):
         States of sharded parameters are whole, on the CPU, and the same as without sharding, for any number of ranks to load: it
         is a collective call. What others keep of them must be sharded like the parameter.
         """
-        own, parameters = self._rules_and_blocks(), self._parameters()
-        for p in parameters:
+        for p in self._parameters():
             self._state(p)
-        whole = super().state_dict()
+        saved = self.register_state_dict_post_hook(
+            lambda _, whole: self._save(whole), prepend=True
+        )  # before those of others
+        try:
+            return super().state_dict()
+        finally:
+            saved.remove()
+
+    def _save(self, whole: dict[str, Any]) -> None:
+        """Put states as they are saved in the place of those that torch has collected."""
+        own, parameters = self._rules_and_blocks(), self._parameters()
         for i, state in whole["state"].items():
             if isinstance(i, int):
                 rule, _ = own[i]
                 whole["state"][i] = wrapped_state(rule, gathered_state(rule, parameters[i], state))
-        return whole
 
     def load_state_dict(self, state_dict: Mapping[str, Any], move_to_device: bool = True) -> None:
         """Load what `state_dict` of this class or of bitsandbytes' gave, wrapped or not.
@@ -314,13 +322,15 @@ class Optimizer(torch.optim.Optimizer):
         """
         if not move_to_device:
             raise ValueError("move_to_device must be True: a state is where its parameter is, or paged")
-        held = {i: _Held(dict(state)) for i, state in state_dict["state"].items()}
         before = {"state": self.state, "param_groups": self.param_groups}
+        held = self.register_load_state_dict_pre_hook(lambda _, given: _held(given))  # after those of others
         try:
-            super().load_state_dict({**state_dict, "state": held})
+            super().load_state_dict(dict(state_dict))
         except BaseException:
             self.__dict__.update(before)
             raise
+        finally:
+            held.remove()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -355,6 +365,10 @@ def _new_correction(p: Tensor, config: Mapping[str, Any], empty: Callable[..., T
 
 def _nowhere(key: str, shape: Any, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _held(given: Mapping[str, Any]) -> dict[str, Any]:
+    return {**given, "state": {i: _Held(dict(state)) for i, state in given["state"].items()}}
 
 
 class _Held:
