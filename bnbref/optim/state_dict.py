@@ -34,10 +34,10 @@ _BESIDE = {*COUNTS, *CORRECTIONS.values(), "unorm_vec", "gnorm_vec"}
 def of_blocks(blocksize: int, numel: int) -> dict[str, int]:
     """What a state of so many elements says of its blocks.
 
-    >>> of_blocks(128, 1000), of_blocks(256, 1000), of_blocks(128, 100)
-    ({'blocksize': 128}, {}, {})
+    >>> of_blocks(128, 1000), of_blocks(256, 1000), of_blocks(5000, 1000)
+    ({'blocksize': 128}, {}, {'blocksize': 1000})
     """
-    return {} if same_blocks(blocksize, BLOCKSIZE, numel) else {"blocksize": blocksize}
+    return {} if same_blocks(blocksize, BLOCKSIZE, numel) else {"blocksize": min(blocksize, numel)}
 
 
 def same_blocks(one: int, other: int, numel: int) -> bool:
