@@ -26,7 +26,8 @@ SHAPES = ((30, 20), (30, 20), (700,), (3, 5))
 WEIGHTS = st.floats(0, 0.99)
 VALUES = {
     "lr": st.floats(0, 0.1), "eps": st.floats(1e-10, 1e-3), "weight_decay": st.floats(0, 0.3),
-    "betas": st.tuples(WEIGHTS, WEIGHTS), "alpha": WEIGHTS, "momentum": st.floats(0.01, 0.99), "min_8bit_size": st.sampled_from([0, 100, 4096]),
+    "betas": st.tuples(WEIGHTS, WEIGHTS), "alpha": WEIGHTS, "momentum": st.floats(0.01, 0.99),
+    "min_8bit_size": st.sampled_from([0, 100, 4096]),
     "max_unorm": st.floats(0, 2), "optim_bits": st.sampled_from([8, 32]), "is_paged": st.booleans(),
     "t_alpha": st.sampled_from([None, 2, 10]), "t_beta3": st.sampled_from([None, 3]), "bias_correction": st.booleans(),
     "nesterov": st.booleans(), "ns_steps": st.integers(1, 6), "adjust_lr_fn": st.sampled_from([None, "match_rms_adamw"]),
