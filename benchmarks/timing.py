@@ -20,7 +20,10 @@ STEADY_MALLOC = {
     "MALLOC_TOP_PAD_": "268435456",
 }
 
-PACKAGES = ("bnbref", "torch", "triton", "bitsandbytes", "transformers", "peft", "accelerate", "torchao")
+PACKAGES = (
+    "bnbref", "torch", "triton", "bitsandbytes", "transformers", "peft", "accelerate", "torchao", "schedulefree", "heavyball",
+    "pytorch_optimizer", "torch-optimi",
+)  # fmt: skip
 
 
 def with_steady_malloc() -> None:

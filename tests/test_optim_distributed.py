@@ -11,10 +11,11 @@ from conftest import same_bits
 from hypothesis import given
 from hypothesis import strategies as st
 from test_optim_classes import make
+from test_optim_wrappers import Lookahead
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from bnbref import optim
@@ -177,6 +178,13 @@ def run_all(rank, ranks, path):
     ]
     found["transposed"] = transposed(device, mesh)
     found["interrupted"] = interrupted(device, mesh)
+    model = fully_shard(Model().to(device), mesh=mesh)
+    optimizer = make("AdamW8bit", model.parameters(), **options("AdamW8bit"))
+    halfway = ahead(model, optimizer, 0, STEPS // 2)
+    blocks_are_checked_on_every_rank(optimizer)
+    what_is_sharded_otherwise(model, optimizer)
+    found["ahead"] = {"params": halfway, "state": optimizer.state_dict()}
+    found["ahead"]["end"] = ahead(model, optimizer, STEPS // 2, STEPS)
     if rank == 0:
         torch.save(found, path)
     columns = nn.Parameter(distribute_tensor(torch.ones(4, 4, device=device), mesh, [Shard(1)]))
@@ -186,7 +194,46 @@ def run_all(rank, ranks, path):
     rows = nn.Parameter(distribute_tensor(torch.ones(4, 4, device=device), mesh, [Shard(0)]))
     rows.grad = rows.detach()
     with pytest.raises(NotImplementedError, match="page_directory"):
-        optim.AdamW8bit([rows], page_directory=path + ".pages").step()
+        optim.AdamW8bit([rows], page_directory=path + ".pages")
+    for late, place in ((rows, {"page_directory": path + ".pages"}), (columns, {})):
+        plain = nn.Parameter(torch.ones(4, 4))
+        plain.grad = torch.ones(4, 4)
+        optimizer = optim.AdamW8bit([plain], **place)
+        optimizer.param_groups[0]["params"].append(late)  # as accelerate does after it has sharded a model
+        with pytest.raises(NotImplementedError, match=r"page_directory|Shard\(dim=1\)"):
+            optimizer.step()
+        assert not optimizer.state
+        assert bool((plain == 1).all())
+
+
+def ahead(model, optimizer, first, last):
+    """Lookahead around the optimizer, one step at a time: the parameters, and what it keeps of them."""
+    wrapper = Lookahead(optimizer)
+    for t in range(first, last):
+        optimizer.zero_grad()
+        model(t).backward()
+        wrapper.step()
+    return whole(model)
+
+
+def blocks_are_checked_on_every_rank(optimizer):
+    """Where 100 rows are cut a rank may have as many blocks of one size as of another."""
+    optimizer.param_groups[0]["blocksize"] = 250
+    with pytest.raises(ValueError, match="blocksize of a parameter must stay"):
+        optimizer.step()
+    optimizer.param_groups[0]["blocksize"] = 256
+
+
+def what_is_sharded_otherwise(model, optimizer):
+    """What others keep of a sharded parameter, but not as it is, is refused by name when it is saved."""
+    p = next(iter(model.parameters()))
+    for other in (p.to_local().detach(), p.detach().redistribute(placements=[Replicate()]), p.detach().full_tensor()):
+        optimizer.state[p]["mine"] = other
+        with pytest.raises(ValueError, match="'mine' in the state of a sharded parameter of shape"):
+            optimizer.state_dict()
+    optimizer.state[p]["mine"] = torch.tensor(3)
+    optimizer.state_dict()
+    del optimizer.state[p]["mine"]
 
 
 @mock.patch.object(paging, "PAGED_FROM", 1000)
@@ -207,6 +254,12 @@ def run_others(rank, ranks, path):
             w.data.copy_(distribute_tensor(p.detach().to(w.device), w.device_mesh, w.placements))
         optimizer.load_state_dict(saved[name]["state"])
         ends[name] = trained(model, optimizer, STEPS // 2, STEPS)
+    model = fully_shard(Model().to(backend.device(rank)), mesh=backend.mesh(ranks))
+    optimizer = make("AdamW8bit", model.parameters(), **options("AdamW8bit"))
+    for w, p in zip(model.parameters(), saved["ahead"]["params"], strict=True):
+        w.data.copy_(distribute_tensor(p.detach().to(w.device), w.device_mesh, w.placements))
+    optimizer.load_state_dict(saved["ahead"]["state"])
+    ends["ahead"] = ahead(model, optimizer, STEPS // 2, STEPS)
     if rank == 0:
         torch.save(ends, path)
 
@@ -304,6 +357,18 @@ def test_sharded_matrices_are_whole_ones(ranked):
 
 
 @pytest.mark.usefixtures("eager")
+def test_what_a_wrapper_keeps_of_shards_is_saved_whole(ranked):
+    model = Model()
+    optimizer = make("AdamW8bit", model.parameters(), **options("AdamW8bit"))
+    assert same_bits(ranked[1]["ahead"]["params"], ahead(model, optimizer, 0, STEPS // 2))
+    states = ranked[1]["ahead"]["state"]["state"]
+    assert same_bits(
+        [state["slow"] for state in states.values()], [optimizer.state[p]["slow"] for p in model.parameters()]
+    )
+    assert same_bits(ranked[1]["ahead"]["end"], ahead(model, optimizer, STEPS // 2, STEPS))
+
+
+@pytest.mark.usefixtures("eager")
 def test_clipped_rules_differ_by_their_norms_alone(ranked):
     """A norm of n elements is within n 2^-24 of the exact one, so with n <= 8540 the ratio of two on either side within 2e-3;
     the step is its product with lr and a direction, which with these betas is at most 10 long in each element, or with a
@@ -331,7 +396,7 @@ def test_two_ranks_save_and_three_go_on(ranked):
     folder, found = ranked
     backend.spawn(run_others, backend.OTHER, folder, str(folder / "saved.pt"))
     ends = torch.load(folder / "saved.pt", weights_only=True, map_location="cpu")
-    every = (*NAMES, *OF_MATRICES)
+    every = (*NAMES, *OF_MATRICES, "ahead")
     assert {name: same_bits(ends[name], found[name]["end"]) for name in every} == dict.fromkeys(every, True)
 
 

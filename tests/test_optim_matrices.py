@@ -159,7 +159,7 @@ def test_a_woven_rule_has_the_same_bits_compiled(rule):
 
 
 def test_a_rule_reads_like_its_paper():
-    chain = write_down(matrices.Muon(), ("rate", "decay", "b", "not_b"))
+    chain = write_down(matrices.Muon(), ("rate", "decay", "b", "not_b", "eps"))
     assert list(chain.calls) == ["orthogonal"]
     assert_expected_inline(
         chain.source,
@@ -171,7 +171,7 @@ def direction(p, g, s0, c):
     a3 = c.b * a2
     a4 = c.not_b * g
     a5 = a3 + a4
-    w0 = orthogonal(a5)
+    w0 = orthogonal(a5, c.eps)
     return (w0, a2,)""",
     )
 
@@ -772,9 +772,9 @@ def test_groups_of_a_model():
 def test_a_rule_on_tensors_is_its_definition():
     """`whole` is the step itself where nothing is written down."""
     rule = matrices.Muon()
-    found = coefficients_of(rule, 1, {"lr": 0.1, "weight_decay": 0.0, "momentum": 0.9})
+    found = coefficients_of(rule, 1, {"lr": 0.1, "weight_decay": 0.0, "momentum": 0.9, **rule.defaults})
     c = types.SimpleNamespace(**{name: torch.tensor(x) for name, x in found.items()})
     g = torch.randn(8, 5)
     u, m = rule.direction(torch.zeros(8, 5), g, torch.zeros(8, 5), c)
-    assert same_bits(u, rule.orthogonal(c.b * m + c.not_b * g))
-    assert decoupled({"lr": 0.1, "weight_decay": 0.0}) | averages(b=0.9) == found
+    assert same_bits(u, rule.orthogonal(c.b * m + c.not_b * g, c.eps))
+    assert decoupled({"lr": 0.1, "weight_decay": 0.0}) | averages(b=0.9) | {"eps": 1e-7} == found

@@ -208,3 +208,48 @@ def test_a_step_inside_a_graph():
                 schedule.step()
         ends.append(p.detach())
     assert torch.equal(*ends)
+
+
+@given(st.sampled_from(NAMES), st.sampled_from(["lr", "step", "kept", "gone"]), st.booleans())
+def test_hooks_of_others_see_what_is_saved_and_loaded(name, change, replace):
+    """Whether they change it in place or return another one: before it is a state, and after it was one."""
+    p = parameter()
+    optimizer = made(name, p)
+    stepped(p, optimizer, 0)
+    plain, seen = copy.deepcopy(optimizer.state_dict()), []
+
+    def changed(_, saved):
+        seen.append(copy.deepcopy(saved))
+        saved = copy.deepcopy(saved) if replace else saved
+        if change == "lr":
+            saved["param_groups"][0]["lr"] = 0.5
+        elif change == "step":
+            saved["state"][0]["step"] = 7
+        elif change == "kept":
+            saved["state"][0]["mine"] = "something"
+        else:
+            del saved["state"][0]
+        return saved if replace else None
+
+    optimizer.register_state_dict_post_hook(changed)
+    saved = optimizer.state_dict()
+    fresh = made(name, p)
+    fresh.load_state_dict(saved)
+    other = made(name, p)
+    other.register_load_state_dict_pre_hook(changed)
+    other.load_state_dict(copy.deepcopy(plain))
+    assert len(seen) == 2
+    for one in seen:
+        assert same(one["state"][0][WRAPPED], plain["state"][0][WRAPPED])
+        assert one["param_groups"] == plain["param_groups"]
+    for loaded in (fresh, other):
+        state, group = loaded.state.get(p, {}), loaded.param_groups[0]
+        got = {"lr": group["lr"] == 0.5, "step": state.get("step") == 7, "kept": "mine" in state, "gone": not state}
+        assert got == {key: key == change for key in got}
+    assert same(made_plain(optimizer)["state"][0][WRAPPED], plain["state"][0][WRAPPED])
+
+
+def made_plain(optimizer):
+    """What an optimizer saves when the hooks of others are gone."""
+    optimizer._optimizer_state_dict_post_hooks.clear()
+    return optimizer.state_dict()

@@ -18,6 +18,7 @@ import inspect
 import keyword
 import unicodedata
 from collections.abc import Collection, Mapping
+from numbers import Real
 from types import FunctionType
 from typing import Any
 
@@ -27,7 +28,7 @@ from torch._compile import _disable_dynamo
 
 from bnbref.codebooks import Codebook
 from bnbref.optim.master_weights import CORRECTIONS
-from bnbref.optim.rule import OF, Rule, State, absmax_key, qmap_key
+from bnbref.optim.rule import OF, Rule, SettingError, State, absmax_key, qmap_key
 from bnbref.optim.symbols import LARGEST, Call, Names, Recording, Refusal, Symbol
 
 
@@ -128,13 +129,20 @@ def _is_name(name: Any) -> bool:
     return usual and unicodedata.normalize("NFKC", name) == name
 
 
+def _in_float64(x: Any) -> Any:
+    """A number of torch or of numpy as one of Python: what is computed with it on the host is computed in float64."""
+    one = isinstance(x, Tensor) and x.numel() == 1
+    return x.item() if one or (isinstance(x, Real) and hasattr(x, "item")) else x
+
+
 def coefficients_of(rule: Rule, t: int, group: Mapping[str, Any]) -> dict[str, float]:
     """The coefficients of step t for a group of parameters, in float64: ValueError if they are no finite float32."""
-    # A learning rate in a tensor is a number, and what is computed with it on the host is computed in float64.
-    group = {name: x.item() if isinstance(x, Tensor) and x.numel() == 1 else x for name, x in group.items()}
+    group = {name: _in_float64(x) for name, x in group.items()}
     try:
         given = rule.coefficients(t, group).items()
         found = {name: float(x.item() if isinstance(x, Tensor) else x) for name, x in given}
+    except SettingError:
+        raise
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"coefficients of {rule!r} fail at step {t}: {type(error).__name__}: {error}") from error
     for name, x in found.items():
@@ -180,7 +188,7 @@ def check_rule(rule: Any) -> Rule:
     states: Any = getattr(rule, "states", None)
     if not isinstance(states, tuple) or not all(isinstance(s, State) for s in states):
         raise TypeError(f'states of {rule!r} must be a tuple of State, as in (State("state1"),), got {states!r}')
-    keys = ["step", "unorm_vec", *CORRECTIONS.values()]
+    keys = ["step", "blocksize", "unorm_vec", *CORRECTIONS.values()]
     for s in states:
         if not isinstance(s.key, str) or not s.key.isidentifier():
             raise ValueError(f"a state of {rule!r} must have a name of letters, digits and underscores, got {s.key!r}")

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnbref.optim.rules import Rule, State, averages, decoupled
+from bnbref.optim.rule import SettingError, count
+from bnbref.optim.rules import Rule, State, averages, decoupled, number, weights
 
 QUINTIC = (3.4445, -4.775, 2.0315)
 
 
 def newton_schulz(
-    x: Tensor, coefficients: tuple[float, float, float] = QUINTIC, steps: int = 5, eps: float = 1e-7
+    x: Tensor, coefficients: tuple[float, float, float] = QUINTIC, steps: int = 5, eps: float | Tensor = 1e-7
 ) -> Tensor:
     """Nearly the orthogonal factor of each matrix: bfloat16 `[..., rows, columns]`, with singular values of 0.7 to 1.2.
 
@@ -49,7 +50,7 @@ class Muon(Rule):
     p = (1 - lr wd) p - lr s u       s = sqrt(max(1, rows / columns))             or 0.2 sqrt(max(rows, columns))
 
     adjust: "original" for the first s, "match_rms_adamw" for the second (Liu et al., 2502.16982), by which a learning rate of
-    AdamW's will do.
+    AdamW's will do. eps: of newton_schulz, in a group that does not say its own.
     """
 
     states = (State("momentum"),)
@@ -58,23 +59,24 @@ class Muon(Rule):
         self, nesterov: bool = True, coefficients: tuple[float, float, float] = QUINTIC, steps: int = 5, eps: float = 1e-7,
         adjust: str = "original",
     ) -> None:  # fmt: skip
-        self.nesterov, self.adjust, self._how = nesterov, adjust, (coefficients, steps, eps)
+        self.nesterov, self.adjust, self._how, self.defaults = nesterov, adjust, (coefficients, steps), {"eps": eps}
 
     def takes(self, parameter: torch.Size) -> bool:
         return len(parameter) == 2
 
     def coefficients(self, t: int, group: Mapping[str, Any]) -> dict[str, float]:
-        return decoupled(group) | averages(b=group["momentum"])
+        [b] = weights(group, "momentum")
+        return decoupled(group) | averages(b=b) | {"eps": number(group, "eps")}
 
     def direction(self, p: Tensor, g: Tensor, m: Tensor, c: Any) -> tuple[Tensor, ...]:
         m = c.b * m + c.not_b * g
-        return self.whole(self.orthogonal, c.b * m + c.not_b * g if self.nesterov else m), m
+        return self.whole(self.orthogonal, c.b * m + c.not_b * g if self.nesterov else m, c.eps), m
 
-    def orthogonal(self, x: Tensor) -> Tensor:
+    def orthogonal(self, x: Tensor, eps: Tensor) -> Tensor:
         rows, columns = x.shape[-2:]
         tall = math.sqrt(max(1, rows / max(1, columns)))
         scale = tall if self.adjust == "original" else 0.2 * math.sqrt(max(rows, columns))
-        return scale * newton_schulz(x, *self._how).float()
+        return scale * newton_schulz(x, *self._how, eps).float()
 
 
 def factored(
@@ -105,12 +107,12 @@ class Adafactor(Rule):
         self.states = (State("row", of="rows"), State("column", of="columns"), *((State("momentum"),) * momentum))
 
     def coefficients(self, t: int, group: Mapping[str, Any]) -> dict[str, float]:
-        if group["beta1"] > 0 and not self.momentum:
-            raise ValueError(
-                f"beta1 of a group must be 0 where the optimizer's is, which has no momentum, got {group['beta1']}"
-            )
-        own = {"rate": min(group["lr"], 1 / math.sqrt(t)), "not_b": t ** group["beta2_decay"]}
-        return decoupled(group) | averages(b1=group["beta1"]) | own
+        [b1], falls, numbers = weights(group, "beta1"), group["beta2_decay"], decoupled(group)
+        if b1 > 0 and not self.momentum:
+            raise SettingError(f"beta1 of a group must be 0 where the optimizer's is, which has no momentum, got {b1}")
+        if not falls <= 0:
+            raise SettingError(f"beta2_decay must not be positive, got {falls!r}")
+        return numbers | averages(b1=b1) | {"rate": min(numbers["rate"], 1 / math.sqrt(t)), "not_b": t**falls}
 
     def direction(self, p: Tensor, g: Tensor, row: Tensor, column: Tensor, *m_and_c: Any) -> tuple[Tensor, ...]:
         *m, c = m_and_c
@@ -170,13 +172,12 @@ class SOAP(Rule):
         return len(parameter) == 2
 
     def coefficients(self, t: int, group: Mapping[str, Any]) -> dict[str, float]:
-        b1, b2 = group["betas"]
-        s = t - 1
-        numbers = decoupled(group) | averages(b1=b1, b2=b2, b=group["shampoo_beta"]) | {"eps": group["eps"]}
-        numbers |= {"refresh": float(s % group["frequency"] == 0)}
+        (b1, b2), [b], s = weights(group), weights(group, "shampoo_beta"), t - 1
+        numbers = decoupled(group) | averages(b1=b1, b2=b2, b=b) | {"eps": number(group, "eps")}
+        numbers |= {"refresh": float(s % count(group, "frequency", 1) == 0)}
         if s == 0:  # P and Q are 0, and so is the direction
-            return numbers | averages(b1=1.0) | {"rate": 0.0 * group["lr"], "decay": 1.0, "root": 1.0}
-        return numbers | {"rate": group["lr"] / (1 - b1**s), "root": math.sqrt(1 - b2**s)}
+            return numbers | averages(b1=1.0) | {"rate": 0.0, "decay": 1.0, "root": 1.0}
+        return numbers | {"rate": numbers["rate"] / (1 - b1**s), "root": math.sqrt(1 - b2**s)}
 
     def direction(self, p: Tensor, g: Tensor, m: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         left, right, of_left, of_right, c = rest

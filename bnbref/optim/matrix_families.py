@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 
 from bnbref.optim import matrices, rules
 from bnbref.optim.family import Family, PagedOptions, betas_of
-from bnbref.optim.settings import check_settings
+from bnbref.optim.rule import number, weights
 
 _ADJUSTS = (None, "original", "match_rms_adamw")
 
@@ -24,8 +24,9 @@ class Muon(Family):
         p = (1 - lr wd) p - lr s u       s = sqrt(max(1, rows / columns))             or 0.2 sqrt(max(rows, columns))
 
     A group of embeddings, heads and vectors says `"rule": "adamw"` and has a learning rate of its own, betas and eps:
-    `muon_groups` makes the groups of a model. eps: of newton_schulz; adamw_eps: of AdamW. adjust_lr_fn: "match_rms_adamw" for the
-    second s, by which a learning rate of AdamW's will do. *Exact* but for newton_schulz, whose products are bfloat16.
+    `muon_groups` makes the groups of a model. eps: of newton_schulz; adamw_eps: of AdamW; in a group eps is that of its rule.
+    adjust_lr_fn: "match_rms_adamw" for the second s, by which a learning rate of AdamW's will do. *Exact* but for newton_schulz,
+    whose products are bfloat16.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class Muon(Family):
             raise ValueError(f"ns_steps must be an integer of 1 to 99, got {ns_steps!r}")
         if len(ns_coefficients) != 3 or not all(isinstance(x, Real) and math.isfinite(x) for x in ns_coefficients):
             raise ValueError(f"ns_coefficients must be three finite numbers, got {ns_coefficients!r}")
-        check_settings({"eps": eps})
+        number({"eps": eps}, "eps")
         muon = matrices.Muon(nesterov, ns_coefficients, ns_steps, eps, adjust_lr_fn or "original")
         defaults = {
             "lr": lr,
@@ -109,8 +110,9 @@ class Adafactor(Family):
         if not isinstance(eps, (tuple, list)) or len(eps) != 2:
             raise ValueError(f"eps must be two numbers, of which the first may be None, got {eps!r}")
         for x in eps:
-            check_settings({"eps": x or 0.0, "beta1": beta1})
-        rule = matrices.Adafactor(beta1 > 0, (2.0**-23 if eps[0] is None else eps[0], eps[1]), d)
+            number({"eps": x or 0.0}, "eps")
+        [b1] = weights({"beta1": beta1}, "beta1")
+        rule = matrices.Adafactor(b1 > 0, (2.0**-23 if eps[0] is None else eps[0], eps[1]), d)
         defaults = {"lr": lr, "beta2_decay": beta2_decay, "beta1": beta1, "weight_decay": weight_decay}
         super().__init__(params, rule, defaults, optim_bits=optim_bits, min_8bit_size=min_8bit_size, **options)
 

@@ -36,12 +36,15 @@ class NamedRules:
         return self.rules[name]
 
     def check_shape(self, p: Tensor, config: Mapping[str, Any]) -> None:
-        """Raise ValueError if the rule of p takes no parameter of its shape, or p was expanded."""
-        if any(size > 1 and stride == 0 for size, stride in zip(p.shape, p.stride(), strict=True)):
-            raise ValueError(
-                f"a parameter must have memory for each of its elements, got one of shape {tuple(p.shape)} that was expanded: "
-                f"its strides are {p.stride()}"
-            )
+        """Raise ValueError if the rule of p takes no parameter of its shape, or elements of p share their memory."""
+        reach = 0  # of the sides so far, from the narrowest on
+        for stride, size in sorted(zip(p.stride(), p.shape, strict=True)) if p.numel() else ():
+            if size > 1 and stride <= reach:
+                raise ValueError(
+                    f"a parameter must have memory for each of its elements, side after side, got one of shape {tuple(p.shape)} "
+                    f"that was expanded, or whose rows overlap: its strides are {p.stride()}"
+                )
+            reach += stride * (size - 1)
         rule = self.of(config)
         if not rule.takes(p.shape):
             others = [name for name, other in self.rules.items() if other.takes(p.shape)]

@@ -21,7 +21,7 @@ from bnbref.optim.named_rules import NamedRules
 from bnbref.optim.rule import Rule
 from bnbref.optim.settings import ALWAYS, ANYWHERE, GlobalOptimManager, check_distinct, check_settings
 from bnbref.optim.sharding import local, shard_of, sharded_like
-from bnbref.optim.state_dict import WRAPPED, gathered_state, unwrapped_state, wrapped_state
+from bnbref.optim.state_dict import COUNTS, WRAPPED, gathered_state, of_blocks, unwrapped_state, wrapped_state
 from bnbref.optim.update import new_state
 
 
@@ -87,6 +87,9 @@ class Optimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """A group of parameters with its own settings; what it does not say comes from the defaults."""
+        if isinstance(param_group, dict):  # if it is none, torch says so
+            for name, value in self._rules.of(param_group).defaults.items():
+                param_group.setdefault(name, value)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -97,6 +100,7 @@ class Optimizer(torch.optim.Optimizer):
             for p in group["params"]:
                 check_dense("a parameter", p)
                 self._rules.check_shape(p, config)
+                self._check_place(p)
         except BaseException:  # whatever a rule raises when it is asked for its coefficients
             self.param_groups.pop()
             raise
@@ -144,8 +148,9 @@ class Optimizer(torch.optim.Optimizer):
                 loss = closure()
         self.advance([(p, group) for group in self.param_groups for p in group["params"]])
         if self._placement.directory is not None:
-            steps = {i: self.state[p]["step"] for i, p in enumerate(self._parameters()) if "step" in self._state(p)}
-            self._placement.end(steps)
+            states = [self._state(p) for p in self._parameters()]
+            counts = [{key: state[key] for key in COUNTS if key in state} for state in states]
+            self._placement.end({i: each for i, each in enumerate(counts) if "step" in each})
         return loss
 
     @_disable_dynamo  # its kernels are compiled without that, and tracing the Python between them takes seconds
@@ -179,6 +184,7 @@ class Optimizer(torch.optim.Optimizer):
             rule, blocksize = self._rules.of(config), config["blocksize"]
             grad = planned_steps.checked_gradient(p, p.grad, state, rule, blocksize)
             self._rules.check_shape(p, config)
+            self._check_place(p)
             steps.append(planned_steps.PlannedStep(p, grad, config, *equations[key]))
         return steps
 
@@ -203,7 +209,8 @@ class Optimizer(torch.optim.Optimizer):
         """Gives p its first state; or, if its state was loaded without the correction that p is to have, that correction."""
         state = self._state(p)
         if "step" not in state:
-            self.state[p].update(self.new_state(p, config, self._memory(p)))
+            new = self.new_state(p, config, self._memory(p))
+            self.state[p].update(new)
         elif not corrections(p, state):
             state.update(_new_correction(p, config, self._memory(p)))
 
@@ -211,14 +218,17 @@ class Optimizer(torch.optim.Optimizer):
         """The state of p before its first step, by the settings of `settings`. empty: as `update.new_state` takes it."""
         bits = 8 if config["optim_bits"] == 8 and p.numel() >= config["min_8bit_size"] else 32
         blocksize = check_blocksize(config["blocksize"], p.numel())
-        shard = shard_of(p)
-        if shard is not None and self._placement.directory is not None:
+        state = new_state(self._rules.of(config), local(p).shape, bits, blocksize, empty, shard_of(p), p.shape)
+        blocks = of_blocks(blocksize, p.numel()) if any(x.dtype == torch.uint8 for x in state.values()) else {}
+        return {"step": 0, **blocks, **state, **_new_correction(p, config, empty)}
+
+    def _check_place(self, p: Tensor) -> None:
+        """NotImplementedError if p is sharded in a way that no step is made for, or its state is to be in files."""
+        if shard_of(p) is not None and self._placement.directory is not None:
             raise NotImplementedError(
                 f"page_directory takes whole parameters: one of shape {tuple(p.shape)} is sharded, and what its ranks would "
                 f"write is no checkpoint"
             )
-        state = new_state(self._rules.of(config), local(p).shape, bits, blocksize, empty, shard, p.shape)
-        return {"step": 0, **state, **_new_correction(p, config, empty)}
 
     def _memory(self, p: Tensor) -> Callable[[str, Any, torch.dtype], Tensor]:
         """A function that gives memory to a state of p, of its key, shape and dtype."""
@@ -279,18 +289,26 @@ class Optimizer(torch.optim.Optimizer):
         """Settings and states in the layout of bitsandbytes, whose optimizers load it, as does `torch.load(weights_only=True)`.
 
         What others keep in `optimizer.state[p]`, as Lookahead does, is saved beside the rule's states under its own name.
-        The rule's states of sharded parameters are whole, on the CPU, and the same as without sharding, for any number of ranks
-        to load: it is a collective call.
+        States of sharded parameters are whole, on the CPU, and the same as without sharding, for any number of ranks to load: it
+        is a collective call. What others keep of them must be sharded like the parameter.
         """
-        own, parameters = self._rules_and_blocks(), self._parameters()
-        for p in parameters:
+        for p in self._parameters():
             self._state(p)
-        whole = super().state_dict()
+        saved = self.register_state_dict_post_hook(
+            lambda _, whole: self._save(whole), prepend=True
+        )  # before those of others
+        try:
+            return super().state_dict()
+        finally:
+            saved.remove()
+
+    def _save(self, whole: dict[str, Any]) -> None:
+        """Put states as they are saved in the place of those that torch has collected."""
+        own, parameters = self._rules_and_blocks(), self._parameters()
         for i, state in whole["state"].items():
             if isinstance(i, int):
-                rule, blocksize = own[i]
-                whole["state"][i] = wrapped_state(rule, gathered_state(rule, parameters[i], state, blocksize))
-        return whole
+                rule, _ = own[i]
+                whole["state"][i] = wrapped_state(rule, gathered_state(rule, parameters[i], state))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], move_to_device: bool = True) -> None:
         """Load what `state_dict` of this class or of bitsandbytes' gave, wrapped or not.
@@ -300,18 +318,20 @@ class Optimizer(torch.optim.Optimizer):
         """
         if not move_to_device:
             raise ValueError("move_to_device must be True: a state is where its parameter is, or paged")
-        held = {i: _Held(dict(state)) for i, state in state_dict["state"].items()}
         before = {"state": self.state, "param_groups": self.param_groups}
+        held = self.register_load_state_dict_pre_hook(lambda _, given: _held(given))  # after those of others
         try:
-            super().load_state_dict({**state_dict, "state": held})
+            super().load_state_dict(dict(state_dict))
         except BaseException:
             self.__dict__.update(before)
             raise
+        finally:
+            held.remove()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
-            for name, value in self.defaults.items():
+            for name, value in {**self.defaults, **self._rules.of(group).defaults}.items():
                 group.setdefault(name, value)
         self._read({p: value.state for p, value in self.state.items() if isinstance(value, _Held)})
 
@@ -341,6 +361,10 @@ def _new_correction(p: Tensor, config: Mapping[str, Any], empty: Callable[..., T
 
 def _nowhere(key: str, shape: Any, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _held(given: Mapping[str, Any]) -> dict[str, Any]:
+    return {**given, "state": {i: _Held(dict(state)) for i, state in given["state"].items()}}
 
 
 class _Held:

@@ -145,12 +145,12 @@ class Placement:
         if self.directory is not None:
             (self.directory / "steps.json").unlink(missing_ok=True)
 
-    def end(self, steps: Mapping[int, int]) -> None:
-        """Called when a step has ended. steps: how many each parameter has made, by its index."""
+    def end(self, counts: Mapping[int, Mapping[str, int]]) -> None:
+        """Called when a step has ended. counts: the integers in the state of each parameter, by its index."""
         if self.directory is not None:
             self.directory.mkdir(parents=True, exist_ok=True)
             unfinished = self.directory / "steps.json.new"
-            unfinished.write_text(json.dumps(steps), encoding="utf-8")
+            unfinished.write_text(json.dumps(counts), encoding="utf-8")
             unfinished.replace(self.directory / "steps.json")
 
     def _is_away(self, x: Tensor, device: torch.device) -> bool:
@@ -163,8 +163,8 @@ class Placement:
 
 
 # ---- a directory ----------------------------------------------------------------------------------------------------
-# A file for each tensor, whose name says what it is: 0.state1.uint8.64x128.bin. steps.json has the steps of all parameters,
-# and is there only between steps: it is removed before the first update of a step, and written whole after the last.
+# A file for each tensor, whose name says what it is: 0.state1.uint8.64x128.bin. steps.json has the steps of all parameters, and
+# what they say of their blocks. It is there between steps alone: removed before the first update of one, written after the last.
 
 
 def _mapped(directory: Path, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -199,8 +199,8 @@ def read_pages(directory: str | Path) -> dict[int, dict[str, Any]]:
         raise RuntimeError(
             f"{directory} has no steps.json: nothing was stepped there, or a step was interrupted half-way"
         )
-    steps = json.loads((directory / "steps.json").read_text(encoding="utf-8"))
-    states: dict[int, dict[str, Any]] = {int(i): {"step": t} for i, t in steps.items()}
+    counts = json.loads((directory / "steps.json").read_text(encoding="utf-8"))
+    states: dict[int, dict[str, Any]] = {int(i): each for i, each in counts.items()}
     for path in sorted(directory.glob("*.bin")):
         index, key, dtype, sizes = path.name.removesuffix(".bin").split(".")
         shape = [int(n) for n in sizes.split("x") if n]

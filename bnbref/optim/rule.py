@@ -11,8 +11,10 @@ whole matrix at once (a product, a norm, a mean by row) is a call of `Rule.whole
 each rule says which.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -97,12 +99,14 @@ class Rule:
     states: by any names, "state1" and so on in bitsandbytes' files; they start at zero. stacked: states that `state_dict` has
     as one tensor, under the name of the first. codebooks: of 8-bit states with a sign, and of those without. clipped: whether
     the step's length is bounded by the parameter's, `rate *= min(1, max_unorm |p| / |direction|)`, as in LARS and LAMB.
+    defaults: settings of its groups that do not say them, where they are others than those of the optimizer.
     """
 
     states: tuple[State, ...]
     stacked: tuple[str, ...] = ()
     codebooks: tuple[Codebook, Codebook] = (DYNAMIC, DYNAMIC_UNSIGNED)
     clipped: bool = False
+    defaults: Mapping[str, Any] = {}
 
     def codebook(self, state: State) -> Codebook:
         """The codebook of a state in 8 bits."""
@@ -145,6 +149,49 @@ class Rule:
         return type(self).__name__
 
 
+class SettingError(ValueError):
+    """A setting of a group is none that its rule can compute with."""
+
+
+def number(group: Mapping[str, Any], name: str, least: float = 0.0) -> float:
+    """A setting that is a finite number, of any type, and not negative: `SettingError` if it is none.
+
+    >>> number({"eps": torch.tensor(0.25)}, "eps")
+    0.25
+    """
+    x = group[name]
+    one = isinstance(x, Real) or (isinstance(x, Tensor) and x.numel() == 1)
+    if not one or not least <= float(x) < math.inf:
+        raise SettingError(f"{name} must not be negative, but a finite number, got {x!r}")
+    return float(x)
+
+
+def weights(group: Mapping[str, Any], name: str = "betas") -> tuple[float, ...]:
+    """The numbers of a setting of one or several, each the weight of an average, in [0, 1): `SettingError` if it is none.
+
+    >>> weights({"betas": (0.5, 0)})
+    (0.5, 0.0)
+    """
+    given = group[name]
+    each = given if isinstance(given, (tuple, list)) else [given]
+    if not all(isinstance(beta, (Real, Tensor)) and 0 <= float(beta) < 1 for beta in each):
+        raise SettingError(f"{name} must lie in [0, 1), got {given!r}")
+    return tuple(map(float, each))
+
+
+def count(group: Mapping[str, Any], name: str, least: int) -> int:
+    """A setting that counts, from `least` on: `SettingError` if it is no integer."""
+    x = group[name]
+    if not isinstance(x, Integral) or isinstance(x, bool) or x < least:
+        raise SettingError(f"{name} must be an integer from {least} on, got {x!r}")
+    return int(x)
+
+
+def learning_rate(group: Mapping[str, Any]) -> float:
+    """The setting lr. A schedule that ends at 0, as torch's LinearLR, may end at -1e-20 by its roundings."""
+    return number(group, "lr", least=-1e-12)
+
+
 def averages(**betas: float) -> dict[str, float]:
     """Weights of running averages: b1=0.9 gives b1 and not_b1 = 1 - b1, exact but for the last rounding to float32.
 
@@ -156,9 +203,10 @@ def averages(**betas: float) -> dict[str, float]:
 
 def decoupled(group: Mapping[str, Any]) -> dict[str, float]:
     """Coefficients for decoupled weight decay: the rate is lr, and the parameter itself decays, before the step."""
-    return {"rate": group["lr"], "decay": 1 - group["lr"] * group["weight_decay"]}
+    lr = learning_rate(group)
+    return {"rate": lr, "decay": 1 - lr * number(group, "weight_decay")}
 
 
 def coupled(group: Mapping[str, Any]) -> dict[str, float]:
     """Coefficients for coupled weight decay: the rate is lr, and the direction adds wd times the parameter to the gradient."""
-    return {"rate": group["lr"], "decay": 1.0, "wd": group["weight_decay"]}
+    return {"rate": learning_rate(group), "decay": 1.0, "wd": number(group, "weight_decay")}

@@ -18,13 +18,16 @@ from bnbref.optim.rule import (
     averages,
     coupled,
     decoupled,
+    learning_rate,
     matrix_shape,
+    number,
     qmap_key,
+    weights,
 )
 
 __all__ = [
     "LAMB", "LARS", "RULES", "SGD", "SIGNED_RULES", "AdEMAMix", "Adagrad", "Adam", "Coefficients", "Lion", "RMSprop", "Rule",
-    "State", "absmax_key", "averages", "coupled", "decoupled", "matrix_shape", "qmap_key",
+    "State", "absmax_key", "averages", "coupled", "decoupled", "matrix_shape", "number", "qmap_key", "weights",
 ]  # fmt: skip
 
 
@@ -37,7 +40,7 @@ class SGD(Rule):
     states = (State("state1"),)
 
     def coefficients(self, t: int, group: Mapping[str, Any]) -> dict[str, float]:
-        return coupled(group) | {"b1": group["betas"][0]}
+        return coupled(group) | {"b1": weights(group)[0]}
 
     def direction(self, p: Tensor, g: Tensor, m: Tensor, c: Any) -> tuple[Tensor, ...]:
         m = c.b1 * m + (g + c.wd * p)
@@ -64,9 +67,11 @@ class Adam(Rule):
     states = (State("state1"), State("state2", signed=False))
 
     def coefficients(self, t: int, group: Mapping[str, Any]) -> dict[str, float]:
-        b1, b2 = group["betas"][:2]
-        numbers = decoupled(group) | averages(b1=b1, b2=b2) | {"root": math.sqrt(1 - b2**t), "eps": group["eps"]}
-        return numbers | {"rate": group["lr"] / (1 - b1**t)}
+        b1, b2 = weights(group)[:2]
+        numbers = (
+            decoupled(group) | averages(b1=b1, b2=b2) | {"root": math.sqrt(1 - b2**t), "eps": number(group, "eps")}
+        )
+        return numbers | {"rate": numbers["rate"] / (1 - b1**t)}
 
     def direction(self, p: Tensor, g: Tensor, m: Tensor, v: Tensor, c: Any) -> tuple[Tensor, ...]:
         m = c.b1 * m + c.not_b1 * g
@@ -84,7 +89,8 @@ class LAMB(Adam):
 
     def coefficients(self, t: int, group: Mapping[str, Any]) -> dict[str, float]:
         # The length of the direction counts, so 1 - b1^t belongs to it and not to the rate.
-        return super().coefficients(t, group) | {"rate": group["lr"], "unbias": 1 / (1 - group["betas"][0] ** t)}
+        unbias = 1 / (1 - weights(group)[0] ** t)
+        return super().coefficients(t, group) | {"rate": learning_rate(group), "unbias": unbias}
 
     def direction(self, p: Tensor, g: Tensor, m: Tensor, v: Tensor, c: Any) -> tuple[Tensor, ...]:
         u, m, v = super().direction(p, g, m, v, c)
@@ -100,7 +106,7 @@ class Lion(Rule):
     states = (State("state1"),)
 
     def coefficients(self, t: int, group: Mapping[str, Any]) -> dict[str, float]:
-        b1, b2 = group["betas"][:2]
+        b1, b2 = weights(group)[:2]
         return decoupled(group) | averages(b1=b1, b2=b2)
 
     def direction(self, p: Tensor, g: Tensor, m: Tensor, c: Any) -> tuple[Tensor, ...]:
@@ -116,7 +122,7 @@ class RMSprop(Rule):
     states = (State("state1", signed=False),)
 
     def coefficients(self, t: int, group: Mapping[str, Any]) -> dict[str, float]:
-        return coupled(group) | averages(a=group["betas"][0]) | {"eps": group["eps"]}
+        return coupled(group) | averages(a=weights(group)[0]) | {"eps": number(group, "eps")}
 
     def direction(self, p: Tensor, g: Tensor, v: Tensor, c: Any) -> tuple[Tensor, ...]:
         g = g + c.wd * p
@@ -133,7 +139,7 @@ class Adagrad(Rule):
     states = (State("state1", signed=False),)
 
     def coefficients(self, t: int, group: Mapping[str, Any]) -> dict[str, float]:
-        return coupled(group) | {"eps": group["eps"]}
+        return coupled(group) | {"eps": number(group, "eps")}
 
     def direction(self, p: Tensor, g: Tensor, v: Tensor, c: Any) -> tuple[Tensor, ...]:
         g = g + c.wd * p
@@ -155,7 +161,7 @@ class AdEMAMix(Rule):
     stacked = ("state1", "state3")
 
     def coefficients(self, t: int, group: Mapping[str, Any]) -> dict[str, float]:
-        b1, b2, b3 = group["betas"]
+        b1, b2, b3 = weights(group)
         alpha = group["alpha"]
         if group["t_alpha"]:
             alpha = min(t * alpha / group["t_alpha"], alpha)
@@ -163,7 +169,12 @@ class AdEMAMix(Rule):
             fast, slow, r = math.log(b1), math.log(b3), t / group["t_beta3"]
             b3 = min(math.exp(fast * slow / ((1 - r) * slow + r * fast)), b3)
         corrections = {"unbias": 1 - b1**t, "root": math.sqrt(1 - b2**t)}
-        return decoupled(group) | averages(b1=b1, b2=b2, b3=b3) | corrections | {"alpha": alpha, "eps": group["eps"]}
+        return (
+            decoupled(group)
+            | averages(b1=b1, b2=b2, b3=b3)
+            | corrections
+            | {"alpha": alpha, "eps": number(group, "eps")}
+        )
 
     def direction(self, p: Tensor, g: Tensor, m1: Tensor, m2: Tensor, v: Tensor, c: Any) -> tuple[Tensor, ...]:
         m1 = c.b1 * m1 + c.not_b1 * g

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from bnbref.optim.equation import at_step
+from bnbref.optim.equation import at_step, coefficients_of
 from bnbref.optim.family import Family, Options, betas_of
 from bnbref.optim.master_weights import corrections, set_value, value_of
 from bnbref.optim.planned_steps import check_state
-from bnbref.optim.rules import Rule, State, averages
+from bnbref.optim.rule import count
+from bnbref.optim.rules import Rule, State, averages, coupled, number, weights
 from bnbref.optim.settings import check_settings
 from bnbref.optim.sharding import local, shard_of
 from bnbref.optim.update import directions
@@ -44,10 +45,9 @@ class ScheduleFree(Rule):
     def coefficients(self, t: int, group: Mapping[str, Any]) -> dict[str, float]:
         if not group["train_mode"]:
             raise RuntimeError("the parameters are averages since eval(): call train() before the next step")
-        b1, b2 = group["betas"]
-        warmup = group["warmup_steps"]
-        r, c = group["lr"] * min(1.0, t / max(1, warmup)), share(t, warmup)
-        numbers = {"rate": 1.0, "decay": 1.0, "unbias": 1 - b2**t, "eps": group["eps"], "wd": group["weight_decay"]}
+        (b1, b2), warmup, decays = weights(group), count(group, "warmup_steps", 0), coupled(group)
+        r, c = decays["rate"] * min(1.0, t / max(1, warmup)), share(t, warmup)
+        numbers = {**decays, "rate": 1.0, "unbias": 1 - b2**t, "eps": number(group, "eps")}
         return numbers | averages(b2=b2) | {"r": r, "own": r * (1 - b1 * (1 - c)), "pull": b1 * c, "stay": 1 - c}
 
     def direction(self, p: Tensor, g: Tensor, d: Tensor, v: Tensor, c: Any) -> tuple[Tensor, ...]:
@@ -74,7 +74,7 @@ class _Difference(Rule):
     states = ScheduleFree.states
 
     def coefficients(self, t: int, group: Mapping[str, Any]) -> dict[str, float]:
-        return {"rate": 1 - group["betas"][0], "decay": 1.0}
+        return {"rate": 1 - weights(group)[0], "decay": 1.0}
 
     def direction(self, p: Tensor, g: Tensor, d: Tensor, v: Tensor, c: Any) -> tuple[Tensor, ...]:
         return d, d, v
@@ -120,6 +120,7 @@ class AdamWScheduleFree(Family):
         for p, group in every:
             config = self.settings(p, group)
             check_settings(config)
+            coefficients_of(_Difference(), 1, config)
             check_state(p, self._state(p), self._rules.of(config), config["blocksize"])
         moved: list[_Member] = []
         try:

@@ -1,10 +1,9 @@
 """Settings of an optimizer, of a group of parameters, of a single parameter. One that is not valid is refused by name."""
 
-import math
 import threading
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from numbers import Integral, Real
+from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from bnbref.blockwise import check_blocksize
+from bnbref.optim.rule import number
 
 _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("optim_bits", "min_8bit_size", "page_bytes"), (Integral,)),
@@ -38,32 +38,17 @@ ANYWHERE = {"params", "foreach", "fused", *_REFUSED}
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
-    """Raise TypeError, ValueError or NotImplementedError, naming the setting, if one is not valid.
+    """Raise TypeError, ValueError or NotImplementedError, naming the setting, if one that every optimizer has is not valid.
 
-    >>> check_settings({"lr": 1e-3, "betas": (0.9, 0.999), "optim_bits": 8, "foreach": None})
+    Any other name (lr, betas, frequency) means what the rule takes it for, which checks it when it makes its coefficients of it.
+
+    >>> check_settings({"optim_bits": 8, "foreach": None, "frequency": "whatever"})
     """
     for name, kinds in _KINDS.items():
         if name in settings and not isinstance(settings[name], kinds):
             names = " or ".join(kind.__name__ for kind in kinds)
             raise TypeError(f"{name} must be {names}, got {settings[name]!r}")
-    for name in ("lr", "eps", "weight_decay", "max_unorm"):
-        x = settings.get(name, 0.0)
-        one = isinstance(x, Real) or (isinstance(x, Tensor) and x.numel() == 1)
-        # A schedule that ends at a learning rate of 0, as torch's LinearLR, may end at -1e-20 by its roundings.
-        least = -1e-12 if name == "lr" else 0.0
-        if not one or not least <= float(x) < math.inf:
-            raise ValueError(f"{name} must not be negative, but a finite number, got {x!r}")
-    for name in ("betas", "momentum", "beta1", "shampoo_beta"):
-        weights = settings.get(name, ())
-        each = weights if isinstance(weights, (tuple, list)) else [weights]
-        if not all(isinstance(beta, (Real, Tensor)) and 0 <= float(beta) < 1 for beta in each):
-            raise ValueError(f"{name} must lie in [0, 1), got {weights!r}")
-    for name, least in (("frequency", 1), ("warmup_steps", 0)):
-        count = settings.get(name, least)
-        if not isinstance(count, Integral) or isinstance(count, bool) or count < least:
-            raise ValueError(f"{name} must be an integer from {least} on, got {count!r}")
-    if not settings.get("beta2_decay", 0.0) <= 0:
-        raise ValueError(f"beta2_decay must not be positive, got {settings['beta2_decay']!r}")
+    number({"max_unorm": 0.0, **settings}, "max_unorm")
     if settings.get("optim_bits", 8) not in (8, 32):
         raise ValueError(f"optim_bits must be 8 or 32, got {settings['optim_bits']!r}")
     bits = settings.get("master_weight_bits")

@@ -17,29 +17,66 @@ from bnbref.blockwise import block_count, check_blocksize
 from bnbref.codebooks import DYNAMIC, DYNAMIC_UNSIGNED, is_table_of, value_table
 from bnbref.optim.master_weights import CORRECTIONS, checked_correction
 from bnbref.optim.rule import Rule, State, absmax_key, qmap_key
-from bnbref.optim.sharding import gather_scales, local, shard_of, unsharded
+from bnbref.optim.sharding import gather_scales, local, shard_of, sharded_like, unsharded
 
 WRAPPED = "__bnb_optimizer_quant_state__"
 
-_BESIDE = {"step", *CORRECTIONS.values(), "unorm_vec", "gnorm_vec"}
+BLOCKSIZE = 256
+"""Elements of a block in bitsandbytes. A state whose blocks are others says so under the key "blocksize"."""
+
+COUNTS = ("step", "blocksize")
+"""The keys of a state that have an integer."""
+
+_BESIDE = {*COUNTS, *CORRECTIONS.values(), "unorm_vec", "gnorm_vec"}
 """Keys that a saved state may have beside those of its rule. The last two are written by bitsandbytes, and mean nothing here."""
 
 
-def gathered_state(rule: Rule, p: Tensor, state: Mapping[str, Any], blocksize: int) -> dict[str, Any]:
+def of_blocks(blocksize: int, numel: int) -> dict[str, int]:
+    """What a state of so many elements says of its blocks.
+
+    >>> of_blocks(128, 1000), of_blocks(256, 1000), of_blocks(5000, 1000)
+    ({'blocksize': 128}, {}, {'blocksize': 1000})
+    """
+    return {} if same_blocks(blocksize, BLOCKSIZE, numel) else {"blocksize": min(blocksize, numel)}
+
+
+def same_blocks(one: int, other: int, numel: int) -> bool:
+    """Whether two sizes make the same blocks of so many elements."""
+    return min(one, numel) == min(other, numel)
+
+
+def gathered_state(rule: Rule, p: Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
     """The state of a whole parameter. If p is a shard of it, the parts are gathered, which is a collective call."""
     shard = shard_of(p)
-    if shard is None or "step" not in state:
+    if shard is None:
         return dict(state)
-    found: dict[str, Any] = {"step": state["step"], **_of_others(rule, state)}
+    found: dict[str, Any] = {key: _gathered(p, key, x) for key, x in _of_others(rule, state).items()}
+    if "step" not in state:
+        return found
+    found |= {key: state[key] for key in COUNTS if key in state}
     for s in rule.states:
         found[s.key] = (unsharded(p, state[s.key]) if s.of == "elements" else state[s.key].clone()).cpu()
         if state[s.key].dtype == torch.uint8:
-            blocks = check_blocksize(blocksize, p.numel())
+            blocks = check_blocksize(state.get("blocksize", BLOCKSIZE), p.numel())
             found[absmax_key(s.key)] = gather_scales(p, shard, state[absmax_key(s.key)], blocks).cpu()
     for key in state.keys() & CORRECTIONS.values():
         # As int32, because gloo knows no int16.
         found[key] = unsharded(p, state[key].to(torch.int32)).to(state[key].dtype).cpu()
     return found
+
+
+def _gathered(p: Tensor, key: str, x: Any) -> Any:
+    """What others keep of a sharded parameter under a key: whole and on the CPU, if it is sharded alike."""
+    placements = getattr(p, "placements", None)
+    if hasattr(x, "full_tensor"):
+        if (x.shape, x.placements) == (p.shape, placements):
+            return x.full_tensor().cpu()
+    elif not isinstance(x, Tensor) or x.shape not in (p.shape, local(p).shape):
+        return x
+    raise ValueError(
+        f"{key!r} in the state of a sharded parameter of shape {tuple(p.shape)} must be a DTensor with its placements, "
+        f"{placements}, got {type(x).__name__} of shape {tuple(x.shape)}, which can be no part of a state that is whole"
+    )
 
 
 def wrapped_state(rule: Rule, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,8 +97,8 @@ def wrapped_state(rule: Rule, state: Mapping[str, Any]) -> dict[str, Any]:
         # Room that bitsandbytes expects to find.
         wrapped["unorm_vec"] = torch.zeros(1, dtype=torch.float32, device="cpu")
     others = _of_others(rule, state)  # a whole saved state, if a wrapper has put one there since the last step
-    step = {"step": state["step"]} if "step" in state else {}
-    return {**step, **({WRAPPED: wrapped} if wrapped or others else {}), **others}
+    counts = {key: state[key] for key in COUNTS if key in state}
+    return {**counts, **({WRAPPED: wrapped} if wrapped or others else {}), **others}
 
 
 def _names(rule: Rule) -> set[str]:
@@ -84,7 +121,7 @@ def unwrapped_state(
     bare = {key: x for key, x in saved.items() if key != WRAPPED}
     others = _of_others(rule, bare) if WRAPPED in saved else {}
     saved = _unstacked(rule, {**{key: x for key, x in bare.items() if key not in others}, **saved.get(WRAPPED, {})})
-    state: dict[str, Any] = {key: _copied(x, p.device) for key, x in others.items()}
+    state: dict[str, Any] = {key: _copied(p, x) for key, x in others.items()}
     if not saved:
         return state
     if "step" not in saved:
@@ -115,7 +152,12 @@ def unwrapped_state(
         if tensor.dtype != torch.uint8:
             put(s.key, tensor, torch.float32)
             continue
-        each, key = check_blocksize(blocksize, p.numel()), absmax_key(s.key)
+        each, key, own = check_blocksize(blocksize, p.numel()), absmax_key(s.key), saved.get("blocksize", BLOCKSIZE)
+        if not same_blocks(own, blocksize, p.numel()):
+            raise ValueError(
+                f"saved {s.key} is in blocks of {own}, not {blocksize}: blocksize must be that of the saved state"
+            )
+        state |= of_blocks(blocksize, p.numel())
         codes, scales = _reencoded(rule, s, tensor, _saved(rule, saved, key), saved.get(qmap_key(s.key)), each)
         _check_sign(rule, s, tensor, saved.get(qmap_key(s.key)))
         if shard is not None:
@@ -129,8 +171,14 @@ def unwrapped_state(
     return state
 
 
-def _copied(x: Any, device: torch.device) -> Any:
-    return x.detach().to(device, copy=True) if isinstance(x, Tensor) else copy.deepcopy(x)
+def _copied(p: Tensor, x: Any) -> Any:
+    """A copy of what others have kept of p: sharded like p, if it was saved by `_gathered`."""
+    if not isinstance(x, Tensor):
+        return copy.deepcopy(x)
+    shard, x = shard_of(p), x.detach().to(p.device, copy=True)
+    if shard is None or x.shape != p.shape:
+        return x
+    return sharded_like(p, x.reshape(-1)[shard.start : shard.stop].view(local(p).shape))
 
 
 def _saved(rule: Rule, saved: Mapping[str, Any], key: str) -> Tensor:

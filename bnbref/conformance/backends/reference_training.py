@@ -69,9 +69,9 @@ class Training:
 
     def muon(self, p: Tensor, g: Tensor, momentum: Tensor, nesterov: bool, adjust: str, ns_steps: int, eps: float, beta: float,
              absmax: Tensor | None = None, values: Tensor | None = None, **group: Any) -> Tensors:  # fmt: skip
-        rule = matrices.Muon(nesterov, steps=ns_steps, eps=eps, adjust=adjust)
+        rule = matrices.Muon(nesterov, steps=ns_steps, adjust=adjust)
         scales = {} if absmax is None else {"momentum_absmax": absmax}
-        made = _whole(rule, 1, {**group, "momentum": beta}, p, g, momentum=momentum, **scales)
+        made = _whole(rule, 1, {**group, "momentum": beta, "eps": eps}, p, g, momentum=momentum, **scales)
         return {name.removeprefix("momentum_"): x for name, x in made.items()}
 
     muon_8bit = muon
