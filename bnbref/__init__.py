@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from bnbref import checkpoint, codebooks, functional, kernels, nn, optim
+from bnbref import operators as operators  # what graphs hold; packers of programs find an import alone
 from bnbref.codebooks import Codebook
 from bnbref.integrations.bitsandbytes.alias import as_bitsandbytes, install_as_bitsandbytes, uninstall_as_bitsandbytes
 from bnbref.kernels import eager
@@ -17,8 +18,6 @@ if TYPE_CHECKING:  # "as" says to type checkers that these names are for others
     from bnbref.integrations.hf.transformers import BnbRefConfig as BnbRefConfig
     from bnbref.integrations.hf.transformers import give_back_bitsandbytes as give_back_bitsandbytes
     from bnbref.integrations.hf.transformers import take_over_bitsandbytes as take_over_bitsandbytes
-
-importlib.import_module("bnbref.operators")  # what graphs hold
 
 __version__ = "0.1.0"
 

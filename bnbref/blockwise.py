@@ -188,18 +188,25 @@ def check_blocksize(blocksize: int, numel: int) -> int:
 
 def check_float(name: str, x: Tensor) -> Tensor:
     """The tensor, if it is a dense one whose dtype can be quantized. TypeError or ValueError if not."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    check_tensors(**{name: x})
     if x.dtype not in FLOATS:
         raise ValueError(f"{name} must be float32, float16 or bfloat16, got {x.dtype}")
-    check_dense(name, x)
     return x
 
 
-def check_dense(name: str, x: Tensor) -> None:
-    """ValueError if a tensor is sparse or nested."""
-    if x.layout != torch.strided or x.is_nested:
-        raise ValueError(f"{name} must be dense, got {'a nested tensor' if x.is_nested else x.layout}")
+def check_tensors(**arguments: object) -> None:
+    """TypeError or ValueError that names the first of the arguments that is no dense tensor."""
+    for name, x in arguments.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if x.layout != torch.strided or x.is_nested:
+            raise ValueError(f"{name} must be dense, got {'a nested tensor' if x.is_nested else x.layout}")
+
+
+def check_bool(name: str, value: object) -> None:
+    """TypeError unless the value is a bool, or 0 or 1: a string from a file of settings, "False", would be true."""
+    if not isinstance(value, int):
+        raise TypeError(f"{name} must be a bool, got {value!r}")
 
 
 def check_scales(name: str, absmax: Tensor, numel: int, blocksize: int) -> None:
@@ -221,6 +228,7 @@ def into(name: str, given: Tensor | None, result: Tensor) -> Tensor:
     """
     if given is None:
         return result
+    check_tensors(**{name: given})
     if (given.shape, given.dtype, given.device) != (result.shape, result.dtype, result.device):
         must, got = (f"{x.dtype} {tuple(x.shape)} on {x.device}" for x in (result, given))
         raise ValueError(f"{name} must be {must}, got {got}")
@@ -228,7 +236,10 @@ def into(name: str, given: Tensor | None, result: Tensor) -> Tensor:
 
 
 def check_device(name: str, x: Tensor, **others: Tensor | None) -> None:
-    """ValueError if one of the others is not on the device of `x`, which is called `name`."""
+    """ValueError if one of the others is not on the device of `x`, which is called `name`; TypeError if it is no tensor."""
     for other, y in others.items():
-        if y is not None and y.device != x.device:
+        if y is None:
+            continue
+        check_tensors(**{other: y})
+        if y.device != x.device:
             raise ValueError(f"{other} must be on the device of {name}, {x.device}, got {y.device}")

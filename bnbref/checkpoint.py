@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bnbref import int8
-from bnbref.blockwise import check_float
+from bnbref.blockwise import check_bool, check_float, check_tensors
 from bnbref.checkpoint_weights import Checkpoint, Entry, described, scb_key
 from bnbref.quant_state import quantize_with_state
 
@@ -178,6 +178,12 @@ def write(
         raise ValueError(
             f"blocksize must be a power of two from 32 to 4096 (bitsandbytes reads no other), got {blocksize}"
         )
+    if not isinstance(tensors, Mapping) or not callable(where):
+        raise TypeError(
+            f"tensors must map names to tensors and where be a function of a name, got {tensors!r} and {where!r}"
+        )
+    check_tensors(**tensors)
+    check_bool("double_quant", double_quant)
     selected = {name: tensor.detach() for name, tensor in tensors.items() if where(name)}
     if not selected:
         raise ValueError(f"where must select some of the {len(tensors)} tensors, got none")

@@ -141,6 +141,14 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def read_text(path: Path) -> str:
+    """The text of a file. ValueError that names the file, if it is not in UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--text must be a text in UTF-8, got {str(path)!r}: {error}") from error
+
+
 def needs(command: str, *packages: str) -> None:
     """Raises Refused where a package is not installed, with the line that installs it."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
@@ -224,7 +232,7 @@ def run_qlora(args: argparse.Namespace) -> int:
         if args.dataset:
             text = dataset_text(args.dataset, args.column, args.split)
         else:
-            text = args.text.read_text(encoding="utf-8") if args.text else inspect.getsource(argparse)
+            text = read_text(args.text) if args.text else inspect.getsource(argparse)
         found = qlora(
             args.model or str(MODEL), text, args.out, steps=args.steps, batch=args.batch, length=args.length, lr=args.lr,
             rank=args.rank, targets=args.targets or ATTENTION, dtype=compute_dtype(default_device()),

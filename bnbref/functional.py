@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bnbref import blockwise, int8, maps
-from bnbref.blockwise import into
+from bnbref.blockwise import check_bool, check_float, check_tensors, into
 from bnbref.codebooks import Codebook, value_table
 from bnbref.context import not_a_view
 from bnbref.maps import create_dynamic_map, create_fp8_map, create_linear_map, create_normal_map, get_4bit_type
@@ -51,6 +51,8 @@ def quantize_blockwise(
     >>> codes, state.absmax
     (tensor([127,   0, 219], dtype=torch.uint8), tensor([2.]))
     """
+    check_float("A", A)
+    check_bool("nested", nested)
     book = maps.codebook_of(code)
     codes, scales = blockwise.quantize(A, book, blocksize)
     values = maps.padded_to_256(code if isinstance(code, Tensor) else value_table(book, A.device)).to(A.device)
@@ -73,10 +75,11 @@ def dequantize_blockwise(
     >>> dequantize_blockwise(*quantize_blockwise(torch.tensor([0.0, -2.0, 2.0])))
     tensor([ 0.0000, -1.9859,  2.0000])
     """
+    check_tensors(A=A)
     if quant_state is None:
         if absmax is None:
             raise ValueError("dequantize_blockwise needs quant_state or absmax, got neither")
-        values = code if isinstance(code, Tensor) else value_table(maps.codebook_of(code), A.device)
+        values = maps.values_of(code) if isinstance(code, Tensor) else value_table(maps.codebook_of(code), A.device)
         quant_state = QuantState(absmax, code=values, blocksize=blocksize, dtype=torch.float32)
     _check_state(quant_state)
     if quant_state.quant_type is not None:
@@ -102,6 +105,8 @@ def quantize_4bit(
     >>> [f"{byte:02x}" for byte in packed.flatten().tolist()], state.absmax
     (['f0', '7c'], tensor([1.]))
     """
+    check_float("A", A)
+    check_bool("compress_statistics", compress_statistics)
     blocksize = 64 if blocksize is None else blocksize
     packed, state = quantize_with_state(A, quant_type, blocksize, compress_statistics, quant_storage)
     state.absmax = into("absmax", absmax, state.absmax)
@@ -120,9 +125,11 @@ def dequantize_4bit(
     >>> dequantize_4bit(*quantize_4bit(torch.tensor([1.0, -1.0, 0.0, 0.5]), quant_type="nf4"))
     tensor([ 1.0000, -1.0000,  0.0000,  0.4407])
     """
+    check_tensors(A=A)
     if quant_state is None:
         if absmax is None or out is None:
             raise ValueError("dequantize_4bit needs quant_state, or both absmax and out")
+        check_tensors(absmax=absmax, out=out)
         blocksize = 64 if blocksize is None else blocksize
         quant_state = QuantState(absmax, shape=out.shape, blocksize=blocksize, quant_type=quant_type, dtype=out.dtype)
     _check_state(quant_state)
@@ -190,12 +197,14 @@ def int8_vectorwise_quant(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Te
     >>> int8_vectorwise_quant(torch.tensor([[1.0, -0.5, 7.0]]), threshold=6.0)
     (tensor([[127, -64,   0]], dtype=torch.int8), tensor([1.]), tensor([2]))
     """
+    check_float("A", A)
     codes, absmax, columns = int8.quantize(A, threshold)
     return codes, absmax, None if columns is None else columns.nonzero().view(-1)
 
 
 def int8_vectorwise_dequant(A: Tensor, stats: Tensor) -> Tensor:
     """`fl(fl(A * stats) * RN(1 / 127))`, float32: `int8.dequantize`. stats: `[rows]` or `[rows, 1]`.  Exact."""
+    check_tensors(A=A, stats=stats)
     return int8.dequantize(A, stats.reshape(-1))
 
 
@@ -221,6 +230,7 @@ def int8_double_quant(
 
 def int8_linear_matmul(A: Tensor, B: Tensor, out: Tensor | None = None, dtype: torch.dtype = torch.int32) -> Tensor:
     """The int32 product `A @ B^T` of int8 tensors: `int8.multiply`.  Exact."""
+    check_tensors(A=A, B=B)
     if dtype != torch.int32:
         raise ValueError(f"dtype must be torch.int32, got {dtype}")
     return into("out", out, int8.multiply(A, B))
@@ -234,6 +244,7 @@ def int8_mm_dequant(
     >>> int8_mm_dequant(torch.tensor([[16129]], dtype=torch.int32), torch.tensor([2.0]), torch.tensor([3.0]))
     tensor([[6.]], dtype=torch.float16)
     """
+    check_tensors(A=A, row_stats=row_stats, col_stats=col_stats)
     if A.dtype != torch.int32:
         raise ValueError(f"A must be int32, got {A.dtype}")
     for name, stats in (("row_stats", row_stats), ("col_stats", col_stats)):

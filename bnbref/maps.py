@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -83,10 +84,15 @@ def codebook_of(code: Tensor | Codebook | None) -> Codebook:
         return code
     if code is None:
         return DYNAMIC
-    if not isinstance(code, Tensor) or code.dim() != 1 or code.is_complex():
+    return _of_values(tuple(values_of(code).detach().float().tolist()))
+
+
+def values_of(code: Any) -> Tensor:
+    """The code, if it is a tensor of values; ValueError if not."""
+    if not isinstance(code, Tensor) or code.dim() != 1 or code.is_complex() or code.layout != torch.strided:
         got = f"{code.dtype} {tuple(code.shape)}" if isinstance(code, Tensor) else repr(code)
         raise ValueError(f"code must be a Codebook or a tensor of sorted values in one dimension, got {got}")
-    return _of_values(tuple(code.detach().float().tolist()))
+    return code
 
 
 @functools.cache

@@ -1,12 +1,21 @@
 """The notebooks of the tutorials, each from its page: text becomes a cell of Markdown, and a block of Python a cell of code.
 
-    python docs/notebooks.py            writes docs/content/notebooks/*.ipynb
+    python docs/notebooks.py                  writes docs/content/notebooks/*.ipynb
+    python docs/notebooks.py --run            runs each of them, and says how long it took and on what
+    python docs/notebooks.py --run load nf4   these two
 
-The first cell of code installs bnbref. `tests/test_notebooks.py` compares the files with what this writes, and runs them.
+The first cell of code installs bnbref, and is left out in a run: a run takes the bnbref, transformers and peft of this Python,
+and neither Jupyter nor the network. A model goes to the GPU if there is one. `tests/test_notebooks.py` compares the files with
+what this writes, and runs them.
 """
 
+import argparse
 import json
 import re
+import subprocess
+import sys
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +61,52 @@ def text(page: Path) -> str:
     return json.dumps(notebook(page.read_text(encoding="utf-8")), indent=1, ensure_ascii=False) + "\n"
 
 
+def cells(name: str, kind: str) -> list[str]:
+    """The texts of the cells of a kind in a notebook, but for the one that installs."""
+    found = json.loads((FOLDER / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+    return [
+        "".join(c["source"]) for c in found if c["cell_type"] == kind and "install" not in c["metadata"].get("tags", ())
+    ]
+
+
+RUN = """
+import json, sys
+names = {"__name__": "__main__"}
+for number, source in enumerate(json.load(sys.stdin)):
+    exec(compile(source, f"cell {number}", "exec"), names)
+"""
+
+
+def run(name: str, folder: str | Path) -> subprocess.CompletedProcess[str]:
+    """The cells of a notebook in a Python of its own, whose files go into the folder."""
+    code = json.dumps(cells(name, "code"))
+    return subprocess.run([sys.executable, "-c", RUN], input=code, cwd=folder, capture_output=True, text=True)
+
+
+def run_all(names: list[str]) -> bool:
+    """Run notebooks, and print a line for each; whether all ran to their end."""
+    import torch
+
+    print(f"torch {torch.__version__}, on {torch.cuda.get_device_name() if torch.cuda.is_available() else 'a CPU'}")
+    failed = []
+    for name in names:
+        start = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            done = run(name, folder)
+        print(f"{name:12} {time.monotonic() - start:6.1f} s  {'failed' if done.returncode else 'ok'}", flush=True)
+        failed += [done.stderr] if done.returncode else []
+    print(*failed, sep="\n", end="")
+    return not failed
+
+
 if __name__ == "__main__":
+    arguments = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    arguments.add_argument(
+        "--run", nargs="*", metavar="NAME", choices=[p.stem for p in PAGES], help="run them, or those named"
+    )
+    chosen = arguments.parse_args().run
+    if chosen is not None:
+        sys.exit(not run_all(chosen or [page.stem for page in PAGES]))
     FOLDER.mkdir(exist_ok=True)
     for page in PAGES:
         (FOLDER / f"{page.stem}.ipynb").write_text(text(page), encoding="utf-8")

@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import NormalDist
 
 import errors
+import lessons
 from svg import WIDTH, Picture
 from timeline import timeline
 
@@ -239,6 +240,7 @@ def adam() -> Picture:
 
 PICTURES = {
     "formats": formats, "dynamic": dynamic_maps, "errors": errors.picture, "memory": memory, "house": house, "adam": adam,
+    "adapter": lessons.adapter, "block": lessons.block,
 }  # fmt: skip
 if OVERLAP.exists():  # benchmarks/overlap.py has run on a GPU
     PICTURES["overlap"] = lambda: timeline(json.loads(OVERLAP.read_text(encoding="utf-8")))

@@ -744,3 +744,18 @@ a.pt is not a whole file of torch.save with nothing but tensors: UnpicklingError
 w is missing, but its ['absmax'] are there
 a.pt is not a whole file of torch.save with nothing but tensors: RuntimeError""",
     )
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"tensors": [torch.ones(2)]}, "tensors"),
+        ({"where": "q.weight"}, "where"),
+        ({"tensors": {"q.weight": [1.0]}}, "q.weight"),
+        ({"double_quant": "False"}, "double_quant"),
+    ],
+)
+def test_arguments_of_another_kind_are_named(tmp_path, change, named):
+    given = {"tensors": {"q.weight": torch.ones(64)}, "quantize": "nf4", "where": lambda name: True} | change
+    with pytest.raises(TypeError, match=named):
+        checkpoint.write(tmp_path / "a.safetensors", **given)

@@ -160,6 +160,14 @@ def test_demo_refuses(argv, message, capsys):
     assert capsys.readouterr().err == message
 
 
+def test_a_text_in_another_encoding_is_named(capsys, tmp_path):
+    pytest.importorskip("peft")
+    text = tmp_path / "mine.txt"
+    text.write_text("Grüße", encoding="latin-1")
+    assert main(["qlora", "--text", str(text)]) == 2
+    assert f"--text must be a text in UTF-8, got {str(text)!r}: " in capsys.readouterr().err
+
+
 def test_demo_says_what_to_install(capsys, monkeypatch):
     pytest.importorskip("transformers")
     find_spec = importlib.util.find_spec

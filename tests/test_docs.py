@@ -107,6 +107,24 @@ def test_every_file_is_on_the_page_that_says_in_which_order_to_read_them():
             assert re.search(rf"`(\w+/)*{path.name}`", page), f"{path.relative_to(ROOT)} is in no row of reading.md"
 
 
+def speeds(text: str) -> dict[str, str]:
+    """Rows of tables by their first cell, and the sentence on products of few rows."""
+    rows = {line.split("|")[1].strip(): line for line in text.splitlines() if re.match(r"\| [^-|]", line)}
+    sentence = re.search(
+        r"One to eight rows .*? bitsandbytes' kernels, 16 rows and more [^;]*;", " ".join(text.split())
+    )
+    return rows | ({"few rows": sentence[0]} if sentence else {})
+
+
+def test_the_front_page_and_the_page_of_speed_say_the_same():
+    readme, page = (
+        speeds((ROOT / name).read_text(encoding="utf-8")) for name in ("README.md", "docs/content/speed.md")
+    )
+    both = readme.keys() & page.keys()
+    assert len(both) >= 12
+    assert {name: readme[name] for name in both} == {name: page[name] for name in both}
+
+
 COMMAND = re.compile(r"python -m bnbref ([^`\n]*)")
 REST = re.compile(r" #|[|>;)]|&&")
 """What ends a command on its line."""

@@ -11,7 +11,7 @@ import second
 import torch
 from conftest import difference, running, same_bits
 from expecttest import assert_expected_inline
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bnbref
@@ -33,6 +33,63 @@ def message(function, *args, error=ValueError, **kwargs) -> str:
     with pytest.raises(error) as caught:
         function(*args, **kwargs)
     return str(caught.value).replace(str(sorted(FOUR_BIT)), "[formats]")
+
+
+# ---- arguments of another kind --------------------------------------------------------------------------------------
+
+_x = ramp(4, 64)
+_packed, _state = F.quantize_4bit(_x, quant_type="nf4")
+_codes, _state8 = F.quantize_blockwise(_x)
+_int8, _rows, _ = F.int8_vectorwise_quant(_x)
+_product = F.int8_linear_matmul(_int8, _int8)
+
+CALLS = {
+    F.quantize_4bit: {"A": _x, "absmax": None, "out": None, "compress_statistics": False},
+    F.dequantize_4bit: {"A": _packed, "quant_state": _state, "out": None},
+    F.quantize_blockwise: {"A": _x, "code": None, "absmax": None, "out": None, "nested": False},
+    F.dequantize_blockwise: {"A": _codes, "quant_state": _state8, "out": None},
+    F.int8_vectorwise_quant: {"A": _x},
+    F.int8_vectorwise_dequant: {"A": _int8, "stats": _rows},
+    F.int8_double_quant: {"A": _x},
+    F.int8_linear_matmul: {"A": _int8, "B": _int8, "out": None},
+    F.int8_mm_dequant: {"A": _product, "row_stats": _rows, "col_stats": _rows, "out": None, "bias": None},
+}
+"""Functions and arguments with which they run."""
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [pytest.param(f, name, id=f"{f.__name__}-{name}") for f, names in CALLS.items() for name in names],
+)
+@settings(max_examples=15)
+@given(
+    junk=st.one_of(
+        st.text(),
+        st.floats(),
+        st.lists(st.floats()),
+        st.binary(),
+        st.builds(object),
+        st.just(torch.int8),
+        st.just(_x.to_sparse()),
+    )
+)
+def test_an_argument_of_another_kind_is_named(function, name, junk):
+    if name in ("compress_statistics", "nested") and isinstance(junk, torch.Tensor):
+        junk = "False"
+    with bnbref.eager(), pytest.raises((TypeError, ValueError), match=rf"\b{name}\b"):
+        function(**CALLS[function] | {name: junk})
+
+
+@pytest.mark.parametrize("function", CALLS, ids=lambda f: f.__name__)
+def test_those_calls_run(function):
+    function(**CALLS[function])
+
+
+def test_values_that_are_no_numbers_of_a_line_are_refused_in_decoding():
+    complex_values = torch.linspace(-1, 1, 16) * 1j
+    assert "code must be a Codebook or a tensor" in message(
+        F.dequantize_blockwise, _codes, absmax=_state8.absmax, code=complex_values
+    )
 
 
 # ---- signatures -----------------------------------------------------------------------------------------------------
@@ -799,7 +856,7 @@ def test_errors():
         """\
 quant_type must be one of [formats] or a Codebook of at most 16 values, got 'nf3'
 blocksize must be a positive integer, got 0
-x must be float32, float16 or bfloat16, got torch.float64
+A must be float32, float16 or bfloat16, got torch.float64
 quant_storage torch.float32 has 4 bytes, which do not divide the 3 bytes of 6 packed elements
 dequantize_4bit needs quant_state, or both absmax and out
 dequantize_4bit needs quant_state, or both absmax and out
@@ -807,7 +864,7 @@ this operation needs the quant state's shape, which is None
 quant_type is None: this QuantState is not one of a 4-bit tensor
 this operation needs the quant state's dtype, which is None
 blocksize must be a positive integer, got -1
-x must be float32, float16 or bfloat16, got torch.int32
+A must be float32, float16 or bfloat16, got torch.int32
 values of codebook 'code' must be at least two, sorted, got [1.0, 0.0]
 dequantize_blockwise needs quant_state or absmax, got neither
 codes must be uint8, got torch.float32
@@ -815,8 +872,8 @@ code must have 2 to 256 values, got 300
 code must be a Codebook or a tensor of sorted values in one dimension, got [0.0, 1.0]
 absmax must be float32, float16 or bfloat16, got torch.uint8
 absmax must be float32, float16 or bfloat16, got torch.uint8
-x must be dense, got torch.sparse_coo
-x must be dense, got a nested tensor
+A must be dense, got torch.sparse_coo
+A must be dense, got a nested tensor
 quant_type must be one of [formats] or a Codebook of at most 16 values, got 'nf8'
 af4 is defined for blocksize 64, got 128
 total_bits must be exponent_bits + precision_bits + sign = 8, got 7
@@ -826,10 +883,10 @@ dtype must be torch.int32, got torch.float32
 row_stats must be None: results are returned, not written into tensors of the caller
 A must be int32, got torch.int8
 row_stats must be float32, got torch.float16
-x must be a torch.Tensor, got list
-x must be a torch.Tensor, got ndarray
+A must be a torch.Tensor, got list
+A must be a torch.Tensor, got ndarray
 quant_storage must be a torch.dtype, got 'uint8'
-quant_state must be a QuantState, got Tensor
+A must be a torch.Tensor, got QuantState
 quant_type is None: this QuantState is not one of a 4-bit tensor
 quant_state is one of 4-bit codes, 'fp4': dequantize_4bit undoes these
 quant_state must be a QuantState, got Tensor

@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,21 +13,6 @@ FOLDER = ROOT / "docs/content/notebooks"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
 QUICK = "judge"
 """It takes seconds. The pages of the others run in test_docs.py, and have the same code."""
-
-RUN = """
-import json, sys
-names = {"__name__": "__main__"}
-for number, source in enumerate(json.load(sys.stdin)):
-    exec(compile(source, f"cell {number}", "exec"), names)
-"""
-
-
-def cells(name, kind):
-    """The texts of the cells of a kind, but for the one that installs."""
-    found = json.loads((FOLDER / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
-    return [
-        "".join(c["source"]) for c in found if c["cell_type"] == kind and "install" not in c["metadata"].get("tags", ())
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -50,15 +34,15 @@ def test_there_is_a_notebook_of_each_tutorial_as_it_is(notebooks):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_notebook_has_the_code_that_runs_on_the_page(name):
+def test_a_notebook_has_the_code_that_runs_on_the_page(notebooks, name):
     page = (ROOT / "docs/content/tutorials" / f"{name}.md").read_text(encoding="utf-8")
-    lines = "\n".join(cells(name, "code")).splitlines()
+    lines = "\n".join(notebooks.cells(name, "code")).splitlines()
     assert [line for line in lines if line] == [line for line in program_of(page, name).splitlines() if line]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_links_of_a_notebook_lead_somewhere(name):
-    links = re.findall(r"\]\((?![a-z]+:|#)([^)#]+)", "\n".join(cells(name, "markdown")))
+def test_links_of_a_notebook_lead_somewhere(notebooks, name):
+    links = re.findall(r"\]\((?![a-z]+:|#)([^)#]+)", "\n".join(notebooks.cells(name, "markdown")))
     assert links
     assert [link for link in links if not (FOLDER / link).exists()] == []
 
@@ -72,9 +56,19 @@ def test_the_first_cell_installs_this_checkout():
 
 
 @pytest.mark.parametrize("name", [n if n == QUICK else pytest.param(n, marks=pytest.mark.slow) for n in NAMES])
-def test_a_notebook_runs(name, tmp_path):
-    code = json.dumps(cells(name, "code"))
-    done = subprocess.run(
-        [sys.executable, "-c", RUN], input=code, cwd=tmp_path, capture_output=True, text=True, timeout=900
-    )
+def test_a_notebook_runs(notebooks, name, tmp_path):
+    done = notebooks.run(name, tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_run_of_notebooks_says_how_long_and_whether(notebooks, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(notebooks, "FOLDER", tmp_path)
+    for name, code in (("good", "x = 1"), ("bad", "1 / x")):
+        found = notebooks.notebook(f"# Title\n\n```python\nx = 0\n```\n\n```python\n{code}\n```\n")
+        (tmp_path / f"{name}.ipynb").write_text(json.dumps(found))
+    assert notebooks.run_all(["good"])
+    assert not notebooks.run_all(["good", "bad"])
+    said = capsys.readouterr().out
+    assert len(re.findall(r"^good +\d+\.\d s  ok$", said, re.M)) == 2
+    assert re.search(r"^bad +\d+\.\d s  failed$", said, re.M)
+    assert "ZeroDivisionError" in said

@@ -305,6 +305,22 @@ def test_line_ends_are_those_that_the_digests_are_of(tmp_path):
     assert b"\r" not in (tmp_path / "clone" / name).read_bytes()
 
 
+def test_import_statements_lead_to_all_that_is_imported():
+    """What packs a program into a folder, such as PyInstaller, follows statements, and no `importlib.import_module`."""
+    found, ahead = set(), ["bnbref"]
+    while ahead:
+        module = ahead.pop()
+        if module in found or module not in SOURCES:
+            continue
+        found.add(module)
+        is_package = SOURCES[module].name == "__init__.py"
+        targets = [target for _, target in imports_of(module, tree_of(module), is_package, frozenset(SOURCES))]
+        ahead += [".".join(target.split(".")[:depth]) for target in targets for depth in range(1, 6)]
+    program = "import sys, bnbref; print(*(name for name in sys.modules if name.startswith('bnbref.')))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) - found == set()
+
+
 def test_dir_is_what_there_is_to_use():
     """Every name, and no other: `import` statements of the module are not listed."""
     bnbref = importlib.import_module("bnbref")

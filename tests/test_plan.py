@@ -304,6 +304,11 @@ def test_what_the_command_refuses(capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
+def test_a_size_of_nothing_is_refused(capsys):
+    assert cli.main(["plan", "0.0B"]) == 2
+    assert "a size must be above 0, like 7B, got '0.0B'" in capsys.readouterr().err
+
+
 def test_a_model_that_is_not_there(capsys, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "no such thing"}))
     for model in (tmp_path, tmp_path / "nothing"):

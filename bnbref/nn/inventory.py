@@ -87,6 +87,8 @@ def report(model: nn.Module) -> Report:
     1.bias          64  float32    256  bias
     95.5 % of 4,288 parameters quantized, 2,888 bytes, 5.39 bits a parameter
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     reasons: dict[str, str] = getattr(model, REASONS, {})
     seen: dict[int, str] = {}
     found: list[ParameterReport] = []

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from bnbref.blockwise import check_blocksize, check_dense
+from bnbref.blockwise import check_blocksize, check_tensors
 from bnbref.optim import paging, planned_steps
 from bnbref.optim.equation import Equation
 from bnbref.optim.master_weights import CORRECTIONS, correction_dtype, corrections, set_value, value_of
@@ -98,7 +98,7 @@ class Optimizer(torch.optim.Optimizer):
             self._check(config)
             self._rules.at_step(1, config)
             for p in group["params"]:
-                check_dense("a parameter", p)
+                check_tensors(**{"a parameter": p})
                 self._rules.check_shape(p, config)
                 self._check_place(p)
         except BaseException:  # whatever a rule raises when it is asked for its coefficients

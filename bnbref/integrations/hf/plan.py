@@ -75,6 +75,8 @@ def number_of_parameters(model: str) -> float | None:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([MmBb])", model)
     if found is None or Path(model).exists():
         return None
+    if float(found[1]) == 0:
+        raise ValueError(f"a size must be above 0, like 7B, got {model!r}")
     return float(found[1]) * (1e6 if found[2] in "Mm" else 1e9)
 
 
