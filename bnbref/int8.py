@@ -47,15 +47,16 @@ def _asked() -> bool:
     return torch.cpu._is_vnni_supported() and in_another_thread(exact)
 
 
-@fused(dynamic={"rows": (0, 1)}, by_rows=lambda threshold: threshold <= 0)
-def quantize_int8_rows(rows: Tensor, *, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+@fused(dynamic={"rows": (0, 1)}, by_rows=lambda threshold, **_: threshold <= 0)
+def quantize_int8_rows(rows: Tensor, *, threshold: float, propagate_nan: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """The int8 codes and the scales of rows, and which columns hold an outlier.  Exact.
 
     rows: float32, float16 or bfloat16 `[rows, columns]`. Returns codes, int8 of that shape, 0 in outlier columns; the absmax of
     each row over what is below the threshold, float32 `[rows]`; and bool `[columns]`, or `[0]` if the threshold is 0.
+    propagate_nan: whether the absmax of a row with a NaN is NaN; if not, the NaN is left out.
     """
     x = rows.float()
-    size = torch.where(x == x, x.abs(), 0.0)
+    size = x.abs() if propagate_nan else torch.where(x == x, x.abs(), 0.0)
     if threshold > 0:
         outlier = size >= threshold
         size = torch.where(outlier, 0.0, size)
@@ -63,7 +64,7 @@ def quantize_int8_rows(rows: Tensor, *, threshold: float) -> tuple[Tensor, Tenso
     else:
         columns = torch.empty(0, dtype=torch.bool, device=rows.device)
     absmax = size.amax(-1)
-    absmax = torch.where(absmax >= SMALLEST_ABSMAX, absmax, 0.0)
+    absmax = torch.where(absmax < SMALLEST_ABSMAX, 0.0, absmax)
     # Two roundings, as on every backend of bitsandbytes: CUDA multiplies by the reciprocal, and so does torch for 127 / x.
     scaled = x * rearrange(reciprocal(absmax) * 127.0, "r -> r 1")
     # NaN, and inf * 0 in a row whose absmax is infinite, are 0.
@@ -105,13 +106,14 @@ def as_matrix(x: Tensor) -> Tensor:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
-def quantize(x: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
+def quantize(x: Tensor, threshold: float = 0.0, propagate_nan: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
     """Row-wise int8 of a tensor `[..., columns]`, its rows' absmax, and which columns hold an outlier.  Exact.
 
         q = rint(x * fl(127 * fl(1 / absmax))), half to even; absmax over the row's elements with |x| < threshold (NaN left out)
 
     Returns int8 like `x`, float32 `[rows]` over the flattened leading dimensions, and bool `[columns]`, or None where
     the threshold is 0. Columns with an outlier are zero in every row, NaN is 0, and so is a row with an infinity.
+    With propagate_nan the absmax of a row with a NaN is NaN, so that a product with this row is NaN: its codes alone are finite.
 
     >>> quantize(torch.tensor([[1.0, -0.5, 7.0], [2.0, 0.0, 1.0]]), threshold=6.0)
     (tensor([[127, -64,   0],
@@ -126,7 +128,9 @@ def quantize(x: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor 
         empty = torch.zeros(x.shape[-1], dtype=torch.bool, device=x.device)
         rows = x.shape[:-1].numel()
         return x.to(torch.int8), x.new_zeros(rows, dtype=torch.float32), empty if threshold > 0 else None
-    codes, absmax, columns = quantize_int8_rows(as_matrix(x.detach()), threshold=float(threshold))
+    codes, absmax, columns = quantize_int8_rows(
+        as_matrix(x.detach()), threshold=float(threshold), propagate_nan=propagate_nan
+    )
     return codes.view(x.shape), absmax, columns if threshold > 0 else None
 
 

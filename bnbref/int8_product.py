@@ -36,7 +36,7 @@ def product_8bit(
     gather: whether outlier columns are counted and gathered, which waits for a GPU; if not, the others are set to zero.
     """
     rows = as_matrix(a)
-    q, row_absmax, columns = int8.quantize(rows, threshold)
+    q, row_absmax, columns = int8.quantize(rows, threshold, propagate_nan=True)
     if few_rows.is_row_of_int8(rows, codes):
         arguments = (q, row_absmax, codes, absmax, bias)
         if columns is None:

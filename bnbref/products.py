@@ -182,7 +182,8 @@ def matmul(
     A `[..., k]`; B `[n, k]` float, quantized on the way, or int8, whose codes and absmax are state.CB and state.SCB.
     threshold overrides the state's if positive. Returns `[..., n]` in A's dtype.
     Without outliers exact (the int32 product and its scaling have one defined result); the outlier part and the gradients are
-    bounded as a float product is. grad_A = grad @ W with W rounded to grad's dtype; grad_B = grad^T @ A.
+    bounded as a float product is. A NaN in a row of A or of a float B makes NaN of all that is computed from this row.
+    grad_A = grad @ W with W rounded to grad's dtype; grad_B = grad^T @ A.
 
     >>> matmul(torch.tensor([[1.0, -2.0]]), torch.tensor([[1.0, 1.0], [0.0, 4.0]]))
     tensor([[-0.9921, -8.0000]])
@@ -195,7 +196,7 @@ def matmul(
     weight: Tensor | None = None
     if memory.dtype != torch.int8:
         weight = check_float("B", B)
-        codes, absmax, _ = int8.quantize(memory)
+        codes, absmax, _ = int8.quantize(memory, propagate_nan=True)
     elif state.CB is not None and state.SCB is not None:
         codes, absmax = plain(state.CB), state.SCB
     else:

@@ -254,10 +254,10 @@ def int8_rows(draw: st.DrawFn, dtype: torch.dtype, threshold: float, rows: Block
     return torch.from_numpy(np.array(out, dtype=np.float32).reshape(n, k)).to(dtype)
 
 
-def _quantize_int8_rows(dtype: torch.dtype, threshold: float) -> Variant:
+def _quantize_int8_rows(dtype: torch.dtype, threshold: float, propagate_nan: bool) -> Variant:
     def cases(rows: Blocks) -> st.SearchStrategy[Case]:
-        columns = rows.map(lambda n: 19 * n)
-        return int8_rows(dtype, threshold, rows, columns).map(lambda x: Case((x,), {"threshold": threshold}))
+        columns, constants = rows.map(lambda n: 19 * n), {"threshold": threshold, "propagate_nan": propagate_nan}
+        return int8_rows(dtype, threshold, rows, columns).map(lambda x: Case((x,), constants))
 
     return cases
 
@@ -482,7 +482,9 @@ KERNELS: dict[str, dict[str, Variant]] = {
     ),
     "dequantize_blocks": _named(_dequantize_blocks, (F32, DYNAMIC, 256), (BF16, DYNAMIC, 256)),
     "dequantize_nested": {"float32": _dequantize_nested},
-    "quantize_int8_rows": _named(_quantize_int8_rows, (F32, 2.5), (F32, 0.0), (F16, 6.0)),
+    "quantize_int8_rows": _named(
+        _quantize_int8_rows, (F32, 2.5, True), (F32, 0.0, False), (F32, 0.0, True), (F16, 6.0, False)
+    ),
     "dequantize_int8_product": _named(_dequantize_int8_product, (F32, None, None), (BF16, F32, BF16), (F16, F16, None)),
     "multiply_rows": _named(
         _multiply_rows,

@@ -324,6 +324,15 @@ def test_data_of_another_size_is_refused():
     layer.weight.data = torch.empty(0, dtype=BF16)  # freed, until it is needed again
     layer.weight.data = codes
     assert raw_weight(layer) == raw_weight(linear4(quant_storage=BF16))
+    layer = linear8()
+    codes = layer.weight.data
+    layer.weight.data = codes.clone()
+    layer.weight.data = torch.empty(0, dtype=torch.int8)
+    for other in (torch.randn(32, 64), codes[1:]):
+        with pytest.raises(TypeError, match="int8 codes are assigned with their scales"):
+            layer.weight.data = other
+    layer.weight.data = codes
+    assert raw_weight(layer) == raw_weight(linear8())
 
 
 # ---- copies and files -----------------------------------------------------------------------------------------------

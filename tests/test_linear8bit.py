@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import running
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from layers import BF16, F16, F32, fill, linear8, linear8_layers, raw, raw_weight
 from torch import nn
@@ -49,6 +49,27 @@ def test_without_outliers_it_is_exact(layer, shape, dtype):
     x = inputs(*shape, layer.in_features, dtype=dtype)
     y = layer(x)
     assert raw(y) == raw(product(x, layer)[0].to(dtype).view(*shape, layer.out_features))
+
+
+@pytest.mark.parametrize("kernels", ["eager", "compiled"], indirect=True)
+@settings(max_examples=20)
+@given(
+    threshold=st.sampled_from([0.0, 6.0]), rows=st.lists(st.booleans(), min_size=1, max_size=3),
+    float_weight=st.booleans(), outlier=st.booleans(), data=st.data(),
+)  # fmt: skip
+def test_a_nan_stays_nan(threshold, rows, float_weight, outlier, data):
+    """In the rows that have one, as in a float product, and in no other; that of a float weight in its column."""
+    layer = linear8(3, 64, threshold=threshold, has_fp16_weights=float_weight)
+    x = inputs(len(rows), 64, outliers=[7] * outlier)
+    want = torch.zeros(len(rows), 3, dtype=torch.bool)
+    for row, has_nan in enumerate(rows):
+        if has_nan:
+            x[row, data.draw(st.integers(0, 63))] = float("nan")
+            want[row] = True
+    if float_weight and data.draw(st.booleans()):
+        layer.weight.data[1, data.draw(st.integers(0, 63))] = float("nan")
+        want[:, 1] = True
+    assert torch.equal(layer(x).isnan(), want)
 
 
 @given(layer=linear8_layers(), dtype=st.sampled_from([F32, BF16, F16]))

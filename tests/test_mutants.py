@@ -240,7 +240,7 @@ MUTANTS = {
     "int8 threshold not included": (
         int8.quantize_int8_rows,
         "definition",
-        replaced(lambda f, x, threshold: f(x, threshold=up(threshold) if threshold else 0.0)),
+        replaced(lambda f, x, threshold, **kw: f(x, threshold=up(threshold) if threshold else 0.0, **kw)),
         "quantize_int8_rows",
         False,
     ),

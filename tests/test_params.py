@@ -290,6 +290,22 @@ def test_plain_int8_is_no_int8_weight():
         weight.data = weight.data + 1
 
 
+@given(
+    layers(), st.sampled_from([{"copy": True}, {"device": "cpu", "copy": True}, {"copy": True, "non_blocking": True}])
+)
+def test_a_copy_by_to_shares_no_memory(layer, how):
+    def pointers(weight):
+        state, absmax = getattr(weight, "quant_state", None), getattr(weight, "SCB", None)
+        scales = state.tensors() if state is not None else [absmax]
+        return {t.data_ptr() for t in (weight.data, *scales)}
+
+    before = raw_weight(layer)
+    copied = layer.weight.to(**how)
+    assert not pointers(copied) & pointers(layer.weight)
+    layer.weight = copied
+    assert raw_weight(layer) == before
+
+
 @pytest.mark.parametrize("make", [lambda: Linear4bit(64, 8, False), lambda: Linear8bitLt(64, 8, False, False)])
 def test_tied_weights_stay_tied(make):
     a, b = make(), make()

@@ -385,3 +385,29 @@ def test_a_layer_outside_of_transformers():
     stir(model)
     model(x).sum().backward()
     assert net[1].lora_A["default"].weight.grad.abs().max() > 0
+
+
+# ---- X-LoRA ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:`adapters` is:UserWarning")
+def test_xlora_mixes_adapters_as_over_the_dequantized_model(ids, tmp_path):
+    """Its config has none of the fields that name modules."""
+    for seed in (0, 1):
+        model = with_adapter("nf4_nested")
+        stir(model, seed)
+        model.save_pretrained(tmp_path / str(seed))
+
+    def load():
+        return quantized("nf4_nested", torch.bfloat16)  # the dtype in which its products are made
+
+    def mixed(model):
+        model.config.use_cache = False
+        adapters = {str(seed): str(tmp_path / str(seed)) for seed in (0, 1)}
+        sizes = {"hidden_size": model.config.hidden_size, "xlora_depth": 1}
+        torch.manual_seed(0)
+        return peft.get_peft_model(model, peft.XLoraConfig(task_type="CAUSAL_LM", adapters=adapters, **sizes)).eval()
+
+    found, without = mixed(load()), load().eval()
+    assert torch.equal(logits(found, ids), logits(mixed(load().dequantize()), ids))
+    assert not torch.equal(logits(found, ids), logits(without, ids))

@@ -1,5 +1,6 @@
 """State dicts: bitsandbytes' keys and bytes, loaded whole or refused."""
 
+import copy
 import itertools
 import tempfile
 from pathlib import Path
@@ -366,6 +367,30 @@ def test_state_dicts_hold_no_views_of_longer_storages(layer):
         fresh = nn.Sequential(unquantized(layer).to("cpu"))
         assert load_model(fresh, f"{folder}/model.safetensors") == (set(), [])
     assert raws(fresh.state_dict()) == raws(model.state_dict())
+
+
+@given(layers(), st.booleans(), st.permutations(["a", "b", "c"]))
+def test_layers_that_share_a_weight_come_back_through_a_file_of_safetensors(layer, quantized, names):
+    """The file has the shared weight once, under the name that safetensors chooses; beside it stands one that is not shared."""
+    first, second, third = names
+
+    def model(shared, other):
+        other_of_it = copy.copy(shared)  # with the same weight, and parameters of its own
+        other_of_it._parameters = dict(shared._parameters)
+        return nn.ModuleDict(dict(sorted({first: shared, second: other_of_it, third: other}.items())))
+
+    tied = model(layer, copy.deepcopy(layer))
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(tied, f"{folder}/model.safetensors")
+        kept = [key for key in load_file(f"{folder}/model.safetensors") if key.startswith((first, second))]
+        assert len(kept) == len(layer.state_dict())
+        fresh = [fill(unquantized(layer), seed) for seed in (1, 2)]
+        if quantized:
+            fresh = [new.to("cpu") for new in fresh]
+        again = model(*fresh)
+        assert load_model(again, f"{folder}/model.safetensors") == (set(), [])
+    assert raws(again.state_dict()) == raws(tied.state_dict())
+    assert again[first].weight is again[second].weight
 
 
 @given(

@@ -73,7 +73,8 @@ class FourBitLayer(QuantizedLayer):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         state = self.quant_state
         if state is not None:
-            destination |= {f"{prefix}weight.{key}": value for key, value in state.as_dict(packed=True).items()}
+            entries = {f"weight.{key}": value for key, value in state.as_dict(packed=True).items()}
+            self._save_beside(entries, destination, prefix)
 
 
 def _scales_of(weight: Tensor) -> Tensor | None:
@@ -157,8 +158,9 @@ class EightBitLayer(QuantizedLayer):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         absmax = absmax_of(self)
         if self.weight.dtype == torch.int8 and absmax is not None:
-            destination[f"{prefix}SCB"] = absmax if keep_vars else absmax.detach()
-            destination[f"{prefix}weight_format"] = torch.zeros((), dtype=torch.uint8, device="cpu")
+            layout = torch.zeros((), dtype=torch.uint8, device="cpu")
+            entries = {"SCB": absmax if keep_vars else absmax.detach(), "weight_format": layout}
+            self._save_beside(entries, destination, prefix)
 
 
 def absmax_of(layer: "EightBitLayer") -> Tensor | None:

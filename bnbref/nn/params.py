@@ -197,6 +197,10 @@ class Int8Params(QuantizedParameter):
                 DATA.__set__(self, value)
 
     def _check_assigned(self, value: Tensor) -> None:
+        # DeepSpeed assigns the codes to themselves, frees them by data without elements, and gives them back.
+        freed = value.numel() == 0 or (self.numel() == 0 and self.SCB is not None and value.shape[:1] == self.SCB.shape)
+        if value.dtype == self.dtype and (freed or torch.equal(value.to(self.device), self.data)):
+            return
         # peft merges `codes + delta` into a layer that it takes for a float one.
         raise TypeError(
             f"int8 codes are assigned with their scales: assign an Int8Params, not a tensor of {value.dtype}. peft needs to "

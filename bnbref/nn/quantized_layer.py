@@ -83,6 +83,15 @@ class QuantizedLayer(nn.Module):
         is missing or does not fit."""
         raise NotImplementedError
 
+    def _save_beside(self, entries: Mapping[str, Tensor], destination: dict[str, Any], prefix: str) -> None:
+        """Adds the entries beside the codes to a state dict: the same tensors as last time where they are equal. So layers that
+        share a weight have state dicts that share memory, by which safetensors knows what is tied."""
+        weight = self.weight
+        if isinstance(weight, QuantizedParameter):
+            last = getattr(weight, "beside", {})
+            entries = weight.beside = {name: _kept(last.get(name), value) for name, value in entries.items()}
+        destination |= {f"{prefix}{name}": value for name, value in entries.items()}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restores the layer from a pickle. In bitsandbytes' pickles the weight is a plain parameter that has the attributes of a
         quantized one."""
@@ -148,7 +157,8 @@ class QuantizedLayer(nn.Module):
         unexpected_keys[:] = [key for key in unexpected_keys if key.removeprefix(prefix) not in entries]
         if not entries:
             if strict:
-                missing_keys.append(f"{prefix}weight")
+                # `load_model` of safetensors asks for the state dict first, and wants to hear all of it that was tied.
+                missing_keys.extend(f"{prefix}{name}" for name in ("weight", *getattr(weight, "beside", ())))
             return
         try:
             self._load_weight(entries, assign=local_metadata.get("assign_to_params_buffers", False))
@@ -195,3 +205,11 @@ class QuantizedLayer(nn.Module):
             self.weight = new
         else:
             self._replace(new)
+
+
+def _kept(old: Tensor | None, new: Tensor) -> Tensor:
+    """The old tensor if it is known to be the same as the new one."""
+    if type(old) is not Tensor or type(new) is not Tensor or new.is_meta:
+        return new
+    alike = (old.dtype, old.shape, old.device) == (new.dtype, new.shape, new.device)
+    return old if alike and torch.equal(old, new) else new

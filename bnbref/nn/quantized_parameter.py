@@ -45,10 +45,11 @@ class QuantizedParameter(Watched, nn.Parameter):
     """A parameter whose attributes follow it when it is moved, copied, pickled, shared and cut into pieces.
 
     products: what `products.matmul_4bit` keeps of this weight. graph_arguments: what a graph reads of it, see the module of that
-    name. They are slots, because they must not follow.
+    name. beside: what its last state dict had beside the codes. They are slots, because they must not follow.
     """
 
-    __slots__ = ("graph_arguments", "products")
+    __slots__ = ("beside", "graph_arguments", "products")
+    beside: dict[str, Tensor]
     graph_arguments: graph_arguments.Known
     products: Any
 
@@ -137,7 +138,8 @@ class QuantizedParameter(Watched, nn.Parameter):
         # When accelerate offloads int8 weights, it moves them to device 0 and back to the CPU, even if there is no device 0.
         if args and type(args[0]) is int and not torch.accelerator.is_available():
             args = ("cpu", *args[1:])
-        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        where = {name: value for name, value in kwargs.items() if name != "copy"}
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **where)
         if self.holds_codes():
             if dtype not in (None, self.dtype):
                 raise TypeError(
@@ -147,7 +149,9 @@ class QuantizedParameter(Watched, nn.Parameter):
             moved = self.data.to(*args, **kwargs)
             # The move to meta is how offloading frees a weight. The scales stay: they are small, and needed to load it again.
             meta = moved.device.type == "meta"
-            return self._like_this(moved, **({} if meta else self._scales(lambda t: t.to(moved.device))))
+            return self._like_this(
+                moved, **({} if meta else self._scales(lambda t: t.to(moved.device, copy=kwargs.get("copy", False))))
+            )
         moved = self.data.to(*args, **kwargs)
         if device is None or device.type == "meta":
             return self._like_this(moved)

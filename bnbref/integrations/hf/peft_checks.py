@@ -51,7 +51,8 @@ def check_targets(tuner: Any, model: nn.Module, config: Any) -> None:
     """ValueError if an adapter of this config would read the weight of a quantized layer, or train it."""
     layers = {path.replace(".base_layer", ""): m for path, m in model.named_modules() if isinstance(m, QuantizedLayer)}
     holders = {name.rpartition(".")[0].replace(".base_layer", "") for name, *_ in quantized_parameters(model)}
-    trained = [path for path in (*layers, *sorted(holders)) if ends_with(path, config.modules_to_save or ())]
+    saved = getattr(config, "modules_to_save", None) or ()  # X-LoRA's config has none
+    trained = [path for path in (*layers, *sorted(holders)) if ends_with(path, saved)]
     if trained:
         raise ValueError(
             f"modules_to_save: {_names(trained)} is quantized: load the model with it in skip_modules to train it"
