@@ -4,7 +4,6 @@ the layer computes. And Dynamo passes over a layer in its checks, as over a floa
 import copy
 import gc
 import pickle
-import re
 
 import pytest
 import torch
@@ -265,31 +264,3 @@ def test_a_state_that_is_changed_inside_of_a_graph():
         block.layer.weight = weight_4bit(0, compress_statistics=False)
         want = forward(x), forward(x)
     assert all(same_bits(a, b) for a, b in zip(sum(got, ()), sum(want, ()), strict=True))
-
-
-@pytest.mark.parametrize("make", [layer_4bit, layer_8bit])
-def test_a_weight_that_is_gone_is_not_kept(make):
-    """Offloading frees a weight by putting one without memory in its place."""
-    layer = make()
-    codes = layer.weight.untyped_storage()
-    known = layer._known
-    assert "arguments" in known
-    layer._parameters["weight"] = type(layer.weight)(torch.empty(0, device="meta"), requires_grad=False)
-    gc.collect()
-    assert not known
-    assert torch._C._storage_Use_Count(codes._cdata) == 1
-
-
-@pytest.mark.parametrize("make", [layer_4bit, layer_8bit])
-def test_dynamo_passes_over_a_layer(make):
-    torch.compiler.reset()
-    block = Block(make())
-
-    def forward(x):
-        return block(x)
-
-    with torch.no_grad(), bnbref.eager(), torch._dynamo.config.patch(use_recursive_dict_tags_for_guards=True):
-        torch.compile(forward, backend="eager", fullgraph=True)(torch.ones(1, K, dtype=BF16))
-    (entry,) = torch._dynamo.eval_frame._debug_get_cache_entry_list(forward)
-    (layer,) = re.findall(r"source=[^,]*_modules\['layer'\], .*tag_safe=\((\w+), (\w+)\)", str(entry.guard_manager))
-    assert layer[0] == "True"

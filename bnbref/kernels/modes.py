@@ -18,7 +18,7 @@ _here = threading.local()
 def eager() -> Iterator[None]:
     """Run every kernel uncompiled inside the block, in all threads of the process.
 
-    >>> import bnbref
+    >>> import bnbref, torch
     >>> with bnbref.eager():
     ...     packed, state = bnbref.functional.quantize_4bit(torch.ones(64))
     """

@@ -15,19 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bnbref.blockwise import FLOATS
 from bnbref.codebooks import Codebook
 from bnbref.context import plain
 from bnbref.kernels import tracing
 from bnbref.nn.four_and_eight_bits import EightBitLayer, FourBitLayer, absmax_of, state_of
-from bnbref.nn.graph_arguments import arguments_of
 from bnbref.nn.params import Int8Params, Params4bit
-from bnbref.products import MatmulLtState, in_graph, matmul, matmul_4bit, matmul_4bit_in_graph, prepared_product
-from bnbref.quant_state import dtype_name
+from bnbref.products import MatmulLtState, matmul, matmul_4bit, prepared_product
 
 logger = logging.getLogger(__name__)
-
-_DTYPES = {dtype_name(dtype): dtype for dtype in FLOATS}
 
 
 @functools.cache
@@ -58,8 +53,6 @@ class Linear4bit(FourBitLayer, nn.Linear):
     tensor([64., 64.], dtype=torch.bfloat16)
     """
 
-    _compute = ""
-
     def __init__(
         self,
         input_features: int,
@@ -81,11 +74,6 @@ class Linear4bit(FourBitLayer, nn.Linear):
         self.compute_dtype = compute_dtype
         self.quant_storage = quant_storage
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if name == "compute_dtype":
-            self.__dict__["_compute"] = dtype_name(value)  # a dtype is not what Dynamo passes over: see graph_arguments
-
     def _shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features
 
@@ -104,11 +92,6 @@ class Linear4bit(FourBitLayer, nn.Linear):
         last size than in_features.
         """
         weight, bias = self.weight, self.bias
-        if in_graph() and x.is_floating_point() and x.shape[-1:] == (self.in_features,):
-            known = arguments_of(self._known, weight)
-            computed = x.dtype if self._compute == "None" else _DTYPES.get(self._compute)
-            if known is not None and computed is not None:
-                return matmul_4bit_in_graph(x.to(computed), weight, known, bias).to(x.dtype)
         state = state_of(self)
         if x.is_floating_point():
             dtype = x.dtype if self.compute_dtype is None else self.compute_dtype
@@ -231,16 +214,6 @@ class Linear8bitLt(EightBitLayer, nn.Linear):
         self.state.remembered = old.SCB
         super()._restore(weight)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if name == "state":
-            self.__dict__["_settings"] = vars(value)
-
-    def _remember(self, weight: Tensor | None) -> None:
-        super()._remember(weight)
-        if "state" in self.__dict__:
-            self.__dict__["_settings"] = vars(self.state)
-
     @property
     def _remembered(self) -> Tensor | None:
         return self.state.remembered
@@ -258,13 +231,12 @@ class Linear8bitLt(EightBitLayer, nn.Linear):
         Raises RuntimeError if the int8 weight has no scales, ValueError if x has another last size than in_features.
         """
         weight = plain(self.weight)
-        known = arguments_of(self._known, self.weight) if in_graph() and self._settings else None
-        threshold = self.state.threshold if known is None or self._settings is None else self._settings["threshold"]
+        threshold = self.state.threshold
         if x.shape[-1:] != weight.shape[-1:]:
             raise ValueError(f"x must be [..., {weight.shape[-1]}] for {self}, got {tuple(x.shape)}")
         if weight.dtype != torch.int8:
             return matmul(x, self.weight, threshold=threshold, bias=self.bias)
-        absmax = absmax_of(self) if known is None else known[0]
+        absmax = absmax_of(self)
         if absmax is None:
             raise RuntimeError(f"the int8 weight of {self} has no scales: weight.SCB is None")
         state = MatmulLtState(weight, absmax, threshold=threshold, has_fp16_weights=False)

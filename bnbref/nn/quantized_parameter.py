@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from bnbref.kernels import once, tracing
-from bnbref.nn import graph_arguments
 from bnbref.nn.codes import Watched
 
 Self = TypeVar("Self", bound="QuantizedParameter")
@@ -44,19 +43,12 @@ def in_bytes(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
 class QuantizedParameter(Watched, nn.Parameter):
     """A parameter whose attributes follow it when it is moved, copied, pickled, shared and cut into pieces.
 
-    products: what `products.matmul_4bit` keeps of this weight. graph_arguments: what a graph reads of it, see the module of that
-    name. beside: what its last state dict had beside the codes. They are slots, because they must not follow.
+    products: what `products.matmul_4bit` keeps of this weight. It is a slot, because it must not follow.
     """
 
-    __slots__ = ("beside", "graph_arguments", "products")
+    __slots__ = ("beside", "products")
     beside: dict[str, Tensor]
-    graph_arguments: graph_arguments.Known
     products: Any
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if name in ("quant_state", "SCB"):
-            self.graph_arguments.clear()
 
     @property
     def data(self) -> Tensor:
@@ -74,7 +66,6 @@ class QuantizedParameter(Watched, nn.Parameter):
         with torch._C.DisableTorchFunctionSubclass():
             DATA.__set__(self, value)
         if isinstance(value, Watched):
-            self.graph_arguments.clear()
             self.__dict__.update(value.__dict__)
 
     def _check_assigned(self, value: Tensor) -> None:
@@ -226,7 +217,7 @@ def made(cls: type[Self], data: Tensor, requires_grad: bool) -> Self:
             f"data of a {cls.__name__} must be a tensor with memory of its own, got a {type(data).__name__}: quantize plain "
             "tensors, and distribute or trace the layers then; a model without memory is built on the meta device"
         ) from error
-    self.graph_arguments, self.products = graph_arguments.empty(self), None
+    self.products = None
     return self
 
 
