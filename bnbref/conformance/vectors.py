@@ -65,8 +65,8 @@ def from_bytes(data: bytes, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
 def load_safetensors(data: bytes) -> dict[str, Tensor]:
     """The tensors of a safetensors file.
 
-    >>> from bnbref.checkpoint import save_safetensors
-    >>> load_safetensors(save_safetensors({"x": torch.tensor([1, 2])}))
+    >>> import safetensors.torch
+    >>> load_safetensors(safetensors.torch.save({"x": torch.tensor([1, 2])}))
     {'x': tensor([1, 2])}
     """
     start = 8 + int.from_bytes(data[:8], "little")
