@@ -12,9 +12,7 @@ operations instead, because it must run where bnbref is not installed.
 """
 
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +36,7 @@ from bnbref.packed_weight import PackedWeight, Product, kept_weight, operator_ar
 from bnbref.quant_state import QuantState, present
 
 
-def in_graph() -> bool:
+def _in_graph() -> bool:
     """Whether a product becomes an operator of a graph: Dynamo traces it, and neither for an export nor under `torch.func`, which
     differentiate or keep plain operations."""
     return torch.compiler.is_dynamo_compiling() and not exporting() and not under_functorch()
@@ -73,19 +71,8 @@ def matmul_4bit(
         raise ValueError("quant_state is required: it holds the scales and the shape of B")
     if not isinstance(quant_state, QuantState):
         raise TypeError(f"quant_state must be a QuantState, got {type(quant_state).__name__}")
-    A, bias = _checked_4bit(A, B, present(quant_state.shape, "shape"), bias)
-    in_order = ordered.batch_invariant_enabled()
-    with without_autocast(A):
-        if in_graph():
-            result = _operator_4bit(A, bias, in_order, B, operator_arguments(quant_state))
-        else:
-            result = _multiply(A, B, bias, quant_state, in_order)
-    return result if out is None else into("out", out, result)
-
-
-def _checked_4bit(A: Tensor, B: Tensor, shape: Sequence[int], bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Activations and bias in the dtype of the product."""
     check_float("A", A)
+    shape = present(quant_state.shape, "shape")
     if len(shape) != 2 or A.dim() < 1 or A.shape[-1] not in shape:
         raise ValueError(
             f"B must be a weight [n, k] with k the last size of A, got {tuple(shape)} and {tuple(A.shape)}"
@@ -102,21 +89,17 @@ def _checked_4bit(A: Tensor, B: Tensor, shape: Sequence[int], bias: Tensor | Non
     with torch._C.DisableTorchFunctionSubclass():  # of a parameter, which watches what it is asked
         check_device("A", A, B=B, bias=bias)
     A = as_autocast(A)
-    return A, None if bias is None else bias.to(A.dtype)
-
-
-def _operator_4bit(
-    a: Tensor, bias: Tensor | None, in_order: bool, packed: Tensor, arguments: tuple[Any, ...]
-) -> Tensor:
-    with torch._C.DisableTorchFunctionSubclass():  # the operator takes the parameter for its memory
-        return torch.ops.bnbref.linear_4bit(a, bias, in_order, packed, *arguments)  # type: ignore[no-any-return]
-
-
-def matmul_4bit_in_graph(A: Tensor, B: Tensor, arguments: tuple[Any, ...], bias: Tensor | None) -> Tensor:
-    """`matmul_4bit` in somebody's graph, of a weight `[n, k]` whose `operator_arguments` are known."""
-    A, bias = _checked_4bit(A, B, arguments[2], bias)
+    if bias is not None:
+        bias = bias.to(A.dtype)
+    in_order = ordered.batch_invariant_enabled()
     with without_autocast(A):
-        return _operator_4bit(A, bias, ordered.batch_invariant_enabled(), B, arguments)
+        if _in_graph():
+            arguments = operator_arguments(quant_state)
+            with torch._C.DisableTorchFunctionSubclass():  # the operator takes the parameter for its memory
+                result: Tensor = torch.ops.bnbref.linear_4bit(A, bias, in_order, B, *arguments)
+        else:
+            result = _multiply(A, B, bias, quant_state, in_order)
+    return result if out is None else into("out", out, result)
 
 
 def _multiply(a: Tensor, packed: Tensor, bias: Tensor | None, state: QuantState, in_order: bool) -> Tensor:
@@ -209,7 +192,7 @@ def matmul(
             "torch.func inside torch.compile cannot differentiate an int8 product, whose rounding has the derivative 0: "
             "differentiate by autograd, or outside of torch.compile"
         )
-    if in_graph():
+    if _in_graph():
         result: Tensor = torch.ops.bnbref.linear_8bit(A, weight, codes, absmax, bias, threshold)
     elif not (torch.compiler.is_dynamo_compiling() and under_functorch()) and differentiated(A, weight, bias):
         function = TransformedMatMul8bit if transforming() else MatMul8bit

@@ -61,7 +61,14 @@ _steps("scale-lost", "gnorm_scale is dropped", _with(gnorm_scale=lambda k: 1.0))
 _steps("alpha-lost", "AdEMAMix' alpha is 1", _with(alpha=lambda k: 1.0))
 _steps("beta3-lost", "AdEMAMix' slow average is as fast as the other", _with(beta3=lambda k: k["beta1"]))
 _steps("never-clipped", "max_unorm is dropped", _with(max_unorm=lambda k: 0.0), "optimizer_32bit")
-_steps("ascent", "the step goes up", _with(lr=lambda k: -k["lr"]))
+
+
+def _ascent(step: Any, k: dict[str, Any]) -> Any:
+    made = step(**k)
+    return {**made, "p": (2 * k["p"].float() - made["p"].float()).to(k["p"].dtype)}
+
+
+_steps("ascent", "the step goes up", _ascent)
 
 
 def _eps_inside(step: Any, k: dict[str, Any]) -> Any:

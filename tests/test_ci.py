@@ -58,8 +58,8 @@ def test_the_action_judges_a_backend(action, tmp_path):
     (tmp_path / "mine.py").write_text(RIGHT)
     done, output, summary = run_action(action, tmp_path, backend="mine", only="int8_matmul", folder="out of the way")
     assert done.returncode == 0, done.stderr
-    assert output == "badge=3 rules kept\n"
-    assert "| int8_matmul | 26/26 |" in summary
+    assert output == "badge=4 rules kept\n"
+    assert "| int8_matmul | 29/29 |" in summary
     files = {path.name for path in (tmp_path / "out of the way").iterdir()}
     assert files == {"report.json", "summary.json", "badge.json", "report.html", "report.md"}
     (tmp_path / "mine.py").write_text(WRONG)
@@ -102,7 +102,7 @@ def test_the_page_can_be_copied(action):
 @pytest.mark.parametrize(
     ("source", "only", "fail_on", "status", "color", "message"),
     [
-        (RIGHT, "int8_matmul", "any", 0, "brightgreen", "3 rules kept"),
+        (RIGHT, "int8_matmul", "any", 0, "brightgreen", "4 rules kept"),
         (CHOSEN, "quantize_blockwise/signed-t", "any", 1, "yellow", "4 rules kept, 1 dialect"),
         (CHOSEN, "quantize_blockwise/signed-t", "defect", 0, "yellow", "4 rules kept, 1 dialect"),
         (RIGHT, "quantize_4bit/nf4-size", "defect", 1, "lightgrey", "0 rules kept"),

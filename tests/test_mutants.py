@@ -177,7 +177,7 @@ MUTANTS = {
     ),
     "a dropped sign": (
         encoding,
-        "_select",
+        "select",
         replaced(lambda f, bit, high, low: f(bit & (high != 8.0), high, low)),
         "quantize_rows",
         True,

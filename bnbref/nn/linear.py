@@ -91,8 +91,7 @@ class Linear4bit(FourBitLayer, nn.Linear):
         Raises RuntimeError if the weight is not quantized yet, TypeError if x is not floating, ValueError if it has another
         last size than in_features.
         """
-        weight, bias = self.weight, self.bias
-        state = state_of(self)
+        weight, state, bias = self.weight, state_of(self), self.bias
         if x.is_floating_point():
             dtype = x.dtype if self.compute_dtype is None else self.compute_dtype
             if dtype == torch.float32 != x.dtype and not tracing():
@@ -230,8 +229,7 @@ class Linear8bitLt(EightBitLayer, nn.Linear):
 
         Raises RuntimeError if the int8 weight has no scales, ValueError if x has another last size than in_features.
         """
-        weight = plain(self.weight)
-        threshold = self.state.threshold
+        weight, threshold = plain(self.weight), self.state.threshold
         if x.shape[-1:] != weight.shape[-1:]:
             raise ValueError(f"x must be [..., {weight.shape[-1]}] for {self}, got {tuple(x.shape)}")
         if weight.dtype != torch.int8:

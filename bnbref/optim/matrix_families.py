@@ -109,8 +109,8 @@ class Adafactor(Family):
             raise ValueError(f"d must be at least 1, got {d!r}")
         if not isinstance(eps, (tuple, list)) or len(eps) != 2:
             raise ValueError(f"eps must be two numbers, of which the first may be None, got {eps!r}")
-        for x in eps:
-            number({"eps": x or 0.0}, "eps")
+        for x in eps[1 if eps[0] is None else 0 :]:
+            number({"eps": x}, "eps")
         [b1] = weights({"beta1": beta1}, "beta1")
         rule = matrices.Adafactor(b1 > 0, (2.0**-23 if eps[0] is None else eps[0], eps[1]), d)
         defaults = {"lr": lr, "beta2_decay": beta2_decay, "beta1": beta1, "weight_decay": weight_decay}

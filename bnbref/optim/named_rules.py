@@ -42,7 +42,7 @@ class NamedRules:
             if size > 1 and stride <= reach:
                 raise ValueError(
                     f"a parameter must have memory for each of its elements, side after side, got one of shape {tuple(p.shape)} "
-                    f"that was expanded, or whose rows overlap: its strides are {p.stride()}"
+                    f"that was expanded, or whose rows overlap or interleave: its strides are {p.stride()}"
                 )
             reach += stride * (size - 1)
         rule = self.of(config)

@@ -200,7 +200,10 @@ def read_pages(directory: str | Path) -> dict[int, dict[str, Any]]:
             f"{directory} has no steps.json: nothing was stepped there, or a step was interrupted half-way"
         )
     counts = json.loads((directory / "steps.json").read_text(encoding="utf-8"))
-    states: dict[int, dict[str, Any]] = {int(i): each for i, each in counts.items()}
+    # A directory that was written before a state said its blocksize has the step alone.
+    states: dict[int, dict[str, Any]] = {
+        int(i): {"step": each} if isinstance(each, int) else each for i, each in counts.items()
+    }
     for path in sorted(directory.glob("*.bin")):
         index, key, dtype, sizes = path.name.removesuffix(".bin").split(".")
         shape = [int(n) for n in sizes.split("x") if n]
