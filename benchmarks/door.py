@@ -18,6 +18,7 @@ import bnbref
 from bnbref import fourbit, functional
 from bnbref.codebooks import NF4
 from bnbref.kernels import Kernel
+from bnbref.packed_weight import operator_arguments
 
 CALLS = 1000
 
@@ -50,6 +51,8 @@ def rows(device: torch.device) -> list[tuple[str, Callable[[], Any]]]:
     four, plain = bnbref.nn.Linear4bit(256, 256, bias=False), torch.nn.Linear(256, 256, bias=False)
     eight = bnbref.nn.Linear8bitLt(256, 256, bias=False, has_fp16_weights=False)
     layers = [layer.to(device) for layer in (four, eight, plain.bfloat16())]
+    quantized = layers[0].weight
+    arguments = operator_arguments(quantized.quant_state)
     return [
         ("a kernel, alone", alone(fourbit.quantize_rows, x, **constants)),
         ("a kernel, through the door", lambda: fourbit.quantize_rows(x, **constants)),
@@ -57,6 +60,7 @@ def rows(device: torch.device) -> list[tuple[str, Callable[[], Any]]]:
         ("matmul_4bit, one row", lambda: bnbref.matmul_4bit(row, packed, state)),
         ("matmul_4bit, one row, nested", lambda: bnbref.matmul_4bit(row, nested, nested_state)),
         ("Linear4bit, one row", lambda: layers[0](row)),
+        ("its operator in a graph", lambda: torch.ops.bnbref.linear_4bit(row, None, False, quantized, *arguments)),
         ("Linear8bitLt, one row", lambda: layers[1](row)),
         ("nn.Linear, one row", lambda: layers[2](row)),
     ]

@@ -66,7 +66,7 @@ def test_the_action_judges_a_backend(action, tmp_path):
     done, output, summary = run_action(action, tmp_path, backend="mine", only="int8_matmul", fail_on="defect")
     assert done.returncode == 1, done.stderr
     assert "broken: IM-1" in done.stdout
-    assert output == "badge=2 rules kept, 1 defect\n"
+    assert output == "badge=3 rules kept, 1 defect\n"
     assert "**" in summary
 
 

@@ -1,8 +1,10 @@
 """State dicts: bitsandbytes' keys and bytes, loaded whole or refused."""
 
 import copy
+import gc
 import itertools
 import tempfile
+import weakref
 from pathlib import Path
 
 import pytest
@@ -402,3 +404,13 @@ def test_neither_do_those_of_parametrized_modules(shape, nested, blocksize):
     replace_parameter_4bit(module, "up", compress_statistics=nested, blocksize=blocksize)
     for value in module.state_dict().values():
         assert value.untyped_storage().nbytes() == value.nbytes
+
+
+@pytest.mark.parametrize("make", [linear4, linear8])
+def test_a_state_dict_keeps_no_scales_of_a_weight_that_was_moved(make):
+    """As when a model is taken from a GPU after it was saved: the memory of its scales there is free."""
+    layer = make()
+    scales = {name: weakref.ref(t) for name, t in layer.state_dict().items() if name not in ("weight", "bias")}
+    layer._apply(torch.clone)
+    gc.collect()
+    assert [name for name, t in scales.items() if t() is not None] == []

@@ -85,8 +85,8 @@ class QuantizedLayer(nn.Module):
         share a weight have state dicts that share memory, by which safetensors knows what is tied."""
         weight = self.weight
         if isinstance(weight, QuantizedParameter):
-            last = getattr(weight, "beside", {})
-            entries = weight.beside = {name: _kept(last.get(name), value) for name, value in entries.items()}
+            entries = {name: _kept(weight.beside.get(name), value) for name, value in entries.items()}
+            weight.beside = dict(entries)
         destination |= {f"{prefix}{name}": value for name, value in entries.items()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -43,11 +43,12 @@ def in_bytes(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
 class QuantizedParameter(Watched, nn.Parameter):
     """A parameter whose attributes follow it when it is moved, copied, pickled, shared and cut into pieces.
 
-    products: what `products.matmul_4bit` keeps of this weight. It is a slot, because it must not follow.
+    products: what `products.matmul_4bit` keeps of this weight. beside: what its last state dict had beside the codes. They are
+    slots, because they must not follow.
     """
 
     __slots__ = ("beside", "products")
-    beside: dict[str, Tensor]
+    beside: Mapping[str, Tensor | None]
     products: Any
 
     @property
@@ -66,6 +67,7 @@ class QuantizedParameter(Watched, nn.Parameter):
         with torch._C.DisableTorchFunctionSubclass():
             DATA.__set__(self, value)
         if isinstance(value, Watched):
+            self.beside = dict.fromkeys(self.beside)  # the names, and not the old scales
             self.__dict__.update(value.__dict__)
 
     def _check_assigned(self, value: Tensor) -> None:
@@ -217,7 +219,7 @@ def made(cls: type[Self], data: Tensor, requires_grad: bool) -> Self:
             f"data of a {cls.__name__} must be a tensor with memory of its own, got a {type(data).__name__}: quantize plain "
             "tensors, and distribute or trace the layers then; a model without memory is built on the meta device"
         ) from error
-    self.products = None
+    self.beside, self.products = {}, None
     return self
 
 

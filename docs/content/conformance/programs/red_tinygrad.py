@@ -36,3 +36,5 @@ red_codes("Q4-2", far, quantize(far), codes(far))
 ones, scale = torch.full((32,), 0xFF, dtype=torch.uint8), torch.tensor([1.0001])
 red("G4-1", round(float(multiply(torch.ones(1, 64), ones, scale)[0, 0]), 4), 64.0064)
 red("G4-2", round(float(multiply(torch.ones(70, 64), ones, scale)[69, 0]), 4), 64.0064)
+# A row of activations that lies in memory as a column is multiplied by the same weight.
+red("G-3", round(float(multiply(torch.ones(64, 1).t(), ones, scale)[0, 0]), 4), 64.0064)
