@@ -60,7 +60,10 @@ def rows(device: torch.device) -> list[tuple[str, Callable[[], Any]]]:
         ("matmul_4bit, one row", lambda: bnbref.matmul_4bit(row, packed, state)),
         ("matmul_4bit, one row, nested", lambda: bnbref.matmul_4bit(row, nested, nested_state)),
         ("Linear4bit, one row", lambda: layers[0](row)),
-        ("its operator in a graph", lambda: torch.ops.bnbref.linear_4bit(row, None, False, quantized, *arguments)),
+        (
+            "its operator in a graph",
+            lambda: torch.ops.bnbref.linear_4bit(row, None, False, quantized, *arguments, True),
+        ),
         ("Linear8bitLt, one row", lambda: layers[1](row)),
         ("nn.Linear, one row", lambda: layers[2](row)),
     ]

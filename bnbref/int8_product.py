@@ -55,7 +55,7 @@ def gradients_8bit(ctx: Any, grad: Tensor, a: Tensor | None, decoded: Tensor | N
 
     a: None if the weight has no gradient. decoded: the weight in the dtype of grad, None if that of a is not asked for.
     """
-    _, needs_weight, _, _, needs_bias, _ = ctx.needs_input_grad
+    _, needs_weight, _, _, needs_bias, *_ = ctx.needs_input_grad
     rows = as_matrix(grad)
     with without_autocast(grad):
         grad_a = None if decoded is None else grad @ decoded

@@ -19,16 +19,18 @@ from bnbref.context import plain, undisturbed
 from bnbref.fourbit_product import gradients_4bit, product_4bit
 from bnbref.int8_product import gradients_8bit, product_8bit
 from bnbref.kernels import compile_enabled
-from bnbref.packed_weight import PackedWeight, kept_weight, operator_arguments
+from bnbref.packed_weight import PackedWeight, captured, kept_weight, operator_arguments
 from bnbref.quant_state import QuantState
 
-_STATE = "Tensor packed, Tensor absmax, Tensor[] second, int[] shape, int blocksize, int blocksize2, str values"
+_STATE = (
+    "Tensor packed, Tensor absmax, Tensor[] second, int[] shape, int blocksize, int blocksize2, str values, bool own"
+)
 _operators = library.Library("bnbref", "FRAGMENT")
 for _schema in (
     f"linear_4bit(Tensor a, Tensor? bias, bool in_order, {_STATE}) -> Tensor",
     f"weight_4bit({_STATE}, ScalarType dtype) -> Tensor",
-    "linear_8bit(Tensor a, Tensor? weight, Tensor codes, Tensor absmax, Tensor? bias, float threshold) -> Tensor",
-    "weight_8bit(Tensor codes, Tensor absmax, ScalarType dtype) -> Tensor",
+    "linear_8bit(Tensor a, Tensor? weight, Tensor codes, Tensor absmax, Tensor? bias, float threshold, bool own) -> Tensor",
+    "weight_8bit(Tensor codes, Tensor absmax, bool own, ScalarType dtype) -> Tensor",
 ):
     _operators.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -67,12 +69,32 @@ def _state(
     return state
 
 
-def _weight(packed: Tensor, *given: Any) -> PackedWeight:
-    """The weight of these arguments. A parameter whose quant state they are keeps what is prepared from it, as in eager calls."""
-    own: QuantState | None = getattr(packed, "quant_state", None)
-    if own is not None and hasattr(packed, "products") and _are_of(own, *given):
-        return kept_weight(packed, own)
-    return PackedWeight(plain(packed), _state(*given))
+def _weight(packed: Tensor, *arguments: Any) -> PackedWeight:
+    """The weight of these arguments. A parameter whose quant state they are keeps what is prepared from it, as in eager calls.
+
+    The last argument, own: whether they are a layer's, which may be of the parameter that was its weight before.
+    """
+    *given, own = arguments
+    state: QuantState | None = getattr(packed, "quant_state", None)
+    if state is None or not hasattr(packed, "products"):
+        return PackedWeight(plain(packed), _state(*given))
+    if _are_of(state, *given):
+        return kept_weight(packed, state)
+    if not own:
+        return PackedWeight(plain(packed), _state(*given))
+    _, _, shape, *_ = given
+    _check_replaced(packed, state.shape == tuple(shape))
+    return kept_weight(packed, state)
+
+
+def _check_replaced(weight: Tensor, fits: bool) -> None:
+    """Raises RuntimeError if a graph cannot take a weight that came into its layer unseen. A CUDA graph would hold scales that no
+    argument of it is, and not notice when they change."""
+    if not fits or captured(weight):
+        raise RuntimeError(
+            "the weight of a compiled layer was replaced through `_parameters`, which a graph does not see, while the one "
+            "before is still in use: assign it, `layer.weight = ...`"
+        )
 
 
 def _are_of(
@@ -118,7 +140,7 @@ def _gradient_4bit(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     needs_a, needs_bias, *_ = ctx.needs_input_grad
     weight = torch.ops.bnbref.weight_4bit(packed, absmax, second, *ctx.constants, grad.dtype) if needs_a else None
     grad_a, grad_bias = gradients_4bit(grad, weight, ctx.k, ctx.in_order, needs_bias)
-    return grad_a, grad_bias, *(None,) * 3, [None] * len(second), *(None,) * 4
+    return grad_a, grad_bias, *(None,) * 3, [None] * len(second), *(None,) * 5
 
 
 library.register_autograd("bnbref::linear_4bit", _gradient_4bit, setup_context=_save_4bit, lib=_operators)
@@ -127,36 +149,53 @@ library.register_autograd("bnbref::linear_4bit", _gradient_4bit, setup_context=_
 # ---- 8 bits ---------------------------------------------------------------------------------------------------------
 
 
+def _absmax(codes: Tensor, absmax: Tensor, own: bool) -> Tensor:
+    """The absmax of the weight: what is given or, if that was to be the parameter's own and is another's, what it has."""
+    found: Tensor | None = getattr(codes, "SCB", None) if own else None
+    if found is None or found is absmax:
+        return absmax
+    _check_replaced(codes, found.shape == absmax.shape)
+    return found
+
+
 @library.impl(_operators, "linear_8bit", "CompositeExplicitAutograd")
-def _(a: Tensor, weight: Tensor | None, codes: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
-    return product_8bit(a, plain(codes), absmax, bias, threshold, gather=False)
+def _(
+    a: Tensor,
+    weight: Tensor | None,
+    codes: Tensor,
+    absmax: Tensor,
+    bias: Tensor | None,
+    threshold: float,
+    own: bool,
+) -> Tensor:
+    return product_8bit(a, plain(codes), _absmax(codes, absmax, own), bias, threshold, gather=False)
 
 
 @library.register_fake("bnbref::linear_8bit", lib=_operators)  # type: ignore[untyped-decorator]
-def _(a: Tensor, weight: Tensor | None, codes: Tensor, absmax: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
+def _(a: Tensor, weight: Tensor | None, codes: Tensor, *rest: Any) -> Tensor:
     return a.new_empty(*a.shape[:-1], codes.shape[0])
 
 
 @library.impl(_operators, "weight_8bit", "CompositeExplicitAutograd")
-def _(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
-    return int8.dequantize(plain(codes), absmax, dtype)
+def _(codes: Tensor, absmax: Tensor, own: bool, dtype: torch.dtype) -> Tensor:
+    return int8.dequantize(plain(codes), _absmax(codes, absmax, own), dtype)
 
 
 @library.register_fake("bnbref::weight_8bit", lib=_operators)  # type: ignore[untyped-decorator]
-def _(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+def _(codes: Tensor, absmax: Tensor, own: bool, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(codes, dtype=dtype)
 
 
 def _save_8bit(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    a, weight, codes, absmax, bias, _ = inputs
+    a, weight, codes, absmax, bias, _, ctx.own = inputs
     ctx.save_for_backward(codes, absmax, a if weight is not None and weight.requires_grad else None)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _gradient_8bit(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     codes, absmax, a = ctx.saved_tensors
-    decoded = torch.ops.bnbref.weight_8bit(codes, absmax, grad.dtype) if ctx.needs_input_grad[0] else None
-    return gradients_8bit(ctx, grad, a, decoded)
+    decoded = torch.ops.bnbref.weight_8bit(codes, absmax, ctx.own, grad.dtype) if ctx.needs_input_grad[0] else None
+    return *gradients_8bit(ctx, grad, a, decoded), None
 
 
 library.register_autograd("bnbref::linear_8bit", _gradient_8bit, setup_context=_save_8bit, lib=_operators)

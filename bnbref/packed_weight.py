@@ -50,7 +50,7 @@ class PackedWeight:
         if decode is not None:
             return decode(self)  # type: ignore[no-any-return]
         weight = self.state.dequantize(self.codes, dtype)
-        if not _captured(self.codes):
+        if not captured(self.codes):
             # At the second call, as the state that an operator of a graph makes has only one.
             cache[key] = self._decoder(dtype) if key in cache else None
         return weight
@@ -77,7 +77,7 @@ class PackedWeight:
         fits = len(shape) == 2 and a.dim() > 0 and a.shape[-1] == shape[1] and a.dtype in FLOATS
         fits = fits and a.device == self.codes.device == others.device and not a.is_neg()
         fits = fits and (bias is None or (_is_plain(bias) and bias.dtype == a.dtype and bias.shape == shape[:1]))
-        if not fits or _captured(a):
+        if not fits or captured(a):
             return None
         product: Product | None = None
         if few_rows.are_few(a, self.state, bias):
@@ -162,6 +162,6 @@ def _is_plain(x: Tensor) -> bool:
     return type(x) in (Tensor, torch.nn.Parameter) and not x.is_neg()
 
 
-def _captured(x: Tensor) -> bool:
+def captured(x: Tensor) -> bool:
     """Whether a CUDA graph is being captured: what is made now has no values before the graph is replayed."""
     return x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()

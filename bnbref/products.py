@@ -12,7 +12,9 @@ operations instead, because it must run where bnbref is not installed.
 """
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +38,7 @@ from bnbref.packed_weight import PackedWeight, Product, kept_weight, operator_ar
 from bnbref.quant_state import QuantState, present
 
 
-def _in_graph() -> bool:
+def in_graph() -> bool:
     """Whether a product becomes an operator of a graph: Dynamo traces it, and neither for an export nor under `torch.func`, which
     differentiate or keep plain operations."""
     return torch.compiler.is_dynamo_compiling() and not exporting() and not under_functorch()
@@ -71,8 +73,25 @@ def matmul_4bit(
         raise ValueError("quant_state is required: it holds the scales and the shape of B")
     if not isinstance(quant_state, QuantState):
         raise TypeError(f"quant_state must be a QuantState, got {type(quant_state).__name__}")
+    A, bias = _checked_4bit(A, B, present(quant_state.shape, "shape"), bias)
+    with without_autocast(A):
+        if in_graph():
+            result = _operator_4bit(A, bias, B, operator_arguments(quant_state), own=False)
+        else:
+            result = _multiply(A, B, bias, quant_state, ordered.batch_invariant_enabled())
+    return result if out is None else into("out", out, result)
+
+
+def graph_product_4bit(A: Tensor, B: Tensor, arguments: tuple[Any, ...], bias: Tensor | None) -> Tensor:
+    """`matmul_4bit` in somebody's graph, of a layer's weight `[n, k]` whose `operator_arguments` are known."""
+    A, bias = _checked_4bit(A, B, arguments[2], bias)
+    with without_autocast(A):
+        return _operator_4bit(A, bias, B, arguments, own=True)
+
+
+def _checked_4bit(A: Tensor, B: Tensor, shape: Sequence[int], bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Activations and bias in the dtype of the product."""
     check_float("A", A)
-    shape = present(quant_state.shape, "shape")
     if len(shape) != 2 or A.dim() < 1 or A.shape[-1] not in shape:
         raise ValueError(
             f"B must be a weight [n, k] with k the last size of A, got {tuple(shape)} and {tuple(A.shape)}"
@@ -89,17 +108,13 @@ def matmul_4bit(
     with torch._C.DisableTorchFunctionSubclass():  # of a parameter, which watches what it is asked
         check_device("A", A, B=B, bias=bias)
     A = as_autocast(A)
-    if bias is not None:
-        bias = bias.to(A.dtype)
+    return A, None if bias is None else bias.to(A.dtype)
+
+
+def _operator_4bit(a: Tensor, bias: Tensor | None, packed: Tensor, state: tuple[Any, ...], own: bool) -> Tensor:
     in_order = ordered.batch_invariant_enabled()
-    with without_autocast(A):
-        if _in_graph():
-            arguments = operator_arguments(quant_state)
-            with torch._C.DisableTorchFunctionSubclass():  # the operator takes the parameter for its memory
-                result: Tensor = torch.ops.bnbref.linear_4bit(A, bias, in_order, B, *arguments)
-        else:
-            result = _multiply(A, B, bias, quant_state, in_order)
-    return result if out is None else into("out", out, result)
+    with torch._C.DisableTorchFunctionSubclass():  # the operator takes the parameter for its memory
+        return torch.ops.bnbref.linear_4bit(a, bias, in_order, packed, *state, own)  # type: ignore[no-any-return]
 
 
 def _multiply(a: Tensor, packed: Tensor, bias: Tensor | None, state: QuantState, in_order: bool) -> Tensor:
@@ -192,11 +207,20 @@ def matmul(
             "torch.func inside torch.compile cannot differentiate an int8 product, whose rounding has the derivative 0: "
             "differentiate by autograd, or outside of torch.compile"
         )
-    if _in_graph():
-        result: Tensor = torch.ops.bnbref.linear_8bit(A, weight, codes, absmax, bias, threshold)
+    if in_graph():
+        result: Tensor = torch.ops.bnbref.linear_8bit(A, weight, codes, absmax, bias, threshold, False)
     elif not (torch.compiler.is_dynamo_compiling() and under_functorch()) and differentiated(A, weight, bias):
         function = TransformedMatMul8bit if transforming() else MatMul8bit
         result = function.apply(A, weight, codes, absmax, bias, threshold)  # type: ignore[no-untyped-call]
     else:
         result = product_8bit(A, codes, absmax, bias, threshold)
     return result if out is None else into("out", out, result)
+
+
+def graph_product_8bit(A: Tensor, B: Tensor, absmax: Tensor, threshold: float, bias: Tensor | None) -> Tensor:
+    """`matmul` in somebody's graph, of a layer's int8 weight whose absmax is known."""
+    check_float("A", A)
+    _check_bias(bias, B.shape[0])
+    with torch._C.DisableTorchFunctionSubclass():
+        check_device("A", A, B=B, bias=bias)
+        return torch.ops.bnbref.linear_8bit(A, None, B, absmax, bias, threshold, True)  # type: ignore[no-any-return]

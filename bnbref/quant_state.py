@@ -25,8 +25,7 @@ class QuantState:
     `FOUR_BIT`. offset `[]` and state2 (itself a QuantState): double quantization.
     """
 
-    _changed: object = None
-    """A new object after each assignment of an attribute: a version number that no two states share."""
+    _version: dict[str, bool] | None = None
     _cache: Any = None
 
     def __init__(
@@ -45,20 +44,29 @@ class QuantState:
         self.nested = state2 is not None
 
     def __setattr__(self, name: str, value: Any) -> None:
+        tracing = torch.compiler.is_dynamo_compiling()
+        if tracing and "_version" in self.__dict__:
+            torch._dynamo.graph_break("an attribute of a QuantState is assigned")  # so that the version is another
         super().__setattr__(name, value)
-        if not torch.compiler.is_dynamo_compiling():
-            self.__dict__["_changed"] = object()
+        if not tracing and self._version is not None:
+            self._version["current"], self.__dict__["_version"] = False, None
+
+    def version(self) -> dict[str, bool]:
+        """`{"current": True}`, of which True becomes False as soon as an attribute is assigned (but not through `__dict__`)."""
+        if self._version is None:
+            self.__dict__["_version"] = {"current": True}
+        return self._version  # type: ignore[return-value]
 
     def cache(self) -> dict[Any, Any]:
-        """A dictionary for what is prepared from the state. It becomes another, empty one as soon as an attribute of the state or
-        of its state2 is assigned (but not through `__dict__`). It is neither copied nor saved with the state."""
-        version = self._changed, None if self.state2 is None else self.state2._changed
-        if self._cache is None or self._cache[0] != version:
-            self.__dict__["_cache"] = version, {}
-        return self._cache[1]  # type: ignore[no-any-return]
+        """A dictionary for what is prepared from the state. It becomes another, empty one with another version of the state or of
+        its state2. It is neither copied nor saved with the state."""
+        version, version2 = self.version(), None if self.state2 is None else self.state2.version()
+        if self._cache is None or self._cache[0] is not version or self._cache[1] is not version2:
+            self.__dict__["_cache"] = version, version2, {}
+        return self._cache[2]  # type: ignore[no-any-return]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_changed", "_cache")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_version", "_cache")}
 
     def __getattr__(self, name: str) -> Any:
         # FSDP resolves the state dict's key `weight.quant_state.bitsandbytes__nf4` by getattr.

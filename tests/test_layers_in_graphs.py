@@ -1,9 +1,12 @@
 """What a graph reads of a quantized weight: whatever is done to a layer between two calls, its graph computes what
 the layer computes. And Dynamo passes over a layer in its checks, as over a float one."""
 
+import contextlib
 import copy
 import gc
 import pickle
+import re
+import sys
 
 import pytest
 import torch
@@ -19,6 +22,7 @@ from bnbref.quant_state import QuantState
 
 BF16 = torch.bfloat16
 N, K = 8, 128
+DEVICE = "cpu"
 
 
 def floats(seed):
@@ -26,23 +30,23 @@ def floats(seed):
 
 
 def weight_4bit(seed, **arguments):
-    return Params4bit(floats(seed), **{"quant_type": "nf4", **arguments}).to("cpu")
+    return Params4bit(floats(seed), **{"quant_type": "nf4", **arguments}).to(DEVICE)
 
 
 def weight_8bit(seed):
-    return Int8Params(floats(seed), requires_grad=False).to("cpu")
+    return Int8Params(floats(seed), requires_grad=False).to(DEVICE)
 
 
 def layer_4bit(**arguments):
     layer = Linear4bit(K, N, quant_type="nf4", compute_dtype=BF16)
     layer.weight = weight_4bit(0, **arguments)
-    return layer.requires_grad_(False)
+    return layer.requires_grad_(False).to(DEVICE)
 
 
 def layer_8bit():
     layer = Linear8bitLt(K, N, has_fp16_weights=False, threshold=2.0)
     layer.weight = weight_8bit(0)
-    return layer.requires_grad_(False)
+    return layer.requires_grad_(False).to(DEVICE)
 
 
 class Block(nn.Module):
@@ -96,6 +100,24 @@ def put_where_the_old_one_was(make):
     return change
 
 
+def put_beside_the_old_one(make):
+    """The old weight is in use elsewhere, so nothing says that the layer has another."""
+    kept = []
+
+    def change(block, seed):
+        kept.append(block.layer.weight)
+        block.layer._parameters["weight"] = make(seed)
+
+    return change
+
+
+def swapped(make):
+    def change(block, seed):
+        torch.utils.swap_tensors(block.layer.weight, make(seed))
+
+    return change
+
+
 def new_data(make):
     def change(block, seed):
         block.layer.weight.data = make(seed)
@@ -121,11 +143,13 @@ def replaced(copied):
 
 def functional(block, seed):
     """torch.func swaps parameters in and out again."""
-    torch.func.functional_call(block, {"layer.bias": torch.full((N,), float(seed))}, torch.randn(2, K))
+    torch.func.functional_call(
+        block, {"layer.bias": torch.full((N,), float(seed), device=DEVICE)}, torch.randn(2, K, device=DEVICE)
+    )
 
 
 def moved(block, seed):
-    block.to("meta").to_empty(device="cpu") if seed < 0 else block.to("cpu")
+    block.to("meta").to_empty(device=DEVICE) if seed < 0 else block.to(DEVICE)
 
 
 def state_of(weight):
@@ -151,7 +175,9 @@ COMMON = {
     "functional call": functional,
     "moved": moved,
     "frozen bias": lambda block, seed: block.layer.bias.requires_grad_(seed % 2 == 0),
-    "other bias": lambda block, seed: setattr(block.layer, "bias", nn.Parameter(torch.full((N,), float(seed)))),
+    "other bias": lambda block, seed: setattr(
+        block.layer, "bias", nn.Parameter(torch.full((N,), float(seed), device=DEVICE))
+    ),
 }
 
 
@@ -160,6 +186,8 @@ def weights(make):
         "assigned": new_weight(make),
         "put in place": put_in_place(make),
         "put where the old one was": put_where_the_old_one_was(make),
+        "put beside the old one": put_beside_the_old_one(make),
+        "swapped": swapped(make),
         "new data": new_data(make),
         "loaded": loaded(make, False),
         "loaded, assigned": loaded(make, True),
@@ -183,9 +211,9 @@ FOUR = {
     "absmax2": multiplied("absmax", state2_of),
     "code2": multiplied("code", state2_of),
     "quant_type": assigned("quant_type", lambda seed: ("nf4", "fp4")[seed % 2], state_of),
-    "state moved": lambda block, seed: block.layer.weight.quant_state.to("cpu"),
+    "state moved": lambda block, seed: block.layer.weight.quant_state.to(DEVICE),
     "state of others": lambda block, seed: setattr(
-        block.layer.weight, "quant_state", QuantState.from_dict(nested_state(seed).as_dict(), "cpu")
+        block.layer.weight, "quant_state", QuantState.from_dict(nested_state(seed).as_dict(), DEVICE)
     ),
     "compute_dtype": lambda block, seed: setattr(
         block.layer, "compute_dtype", (None, torch.float32, torch.float16, BF16)[seed % 4]
@@ -201,13 +229,15 @@ EIGHT = {
 }
 
 
-def check(make, table, changes):
+def check(make, table, changes, calls=1, **compiled):
+    """calls: how often the graph runs before and after each change. A CUDA graph is first warm, then recorded, then replayed."""
     torch.compiler.reset()
     block = Block(make())
-    x = torch.randn(3, K, generator=torch.Generator().manual_seed(1)).to(BF16)
-    graph = torch.compile(block, backend="eager", fullgraph=True)
-    with torch.no_grad(), bnbref.eager():
-        graph(x)
+    x = torch.randn(3, K, generator=torch.Generator().manual_seed(1)).to(BF16).to(DEVICE)
+    graph = torch.compile(block, fullgraph=True, **(compiled or {"backend": "eager"}))
+    with torch.no_grad():
+        for _ in range(calls):
+            graph(x)
         for name, seed in changes:
             try:
                 table[name](block, seed)
@@ -219,8 +249,9 @@ def check(make, table, changes):
                 ValueError,
             ):  # a change that this layer, or the earlier ones, refuse
                 return
-            got = graph(x)
-            assert same_bits(got, want), (name, difference(got, want))
+            for _ in range(calls):
+                got = graph(x).clone()
+                assert same_bits(got, want), (name, difference(got, want))
 
 
 def changes_of(table):
@@ -230,23 +261,39 @@ def changes_of(table):
 @settings(max_examples=12, deadline=None)
 @given(changes_of(FOUR))
 def test_a_graph_sees_what_is_done_to_a_4bit_layer(changes):
-    check(layer_4bit, FOUR, changes)
+    with bnbref.eager():
+        check(layer_4bit, FOUR, changes)
 
 
 @settings(max_examples=8, deadline=None)
 @given(changes_of(EIGHT))
 def test_a_graph_sees_what_is_done_to_an_8bit_layer(changes):
-    check(layer_8bit, EIGHT, changes)
+    with bnbref.eager():
+        check(layer_8bit, EIGHT, changes)
 
 
 @pytest.mark.parametrize("name", FOUR)
 def test_each_change_of_a_4bit_layer(name):
-    check(layer_4bit, FOUR, [(name, 1), (name, 2)])
+    with bnbref.eager():
+        check(layer_4bit, FOUR, [(name, 1), (name, 2)])
 
 
 @pytest.mark.parametrize("name", EIGHT)
 def test_each_change_of_an_8bit_layer(name):
-    check(layer_8bit, EIGHT, [(name, 1), (name, 3)])
+    with bnbref.eager():
+        check(layer_8bit, EIGHT, [(name, 1), (name, 3)])
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(("make", "table", "name"), [
+    *((layer_4bit, FOUR, name) for name in FOUR),
+    *((layer_8bit, EIGHT, name) for name in EIGHT),
+])  # fmt: skip
+def test_a_cuda_graph_sees_each_change(make, table, name, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "DEVICE", "cuda")
+    unseen = pytest.raises(RuntimeError, match="was replaced through `_parameters`")
+    with unseen if name == "put beside the old one" else contextlib.nullcontext():
+        check(make, table, [(name, 1), (name, 3)], calls=4, mode="reduce-overhead")
 
 
 def test_a_state_that_is_changed_inside_of_a_graph():
@@ -264,3 +311,69 @@ def test_a_state_that_is_changed_inside_of_a_graph():
         block.layer.weight = weight_4bit(0, compress_statistics=False)
         want = forward(x), forward(x)
     assert all(same_bits(a, b) for a, b in zip(sum(got, ()), sum(want, ()), strict=True))
+
+
+@pytest.mark.parametrize("make", [layer_4bit, layer_8bit])
+def test_a_weight_that_is_gone_is_not_kept(make):
+    """Offloading frees a weight by putting one without memory in its place."""
+    layer = make()
+    codes = layer.weight.untyped_storage()
+    known = layer._known
+    assert "arguments" in known
+    layer._parameters["weight"] = type(layer.weight)(torch.empty(0, device="meta"), requires_grad=False)
+    gc.collect()
+    assert not known
+    assert torch._C._storage_Use_Count(codes._cdata) == 1
+
+
+@pytest.mark.parametrize("make", [layer_4bit, layer_8bit])
+def test_dynamo_passes_over_a_layer(make):
+    torch.compiler.reset()
+    block = Block(make())
+
+    def forward(x):
+        return block(x)
+
+    with torch.no_grad(), bnbref.eager(), torch._dynamo.config.patch(use_recursive_dict_tags_for_guards=True):
+        torch.compile(forward, backend="eager", fullgraph=True)(torch.ones(1, K, dtype=BF16))
+    (entry,) = torch._dynamo.eval_frame._debug_get_cache_entry_list(forward)
+    (layer,) = re.findall(r"source=[^,]*_modules\['layer'\], .*tag_safe=\((\w+), (\w+)\)", str(entry.guard_manager))
+    assert layer[0] == "True"
+
+
+@pytest.mark.parametrize("make", [layer_4bit, layer_8bit])
+def test_equal_blocks_share_a_graph(make):
+    """As the blocks of a model that are compiled one by one."""
+    torch.compiler.reset()
+    blocks, graphs = [Block(make()) for _ in range(4)], []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    x = torch.ones(2, K, dtype=BF16)
+    with torch.no_grad(), bnbref.eager():
+        for seed, block in enumerate(blocks):
+            block.layer.weight = weight_4bit(seed) if make is layer_4bit else weight_8bit(seed)
+            block.compile(backend=backend)
+            want = Block.forward(block, x)
+            assert same_bits(block(x), want)
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("make", [layer_4bit, layer_8bit])
+def test_layers_that_exchange_their_weights(make):
+    torch.compiler.reset()
+    pair = nn.Sequential(make(), make())
+    pair[1].weight = (weight_4bit if make is layer_4bit else weight_8bit)(5)
+    pair[1].bias = nn.Parameter(pair[0].bias.detach().clone(), requires_grad=False)
+
+    def forward(x):
+        return pair[0](x), pair[1](x)
+
+    graph, x = torch.compile(forward, backend="eager", fullgraph=True), torch.ones(2, K, dtype=BF16)
+    with torch.no_grad(), bnbref.eager():
+        first, second = graph(x)
+        tables = pair[0]._parameters, pair[1]._parameters
+        tables[0]["weight"], tables[1]["weight"] = tables[1]["weight"], tables[0]["weight"]
+        assert all(map(same_bits, graph(x), (second, first)))

@@ -106,11 +106,11 @@ def test_torch_func_over_an_int8_product_is_right_or_refused():
 def test_the_operators_are_whole():
     x, bias = randn(3, 64).requires_grad_(), randn(8).requires_grad_()
     for values in ("nf4", " ".join(map(str, NF4.values))):
-        state = (PACKED, STATE.absmax, [], [8, 64], 64, 0, values)
+        state = (PACKED, STATE.absmax, [], [8, 64], 64, 0, values, False)
         library.opcheck(torch.ops.bnbref.linear_4bit.default, (x, bias, False, *state))
         library.opcheck(torch.ops.bnbref.weight_4bit.default, (*state, torch.float32))
-    library.opcheck(torch.ops.bnbref.linear_8bit.default, (x, None, CODES, ABSMAX, bias, 0.0))
-    library.opcheck(torch.ops.bnbref.weight_8bit.default, (CODES, ABSMAX, torch.float32))
+    library.opcheck(torch.ops.bnbref.linear_8bit.default, (x, None, CODES, ABSMAX, bias, 0.0, False))
+    library.opcheck(torch.ops.bnbref.weight_8bit.default, (CODES, ABSMAX, False, torch.float32))
 
 
 def test_a_product_runs_while_something_else_is_compiled():
@@ -146,7 +146,7 @@ def test_codebooks_of_operators_are_told_apart_by_their_bits():
     packed = torch.full((32, 1), 0x11, dtype=torch.uint8)
     for zero in (0.0, -0.0):
         book = Codebook("three", (-1.0, zero, 1.0), (-0.5, 0.5))
-        state = (packed, torch.ones(1), [], [1, 64], 64, 0, " ".join(map(str, book.values)))
+        state = (packed, torch.ones(1), [], [1, 64], 64, 0, " ".join(map(str, book.values)), False)
         weight = torch.ops.bnbref.weight_4bit(*state, torch.float32)
         assert bool(torch.signbit(weight).all()) == (str(zero) == "-0.0")
 

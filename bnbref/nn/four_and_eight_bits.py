@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from bnbref.checkpoint_weights import Checkpoint
+from bnbref.nn import graph_arguments
 from bnbref.nn.params import Int8Params, Params4bit
 from bnbref.nn.quantized_layer import QuantizedLayer
 from bnbref.nn.quantized_parameter import in_bytes
+from bnbref.packed_weight import operator_arguments
 from bnbref.quant_state import QuantState
 
 
@@ -39,8 +41,13 @@ class FourBitLayer(QuantizedLayer):
         return SimpleNamespace(weight=self.weight if state is None else Params4bit.of_codes(torch.empty(0), state))
 
     def _remember(self, weight: Tensor | None) -> None:
+        self.__dict__["_known"] = None
         if isinstance(weight, Params4bit) and weight.quant_state is not None:
-            self._remembered, self._stored = weight.quant_state, weight.dtype
+            self._remembered, self._stored = state, _ = weight.quant_state, weight.dtype
+            if state.shape == self._shape() and None not in (state.blocksize, state.quant_type):
+                self.__dict__["_known"] = weight.owner.known
+                versions = [s.version() for s in (state, state.state2) if s is not None]
+                graph_arguments.fill(weight.owner.known, operator_arguments(state), *versions)
 
     def _restore(self, weight: nn.Parameter) -> None:
         if hasattr(weight, "quant_state"):
@@ -112,8 +119,11 @@ class EightBitLayer(QuantizedLayer):
         return SimpleNamespace(weight=self.weight, weight_format=None)
 
     def _remember(self, weight: Tensor | None) -> None:
+        self.__dict__["_known"] = None
         if isinstance(weight, Int8Params) and _scales_of(weight) is not None:
             self._remembered = weight.SCB
+            self.__dict__["_known"] = weight.owner.known
+            graph_arguments.fill(weight.owner.known, (weight.SCB,))
 
     def _restore(self, weight: nn.Parameter) -> None:
         if hasattr(weight, "SCB"):

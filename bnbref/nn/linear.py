@@ -15,14 +15,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bnbref.blockwise import FLOATS
 from bnbref.codebooks import Codebook
 from bnbref.context import plain
 from bnbref.kernels import tracing
 from bnbref.nn.four_and_eight_bits import EightBitLayer, FourBitLayer, absmax_of, state_of
+from bnbref.nn.graph_arguments import arguments_of
 from bnbref.nn.params import Int8Params, Params4bit
-from bnbref.products import MatmulLtState, matmul, matmul_4bit, prepared_product
+from bnbref.products import (
+    MatmulLtState,
+    graph_product_4bit,
+    graph_product_8bit,
+    in_graph,
+    matmul,
+    matmul_4bit,
+    prepared_product,
+)
+from bnbref.quant_state import dtype_name
 
 logger = logging.getLogger(__name__)
+
+_DTYPES = {dtype_name(dtype): dtype for dtype in FLOATS}
 
 
 @functools.cache
@@ -53,6 +66,9 @@ class Linear4bit(FourBitLayer, nn.Linear):
     tensor([64., 64.], dtype=torch.bfloat16)
     """
 
+    _compute = ""
+    """The name of compute_dtype: a dtype is not what Dynamo passes over, see `graph_arguments`."""
+
     def __init__(
         self,
         input_features: int,
@@ -74,6 +90,11 @@ class Linear4bit(FourBitLayer, nn.Linear):
         self.compute_dtype = compute_dtype
         self.quant_storage = quant_storage
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "compute_dtype":
+            self.__dict__["_compute"] = dtype_name(value)
+
     def _shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features
 
@@ -91,7 +112,13 @@ class Linear4bit(FourBitLayer, nn.Linear):
         Raises RuntimeError if the weight is not quantized yet, TypeError if x is not floating, ValueError if it has another
         last size than in_features.
         """
-        weight, state, bias = self.weight, state_of(self), self.bias
+        weight, bias = self.weight, self.bias
+        if in_graph() and isinstance(weight, Params4bit) and x.is_floating_point():
+            known = arguments_of(self._known)
+            computed = x.dtype if self._compute == "None" else _DTYPES.get(self._compute)
+            if known is not None and computed is not None and x.shape[-1:] == (self.in_features,):
+                return graph_product_4bit(x.to(computed), weight, known, bias).to(x.dtype)
+        state = state_of(self)
         if x.is_floating_point():
             dtype = x.dtype if self.compute_dtype is None else self.compute_dtype
             if dtype == torch.float32 != x.dtype and not tracing():
@@ -213,6 +240,16 @@ class Linear8bitLt(EightBitLayer, nn.Linear):
         self.state.remembered = old.SCB
         super()._restore(weight)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "state":
+            self.__dict__["_settings"] = vars(value)
+
+    def _remember(self, weight: Tensor | None) -> None:
+        super()._remember(weight)
+        if "state" in self.__dict__:
+            self.__dict__["_settings"] = vars(self.state)
+
     @property
     def _remembered(self) -> Tensor | None:
         return self.state.remembered
@@ -229,9 +266,13 @@ class Linear8bitLt(EightBitLayer, nn.Linear):
 
         Raises RuntimeError if the int8 weight has no scales, ValueError if x has another last size than in_features.
         """
+        if x.shape[-1:] != self.weight.shape[-1:]:
+            raise ValueError(f"x must be [..., {self.weight.shape[-1]}] for {self}, got {tuple(x.shape)}")
+        if in_graph() and isinstance(self.weight, Int8Params) and self.weight.dtype == torch.int8:
+            known, settings = arguments_of(self._known), self._settings
+            if known is not None and settings is not None:
+                return graph_product_8bit(x, self.weight, known[0], settings["threshold"], self.bias)
         weight, threshold = plain(self.weight), self.state.threshold
-        if x.shape[-1:] != weight.shape[-1:]:
-            raise ValueError(f"x must be [..., {weight.shape[-1]}] for {self}, got {tuple(x.shape)}")
         if weight.dtype != torch.int8:
             return matmul(x, self.weight, threshold=threshold, bias=self.bias)
         absmax = absmax_of(self)

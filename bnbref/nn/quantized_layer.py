@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bnbref.nn.graph_arguments import Known
 from bnbref.nn.quantized_parameter import QuantizedParameter
 
 
@@ -28,6 +29,8 @@ class QuantizedLayer(nn.Module):
     """A layer whose parameter `weight` is a `QuantizedParameter`."""
 
     weight: Tensor
+    _known: Known | None = None
+    _settings: Mapping[str, Any] | None = None
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Like the method of `nn.Module`, but it remembers the scales of a weight. `layer.weight = ...` calls it too."""
@@ -96,6 +99,11 @@ class QuantizedLayer(nn.Module):
         weight = self._parameters.get("weight")
         if weight is not None and not isinstance(weight, QuantizedParameter):
             self._restore(weight)
+        else:
+            self._remember(weight)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_known", "_settings")}
 
     def _restore(self, weight: nn.Parameter) -> None:
         """Makes the weight a quantized parameter again, from a plain one that has the attributes of one."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from bnbref.kernels import once, tracing
 from bnbref.nn.codes import Watched
+from bnbref.nn.graph_arguments import Owner
 
 Self = TypeVar("Self", bound="QuantizedParameter")
 
@@ -43,13 +44,19 @@ def in_bytes(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
 class QuantizedParameter(Watched, nn.Parameter):
     """A parameter whose attributes follow it when it is moved, copied, pickled, shared and cut into pieces.
 
-    products: what `products.matmul_4bit` keeps of this weight. beside: what its last state dict had beside the codes. They are
-    slots, because they must not follow.
+    products: what `products.matmul_4bit` keeps of this weight. beside: what its last state dict had beside the codes. owner: of
+    what a graph reads of it. They are slots, because they must not follow.
     """
 
-    __slots__ = ("beside", "products")
+    __slots__ = ("beside", "owner", "products")
     beside: Mapping[str, Tensor | None]
+    owner: Owner
     products: Any
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in ("quant_state", "SCB"):
+            self.owner.known.clear()
 
     @property
     def data(self) -> Tensor:
@@ -68,6 +75,7 @@ class QuantizedParameter(Watched, nn.Parameter):
             DATA.__set__(self, value)
         if isinstance(value, Watched):
             self.beside = dict.fromkeys(self.beside)  # the names, and not the old scales
+            self.owner.known.clear()
             self.__dict__.update(value.__dict__)
 
     def _check_assigned(self, value: Tensor) -> None:
@@ -219,7 +227,7 @@ def made(cls: type[Self], data: Tensor, requires_grad: bool) -> Self:
             f"data of a {cls.__name__} must be a tensor with memory of its own, got a {type(data).__name__}: quantize plain "
             "tensors, and distribute or trace the layers then; a model without memory is built on the meta device"
         ) from error
-    self.beside, self.products = {}, None
+    self.beside, self.owner, self.products = {}, Owner(), None
     return self
 
 
