@@ -78,13 +78,12 @@ def _weight(packed: Tensor, *arguments: Any) -> PackedWeight:
     state: QuantState | None = getattr(packed, "quant_state", None)
     if state is None or not hasattr(packed, "products"):
         return PackedWeight(plain(packed), _state(*given))
-    if _are_of(state, *given):
+    if own:
+        absmax, second, shape, *_ = given
+        if state.absmax is not absmax or (second and getattr(state.state2, "absmax", None) is not second[0]):
+            _check_replaced(packed, state.shape == tuple(shape))
         return kept_weight(packed, state)
-    if not own:
-        return PackedWeight(plain(packed), _state(*given))
-    _, _, shape, *_ = given
-    _check_replaced(packed, state.shape == tuple(shape))
-    return kept_weight(packed, state)
+    return kept_weight(packed, state) if _are_of(state, *given) else PackedWeight(plain(packed), _state(*given))
 
 
 def _check_replaced(weight: Tensor, fits: bool) -> None:

@@ -79,9 +79,10 @@ class PackedWeight:
         fits = fits and (bias is None or (_is_plain(bias) and bias.dtype == a.dtype and bias.shape == shape[:1]))
         if not fits or captured(a):
             return None
-        product: Product | None = None
         if few_rows.are_few(a, self.state, bias):
             product = few_rows.prepared(a, self.codes, self.state, bias, self._scales())
+        else:  # of an object of its own: a product that held this one would keep it, and the codes, alive
+            product = _by_decoding(PackedWeight(self.codes, self.state), a.dtype)
         self._products[_product_key(a, bias)] = product
         return product or self.multiply
 
@@ -128,6 +129,11 @@ class PackedWeight:
         if rows.data_ptr() == self.codes.data_ptr():  # a copy would not see a change in place
             self._rows = rows
         return rows
+
+
+def _by_decoding(weight: PackedWeight, dtype: torch.dtype) -> Product:
+    """The product of more than a few rows of a dtype."""
+    return lambda a, bias: not_a_view(F.linear(a, weight.decoded(dtype), bias))
 
 
 def kept_weight(packed: Any, state: QuantState) -> PackedWeight:

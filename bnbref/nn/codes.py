@@ -13,6 +13,7 @@ torch.func puts them there, computes with these scales and not with those of the
 numpy and C++ make of a weight are plain: nobody sees a write through these.
 """
 
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -34,6 +35,17 @@ _ARITHMETIC |= {f"__{side}{name}__" for name in _BINARY[:4] for side in ("", "r"
 # that weight_norm calls; and torch.func.stack_module_state, whose result has no scales.
 _ANY_DTYPE = {"linear", "matmul", "mm", "multi_head_attention_forward", "__matmul__", "__rmatmul__"}
 _ANY_DTYPE |= {"norm_except_dim", "stack"}
+# What gives pieces of the codes, or the codes themselves.
+CUTS = {"chunk", "split", "split_with_sizes", "tensor_split", "narrow", "view", "reshape", "flatten", "__getitem__"}
+_NAMED = {*_OPERATORS, *_COPIES, *_ARITHMETIC, *_ANY_DTYPE, *CUTS, "detach"}
+
+
+@functools.lru_cache(maxsize=1024)
+def _only_asks(func: Callable[..., Any]) -> bool:
+    """Whether a function of torch neither writes codes nor computes with them nor returns them: it asks for a size, an address, a
+    dtype. A CUDA graph that is recorded asks ten such questions of each weight."""
+    name = getattr(func, "__name__", "").partition(".")[0]
+    return name not in _NAMED and (name.endswith("__") or not name.endswith("_"))
 
 
 class Watched:
@@ -49,11 +61,10 @@ class Watched:
     ) -> Any:
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
-            if torch.compiler.is_compiling():
+            if torch.compiler.is_compiling() or (not kwargs and _only_asks(func)):
                 return func(*args, **kwargs)
             name = getattr(func, "__name__", "")
-            if name != "__get__":
-                _check(name.partition(".")[0], args, kwargs)
+            _check(name.partition(".")[0], args, kwargs)
             result = func(*args, **kwargs)
             if name in _ARITHMETIC:
                 given = (*args, *kwargs.values())

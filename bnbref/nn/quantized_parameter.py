@@ -18,15 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from bnbref.kernels import once, tracing
-from bnbref.nn.codes import Watched
+from bnbref.nn.codes import CUTS, Watched
 from bnbref.nn.graph_arguments import Owner
 
 Self = TypeVar("Self", bound="QuantizedParameter")
 
 DATA: Any = torch.Tensor.data
 """The attribute `data` as every tensor has it. That of a quantized parameter also checks what is assigned."""
-
-_CUTS = {"chunk", "split", "split_with_sizes", "tensor_split", "narrow", "view", "reshape", "flatten", "__getitem__"}
 
 
 def in_bytes(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
@@ -96,7 +94,7 @@ class QuantizedParameter(Watched, nn.Parameter):
 
     def result_of(self, name: str, result: Any) -> Any:
         """The result of the function called `name`; pieces of the codes (a chunk, a slice) get the scales of their blocks."""
-        if name not in _CUTS or not self.holds_codes():
+        if name not in CUTS or not self.holds_codes():
             return super().result_of(name, result)
         if isinstance(result, (list, tuple)):
             return type(result)(map(self._piece, result))
