@@ -1,7 +1,7 @@
 """bitsandbytes on an NVIDIA GPU: what is red, `pip install bitsandbytes torch`. Each rule by itself: one that raises says so.
 
-It ran on an H100 on 2026-11-26. What did not show its rule then has the input of the report since, and has not run again: D8-2,
-Q4-1, ID-1 and ID-3. G-1, IB-2 and OB-5 were written later, and have run on a CPU alone, where these rules are kept.
+It ran on an H100 on 2026-11-27, where each rule was shown. Those of versions 3 and 4 of the vectors were written after that run:
+OS-1, OS-3, OB-1 and I8-5.
 """
 
 import subprocess
@@ -103,6 +103,13 @@ def what_is_not_contiguous():
     return (got != want).sum().item()
 
 
+@shown("I8-5", (2, 4, 64))
+def outliers_in_three_dimensions():
+    x = torch.ones(2, 4, 64, device=CUDA, dtype=torch.float16)
+    x[0, 0, 0] = 8.0
+    return tuple(F.int8_vectorwise_quant(x, threshold=6.0)[0].shape)
+
+
 @shown("IM-1", 127 * 127 * 2081)
 def a_product_of_2081_columns():
     a = torch.full((2, 2081), 127, dtype=torch.int8, device=CUDA)
@@ -164,6 +171,23 @@ def the_decay_of_adam():
     return round(p.item(), 3)
 
 
+@shown("OS-1", 0.8705)
+def the_decay_of_adam_late():
+    """1 * (1 - 0.1 * 0.5) - 0.1 * direction, all averages 1 and the square's corrected by 1 - 0.999^1000."""
+    p, g, m, v = (torch.ones(1, device=CUDA) for _ in range(4))
+    F.optimizer_update_32bit("adam", g, p, m, 0.9, 0.0, 1000, 0.1, v, 0.999, weight_decay=0.5)
+    return round(p.item(), 4)
+
+
+@shown("OS-3", 0.3)
+def the_scale_of_a_gradient_in_16_bits():
+    """What the first step leaves in float32 of a gradient of 1 that is scaled by 0.3."""
+    p, g = (torch.ones(1, device=CUDA, dtype=torch.float16) for _ in range(2))
+    average = torch.zeros(1, device=CUDA)
+    F.optimizer_update_32bit("momentum", g, p, average, 0.9, 0.0, 1, 0.1, gnorm_scale=0.3)
+    return round(average.item(), 6)
+
+
 @shown("OS-5", 1.96)
 def the_norm_of_an_update():
     p, _ = stepped("LAMB32bit", tensor(2.0), tensor(1.0), lr=0.1, max_unorm=0.2, eps=0.0)
@@ -188,5 +212,13 @@ def the_decay_of_adam_in_8_bits():
 def the_scales_of_two_averages():
     """How many numbers 4097 equal ones become by equal gradients: the two averages share a scale, which is wrong for one."""
     ones = torch.ones(4097, device=CUDA)
+    p, _ = stepped("AdEMAMix8bit", ones, ones, ones, lr=0.1, weight_decay=0.0)
+    return p.unique().numel()
+
+
+@shown("OB-1", 1)
+def a_step_by_two_averages():
+    """How many numbers 4100 equal ones become, in three dimensions: the last four are stepped with another scale."""
+    ones = torch.ones(2, 2, 1025, device=CUDA)
     p, _ = stepped("AdEMAMix8bit", ones, ones, ones, lr=0.1, weight_decay=0.0)
     return p.unique().numel()
