@@ -79,7 +79,7 @@ def by_name(case: Case, result: Any) -> dict[str, Any]:
     parts = list(result) if isinstance(result, (tuple, list)) else [result]
     while len(parts) > len(case.expected) and parts[-1] is None:
         parts.pop()
-    names = OPERATIONS[case.operation].in_order(case.expected)
+    names = [name for name in OPERATIONS[case.operation].results if name in case.expected]
     names += [f"result {i + 1}" for i in range(len(case.expected), len(parts))]
     return dict(zip(names, parts, strict=False))
 

@@ -15,7 +15,7 @@ from bnbref.conformance.case import CPU, Case
 from bnbref.conformance.dialects import Dialect
 from bnbref.conformance.expected import Expected
 from bnbref.conformance.operations import arguments
-from bnbref.conformance.oracles import optimizers, soap, steps
+from bnbref.conformance.oracles import adafactor, soap, steps
 from bnbref.conformance.oracles.codes import encode_8bit
 from bnbref.conformance.oracles.values import each, unpack
 from bnbref.kernels import eager
@@ -173,7 +173,7 @@ def _load_4bit(
 
 
 _BY_CONVENTIONS: dict[str, Callable[..., dict[str, Expected]]] = {
-    "optimizer_32bit": steps.optimizer_32bit, "adafactor": optimizers.adafactor, "soap": soap.soap,
+    "optimizer_32bit": steps.optimizer_32bit, "adafactor": adafactor.adafactor, "soap": soap.soap,
     "soap_refresh": soap.soap_refresh,
 }  # fmt: skip
 

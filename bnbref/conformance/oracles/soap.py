@@ -1,4 +1,4 @@
-"""Steps of SOAP: between two refreshes of its bases, with states in 8 bits, and two steps with a refresh between them.
+"""Steps of SOAP: between two refreshes of its bases, and two steps with a refresh between them.
 
 What a refresh makes of a basis is unique but for the signs and the order of its columns, and what is stepped in it is the same
 whatever both are. So a refresh is judged by the step after it.
@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from bnbref.conformance.expected import Expected
+from bnbref.conformance.oracles.adafactor import average, within
 from bnbref.conformance.oracles.formula import REFERENCE, Conventions, number, off_by
 from bnbref.conformance.oracles.intervals import UNIT, Interval, product, total
-from bnbref.conformance.oracles.optimizers import average, within
-from bnbref.conformance.oracles.steps import decoded, recoded
 
 Inputs = Mapping[str, Tensor | Interval]
 MOVED = ("p", "momentum", "left", "right")
@@ -48,7 +47,8 @@ def _formula(c: Conventions) -> Callable[[Any], dict[str, Any]]:
     return formula
 
 
-def _step(tensors: Inputs, c: Conventions = REFERENCE, **numbers: Any) -> dict[str, Expected]:
+def one_step(tensors: Inputs, c: Conventions = REFERENCE, **numbers: Any) -> dict[str, Expected]:
+    """A step between two refreshes. The tensors are those of the rules SO, by name."""
     return within(_formula(c), tensors, _numbers(**numbers))
 
 
@@ -58,22 +58,7 @@ def soap(
 ) -> dict[str, Expected]:  # fmt: skip
     """Rules SO."""
     tensors = {"p": p, "g": g, "momentum": momentum, "squares": squares}
-    return _step({**tensors, "left": left, "right": right, "of_left": of_left, "of_right": of_right}, c, **numbers)
-
-
-def soap_8bit(
-    p: Tensor, g: Tensor, momentum: Tensor, absmax1: Tensor, values1: Tensor, squares: Tensor, absmax2: Tensor, values2: Tensor,
-    left: Tensor, right: Tensor, of_left: Tensor, of_right: Tensor, **numbers: Any,
-) -> dict[str, Expected]:  # fmt: skip
-    """Rules SE."""
-    tensors: Inputs = {
-        "p": p, "g": g, "momentum": decoded(momentum, absmax1, values1), "squares": decoded(squares, absmax2, values2),
-        "left": left, "right": right, "of_left": of_left, "of_right": of_right,
-    }  # fmt: skip
-    made = _step(tensors, **numbers)
-    made["momentum"], made["absmax1"] = recoded(made["momentum"], absmax1, values1)
-    made["squares"], made["absmax2"] = recoded(made["squares"], absmax2, values2)
-    return made
+    return one_step({**tensors, "left": left, "right": right, "of_left": of_left, "of_right": of_right}, c, **numbers)
 
 
 def soap_refresh(
@@ -86,14 +71,14 @@ def soap_refresh(
         "of_right": of_right,
     }  # fmt: skip
     if step:
-        first = _step(tensors, c, step=step, **numbers)
+        first = one_step(tensors, c, step=step, **numbers)
     else:
         first = within(_means, tensors, _numbers(1, **numbers))
     tensors |= {name: Interval.within(x) for name, x in first.items()}
     for side, basis in (("left", of_left), ("right", of_right)):
         mean = Interval.within(first[side])
         tensors[f"of_{side}"] = _refreshed(mean, basis.double()) if bool(basis.any()) else _eigenvectors(mean)
-    second = _step({**tensors, "g": then}, c, step=step + 1, **numbers)
+    second = one_step({**tensors, "g": then}, c, step=step + 1, **numbers)
     return {name: second[name] for name in MOVED}
 
 
