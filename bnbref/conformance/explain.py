@@ -57,7 +57,7 @@ def _concern(case: Case) -> set[str]:
 
 
 def _conventions(dialect: Dialect, failure: Failure) -> dict[str, Any]:
-    """The fewest fields of the dialect that predict the failure: one, or all without those that it does not take."""
+    """The fewest fields of the dialect that predict the failure: one; or else all but those that make no difference."""
     concern = _concern(failure.case)
     different = {name: getattr(dialect, name) for name in TEXT if name in concern}
     different = {name: value for name, value in different.items() if value != getattr(REFERENCE, name)}

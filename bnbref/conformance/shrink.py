@@ -117,7 +117,7 @@ def _part(name: str, x: Tensor, kept: Tensor) -> Tensor:
 
 
 def _culprits(failure: Failure) -> set[str]:
-    """The elements of x, as hexadecimal words, that a quantization has wrong results of. No other operation has any."""
+    """The elements of x, as hexadecimal words, whose results are wrong. None unless the operation is a quantization."""
     if failure.kind != "value" or failure.got is None or not failure.case.operation.startswith("quantize"):
         return set()
     x = failure.case.inputs["x"].reshape(-1)

@@ -114,6 +114,7 @@ def _codes_in(value: Any) -> Iterator[Any]:
 
 
 def _check(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """ValueError if torch's function of that name would write into codes, or compute with them as numbers."""
     first = args[0] if args else next(iter(kwargs.values()), None)
     in_place = name in _OPERATORS or name in _COPIES or (name.endswith("_") and not name.endswith("__"))
     written = list(_codes_in(first)) if in_place and name not in _NO_WRITES else []

@@ -2,7 +2,7 @@
 
 They are here for operations whose inputs the kit varies: to make a failing input smaller (shrink.py), to see what a convention
 makes of a step (predictions.py), and for random inputs (test_backend.py). Of all other operations the expectation is stored with
-the cases alone.
+the cases alone. "Rules Q8" in a docstring are those of specification.txt whose ids begin with Q8.
 
 codes.py: quantizations. values.py: what undoes them. sums.py: float products. steps.py: optimizers of elements; formula.py and
 intervals.py are their arithmetic. adafactor.py, soap.py: optimizers of matrices.

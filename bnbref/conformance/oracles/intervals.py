@@ -129,7 +129,10 @@ def product(a: Any, b: Any) -> Any:
 
 
 def mean(x: Any, dim: int | None = None) -> Any:
-    """The mean of numbers that are not negative, along a dimension or of all: twice what a sum of n in any order is off by."""
+    """The mean of numbers that are not negative, along a dimension or of all.
+
+    Intervals are widened by twice what a sum of n numbers is off by, whatever its order.
+    """
     if isinstance(x, Tensor):
         parts = x.reshape(-1).unbind() if dim is None else x.unbind(dim)
         return total(parts) / len(parts)

@@ -90,7 +90,10 @@ def _norm(x: Tensor) -> float:
 
 
 def _orthonormal(x: Tensor) -> tuple[Tensor, float]:
-    """The factor Q of x = Q R by Gram and Schmidt, twice, in an order of its own; and a bound of the inverse of R."""
+    """The factor Q of x = Q R by Gram and Schmidt, and a bound of the inverse of R.
+
+    Each column is made orthogonal twice, by sums of one order, so that the bits are the same everywhere.
+    """
     columns: list[Tensor] = []
     sizes = []
     for column in x.mT:

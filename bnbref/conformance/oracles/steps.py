@@ -146,7 +146,8 @@ def encoded(
 
 
 def _scaled(within: Interval, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """The least and the largest scaled element, float32: its absmax, of low to high, is not below it."""
+    """The least and the largest that each element may be once it is scaled, float32. low, high: the bounds of the absmax of its
+    block, which is never below the magnitude of the element."""
     least = torch.where(within.low < 0, within.low / low, within.low / high)
     most = torch.where(within.high > 0, within.high / low, within.high / high)
     bounds = Interval(least.nan_to_num(0.0), most.nan_to_num(0.0)).widened(0.0)

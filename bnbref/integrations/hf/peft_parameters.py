@@ -170,6 +170,8 @@ def _wrapping(original: Any) -> Any:
 
 
 def _finding(original: Any) -> Any:
+    """`BaseTuner._inject_parameters` that finds quantized parameters, too."""
+
     @functools.wraps(original)
     def inject(self: Any, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool) -> list[str]:
         """Parameters of modules of which one is quantized, in the order of their wrappers; then all others."""

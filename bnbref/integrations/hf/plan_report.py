@@ -61,7 +61,7 @@ def cards(
 
 
 def parse_memory(text: str) -> tuple[int, int]:
-    """How many GPUs, and the bytes of each: a number with a unit, after how many of them there are.
+    """How many GPUs there are, and the bytes of each. text: a number with a unit; the number of GPUs may stand before it.
 
     >>> parse_memory("24GiB"), parse_memory("2 x 1.5 GB")
     ((1, 25769803776), (2, 1500000000))

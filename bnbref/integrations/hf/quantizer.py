@@ -147,7 +147,7 @@ class BnbRefHfQuantizer(HfQuantizer):  # type: ignore[misc]
             )
 
     def leave(self, model: Any, name: str, reason: str) -> None:
-        """Let a parameter that was to be quantized be a float one; its layer a plain one."""
+        """Makes a parameter that was to be quantized a float one, and its layer a plain one. reason: why, for the report."""
         if reason == ANOTHER_SHAPE and not hasattr(HfQuantizer, "get_new_dtype"):
             # Beside a quantizer, older versions of transformers take any shape.
             raise ValueError(f"{name} has another shape in the checkpoint")
