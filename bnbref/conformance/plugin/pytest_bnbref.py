@@ -7,7 +7,7 @@ from typing import Any
 
 
 def pytest_load_initial_conftests(early_config: Any, args: list[str]) -> None:
-    """Registers the kit's conftest.py where the kit is asked for. Elsewhere other plugins may have a `--backend` or `--device`."""
+    """Registers the kit's conftest.py where the kit is asked for. Elsewhere `--backend` and `--device` may be others' options."""
     if "--pyargs" in args and any(arg.startswith("bnbref.conformance") for arg in args):
         from bnbref.conformance import conftest
 
