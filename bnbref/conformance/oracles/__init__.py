@@ -4,8 +4,8 @@ They are here for operations whose inputs the kit varies: to make a failing inpu
 makes of a step (predictions.py), and for random inputs (test_backend.py). Of all other operations the expectation is stored with
 the cases alone. "Rules Q8" in a docstring are those of specification.txt whose ids begin with Q8.
 
-codes.py: quantizations. values.py: what undoes them. sums.py: float products. steps.py: optimizers of elements; formula.py and
-intervals.py are their arithmetic. adafactor.py, soap.py: optimizers of matrices.
+codes.py: quantizations. values.py: what undoes them. sums.py: float products. steps.py: optimizers, whose arithmetic is in
+formula.py and intervals.py.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,7 +1,8 @@
 """What the rules allow of each operation, as a function of its arguments: the oracles of the kit, and those that only made cases.
 
-values.py: what undoes a quantization, and files. sums.py: gradients. squares.py: squares in 8 bits. averaging.py, muon.py:
-optimizers. master_weights.py: weights of 16 bits that are trained as if they had more, and steps in a backward pass.
+values.py: what undoes a quantization, and files. sums.py: gradients. squares.py: squares in 8 bits. averaging.py, adafactor.py,
+muon.py, soap.py: optimizers; matrices.py is their arithmetic. master_weights.py: weights of 16 bits that are trained as if they
+had more, and steps in a backward pass.
 """
 
 from collections.abc import Mapping
@@ -13,15 +14,13 @@ from bnbref.conformance import oracles
 from bnbref.conformance.case import Case
 from bnbref.conformance.expected import Expected
 from bnbref.conformance.operations import arguments
-from bnbref.conformance.oracles.adafactor import adafactor
-from bnbref.conformance.oracles.soap import soap, soap_refresh
 from bnbref.kernels import eager
-from kit_cases.oracles import averaging, master_weights, muon, squares, sums, values
+from kit_cases.oracles import adafactor, averaging, master_weights, muon, soap, squares, sums, values
 
 _OWN = (
     values.dequantize_blockwise, values.dequantize_4bit_nested, values.int8_dequantize, values.save_4bit, values.load_4bit,
     sums.gemm_4bit_backward, sums.int8_backward, sums.evaluate_then_train, averaging.schedule_free, averaging.schedule_free_8bit,
-    muon.muon, muon.muon_8bit, adafactor, soap, soap_refresh, squares.soap_8bit, squares.quantize_squares,
+    muon.muon, muon.muon_8bit, adafactor.adafactor, soap.soap, soap.soap_refresh, squares.soap_8bit, squares.quantize_squares,
     squares.optimizer_8bit_nonzero, master_weights.split_weight, master_weights.join_weight, master_weights.corrected_step,
     master_weights.released_step,
 )  # fmt: skip

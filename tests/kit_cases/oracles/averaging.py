@@ -6,9 +6,9 @@ from typing import Any
 from torch import Tensor
 
 from bnbref.conformance.expected import Expected
-from bnbref.conformance.oracles.adafactor import average, within
 from bnbref.conformance.oracles.formula import number, off_by, rest
 from bnbref.conformance.oracles.intervals import SLACK, Interval
+from kit_cases.oracles.adafactor import average, within
 from kit_cases.oracles.squares import decoded, recoded
 
 

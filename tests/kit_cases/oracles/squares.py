@@ -10,9 +10,9 @@ from bnbref.codebooks import Codebook
 from bnbref.conformance.expected import Expected
 from bnbref.conformance.oracles.codes import in_8_bits, nearest_even
 from bnbref.conformance.oracles.intervals import Interval
-from bnbref.conformance.oracles.soap import Inputs, one_step
 from bnbref.conformance.oracles.steps import BLOCKSIZE, encoded, optimizer_8bit
 from bnbref.conformance.oracles.values import each
+from kit_cases.oracles.soap import Inputs, one_step
 
 
 def book_of_squares(values: Tensor) -> Codebook:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from bnbref.conformance.expected import Expected
-from bnbref.conformance.oracles.formula import REFERENCE, Conventions, number, rest
-from bnbref.conformance.oracles.intervals import Interval, at_least, mean
+from bnbref.conformance.oracles.formula import number, rest
+from bnbref.conformance.oracles.intervals import Interval
+from kit_cases.oracles.matrices import at_least, mean
 
 Numbers = Mapping[str, tuple[float, float]]
 """Numbers of a step, and by how much each may be off."""
@@ -39,11 +40,11 @@ def average(name: str, beta: float) -> dict[str, tuple[float, float]]:
 
 def adafactor(
     p: Tensor, g: Tensor, row: Tensor, column: Tensor, step: int, lr: float, beta2_decay: float, eps1: float, eps2: float,
-    d: float, weight_decay: float, c: Conventions = REFERENCE,
+    d: float, weight_decay: float,
 ) -> dict[str, Expected]:  # fmt: skip
     """Rules AF."""
     numbers = {"not_b": number(step**beta2_decay), "rate": number(min(lr, 1 / math.sqrt(step))), "d": number(d)}
-    numbers |= {"decay": number(1 - lr * weight_decay), "wd": number(weight_decay)}
+    numbers |= {"decay": number(1 - lr * weight_decay)}
 
     def formula(h: Any) -> dict[str, Any]:
         squares = h.g * h.g
@@ -53,7 +54,6 @@ def adafactor(
         u = h.g / at_least(v.sqrt(), eps1)
         size, length = at_least(mean(h.p * h.p).sqrt(), eps2), mean(u * u).sqrt()
         rate = h.rate * size
-        decayed = h.p - h.wd * rate * h.p if c.scaled_decay else h.decay * h.p
-        return {"p": decayed - rate / at_least(length / h.d, 1.0) * u, "row": new_row, "column": new_column}
+        return {"p": h.decay * h.p - rate / at_least(length / h.d, 1.0) * u, "row": new_row, "column": new_column}
 
     return within(formula, {"p": p, "g": g, "row": row, "column": column}, numbers)
