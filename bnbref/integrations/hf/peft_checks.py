@@ -105,5 +105,5 @@ def check_merge(tuner: Any) -> None:
     if layers:
         raise ValueError(
             f"{', '.join(sorted(kinds))} cannot be merged into {_names(layers)}, whose weights are packed: keep the adapter "
-            "beside them, dequantize the model first, or, for LoRA, call bnbref.register_lora(config)"
+            "beside them, dequantize the model first, or, for LoRA, import bnbref.register_lora before the adapter is made"
         )

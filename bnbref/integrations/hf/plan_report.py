@@ -127,11 +127,10 @@ def code(model: str, loader: str, format_name: str, train: str | None, optimizer
         lines += [
             "",
             f"from peft import LoraConfig, get_peft_model{', prepare_model_for_kbit_training' if spec else ''}",
-            "from bnbref import register_lora",
             "",
             *(PREPARED if spec else CHECKPOINTED),
             f'lora = LoraConfig(r=16, target_modules="all-linear"{task})',
-            "model = get_peft_model(model, register_lora(lora))",
+            "model = get_peft_model(model, lora)",
         ]
     if train is not None:
         lines += ["", "from bnbref import optim", ""]

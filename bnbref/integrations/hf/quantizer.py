@@ -185,7 +185,7 @@ class BnbRefHfQuantizer(HfQuantizer):  # type: ignore[misc]
         model._weight_conversions = [c for c in self.conversions if not undone_on_saving(c, [*quantized, *layers])]
         set_flags(model)
         if is_peft_available():
-            from bnbref.integrations.hf.peft_parameters import adapt_peft
+            from bnbref.integrations.hf.peft import adapt_peft
 
             adapt_peft()
         setattr(model, REASONS, self.reasons)
