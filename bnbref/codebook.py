@@ -51,8 +51,12 @@ class Codebook:
             raise ValueError(f"a codebook must have a name, got {self.name!r}")
         for label in ("values", "thresholds"):
             table = _numbers(f"{label} of codebook {self.name!r}", getattr(self, label))
-            if not all(math.isfinite(v) and v == float(float32(v)) for v in table):
-                raise ValueError(f"{label} of codebook {self.name!r} must be finite float32 numbers, got {table}")
+            wrong = next((v for v in table if not (math.isfinite(v) and v == float(float32(v)))), None)
+            if wrong is not None:
+                near = f": the nearest is {float(float32(wrong))!r}" if math.isfinite(wrong) else ""
+                raise ValueError(
+                    f"{label} of codebook {self.name!r} must be finite float32 numbers, got {wrong!r}{near}"
+                )
             object.__setattr__(self, label, table)
         n = len(self.values)
         ranks = n // 2 if self.sign_bit else n

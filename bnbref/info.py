@@ -22,7 +22,7 @@ OPTIONAL = ("triton", "transformers", "peft", "accelerate", "bitsandbytes")
 
 
 def info(seconds: float = 10.0) -> bool:
-    """Print the report; whether the self-check passed. `seconds`: after which no more kernels are compiled for it."""
+    """Prints the report. Returns whether the self-check passed. seconds: after which no more kernels are compiled for it."""
     device = default_device()
     section("versions", versions())
     section("devices", devices())
@@ -59,7 +59,7 @@ def section(title: str, rows: list[tuple[str, str]]) -> None:
 
 
 def versions() -> list[tuple[str, str]]:
-    """The versions of the packages that decide the bits or may be in the way; none is imported for it."""
+    """The versions of the packages that decide the bits or may be in the way. None of them is imported."""
     rows = [
         ("bnbref", bnbref.__version__),
         ("torch", torch.__version__),
@@ -136,7 +136,7 @@ def check_kernels(device: torch.device) -> bool:
 
 
 def _report(device: torch.device, seconds: float, checks: Sequence[Check], what: str) -> bool:
-    """Print a line for each check as it is done, and the verdict; whether all passed."""
+    """Prints a line for each check as it is done, and the verdict. Returns whether all passed."""
     compiled = why_eager(device.type) is None
     print(f"self-check on {device.type}: {what} on fixed inputs, against golden digests")
     start = time.monotonic()

@@ -32,17 +32,6 @@ unless a freedom says otherwise. The [conformance kit](../conformance.md) judges
 """
 
 
-def signature(operation: str) -> str:
-    """The line of the protocol.
-
-    >>> signature("int8_matmul")
-    'int8_matmul(a, b) -> product'
-    """
-    lines = (operations.__doc__ or "").splitlines()
-    (line,) = (line for line in lines if line.startswith(f"    {operation}("))
-    return " ".join(line.split())
-
-
 def _rules(operation: str) -> Iterable[str]:
     for rule in rules_of(operation):
         yield f"- **{rule.id}**: {rule.text}" + (f" *Freedom:* {rule.freedom}" if rule.freedom else "")
@@ -63,7 +52,7 @@ def page(operation: str) -> str:
     """One operation: what it is, its rules with their freedoms, and the bugs that its cases were made from."""
     cases = vectors.read(operation)
     flags = dict.fromkeys(flag for case in cases for flag in case.flags)
-    lines = [f"# {operation}", "", ABOUT[operation], "", f"    {signature(operation)}", ""]
+    lines = [f"# {operation}", "", ABOUT[operation], "", f"    {OPERATIONS[operation].signature}", ""]
     lines += ["## Rules", "", *_rules(operation)]
     if operation in ("quantize_4bit", "dequantize_4bit"):
         lines += ["## Values", "", *_values()]

@@ -413,7 +413,7 @@ print(*(name for name in __import__("sys").modules if name == "bnbref.integratio
 """
 
 
-PEFT_BY_US = "from bnbref.integrations.hf import peft_parameters; peft_parameters.adapt_peft()"
+PEFT_BY_US = "import bnbref.integrations.hf.peft as ours; ours.adapt_peft()"
 ORDERS = {"peft first": ("import peft", ""), "alias first": ("", "import peft"), "by our quantizer": ("", PEFT_BY_US)}
 
 

@@ -416,9 +416,9 @@ codebook 'one' must have 2 to 256 values, got 1
 codebook 'many' must have 2 to 256 values, got 257
 codebook 'few' needs 1 thresholds, got 0
 codebook 'signed' needs 0 thresholds, got 1
-values of codebook 'double' must be finite float32 numbers, got (0.0, 0.1)
-thresholds of codebook 'nan' must be finite float32 numbers, got (nan,)
-values of codebook 'inf' must be finite float32 numbers, got (0.0, inf)
+values of codebook 'double' must be finite float32 numbers, got 0.1: the nearest is 0.10000000149011612
+thresholds of codebook 'nan' must be finite float32 numbers, got nan
+values of codebook 'inf' must be finite float32 numbers, got inf
 thresholds of codebook 'unsorted' must be sorted, got (0.75, 0.25)
 order of codebook 'order' must be a permutation of 2 ranks of at most 16 values
 order of codebook 'long' must be a permutation of 17 ranks of at most 16 values

@@ -34,17 +34,19 @@ from hypothesis import strategies as st
 from test_board import Parsed
 
 from bnbref.cli import main
-from bnbref.conformance import backends, board, findings, judge, operations, report, vectors, workers
+from bnbref.conformance import backends, board, findings, judge, report, vectors, workers
 from bnbref.conformance.backends import Backend
+from bnbref.conformance.backends.reference import Eager
 from bnbref.conformance.board import drawings, page
-from bnbref.conformance.dialects import BNB_DEFAULT
+from bnbref.conformance.dialects import BNB_DEFAULT, PYTORCH_OPTIMIZER, TRANSFORMERS
 from bnbref.conformance.expected import Also, Expected, same, wrong_elements
 from bnbref.conformance.explain import explain
 from bnbref.conformance.operations import OPERATIONS, arguments
-from bnbref.conformance.predictions import predict
+from bnbref.conformance.predictions import decayed_within, predict
 from bnbref.conformance.shrink import shrink
 from bnbref.conformance.specification import FLAGS, RULES
 from bnbref.conformance.text import parse_tensor, tensor_line
+from bnbref.kernels import eager
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -121,7 +123,6 @@ def test_the_pages_of_the_specification_are_what_the_rules_say():
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     folder, pages = script.FOLDER, script.pages()
-    assert script.signature("int8_matmul") == "int8_matmul(a, b) -> product"
     assert sorted(pages) == sorted(path.name for path in folder.iterdir())
     stale = [name for name, text in pages.items() if (folder / name).read_text(encoding="utf-8") != text]
     assert stale == [], "python docs/specification.py"
@@ -498,15 +499,18 @@ def outcome(function, name="int8_matmul/1x8x16"):
     return judge.run_case(Backend("b", {operation: function}), BY_ID[name], CPU)
 
 
-def test_a_tuple_has_its_results_in_the_order_that_the_pages_say():
-    said = re.findall(r"^    (\w+)\(.*\) +-> (\w+(?:, \w+)*)$", operations.__doc__, re.MULTILINE)
-    assert len(said) > 20
-    for operation, names in said:
-        for case in of(operation):
-            wanted = [name for name in names.split(", ") if name in case.expected]
-            assert OPERATIONS[operation].in_order(case.expected) == wanted, case.id
-            got = judge.by_name(case, tuple(case.expected[name].value for name in wanted))
-            assert [f.message for f in judge.failures_of(case, got)] == []
+@each_operation
+def test_a_signature_is_that_of_the_cases(operation):
+    results, optional = OPERATIONS[operation].results, OPERATIONS[operation].optional
+    call = OPERATIONS[operation].signature.partition(" -> ")[0]
+    named = {name.removesuffix("=None") for name in call.partition("(")[2].strip(")").split(", ")}
+    for case in of(operation):
+        wanted = [name for name in results if name in case.expected]
+        assert set(wanted) == case.expected.keys()
+        assert case.inputs.keys() <= named
+        assert named - case.inputs.keys() - case.params.keys() - {"HYPER", "NUMBERS"} <= set(optional)
+        got = judge.by_name(case, tuple(case.expected[name].value for name in wanted))
+        assert [f.message for f in judge.failures_of(case, got)] == []
 
 
 def test_results_that_are_not_results():
@@ -667,6 +671,35 @@ def test_conventions_that_explain_together_are_named():
     thresholds = "FP4 thresholds at midpoints (5/12 ...) on the signed axis, code 8 above code 0"
     # Other dialects reach the same codes by the least distance.
     assert explain(failure)[0] == f"bnb-default, bnb-cpu: {thresholds}; x / absmax in the partial last block"
+
+
+@pytest.mark.parametrize(
+    ("operation", "dialect"),
+    [("adafactor", TRANSFORMERS), ("soap", PYTORCH_OPTIMIZER), ("soap_refresh", PYTORCH_OPTIMIZER)],
+)
+def test_another_decay_follows_from_what_is_allowed(operation, dialect):
+    """Of steps without decay the same is made by the formulas of the packages."""
+    step, told_apart = {op: getattr(Eager(), op) for op in (operation, "soap")}, []
+    for case in of(operation):
+        k = {**case.inputs, **arguments(case.params), "weight_decay": 0.0}
+        decay, t, p0 = case.params["weight_decay"], k["step"], k["p"].double()
+        with eager():
+            undecayed = step[operation](**k)["p"].double()
+            k.pop("then", None)
+            first = step["soap"](**k)["p"].double() if "soap" in operation and t else p0
+        if operation == "adafactor":
+            rate = min(k["lr"], t**-0.5) * max(float(p0.pow(2).mean().sqrt()), k["eps2"])
+            wanted = undecayed - rate * decay * p0
+        elif operation == "soap":
+            wanted = (1 - k["lr"] * decay) * undecayed
+        else:
+            own = 1 - k["lr"] * decay
+            moved = own * first if t else p0
+            wanted = own * (moved + undecayed - first)
+        allowed = decayed_within(dialect, case)
+        assert not wrong_elements(wanted.float(), allowed["p"]).numel(), case.id
+        told_apart.append(decay > 0 and wrong_elements(wanted.float(), case.expected["p"]).numel() > 0)
+    assert any(told_apart)
 
 
 def test_a_failure_is_shrunk_to_the_elements_that_matter():

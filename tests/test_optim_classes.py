@@ -78,10 +78,13 @@ OF_MATRICES = [
 ]
 """Without a counterpart in bitsandbytes: test_optim_matrices.py."""
 
+MATRICES_ALONE = ("Muon", "SOAP")
+"""Families that take no vectors, and have a second rule for these, "adamw"."""
+
 
 def by_rule(name, params, **settings):
     """Groups of parameters: those that are no matrices apart, where the class has another rule for them."""
-    if not any(family in name for family in ("Muon", "SOAP")):
+    if not any(family in name for family in MATRICES_ALONE):
         return [{"params": params, **settings}]
     matrices, others = [p for p in params if p.dim() == 2], [p for p in params if p.dim() != 2]
     return [{"params": matrices, **settings}, {"params": others, "rule": "adamw", **settings}]

@@ -10,7 +10,7 @@ from conftest import difference, running, same_bits
 from expecttest import assert_expected_inline
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_optim_classes import OF_MATRICES
+from test_optim_classes import MATRICES_ALONE, OF_MATRICES, by_rule
 from test_optim_paging import FarAway, LateCopies
 from torch import nn
 
@@ -33,11 +33,10 @@ eight_bit = pytest.mark.parametrize(
 def made(name, params, **options):
     """An optimizer by that name, with momentum, and AdamW for what is no matrix where it takes none."""
     kind = getattr(optim, name)
-    if "Adafactor" in name:
-        return kind(params, beta1=0.9, weight_decay=0.1, **options)
-    hidden, others = ([p for p in params if (p.dim() == 2) == flag] for flag in (True, False))
-    extra = {"frequency": 2} if "SOAP" in name else {}
-    groups = [{"params": hidden}, {"params": others, "rule": "adamw", "lr": 1e-3}]
+    extra = {"beta1": 0.9} if "Adafactor" in name else {"frequency": 2} if "SOAP" in name else {}
+    groups = by_rule(name, params)
+    for others in groups[1:]:
+        others["lr"] = 1e-3
     return kind(groups, weight_decay=0.1, **extra, **options)
 
 
@@ -578,7 +577,7 @@ def test_bfloat16_maximize_and_strides(name, gradients, eager):
 
 @eight_bit
 def test_scalars_and_nothing_are_parameters(name, eager):
-    shapes = [(0, 3), (3, 0), (1, 1), *([(), (0,)] if "Adafactor" in name else [])]
+    shapes = [(0, 3), (3, 0), (1, 1), *([] if any(x in name for x in MATRICES_ALONE) else [(), (0,)])]
     params = [nn.Parameter(torch.full(shape, 2.0)) for shape in shapes]
     for p in params:
         p.grad = torch.ones_like(p)

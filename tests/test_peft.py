@@ -18,6 +18,7 @@ hf = pytest.importorskip("bnbref.integrations.hf.transformers")
 lora = pytest.importorskip("bnbref.integrations.hf.peft")
 
 AutoModelForCausalLM = transformers.AutoModelForCausalLM
+lora_model = peft.tuners.lora.model
 FIXTURES = Path(__file__).parent / "fixtures" / "checkpoints"
 KINDS = ("nf4_nested", "nf4_plain", "int8")
 each_kind = pytest.mark.parametrize("kind", KINDS)
@@ -48,15 +49,14 @@ def quantized(kind, dtype=torch.float32):
     return AutoModelForCausalLM.from_pretrained(FIXTURES / kind, dtype=dtype)
 
 
-def config(registered=True, **options):
+def config(**options):
     options = {"r": 4, "target_modules": ["q_proj", "v_proj", "up_proj"], "lora_dropout": 0.0} | options
-    found = peft.LoraConfig(task_type="CAUSAL_LM", **options)
-    return lora.register_lora(found) if registered else found
+    return peft.LoraConfig(task_type="CAUSAL_LM", **options)
 
 
-def with_adapter(kind, registered=True, **options):
+def with_adapter(kind, **options):
     """A model with an adapter that does something."""
-    model = peft.get_peft_model(quantized(kind), config(registered, **options))
+    model = peft.get_peft_model(quantized(kind), config(**options))
     stir(model)
     return model.eval()
 
@@ -93,8 +93,7 @@ def same(a, b):
 
 
 @each_kind
-@pytest.mark.parametrize("registered", [True, False])
-def test_adapters_train_and_are_loaded_again(kind, registered, ids, tmp_path):
+def test_adapters_train_and_are_loaded_again(kind, ids, tmp_path):
     torch.manual_seed(0)
     model = peft.prepare_model_for_kbit_training(
         quantized(kind, torch.bfloat16), gradient_checkpointing_kwargs={"use_reentrant": False}
@@ -102,8 +101,8 @@ def test_adapters_train_and_are_loaded_again(kind, registered, ids, tmp_path):
     assert model.is_gradient_checkpointing
     assert {p.dtype for p in model.parameters()} == {torch.float32, torch.int8 if kind == "int8" else torch.uint8}
     before = codes(model)
-    model = peft.get_peft_model(model, config(registered)).train()
-    assert isinstance(model.get_submodule(Q), lora.LoraLinear) == registered
+    model = peft.get_peft_model(model, config()).train()
+    assert isinstance(model.get_submodule(Q), lora.LoraLinear)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2)
     losses = []
@@ -119,13 +118,14 @@ def test_adapters_train_and_are_loaded_again(kind, registered, ids, tmp_path):
     model.eval()
     want = logits(model, ids)
     model.save_pretrained(tmp_path)
-    loaded = peft.LoraConfig.from_pretrained(tmp_path)
     again = peft.PeftModel.from_pretrained(
-        peft.prepare_model_for_kbit_training(quantized(kind, torch.bfloat16)),
-        tmp_path,
-        config=lora.register_lora(loaded) if registered else None,
-    )
-    assert torch.equal(logits(again.eval(), ids), want)
+        peft.prepare_model_for_kbit_training(quantized(kind, torch.bfloat16)), tmp_path
+    ).eval()
+    assert torch.equal(logits(again, ids), want)
+    again.merge_adapter()
+    assert not same(codes(again), before)
+    again.unmerge_adapter()
+    assert same(codes(again), before)
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
@@ -137,7 +137,7 @@ def test_gradients_are_those_of_the_dequantized_model(quant_type, ids):
         base = AutoModelForCausalLM.from_pretrained(
             FIXTURES / "base", dtype=torch.float32, quantization_config=hf.BnbRefConfig(quant_type)
         )
-        model = peft.get_peft_model(base.dequantize() if plain else base, config(not plain))
+        model = peft.get_peft_model(base.dequantize() if plain else base, config())
         stir(model)
         model.train()(input_ids=ids, labels=ids).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
@@ -282,7 +282,7 @@ def test_the_life_of_adapters_is_that_on_the_dequantized_model(ids, tmp_path):
         spec = bnbref.BnbRefConfig("nf4")  # of float32: what it dequantizes to is not rounded again
         model = AutoModelForCausalLM.from_pretrained(FIXTURES / "base", dtype=torch.float32, quantization_config=spec)
         model = model.dequantize() if dequantized else model
-        return peft.get_peft_model(model, config(not dequantized, **options)).eval()
+        return peft.get_peft_model(model, config(**options)).eval()
 
     models = [fresh(False), fresh(True)]
     rows = ids[:1].repeat(3, 1)
@@ -294,7 +294,7 @@ def test_the_life_of_adapters_is_that_on_the_dequantized_model(ids, tmp_path):
         return ours
 
     for model in models:
-        model.add_adapter("b", config(model is models[0], r=2, target_modules=["up_proj"]))
+        model.add_adapter("b", config(r=2, target_modules=["up_proj"]))
         fill(model, 1)
         model.add_weighted_adapter(["default", "b"], [0.5, -2.0], "both", combination_type="cat")
     chosen = ["b", "__base__", "default"]
@@ -339,8 +339,11 @@ def test_an_adapter_that_is_not_finite_is_refused(kind):
 
 @each_kind
 @pytest.mark.parametrize("safe", [False, True])
-def test_an_adapter_that_is_not_registered_is_never_merged_silently(kind, safe, ids):
-    model = with_adapter(kind, registered=False)
+def test_an_adapter_that_was_made_before_is_never_merged_silently(kind, safe, ids, monkeypatch):
+    """Before peft was adapted, by an import or by a model that was loaded."""
+    with monkeypatch.context() as patch:
+        patch.setattr(lora_model, "dispatch_default", lora_model.dispatch_default.__wrapped__)
+        model = with_adapter(kind)
     want, before = logits(model, ids), codes(model)
     with pytest.raises(ValueError, match=r"LORA cannot be merged into .*q_proj, .*register_lora"):
         model.merge_adapter(safe_merge=safe)
@@ -364,6 +367,8 @@ def test_what_reads_weights_through_bitsandbytes_is_refused(options):
 def test_other_configs_are_refused():
     with pytest.raises(TypeError, match=r"config must be a peft\.LoraConfig, got IA3Config"):
         lora.register_lora(peft.IA3Config())
+    mine = config()
+    assert lora.register_lora(mine) is mine
 
 
 def test_merging_what_is_offloaded_is_refused(ids, tmp_path):
@@ -379,7 +384,7 @@ def test_a_layer_outside_of_transformers():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(64, 64), Linear8bitLt(64, 64, has_fp16_weights=False)).to("cpu")
     options = {"r": 4, "target_modules": ["1"]}
-    model = peft.get_peft_model(net, lora.register_lora(peft.LoraConfig(**options)))
+    model = peft.get_peft_model(net, peft.LoraConfig(**options))
     x = torch.randn(3, 64)
     assert torch.equal(model(x), net[1].base_layer(net[0](x)))
     stir(model)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from bnbref.conformance.expected import Expected
-from bnbref.conformance.operations import OPERATIONS
 from bnbref.conformance.specification import FLAGS, RULES
 from bnbref.quant_state import dtype_name
 
@@ -51,19 +50,3 @@ class Case:
         given = next((self.inputs[name] for name in ("x", "a", "p", "grad") if name in self.inputs), None)
         about = given if given is not None else self.expected["y"].value
         return dtype_name(about.dtype)
-
-
-def make(
-    name: str, operation: str, inputs: Mapping[str, Tensor], rules: str, flags: str = "",
-    expected: Mapping[str, Expected] | None = None, layout: tuple[str, ...] = (), may_refuse: bool = False, quick: bool = True,
-    **params: Any,
-) -> Case:  # fmt: skip
-    """A case. rules, flags: their names, between blanks. expected: by the oracle of the operation, if not given.
-
-    Raises ValueError for a rule or a flag that does not exist.
-    """
-    wanted = OPERATIONS[operation].expect(inputs, params) if expected is None else expected
-    return Case(
-        f"{operation}/{name}", operation, params, dict(inputs), wanted, tuple(rules.split()), tuple(flags.split()),
-        layout, may_refuse, quick, expected is None,
-    )  # fmt: skip

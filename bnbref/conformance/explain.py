@@ -20,7 +20,7 @@ from bnbref.conformance.judge import Failure
 from bnbref.conformance.operations import arguments
 from bnbref.conformance.oracles.formula import CLIPPED, Conventions
 from bnbref.conformance.oracles.sums import product_interval
-from bnbref.conformance.predictions import predict, step_within, weight
+from bnbref.conformance.predictions import decayed_within, predict, step_within, weight
 from bnbref.conformance.vectors import from_bytes, raw
 from bnbref.kernels import eager
 
@@ -57,7 +57,7 @@ def _concern(case: Case) -> set[str]:
 
 
 def _conventions(dialect: Dialect, failure: Failure) -> dict[str, Any]:
-    """The fewest fields of the dialect that predict the failure: one, or all without those that it does not take."""
+    """The fewest fields of the dialect that predict the failure: one; or else all but those that make no difference."""
     concern = _concern(failure.case)
     different = {name: getattr(dialect, name) for name in TEXT if name in concern}
     different = {name: value for name, value in different.items() if value != getattr(REFERENCE, name)}
@@ -79,6 +79,8 @@ def _conventions(dialect: Dialect, failure: Failure) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=32)  # asked again for each result of a case, and for each dialect that has the convention
 def _step_allowed(dialect: Dialect, case: Case) -> dict[str, Expected]:
+    if case.operation in _OF_DECAY:
+        return decayed_within(dialect, case)
     with eager():
         return step_within(dialect, case.operation, **case.inputs, **arguments(case.params))
 

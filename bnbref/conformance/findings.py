@@ -122,8 +122,8 @@ def describe(finding: Finding, same: Sequence[Finding] = ()) -> str:
 
 
 def by_cause(findings: Sequence[Finding]) -> list[list[Finding]]:
-    """The findings of an operation that follow the same conventions, or raise the same exception, together. First stands one of
-    cases that were made for no bug, if there is one."""
+    """The findings of an operation that follow the same conventions, or raise the same exception, together. The first of
+    each list is one whose cases were made for no known bug, if there is one."""
     found: dict[Any, list[Finding]] = {}
     for finding in findings:
         raised = finding.example.message if finding.example.kind in ("raised", "crashed") else ""

@@ -70,7 +70,7 @@ def given(case: Case, device: torch.device) -> tuple[dict[str, Any], dict[str, T
 
 
 def by_name(case: Case, result: Any) -> dict[str, Any]:
-    """The results by name, those that a tuple has beyond the names by their numbers.
+    """The results by name. What a tuple has beyond the names of the operation is called by its number: `result 3`.
 
     None at the end of a tuple is no result: a state that an optimizer does not have.
     """
@@ -79,7 +79,7 @@ def by_name(case: Case, result: Any) -> dict[str, Any]:
     parts = list(result) if isinstance(result, (tuple, list)) else [result]
     while len(parts) > len(case.expected) and parts[-1] is None:
         parts.pop()
-    names = OPERATIONS[case.operation].in_order(case.expected)
+    names = [name for name in OPERATIONS[case.operation].results if name in case.expected]
     names += [f"result {i + 1}" for i in range(len(case.expected), len(parts))]
     return dict(zip(names, parts, strict=False))
 
@@ -89,7 +89,7 @@ def _dense(part: Any) -> bool:
 
 
 def _overwritten(backend: Backend) -> bool:
-    """Whether what the last call returned is not what it was any more."""
+    """Whether a tensor that the last call returned has been changed since."""
     return not all(x.shape == was.shape and bool(same(x.detach().cpu(), was).all()) for x, was in backend.returned)
 
 

@@ -15,8 +15,9 @@ from bnbref.conformance.case import CPU, Case
 from bnbref.conformance.dialects import Dialect
 from bnbref.conformance.expected import Expected
 from bnbref.conformance.operations import arguments
-from bnbref.conformance.oracles import optimizers, soap, steps
+from bnbref.conformance.oracles import steps
 from bnbref.conformance.oracles.codes import encode_8bit
+from bnbref.conformance.oracles.intervals import SLACK, Interval
 from bnbref.conformance.oracles.values import each, unpack
 from bnbref.kernels import eager
 
@@ -172,18 +173,30 @@ def _load_4bit(
     return _dequantize_4bit(d, packed, absmax, quant_type=quant_type, **rest)
 
 
-_BY_CONVENTIONS: dict[str, Callable[..., dict[str, Expected]]] = {
-    "optimizer_32bit": steps.optimizer_32bit, "adafactor": optimizers.adafactor, "soap": soap.soap,
-    "soap_refresh": soap.soap_refresh,
-}  # fmt: skip
-
-
 def step_within(d: Dialect, operation: str, /, **given: Any) -> dict[str, Expected]:
     """The results that a step with these conventions may have."""
-    if operation in _BY_CONVENTIONS:
-        return _BY_CONVENTIONS[operation](c=d, **given)
+    if operation == "optimizer_32bit":
+        return steps.optimizer_32bit(c=d, **given)
     floor = float(torch.tensor(d.floor, dtype=torch.float32))
     return steps.optimizer_8bit(c=d, encode=lambda x, values: _eight_bit(x, values, d.ties), floor=floor, **given)
+
+
+def decayed_within(d: Dialect, case: Case) -> dict[str, Expected]:
+    """The results that a case of Adafactor or SOAP allows, with p moved by the difference that another decay makes.
+
+    SOAP        d = 1 - lr wd, after the step    p' = d^n (1 - d) p0 + d p          of n steps that decay
+    Adafactor   by the rate times the size       p' = p + wd (lr - rate size) p0    p0: before, p: by the rules
+    """
+    k, p0, p = case.params, case.inputs["p"].double(), Interval.within(case.expected["p"])
+    decay, times, own = k["lr"] * k["weight_decay"], 0.0, 1.0
+    if d.decay_after:
+        own = 1 - decay
+        times = own ** (2 if case.operation == "soap_refresh" and k["step"] else 1) * decay
+    if d.scaled_decay:
+        rate, size = min(k["lr"], k["step"] ** -0.5), max(float((p0 * p0).mean().sqrt()), k["eps2"])
+        times = decay - k["weight_decay"] * rate * size
+    moved = Interval.near(own, SLACK) * p + Interval.near(times, SLACK * abs(times)) * Interval.point(p0)
+    return {**case.expected, "p": Expected(moved.middle.float(), low=moved.low, high=moved.high)}
 
 
 def _step(operation: str) -> Callable[..., Tensors]:
@@ -197,7 +210,7 @@ _PREDICTED = (
 
 PREDICT: dict[str, Callable[..., Tensors]] = {
     **{function.__name__.removeprefix("_"): function for function in _PREDICTED},
-    **{operation: _step(operation) for operation in (*_BY_CONVENTIONS, "optimizer_8bit")},
+    **{operation: _step(operation) for operation in ("optimizer_32bit", "optimizer_8bit")},
 }
 """The operations of which dialects say something."""
 

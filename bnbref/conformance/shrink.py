@@ -15,7 +15,7 @@ from bnbref.conformance.backends import Backend
 from bnbref.conformance.case import Case
 from bnbref.conformance.explain import explain
 from bnbref.conformance.judge import Failure, run_case
-from bnbref.conformance.operations import OPERATIONS
+from bnbref.conformance.oracles import expect
 from bnbref.conformance.oracles.steps import BLOCKSIZE
 from bnbref.conformance.text import hex_words
 
@@ -36,8 +36,7 @@ def _without(size: int) -> Iterator[Tensor]:
 def _vary(case: Case, inputs: dict[str, Tensor], **params: Any) -> Case:
     """The case with some inputs and parameters replaced, and what is expected computed anew."""
     given, chosen = {**case.inputs, **inputs}, {**case.params, **params}
-    expected = OPERATIONS[case.operation].expect(given, chosen)
-    return replace(case, inputs=given, params=chosen, expected=expected, layout=())
+    return replace(case, inputs=given, params=chosen, expected=expect(case.operation, given, chosen), layout=())
 
 
 def _smaller(case: Case) -> Iterator[Case]:
@@ -118,7 +117,7 @@ def _part(name: str, x: Tensor, kept: Tensor) -> Tensor:
 
 
 def _culprits(failure: Failure) -> set[str]:
-    """The elements of x, as hexadecimal words, that a quantization has wrong results of. No other operation has any."""
+    """The elements of x, as hexadecimal words, whose results are wrong. None unless the operation is a quantization."""
     if failure.kind != "value" or failure.got is None or not failure.case.operation.startswith("quantize"):
         return set()
     x = failure.case.inputs["x"].reshape(-1)

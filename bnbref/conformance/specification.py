@@ -30,7 +30,7 @@ class Flag(NamedTuple):
     issue: str = ""
 
 
-def _entries(block: str) -> list[str]:
+def entries(block: str) -> list[str]:
     """The paragraphs of a block, each begun by a line that is not indented, without their line breaks."""
     return [" ".join(entry.split()) for entry in re.split(r"\n(?! )", block.strip())]
 
@@ -40,10 +40,10 @@ def _rules(text: str) -> tuple[dict[str, str], dict[str, Rule]]:
     operations: dict[str, str] = {}
     found: dict[str, Rule] = {}
     for block in text.split("\n\n"):
-        head, *entries = _entries(block)
+        head, *sentences = entries(block)
         operation, _, about = head.partition(": ")
         operations[operation] = about
-        for entry in entries:
+        for entry in sentences:
             name, _, rest = entry.partition(" ")
             sentence, _, freedom = rest.partition(" Freedom: ")
             if rest.startswith("= "):  # the sentence of another operation's rule
@@ -53,7 +53,7 @@ def _rules(text: str) -> tuple[dict[str, str], dict[str, Rule]]:
 
 
 def _flags(text: str) -> dict[str, Flag]:
-    matches = (re.fullmatch(r"(\S+): (.*?)(?: \[(#.*)\])?", entry) for entry in _entries(text))
+    matches = (re.fullmatch(r"(\S+): (.*?)(?: \[(#.*)\])?", entry) for entry in entries(text))
     return {match[1]: Flag(match[1], match[2], match[3] or "") for match in matches if match}
 
 

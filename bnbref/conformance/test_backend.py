@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from bnbref.codebooks import DYNAMIC, value_table
-from bnbref.conformance.case import Case, make
+from bnbref.conformance.case import Case
 from bnbref.conformance.findings import describe
 from bnbref.conformance.judge import Result, run_case
+from bnbref.conformance.oracles import expect
 from bnbref.conformance.report import report
 
 
@@ -49,7 +50,8 @@ def test_random(tested: Any, operation: str) -> None:
         else:
             inputs["values"] = value_table(DYNAMIC, torch.device("cpu"))
         rule = "Q8-3" if operation == "quantize_blockwise" else "Q4-3"
-        last[:] = [run_case(tested.backend, make("random", operation, inputs, rule, **params), tested.device)]
+        case = Case(f"{operation}/random", operation, params, inputs, expect(operation, inputs, params), (rule,))
+        last[:] = [run_case(tested.backend, case, tested.device)]
         hypothesis.assume(last[0].status in ("passed", "failed"))
         if last[0].failures:
             raise ValueError(last[0].failures[0].message)

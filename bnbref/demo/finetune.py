@@ -14,7 +14,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, prepare_model_for_kbit_training
+from peft import PeftModel, prepare_model_for_kbit_training
 from torch import Tensor
 
 from bnbref.demo import MODEL, Settings
@@ -23,7 +23,6 @@ from bnbref.demo.formats import Mismatch
 from bnbref.demo.report import mebibytes, one_line
 from bnbref.demo.resources import phase
 from bnbref.info import compute_dtype
-from bnbref.integrations.hf.peft import register_lora
 from bnbref.integrations.hf.qlora import load, qlora
 
 MODULES = ("argparse", "dataclasses")
@@ -61,7 +60,7 @@ def finetune(tokenizer: Any, heldout: Tensor, settings: Settings, device: torch.
     after, text_after = measure(found.model, tokenizer, unseen, heldout, settings, "after")
     count = min(10, settings.steps // 4)
     first, last = first_and_last(found.losses, count)
-    again = PeftModel.from_pretrained(base, folder, config=register_lora(LoraConfig.from_pretrained(folder)))
+    again = PeftModel.from_pretrained(base, folder)
     difference = largest_difference(found.model, again, heldout[:1])
 
     rate = settings.steps * BATCH * WINDOW / found.seconds

@@ -29,7 +29,7 @@ def run(
     *, quick: bool = False, device: str | None = None, out: Path | None = None, json_file: Path | None = None,
     plot_file: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Measure and print everything; what was measured. `Mismatch` where something is not what it must be."""
+    """Measures and prints everything, and returns what was measured. Raises `Mismatch` where something is not what it must be."""
     start, cpu = time.perf_counter(), cpu_seconds()
     transformers.utils.logging.disable_progress_bar()
     # Of an option that peft and Trainer set themselves.

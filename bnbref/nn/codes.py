@@ -114,6 +114,7 @@ def _codes_in(value: Any) -> Iterator[Any]:
 
 
 def _check(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """ValueError if torch's function of that name would write into codes, or compute with them as numbers."""
     first = args[0] if args else next(iter(kwargs.values()), None)
     in_place = name in _OPERATORS or name in _COPIES or (name.endswith("_") and not name.endswith("__"))
     written = list(_codes_in(first)) if in_place and name not in _NO_WRITES else []
@@ -134,7 +135,7 @@ def _check(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
 
 
 def _refuse(name: str, codes: list[Any]) -> None:
-    """ValueError if there are any."""
+    """ValueError that names the function, if it was given codes."""
     if codes:
         kind = next((type(t).__name__ for t in codes if not isinstance(t, Codes)), "weight")
         raise ValueError(
@@ -159,7 +160,7 @@ def _check_scales(name: str, written: list[Any], sources: Any) -> None:
 
 
 def _put_back(weight: Any) -> None:
-    """torch's old weight_norm asks for the norm of a weight that it has removed from the layer: it gets it again."""
+    """Puts a weight back into its layer. torch's old weight_norm has removed it before it asks for the norm, which is refused."""
     asking = sys._getframe(3).f_locals  # beyond this function, `_check` and `__torch_function__`
     if asking.get("weight") is weight and isinstance(asking.get("module"), nn.Module):
         asking["module"]._parameters[asking["name"]] = weight

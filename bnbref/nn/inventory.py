@@ -167,7 +167,7 @@ def _alike(parameters: tuple[ParameterReport, ...]) -> list[tuple[list[str], Par
 
 
 def merged(names: Iterable[str]) -> list[str]:
-    """Names with those as one that differ in numbers alone.
+    """The names, of which those that differ in numbers alone are merged into one.
 
     >>> merged(["layers.0.mlp", "layers.1.mlp", "head"])
     ['layers.[0-1].mlp', 'head']

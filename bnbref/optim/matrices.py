@@ -142,8 +142,9 @@ def averaged(
 
 
 def _nearer(mean: Tensor, basis: Tensor) -> Tensor:
-    # From the largest eigenvalue to the smallest, as what a zero leaves is to be orthogonal to all others, not they to it; the
-    # columns stay in their places, in which the squares were summed.
+    """Columns nearer to the eigenvectors of a mean `[..., n, n]` than those of `basis`. Of a basis of zeros, the eigenvectors."""
+    # QR makes a column orthogonal to those before it. So they are sorted, the largest eigenvalue first: of an eigenvalue of 0 the
+    # product is noise, which must not turn the others. Then each goes back to its place, where its squares were summed.
     power = mean @ basis
     order = (basis * power).sum(-2).argsort(dim=-1, descending=True, stable=True)
     sorted_basis = torch.linalg.qr(torch.take_along_dim(power, order[..., None, :], -1))[0]

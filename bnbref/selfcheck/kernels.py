@@ -168,7 +168,7 @@ FIRST_BLOCK = (0.0, 2.0**-50, 1.0)
 
 
 def gradients() -> Iterator[Tensor]:
-    """Three float32 `[700]`: numbers of 2^-40 to 4 with `GRADIENTS` in every third place, at last the largest and beyond.
+    """Three float32 `[700]`: numbers of 2^-40 to 4 with `GRADIENTS` in every third place; in the last also `LARGEST` and more.
 
     The first block's are times `FIRST_BLOCK`: zeros, then so small that the scale of their squares is below 2^-126.
     """

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from bnbref.checkpoint import BLOCKSIZES
 from bnbref.codebooks import DYNAMIC, DYNAMIC_UNSIGNED, FP4, NF4, Codebook, value_table
-from bnbref.conformance.case import CPU, DTYPES, Case, make
+from bnbref.conformance.case import CPU, DTYPES, Case
 from bnbref.conformance.expected import Expected
-from bnbref.conformance.operations import OPERATIONS
 from kit_cases.inputs import beside, cast, clear, in_blocks, neighbours, nested_weight, noise, spread
+from kit_cases.oracles import expect, make
 
 Tensors = Mapping[str, Tensor]
 
@@ -87,7 +87,7 @@ def _one_formula(
         points.append(torch.cat((absmax.view(1), differ, absmax.repeat(15 - differ.numel()))))
     part = max(points, key=lambda row: int((row < row[0]).sum()))
     x = torch.cat((part, torch.full((48,), 0.4 * float(part[0])), part))
-    expected = OPERATIONS[op].expect({"x": x, **inputs}, {"blocksize": 64, **extra})
+    expected = expect(op, {"x": x, **inputs}, {"blocksize": 64, **extra})
     first = next(iter(expected))
     codes = expected[first].value
     start = codes.numel() * 64 // 80

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from bnbref.codebooks import DYNAMIC, Codebook
-from bnbref.conformance.case import Case, make
+from bnbref.conformance.case import Case
+from kit_cases.oracles import make
 
 
 def integers(count: int, seed: int, bits: int) -> Tensor:

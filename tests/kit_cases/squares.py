@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from bnbref.codebooks import DYNAMIC, DYNAMIC_UNSIGNED, value_table
-from bnbref.conformance.case import CPU, Case, make
+from bnbref.conformance.case import CPU, Case
 from kit_cases.inputs import beside, in_blocks, matrix, noise, random_bytes, scales, squares
+from kit_cases.oracles import make
 from kit_cases.version2 import OF_LEFT, OF_RIGHT
 
 Earlier = Mapping[str, Case]

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnbref.conformance.case import Case, make
+from bnbref.conformance.case import Case
 from bnbref.conformance.oracles.formula import CLIPPED, COUPLED, STATES
 from kit_cases.inputs import cast, noise
+from kit_cases.oracles import make
 
 HYPER: dict[str, Any] = {
     "step": 17, "lr": 0.015625, "beta1": 0.875, "beta2": 0.96875, "beta3": 0.9921875, "alpha": 3.0, "eps": 0.0009765625,

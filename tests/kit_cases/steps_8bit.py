@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from bnbref.codebooks import DYNAMIC, DYNAMIC_UNSIGNED, Codebook, value_table
-from bnbref.conformance.case import CPU, Case, make
+from bnbref.conformance.case import CPU, Case
 from bnbref.conformance.oracles.codes import encode_8bit
 from bnbref.conformance.oracles.formula import CLIPPED, REFERENCE, STATES
 from bnbref.conformance.oracles.intervals import Interval
 from bnbref.conformance.oracles.steps import BLOCKSIZE, both
 from bnbref.conformance.oracles.values import each
 from kit_cases.inputs import cast, noise
+from kit_cases.oracles import make
 from kit_cases.steps import SQUARES, USUAL, average, decay_flag, hyper, results, squares
 
 Coded = dict[str, Tensor]

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from bnbref.codebooks import FP4, NF4
-from bnbref.conformance.case import DTYPES, Case, make
+from bnbref.conformance.case import DTYPES, Case
 from kit_cases.inputs import cast, integers, noise, random_bytes, scales
+from kit_cases.oracles import make
 
 
 def _packed(n: int, k: int, seed: int) -> dict[str, Tensor]:

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from bnbref.codebooks import DYNAMIC, value_table
-from bnbref.conformance.case import CPU, Case, make
+from bnbref.conformance.case import CPU, Case
 from bnbref.conformance.oracles.codes import encode_8bit
-from bnbref.conformance.oracles.master_weights import LINES, split
 from bnbref.conformance.oracles.steps import BLOCKSIZE
 from kit_cases.inputs import beside, integers, matrix, noise, spread, squares
+from kit_cases.oracles import make
+from kit_cases.oracles.master_weights import LINES, split
 from kit_cases.steps import hyper
 
 

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from bnbref.codebooks import DYNAMIC, NF4
-from bnbref.conformance.case import DTYPES, Case, make
+from bnbref.conformance.case import DTYPES, Case
 from bnbref.conformance.oracles.formula import CLIPPED, COUPLED, STATES
 from kit_cases.inputs import cast, changed, clear, in_blocks, noise, random_bytes, scales
+from kit_cases.oracles import make
 from kit_cases.steps import USUAL
 
 

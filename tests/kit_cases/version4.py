@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from bnbref.codebooks import DYNAMIC, NF4
-from bnbref.conformance.case import DTYPES, Case, make
+from bnbref.conformance.case import DTYPES, Case
 from bnbref.conformance.oracles.formula import STATES
 from kit_cases.inputs import cast, changed, clear, in_blocks, nested_weight, noise, random_bytes, random_int8, scales
+from kit_cases.oracles import make
 from kit_cases.squares import SIGNED, Earlier, squares_and_refresh_cases
 from kit_cases.values import loosened
 

@@ -98,7 +98,7 @@ def _unstacked(first: Tensor, second: Tensor | None, third: Tensor | None, name:
 
 
 class Fork(BitsAndBytes):
-    """A fork that is imported by the same name."""
+    """The package bitsandbytes-cpu-fork, which is imported as `bitsandbytes`, too."""
 
     def __init__(self) -> None:
         if "bitsandbytes-cpu-fork" not in importlib.metadata.packages_distributions().get("bitsandbytes", ()):

@@ -10,7 +10,7 @@ from bnbref.conformance.backends import Unsupported, require
 
 
 class MpsBitsAndBytes:
-    """4 bits and int8 rows. Its 8-bit blocks are linear, whatever map they are given: another format."""
+    """4 bits and int8 rows. Blocks of 8 bits are left out: their codes are linear, whatever map they are given."""
 
     packages = ("mps_bitsandbytes",)
 

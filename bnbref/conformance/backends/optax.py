@@ -15,7 +15,7 @@ from bnbref.conformance.backends import Unsupported, require
 
 
 def _filled(state: Any, new: Mapping[str, Any]) -> Any:
-    """A nest of named tuples with other arrays in the fields of these names, wherever they are."""
+    """The nest of named tuples `state`, with the arrays of `new` in the fields of these names, however deep they are."""
     if isinstance(state, dict):
         return {key: _filled(x, new) for key, x in state.items()}
     if hasattr(state, "_fields"):

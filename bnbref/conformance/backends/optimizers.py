@@ -17,7 +17,10 @@ from bnbref.conformance.backends import Unsupported
 def stepped(
     make: Callable[..., Any], p: Tensor, gradients: Tensor | list[Tensor], state: Mapping[str, Any], **options: Any
 ) -> tuple[Tensor, Any]:
-    """A parameter after a step for each gradient by `make([p], **options)`, and its state; both are copies."""
+    """The parameter p and its state after one step for each gradient. `make([p], **options)` makes the optimizer.
+
+    p, state and gradients are copied before.
+    """
     parameter = torch.nn.Parameter(p.clone())
     optimizer = make([parameter], **options)
     optimizer.state[parameter] = {key: x.clone() if isinstance(x, Tensor) else x for key, x in state.items()}

@@ -1,14 +1,13 @@
 """Operations by the names that bitsandbytes documents: of its own package, or of bnbref, which has the same."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bnbref.codebooks import four_bit, value_table
-from bnbref.conformance.oracles.values import file_tensors
-from bnbref.quant_state import BLOB
+from bnbref.quant_state import BLOB, TENSORS
 
 
 class PublicNames:
@@ -85,3 +84,9 @@ class PublicNames:
         return self.package.functional.QuantState(
             absmax=absmax, shape=torch.Size(shape), blocksize=blocksize, quant_type=quant_type, dtype=dtype, **rest
         )
+
+
+def file_tensors(packed: Tensor, file: Mapping[str, Tensor], quant_type: str) -> dict[str, Tensor]:
+    """The tensors of a quantized weight in a file, by the kit's names."""
+    tensors = {"packed": packed.view(torch.uint8).view(-1), "state": file[BLOB + quant_type]}
+    return {**tensors, **{name: file[name] for name in (*TENSORS[2:], *TENSORS[:2]) if name in file}}

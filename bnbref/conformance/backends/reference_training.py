@@ -15,7 +15,7 @@ Tensors = dict[str, Tensor]
 
 
 def _whole(rule: rules.Rule, step: int, group: dict[str, Any], p: Tensor, g: Tensor, **states: Tensor) -> Tensors:
-    """A step of a matrix, of copies."""
+    """One step of a rule that sees whole matrices, on copies of the parameter and its states."""
     made = {name: x.clone() for name, x in {"p": p, **states}.items()}
     job = Job(made["p"], made["p"], g.contiguous(), made, BLOCKSIZE, None, None)
     step_together(*at_step(rule, step, group, p.device), [job], lambda each: [state for _, state in each])
@@ -37,7 +37,7 @@ def _numbered(made: Tensors) -> Tensors:
 
 
 class Training:
-    """The operations that came with versions 2 and 4."""
+    """The operations that came with versions 2 and 4 of the vectors."""
 
     def schedule_free(self, p: Tensor, z: Tensor, g: Tensor, squares: Tensor, beta1: float, **group: Any) -> Tensors:
         states = {"difference": (z - p) / beta1, "squares": squares}

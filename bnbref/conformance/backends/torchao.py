@@ -13,7 +13,7 @@ from bnbref.conformance.oracles.steps import BLOCKSIZE
 
 
 class TorchAO:
-    """What torchao has of the operations."""
+    """The operations that torchao has: codes in blocks, and AdamW with states in 32 and in 8 bits."""
 
     packages = ("torchao",)
 
@@ -56,7 +56,7 @@ class TorchAO:
 
 
 def _second(k: Mapping[str, Any], name: str) -> Tensor:
-    """A copy of what Adam has beside its first average."""
+    """A copy of Adam's second state, or of its scales. Raises Unsupported for another optimizer."""
     if k["optimizer"] != "adam":
         raise Unsupported("torchao has Adam")
     copy: Tensor = k[name].clone()

@@ -17,7 +17,7 @@ WIDTH, HEIGHT = 400.0, 60.0
 
 
 def of_finding(done: Report, finding: Finding) -> str:
-    """Both, of a finding of a report: the error map is of its smallest case, the histogram of all."""
+    """The error map of a finding's smallest case, and the histogram of all its cases."""
     return error_map(finding.original) + histogram(_alike(done, finding))
 
 
@@ -54,7 +54,7 @@ def error_map(failure: Failure) -> str:
 
 
 def _svg(kind: str, bars: str, below: int, label: str) -> str:
-    """Bars on a line, and the label so far below it."""
+    """An SVG of bars on a line and of a label, which is `below` units below the line. kind: attributes of the SVG."""
     text = html.escape(label)
     return (
         f'<svg{kind} viewBox="0 0 {WIDTH:.0f} {HEIGHT + below + 4:.0f}" role=img aria-label="{text}">'

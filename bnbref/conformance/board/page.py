@@ -58,7 +58,7 @@ def _box(name: str, value: str, label: str) -> str:
 
 
 def _opener(identity: str, label: str, described: str = "") -> str:
-    """The button that opens what has this id."""
+    """The button that opens the dialog of this id. described: what it says to those who cannot see it."""
     said = f' aria-label="{_text(described)}"' if described else ""
     return f'<button popovertarget="{_text(identity)}"{said}>{label}</button>'
 

@@ -76,23 +76,13 @@ def encode_8bit(scaled: Tensor, values: Tensor) -> Tensor:
     return blockwise.count_below(scaled, thresholds).to(torch.uint8)
 
 
-def book_of_squares(values: Tensor) -> Codebook:
-    """The same, but a number above 0 never has the code of 0 if no value is below it."""
-    book = nearest_even(tuple(values.tolist()))
-    return book if bool((values < 0).any()) else book.nonzero()
-
-
 def quantize_blockwise(x: Tensor, values: Tensor, blocksize: int) -> dict[str, Expected]:
     """Rules Q8."""
-    return _in_8_bits(x, nearest_even(tuple(values.tolist())), blocksize)
+    return in_8_bits(x, nearest_even(tuple(values.tolist())), blocksize)
 
 
-def quantize_squares(x: Tensor, values: Tensor, blocksize: int) -> dict[str, Expected]:
-    """Rules QS."""
-    return _in_8_bits(x, book_of_squares(values), blocksize)
-
-
-def _in_8_bits(x: Tensor, book: Codebook, blocksize: int) -> dict[str, Expected]:
+def in_8_bits(x: Tensor, book: Codebook, blocksize: int) -> dict[str, Expected]:
+    """Blocks in the codes of an 8-bit codebook."""
     codes, absmax = blockwise.quantize(x, book, blocksize)
     s = _scale(x, absmax, blocksize)
     others = _alternatives(s, lambda scaled: blockwise.encode(scaled, book), codes.reshape(-1), zero_block=True)

@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bnbref import blockwise
 from bnbref.conformance.expected import UNIT, Also, Expected, where_true
-from bnbref.conformance.oracles.codes import book_of_squares, encode_8bit
+from bnbref.conformance.oracles.codes import encode_8bit
 from bnbref.conformance.oracles.formula import COUPLED, REFERENCE, Conventions, Formula
 from bnbref.conformance.oracles.intervals import Interval
 from bnbref.conformance.oracles.values import each
@@ -110,36 +109,6 @@ def optimizer_8bit(
     return found
 
 
-def optimizer_8bit_nonzero(
-    p: Tensor, g: Tensor, state1: Tensor, absmax1: Tensor, values1: Tensor, state2: Tensor | None = None,
-    absmax2: Tensor | None = None, values2: Tensor | None = None, state3: Tensor | None = None, absmax3: Tensor | None = None,
-    **k: Any,
-) -> dict[str, Expected]:  # fmt: skip
-    """Rules ON."""
-    states = (state1, absmax1, values1, state2, absmax2, values2, state3, absmax3)
-    return optimizer_8bit(p, g, *states, encode=encode_squares, **k)
-
-
-def encode_squares(scaled: Tensor, values: Tensor) -> Tensor:
-    """The 8-bit codes of scaled elements, of which none above 0 has the code of 0 if the values are those of squares."""
-    return blockwise.encode(scaled, book_of_squares(values))
-
-
-def decoded(codes: Tensor, absmax: Tensor, values: Tensor) -> Interval:
-    """A state that is kept in 8 bits, of the shape of its codes."""
-    scale = each(absmax, BLOCKSIZE, codes.numel()).view(codes.shape)
-    return Interval.point(values[codes.long()]) * Interval.point(scale)
-
-
-def recoded(new: Expected, before: Tensor, values: Tensor) -> tuple[Expected, Expected]:
-    """The codes and scales of a new state that has bounds, all of whose gradients are finite. before: the old scales."""
-    bounds, nothing = Interval.within(new), torch.zeros(new.value.numel())
-    flat = Interval(bounds.low.reshape(-1), bounds.high.reshape(-1))
-    x = new.value.reshape(-1)
-    codes, scales = encoded(x, flat, nothing.bool(), nothing, before, values, encode_squares, floor=0.0)
-    return Expected(codes.value.view(new.value.shape), also=codes.also, free=codes.free), scales
-
-
 def _blocks(x: Tensor) -> Tensor:
     return F.pad(x, (0, -x.numel() % BLOCKSIZE)).view(-1, BLOCKSIZE)
 
@@ -177,7 +146,8 @@ def encoded(
 
 
 def _scaled(within: Interval, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """The least and the largest scaled element, float32: its absmax, of low to high, is not below it."""
+    """The least and the largest that each element may be once it is scaled, float32. low, high: the bounds of the absmax of its
+    block, which is never below the magnitude of the element."""
     least = torch.where(within.low < 0, within.low / low, within.low / high)
     most = torch.where(within.high > 0, within.high / low, within.high / high)
     bounds = Interval(least.nan_to_num(0.0), most.nan_to_num(0.0)).widened(0.0)

@@ -1,4 +1,4 @@
-"""Products of floats, forwards and backwards: the exact sum, and the bound that a rule gives for any order of summation."""
+"""Products of floats: the exact sum, and the bound that a rule gives for any order of summation."""
 
 import math
 import operator
@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnbref import int8
 from bnbref.conformance.expected import UNIT, Expected
 from bnbref.conformance.oracles.values import weight
 
@@ -19,14 +18,14 @@ def exact_product(a: Tensor, b: Tensor) -> Tensor:
     return torch.tensor(sums, dtype=torch.float64).view(*a.shape[:-1], b.shape[0])
 
 
-def product_interval(a: Tensor, matrix: Tensor, bias: Tensor | None = None, off: Tensor | float = 0.0) -> Expected:
-    """a @ matrix^T + bias within the bound of rule G4-1, and `off` more."""
+def product_interval(a: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Expected:
+    """a @ matrix^T + bias within the bound of rule G4-1."""
     unit = UNIT[a.dtype]
     exact, size = exact_product(a, matrix), exact_product(a.abs(), matrix.abs())
     extra = torch.zeros(matrix.shape[0], dtype=torch.float64) if bias is None else bias.double()
     y = exact + extra
     bound = (4.1 * unit + 2 * matrix.shape[1] * 2.0**-24) * size + 2 * unit * (y.abs() + extra.abs())
-    return Expected(y.to(a.dtype), low=y - bound - off, high=y + bound + off)
+    return Expected(y.to(a.dtype), low=y - bound, high=y + bound)
 
 
 def gemm_4bit(
@@ -34,31 +33,3 @@ def gemm_4bit(
 ) -> dict[str, Expected]:
     """Rules G4; the bound is derived there."""
     return {"y": product_interval(a, weight(packed, absmax, dtype=a.dtype, **rest), bias)}
-
-
-def gemm_4bit_backward(grad: Tensor, packed: Tensor, absmax: Tensor, **rest: Any) -> dict[str, Expected]:
-    """Rules GB."""
-    return {"grad_a": product_interval(grad, weight(packed, absmax, dtype=grad.dtype, **rest).t())}
-
-
-def int8_backward(a: Tensor, weight: Tensor, grad: Tensor) -> dict[str, Expected]:
-    """Rules IB; the bounds are derived there."""
-    codes, absmax, _ = int8.quantize(weight)
-    rows, inputs = int8.as_matrix(grad), int8.as_matrix(a)
-    g, x = rows.double().abs(), inputs.double().abs()
-    # For each column half a step of 127, and a little for its scale in float16.
-    g_off, x_off = (t.amax(0) / 253 for t in (g, x))
-    off = g_off[:, None] * x.sum(0) + g.sum(0)[:, None] * x_off + len(g) * g_off[:, None] * x_off
-    return {
-        "grad_a": product_interval(grad, int8.dequantize(codes, absmax, grad.dtype).t()),
-        "grad_weight": product_interval(rows.t(), inputs.t(), off=off),
-    }
-
-
-def evaluate_then_train(
-    x: Tensor, grad: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None = None, **rest: Any
-) -> dict[str, Expected]:
-    """Rules LE."""
-    matrix = weight(packed, absmax, dtype=x.dtype, **rest)
-    products = {"y": product_interval(x, matrix, bias), "grad_x": product_interval(grad, matrix.t())}
-    return {**products, "packed": Expected(packed), "absmax": Expected(absmax)}

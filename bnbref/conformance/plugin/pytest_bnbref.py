@@ -7,7 +7,7 @@ from typing import Any
 
 
 def pytest_load_initial_conftests(early_config: Any, args: list[str]) -> None:
-    """Only where the kit is asked for: `--backend` and `--device` are names that others have options of too."""
+    """Registers the kit's conftest.py where the kit is asked for. Elsewhere `--backend` and `--device` may be others' options."""
     if "--pyargs" in args and any(arg.startswith("bnbref.conformance") for arg in args):
         from bnbref.conformance import conftest
 

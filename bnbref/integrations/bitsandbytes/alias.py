@@ -191,8 +191,8 @@ def _version(package: Any) -> tuple[int, ...]:
 
 
 def _let_peft_find_parameters(peft: Any) -> None:
-    """LoRA on parameters that are quantized by themselves, and refusals of what would read codes: `adapt_peft`."""
-    name = "bnbref.integrations.hf.peft_parameters"
+    """LoRA on layers and parameters that are quantized, and refusals of what would read codes: `adapt_peft`."""
+    name = "bnbref.integrations.hf.peft"
     importing = name in sys.modules and not hasattr(sys.modules[name], "adapt_peft")  # and who imports it adapts
     if _version(peft) >= _ADAPTABLE and not importing:
         importlib.import_module(name).adapt_peft()

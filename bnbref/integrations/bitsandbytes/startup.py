@@ -31,7 +31,7 @@ def enable_hook() -> Path:
 
 
 def disable_hook() -> bool:
-    """Remove the start-up hook; whether there was one."""
+    """Removes the start-up hook. Returns whether there was one."""
     path = hook_file()
     was_there = path.exists()
     path.unlink(missing_ok=True)

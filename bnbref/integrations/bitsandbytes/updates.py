@@ -53,6 +53,7 @@ def _update(
     scales: tuple[tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None]] | None, numbers: Mapping[str, Any],
     t: int, gnorm_scale: float, max_norm: float, skip_zeros: bool,
 ) -> None:  # fmt: skip
+    """The step of both functions. states, scales: of bitsandbytes' first and second state; without scales states are float32."""
     if name not in rules.RULES:
         raise ValueError(f"optimizer_name must be one of {sorted(rules.RULES)}, got {name!r}")
     if skip_zeros:

@@ -32,7 +32,7 @@ def replace_linear(
     model: nn.Module, linear_replacement: Callable[[int, int, bool], nn.Module],
     skip_modules: Iterable[str] = ("lm_head",), copy_weights: bool = False, post_processing_function: str | None = None,
 ) -> nn.Module:  # fmt: skip
-    """Replace every `nn.Linear` below a model by `linear_replacement(in_features, out_features, has_bias)`; the model.
+    """Replaces every `nn.Linear` below a model by `linear_replacement(in_features, out_features, has_bias)`. Returns the model.
 
     skip_modules: last parts of the names that stay. copy_weights: give the new layer the old parameters.
     post_processing_function: a method of the old layer to call, if it has one.

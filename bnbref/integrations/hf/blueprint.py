@@ -151,8 +151,10 @@ class Blueprint:
         return [(tensor.nbytes, window) for tensor, window in found if tensor.dim()]  # a scalar counts tokens
 
     def _usual_cache(self) -> int:
-        """Bytes of the keys and values of a token in all layers, as a config of usual attention has them; of a token of the
-        encoder's as well."""
+        """Bytes of the keys and values that all layers keep of a token, by a config of usual attention.
+
+        With an encoder, those of a token of its text are counted, too.
+        """
         text = self.config.get_text_config(decoder=True)
         try:
             heads, layers = text.num_attention_heads, text.num_hidden_layers
@@ -163,7 +165,7 @@ class Blueprint:
         return int(2 * texts * layers * (getattr(text, "num_key_value_heads", None) or heads) * size * DTYPE.itemsize)
 
     def activation_bytes(self, batch: int, seq: int, train: bool) -> int:
-        """An estimate: of one layer what it keeps for its gradient, the inputs of all layers if training, and the logits.
+        """An estimate of activations: what one layer keeps for its gradient, in training the inputs of all layers, the logits.
 
         A layer keeps its input twice, four projections, the product with the values and three tensors of the feed-forward net;
         the logits are there in bfloat16 and, for the loss, in float32 with their gradient. One weight is dequantized at a time.
@@ -184,8 +186,8 @@ class Blueprint:
 
 
 def _model_class(config: Any) -> Any:
-    """The class that a config names; if it names none, of the models that transformers has for it the first of `_TASKS`, or of
-    those of them that have an encoder beside the decoder."""
+    """The class that a config names. If it names none, that of the first of `_TASKS` for which transformers has a model of such a
+    config; of a config with an encoder and a decoder, tasks of both come first."""
     for name in getattr(config, "architectures", None) or ():
         if hasattr(transformers, name):
             return getattr(transformers, name)

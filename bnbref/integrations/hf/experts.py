@@ -64,7 +64,10 @@ def load_offloaded(model: nn.Module) -> dict[str, Tensor]:
 
 
 class _Renamed(Mapping[str, Tensor]):
-    """The one weight of a ParametrizationList, in the map of the module that has the parametrization."""
+    """The map of offloaded weights that accelerate needs for a ParametrizationList, whose one weight is called `original`.
+
+    weights: the map of the module that has the parametrization, where the weight is called `name`.
+    """
 
     def __init__(self, weights: Mapping[str, Tensor], name: str) -> None:
         self.weights, self.name = weights, name

@@ -78,7 +78,7 @@ def check_targets(tuner: Any, model: nn.Module, config: Any) -> None:
 
 
 def _reading(config: Any) -> str | None:
-    """The option of a tuner that does not read weights by itself, with which it does."""
+    """The option by which a tuner reads weights that otherwise reads none; None if the config has no such option."""
     init: Any = getattr(config, "init_lora_weights", True)
     known = (*WITHOUT_THE_WEIGHT, *(("olora", "loftq") if _alias() else ()))
     if init not in known:
@@ -105,5 +105,5 @@ def check_merge(tuner: Any) -> None:
     if layers:
         raise ValueError(
             f"{', '.join(sorted(kinds))} cannot be merged into {_names(layers)}, whose weights are packed: keep the adapter "
-            "beside them, dequantize the model first, or, for LoRA, call bnbref.register_lora(config)"
+            "beside them, dequantize the model first, or, for LoRA, import bnbref.register_lora before the adapter is made"
         )

@@ -4,35 +4,27 @@
 
 Such a parameter is behind a parametrization (`bnbref.nn.parametrize`). In modules with parametrizations peft finds no parameter
 by the end of its name, takes the values without the adapter from torch's cache, and merges into a temporary tensor. `adapt_peft`
-lets it find them, and gives them a wrapper of their own. It is called where bnbref's quantizer has loaded a model, and by
-`import bnbref.integrations.hf.peft`.
-
-Merging is one rounding and unmerging is exact, as for layers: see `bnbref.integrations.hf.peft`.
+of `bnbref.integrations.hf.peft` lets it find them, and gives them this wrapper. Merging is as it is for layers.
 """
 
-import copy
-import functools
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from peft.tuners import lora, tuners_utils
 from peft.tuners.lora import layer as lora_layer
-from peft.tuners.lora import model as lora_model
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from bnbref import int8
-from bnbref.integrations.hf.peft_checks import WITHOUT_THE_WEIGHT, check_merge, check_targets, ends_with
+from bnbref.integrations.hf.peft_checks import WITHOUT_THE_WEIGHT
 from bnbref.nn import Params4bit
 from bnbref.nn.parametrize import quantized_in
-from bnbref.nn.quantized_layer import QuantizedLayer
 from bnbref.nn.quantized_parameter import QuantizedParameter
 from bnbref.quant_state import QuantState
 
-__all__ = ["ParamWrapper", "adapt_peft", "added"]
+__all__ = ["ParamWrapper", "added", "quantized"]
 
 
 def added(weight: Any, deltas: list[Tensor]) -> QuantizedParameter:
@@ -65,7 +57,7 @@ class ParamWrapper(lora.ParamWrapper):  # type: ignore[misc]
 
     def _steps(self) -> Any:
         """The ParametrizationList that runs when the parameter is read. None if the parameter was dequantized meanwhile."""
-        return _quantized(self.get_base_layer()).get(self.parameter_name)
+        return quantized(self.get_base_layer()).get(self.parameter_name)
 
     def get_param(self) -> Tensor:
         """The values without adapters: not from torch's cache, which the wrapper of another parameter has switched on."""
@@ -126,77 +118,6 @@ class ParamWrapper(lora.ParamWrapper):  # type: ignore[misc]
         steps[0].quant_state = state.map(lambda t: t.to(device))
 
 
-def _quantized(module: nn.Module) -> dict[str, Any]:
+def quantized(module: nn.Module) -> dict[str, Any]:
     """The parametrizations of a module's own parameters that are quantized, by name."""
     return {name: steps for name, steps, _ in quantized_in(module)}
-
-
-@functools.cache
-def adapt_peft() -> None:
-    """Let peft's LoRA find parameters that are quantized by themselves and wrap them; refuse what reads codes. Once."""
-    base = tuners_utils.BaseTuner
-    base.inject_adapter, base._check_merge_allowed = _checking(base.inject_adapter, base._check_merge_allowed)
-    tuners_utils.BaseTuner._inject_parameters = _finding(tuners_utils.BaseTuner._inject_parameters)
-    lora_model.dispatch_default = _wrapping(lora_model.dispatch_default)
-
-
-def _checking(inject: Any, merge_allowed: Any) -> tuple[Any, Any]:
-    @functools.wraps(inject)
-    def inject_adapter(self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        check_targets(self, model, self.peft_config[adapter_name])
-        inject(self, model, adapter_name, *args, **kwargs)
-
-    @functools.wraps(merge_allowed)
-    def check_merge_allowed(self: Any) -> None:
-        merge_allowed(self)
-        check_merge(self)
-
-    return inject_adapter, check_merge_allowed
-
-
-def _wrapping(original: Any) -> Any:
-    @functools.wraps(original)
-    def dispatch(target: Any, adapter_name: str, config: Any, parameter_name: str | None = None, **kwargs: Any) -> Any:
-        base = target.get_base_layer() if isinstance(target, tuners_utils.BaseTunerLayer) else target
-        if isinstance(base, QuantizedLayer) and parameter_name == "weight":
-            name = kwargs.get("target_name")
-            raise ValueError(
-                f"target_parameters: {name} is the packed weight of {base}: name the layer in target_modules"
-            )
-        wrap = ParamWrapper if parameter_name in _quantized(base) else original
-        return wrap(target, adapter_name, config=config, parameter_name=parameter_name, **kwargs)
-
-    return dispatch
-
-
-def _finding(original: Any) -> Any:
-    @functools.wraps(original)
-    def inject(self: Any, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool) -> list[str]:
-        """Parameters of modules of which one is quantized, in the order of their wrappers; then all others."""
-        targets = set(peft_config.target_parameters)
-        modules = {path: module for path, module in model.named_modules() if _quantized(module)}
-        found: list[tuple[str, str, str]] = []
-        for path, module in modules.items():
-            own = [*module.parametrizations, *(name for name, _ in module.named_parameters(recurse=False))]
-            found += [(path, name, f"{path.replace('.base_layer', '')}.{name}") for name in own]
-        found = [(path, name, key) for path, name, key in found if ends_with(key, targets)]
-        for path, name, key in found:
-            parent, target, target_name = tuners_utils._get_submodules(model, path)
-            wrapped = model.get_submodule(key.removesuffix(f".{name}"))
-            while isinstance(wrapped, lora.ParamWrapper) and wrapped.parameter_name != name:
-                wrapped = wrapped.base_layer
-            self._check_target_module_compatiblity(peft_config, model, target_name)
-            target = wrapped if isinstance(wrapped, lora.ParamWrapper) else target
-            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-                self._create_and_replace(
-                    peft_config, adapter_name, target, target_name, parent, current_key=key, parameter_name=name
-                )
-        others = copy.copy(peft_config)
-        others.target_parameters = sorted(targets - {f"{path}.{name}" for path, name, _ in found})
-        names = [key for _, _, key in found]
-        names += original(
-            self, peft_config=others, model=model, adapter_name=adapter_name, low_cpu_mem_usage=low_cpu_mem_usage
-        )
-        return names
-
-    return inject

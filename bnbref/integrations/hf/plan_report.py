@@ -61,7 +61,7 @@ def cards(
 
 
 def parse_memory(text: str) -> tuple[int, int]:
-    """How many GPUs, and the bytes of each: a number with a unit, after how many of them there are.
+    """How many GPUs there are, and the bytes of each. text: a number with a unit; the number of GPUs may stand before it.
 
     >>> parse_memory("24GiB"), parse_memory("2 x 1.5 GB")
     ((1, 25769803776), (2, 1500000000))
@@ -127,11 +127,10 @@ def code(model: str, loader: str, format_name: str, train: str | None, optimizer
         lines += [
             "",
             f"from peft import LoraConfig, get_peft_model{', prepare_model_for_kbit_training' if spec else ''}",
-            "from bnbref import register_lora",
             "",
             *(PREPARED if spec else CHECKPOINTED),
             f'lora = LoraConfig(r=16, target_modules="all-linear"{task})',
-            "model = get_peft_model(model, register_lora(lora))",
+            "model = get_peft_model(model, lora)",
         ]
     if train is not None:
         lines += ["", "from bnbref import optim", ""]

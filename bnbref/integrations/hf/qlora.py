@@ -20,7 +20,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
-from bnbref.integrations.hf.peft import register_lora
 from bnbref.integrations.hf.trainer import optimizer_cls_and_kwargs
 from bnbref.integrations.hf.transformers import BnbRefConfig
 from bnbref.optim import PagedAdamW8bit
@@ -101,7 +100,7 @@ def qlora(
     base = prepare_model_for_kbit_training(base)  # norms in float32, gradient checkpointing
     layers = targets if isinstance(targets, str) else list(targets)
     settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers, task_type="CAUSAL_LM")
-    adapted = get_peft_model(base, register_lora(settings))
+    adapted = get_peft_model(base, settings)
     args = TrainingArguments(
         output_dir=str(folder), max_steps=steps, per_device_train_batch_size=batch, per_device_eval_batch_size=batch,
         learning_rate=lr, lr_scheduler_type="cosine", warmup_steps=steps // 10, gradient_checkpointing=True,

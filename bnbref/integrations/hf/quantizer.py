@@ -147,7 +147,7 @@ class BnbRefHfQuantizer(HfQuantizer):  # type: ignore[misc]
             )
 
     def leave(self, model: Any, name: str, reason: str) -> None:
-        """Let a parameter that was to be quantized be a float one; its layer a plain one."""
+        """Makes a parameter that was to be quantized a float one, and its layer a plain one. reason: why, for the report."""
         if reason == ANOTHER_SHAPE and not hasattr(HfQuantizer, "get_new_dtype"):
             # Beside a quantizer, older versions of transformers take any shape.
             raise ValueError(f"{name} has another shape in the checkpoint")
@@ -185,7 +185,7 @@ class BnbRefHfQuantizer(HfQuantizer):  # type: ignore[misc]
         model._weight_conversions = [c for c in self.conversions if not undone_on_saving(c, [*quantized, *layers])]
         set_flags(model)
         if is_peft_available():
-            from bnbref.integrations.hf.peft_parameters import adapt_peft
+            from bnbref.integrations.hf.peft import adapt_peft
 
             adapt_peft()
         setattr(model, REASONS, self.reasons)

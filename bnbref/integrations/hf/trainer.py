@@ -18,11 +18,11 @@ __all__ = ["embeddings_in_32_bits", "optimizer_cls_and_kwargs"]
 def optimizer_cls_and_kwargs(
     optimizer: type[Optimizer], args: Any, **options: Any
 ) -> tuple[type[Optimizer], dict[str, Any]]:
-    """An optimizer and what the TrainingArguments say for it, as Trainer takes them. options: more arguments, or other ones.
+    """An optimizer and its arguments, as Trainer takes them. args: TrainingArguments. options: more arguments, or other ones.
 
-    The learning rate, and betas and epsilon for an optimizer that has two betas and an epsilon. Weight decay is the groups',
-    which Trainer makes; for Muon, whose groups are others, give Trainer an optimizer that is made. TypeError for a class that is
-    not of `bnbref.optim`.
+    Of args are taken the learning rate and, if the optimizer has two betas and an epsilon, these. Weight decay is a setting of
+    the groups, which Trainer makes; for Muon, whose groups are others, give Trainer an optimizer that is made. TypeError for a
+    class that is not of `bnbref.optim`.
 
     >>> from types import SimpleNamespace
     >>> from bnbref.optim import PagedAdamW8bit

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from bnbref.conformance.expected import UNIT, Expected
 from bnbref.conformance.oracles.formula import number
-from bnbref.conformance.oracles.intervals import SLACK, Interval, total
-from bnbref.conformance.oracles.optimizers import average
-from bnbref.conformance.oracles.steps import decoded, recoded
+from bnbref.conformance.oracles.intervals import SLACK, Interval
+from kit_cases.oracles.adafactor import average
+from kit_cases.oracles.matrices import total
+from kit_cases.oracles.squares import decoded, recoded
 
 A, B, C = 3.4445, -4.775, 2.0315
 """f(s) = A s + B s^3 + C s^5: one step of the iteration."""

@@ -1,21 +1,21 @@
-"""Steps of SOAP: between two refreshes of its bases, with states in 8 bits, and two steps with a refresh between them.
+"""Steps of SOAP: between two refreshes of its bases, and two steps with a refresh between them.
 
 What a refresh makes of a basis is unique but for the signs and the order of its columns, and what is stepped in it is the same
 whatever both are. So a refresh is judged by the step after it.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bnbref.conformance.expected import Expected
-from bnbref.conformance.oracles.formula import REFERENCE, Conventions, number, off_by
-from bnbref.conformance.oracles.intervals import UNIT, Interval, product, total
-from bnbref.conformance.oracles.optimizers import average, within
-from bnbref.conformance.oracles.steps import decoded, recoded
+from bnbref.conformance.oracles.formula import number, off_by
+from bnbref.conformance.oracles.intervals import UNIT, Interval
+from kit_cases.oracles.adafactor import average, within
+from kit_cases.oracles.matrices import product, total
 
 Inputs = Mapping[str, Tensor | Interval]
 MOVED = ("p", "momentum", "left", "right")
@@ -36,49 +36,31 @@ def _means(h: Any) -> dict[str, Any]:
     return {name: h.b3 * getattr(h, name) + h.not_b3 * x for name, x in means.items()}
 
 
-def _formula(c: Conventions) -> Callable[[Any], dict[str, Any]]:
-    def formula(h: Any) -> dict[str, Any]:
-        m = h.b1 * h.momentum + h.not_b1 * h.g
-        x, y = (product(product(h.of_left.mT, side), h.of_right) for side in (h.g, m))
-        v = h.b2 * h.squares + h.not_b2 * (x * x)
-        u = product(product(h.of_left, y / (v.sqrt() / h.root + h.eps)), h.of_right.mT)
-        p = h.decay * (h.p - h.rate * u) if c.decay_after else h.decay * h.p - h.rate * u
-        return {"p": p, "momentum": m, "squares": v, **_means(h)}
-
-    return formula
+def _formula(h: Any) -> dict[str, Any]:
+    m = h.b1 * h.momentum + h.not_b1 * h.g
+    x, y = (product(product(h.of_left.mT, side), h.of_right) for side in (h.g, m))
+    v = h.b2 * h.squares + h.not_b2 * (x * x)
+    u = product(product(h.of_left, y / (v.sqrt() / h.root + h.eps)), h.of_right.mT)
+    return {"p": h.decay * h.p - h.rate * u, "momentum": m, "squares": v, **_means(h)}
 
 
-def _step(tensors: Inputs, c: Conventions = REFERENCE, **numbers: Any) -> dict[str, Expected]:
-    return within(_formula(c), tensors, _numbers(**numbers))
+def one_step(tensors: Inputs, **numbers: Any) -> dict[str, Expected]:
+    """A step between two refreshes. The tensors are those of the rules SO, by name."""
+    return within(_formula, tensors, _numbers(**numbers))
 
 
 def soap(
     p: Tensor, g: Tensor, momentum: Tensor, squares: Tensor, left: Tensor, right: Tensor, of_left: Tensor, of_right: Tensor,
-    c: Conventions = REFERENCE, **numbers: Any,
+    **numbers: Any,
 ) -> dict[str, Expected]:  # fmt: skip
     """Rules SO."""
     tensors = {"p": p, "g": g, "momentum": momentum, "squares": squares}
-    return _step({**tensors, "left": left, "right": right, "of_left": of_left, "of_right": of_right}, c, **numbers)
-
-
-def soap_8bit(
-    p: Tensor, g: Tensor, momentum: Tensor, absmax1: Tensor, values1: Tensor, squares: Tensor, absmax2: Tensor, values2: Tensor,
-    left: Tensor, right: Tensor, of_left: Tensor, of_right: Tensor, **numbers: Any,
-) -> dict[str, Expected]:  # fmt: skip
-    """Rules SE."""
-    tensors: Inputs = {
-        "p": p, "g": g, "momentum": decoded(momentum, absmax1, values1), "squares": decoded(squares, absmax2, values2),
-        "left": left, "right": right, "of_left": of_left, "of_right": of_right,
-    }  # fmt: skip
-    made = _step(tensors, **numbers)
-    made["momentum"], made["absmax1"] = recoded(made["momentum"], absmax1, values1)
-    made["squares"], made["absmax2"] = recoded(made["squares"], absmax2, values2)
-    return made
+    return one_step({**tensors, "left": left, "right": right, "of_left": of_left, "of_right": of_right}, **numbers)
 
 
 def soap_refresh(
     p: Tensor, g: Tensor, then: Tensor, momentum: Tensor, squares: Tensor, left: Tensor, right: Tensor, of_left: Tensor,
-    of_right: Tensor, step: int, c: Conventions = REFERENCE, **numbers: Any,
+    of_right: Tensor, step: int, **numbers: Any,
 ) -> dict[str, Expected]:  # fmt: skip
     """Rules SR."""
     tensors: dict[str, Tensor | Interval] = {
@@ -86,14 +68,14 @@ def soap_refresh(
         "of_right": of_right,
     }  # fmt: skip
     if step:
-        first = _step(tensors, c, step=step, **numbers)
+        first = one_step(tensors, step=step, **numbers)
     else:
         first = within(_means, tensors, _numbers(1, **numbers))
     tensors |= {name: Interval.within(x) for name, x in first.items()}
     for side, basis in (("left", of_left), ("right", of_right)):
         mean = Interval.within(first[side])
         tensors[f"of_{side}"] = _refreshed(mean, basis.double()) if bool(basis.any()) else _eigenvectors(mean)
-    second = _step({**tensors, "g": then}, c, step=step + 1, **numbers)
+    second = one_step({**tensors, "g": then}, step=step + 1, **numbers)
     return {name: second[name] for name in MOVED}
 
 
@@ -105,7 +87,10 @@ def _norm(x: Tensor) -> float:
 
 
 def _orthonormal(x: Tensor) -> tuple[Tensor, float]:
-    """The factor Q of x = Q R by Gram and Schmidt, twice, in an order of its own; and a bound of the inverse of R."""
+    """The factor Q of x = Q R by Gram and Schmidt, and a bound of the inverse of R.
+
+    Each column is made orthogonal twice, by sums of one order, so that the bits are the same everywhere.
+    """
     columns: list[Tensor] = []
     sizes = []
     for column in x.mT:
