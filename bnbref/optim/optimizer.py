@@ -71,7 +71,7 @@ class Optimizer(torch.optim.Optimizer):
         self.is_paged = is_paged
         self._own: dict[str, Any] = {
             "optim_bits": optim_bits, "min_8bit_size": min_8bit_size, "blocksize": blocksize,
-            "max_unorm": max_unorm if any(one.clipped for one in self._rules.rules.values()) else 0.0,
+            "max_unorm": max_unorm,
             "stochastic_rounding": stochastic_rounding, "master_weight_bits": master_weight_bits, "maximize": maximize,
         }  # fmt: skip
         others = {
@@ -79,6 +79,10 @@ class Optimizer(torch.optim.Optimizer):
             "foreach": foreach, "fused": fused, "capturable": capturable, "differentiable": differentiable,
         }  # fmt: skip
         check_settings({**self._own, **others})
+        if max_unorm > 0 and not any(rule.clipped for rule in self._rules.rules.values()):
+            raise ValueError(
+                f"max_unorm must be 0 where no step is clipped, as those of LARS and LAMB are, got {max_unorm!r}"
+            )
         self._generator = generator
         self._placement = paging.Placement(is_paged, page_directory, page_bytes)
         super().__init__(params, {**defaults, **({"rule": self._rules.first} if self._rules.first else {})})
@@ -107,7 +111,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _check(self, settings: Mapping[str, Any]) -> None:
         """Raise if a setting of a group or of one parameter is not valid, or one that only the constructor takes."""
-        check_settings(settings)
+        self._judge(settings)
         here = {*self._own, *self.defaults}
         made = [kind for kind in type(self).__mro__ if issubclass(kind, Optimizer)]
         taken = {name for kind in made for name in inspect.signature(kind.__init__).parameters}
@@ -118,6 +122,10 @@ class Optimizer(torch.optim.Optimizer):
                     f"{name} is no setting of a group or of a parameter, got {settings[name]!r}: {type(self).__name__} has "
                     f"{sorted(here)}"
                 )
+
+    def _judge(self, settings: Mapping[str, Any]) -> None:
+        """Raise if a setting is not valid that is not the rule's: those of the rule are judged where it reads them."""
+        check_settings(settings)
 
     def _check_known(self, own: Mapping[str, Any]) -> None:
         """Raise if a setting of one parameter is none of this optimizer's, and so would mean nothing."""
@@ -179,7 +187,7 @@ class Optimizer(torch.optim.Optimizer):
             state = self._state(p)
             key = (id(config), state.get("step", 0) + 1, p.device)
             if key not in equations:
-                check_settings(config)  # which may have been changed since the group was made
+                self._judge(config)  # which may have been changed since the group was made
                 equations[key] = self._rules.at_step(key[1], config, p.device)
             rule, blocksize = self._rules.of(config), config["blocksize"]
             grad = planned_steps.checked_gradient(p, p.grad, state, rule, blocksize)
@@ -322,6 +330,9 @@ class Optimizer(torch.optim.Optimizer):
         held = self.register_load_state_dict_pre_hook(lambda _, given: _held(given))  # after those of others
         try:
             super().load_state_dict(dict(state_dict))
+            for config in [{**self._own, **group} for group in self.param_groups]:
+                self._judge(config)
+                self._rules.at_step(1, config)
         except BaseException:
             self.__dict__.update(before)
             raise
