@@ -133,8 +133,10 @@ def coefficients_of(rule: Rule, t: int, group: Mapping[str, Any]) -> dict[str, f
     """The coefficients of step t for a group of parameters, in float64: ValueError if they are no finite float32."""
     group = {name: of_python(x) for name, x in group.items()}
     try:
-        given = rule.coefficients(t, group).items()
-        found = {name: float(x.item() if isinstance(x, Tensor) else x) for name, x in given}
+        given: Any = rule.coefficients(t, group)
+        if not isinstance(given, Mapping):
+            raise SettingError(f"coefficients of {rule!r} must be a dict of numbers by name, got {given!r}")
+        found = {name: float(x.item() if isinstance(x, Tensor) else x) for name, x in given.items()}
     except SettingError:
         raise
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:

@@ -16,6 +16,7 @@ from torch._compile import _disable_dynamo
 from bnbref.blockwise import check_blocksize, check_tensors
 from bnbref.optim import paging, planned_steps
 from bnbref.optim.equation import Equation
+from bnbref.optim.kinds import SettingError
 from bnbref.optim.master_weights import CORRECTIONS, correction_dtype, corrections, set_value, value_of
 from bnbref.optim.named_rules import NamedRules
 from bnbref.optim.rule import Rule
@@ -79,10 +80,6 @@ class Optimizer(torch.optim.Optimizer):
             "foreach": foreach, "fused": fused, "capturable": capturable, "differentiable": differentiable,
         }  # fmt: skip
         check_settings({**self._own, **others})
-        if max_unorm > 0 and not any(rule.clipped for rule in self._rules.rules.values()):
-            raise ValueError(
-                f"max_unorm must be 0 where no step is clipped, as those of LARS and LAMB are, got {max_unorm!r}"
-            )
         self._generator = generator
         self._placement = paging.Placement(is_paged, page_directory, page_bytes)
         super().__init__(params, {**defaults, **({"rule": self._rules.first} if self._rules.first else {})})
@@ -126,6 +123,10 @@ class Optimizer(torch.optim.Optimizer):
     def _judge(self, settings: Mapping[str, Any]) -> None:
         """Raise if a setting is not valid that is not the rule's: those of the rule are judged where it reads them."""
         check_settings(settings)
+        if settings["max_unorm"] > 0 and not any(rule.clipped for rule in self._rules.rules.values()):
+            raise SettingError(
+                f"max_unorm must be 0 where no step is clipped, as those of LARS and LAMB are, got {settings['max_unorm']!r}"
+            )
 
     def _check_known(self, own: Mapping[str, Any]) -> None:
         """Raise if a setting of one parameter is none of this optimizer's, and so would mean nothing."""
