@@ -66,7 +66,7 @@ def parameter():
     return p
 
 
-@settings(max_examples=120)
+@settings(max_examples=80)
 @given(st.sampled_from(FAMILIES), st.data(), WHATEVER)
 def test_an_argument_is_taken_or_refused_by_its_name(name, data, value):
     """What is taken makes a step to finite numbers. Nothing is found out only there, and no error is Python's."""
@@ -82,7 +82,7 @@ def test_an_argument_is_taken_or_refused_by_its_name(name, data, value):
         assert bool(p.isfinite().all())
 
 
-@settings(max_examples=120)
+@settings(max_examples=80)
 @given(st.sampled_from(FAMILIES), st.data(), WHATEVER)
 def test_a_setting_is_judged_alike_wherever_it_stands(name, data, value):
     params = [parameter(), parameter()]
@@ -200,3 +200,30 @@ def test_what_the_kinds_say():
         "x must be 8, 32 or None, got 16",
         "x must be str or None, got 3",
     ]
+
+
+def test_what_a_loaded_group_says_and_nothing_reads_is_refused():
+    """As by `add_param_group`: a momentum of torch's SGD, which is no setting of a group here, would not be that of the steps."""
+    p = parameter()
+    for theirs, ours, match in (
+        (
+            torch.optim.SGD([p], lr=0.1, momentum=0.5),
+            optim.SGD8bit([p], lr=0.2, momentum=0.9),
+            "momentum is no setting of a group",
+        ),
+        (torch.optim.Adam([p], amsgrad=True), optim.Adam8bit([p]), "amsgrad is no setting of a group"),
+        (torch.optim.RMSprop([p], alpha=0.5), optim.RMSprop8bit([p]), "alpha is no setting of a group"),
+    ):
+        before = str(ours.param_groups)
+        with pytest.raises(ValueError, match=match):
+            ours.load_state_dict(theirs.state_dict())
+        assert str(ours.param_groups) == before
+    ours.load_state_dict(torch.optim.AdamW([p], lr=0.5).state_dict())
+    assert ours.param_groups[0]["lr"] == 0.5
+
+
+def test_no_parameter_has_a_mode_of_its_own():
+    p = parameter()
+    optim.GlobalOptimManager.get_instance().override_config(p, "train_mode", False)
+    with pytest.raises(ValueError, match="train_mode is that of a group"):
+        optim.AdamWScheduleFree8bit([p]).step()

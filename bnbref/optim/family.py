@@ -178,7 +178,7 @@ def betas_of(betas: Sequence[float] | str, count: int = 2) -> tuple[float, ...]:
     """
     given = betas.strip("() ").split(",") if isinstance(betas, str) else betas
     try:
-        found = tuple(float(b) if isinstance(betas, str) else b for b in given)
+        found = tuple(float(b) if isinstance(b, str) else b for b in given)
     except (TypeError, ValueError):
         found = ()
     if len(found) != count or isinstance(betas, (dict, set)):

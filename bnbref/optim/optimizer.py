@@ -167,6 +167,11 @@ class Optimizer(torch.optim.Optimizer):
         """The step of some parameters, each with its group. A `page_directory` is a checkpoint again after `step`."""
         steps = self._planned_steps(parameters)
         self._placement.begin()
+        if self._placement.directory is not None and self._placement.directory.empty and self.state:
+            rules = zip(
+                self._parameters(), self._rules_and_blocks(), strict=True
+            )  # a copy, whose states are not in its files yet
+            self._read({p: wrapped_state(rule, self.state[p]) for p, (rule, _) in rules if p in self.state})
         for planned in steps:
             self._begin(planned.p, planned.config)
         planned_steps.take_steps(steps, self.state, self._placement, self._generator, self._parameters)
@@ -332,7 +337,7 @@ class Optimizer(torch.optim.Optimizer):
         try:
             super().load_state_dict(dict(state_dict))
             for config in [{**self._own, **group} for group in self.param_groups]:
-                self._judge(config)
+                self._check(config)
                 self._rules.at_step(1, config)
         except BaseException:
             self.__dict__.update(before)

@@ -9,7 +9,7 @@ steps.json is there between steps alone: removed before the first update of one,
 import json
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,16 @@ class Directory:
 
     _held: int | None = None
 
-    def __del__(self) -> None:
+    def __del__(
+        self, close: Callable[[int], None] = os.close
+    ) -> None:  # bound, as the end of a process empties modules
         if self._held is not None:
-            os.close(self._held)
+            close(self._held)
+
+    @property
+    def empty(self) -> bool:
+        """Whether this object has mapped nothing yet."""
+        return not self._files
 
     def _hold(self) -> None:
         """Makes the folder, and locks it for as long as this object or its process lives: RuntimeError if another one has it."""
