@@ -68,6 +68,7 @@ def test_interrupted_is_uninterrupted_in_every_class(tmp_path):
         if directory:
             state = {**state, "state": {}}
         saved[name] = {"params": halfway, "optimizer": state}
+    del optimizer  # with its process, as it has the directory to itself
     torch.save(saved, tmp_path / "saved.pt")
     command = [sys.executable, "-c", CONTINUED, str(tmp_path / "saved.pt"), str(tmp_path)]
     subprocess.run(command, check=True, cwd=Path(__file__).parent.parent)

@@ -671,7 +671,8 @@ def test_what_is_no_matrix_is_refused():
     with pytest.raises(ValueError, match="rule of a group must be one of \\['muon', 'adamw'\\], got 'adam'"):
         optimizer.add_param_group({"params": [vector], "rule": "adam"})
     for arguments, message in (
-        ({"adjust_lr_fn": "none"}, "adjust_lr_fn must be one of"), ({"momentum": 1.0}, "momentum must lie in"),
+        ({"adjust_lr_fn": "none"}, "adjust_lr_fn must be 'original', 'match_rms_adamw' or None, got 'none'"),
+        ({"momentum": 1.0}, "momentum must lie in"),
         ({"ns_steps": 0}, "ns_steps must be an integer"), ({"lr": -1}, "lr must not be negative"),
         ({"ns_steps": 2.5}, "ns_steps must be an integer"), ({"eps": math.nan}, "eps must not be negative"),
         ({"ns_coefficients": "abc"}, "ns_coefficients must be three finite"),

@@ -327,7 +327,9 @@ BROKEN = {
     "coefficients of Mine fail at step 1: KeyError: 'beta'": broken(
         coefficients=lambda self, t, group: {"rate": group["beta"]}
     ),
-    "coefficients of Mine fail at step 1: AttributeError": broken(coefficients=lambda self, t, group: [1.0]),
+    "coefficients of Mine must be a dict of numbers by name, got [1.0]": broken(
+        coefficients=lambda self, t, group: [1.0]
+    ),
     "coefficient 'rate' of Mine is nan at step 1": broken(
         coefficients=lambda self, t, group: {"rate": np.nan, "decay": 1}
     ),

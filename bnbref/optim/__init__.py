@@ -27,7 +27,7 @@ from bnbref.optim.matrix_families import (
 # isort: on
 from bnbref.optim.gradient_release import GradientRelease
 from bnbref.optim.optimizer import Optimizer
-from bnbref.optim.paging import read_pages
+from bnbref.optim.page_directory import read_pages
 from bnbref.optim.rules import Rule, State
 from bnbref.optim.settings import GlobalOptimManager
 

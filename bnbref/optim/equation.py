@@ -18,7 +18,6 @@ import inspect
 import keyword
 import unicodedata
 from collections.abc import Collection, Mapping
-from numbers import Real
 from types import FunctionType
 from typing import Any
 
@@ -27,8 +26,9 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from bnbref.codebooks import Codebook
+from bnbref.optim.kinds import SettingError, of_python
 from bnbref.optim.master_weights import CORRECTIONS
-from bnbref.optim.rule import OF, Rule, SettingError, State, absmax_key, qmap_key
+from bnbref.optim.rule import OF, Rule, State, absmax_key, qmap_key
 from bnbref.optim.symbols import LARGEST, Call, Names, Recording, Refusal, Symbol
 
 
@@ -129,18 +129,14 @@ def _is_name(name: Any) -> bool:
     return usual and unicodedata.normalize("NFKC", name) == name
 
 
-def _in_float64(x: Any) -> Any:
-    """A number of torch or of numpy as one of Python: what is computed with it on the host is computed in float64."""
-    one = isinstance(x, Tensor) and x.numel() == 1
-    return x.item() if one or (isinstance(x, Real) and hasattr(x, "item")) else x
-
-
 def coefficients_of(rule: Rule, t: int, group: Mapping[str, Any]) -> dict[str, float]:
     """The coefficients of step t for a group of parameters, in float64: ValueError if they are no finite float32."""
-    group = {name: _in_float64(x) for name, x in group.items()}
+    group = {name: of_python(x) for name, x in group.items()}
     try:
-        given = rule.coefficients(t, group).items()
-        found = {name: float(x.item() if isinstance(x, Tensor) else x) for name, x in given}
+        given: Any = rule.coefficients(t, group)
+        if not isinstance(given, Mapping):
+            raise SettingError(f"coefficients of {rule!r} must be a dict of numbers by name, got {given!r}")
+        found = {name: float(x.item() if isinstance(x, Tensor) else x) for name, x in given.items()}
     except SettingError:
         raise
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:

@@ -9,6 +9,8 @@ from typing_extensions import Unpack
 
 from bnbref.optim import rules
 from bnbref.optim.family import Family, Options, PagedOptions, betas_of, refuse
+from bnbref.optim.kinds import weight
+from bnbref.optim.settings import says
 
 
 class Adam(Family, keeps=("optim_bits", "is_paged")):
@@ -67,10 +69,7 @@ class AdEMAMix(Family):
         t_alpha: int | None = None, t_beta3: int | None = None, eps: float = 1e-8, weight_decay: float = 1e-2,
         optim_bits: int = 32, min_8bit_size: int = 4096, is_paged: bool = False, **options: Unpack[Options],
     ) -> None:  # fmt: skip
-        numbers = betas_of(betas, 3)
-        if t_beta3 and not numbers[0] * numbers[2] > 0:
-            raise ValueError(f"with t_beta3 the first and the last of betas must be above 0, got {betas}")
-        defaults = {"lr": lr, "betas": numbers, "eps": eps, "weight_decay": weight_decay}
+        defaults = {"lr": lr, "betas": betas_of(betas, 3), "eps": eps, "weight_decay": weight_decay}
         super().__init__(
             params, rules.AdEMAMix(), {**defaults, "alpha": alpha, "t_alpha": t_alpha, "t_beta3": t_beta3},
             optim_bits=optim_bits, min_8bit_size=min_8bit_size, is_paged=is_paged, **options,
@@ -107,10 +106,11 @@ class SGD(Family):
         optim_bits: int = 32, args: None = None, min_8bit_size: int = 4096, **options: Unpack[PagedOptions],
     ) -> None:  # fmt: skip
         refuse(self, dampening=dampening, nesterov=nesterov, args=args)
-        if momentum == 0:
+        b1 = weight({"momentum": momentum}, "momentum")
+        if b1 == 0:
             raise NotImplementedError("momentum must be above 0: without it use torch.optim.SGD, which keeps no state")
         super().__init__(
-            params, rules.SGD(), {"lr": lr, "betas": (momentum, dampening), "eps": 0.0, "weight_decay": weight_decay},
+            params, rules.SGD(), {"lr": lr, "betas": (b1, 0.0), "eps": 0.0, "weight_decay": weight_decay},
             optim_bits=optim_bits, min_8bit_size=min_8bit_size, **options,
         )  # fmt: skip
 
@@ -129,10 +129,11 @@ class LARS(Family):
         **options: Unpack[PagedOptions],
     ) -> None:  # fmt: skip
         refuse(self, dampening=dampening, nesterov=nesterov, args=args)
-        if momentum == 0:
+        b1 = weight({"momentum": momentum}, "momentum")
+        if b1 == 0:
             raise NotImplementedError("momentum must be above 0: LARS is momentum with clipped steps")
         super().__init__(
-            params, rules.LARS(), {"lr": lr, "betas": (momentum, dampening), "eps": 0.0, "weight_decay": weight_decay},
+            params, rules.LARS(), {"lr": lr, "betas": (b1, 0.0), "eps": 0.0, "weight_decay": weight_decay},
             optim_bits=optim_bits, min_8bit_size=min_8bit_size, max_unorm=max_unorm, **options,
         )  # fmt: skip
 
@@ -151,7 +152,7 @@ class LAMB(Family):
         args: None = None, min_8bit_size: int = 4096, max_unorm: float = 1.0, **options: Unpack[PagedOptions],
     ) -> None:  # fmt: skip
         refuse(self, amsgrad=amsgrad, args=args)
-        if not bias_correction or not adam_w_mode:
+        if not says(bias_correction, True) or not says(adam_w_mode, True):
             raise ValueError(
                 f"bias_correction and adam_w_mode must be True, got {bias_correction} and {adam_w_mode}: "
                 f"the rule has both"
@@ -174,10 +175,11 @@ class RMSprop(Family):
         **options: Unpack[PagedOptions],
     ) -> None:  # fmt: skip
         refuse(self, momentum=momentum, centered=centered, args=args)
-        if alpha == 0:
+        a = weight({"alpha": alpha}, "alpha")
+        if a == 0:
             raise NotImplementedError("alpha must be above 0: at 0 the rule is the sign of the gradient")
         super().__init__(
-            params, rules.RMSprop(), {"lr": lr, "betas": (alpha, momentum), "eps": eps, "weight_decay": weight_decay},
+            params, rules.RMSprop(), {"lr": lr, "betas": (a, 0.0), "eps": eps, "weight_decay": weight_decay},
             optim_bits=optim_bits, min_8bit_size=min_8bit_size, **options,
         )  # fmt: skip
 

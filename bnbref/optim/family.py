@@ -13,8 +13,9 @@ from typing import Any, ClassVar, NamedTuple, TypedDict
 import torch
 
 from bnbref.optim import rules
+from bnbref.optim.kinds import SettingError, weights
 from bnbref.optim.optimizer import Optimizer
-from bnbref.optim.settings import check_settings
+from bnbref.optim.settings import check_settings, says
 
 
 class Options(TypedDict, total=False):
@@ -71,12 +72,12 @@ class Family(Optimizer):
         self.nonzero_squares = nonzero_squares
         if nonzero_squares:
             self._keep_squares(list(rule.values()) if isinstance(rule, Mapping) else [rule])
-        if percentile_clipping != 100:
+        if not says(percentile_clipping, 100):
             raise ValueError(
                 f"percentile_clipping of {type(self).__name__} must be 100, which clips nothing, got "
                 f"{percentile_clipping!r}: clip gradients before the step, by torch.nn.utils.clip_grad_norm_"
             )
-        if not block_wise:
+        if not says(block_wise, True):
             raise ValueError(
                 f"block_wise of {type(self).__name__} must be True, got {block_wise!r}: states in 8 bits are blockwise"
             )
@@ -88,6 +89,12 @@ class Family(Optimizer):
         for rule in own:
             signed, unsigned = rule.codebooks
             rule.codebooks = signed, unsigned.nonzero()
+
+    def _judge(self, settings: Mapping[str, Any]) -> None:
+        super()._judge(settings)
+        many, given = len(self.defaults.get("betas", ())), settings.get("betas", ())
+        if isinstance(given, (tuple, list)) and len(given) > many:
+            raise SettingError(f"betas must be {many} numbers, got {given!r}")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "nonzero_squares": self.nonzero_squares}
@@ -131,7 +138,7 @@ def _fix(cls: type[Family], fixed: dict[str, Any]) -> None:
         del bound["self"]
         given = {**bound.pop("options", {}), **bound}
         for name, value in fixed.items():
-            if given.get(name, value) not in (value, cls._placeholders.get(name, value)):
+            if not any(says(given.get(name, value), it) for it in (value, cls._placeholders.get(name, value))):
                 raise ValueError(f"{name} of {cls.__name__} is {value}, got {given[name]!r}")
         family.__init__(self, **{**given, **fixed})  # type: ignore[misc]
 
@@ -157,7 +164,7 @@ UNUSED = {
 def refuse(optimizer: Family, **arguments: Any) -> None:
     """Raise if one of these arguments has a value that would have to mean something."""
     for name, value in arguments.items():
-        if value:
+        if not says(value, None):
             raise ValueError(
                 f"{name} of {type(optimizer).__name__} must be left at its default, got {value!r}: {UNUSED[name]}"
             )
@@ -169,10 +176,11 @@ def betas_of(betas: Sequence[float] | str, count: int = 2) -> tuple[float, ...]:
     >>> betas_of("(0.9, 0.95)")
     (0.9, 0.95)
     """
+    given = betas.strip("() ").split(",") if isinstance(betas, str) else betas
     try:
-        found = tuple(float(b) for b in (betas.strip("() ").split(",") if isinstance(betas, str) else betas))
+        found = tuple(float(b) if isinstance(b, str) else b for b in given)
     except (TypeError, ValueError):
         found = ()
-    if len(found) != count:
+    if len(found) != count or isinstance(betas, (dict, set)):
         raise ValueError(f"betas must be {count} numbers, got {betas!r}")
-    return found
+    return weights({"betas": found})

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnbref.optim.rule import SettingError, count
-from bnbref.optim.rules import Rule, State, averages, decoupled, number, weights
+from bnbref.optim.kinds import SettingError, count, number, weight, weights
+from bnbref.optim.rules import Rule, State, averages, decoupled
 
 QUINTIC = (3.4445, -4.775, 2.0315)
 
@@ -65,8 +65,7 @@ class Muon(Rule):
         return len(parameter) == 2
 
     def coefficients(self, t: int, group: Mapping[str, Any]) -> dict[str, float]:
-        [b] = weights(group, "momentum")
-        return decoupled(group) | averages(b=b) | {"eps": number(group, "eps")}
+        return decoupled(group) | averages(b=weight(group, "momentum")) | {"eps": number(group, "eps")}
 
     def direction(self, p: Tensor, g: Tensor, m: Tensor, c: Any) -> tuple[Tensor, ...]:
         m = c.b * m + c.not_b * g
@@ -107,11 +106,10 @@ class Adafactor(Rule):
         self.states = (State("row", of="rows"), State("column", of="columns"), *((State("momentum"),) * momentum))
 
     def coefficients(self, t: int, group: Mapping[str, Any]) -> dict[str, float]:
-        [b1], falls, numbers = weights(group, "beta1"), group["beta2_decay"], decoupled(group)
+        b1, numbers = weight(group, "beta1"), decoupled(group)
         if b1 > 0 and not self.momentum:
             raise SettingError(f"beta1 of a group must be 0 where the optimizer's is, which has no momentum, got {b1}")
-        if not falls <= 0:
-            raise SettingError(f"beta2_decay must not be positive, got {falls!r}")
+        falls = number(group, "beta2_decay", least=-math.inf, most=0.0)
         return numbers | averages(b1=b1) | {"rate": min(numbers["rate"], 1 / math.sqrt(t)), "not_b": t**falls}
 
     def direction(self, p: Tensor, g: Tensor, row: Tensor, column: Tensor, *m_and_c: Any) -> tuple[Tensor, ...]:
@@ -173,7 +171,7 @@ class SOAP(Rule):
         return len(parameter) == 2
 
     def coefficients(self, t: int, group: Mapping[str, Any]) -> dict[str, float]:
-        (b1, b2), [b], s = weights(group), weights(group, "shampoo_beta"), t - 1
+        (b1, b2), b, s = weights(group, many=2), weight(group, "shampoo_beta"), t - 1
         numbers = decoupled(group) | averages(b1=b1, b2=b2, b=b) | {"eps": number(group, "eps")}
         numbers |= {"refresh": float(s % count(group, "frequency", 1) == 0)}
         if s == 0:  # P and Q are 0, and so is the direction

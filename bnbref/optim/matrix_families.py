@@ -4,7 +4,6 @@
 
 import math
 from collections.abc import Iterable
-from numbers import Real
 from typing import Any
 
 from torch import nn
@@ -12,9 +11,7 @@ from typing_extensions import Unpack
 
 from bnbref.optim import matrices, rules
 from bnbref.optim.family import Family, PagedOptions, betas_of
-from bnbref.optim.rule import number, weights
-
-_ADJUSTS = (None, "original", "match_rms_adamw")
+from bnbref.optim.kinds import count, flag, number, one_of, weight
 
 
 class Muon(Family):
@@ -35,20 +32,19 @@ class Muon(Family):
         adjust_lr_fn: str | None = None, betas: tuple[float, float] = (0.9, 0.95), adamw_eps: float = 1e-8,
         optim_bits: int = 32, min_8bit_size: int = 4096, **options: Unpack[PagedOptions],
     ) -> None:  # fmt: skip
-        if adjust_lr_fn not in _ADJUSTS:
-            raise ValueError(f"adjust_lr_fn must be one of {_ADJUSTS}, got {adjust_lr_fn!r}")
-        if not isinstance(ns_steps, int) or not 0 < ns_steps < 100:
-            raise ValueError(f"ns_steps must be an integer of 1 to 99, got {ns_steps!r}")
-        if len(ns_coefficients) != 3 or not all(isinstance(x, Real) and math.isfinite(x) for x in ns_coefficients):
+        own = {"nesterov": nesterov, "adjust_lr_fn": adjust_lr_fn, "ns_steps": ns_steps, "eps": eps}
+        adjust = one_of(own, "adjust_lr_fn", ("original", "match_rms_adamw", None)) or "original"
+        if not isinstance(ns_coefficients, (tuple, list)) or len(ns_coefficients) != 3:
             raise ValueError(f"ns_coefficients must be three finite numbers, got {ns_coefficients!r}")
-        number({"eps": eps}, "eps")
-        muon = matrices.Muon(nesterov, ns_coefficients, ns_steps, eps, adjust_lr_fn or "original")
+        a, b, c = (number({"ns_coefficients": x}, "ns_coefficients", least=-math.inf) for x in ns_coefficients)
+        steps = count(own, "ns_steps", 1, 99)
+        muon = matrices.Muon(flag(own, "nesterov"), (a, b, c), steps, number(own, "eps"), adjust)
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
             "momentum": momentum,
             "betas": betas_of(betas),
-            "eps": adamw_eps,
+            "eps": number({"adamw_eps": adamw_eps}, "adamw_eps"),
         }
         options.setdefault("nonzero_squares", True)
         super().__init__(
@@ -105,14 +101,11 @@ class Adafactor(Family):
         d: float = 1.0, weight_decay: float = 0.0, beta1: float = 0.0, optim_bits: int = 32, min_8bit_size: int = 4096,
         **options: Unpack[PagedOptions],
     ) -> None:  # fmt: skip
-        if not d >= 1:
-            raise ValueError(f"d must be at least 1, got {d!r}")
         if not isinstance(eps, (tuple, list)) or len(eps) != 2:
             raise ValueError(f"eps must be two numbers, of which the first may be None, got {eps!r}")
-        for x in eps[1 if eps[0] is None else 0 :]:
-            number({"eps": x}, "eps")
-        [b1] = weights({"beta1": beta1}, "beta1")
-        rule = matrices.Adafactor(b1 > 0, (2.0**-23 if eps[0] is None else eps[0], eps[1]), d)
+        eps1, eps2 = (number({"eps": x}, "eps") for x in (2.0**-23 if eps[0] is None else eps[0], eps[1]))
+        momentum = weight({"beta1": beta1}, "beta1") > 0
+        rule = matrices.Adafactor(momentum, (eps1, eps2), number({"d": d}, "d", least=1.0))
         defaults = {"lr": lr, "beta2_decay": beta2_decay, "beta1": beta1, "weight_decay": weight_decay}
         super().__init__(params, rule, defaults, optim_bits=optim_bits, min_8bit_size=min_8bit_size, **options)
 

@@ -12,6 +12,7 @@ from torch._compile import _disable_dynamo
 from bnbref.blockwise import check_tensors
 from bnbref.optim import paging, planned_steps
 from bnbref.optim.equation import Equation
+from bnbref.optim.kinds import SettingError
 from bnbref.optim.named_rules import NamedRules
 from bnbref.optim.rule import Rule
 from bnbref.optim.settings import ALWAYS, ANYWHERE, GlobalOptimManager, check_distinct, check_settings
@@ -66,7 +67,7 @@ class Optimizer(Stateful):
         self.is_paged = is_paged
         self._own = {
             "optim_bits": optim_bits, "min_8bit_size": min_8bit_size, "blocksize": blocksize,
-            "max_unorm": max_unorm if any(one.clipped for one in self._rules.rules.values()) else 0.0,
+            "max_unorm": max_unorm,
             "stochastic_rounding": stochastic_rounding, "master_weight_bits": master_weight_bits, "maximize": maximize,
         }  # fmt: skip
         others = {
@@ -89,9 +90,7 @@ class Optimizer(Stateful):
         group = self.param_groups[-1]
         try:
             check_distinct(group["params"])
-            config = {**self._own, **group}
-            self._check(config)
-            self._rules.at_step(1, config)
+            config = self._check_group(group)
             for p in group["params"]:
                 check_tensors(**{"a parameter": p})
                 self._rules.check_shape(p, config)
@@ -100,9 +99,15 @@ class Optimizer(Stateful):
             self.param_groups.pop()
             raise
 
+    def _check_group(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        config = {**self._own, **group}
+        self._check(config)
+        self._rules.at_step(1, config)
+        return config
+
     def _check(self, settings: Mapping[str, Any]) -> None:
         """Raise if a setting of a group or of one parameter is not valid, or one that only the constructor takes."""
-        check_settings(settings)
+        self._judge(settings)
         here = {*self._own, *self.defaults}
         made = [kind for kind in type(self).__mro__ if issubclass(kind, Optimizer)]
         taken = {name for kind in made for name in inspect.signature(kind.__init__).parameters}
@@ -113,6 +118,14 @@ class Optimizer(Stateful):
                     f"{name} is no setting of a group or of a parameter, got {settings[name]!r}: {type(self).__name__} has "
                     f"{sorted(here)}"
                 )
+
+    def _judge(self, settings: Mapping[str, Any]) -> None:
+        """Raise if a setting is not valid that is not the rule's: those of the rule are judged where it reads them."""
+        check_settings(settings)
+        if settings["max_unorm"] > 0 and not any(rule.clipped for rule in self._rules.rules.values()):
+            raise SettingError(
+                f"max_unorm must be 0 where no step is clipped, as those of LARS and LAMB are, got {settings['max_unorm']!r}"
+            )
 
     def _check_known(self, own: Mapping[str, Any]) -> None:
         """Raise if a setting of one parameter is none of this optimizer's, and so would mean nothing."""
@@ -149,6 +162,7 @@ class Optimizer(Stateful):
         """The step of some parameters, each with its group. A `page_directory` is a checkpoint again after `step`."""
         steps = self._planned_steps(parameters)
         self._placement.begin()
+        self._move_to_files()
         for planned in steps:
             self._begin(planned.p, planned.config)
         planned_steps.take_steps(steps, self.state, self._placement, self._generator, self._parameters)
@@ -170,7 +184,7 @@ class Optimizer(Stateful):
             state = self._state(p)
             key = (id(config), state.get("step", 0) + 1, p.device)
             if key not in equations:
-                check_settings(config)  # which may have been changed since the group was made
+                self._judge(config)  # which may have been changed since the group was made
                 equations[key] = self._rules.at_step(key[1], config, p.device)
             rule, blocksize = self._rules.of(config), config["blocksize"]
             grad = planned_steps.checked_gradient(p, p.grad, state, rule, blocksize)

@@ -8,7 +8,6 @@
 The arithmetic is the same, and so are the bits. A directory is a checkpoint at any time but in the middle of a step.
 """
 
-import json
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -17,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from bnbref.optim.page_directory import Directory
 
 PAGED_FROM = 100_000
 """The state of a parameter with at least so many elements is paged, as in bitsandbytes. With a directory every state is."""
@@ -72,14 +73,18 @@ class Placement:
         if page_bytes < 1:
             raise ValueError(f"page_bytes must be at least 1, got {page_bytes}")
         self.is_paged = is_paged
-        self.directory = None if directory is None else Path(directory)
+        if directory is not None and not str(directory):
+            raise ValueError("page_directory must be a folder, got ''")
+        # Not relative to wherever the program may be later.
+        self.directory = None if directory is None else Directory(Path(directory).absolute())
         self._page_bytes = page_bytes
         self._make = copies
         self._made: dict[torch.device, SideStreams] = {}
         self._warned = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_made": {}}
+        directory = None if self.directory is None else Directory(self.directory.path)
+        return {**self.__dict__, "_made": {}, "directory": directory}
 
     def pages(self, numel: int) -> bool:
         """Whether the state of a parameter of so many elements may be in pages of host memory."""
@@ -88,7 +93,7 @@ class Placement:
     def empty(self, device: torch.device, numel: int, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Uninitialised memory for a state called `name` of a parameter with that device and number of elements."""
         if self.directory is not None:
-            return _mapped(self.directory, name, shape, dtype)
+            return self.directory.mapped(name, shape, dtype)
         if not self.pages(numel):
             return torch.empty(shape, dtype=dtype, device=device)
         if device.type != "cuda":
@@ -104,8 +109,8 @@ class Placement:
 
     def forget(self, name: str) -> None:
         """Remove the files of a state that a parameter has no more."""
-        for path in [] if self.directory is None else list(self.directory.glob(f"{name}.*.bin")):
-            path.unlink()
+        if self.directory is not None:
+            self.directory.forget(name)
 
     def stream(self, states: Sequence[tuple[torch.device, Tensors]]) -> Generator[Tensors, None, None]:
         """Yields each state with its tensors on the device. What is written to them before the next one is asked for is copied
@@ -143,15 +148,12 @@ class Placement:
     def begin(self) -> None:
         """Called when a step begins. From now on the directory is no checkpoint, until `end`."""
         if self.directory is not None:
-            (self.directory / "steps.json").unlink(missing_ok=True)
+            self.directory.begin()
 
     def end(self, counts: Mapping[int, Mapping[str, int]]) -> None:
         """Called when a step has ended. counts: the integers in the state of each parameter, by its index."""
         if self.directory is not None:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            unfinished = self.directory / "steps.json.new"
-            unfinished.write_text(json.dumps(counts), encoding="utf-8")
-            unfinished.replace(self.directory / "steps.json")
+            self.directory.end(counts)
 
     def _is_away(self, x: Tensor, device: torch.device) -> bool:
         return x.device != device
@@ -160,53 +162,3 @@ class Placement:
         if device not in self._made:
             self._made[device] = self._make(device)
         return self._made[device]
-
-
-# ---- a directory ----------------------------------------------------------------------------------------------------
-# A file for each tensor, whose name says what it is: 0.state1.uint8.64x128.bin. steps.json has the steps of all parameters, and
-# what they say of their blocks. It is there between steps alone: removed before the first update of one, written after the last.
-
-
-def _mapped(directory: Path, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    numel = torch.Size(shape).numel()
-    if numel == 0:
-        return torch.empty(shape, dtype=dtype, device="cpu")
-    directory.mkdir(parents=True, exist_ok=True)
-    sizes = "x".join(map(str, shape))
-    path = directory / f"{name}.{str(dtype).removeprefix('torch.')}.{sizes}.bin"
-    if not path.exists():
-        for other in directory.glob(f"{name}.*.bin"):  # of another shape or dtype, from another run
-            other.unlink()
-        with path.open("wb") as file:
-            file.truncate(numel * dtype.itemsize)  # a hole: it takes no room before it is written to
-    return _open(path, shape, dtype)
-
-
-def _open(path: Path, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    numel = torch.Size(shape).numel()
-    return torch.from_file(str(path), shared=True, size=numel, dtype=dtype, device="cpu").view(tuple(shape))
-
-
-def read_pages(directory: str | Path) -> dict[int, dict[str, Any]]:
-    """The states in a page_directory, whether or not the process that wrote them is alive: `state` of a state dict.
-
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": read_pages(directory)})
-
-    They are those after the last step that ended; parameters are not in there. Raises RuntimeError if a step was interrupted.
-    """
-    directory = Path(directory)
-    if not (directory / "steps.json").exists():
-        raise RuntimeError(
-            f"{directory} has no steps.json: nothing was stepped there, or a step was interrupted half-way"
-        )
-    counts = json.loads((directory / "steps.json").read_text(encoding="utf-8"))
-    # A directory that was written before a state said its blocksize has the step alone.
-    states: dict[int, dict[str, Any]] = {
-        int(i): {"step": each} if isinstance(each, int) else each for i, each in counts.items()
-    }
-    for path in sorted(directory.glob("*.bin")):
-        index, key, dtype, sizes = path.name.removesuffix(".bin").split(".")
-        shape = [int(n) for n in sizes.split("x") if n]
-        if int(index) in states:
-            states[int(index)][key] = _open(path, shape, getattr(torch, dtype))
-    return states

@@ -12,6 +12,7 @@ from torch import Tensor
 from bnbref.blockwise import check_blocksize, check_float
 from bnbref.optim import matrix_steps
 from bnbref.optim.equation import Equation
+from bnbref.optim.kinds import number
 from bnbref.optim.master_weights import corrections
 from bnbref.optim.paging import Placement
 from bnbref.optim.rule import Rule, absmax_key
@@ -148,7 +149,7 @@ def update(planned: PlannedStep, state: Mapping[str, Any], noise: Tensor | None,
     copied = flat.data_ptr() != own.data_ptr()
     step(
         planned.equation, planned.hyper, flat, planned.ascent, state, blocksize=planned.config["blocksize"], noise=noise,
-        shard=shard, max_norm=planned.config["max_unorm"] if planned.equation.clipped else 0.0,
+        shard=shard, max_norm=number(planned.config, "max_unorm") if planned.equation.clipped else 0.0,
         tails=None if copied and shard is None else tails,
     )  # fmt: skip
     if copied and shard is None:

@@ -11,10 +11,8 @@ whole matrix at once (a product, a norm, a mean by row) is a call of `Rule.whole
 each rule says which.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -22,6 +20,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from bnbref.codebooks import DYNAMIC, DYNAMIC_UNSIGNED, Codebook
+from bnbref.optim.kinds import number
 
 OF = ("elements", "rows", "columns", "rows x rows", "columns x columns")
 """The values of `State.of`: a state has one number for each element, for each row, and so on."""
@@ -147,44 +146,6 @@ class Rule:
 
     def __repr__(self) -> str:
         return type(self).__name__
-
-
-class SettingError(ValueError):
-    """A setting of a group is none that its rule can compute with."""
-
-
-def number(group: Mapping[str, Any], name: str, least: float = 0.0) -> float:
-    """A setting that is a finite number, of any type, and not negative: `SettingError` if it is none.
-
-    >>> number({"eps": torch.tensor(0.25)}, "eps")
-    0.25
-    """
-    x = group[name]
-    one = isinstance(x, Real) or (isinstance(x, Tensor) and x.numel() == 1)
-    if not one or not least <= float(x) < math.inf:
-        raise SettingError(f"{name} must not be negative, but a finite number, got {x!r}")
-    return float(x)
-
-
-def weights(group: Mapping[str, Any], name: str = "betas") -> tuple[float, ...]:
-    """The numbers of a setting of one or several, each the weight of an average, in [0, 1): `SettingError` if it is none.
-
-    >>> weights({"betas": (0.5, 0)})
-    (0.5, 0.0)
-    """
-    given = group[name]
-    each = given if isinstance(given, (tuple, list)) else [given]
-    if not all(isinstance(beta, (Real, Tensor)) and 0 <= float(beta) < 1 for beta in each):
-        raise SettingError(f"{name} must lie in [0, 1), got {given!r}")
-    return tuple(map(float, each))
-
-
-def count(group: Mapping[str, Any], name: str, least: int) -> int:
-    """A setting that counts, from `least` on: `SettingError` if it is no integer."""
-    x = group[name]
-    if not isinstance(x, Integral) or isinstance(x, bool) or x < least:
-        raise SettingError(f"{name} must be an integer from {least} on, got {x!r}")
-    return int(x)
 
 
 def learning_rate(group: Mapping[str, Any]) -> float:

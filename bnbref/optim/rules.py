@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from bnbref.codebooks import DYNAMIC
+from bnbref.optim.kinds import SettingError, count, flag, number, one_of, weight, weights
 from bnbref.optim.rule import (
     Coefficients,
     Rule,
@@ -20,14 +21,13 @@ from bnbref.optim.rule import (
     decoupled,
     learning_rate,
     matrix_shape,
-    number,
     qmap_key,
-    weights,
 )
 
 __all__ = [
     "LAMB", "LARS", "RULES", "SGD", "SIGNED_RULES", "AdEMAMix", "Adagrad", "Adam", "Coefficients", "Lion", "RMSprop", "Rule",
-    "State", "absmax_key", "averages", "coupled", "decoupled", "matrix_shape", "number", "qmap_key", "weights",
+    "SettingError", "State", "absmax_key", "averages", "count", "coupled", "decoupled", "flag", "matrix_shape", "number",
+    "one_of", "qmap_key", "weight", "weights",
 ]  # fmt: skip
 
 
@@ -40,7 +40,7 @@ class SGD(Rule):
     states = (State("state1"),)
 
     def coefficients(self, t: int, group: Mapping[str, Any]) -> dict[str, float]:
-        return coupled(group) | {"b1": weights(group)[0]}
+        return coupled(group) | {"b1": weights(group, many=1)[0]}
 
     def direction(self, p: Tensor, g: Tensor, m: Tensor, c: Any) -> tuple[Tensor, ...]:
         m = c.b1 * m + (g + c.wd * p)
@@ -67,7 +67,7 @@ class Adam(Rule):
     states = (State("state1"), State("state2", signed=False))
 
     def coefficients(self, t: int, group: Mapping[str, Any]) -> dict[str, float]:
-        b1, b2 = weights(group)[:2]
+        b1, b2 = weights(group, many=2)
         numbers = (
             decoupled(group) | averages(b1=b1, b2=b2) | {"root": math.sqrt(1 - b2**t), "eps": number(group, "eps")}
         )
@@ -89,7 +89,7 @@ class LAMB(Adam):
 
     def coefficients(self, t: int, group: Mapping[str, Any]) -> dict[str, float]:
         # The length of the direction counts, so 1 - b1^t belongs to it and not to the rate.
-        unbias = 1 / (1 - weights(group)[0] ** t)
+        unbias = 1 / (1 - weights(group, many=2)[0] ** t)
         return super().coefficients(t, group) | {"rate": learning_rate(group), "unbias": unbias}
 
     def direction(self, p: Tensor, g: Tensor, m: Tensor, v: Tensor, c: Any) -> tuple[Tensor, ...]:
@@ -106,7 +106,7 @@ class Lion(Rule):
     states = (State("state1"),)
 
     def coefficients(self, t: int, group: Mapping[str, Any]) -> dict[str, float]:
-        b1, b2 = weights(group)[:2]
+        b1, b2 = weights(group, many=2)
         return decoupled(group) | averages(b1=b1, b2=b2)
 
     def direction(self, p: Tensor, g: Tensor, m: Tensor, c: Any) -> tuple[Tensor, ...]:
@@ -122,7 +122,7 @@ class RMSprop(Rule):
     states = (State("state1", signed=False),)
 
     def coefficients(self, t: int, group: Mapping[str, Any]) -> dict[str, float]:
-        return coupled(group) | averages(a=weights(group)[0]) | {"eps": number(group, "eps")}
+        return coupled(group) | averages(a=weights(group, many=1)[0]) | {"eps": number(group, "eps")}
 
     def direction(self, p: Tensor, g: Tensor, v: Tensor, c: Any) -> tuple[Tensor, ...]:
         g = g + c.wd * p
@@ -161,12 +161,16 @@ class AdEMAMix(Rule):
     stacked = ("state1", "state3")
 
     def coefficients(self, t: int, group: Mapping[str, Any]) -> dict[str, float]:
-        b1, b2, b3 = weights(group)
-        alpha = group["alpha"]
-        if group["t_alpha"]:
-            alpha = min(t * alpha / group["t_alpha"], alpha)
-        if group["t_beta3"]:
-            fast, slow, r = math.log(b1), math.log(b3), t / group["t_beta3"]
+        (b1, b2, b3), alpha = weights(group, many=3), number(group, "alpha")
+        t_alpha, t_beta3 = (0.0 if group[name] is None else number(group, name) for name in ("t_alpha", "t_beta3"))
+        if t_alpha > 0:
+            alpha = min(t * alpha / t_alpha, alpha)
+        if t_beta3 > 0:
+            if not b1 * b3 > 0:
+                raise SettingError(
+                    f"with t_beta3 the first and the last of betas must be above 0, got {group['betas']}"
+                )
+            fast, slow, r = math.log(b1), math.log(b3), t / t_beta3
             b3 = min(math.exp(fast * slow / ((1 - r) * slow + r * fast)), b3)
         corrections = {"unbias": 1 - b1**t, "root": math.sqrt(1 - b2**t)}
         return (

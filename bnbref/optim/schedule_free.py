@@ -17,11 +17,10 @@ from typing_extensions import Unpack
 
 from bnbref.optim.equation import at_step, coefficients_of
 from bnbref.optim.family import Family, Options, betas_of
+from bnbref.optim.kinds import count, flag, number, weights
 from bnbref.optim.master_weights import corrections, set_value, value_of
 from bnbref.optim.planned_steps import check_state
-from bnbref.optim.rule import count
-from bnbref.optim.rules import Rule, State, averages, coupled, number, weights
-from bnbref.optim.settings import check_settings
+from bnbref.optim.rules import Rule, State, averages, coupled
 from bnbref.optim.sharding import local, shard_of
 from bnbref.optim.update import directions
 
@@ -43,9 +42,7 @@ class ScheduleFree(Rule):
     states = (State("difference"), State("squares", signed=False))
 
     def coefficients(self, t: int, group: Mapping[str, Any]) -> dict[str, float]:
-        if not group["train_mode"]:
-            raise RuntimeError("the parameters are averages since eval(): call train() before the next step")
-        (b1, b2), warmup, decays = weights(group), count(group, "warmup_steps", 0), coupled(group)
+        (b1, b2), warmup, decays = weights(group, many=2), count(group, "warmup_steps", 0), coupled(group)
         r, c = decays["rate"] * min(1.0, t / max(1, warmup)), share(t, warmup)
         numbers = {**decays, "rate": 1.0, "unbias": 1 - b2**t, "eps": number(group, "eps")}
         return numbers | averages(b2=b2) | {"r": r, "own": r * (1 - b1 * (1 - c)), "pull": b1 * c, "stay": 1 - c}
@@ -74,7 +71,7 @@ class _Difference(Rule):
     states = ScheduleFree.states
 
     def coefficients(self, t: int, group: Mapping[str, Any]) -> dict[str, float]:
-        return {"rate": 1 - weights(group)[0], "decay": 1.0}
+        return {"rate": 1 - weights(group, many=2)[0], "decay": 1.0}
 
     def direction(self, p: Tensor, g: Tensor, d: Tensor, v: Tensor, c: Any) -> tuple[Tensor, ...]:
         return d, d, v
@@ -105,6 +102,16 @@ class AdamWScheduleFree(Family):
             optim_bits=optim_bits, min_8bit_size=min_8bit_size, is_paged=is_paged, **options,
         )  # fmt: skip
 
+    def advance(self, parameters: Sequence[_Member]) -> None:
+        if not all(flag(group, "train_mode") for _, group in parameters):
+            raise RuntimeError("the parameters are averages since eval(): call train() before the next step")
+        super().advance(parameters)
+
+    def _check_known(self, own: Mapping[str, Any]) -> None:
+        if "train_mode" in own:
+            raise ValueError(f"train_mode is that of a group, GlobalOptimManager overrides it by {own['train_mode']!r}")
+        super()._check_known(own)
+
     def eval(self) -> None:
         """Make the parameters the averages x. They are then no parameters to take a step from."""
         self._switch(train=False)
@@ -119,7 +126,7 @@ class AdamWScheduleFree(Family):
         every = [(p, group) for group in groups for p in group["params"] if "step" in self._state(p)]
         for p, group in every:
             config = self.settings(p, group)
-            check_settings(config)
+            self._judge(config)
             coefficients_of(_Difference(), 1, config)
             check_state(p, self._state(p), self._rules.of(config), config["blocksize"])
         moved: list[_Member] = []

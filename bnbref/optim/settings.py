@@ -2,8 +2,9 @@
 
 import threading
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
-from numbers import Integral
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from numbers import Real
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,18 +13,16 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from bnbref.blockwise import check_blocksize
-from bnbref.optim.rule import number
+from bnbref.optim.kinds import count, flag, number, one_of, one_of_kinds
 
-_KINDS: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("optim_bits", "min_8bit_size", "page_bytes"), (Integral,)),
-    **dict.fromkeys(
-        ("is_paged", "stochastic_rounding", "nonzero_squares", "maximize", "capturable", "differentiable"), (bool,)
-    ),
-    **dict.fromkeys(("foreach", "fused"), (bool, type(None))),
-    "generator": (torch.Generator, type(None)),
-    "master_weight_bits": (Integral, type(None)),
-    "page_directory": (str, Path, type(None)),
-}
+_CHECKS: dict[str, Callable[[Mapping[str, Any], str], Any]] = {
+    "optim_bits": partial(one_of, allowed=(8, 32)), "master_weight_bits": partial(one_of, allowed=(24, 32, None)),
+    "min_8bit_size": count, "page_bytes": partial(count, least=1), "max_unorm": number,
+    **dict.fromkeys(("is_paged", "stochastic_rounding", "nonzero_squares", "maximize", "capturable", "differentiable"), flag),
+    **dict.fromkeys(("foreach", "fused"), partial(one_of_kinds, kinds=(bool, type(None)))),
+    "generator": partial(one_of_kinds, kinds=(torch.Generator, type(None))),
+    "page_directory": partial(one_of_kinds, kinds=(str, Path, type(None))),
+}  # fmt: skip
 
 _REFUSED = {
     "capturable": "the coefficients of a step are computed on the host, and a captured graph would keep those of one step",
@@ -32,6 +31,18 @@ _REFUSED = {
 
 ALWAYS = {"percentile_clipping": 100, "block_wise": True, "skip_zeros": False}
 """Settings of older versions of bitsandbytes, each with the only value that it may have here."""
+
+
+def says(value: Any, only: Any) -> bool:
+    """Whether a value says the only one that is possible. Numbers may have any type, and nothing may be said by None, too.
+
+    >>> says(100.0, 100), says(0, False), says(None, False), says("", False), says(torch.ones(2), 1)
+    (True, True, True, False, False)
+    """
+    if value is None or isinstance(value, Real):
+        return (value or 0) == (only or 0)
+    return False
+
 
 ANYWHERE = {"params", "foreach", "fused", *_REFUSED}
 """Names that a group may have although they are no settings of a group. They mean the same in every group, or nothing."""
@@ -44,16 +55,10 @@ def check_settings(settings: Mapping[str, Any]) -> None:
 
     >>> check_settings({"optim_bits": 8, "foreach": None, "frequency": "whatever"})
     """
-    for name, kinds in _KINDS.items():
-        if name in settings and not isinstance(settings[name], kinds):
-            names = " or ".join(kind.__name__ for kind in kinds)
-            raise TypeError(f"{name} must be {names}, got {settings[name]!r}")
-    number({"max_unorm": 0.0, **settings}, "max_unorm")
-    if settings.get("optim_bits", 8) not in (8, 32):
-        raise ValueError(f"optim_bits must be 8 or 32, got {settings['optim_bits']!r}")
+    for name, check in _CHECKS.items():
+        if name in settings:
+            check(settings, name)
     bits = settings.get("master_weight_bits")
-    if bits not in (None, 24, 32):
-        raise ValueError(f"master_weight_bits must be 24, 32 or None, got {bits!r}")
     if bits is not None and settings.get("stochastic_rounding"):
         raise ValueError(
             f"stochastic_rounding must be False where master_weight_bits is {bits}: the correction keeps what rounding takes away"

@@ -32,6 +32,10 @@ class Stateful(torch.optim.Optimizer):
         """The settings of a parameter: those of `GlobalOptimManager`, then those of its group, then the optimizer's."""
         return {**self._own, **group, **GlobalOptimManager.get_instance().overrides().get(p, {})}
 
+    def _check_group(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings of a group with those of the optimizer. Raises if one of them is not valid."""
+        raise NotImplementedError
+
     def _state(self, p: Tensor) -> dict[str, Any]:
         """The state of p, empty if it has none. Whoever steps parameters in a class of their own may have put a saved one there,
         as torch's ZeroRedundancyOptimizer does."""
@@ -158,6 +162,8 @@ class Stateful(torch.optim.Optimizer):
         held = self.register_load_state_dict_pre_hook(lambda _, given: _held(given))  # after those of others
         try:
             super().load_state_dict(dict(state_dict))
+            for group in self.param_groups:
+                self._check_group(group)
         except BaseException:
             self.__dict__.update(before)
             raise
@@ -180,6 +186,13 @@ class Stateful(torch.optim.Optimizer):
         for p, state in saved.items():
             rule, blocksize = own[p]
             self.state[p] = unwrapped_state(rule, p, state, blocksize, self._memory(p))
+
+    def _move_to_files(self) -> None:
+        """Moves the states of a copy of an optimizer, which are in memory, into the files of its `page_directory`."""
+        directory = self._placement.directory
+        if directory is not None and directory.empty and self.state:
+            rules = zip(self._parameters(), self._rules_and_blocks(), strict=True)
+            self._read({p: wrapped_state(rule, self.state[p]) for p, (rule, _) in rules if p in self.state})
 
 
 def _new_correction(p: Tensor, config: Mapping[str, Any], empty: Callable[..., Tensor]) -> dict[str, Tensor]:

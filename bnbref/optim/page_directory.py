@@ -1,0 +1,149 @@
+"""A directory of states in memory-mapped files: a checkpoint at any time but in the middle of a step.
+
+    0.state1.uint8.64x128.bin    a file for each tensor, whose name says what it is
+    steps.json                   the steps of all parameters, and what they say of their blocks
+
+steps.json is there between steps alone: removed before the first update of one, and written after the last.
+"""
+
+import json
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+
+class Directory:
+    """The files of one optimizer. Nobody else may write to them: another rank, a second optimizer, a copy of this one."""
+
+    def __init__(self, path: Path) -> None:
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"page_directory must be a folder, got {str(path)!r}, which is none")
+        self.path = path
+        self._files: set[str] = set()
+
+    _held: int | None = None
+
+    def __del__(
+        self, close: Callable[[int], None] = os.close
+    ) -> None:  # bound, as the end of a process empties modules
+        if self._held is not None:
+            close(self._held)
+
+    @property
+    def empty(self) -> bool:
+        """Whether this object has mapped nothing yet."""
+        return not self._files
+
+    def _hold(self) -> None:
+        """Makes the folder, and locks it for as long as this object or its process lives: RuntimeError if another one has it."""
+        if self._held is not None:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        if fcntl is None:
+            return
+        held = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(held)
+            raise RuntimeError(
+                f"page_directory {str(self.path)!r} is in use by another optimizer, of this process or of another one, such as "
+                f"another rank: each needs a folder of its own"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        self._held = held
+
+    def mapped(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """The memory of a state called `name`, with what its file has if it is there.
+
+        Its room on the disk is reserved, because a page that finds none would end the process.
+        """
+        numel = torch.Size(shape).numel()
+        if numel == 0:
+            return torch.empty(shape, dtype=dtype, device="cpu")
+        self._hold()
+        sizes = "x".join(map(str, shape))
+        path = self.path / f"{name}.{str(dtype).removeprefix('torch.')}.{sizes}.bin"
+        if not path.exists():
+            self.forget(name)  # of another shape or dtype, from another run
+            self._reserve(path, numel * dtype.itemsize)
+        self._files.add(path.name)
+        return _open(path, shape, dtype)
+
+    def _reserve(self, path: Path, size: int) -> None:
+        with path.open("wb") as file:
+            try:
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, size)
+                file.truncate(size)
+            except OSError as error:
+                path.unlink()
+                raise OSError(
+                    error.errno, f"page_directory has no room for {path.name}, of {size} bytes: {error.strerror}"
+                ) from error
+
+    def forget(self, name: str) -> None:
+        """Remove the files of a state."""
+        for path in list(self.path.glob(f"{name}.*.bin")):
+            self._files.discard(path.name)
+            path.unlink()
+
+    def begin(self) -> None:
+        """From now on it is no checkpoint, until `end`."""
+        self._hold()
+        (self.path / "steps.json").unlink(missing_ok=True)
+
+    def end(self, counts: Mapping[int, Mapping[str, int]]) -> None:
+        """Now it is one, with these counts; but if somebody has removed files, which only this process still has."""
+        gone = sorted(self._files - set(os.listdir(self.path) if self.path.exists() else ()))
+        if gone:
+            warnings.warn(
+                f"page_directory {str(self.path)!r} lacks {len(gone)} files that were removed, {gone[0]} first: the run may go "
+                f"on, but what is there is no checkpoint. state_dict() is one",
+                stacklevel=4,
+            )
+            return
+        unfinished = self.path / "steps.json.new"
+        unfinished.write_text(json.dumps(counts), encoding="utf-8")
+        unfinished.replace(self.path / "steps.json")
+
+
+def _open(path: Path, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    numel = torch.Size(shape).numel()
+    return torch.from_file(str(path), shared=True, size=numel, dtype=dtype, device="cpu").view(tuple(shape))
+
+
+def read_pages(directory: str | Path) -> dict[int, dict[str, Any]]:
+    """The states in a page_directory, whether or not the process that wrote them is alive: `state` of a state dict.
+
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": read_pages(directory)})
+
+    They are those after the last step that ended; parameters are not in there. Raises RuntimeError if a step was interrupted.
+    """
+    directory = Path(directory)
+    if not (directory / "steps.json").exists():
+        raise RuntimeError(
+            f"{directory} has no steps.json: nothing was stepped there, or a step was interrupted half-way"
+        )
+    counts = json.loads((directory / "steps.json").read_text(encoding="utf-8"))
+    # A directory that was written before a state said its blocksize has the step alone.
+    states: dict[int, dict[str, Any]] = {
+        int(i): {"step": each} if isinstance(each, int) else each for i, each in counts.items()
+    }
+    for path in sorted(directory.glob("*.bin")):
+        index, key, dtype, sizes = path.name.removesuffix(".bin").split(".")
+        shape = [int(n) for n in sizes.split("x") if n]
+        if int(index) in states:
+            states[int(index)][key] = _open(path, shape, getattr(torch, dtype))
+    return states
