@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from bnbref.blockwise import check_blocksize, check_tensors
+from bnbref.arguments import check_tensors
+from bnbref.blockwise import check_blocksize
 from bnbref.optim import paging, planned_steps
 from bnbref.optim.equation import Equation
 from bnbref.optim.master_weights import CORRECTIONS, correction_dtype, corrections, set_value, value_of
