@@ -5,6 +5,7 @@ bitsandbytes cannot read (other codebooks and block sizes, quantized experts) sa
 """
 
 import inspect
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -74,6 +75,13 @@ class BnbRefConfig(QuantizationConfigMixin):  # type: ignore[misc]
         names = self.skip_modules
         if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
             raise TypeError(f"skip_modules must be None or a list of strings, got {names!r}")
+        for pattern in names or []:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(
+                    f"skip_modules must be ends of names, or regular expressions for their beginnings, got {pattern!r}: {error}"
+                ) from error
         if isinstance(self.threshold, bool) or not isinstance(self.threshold, (int, float)) or not self.threshold >= 0:
             raise ValueError(f"threshold must be 0 (off) or positive, got {self.threshold!r}")
         if self.checkpoint_format not in ("bitsandbytes", METHOD):
@@ -163,6 +171,20 @@ class BnbRefConfig(QuantizationConfigMixin):  # type: ignore[misc]
         else:
             config = cls(**fields)
         return (config, kwargs) if return_unused_kwargs else config
+
+    def of_checkpoint(self, config_dict: Mapping[str, Any]) -> "BnbRefConfig":
+        """The config of a checkpoint that is quantized already, from its dictionary, with this compute_dtype if it is given.
+
+        ValueError for another quant_type than the checkpoint's. In all else the checkpoint's settings hold.
+        """
+        config: BnbRefConfig = BnbRefConfig.from_dict({"quant_method": "bitsandbytes", **config_dict})
+        if config.quant_type != self.quant_type:
+            raise ValueError(
+                f"quant_type must be that of the checkpoint, which is quantized already, {config.quant_type!r}, got "
+                f"{self.quant_type!r}"
+            )
+        config.compute_dtype = self.compute_dtype or config.compute_dtype
+        return config
 
     @classmethod
     def of_bitsandbytes(cls, config: BitsAndBytesConfig) -> "BnbRefConfig":
