@@ -471,6 +471,14 @@ def test_a_name_that_skips_nothing_is_said(caplog):
     ]
 
 
+@pytest.mark.parametrize("name", ["load_in_4bit", "bnb_4bit_quant_type", "llm_int8_threshold", "double_quantize"])
+def test_an_argument_of_another_name_is_refused_with_those_that_there_are(name):
+    with pytest.raises(TypeError, match=f"double_quant, .* got {name}: .* load_in_4bit .* quant_type='nf4'"):
+        BnbRefConfig(**{name: True})
+    with pytest.raises(TypeError, match=f"got {name}"):
+        BnbRefConfig.from_dict({"quant_method": "bnbref", name: True})
+
+
 @pytest.mark.parametrize("pattern", ["*.mlp.*", "(", "layers[0"])
 def test_a_name_that_is_no_regular_expression_is_refused(pattern):
     """A glob, for example."""

@@ -7,7 +7,7 @@ bitsandbytes cannot read (other codebooks and block sizes, quantized experts) sa
 import inspect
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers import BitsAndBytesConfig
@@ -51,8 +51,13 @@ class BnbRefConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def __init__(
         self, quant_type: str = "nf4", *, double_quant: bool = True, compute_dtype: torch.dtype | str | None = None,
         quant_storage: torch.dtype | str = torch.uint8, blocksize: int = 64, skip_modules: list[str] | None = None,
-        threshold: float = 6.0, checkpoint_format: str = "bitsandbytes",
+        threshold: float = 6.0, checkpoint_format: str = "bitsandbytes", **unknown: NoReturn,
     ) -> None:  # fmt: skip
+        if unknown:
+            raise TypeError(
+                f"arguments of BnbRefConfig must be among {', '.join(ARGUMENTS)}, got {', '.join(unknown)}: what bitsandbytes "
+                "names load_in_4bit and load_in_8bit is quant_type='nf4' and quant_type='int8'"
+            )
         self.quant_method = METHOD
         self.quant_type = quant_type
         self.double_quant = double_quant
@@ -136,7 +141,7 @@ class BnbRefConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def to_dict(self) -> dict[str, Any]:
         """The dictionary for config.json, in the form that `checkpoint_format` names."""
-        arguments = {name: getattr(self, name) for name in inspect.signature(BnbRefConfig).parameters}
+        arguments = {name: getattr(self, name) for name in ARGUMENTS}
         own = {name: dtype_name(x) if isinstance(x, torch.dtype) else x for name, x in arguments.items()}
         own = {"quant_method": METHOD, **own}
         return own if self.checkpoint_format == METHOD else self._to_bitsandbytes()
@@ -206,6 +211,10 @@ class BnbRefConfig(QuantizationConfigMixin):  # type: ignore[misc]
             skip_modules=config.llm_int8_skip_modules,
             threshold=config.llm_int8_threshold,
         )
+
+
+ARGUMENTS = tuple(inspect.signature(BnbRefConfig).parameters)[:-1]
+"""The names of the arguments of `BnbRefConfig`, without the last one, `unknown`."""
 
 
 def dtype_of(value: torch.dtype | str) -> Any:
