@@ -23,11 +23,15 @@ T = TypeVar("T")
 def check_tensors(**arguments: object) -> None:
     """TypeError or ValueError that names the first of the arguments that is no dense tensor."""
     for name, x in arguments.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {_said(x)}")
-        if x.layout != torch.strided or x.is_nested or x.is_quantized:
-            got = "a nested tensor" if x.is_nested else x.dtype if x.is_quantized else x.layout
-            raise ValueError(f"{name} must be dense, got {got}")
+        _check_tensor(name, x)
+
+
+def _check_tensor(name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {_said(x)}")
+    if x.layout != torch.strided or x.is_nested or x.is_quantized:
+        got = "a nested tensor" if x.is_nested else x.dtype if x.is_quantized else x.layout
+        raise ValueError(f"{name} must be dense, got {got}")
 
 
 def check_bool(name: str, value: object) -> None:
@@ -38,7 +42,7 @@ def check_bool(name: str, value: object) -> None:
 
 def check_number(name: str, value: object) -> None:
     """TypeError unless the value is a real number, ValueError for NaN, which no comparison would refuse."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if not isinstance(value, float) and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
         raise TypeError(f"{name} must be a number, got {_said(value)}")
     if math.isnan(value):
         raise ValueError(f"{name} must be a number, got nan")
@@ -67,16 +71,16 @@ def _said(value: object) -> str:
 
 
 _JUDGES: dict[Any, Callable[[str, Any], None]] = {
-    Tensor: lambda name, value: check_tensors(**{name: value}),
+    Tensor: _check_tensor,
     bool: check_bool,
     int: check_integer,
     float: check_number,
 }
-"""What is asked of an argument whose annotation is this class, beside None if that is allowed. Of other classes: an instance."""
+"""What is asked of an argument whose annotation is this class. Of other classes: an instance."""
 
 
 def _judge_of(annotation: Any) -> Callable[[str, Any], None] | None:
-    """The function that judges an argument with this annotation; None where any value may be right."""
+    """The function that judges a value with this annotation, if it is not a None that is allowed; None where any may be right."""
     if annotation is inspect.Parameter.empty:  # cls of a class method
         return None
     listed = typing.get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
@@ -85,8 +89,7 @@ def _judge_of(annotation: Any) -> Callable[[str, Any], None] | None:
         return None
     others = tuple(kind for kind in classes if kind is not NoneType)
     if len(others) == 1 and others[0] in _JUDGES:
-        judge = _JUDGES[others[0]]
-        return judge if len(classes) == 1 else lambda name, value: None if value is None else judge(name, value)
+        return _JUDGES[others[0]]
     if torch.device in classes:
         classes = (*classes, int)  # torch takes the number of a device
     return lambda name, value: check_one_of(name, value, *classes)
@@ -106,19 +109,20 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
     TypeError: x must be a torch.Tensor, got list
     """
     parameters = inspect.signature(function).parameters.values()
-    judges = [(parameter.name, _judge_of(parameter.annotation)) for parameter in parameters]
-    by_name = dict(judges)
+    judges = [(p.name, NoneType in typing.get_args(p.annotation), _judge_of(p.annotation)) for p in parameters]
+    by_name = {rule[0]: rule for rule in judges}
+    unknown = ("", True, None)  # the function says so
 
     @functools.wraps(function)
     def judged(*args: P.args, **kwargs: P.kwargs) -> T:
         if not torch.compiler.is_dynamo_compiling():
             with torch._C.DisableTorchFunctionSubclass():  # of a parameter, which watches what it is asked
-                for (name, judge), value in zip(judges, args, strict=False):
-                    if judge is not None:
+                for (name, optional, judge), value in zip(judges, args, strict=False):
+                    if judge is not None and not (optional and value is None):
                         judge(name, value)
                 for name, value in kwargs.items():
-                    judge = by_name.get(name)
-                    if judge is not None:
+                    _, optional, judge = by_name.get(name, unknown)
+                    if judge is not None and not (optional and value is None):
                         judge(name, value)
         return function(*args, **kwargs)
 
