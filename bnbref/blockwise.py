@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from bnbref.arguments import check_tensors, checked
 from bnbref.codebooks import Codebook, threshold_table
 from bnbref.kernels import fused
 
@@ -124,6 +125,7 @@ def block_count(numel: int, blocksize: int) -> int:
     return -(-numel // blocksize)
 
 
+@checked
 def quantize(x: Tensor, codebook: Codebook, blocksize: int) -> tuple[Tensor, Tensor]:
     """The codes of a tensor of any shape, uint8 shaped like `x`, and the scales, float32 `[ceil(numel / blocksize)]`.  Exact.
 
@@ -147,6 +149,7 @@ def quantize(x: Tensor, codebook: Codebook, blocksize: int) -> tuple[Tensor, Ten
     return unpadded(codes, x.numel()).view(x.shape), unpadded(absmax, block_count(x.numel(), blocksize))
 
 
+@checked
 def dequantize(codes: Tensor, absmax: Tensor, values: Tensor, blocksize: int, dtype: torch.dtype) -> Tensor:
     """`dtype(fl(values[code] * absmax))` for every code, shaped like `codes`.  Exact.
 
@@ -160,8 +163,12 @@ def dequantize(codes: Tensor, absmax: Tensor, values: Tensor, blocksize: int, dt
         raise ValueError(f"codes must be uint8, got {codes.dtype}")
     if dtype not in FLOATS:
         raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype!r}")
+    if values.dim() != 1 or not 1 <= values.numel() <= 256:
+        raise ValueError(f"values must be 1 to 256 numbers in one dimension, got {tuple(values.shape)}")
     check_scales("absmax", absmax, codes.numel(), blocksize)
     check_device("codes", codes, absmax=absmax, values=values)
+    if values.numel() < 256:  # compiled code does not ask whether a code has a value
+        values = F.pad(values, (0, 256 - values.numel()))
     blocks = in_rows(codes, blocksize)
     scales = in_rows(absmax.float(), 1).view(-1)
     out = dequantize_blocks(blocks, scales, values, dtype=dtype)
@@ -192,21 +199,6 @@ def check_float(name: str, x: Tensor) -> Tensor:
     if x.dtype not in FLOATS:
         raise ValueError(f"{name} must be float32, float16 or bfloat16, got {x.dtype}")
     return x
-
-
-def check_tensors(**arguments: object) -> None:
-    """TypeError or ValueError that names the first of the arguments that is no dense tensor."""
-    for name, x in arguments.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-        if x.layout != torch.strided or x.is_nested:
-            raise ValueError(f"{name} must be dense, got {'a nested tensor' if x.is_nested else x.layout}")
-
-
-def check_bool(name: str, value: object) -> None:
-    """TypeError unless the value is a bool, or 0 or 1: a string from a file of settings, "False", would be true."""
-    if not isinstance(value, int):
-        raise TypeError(f"{name} must be a bool, got {value!r}")
 
 
 def check_scales(name: str, absmax: Tensor, numel: int, blocksize: int) -> None:

@@ -16,7 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bnbref import int8
-from bnbref.blockwise import check_bool, check_float, check_tensors
+from bnbref.arguments import check_bool, check_tensors
+from bnbref.blockwise import check_float
 from bnbref.checkpoint_weights import Checkpoint, Entry, described, scb_key
 from bnbref.quant_state import quantize_with_state
 

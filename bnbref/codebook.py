@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from bnbref.arguments import check_bool
 from bnbref.context import cached
 
 
@@ -49,6 +50,7 @@ class Codebook:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
             raise ValueError(f"a codebook must have a name, got {self.name!r}")
+        check_bool(f"sign_bit of codebook {self.name!r}", self.sign_bit)
         for label in ("values", "thresholds"):
             table = _numbers(f"{label} of codebook {self.name!r}", getattr(self, label))
             wrong = next((v for v in table if not (math.isfinite(v) and v == float(float32(v)))), None)
@@ -73,11 +75,12 @@ class Codebook:
         if any(a > b for a, b in itertools.pairwise(self.thresholds)):
             raise ValueError(f"thresholds of codebook {self.name!r} must be sorted, got {self.thresholds}")
         if self.order is not None:
-            object.__setattr__(self, "order", tuple(map(int, self.order)))
-            if n > 16 or sorted(self.order) != list(range(ranks)):
+            order = _numbers(f"order of codebook {self.name!r}", self.order)
+            if n > 16 or sorted(order) != list(range(ranks)):
                 raise ValueError(
                     f"order of codebook {self.name!r} must be a permutation of {ranks} ranks of at most 16 values"
                 )
+            object.__setattr__(self, "order", tuple(map(int, order)))
         self._check_ranks(ranks)
         # Compared by the bits of its numbers, because -0.0 is equal to 0.0 and yet decodes to another float. The hash is kept:
         # codebooks are in the key of every kernel call, and hashing 511 floats each time would cost more than the look-up.
@@ -172,8 +175,8 @@ def _numbers(what: str, values: Any) -> tuple[float, ...]:
         TypeError,
         ValueError,
         OverflowError,
-        NotImplementedError,
-    ) as error:  # the last: a meta tensor has no numbers
+        RuntimeError,
+    ) as error:  # the last: a meta or sparse tensor has no numbers
         raise ValueError(f"{what} must be a sequence of numbers, got {values!r}") from error
 
 

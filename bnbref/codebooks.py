@@ -12,6 +12,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
+from bnbref.arguments import checked
 from bnbref.codebook import Codebook, float32, is_table_of, threshold_table, value_table
 from bnbref.formats import Formats
 
@@ -120,6 +121,7 @@ def linspace(start: float, end: float, points: int) -> Tensor:
     return torch.where(index < points // 2, edges[0].double() + step * index, upper).float()
 
 
+@checked
 @functools.cache
 def dynamic(signed: bool = True, max_exponent_bits: int = 7, total_bits: int = 8) -> Codebook:
     """Dynamic tree quantization: the number of exponent bits varies, and the bits that remain are a linear fraction.
@@ -166,6 +168,13 @@ DYNAMIC_UNSIGNED = dynamic(signed=False)
 # Both are made at import, because code that is traced by Dynamo or runs under fake tensors can read a codebook but not make one.
 
 
+def check_linear_bits(total_bits: int) -> None:
+    """ValueError for a number of bits that a codebook of equal steps does not have."""
+    if not 2 <= total_bits <= 8:
+        raise ValueError(f"linear codebook needs 2 <= total_bits <= 8, got {total_bits}")
+
+
+@checked
 @functools.cache
 def linear(signed: bool = True, total_bits: int = 8, add_zero: bool = True) -> Codebook:
     """Values in equal steps, by `linspace`: from -1 to 1, or from 0 to 1 if unsigned.
@@ -176,8 +185,7 @@ def linear(signed: bool = True, total_bits: int = 8, add_zero: bool = True) -> C
     >>> linear(signed=False, total_bits=2).thresholds
     (0.1666666716337204, 0.4999999701976776, 0.8333333134651184)
     """
-    if not 2 <= total_bits <= 8:
-        raise ValueError(f"linear codebook needs 2 <= total_bits <= 8, got {total_bits}")
+    check_linear_bits(total_bits)
     spend = signed and (add_zero or total_bits < 8)
     values = linspace(-1.0 if signed else 0.0, 1.0, 2**total_bits - spend)
     listed = sorted(values.tolist() + [0.0] * spend)
@@ -185,6 +193,7 @@ def linear(signed: bool = True, total_bits: int = 8, add_zero: bool = True) -> C
     return Codebook.nearest(f"linear-{sign}-{total_bits}", listed, "even", "linspace")
 
 
+@checked
 @functools.cache
 def fp8(signed: bool = True, exponent_bits: int = 5, precision_bits: int = 2) -> Codebook:
     """The small floats of e = exponent_bits and p = precision_bits, scaled so that the largest is 1. With E and M the two fields:
@@ -214,6 +223,7 @@ def fp8(signed: bool = True, exponent_bits: int = 5, precision_bits: int = 2) ->
     return Codebook.nearest(f"fp8-{sign}-e{exponent_bits}p{precision_bits}", (scaled / scaled.max()).tolist(), "even")
 
 
+@checked
 @functools.cache
 def normal(offset: float = 0.9677083, use_extra_value: bool = True) -> Codebook:
     """How the values of NF4 are made: zero, and quantiles of N(0, 1) on both sides of it, scaled so that the largest is 1.

@@ -13,6 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from bnbref.arguments import checked
 from bnbref.blockwise import (
     FLOATS,
     block_count,
@@ -74,6 +75,7 @@ def dequantize_rows(
 # ---- any shape ------------------------------------------------------------------------------------------------------
 
 
+@checked
 def quantize(
     x: Tensor, codebook: Codebook, blocksize: int = 64, quant_storage: torch.dtype = torch.uint8
 ) -> tuple[Tensor, Tensor]:
@@ -93,8 +95,6 @@ def quantize(
     n = x.numel()
     blocksize = check_blocksize(blocksize, n)
     n_bytes = -(-n // 2)
-    if not isinstance(quant_storage, torch.dtype):
-        raise TypeError(f"quant_storage must be a torch.dtype, got {quant_storage!r}")
     if n_bytes % quant_storage.itemsize != 0:
         raise ValueError(
             f"quant_storage {quant_storage} has {quant_storage.itemsize} bytes, which do not divide "
@@ -105,6 +105,7 @@ def quantize(
     return unpadded(packed, n_bytes).view(quant_storage).view(-1, 1), unpadded(absmax, block_count(n, blocksize))
 
 
+@checked
 def dequantize(
     packed: Tensor, absmax: Tensor, codebook: Codebook, blocksize: int, shape: Sequence[int], dtype: torch.dtype
 ) -> Tensor:

@@ -5,13 +5,12 @@ these; that tensor must have the dtype, shape and device of the result. Each doc
 `blockwise`, `fourbit`, `nested` or `int8`.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from bnbref import blockwise, int8, maps
-from bnbref.blockwise import check_bool, check_float, check_tensors, into
+from bnbref.arguments import checked
+from bnbref.blockwise import check_float, into
 from bnbref.codebooks import Codebook, value_table
 from bnbref.context import not_a_view
 from bnbref.maps import create_dynamic_map, create_fp8_map, create_linear_map, create_normal_map, get_4bit_type
@@ -25,17 +24,10 @@ __all__ = [
     "quantize_blockwise", "quantize_fp4", "quantize_nf4",
 ]  # fmt: skip
 
-# ---- codes ----------------------------------------------------------------------------------------------------------
-
-
-def _check_state(quant_state: Any) -> None:
-    if not isinstance(quant_state, QuantState):
-        raise TypeError(f"quant_state must be a QuantState, got {type(quant_state).__name__}")
-
-
 # ---- eight bits, blockwise ------------------------------------------------------------------------------------------
 
 
+@checked
 def quantize_blockwise(
     A: Tensor, code: Tensor | Codebook | None = None, absmax: Tensor | None = None, out: Tensor | None = None,
     blocksize: int = 4096, nested: bool = False,
@@ -52,7 +44,6 @@ def quantize_blockwise(
     (tensor([127,   0, 219], dtype=torch.uint8), tensor([2.]))
     """
     check_float("A", A)
-    check_bool("nested", nested)
     book = maps.codebook_of(code)
     codes, scales = blockwise.quantize(A, book, blocksize)
     values = maps.padded_to_256(code if isinstance(code, Tensor) else value_table(book, A.device)).to(A.device)
@@ -64,6 +55,7 @@ def quantize_blockwise(
     return into("out", out, codes), state
 
 
+@checked
 def dequantize_blockwise(
     A: Tensor, quant_state: QuantState | None = None, absmax: Tensor | None = None, code: Tensor | Codebook | None = None,
     out: Tensor | None = None, blocksize: int = 4096, nested: bool = False,
@@ -75,13 +67,11 @@ def dequantize_blockwise(
     >>> dequantize_blockwise(*quantize_blockwise(torch.tensor([0.0, -2.0, 2.0])))
     tensor([ 0.0000, -1.9859,  2.0000])
     """
-    check_tensors(A=A)
     if quant_state is None:
         if absmax is None:
             raise ValueError("dequantize_blockwise needs quant_state or absmax, got neither")
         values = maps.values_of(code) if isinstance(code, Tensor) else value_table(maps.codebook_of(code), A.device)
         quant_state = QuantState(absmax, code=values, blocksize=blocksize, dtype=torch.float32)
-    _check_state(quant_state)
     if quant_state.quant_type is not None:
         raise ValueError(f"quant_state is one of 4-bit codes, {quant_state.quant_type!r}: dequantize_4bit undoes these")
     values = maps.padded_to_256(present(quant_state.code, "code")).to(A.device)
@@ -92,6 +82,7 @@ def dequantize_blockwise(
 # ---- four bits ------------------------------------------------------------------------------------------------------
 
 
+@checked
 def quantize_4bit(
     A: Tensor, absmax: Tensor | None = None, out: Tensor | None = None, blocksize: int | None = None,
     compress_statistics: bool = False, quant_type: str | Codebook = "fp4", quant_storage: torch.dtype = torch.uint8,
@@ -106,13 +97,13 @@ def quantize_4bit(
     (['f0', '7c'], tensor([1.]))
     """
     check_float("A", A)
-    check_bool("compress_statistics", compress_statistics)
     blocksize = 64 if blocksize is None else blocksize
     packed, state = quantize_with_state(A, quant_type, blocksize, compress_statistics, quant_storage)
     state.absmax = into("absmax", absmax, state.absmax)
     return into("out", out, packed), state
 
 
+@checked
 def dequantize_4bit(
     A: Tensor, quant_state: QuantState | None = None, absmax: Tensor | None = None, out: Tensor | None = None,
     blocksize: int | None = None, quant_type: str = "fp4",
@@ -125,18 +116,16 @@ def dequantize_4bit(
     >>> dequantize_4bit(*quantize_4bit(torch.tensor([1.0, -1.0, 0.0, 0.5]), quant_type="nf4"))
     tensor([ 1.0000, -1.0000,  0.0000,  0.4407])
     """
-    check_tensors(A=A)
     if quant_state is None:
         if absmax is None or out is None:
             raise ValueError("dequantize_4bit needs quant_state, or both absmax and out")
-        check_tensors(absmax=absmax, out=out)
         blocksize = 64 if blocksize is None else blocksize
         quant_state = QuantState(absmax, shape=out.shape, blocksize=blocksize, quant_type=quant_type, dtype=out.dtype)
-    _check_state(quant_state)
     result = into("out", out, not_a_view(quant_state.dequantize(A, present(quant_state.dtype, "dtype"))))
     return result.t() if A.dim() == 2 and A.shape[0] == 1 and A.shape[1] > 1 else result
 
 
+@checked
 def quantize_fp4(
     A: Tensor, absmax: Tensor | None = None, out: Tensor | None = None, blocksize: int | None = None,
     compress_statistics: bool = False, quant_storage: torch.dtype = torch.uint8,
@@ -145,6 +134,7 @@ def quantize_fp4(
     return quantize_4bit(A, absmax, out, blocksize, compress_statistics, "fp4", quant_storage)
 
 
+@checked
 def quantize_nf4(
     A: Tensor, absmax: Tensor | None = None, out: Tensor | None = None, blocksize: int | None = None,
     compress_statistics: bool = False, quant_storage: torch.dtype = torch.uint8,
@@ -153,6 +143,7 @@ def quantize_nf4(
     return quantize_4bit(A, absmax, out, blocksize, compress_statistics, "nf4", quant_storage)
 
 
+@checked
 def dequantize_fp4(
     A: Tensor, quant_state: QuantState | None = None, absmax: Tensor | None = None, out: Tensor | None = None,
     blocksize: int | None = None,
@@ -161,6 +152,7 @@ def dequantize_fp4(
     return dequantize_4bit(A, quant_state, absmax, out, blocksize, "fp4")
 
 
+@checked
 def dequantize_nf4(
     A: Tensor, quant_state: QuantState | None = None, absmax: Tensor | None = None, out: Tensor | None = None,
     blocksize: int | None = None,
@@ -169,6 +161,7 @@ def dequantize_nf4(
     return dequantize_4bit(A, quant_state, absmax, out, blocksize, "nf4")
 
 
+@checked
 def gemv_4bit(
     A: Tensor, B: Tensor, out: Tensor | None = None, transposed_A: bool = False, transposed_B: bool = False,
     state: QuantState | None = None,
@@ -191,6 +184,7 @@ def gemv_4bit(
 # ---- int8 -----------------------------------------------------------------------------------------------------------
 
 
+@checked
 def int8_vectorwise_quant(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
     """Row-wise int8: `int8.quantize`, with the outlier columns as int64 indices, None where threshold is 0.  Exact.
 
@@ -202,12 +196,13 @@ def int8_vectorwise_quant(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Te
     return codes, absmax, None if columns is None else columns.nonzero().view(-1)
 
 
+@checked
 def int8_vectorwise_dequant(A: Tensor, stats: Tensor) -> Tensor:
     """`fl(fl(A * stats) * RN(1 / 127))`, float32: `int8.dequantize`. stats: `[rows]` or `[rows, 1]`.  Exact."""
-    check_tensors(A=A, stats=stats)
     return int8.dequantize(A, stats.reshape(-1))
 
 
+@checked
 def int8_double_quant(
     A: Tensor, col_stats: Tensor | None = None, row_stats: Tensor | None = None, out_col: Tensor | None = None,
     out_row: Tensor | None = None, threshold: float = 0.0,
@@ -222,36 +217,30 @@ def int8_double_quant(
     for name, value in (("col_stats", col_stats), ("row_stats", row_stats), ("out_col", out_col), ("out_row", out_row)):
         if value is not None:
             raise ValueError(f"{name} must be None: results are returned, not written into tensors of the caller")
+    if A.dim() != 2:
+        raise ValueError(f"A must be [rows, columns], got {tuple(A.shape)}")
     rows = int8_vectorwise_quant(A, threshold)
-    inliers = torch.where(A.abs() >= threshold, 0, A) if threshold > 0 else A
+    inliers = torch.where(A.abs() >= float(threshold), 0, A) if threshold > 0 else A
     by_column, column_absmax, _ = int8.quantize(inliers.t())
     return rows[0], by_column.t().contiguous(), rows[1], column_absmax, rows[2]
 
 
+@checked
 def int8_linear_matmul(A: Tensor, B: Tensor, out: Tensor | None = None, dtype: torch.dtype = torch.int32) -> Tensor:
     """The int32 product `A @ B^T` of int8 tensors: `int8.multiply`.  Exact."""
-    check_tensors(A=A, B=B)
     if dtype != torch.int32:
         raise ValueError(f"dtype must be torch.int32, got {dtype}")
     return into("out", out, int8.multiply(A, B))
 
 
+@checked
 def int8_mm_dequant(
     A: Tensor, row_stats: Tensor, col_stats: Tensor, out: Tensor | None = None, bias: Tensor | None = None
 ) -> Tensor:
-    """float16 of an int32 product: `int8.dequantize_int8_product`, in A's shape.  Exact.
+    """float16 of an int32 product: `int8.dequantize_product`, in A's shape.  Exact.
 
     >>> int8_mm_dequant(torch.tensor([[16129]], dtype=torch.int32), torch.tensor([2.0]), torch.tensor([3.0]))
     tensor([[6.]], dtype=torch.float16)
     """
-    check_tensors(A=A, row_stats=row_stats, col_stats=col_stats)
-    if A.dtype != torch.int32:
-        raise ValueError(f"A must be int32, got {A.dtype}")
-    for name, stats in (("row_stats", row_stats), ("col_stats", col_stats)):
-        if stats.dtype != torch.float32:
-            raise ValueError(f"{name} must be float32, got {stats.dtype}")
-    blockwise.check_device("A", A, row_stats=row_stats, col_stats=col_stats, bias=bias)
-    y = int8.dequantize_int8_product(
-        int8.as_matrix(A), row_stats.reshape(-1), col_stats.reshape(-1), bias, None, dtype=torch.float16
-    )
-    return into("out", out, not_a_view(y.view(A.shape)))
+    y = int8.dequantize_product(A, row_stats, col_stats, bias)
+    return into("out", out, not_a_view(y))

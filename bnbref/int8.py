@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from bnbref.arguments import checked
 from bnbref.blockwise import check_device, check_float, reciprocal
 from bnbref.context import constant_of_graphs, in_another_thread, plain, transforming, without_autocast
 from bnbref.kernels import fused
@@ -106,6 +107,7 @@ def as_matrix(x: Tensor) -> Tensor:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
+@checked
 def quantize(x: Tensor, threshold: float = 0.0, propagate_nan: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
     """Row-wise int8 of a tensor `[..., columns]`, its rows' absmax, and which columns hold an outlier.  Exact.
 
@@ -134,6 +136,7 @@ def quantize(x: Tensor, threshold: float = 0.0, propagate_nan: bool = False) -> 
     return codes.view(x.shape), absmax, columns if threshold > 0 else None
 
 
+@checked
 def dequantize(codes: Tensor, absmax: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """`dtype(fl(fl(code * absmax) * RN(1 / 127)))` for int8 `[rows, columns]`.  Exact.
 
@@ -149,6 +152,29 @@ def dequantize(codes: Tensor, absmax: Tensor, dtype: torch.dtype = torch.float32
     return dequantize_int8_rows(plain(codes), absmax.detach().float(), dtype=dtype)
 
 
+@checked
+def dequantize_product(
+    A: Tensor, row_stats: Tensor, col_stats: Tensor, bias: Tensor | None = None, dtype: torch.dtype = torch.float16
+) -> Tensor:
+    """`dequantize_int8_product` of an int32 product A `[..., n]`, in its shape.  Exact.
+
+    row_stats, col_stats: the absmax of the rows of both operands, float32, as many as A has rows and columns. bias: `[n]`.
+    """
+    if A.dtype != torch.int32 or A.dim() == 0:
+        raise ValueError(f"A must be int32 [..., n], got {A.dtype} {tuple(A.shape)}")
+    check_device("A", A, row_stats=row_stats, col_stats=col_stats, bias=bias)
+    product = as_matrix(A)
+    m, n = product.shape
+    for name, stats, size in (("row_stats", row_stats, m), ("col_stats", col_stats, n)):
+        if stats.dtype != torch.float32 or stats.numel() != size:
+            raise ValueError(f"{name} must be float32 [{size}], got {stats.dtype} {tuple(stats.shape)}")
+    if bias is not None and bias.shape != (n,):
+        raise ValueError(f"bias must be [{n}], got {tuple(bias.shape)}")
+    y = dequantize_int8_product(product, row_stats.reshape(-1), col_stats.reshape(-1), bias, None, dtype=dtype)
+    return y.view(A.shape)
+
+
+@checked
 def multiply(a: Tensor, b: Tensor) -> Tensor:
     """The int32 product `a @ b^T` of int8 `[..., k]` and `[n, k]`.  Exact (modulo 2^32, which needs k > 131,072).
 

@@ -2,13 +2,13 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from bnbref import codebooks
+from bnbref.arguments import check_tensors, checked
 from bnbref.codebooks import DYNAMIC, Codebook, dynamic, four_bit, value_table
 
 
@@ -16,6 +16,7 @@ def _map_of_256(values: Sequence[float]) -> Tensor:
     return torch.tensor(sorted([*values, *(0.0,) * (256 - len(values))]), dtype=torch.float32, device="cpu")
 
 
+@checked
 def create_dynamic_map(signed: bool = True, max_exponent_bits: int = 7, total_bits: int = 8) -> Tensor:
     """The values of `codebooks.dynamic`, float32 `[256]`, padded by zeros and sorted.  Exact.
 
@@ -25,18 +26,21 @@ def create_dynamic_map(signed: bool = True, max_exponent_bits: int = 7, total_bi
     return _map_of_256(dynamic(signed, max_exponent_bits, total_bits).values)
 
 
+@checked
 def create_linear_map(signed: bool = True, total_bits: int = 8, add_zero: bool = True) -> Tensor:
     """`codebooks.linspace` from -1 or 0 to 1, float32 `[256]`, the missing codes zero in the middle.  Exact.
 
     >>> create_linear_map(signed=False)[:2]
     tensor([0.0000, 0.0039])
     """
+    codebooks.check_linear_bits(total_bits)
     spend = signed and (add_zero or total_bits < 8)
     values = codebooks.linspace(-float(signed), 1.0, 2**total_bits - spend)
     half = values.numel() // 2
     return torch.cat([values[:half], values.new_zeros(256 - values.numel()), values[half:]])
 
 
+@checked
 def create_fp8_map(signed: bool = True, exponent_bits: int = 5, precision_bits: int = 2, total_bits: int = 8) -> Tensor:
     """The values of `codebooks.fp8`, float32 `[256]`, padded by zeros and sorted.  Exact.
 
@@ -51,6 +55,7 @@ def create_fp8_map(signed: bool = True, exponent_bits: int = 5, precision_bits: 
     return _map_of_256(codebooks.fp8(signed, exponent_bits, precision_bits).values)
 
 
+@checked
 def create_normal_map(offset: float = 0.9677083, use_extra_value: bool = True) -> Tensor:
     """The values of `codebooks.normal`, float32 `[256]`, padded by zeros and sorted.  Exact.
 
@@ -60,6 +65,7 @@ def create_normal_map(offset: float = 0.9677083, use_extra_value: bool = True) -
     return _map_of_256(codebooks.normal(offset, use_extra_value).values)
 
 
+@checked
 def get_4bit_type(typename: str, device: torch.device | str | None = None, blocksize: int = 64) -> Tensor:
     """The sixteen values of a 4-bit type by code, float32, on `device` (CPU by default).  Exact.
 
@@ -68,7 +74,7 @@ def get_4bit_type(typename: str, device: torch.device | str | None = None, block
     """
     if typename == "af4" and blocksize != 64:
         raise ValueError(f"af4 is defined for blocksize 64, got {blocksize}")
-    return value_table(four_bit(typename), torch.device(device or "cpu")).clone()
+    return value_table(four_bit(typename), torch.device("cpu" if device is None else device)).clone()
 
 
 # ---- maps that are given --------------------------------------------------------------------------------------------
@@ -87,11 +93,13 @@ def codebook_of(code: Tensor | Codebook | None) -> Codebook:
     return _of_values(tuple(values_of(code).detach().float().tolist()))
 
 
-def values_of(code: Any) -> Tensor:
-    """The code, if it is a tensor of values; ValueError if not."""
-    if not isinstance(code, Tensor) or code.dim() != 1 or code.is_complex() or code.layout != torch.strided:
-        got = f"{code.dtype} {tuple(code.shape)}" if isinstance(code, Tensor) else repr(code)
-        raise ValueError(f"code must be a Codebook or a tensor of sorted values in one dimension, got {got}")
+def values_of(code: Tensor) -> Tensor:
+    """The code, if it is a tensor of values; TypeError or ValueError if not."""
+    check_tensors(code=code)
+    if code.dim() != 1 or code.is_complex():
+        raise ValueError(
+            f"code must be a Codebook or a tensor of sorted values in one dimension, got {code.dtype} {tuple(code.shape)}"
+        )
     return code
 
 

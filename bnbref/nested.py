@@ -11,13 +11,15 @@ from einops import rearrange
 from torch import Tensor
 
 from bnbref import blockwise
-from bnbref.blockwise import check_blocksize, check_scales, in_rows, unpadded
+from bnbref.arguments import checked
+from bnbref.blockwise import check_blocksize, check_float, check_scales, in_rows, unpadded
 from bnbref.codebooks import DYNAMIC
 from bnbref.kernels import fused
 
 BLOCKSIZE = 256
 
 
+@checked
 def quantize(absmax: Tensor, blocksize: int = BLOCKSIZE) -> tuple[Tensor, Tensor, Tensor]:
     """The codes of scales, the scales of these codes, and the offset.
 
@@ -28,6 +30,7 @@ def quantize(absmax: Tensor, blocksize: int = BLOCKSIZE) -> tuple[Tensor, Tensor
     >>> quantize(torch.tensor([1.0, 3.0]))
     (tensor([  0, 255], dtype=torch.uint8), tensor([1.]), tensor(2.))
     """
+    check_float("absmax", absmax)
     offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
     codes, absmax2 = blockwise.quantize(absmax - offset, DYNAMIC, blocksize)
     return codes, absmax2, offset
@@ -43,6 +46,7 @@ def dequantize_nested(codes: Tensor, absmax: Tensor, values: Tensor, offset: Ten
     return values[codes.to(torch.int32)] * rearrange(absmax, "b -> b 1") + offset
 
 
+@checked
 def dequantize(codes: Tensor, absmax2: Tensor, values: Tensor, offset: Tensor, blocksize: int = BLOCKSIZE) -> Tensor:
     """The scales again: float32, shaped like `codes`. Two roundings, never a fused multiply-add.  Exact.
 

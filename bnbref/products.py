@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from bnbref import int8
+from bnbref.arguments import checked
 from bnbref.blockwise import check_device, check_float, into
 from bnbref.context import (
     as_autocast,
@@ -52,8 +53,9 @@ def _check_bias(bias: Tensor | None, n: int) -> None:
 # ---- 4 bits ---------------------------------------------------------------------------------------------------------
 
 
+@checked
 def matmul_4bit(
-    A: Tensor, B: Tensor, quant_state: QuantState, out: Tensor | None = None, bias: Tensor | None = None
+    A: Tensor, B: Tensor, quant_state: QuantState | None, out: Tensor | None = None, bias: Tensor | None = None
 ) -> Tensor:
     """`A @ W^T + bias` for a packed 4-bit weight, differentiable in A and bias.
 
@@ -71,8 +73,6 @@ def matmul_4bit(
     """
     if quant_state is None:
         raise ValueError("quant_state is required: it holds the scales and the shape of B")
-    if not isinstance(quant_state, QuantState):
-        raise TypeError(f"quant_state must be a QuantState, got {type(quant_state).__name__}")
     A, bias = _checked_4bit(A, B, present(quant_state.shape, "shape"), bias)
     with without_autocast(A):
         if in_graph():
@@ -101,7 +101,7 @@ def _checked_4bit(A: Tensor, B: Tensor, shape: Sequence[int], bias: Tensor | Non
             f"the weight was quantized as [k, n], {list(shape)}, and is transposed in every product. "
             "Re-quantize from the weight in [n, k] (out_features, in_features) orientation.",
             DeprecationWarning,
-            stacklevel=2,
+            stacklevel=4,  # beyond matmul_4bit and what judges its arguments
         )
     n = shape[0] if A.shape[-1] == shape[1] else shape[1]
     _check_bias(bias, n)
@@ -167,6 +167,7 @@ class MatmulLtState:
         self.CB = self.SCB = None
 
 
+@checked
 def matmul(
     A: Tensor,
     B: Tensor,
@@ -199,7 +200,7 @@ def matmul(
         codes, absmax = plain(state.CB), state.SCB
     else:
         raise ValueError("B is int8, but state.CB or state.SCB is None: its scales are unknown")
-    if A.dim() < 1 or A.shape[-1] != codes.shape[1]:
+    if codes.dim() != 2 or A.dim() < 1 or A.shape[-1] != codes.shape[1]:
         raise ValueError(f"B must be [n, k] with k the last size of A, got {tuple(codes.shape)} and {tuple(A.shape)}")
     _check_bias(bias, codes.shape[0])
     if torch.compiler.is_dynamo_compiling() and under_functorch(derivative=True):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bnbref import fourbit, nested
+from bnbref.arguments import checked
 from bnbref.blockwise import check_float
 from bnbref.codebooks import DYNAMIC, Codebook, four_bit, registered_name, value_table
 from bnbref.state_fields import BLOB, TENSORS, checked_fields
@@ -197,6 +198,7 @@ class QuantState:
         return {**tensors, BLOB + quant_type: blob}
 
     @classmethod
+    @checked
     def from_dict(cls, qs_dict: Mapping[str, Any], device: torch.device | str) -> "QuantState":
         """A state from its dict, packed or not; prefixes of keys up to the last dot are dropped.
 

@@ -80,6 +80,7 @@ def launch(launcher: str, ranks: int, program: str, *args: Any, **environment: s
         **os.environ,
         "GLOO_SOCKET_IFNAME": "lo",
         "TRANSFORMERS_VERBOSITY": "error",
+        "PYTHONFAULTHANDLER": "1",  # says what each thread did when C++ code ends a process
         "HF_HUB_OFFLINE": "1",
         **environment,
     }

@@ -28,7 +28,7 @@ def ramp(*shape: int) -> torch.Tensor:
     return torch.linspace(-3, 2, torch.Size(shape).numel()).view(shape)
 
 
-def message(function, *args, error=ValueError, **kwargs) -> str:
+def message(function, *args, error=(TypeError, ValueError), **kwargs) -> str:
     """What the error says; any other outcome fails the test."""
     with pytest.raises(error) as caught:
         function(*args, **kwargs)
@@ -869,7 +869,7 @@ values of codebook 'code' must be at least two, sorted, got [1.0, 0.0]
 dequantize_blockwise needs quant_state or absmax, got neither
 codes must be uint8, got torch.float32
 code must have 2 to 256 values, got 300
-code must be a Codebook or a tensor of sorted values in one dimension, got [0.0, 1.0]
+code must be a torch.Tensor or Codebook or None, got list
 absmax must be float32, float16 or bfloat16, got torch.uint8
 absmax must be float32, float16 or bfloat16, got torch.uint8
 A must be dense, got torch.sparse_coo
@@ -881,16 +881,16 @@ state is required: it holds the scales and the shape of B
 transposed_A and transposed_B must be False: B is a weight [n, k] and multiplies from the right
 dtype must be torch.int32, got torch.float32
 row_stats must be None: results are returned, not written into tensors of the caller
-A must be int32, got torch.int8
-row_stats must be float32, got torch.float16
+A must be int32 [..., n], got torch.int8 (2, 4)
+row_stats must be float32 [2], got torch.float16 (2,)
 A must be a torch.Tensor, got list
 A must be a torch.Tensor, got ndarray
 quant_storage must be a torch.dtype, got 'uint8'
 A must be a torch.Tensor, got QuantState
 quant_type is None: this QuantState is not one of a 4-bit tensor
 quant_state is one of 4-bit codes, 'fp4': dequantize_4bit undoes these
-quant_state must be a QuantState, got Tensor
-dtype must be float32, float16 or bfloat16, got 'float16'""",
+quant_state must be a QuantState or None, got Tensor
+dtype must be a torch.dtype, got 'float16'""",
     )
 
 

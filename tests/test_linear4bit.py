@@ -64,8 +64,9 @@ def test_a_weight_that_was_quantized_as_k_n_is_transposed(n, k, rows, dtype, nes
     bias = inputs(n, dtype=dtype).requires_grad_() if biased else None
     weight = state.dequantize(packed, dtype).t()
     with bnbref.batch_invariant() if in_order else contextlib.nullcontext():
-        with pytest.warns(DeprecationWarning, match=r"quantized as \[k, n\]"):
+        with pytest.warns(DeprecationWarning, match=r"quantized as \[k, n\]") as said:
             y = bnbref.matmul_4bit(x, packed.t(), state, bias=bias)
+        assert {warning.filename for warning in said} == {__file__}  # Python shows it to whom it is about
         flat = x.detach().reshape(-1, k)
         want = ordered.product(flat, weight.t(), bias).view(*rows, n) if in_order else F.linear(x, weight, bias)
         assert raw(y) == raw(want)

@@ -427,7 +427,7 @@ B must be [n, k] with k the last size of A, got (5, 64) and (3, 63)
 B must be [n, k] with k the last size of A, got (5, 64) and ()
 A must be float32, float16 or bfloat16, got torch.float64
 B must be float32, float16 or bfloat16, got torch.float64
-quant_state must be a QuantState, got Tensor""",
+quant_state must be a QuantState or None, got Tensor""",
     )
     assert FP4.bits == 4
 

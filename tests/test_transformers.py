@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import logging
+import re
 import shutil
 import subprocess
 import sys
@@ -144,6 +145,26 @@ def test_saving_a_checkpoint_again_changes_nothing(kind, tmp_path):
     assert config_of(tmp_path) == config_of(FIXTURES / kind)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
+
+
+@each_checkpoint
+@pytest.mark.parametrize("installed", [False, True])
+def test_a_checkpoint_loads_with_a_config_as_the_float_model_does(kind, installed, ids, tmp_path):
+    """transformers compares the names of classes, and config.json has a BitsAndBytesConfig."""
+    own, other = ("int8", "nf4") if kind == "int8" else ("nf4", "fp4")
+    want = logits(load(FIXTURES / kind), ids)
+    if installed:  # another quantizer serves BitsAndBytesConfig
+        hf.give_back_bitsandbytes()
+    model = load(FIXTURES / kind, BnbRefConfig(own))
+    assert torch.equal(logits(model, ids), want)
+    model.save_pretrained(tmp_path)
+    assert not different(tmp_path, FIXTURES / kind)
+    assert torch.equal(logits(load(tmp_path, BnbRefConfig(own)), ids), want)
+    with pytest.raises(ValueError, match=f"quant_type must be that of the checkpoint, .* '{own}', got '{other}'"):
+        load(FIXTURES / kind, BnbRefConfig(other))
+    if kind != "int8":
+        model = load(FIXTURES / kind, BnbRefConfig(own, compute_dtype=torch.float32))
+        assert {m.compute_dtype for m in model.modules() if isinstance(m, Linear4bit)} == {torch.float32}
 
 
 @each_checkpoint
@@ -448,6 +469,23 @@ def test_a_name_that_skips_nothing_is_said(caplog):
     assert [r.getMessage() for r in caplog.records if r.name.startswith("bnbref")] == [
         "skip_modules: 'self_attn' skips nothing; '.*self_attn' would skip all that is below"
     ]
+
+
+@pytest.mark.parametrize("name", ["load_in_4bit", "bnb_4bit_quant_type", "llm_int8_threshold", "double_quantize"])
+def test_an_argument_of_another_name_is_refused_with_those_that_there_are(name):
+    with pytest.raises(TypeError, match=f"double_quant, .* got {name}: .* load_in_4bit .* quant_type='nf4'"):
+        BnbRefConfig(**{name: True})
+    with pytest.raises(TypeError, match=f"got {name}"):
+        BnbRefConfig.from_dict({"quant_method": "bnbref", name: True})
+
+
+@pytest.mark.parametrize("pattern", ["*.mlp.*", "(", "layers[0"])
+def test_a_name_that_is_no_regular_expression_is_refused(pattern):
+    """A glob, for example."""
+    with pytest.raises(ValueError, match=f"skip_modules must be .*, got {re.escape(repr(pattern))}"):
+        BnbRefConfig(skip_modules=["lm_head", pattern])
+    with pytest.raises(ValueError, match="skip_modules must be"):
+        load(FIXTURES / "base", BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=[pattern]))
 
 
 class Spelled(nn.Linear):

@@ -9,12 +9,14 @@ product, never in place. A float weight is quantized by `.to(device)`.
 
 import functools
 import logging
+from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bnbref.arguments import check_number, check_one_of, check_tensors
 from bnbref.blockwise import FLOATS
 from bnbref.codebooks import Codebook
 from bnbref.context import plain
@@ -80,6 +82,7 @@ class Linear4bit(FourBitLayer, nn.Linear):
         quant_storage: torch.dtype = torch.uint8,
         device: torch.device | str | None = None,
     ) -> None:
+        check_one_of("compute_dtype", compute_dtype, torch.dtype, NoneType)
         super().__init__(input_features, output_features, bias, device)
         self.weight = Params4bit(
             self.weight,
@@ -119,7 +122,7 @@ class Linear4bit(FourBitLayer, nn.Linear):
             if known is not None and computed is not None and x.shape[-1:] == (self.in_features,):
                 return graph_product_4bit(x.to(computed), weight, known, bias).to(x.dtype)
         state = state_of(self)
-        if x.is_floating_point():
+        if isinstance(x, Tensor) and x.is_floating_point():
             dtype = x.dtype if self.compute_dtype is None else self.compute_dtype
             if dtype == torch.float32 != x.dtype and not tracing():
                 _say_slow(x.dtype)
@@ -128,6 +131,7 @@ class Linear4bit(FourBitLayer, nn.Linear):
             if product is not None:
                 y = product(a, bias)
                 return y if y.dtype == x.dtype else y.to(x.dtype)
+        check_tensors(x=x)
         if state is None and not isinstance(weight, Params4bit) and weight.is_floating_point():
             # The weight is tied to a float one: transformers makes a model's embedding the weight of its output head.
             return F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
@@ -228,6 +232,7 @@ class Linear8bitLt(EightBitLayer, nn.Linear):
         index: Tensor | None = None,
         device: torch.device | str | None = None,
     ) -> None:
+        check_number("threshold", threshold)
         super().__init__(input_features, output_features, bias, device)
         self.state = _LayerState(self._parameters, threshold, has_fp16_weights)
         self.weight = Int8Params(self.weight, has_fp16_weights, has_fp16_weights)
@@ -266,7 +271,8 @@ class Linear8bitLt(EightBitLayer, nn.Linear):
 
         Raises RuntimeError if the int8 weight has no scales, ValueError if x has another last size than in_features.
         """
-        if x.shape[-1:] != self.weight.shape[-1:]:
+        if not isinstance(x, Tensor) or x.shape[-1:] != self.weight.shape[-1:]:
+            check_tensors(x=x)
             raise ValueError(f"x must be [..., {self.weight.shape[-1]}] for {self}, got {tuple(x.shape)}")
         if in_graph() and isinstance(self.weight, Int8Params) and self.weight.dtype == torch.int8:
             known, settings = arguments_of(self._known), self._settings

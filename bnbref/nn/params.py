@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bnbref import int8
+from bnbref.arguments import check_bool, check_tensors
 from bnbref.codebooks import Codebook, four_bit
 from bnbref.functional import quantize_4bit
 from bnbref.nn.quantized_parameter import DATA, QuantizedParameter, check_finite, made
@@ -54,6 +55,8 @@ class Params4bit(QuantizedParameter):
     ) -> "Params4bit":  # fmt: skip
         """Unknown keywords are ignored: rebuilding from `__dict__` passes whatever other libraries left there."""
         four_bit(quant_type)
+        check_bool("compress_statistics", compress_statistics)
+        check_bool("bnb_quantized", bnb_quantized)
         data = torch.empty(0) if data is None else data
         self = made(cls, data, requires_grad)
         self.blocksize = 64 if blocksize is None else blocksize
@@ -177,7 +180,9 @@ class Int8Params(QuantizedParameter):
         CB: Tensor | None = None, SCB: Tensor | None = None, **kwargs: Any,
     ) -> "Int8Params":  # fmt: skip
         """The argument CB is not looked at: the codes are `data`, wherever that is int8. Unknown keywords are ignored."""
+        check_bool("has_fp16_weights", has_fp16_weights)
         data = torch.empty(0) if data is None else data
+        check_tensors(data=data)
         self = made(cls, data, requires_grad and data.is_floating_point())
         self.has_fp16_weights = has_fp16_weights
         self.SCB = SCB

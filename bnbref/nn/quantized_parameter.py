@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from bnbref.arguments import check_tensors
 from bnbref.kernels import once, tracing
 from bnbref.nn.codes import CUTS, Watched
 from bnbref.nn.graph_arguments import Owner
@@ -216,6 +217,7 @@ class QuantizedParameter(Watched, nn.Parameter):
 
 def made(cls: type[Self], data: Tensor, requires_grad: bool) -> Self:
     """The memory of data as a parameter. TypeError for a tensor that has none, as a FakeTensor or a DTensor."""
+    check_tensors(data=data)
     try:
         self = torch.Tensor._make_subclass(cls, data.detach(), requires_grad)
     except RuntimeError as error:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from bnbref.blockwise import check_tensors
+from bnbref.arguments import check_tensors
 from bnbref.optim import paging, planned_steps
 from bnbref.optim.equation import Equation
 from bnbref.optim.kinds import SettingError

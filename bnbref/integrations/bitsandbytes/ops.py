@@ -94,12 +94,7 @@ def _gemv_4bit(A: Tensor, B: Tensor, shapeB: Sequence[int], absmax: Tensor, code
 def _int8_mm_dequant(
     A: Tensor, row_stats: Tensor, col_stats: Tensor, dtype: torch.dtype | None = None, bias: Tensor | None = None
 ) -> Tensor:
-    if A.dtype != torch.int32:
-        raise ValueError(f"A must be int32, got {A.dtype}")
-    y = int8.dequantize_int8_product(
-        int8.as_matrix(A), row_stats.reshape(-1), col_stats.reshape(-1), bias, None, dtype=dtype or torch.float16
-    )
-    return y.view(A.shape)
+    return int8.dequantize_product(A, row_stats, col_stats, bias, dtype or torch.float16)
 
 
 def _int8_scaled_mm(

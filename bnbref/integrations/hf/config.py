@@ -5,8 +5,9 @@ bitsandbytes cannot read (other codebooks and block sizes, quantized experts) sa
 """
 
 import inspect
+import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers import BitsAndBytesConfig
@@ -50,8 +51,13 @@ class BnbRefConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def __init__(
         self, quant_type: str = "nf4", *, double_quant: bool = True, compute_dtype: torch.dtype | str | None = None,
         quant_storage: torch.dtype | str = torch.uint8, blocksize: int = 64, skip_modules: list[str] | None = None,
-        threshold: float = 6.0, checkpoint_format: str = "bitsandbytes",
+        threshold: float = 6.0, checkpoint_format: str = "bitsandbytes", **unknown: NoReturn,
     ) -> None:  # fmt: skip
+        if unknown:
+            raise TypeError(
+                f"arguments of BnbRefConfig must be among {', '.join(ARGUMENTS)}, got {', '.join(unknown)}: what bitsandbytes "
+                "names load_in_4bit and load_in_8bit is quant_type='nf4' and quant_type='int8'"
+            )
         self.quant_method = METHOD
         self.quant_type = quant_type
         self.double_quant = double_quant
@@ -74,6 +80,13 @@ class BnbRefConfig(QuantizationConfigMixin):  # type: ignore[misc]
         names = self.skip_modules
         if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
             raise TypeError(f"skip_modules must be None or a list of strings, got {names!r}")
+        for pattern in names or []:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(
+                    f"skip_modules must be ends of names, or regular expressions for their beginnings, got {pattern!r}: {error}"
+                ) from error
         if isinstance(self.threshold, bool) or not isinstance(self.threshold, (int, float)) or not self.threshold >= 0:
             raise ValueError(f"threshold must be 0 (off) or positive, got {self.threshold!r}")
         if self.checkpoint_format not in ("bitsandbytes", METHOD):
@@ -128,7 +141,7 @@ class BnbRefConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def to_dict(self) -> dict[str, Any]:
         """The dictionary for config.json, in the form that `checkpoint_format` names."""
-        arguments = {name: getattr(self, name) for name in inspect.signature(BnbRefConfig).parameters}
+        arguments = {name: getattr(self, name) for name in ARGUMENTS}
         own = {name: dtype_name(x) if isinstance(x, torch.dtype) else x for name, x in arguments.items()}
         own = {"quant_method": METHOD, **own}
         return own if self.checkpoint_format == METHOD else self._to_bitsandbytes()
@@ -164,6 +177,20 @@ class BnbRefConfig(QuantizationConfigMixin):  # type: ignore[misc]
             config = cls(**fields)
         return (config, kwargs) if return_unused_kwargs else config
 
+    def of_checkpoint(self, config_dict: Mapping[str, Any]) -> "BnbRefConfig":
+        """The config of a checkpoint that is quantized already, from its dictionary, with this compute_dtype if it is given.
+
+        ValueError for another quant_type than the checkpoint's. In all else the checkpoint's settings hold.
+        """
+        config: BnbRefConfig = BnbRefConfig.from_dict({"quant_method": "bitsandbytes", **config_dict})
+        if config.quant_type != self.quant_type:
+            raise ValueError(
+                f"quant_type must be that of the checkpoint, which is quantized already, {config.quant_type!r}, got "
+                f"{self.quant_type!r}"
+            )
+        config.compute_dtype = self.compute_dtype or config.compute_dtype
+        return config
+
     @classmethod
     def of_bitsandbytes(cls, config: BitsAndBytesConfig) -> "BnbRefConfig":
         """The config that asks for the same as a `BitsAndBytesConfig`.
@@ -184,6 +211,10 @@ class BnbRefConfig(QuantizationConfigMixin):  # type: ignore[misc]
             skip_modules=config.llm_int8_skip_modules,
             threshold=config.llm_int8_threshold,
         )
+
+
+ARGUMENTS = tuple(inspect.signature(BnbRefConfig).parameters)[:-1]
+"""The names of the arguments of `BnbRefConfig`, without the last one, `unknown`."""
 
 
 def dtype_of(value: torch.dtype | str) -> Any:

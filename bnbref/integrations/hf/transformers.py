@@ -149,8 +149,24 @@ def _not_resizing(original: Callable[..., Any]) -> Callable[..., Any]:
     return get_resized_embeddings
 
 
+def _merging(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`from_pretrained(quantization_config=BnbRefConfig(...))` of a checkpoint that is quantized already: its settings hold, and
+    bnbref reads it. transformers would refuse it, because config.json has a `BitsAndBytesConfig`."""
+
+    @functools.wraps(original)
+    def merge_quantization_configs(said: Any, given: Any) -> Any:
+        fields = said if isinstance(said, dict) else said.to_dict()
+        ours = fields.get("quant_method") == METHOD or fields.get("load_in_4bit") or fields.get("load_in_8bit")
+        return given.of_checkpoint(fields) if ours and isinstance(given, BnbRefConfig) else original(said, given)
+
+    return merge_quantization_configs
+
+
 register_quantization_config(METHOD)(BnbRefConfig)
 register_quantizer(METHOD)(BnbRefHfQuantizer)
+auto.AutoHfQuantizer.merge_quantization_configs = staticmethod(
+    _merging(auto.AutoHfQuantizer.merge_quantization_configs)
+)
 PreTrainedModel.num_parameters = _counting(PreTrainedModel.num_parameters)
 PreTrainedModel._get_resized_lm_head = _resizing(PreTrainedModel._get_resized_lm_head)
 PreTrainedModel._get_resized_embeddings = _not_resizing(PreTrainedModel._get_resized_embeddings)

@@ -1,0 +1,129 @@
+"""The arguments of functions that users call: judged by their annotations, before anything is computed.
+
+A list in place of a tensor, or a string in place of a number, would end in an error of torch about a name that the user has not
+written, or in none: "False" is true, and nothing is smaller than NaN.
+"""
+
+import functools
+import inspect
+import math
+import numbers
+import typing
+from collections.abc import Callable
+from types import NoneType, UnionType
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def check_tensors(**arguments: object) -> None:
+    """TypeError or ValueError that names the first of the arguments that is no dense tensor."""
+    for name, x in arguments.items():
+        _check_tensor(name, x)
+
+
+def _check_tensor(name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {_said(x)}")
+    if x.layout != torch.strided or x.is_nested or x.is_quantized:
+        got = "a nested tensor" if x.is_nested else x.dtype if x.is_quantized else x.layout
+        raise ValueError(f"{name} must be dense, got {got}")
+
+
+def check_bool(name: str, value: object) -> None:
+    """TypeError unless the value is a bool, or 0 or 1: a string from a file of settings, "False", would be true."""
+    if not isinstance(value, int) or value not in (0, 1):
+        raise TypeError(f"{name} must be a bool, got {_said(value)}")
+
+
+def check_number(name: str, value: object) -> None:
+    """TypeError unless the value is a real number, ValueError for NaN, which no comparison would refuse."""
+    if not isinstance(value, float) and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
+        raise TypeError(f"{name} must be a number, got {_said(value)}")
+    if math.isnan(value):
+        raise ValueError(f"{name} must be a number, got nan")
+
+
+def check_integer(name: str, value: object) -> None:
+    """TypeError unless the value is an integer, and no bool."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {_said(value)}")
+
+
+def check_one_of(name: str, value: object, *classes: type) -> None:
+    """TypeError unless the value is an instance of one of the classes."""
+    if not isinstance(value, classes):
+        words = [
+            "None" if k is NoneType else f"torch.{k.__name__}" if k.__module__ == "torch" else k.__name__
+            for k in classes
+        ]
+        raise TypeError(f"{name} must be a {' or '.join(words)}, got {_said(value)}")
+
+
+def _said(value: object) -> str:
+    """A value in a message: plain ones as they are written, others by their type."""
+    plain = value is None or isinstance(value, (str, bytes, int, float, complex, torch.dtype))
+    return repr(value) if plain else type(value).__name__
+
+
+_JUDGES: dict[Any, Callable[[str, Any], None]] = {
+    Tensor: _check_tensor,
+    bool: check_bool,
+    int: check_integer,
+    float: check_number,
+}
+"""What is asked of an argument whose annotation is this class. Of other classes: an instance."""
+
+
+def _judge_of(annotation: Any) -> Callable[[str, Any], None] | None:
+    """The function that judges a value with this annotation, if it is not a None that is allowed; None where any may be right."""
+    if annotation is inspect.Parameter.empty:  # cls of a class method
+        return None
+    listed = typing.get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    classes: tuple[Any, ...] = tuple(typing.get_origin(kind) or kind for kind in listed)
+    if not all(isinstance(kind, type) for kind in classes):
+        return None
+    others = tuple(kind for kind in classes if kind is not NoneType)
+    if len(others) == 1 and others[0] in _JUDGES:
+        return _JUDGES[others[0]]
+    if torch.device in classes:
+        classes = (*classes, int)  # torch takes the number of a device
+    return lambda name, value: check_one_of(name, value, *classes)
+
+
+def checked(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorates a function that users call: an argument that is not what its annotation says is a TypeError or ValueError.
+
+    The error names the argument. A tensor must be dense, a number no NaN; 0 and 1 are bools. The elements of a collection are not
+    judged, nor is a call that Dynamo traces.
+
+    >>> @checked
+    ... def halves(x: Tensor, count: int = 2) -> Tensor:
+    ...     return x / 2**count
+    >>> halves([1.0])
+    Traceback (most recent call last):
+    TypeError: x must be a torch.Tensor, got list
+    """
+    parameters = inspect.signature(function).parameters.values()
+    judges = [(p.name, NoneType in typing.get_args(p.annotation), _judge_of(p.annotation)) for p in parameters]
+    by_name = {rule[0]: rule for rule in judges}
+    unknown = ("", True, None)  # the function says so
+
+    @functools.wraps(function)
+    def judged(*args: P.args, **kwargs: P.kwargs) -> T:
+        if not torch.compiler.is_dynamo_compiling():
+            with torch._C.DisableTorchFunctionSubclass():  # of a parameter, which watches what it is asked
+                for (name, optional, judge), value in zip(judges, args, strict=False):
+                    if judge is not None and not (optional and value is None):
+                        judge(name, value)
+                for name, value in kwargs.items():
+                    _, optional, judge = by_name.get(name, unknown)
+                    if judge is not None and not (optional and value is None):
+                        judge(name, value)
+        return function(*args, **kwargs)
+
+    return judged
