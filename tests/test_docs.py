@@ -107,6 +107,13 @@ def test_every_file_is_on_the_page_that_says_in_which_order_to_read_them():
             assert re.search(rf"`(\w+/)*{path.name}`", page), f"{path.relative_to(ROOT)} is in no row of reading.md"
 
 
+def test_the_site_lists_every_page():
+    """`make docs` refuses a page that its list lacks, and few run it."""
+    listed = re.findall(r"^ +- (?:[\w -]+: )?([\w/-]+\.md)$", (ROOT / "docs/mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    content = ROOT / "docs" / "content"
+    assert sorted(listed) == sorted(page.relative_to(content).as_posix() for page in content.rglob("*.md"))
+
+
 def speeds(text: str) -> dict[str, str]:
     """Rows of tables by their first cell, and the sentence on products of few rows."""
     rows = {line.split("|")[1].strip(): line for line in text.splitlines() if re.match(r"\| [^-|]", line)}
