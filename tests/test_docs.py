@@ -5,6 +5,7 @@ names the page and the line. `<!-- not executed: REASON -->` on the line before 
 """
 
 import contextlib
+import importlib.util
 import io
 import re
 import shlex
@@ -109,9 +110,23 @@ def test_every_file_is_on_the_page_that_says_in_which_order_to_read_them():
 
 def test_the_site_lists_every_page():
     """`make docs` refuses a page that its list lacks, and few run it."""
-    listed = re.findall(r"^ +- (?:[\w -]+: )?([\w/-]+\.md)$", (ROOT / "docs/mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    listed = re.findall(
+        r"^ +- (?:[\w -]+: )?([\w/-]+\.md)$", (ROOT / "docs/mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE
+    )
     content = ROOT / "docs" / "content"
     assert sorted(listed) == sorted(page.relative_to(content).as_posix() for page in content.rglob("*.md"))
+
+
+def test_tables_are_of_the_results():
+    """A benchmark that ran again is a new table: `python docs/tables.py`."""
+    spec = importlib.util.spec_from_file_location("docs_tables", ROOT / "docs" / "tables.py")
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    pages = tables.pages()
+    for page, text in pages.items():
+        assert page.read_text(encoding="utf-8") == text, f"{page.name}: run python docs/tables.py"
+    used = [match["name"] for text in pages.values() for match in tables.PLACE.finditer(text)]
+    assert sorted(used) == sorted(tables.TABLES)
 
 
 def speeds(text: str) -> dict[str, str]:
