@@ -6,7 +6,9 @@ a new JSON, and so a new table; `tests/test_docs.py` compares.
 
 import json
 import re
+import statistics
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,14 +118,34 @@ def matrix_optimizers(name: str) -> str:
     return table(head, cells, found)
 
 
+def training(name: str) -> str:
+    """Runs of training, one of each variant and seed: medians of the seeds, and the longest step of all."""
+    found = results(name)
+    variants = dict.fromkeys(row["what"] for row in found["rows"])
+    head = ["", "loss", "held-out loss", "held out, each seed", "longest step", "unstable runs"]
+    cells = []
+    for variant in variants:
+        runs = [row for row in found["rows"] if row["what"] == variant]
+        loss, held = (statistics.median(run[key] for run in runs) for key in ("loss", "heldout_loss"))
+        each = ", ".join(f"{run['heldout_loss']:.3f}" for run in runs)
+        longest = max((run["longest_step"] for run in runs if "longest_step" in run), default=None)
+        unstable = f"{sum(run['unstable'] for run in runs)} of {len(runs)}"
+        what = variant.replace("nonzero_squares", "`nonzero_squares`")
+        cells.append([what, f"{loss:.3f}", f"{held:.3f}", each, "" if longest is None else f"{longest:.1f}", unstable])
+    if not any(row[4] for row in cells):  # older results have no longest step
+        head, *cells = ([*row[:4], row[5]] for row in (head, *cells))
+    return table(head, cells, found)
+
+
 TABLES: dict[str, Callable[[], str]] = {
-    "cpu-front": lambda: beside_bitsandbytes(FRONT),
-    "cpu": lambda: beside_bitsandbytes(SPEED),
+    "cpu-front": partial(beside_bitsandbytes, FRONT),
+    "cpu": partial(beside_bitsandbytes, SPEED),
     "batch-invariant": batch_invariant,
     "first-use": first_use,
     "optimizers": optimizers,
-    "matrix-optimizers": lambda: matrix_optimizers("matrix_optimizers"),
-    "matrix-optimizers-h100": lambda: matrix_optimizers("matrix_optimizers-nvidia-h100-80gb-hbm3"),
+    "matrix-optimizers": partial(matrix_optimizers, "matrix_optimizers"),
+    "matrix-optimizers-h100": partial(matrix_optimizers, "matrix_optimizers-nvidia-h100-80gb-hbm3"),
+    **{name: partial(training, name) for name in ("ablation", "weights", "muon", "squares")},
 }
 
 
