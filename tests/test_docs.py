@@ -130,12 +130,8 @@ def test_tables_are_of_the_results():
 
 
 def speeds(text: str) -> dict[str, str]:
-    """Rows of tables by their first cell, and the sentence on products of few rows."""
-    rows = {line.split("|")[1].strip(): line for line in text.splitlines() if re.match(r"\| [^-|]", line)}
-    sentence = re.search(
-        r"One to eight rows .*? bitsandbytes' kernels, 16 rows and more [^;]*;", " ".join(text.split())
-    )
-    return rows | ({"few rows": sentence[0]} if sentence else {})
+    """Rows of tables by their first cell."""
+    return {line.split("|")[1].strip(): line for line in text.splitlines() if re.match(r"\| [^-|]", line)}
 
 
 def test_the_front_page_and_the_page_of_speed_say_the_same():
