@@ -88,7 +88,7 @@ def test_tests_that_a_page_names_exist(page):
 @pytest.mark.parametrize("page", [pytest.param(p, id=p.relative_to(ROOT).as_posix()) for p in PAGES])
 def test_files_that_a_page_names_exist(page):
     """Of the package, as `bnbref/optim/step.py`; on the pages that list its files, by the last part of the path alone."""
-    lists = page.name in ("reading.md", "conformance.md")
+    lists = page.name in ("reading.md", "kit.md")
     files = {
         path.relative_to(ROOT).as_posix() for folder in ("bnbref", "tests") for path in (ROOT / folder).rglob("*.py")
     }
