@@ -1,6 +1,9 @@
 # Every target installs what it needs into .venv first; a stamp file remembers that, so a second call starts at once.
 
-PYTHON ?= $(shell python3.11 -c 'print("python3.11")' 2>/dev/null || echo python3)
+# The first that is there and new enough; 3.11 is what the constraints were chosen with.
+OLD := import sys; sys.exit("bnbref needs Python 3.10 or later, got " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3.10 python3; do \
+	$$p -c '$(OLD)' 2>/dev/null && echo $$p && break; done)
 JOBS ?= 2
 VENV := .venv
 BENCH_VENV := build/venv-bench
@@ -49,6 +52,8 @@ clean:  ## remove everything that make made
 
 # torch first and alone, so that the pin decides which build of it is taken; then bnbref, editable, with one extra.
 %/bin/pip:
+	$(if $(PYTHON),,$(error there is no Python 3.10 or later here: make PYTHON=/path/to/python3.12))
+	@$(PYTHON) -c '$(OLD)'
 	$(PYTHON) -m venv $*
 
 %/.with-torch: constraints.txt | %/bin/pip

@@ -86,6 +86,10 @@ def eight_bit(size: int) -> list[Row]:
     return rows
 
 
+def rows_of(count: int) -> str:
+    return "1 row" if count == 1 else f"{count} rows"
+
+
 def forward_backward(layer: nn.Module, x: torch.Tensor, grad: torch.Tensor) -> Callable[[], Any]:
     leaf = x.clone().requires_grad_()
 
@@ -127,11 +131,11 @@ def linear_4bit(size: int) -> list[Row]:
         for count in (1, 16, 512):
             x = torch.randn(count, size, dtype=dtype)
             rows.append(
-                (f"Linear4bit {NAMES[dtype]} forward, {count} rows", None, forward(ours, x), forward(theirs, x))
+                (f"Linear4bit {NAMES[dtype]} forward, {rows_of(count)}", None, forward(ours, x), forward(theirs, x))
             )
             rows.append(
                 (
-                    f"Linear4bit {NAMES[dtype]} forward, {count} rows, packed kernel",
+                    f"Linear4bit {NAMES[dtype]} forward, {rows_of(count)}, packed kernel",
                     None,
                     forward(ours, x),
                     forward(packed, x),
@@ -156,7 +160,12 @@ def linear_8bit(size: int) -> list[Row]:
             if threshold > 0:
                 x[:, 7] = 8.0
             rows.append(
-                (f"Linear8bitLt bf16, threshold {threshold:g}, {count} rows", 1.0, forward(ours, x), forward(theirs, x))
+                (
+                    f"Linear8bitLt bf16, threshold {threshold:g}, {rows_of(count)}",
+                    1.0,
+                    forward(ours, x),
+                    forward(theirs, x),
+                )
             )
     return rows
 
@@ -172,7 +181,7 @@ def fixed_order(size: int) -> list[Row]:
             with bnbref.batch_invariant():
                 return run()
 
-        rows.append((f"Linear4bit bf16 in batch_invariant(), {count} rows / without", None, invariant, run))
+        rows.append((f"Linear4bit bf16 in batch_invariant(), {rows_of(count)} / without", None, invariant, run))
     return rows
 
 

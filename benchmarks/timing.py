@@ -89,9 +89,10 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def save(name: str, rows: list[dict[str, Any]]) -> Path:
-    """The rows with versions, device and command, in results/NAME.json."""
+    """The rows with versions, device, day and command, in results/NAME.json."""
     path = Path(__file__).parent / "results" / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     command = " ".join(["python", *sys.argv])
-    path.write_text(json.dumps({"command": command, "machine": machine(), "rows": rows}, indent=1) + "\n")
+    day = time.strftime("%Y-%m-%d")
+    path.write_text(json.dumps({"command": command, "day": day, "machine": machine(), "rows": rows}, indent=1) + "\n")
     return path

@@ -49,6 +49,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 def entries(path: str | os.PathLike[str]) -> list[Entry]:
     """The entries of a checkpoint: name, format, shape and size of each weight.
 
+    path: as `open_checkpoint` takes it. ValueError names what is missing or does not fit.
+
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     write(f"{folder}/model.safetensors", {"q.weight": torch.ones(64, 64)}, "int8", where=lambda name: True)
@@ -62,6 +64,8 @@ def read(
     path: str | os.PathLike[str], dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> dict[str, Tensor]:
     """All weights of a checkpoint as plain tensors: `Checkpoint.read` of each.  Exact.
+
+    path: as `open_checkpoint` takes it. dtype: of the result; None for the dtype that each weight had. device: where it is put.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -88,7 +92,7 @@ def _safetensors() -> Any:
 
 
 def keys(path: str | os.PathLike[str]) -> list[str]:
-    """The names in one file of a checkpoint; nothing is checked but that the file can be read.
+    """The names in one file of a checkpoint; nothing is checked but that the file at this path can be read.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -168,8 +172,16 @@ def write(
 ) -> None:  # fmt: skip
     """Quantize the tensors whose names `where` selects and write all to a safetensors file, as transformers does.
 
-    quantize: "nf4", "fp4" or "int8"; what follows `where` is for 4 bits. A file that exists is replaced when the new
-    one is complete. transformers also needs a `quantization_config` in config.json that says the same.
+    path: the file, which is replaced, if there is one, when the new one is complete. tensors: by name. quantize: "nf4", "fp4"
+    or "int8". What follows is for 4 bits. blocksize: how many weights share a scale. double_quant: whether the scales are kept
+    in 8 bits. quant_storage: the dtype that the packed bytes are called. transformers also needs a `quantization_config` in
+    config.json that says the same.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write(f"{folder}/a.safetensors", {"q.weight": torch.eye(64)}, double_quant=True, where=lambda name: True)
+    ...     read(f"{folder}/a.safetensors")["q.weight"].equal(torch.eye(64))
+    True
 
     Exact. bitsandbytes writes the same bytes but, on a CPU, for codes of nested scales, which it finds by a table of 65536 bins.
     """

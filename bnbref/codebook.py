@@ -191,7 +191,7 @@ def float32(values: float | Sequence[float]) -> Tensor:
 
 
 def value_table(codebook: Codebook, device: torch.device) -> Tensor:
-    """`codebook.values` as a float32 tensor, padded by zeros to one entry for each of the 16 or 256 codes.
+    """`codebook.values` as a float32 tensor, padded by zeros to one entry for each of the 16 or 256 codes.  Exact.
 
     >>> from bnbref.codebooks import NF4
     >>> value_table(NF4, torch.device("cpu"))[7:9]
@@ -217,7 +217,12 @@ def is_table_of(values: Tensor, codebook: Codebook) -> bool:
 
 
 def threshold_table(codebook: Codebook, device: torch.device) -> Tensor:
-    """`codebook.thresholds` as a float32 tensor on a device."""
+    """`codebook.thresholds` as a float32 tensor on a device.  Exact.
+
+    >>> from bnbref.codebooks import NF4
+    >>> threshold_table(NF4, torch.device("cpu"))[6:8]
+    tensor([-0.0455,  0.0398])
+    """
     return _table(codebook, False, device)
 
 

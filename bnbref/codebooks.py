@@ -93,7 +93,7 @@ def four_bit(quant_type: str | Codebook) -> Codebook:
 
 
 def registered_name(quant_type: str | Codebook) -> str | Codebook:
-    """The name of a codebook that is in `FOUR_BIT`; what is not there is returned as it is.
+    """The name of a quant_type that is a codebook in `FOUR_BIT`; what is not there, a name too, is returned as it is.
 
     >>> registered_name(NF4)
     'nf4'
@@ -106,7 +106,7 @@ def registered_name(quant_type: str | Codebook) -> str | Codebook:
 
 
 def linspace(start: float, end: float, points: int) -> Tensor:
-    """What float32 `torch.linspace` returns on CPUs with AVX, computed so that every CPU gives the same: float32 `[points]`.
+    """What float32 `torch.linspace` returns on CPUs with AVX, the same on every CPU: float32 `[points]`.  Exact.
 
     The lower half is counted from the start and the upper half from the end, each point by one fused multiply-add. On a CPU
     without that instruction torch itself rounds once more, and 42 values of the dynamic map are others.

@@ -37,7 +37,8 @@ def quantize_blockwise(
     A: float32, float16 or bfloat16 of any shape. code: sorted values, 2 to 256, dynamic signed by default; nearest value by
     the float32 midpoint, a tie to the even code; or a Codebook. nested: quantize the scales too, less their mean, with the
     same blocksize.
-    Returns uint8 codes shaped like A and their QuantState. out and absmax receive the results if given.
+    Returns uint8 codes shaped like A and their QuantState. out and absmax receive the results if given. ValueError: another
+    dtype, no block size, a code that is not sorted, an out of another shape, dtype or device.
 
     >>> codes, state = quantize_blockwise(torch.tensor([0.0, -2.0, 1.0]))
     >>> codes, state.absmax
@@ -62,7 +63,9 @@ def dequantize_blockwise(
 ) -> Tensor:  # fmt: skip
     """Undo `quantize_blockwise`: `dtype(fl(values[code] * absmax))`.  Exact.
 
-    Either quant_state, or absmax with code and blocksize; the dtype is the state's, float32 without one.
+    A: the uint8 codes, any shape. Either quant_state, or absmax, float32 `[blocks]`, with code and blocksize. Returns A's shape
+    in the state's dtype, float32 without a state; out receives it if given. nested is bitsandbytes' and changes nothing: a
+    state says itself whether its scales are codes. ValueError: neither of both; a state of 4-bit codes.
 
     >>> dequantize_blockwise(*quantize_blockwise(torch.tensor([0.0, -2.0, 2.0])))
     tensor([ 0.0000, -1.9859,  2.0000])
@@ -90,7 +93,10 @@ def quantize_4bit(
     """Blockwise 4-bit quantization of a tensor: `fourbit.quantize`, with double quantization: `nested.quantize`.  Exact.
 
     A: float32, float16 or bfloat16 of any shape. blocksize: 64 by default. quant_type: "nf4", "fp4", "af4", "int4" or a
-    Codebook of at most 16 values. Returns the packed codes `[bytes / itemsize, 1]` of quant_storage and their QuantState.
+    Codebook of at most 16 values. compress_statistics: quantize the scales as well, in 8 bits (double quantization).
+    quant_storage: the dtype that the packed bytes are called. Returns them, `[bytes / itemsize, 1]`, and their QuantState; out
+    and absmax receive the results if given. ValueError: another dtype, no block size, an unknown quant_type, bytes that
+    quant_storage does not divide.
 
     >>> packed, state = quantize_4bit(torch.tensor([1.0, -1.0, 0.0, 0.5]), quant_type="nf4")
     >>> [f"{byte:02x}" for byte in packed.flatten().tolist()], state.absmax
@@ -110,8 +116,9 @@ def dequantize_4bit(
 ) -> Tensor:  # fmt: skip
     """Undo `quantize_4bit`: `dtype(fl(values[code] * absmax))` in the original shape and dtype.  Exact.
 
-    Either quant_state, or absmax and out, whose shape and dtype are then the result's. A packed weight that is given as a
-    row `[1, bytes]` returns the transpose, as in bitsandbytes.
+    A: the packed codes. Either quant_state, or absmax, blocksize (64 by default), quant_type and out, whose shape and dtype are
+    then the result's. A packed weight that is given as a row `[1, bytes]` returns the transpose, as in bitsandbytes.
+    ValueError: neither of both; packed codes of another size than the state's shape.
 
     >>> dequantize_4bit(*quantize_4bit(torch.tensor([1.0, -1.0, 0.0, 0.5]), quant_type="nf4"))
     tensor([ 1.0000, -1.0000,  0.0000,  0.4407])
@@ -168,6 +175,9 @@ def gemv_4bit(
 ) -> Tensor:  # fmt: skip
     """`A @ W^T` for a packed 4-bit weight, any number of rows. Bounded: see `bnbref.matmul_4bit`.
 
+    A: `[..., k]`. B: the packed weight, whose state has the shape `[n, k]`. Returns `[..., n]` in A's dtype; out receives it if
+    given. transposed_A and transposed_B must be False: ValueError.
+
     >>> packed, state = quantize_4bit(torch.eye(2), quant_type="nf4")
     >>> gemv_4bit(torch.tensor([[2.0, 3.0]]), packed.t(), state=state)
     tensor([[2., 3.]])
@@ -188,6 +198,9 @@ def gemv_4bit(
 def int8_vectorwise_quant(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
     """Row-wise int8: `int8.quantize`, with the outlier columns as int64 indices, None where threshold is 0.  Exact.
 
+    A: `[..., columns]`, float32, float16 or bfloat16. Returns int8 codes shaped like A and the absmax of each row, float32.
+    threshold: an element of at least this magnitude makes an outlier column, whose codes are 0.
+
     >>> int8_vectorwise_quant(torch.tensor([[1.0, -0.5, 7.0]]), threshold=6.0)
     (tensor([[127, -64,   0]], dtype=torch.int8), tensor([1.]), tensor([2]))
     """
@@ -198,7 +211,13 @@ def int8_vectorwise_quant(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Te
 
 @checked
 def int8_vectorwise_dequant(A: Tensor, stats: Tensor) -> Tensor:
-    """`fl(fl(A * stats) * RN(1 / 127))`, float32: `int8.dequantize`. stats: `[rows]` or `[rows, 1]`.  Exact."""
+    """`fl(fl(A * stats) * RN(1 / 127))`, float32: `int8.dequantize`.  Exact.
+
+    A: int8 codes `[..., columns]`. stats: the absmax of each row, `[rows]` or `[rows, 1]`.
+
+    >>> int8_vectorwise_dequant(torch.tensor([[127, -64]], dtype=torch.int8), torch.tensor([2.0]))
+    tensor([[ 2.0000, -1.0079]])
+    """
     return int8.dequantize(A, stats.reshape(-1))
 
 
@@ -209,7 +228,8 @@ def int8_double_quant(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Int8 by rows and by columns of `[rows, columns]`: codes and codes, row absmax and column absmax, outlier columns.  Exact.
 
-    Elements of a magnitude >= threshold are left out of both. The codes by columns have A's layout.
+    A: `[rows, columns]`, float32, float16 or bfloat16. Elements of a magnitude >= threshold are left out of both. The codes by
+    columns have A's layout. col_stats, row_stats, out_col and out_row must be None: ValueError.
 
     >>> [t.tolist() for t in int8_double_quant(torch.tensor([[1.0, -4.0], [0.5, 2.0]]))[:4]]
     [[[32, -127], [32, 127]], [[127, -127], [64, 64]], [4.0, 2.0], [1.0, 4.0]]
@@ -227,7 +247,13 @@ def int8_double_quant(
 
 @checked
 def int8_linear_matmul(A: Tensor, B: Tensor, out: Tensor | None = None, dtype: torch.dtype = torch.int32) -> Tensor:
-    """The int32 product `A @ B^T` of int8 tensors: `int8.multiply`.  Exact."""
+    """The int32 product `A @ B^T` of int8 tensors: `int8.multiply`.  Exact.
+
+    A: int8 `[..., k]`. B: int8 `[n, k]`. Returns int32 `[..., n]`, the only dtype there is; out receives it if given.
+
+    >>> int8_linear_matmul(torch.tensor([[1, 2]], dtype=torch.int8), torch.tensor([[3, 4], [5, 6]], dtype=torch.int8))
+    tensor([[11, 17]], dtype=torch.int32)
+    """
     if dtype != torch.int32:
         raise ValueError(f"dtype must be torch.int32, got {dtype}")
     return into("out", out, int8.multiply(A, B))
@@ -238,6 +264,11 @@ def int8_mm_dequant(
     A: Tensor, row_stats: Tensor, col_stats: Tensor, out: Tensor | None = None, bias: Tensor | None = None
 ) -> Tensor:
     """float16 of an int32 product: `int8.dequantize_product`, in A's shape.  Exact.
+
+        y = fl(fl(A * row_stats) * col_stats) * RN(1 / 16129) + bias
+
+    A: int32 `[..., n]`. row_stats: the absmax of each row, float32 `[rows]`. col_stats: that of each column, `[n]`. bias: `[n]`
+    or None. out receives the result if given. ValueError: other dtypes, shapes or devices.
 
     >>> int8_mm_dequant(torch.tensor([[16129]], dtype=torch.int32), torch.tensor([2.0]), torch.tensor([3.0]))
     tensor([[6.]], dtype=torch.float16)

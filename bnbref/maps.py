@@ -20,6 +20,8 @@ def _map_of_256(values: Sequence[float]) -> Tensor:
 def create_dynamic_map(signed: bool = True, max_exponent_bits: int = 7, total_bits: int = 8) -> Tensor:
     """The values of `codebooks.dynamic`, float32 `[256]`, padded by zeros and sorted.  Exact.
 
+    signed: whether there are negative values. max_exponent_bits: how many powers of ten there are below 1. total_bits: of a code.
+
     >>> create_dynamic_map()[126:129]
     tensor([-5.5000e-07,  0.0000e+00,  5.5000e-07])
     """
@@ -29,6 +31,8 @@ def create_dynamic_map(signed: bool = True, max_exponent_bits: int = 7, total_bi
 @checked
 def create_linear_map(signed: bool = True, total_bits: int = 8, add_zero: bool = True) -> Tensor:
     """`codebooks.linspace` from -1 or 0 to 1, float32 `[256]`, the missing codes zero in the middle.  Exact.
+
+    signed: from -1. total_bits: of a code. add_zero: whether a signed map spends a code to have 0 among its values.
 
     >>> create_linear_map(signed=False)[:2]
     tensor([0.0000, 0.0039])
@@ -43,6 +47,8 @@ def create_linear_map(signed: bool = True, total_bits: int = 8, add_zero: bool =
 @checked
 def create_fp8_map(signed: bool = True, exponent_bits: int = 5, precision_bits: int = 2, total_bits: int = 8) -> Tensor:
     """The values of `codebooks.fp8`, float32 `[256]`, padded by zeros and sorted.  Exact.
+
+    signed, exponent_bits and precision_bits: how many bits there are for each; their sum must be total_bits: ValueError.
 
     >>> create_fp8_map(True, 4, 3)[-1]
     tensor(1.)
@@ -59,6 +65,9 @@ def create_fp8_map(signed: bool = True, exponent_bits: int = 5, precision_bits: 
 def create_normal_map(offset: float = 0.9677083, use_extra_value: bool = True) -> Tensor:
     """The values of `codebooks.normal`, float32 `[256]`, padded by zeros and sorted.  Exact.
 
+    offset: the probability of the largest quantile. use_extra_value: whether there is one value more above zero than below, as
+    in NF4.
+
     >>> create_normal_map()[[0, -1]]
     tensor([-1.,  1.])
     """
@@ -68,6 +77,8 @@ def create_normal_map(offset: float = 0.9677083, use_extra_value: bool = True) -
 @checked
 def get_4bit_type(typename: str, device: torch.device | str | None = None, blocksize: int = 64) -> Tensor:
     """The sixteen values of a 4-bit type by code, float32, on `device` (CPU by default).  Exact.
+
+    typename: "nf4", "fp4", "af4", "int4". blocksize: af4 is defined for 64 alone: ValueError.
 
     >>> get_4bit_type("fp4")[3]
     tensor(1.)

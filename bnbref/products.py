@@ -59,12 +59,12 @@ def matmul_4bit(
 ) -> Tensor:
     """`A @ W^T + bias` for a packed 4-bit weight, differentiable in A and bias.
 
-    A `[..., k]`, B the packed weight, quant_state of shape `[n, k]`, bias `[n]`; returns `[..., n]` in A's dtype,
-    under autocast in autocast's. A weight that was quantized as `[k, n]` is taken too, with a DeprecationWarning.
-    Bounded: the weight is exact in A's dtype; the product is the device's, accumulated in float32, so that with u the unit
-    roundoff of float32 and v that of the output dtype |y - exact| <= k u / (1 - k u) * sum |a w| + v |exact|. Compiled, few rows
-    are computed from the codes, and the weight is not rounded to A's dtype: the bound is that of `few_rows.multiply_rows`.
-    Inside `bnbref.batch_invariant()` exact: the order of the sum is written down.
+    A `[..., k]`, B the packed weight, quant_state of shape `[n, k]`, bias `[n]`; returns `[..., n]` in A's dtype, under
+    autocast in autocast's; out receives it if given. A weight that was quantized as `[k, n]` is taken too, with a
+    DeprecationWarning. Bounded: the weight is exact in A's dtype; the product is the device's, accumulated in float32, so that
+    with u the unit roundoff of float32 and v that of the output dtype |y - exact| <= k u / (1 - k u) * sum |a w| + v |exact|.
+    Compiled, few rows are computed from the codes, and the weight is not rounded to A's dtype: the bound is that of
+    `few_rows.multiply_rows`. Inside `bnbref.batch_invariant()` exact: the order of the sum is written down.
 
     >>> from bnbref.functional import quantize_4bit
     >>> packed, state = quantize_4bit(torch.eye(2), quant_type="nf4")
@@ -151,7 +151,11 @@ def prepared_product(a: Tensor, packed: Tensor, state: QuantState | None, bias: 
 
 @dataclass
 class MatmulLtState:
-    """What an int8 layer keeps: the weight's codes CB `[n, k]` and row absmax SCB `[n]`, and how to multiply."""
+    """What an int8 layer keeps: the weight's codes CB `[n, k]` and row absmax SCB `[n]`, and how to multiply.
+
+    threshold: the magnitude from which on a column of the activation is an outlier. has_fp16_weights: whether the weight stays
+    float. is_training, CxB, idx and use_pool are bitsandbytes', and change nothing.
+    """
 
     CB: Tensor | None = None
     SCB: Tensor | None = None
@@ -179,7 +183,7 @@ def matmul(
     """`A @ B^T + bias` by LLM.int8(), differentiable in A, bias, and B where it is a float weight.
 
     A `[..., k]`; B `[n, k]` float, quantized on the way, or int8, whose codes and absmax are state.CB and state.SCB.
-    threshold overrides the state's if positive. Returns `[..., n]` in A's dtype.
+    threshold overrides the state's if positive. Returns `[..., n]` in A's dtype; out receives it if given.
     Without outliers exact (the int32 product and its scaling have one defined result); the outlier part and the gradients are
     bounded as a float product is. A NaN in a row of A or of a float B makes NaN of all that is computed from this row.
     grad_A = grad @ W with W rounded to grad's dtype; grad_B = grad^T @ A.

@@ -192,6 +192,10 @@ class QuantState:
             return full
         if not isinstance(quant_type, str):
             raise ValueError(f"codebook {quant_type.name!r} must be entered in FOUR_BIT to be saved under its name")
+        if self.state2 is not None and self.state2.blocksize != nested.BLOCKSIZE:
+            raise ValueError(
+                f"a file has scales in blocks of {nested.BLOCKSIZE}; state2.blocksize is {self.state2.blocksize}"
+            )
         tensors = {key: value for key, value in full.items() if isinstance(value, Tensor)}
         rest = {key: value for key, value in full.items() if not isinstance(value, Tensor)}
         blob = torch.frombuffer(bytearray(json.dumps(rest).encode()), dtype=torch.uint8)

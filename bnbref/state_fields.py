@@ -72,7 +72,7 @@ def _nested_fields(
     """The offset and the arguments of the state2 of so many scales."""
     inner_size = fields["nested_blocksize"]
     _check_blocksize("nested_blocksize", inner_size, max(of_any, blocks))
-    _require(quant_type is None or inner_size == nested.BLOCKSIZE, "nested_blocksize", 256, inner_size)
+    _require(quant_type is None or inner_size == nested.BLOCKSIZE, "nested_blocksize", nested.BLOCKSIZE, inner_size)
     _require(fields["nested_dtype"] == "float32", "nested_dtype", "float32", fields["nested_dtype"])
     value = fields["nested_offset"]
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,6 +1,6 @@
-"""The table of docs/content/dropin.md: every public name of bitsandbytes, whether bnbref serves it, and what differs.
+"""The tables of docs/content/dropin.md: every public name of bitsandbytes, whether bnbref serves it, and what differs.
 
-python docs/surface.py            the table, from tests/data/bitsandbytes_names.txt
+python docs/surface.py            the tables, from tests/data/bitsandbytes_names.txt
 python docs/surface.py --walk     the names, from the bitsandbytes that is installed
 """
 
@@ -14,8 +14,6 @@ from types import ModuleType
 from bnbref.integrations.bitsandbytes.surface import MISSING, SURFACE
 
 NAMES = Path(__file__).resolve().parent.parent / "tests" / "data" / "bitsandbytes_names.txt"
-HEAD = ("| name | | |", "|---|---|---|")
-
 _CLASS_IS_APPLY = "Only `.apply`, which is `matmul` or `matmul_4bit`: no class of `torch.autograd.Function`."
 _SAME_NUMBERS = (
     "The equations of `bnbref.optim`: weight decay before the step. Codes must be of the dynamic maps, 256 a block."
@@ -77,19 +75,30 @@ def split(name: str) -> tuple[str, str]:
     return module, attribute
 
 
-def row(name: str) -> str:
-    """A line of the table."""
-    module, attribute = split(name)
-    if attribute in SURFACE.get(module, {}):
-        return f"| `{name}` | yes | {DIFFERS.get(name, '')} |".replace("|  |", "| |")
-    return f"| `{name}` | no | {MISSING[name]} |"
+def grouped(reasons: dict[str, str]) -> Iterator[str]:
+    """Rows of names that have one reason."""
+    for reason in dict.fromkeys(reasons.values()):
+        yield f"| {', '.join(f'`{name}`' for name, own in reasons.items() if own == reason)} | {reason} |"
 
 
 def table() -> str:
-    """All names, then the operators and the modules that are not there."""
+    """What is there and the same, by module; what differs; what is not there. An object may have names in several modules."""
     names = NAMES.read_text(encoding="utf-8").split()
-    modules = [f"| `{module}` | no | {reason} |" for module, reason in MISSING_MODULES.items()]
-    return "\n".join([*HEAD, *map(row, names), *modules])
+    by_attribute = {split(name)[1]: reason for name, reason in DIFFERS.items()}
+    there = [name for name in names if split(name)[1] in SURFACE.get(split(name)[0], {})]
+    differs = {name: by_attribute[split(name)[1]] for name in there if split(name)[1] in by_attribute}
+    missing = {name: MISSING[name] for name in names if name not in there} | MISSING_MODULES
+    same: dict[str, list[str]] = {}
+    for module, attribute in (split(name) for name in there if name not in differs):
+        same.setdefault(f"bitsandbytes.{module}".rstrip("."), []).append(f"`{attribute}`")
+    return "\n".join(
+        [
+            "### The same\n\n| module | names |\n|---|---|",
+            *(f"| `{module}` | {', '.join(own)} |" for module, own in same.items()),
+            "\n### There, with a difference\n\n| names | what differs |\n|---|---|", *grouped(differs),
+            "\n### Not there\n\n| names, and the last four: modules | why |\n|---|---|", *grouped(missing),
+        ]
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

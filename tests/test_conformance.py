@@ -639,7 +639,7 @@ def test_a_wrong_backend_does_not_pass(mutant):
 
 
 def test_the_mutants_page_is_up_to_date():
-    text = (ROOT / "docs/content/conformance.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs/content/kit.md").read_text(encoding="utf-8")
     for mutant in MUTANTS:
         assert f"| {mutant.name} | {mutant.wrong} |" in text
 

@@ -5,6 +5,7 @@ names the page and the line. `<!-- not executed: REASON -->` on the line before 
 """
 
 import contextlib
+import importlib.util
 import io
 import re
 import shlex
@@ -87,7 +88,7 @@ def test_tests_that_a_page_names_exist(page):
 @pytest.mark.parametrize("page", [pytest.param(p, id=p.relative_to(ROOT).as_posix()) for p in PAGES])
 def test_files_that_a_page_names_exist(page):
     """Of the package, as `bnbref/optim/step.py`; on the pages that list its files, by the last part of the path alone."""
-    lists = page.name in ("reading.md", "conformance.md")
+    lists = page.name in ("reading.md", "kit.md")
     files = {
         path.relative_to(ROOT).as_posix() for folder in ("bnbref", "tests") for path in (ROOT / folder).rglob("*.py")
     }
@@ -107,13 +108,30 @@ def test_every_file_is_on_the_page_that_says_in_which_order_to_read_them():
             assert re.search(rf"`(\w+/)*{path.name}`", page), f"{path.relative_to(ROOT)} is in no row of reading.md"
 
 
-def speeds(text: str) -> dict[str, str]:
-    """Rows of tables by their first cell, and the sentence on products of few rows."""
-    rows = {line.split("|")[1].strip(): line for line in text.splitlines() if re.match(r"\| [^-|]", line)}
-    sentence = re.search(
-        r"One to eight rows .*? bitsandbytes' kernels, 16 rows and more [^;]*;", " ".join(text.split())
+def test_the_site_lists_every_page():
+    """`make docs` refuses a page that its list lacks, and few run it."""
+    listed = re.findall(
+        r"^ +- (?:[\w -]+: )?([\w/-]+\.md)$", (ROOT / "docs/mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE
     )
-    return rows | ({"few rows": sentence[0]} if sentence else {})
+    content = ROOT / "docs" / "content"
+    assert sorted(listed) == sorted(page.relative_to(content).as_posix() for page in content.rglob("*.md"))
+
+
+def test_tables_are_of_the_results():
+    """A benchmark that ran again is a new table: `python docs/tables.py`."""
+    spec = importlib.util.spec_from_file_location("docs_tables", ROOT / "docs" / "tables.py")
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    pages = tables.pages()
+    for page, text in pages.items():
+        assert page.read_text(encoding="utf-8") == text, f"{page.name}: run python docs/tables.py"
+    used = [match["name"] for text in pages.values() for match in tables.PLACE.finditer(text)]
+    assert sorted(used) == sorted(tables.TABLES)
+
+
+def speeds(text: str) -> dict[str, str]:
+    """Rows of tables by their first cell."""
+    return {line.split("|")[1].strip(): line for line in text.splitlines() if re.match(r"\| [^-|]", line)}
 
 
 def test_the_front_page_and_the_page_of_speed_say_the_same():

@@ -959,3 +959,11 @@ def _states():
 def test_tensors_of_two_devices_are_refused_by_name(call, message):
     with pytest.raises(ValueError, match=message):
         call(*_states())
+
+
+def test_scales_in_blocks_that_no_reader_takes_are_not_saved():
+    state = F.quantize_4bit(torch.ones(4, 64), quant_type="nf4", compress_statistics=True)[1]
+    state.state2.blocksize = 128
+    assert state.as_dict()["nested_blocksize"] == 128
+    with pytest.raises(ValueError, match=r"blocks of 256; state2\.blocksize is 128"):
+        state.as_dict(packed=True)

@@ -88,7 +88,9 @@ def replace_parameter_4bit(
 ) -> None:  # fmt: skip
     """Quantizes a parameter of a module to four bits, on its device. Reading it then gives its values in its dtype.  Exact.
 
-    Raises AttributeError or TypeError if the module has no such parameter, and ValueError if the parameter has NaN or infinities.
+    module: the one that has the parameter. param_name: its name there. compress_statistics: quantize the scales as well, in 8
+    bits. quant_type: "nf4", "fp4", "af4", "int4" or a Codebook. blocksize: 64 by default. Raises AttributeError or TypeError if
+    the module has no such parameter, and ValueError if the parameter has NaN or infinities.
 
     >>> import bnbref
     >>> experts = nn.Module()
@@ -113,6 +115,7 @@ def replace_parameter_4bit_prequantized(
 ) -> None:
     """Parametrize a parameter that holds packed codes already.
 
+    module: the one that has the parameter. param_name: its name there.
     qs_dict: the entries of a state dict beside the codes (`absmax`, `quant_map` and so on). device: the device for codes and
     scales, by default that of the codes. Raises ValueError if the codes are too few or too many, or qs_dict is not whole.
     """
