@@ -200,8 +200,8 @@ def fp8(signed: bool = True, exponent_bits: int = 5, precision_bits: int = 2) ->
 
         2^(bias + 1 - E) * (1 + M / 2^p)   for E > 0,        2^-bias * M / 2^p   for E = 0,      bias = 2^(e - 1)
 
-    So a larger exponent field is a smaller value: this is bitsandbytes' convention, and not an OCP FP8 format. Raises ValueError
-    for more than 8 bits, the sign included.
+    So a larger exponent field is a smaller value: this is bitsandbytes' convention, and not an OCP FP8 format. signed: whether
+    each has its negative beside it. Raises ValueError for more than 8 bits, the sign included.
 
     >>> len(fp8(True, 4, 3).values), fp8(True, 4, 3).values[-1]
     (256, 1.0)
