@@ -218,10 +218,6 @@ def adapted(job: Job) -> Any:
         model.gradient_checkpointing_enable(checkpointing)
     else:
         model = prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs=checkpointing)
-    if job.contender == "bnbref":
-        from bnbref import register_lora
-
-        lora = register_lora(lora)
     model = get_peft_model(model, lora)
     model.config.use_cache = False
     return model.train()
