@@ -67,7 +67,10 @@ def check_one_of(name: str, value: object, *classes: type) -> None:
 def _said(value: object) -> str:
     """A value in a message: plain ones as they are written, others by their type."""
     plain = value is None or isinstance(value, (str, bytes, int, float, complex, torch.dtype))
-    return repr(value) if plain else type(value).__name__
+    kind = type(value)
+    if kind.__module__ == "numpy":  # it has a bool, too
+        return f"numpy.{kind.__name__}"
+    return repr(value) if plain else kind.__name__
 
 
 _JUDGES: dict[Any, Callable[[str, Any], None]] = {

@@ -141,6 +141,7 @@ def test_what_is_said():
         ("False", "must be a bool, got 'False'"),
         (2, "must be a bool, got 2"),
         (torch.ones(2), "must be a bool, got Tensor"),
+        (np.bool_(True), r"must be a bool, got numpy\.bool"),
     ):
         with pytest.raises(TypeError, match=f"compress_statistics {said}"):
             F.quantize_4bit(X, compress_statistics=value)

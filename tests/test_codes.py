@@ -71,6 +71,8 @@ WRITES = {
     "foreach": lambda p: torch._foreach_mul_([p], 0.5),
     "foreach lerp": lambda p: torch._foreach_lerp_([ones(p), p.detach()][1:], [ones(p)], 0.5),
     "foreach copy": lambda p: torch._foreach_copy_([p], [ones(p)]),
+    "inplace": lambda p: nn.functional.hardtanh(p, 1, 2, inplace=True),
+    "module_load": lambda p: p.module_load(ones(p)),
 }
 
 

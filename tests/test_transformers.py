@@ -479,6 +479,18 @@ def test_an_argument_of_another_name_is_refused_with_those_that_there_are(name):
         BnbRefConfig.from_dict({"quant_method": "bnbref", name: True})
 
 
+def test_settings_that_a_quantized_checkpoint_overrules_are_said(recwarn):
+    said = BnbRefConfig("int8", threshold=4.0).to_dict()
+    BnbRefConfig("int8").of_checkpoint(said)
+    BnbRefConfig("int8", threshold=4.0, compute_dtype="float16").of_checkpoint(said)
+    own = BnbRefConfig("af4", blocksize=96, checkpoint_format="bnbref")
+    assert own.of_checkpoint(own.to_dict()).to_dict() == own.to_dict()
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=r"quantized already: its skip_modules=None, threshold=4\.0 hold, not"):
+        config = BnbRefConfig("int8", threshold=2.0, skip_modules=["lm_head"]).of_checkpoint(said)
+    assert (config.threshold, config.skip_modules) == (4.0, None)
+
+
 @pytest.mark.parametrize("pattern", ["*.mlp.*", "(", "layers[0"])
 def test_a_name_that_is_no_regular_expression_is_refused(pattern):
     """A glob, for example."""

@@ -25,7 +25,7 @@ from bnbref.context import plain
 
 _BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
 _OPERATORS = {f"__i{name}__" for name in _BINARY}
-_COPIES = {"copy_": 1, "_foreach_copy_": 1, "__setitem__": 2}  # by name, which argument is the source
+_COPIES = {"copy_": 1, "module_load": 1, "_foreach_copy_": 1, "__setitem__": 2}  # by name, which argument is the source
 _NO_WRITES = {"requires_grad_", "detach_", "share_memory_", "rename_"}
 _NAMES = ("add", "sub", "mul", "div", "lerp", "addcmul", "addcdiv")
 _ALIASES = ("subtract", "multiply", "divide", "true_divide")
@@ -117,6 +117,7 @@ def _check(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """ValueError if torch's function of that name would write into codes, or compute with them as numbers."""
     first = args[0] if args else next(iter(kwargs.values()), None)
     in_place = name in _OPERATORS or name in _COPIES or (name.endswith("_") and not name.endswith("__"))
+    in_place = (in_place or bool(kwargs.get("inplace"))) and not kwargs.get("assign")  # of relu; of module_load
     written = list(_codes_in(first)) if in_place and name not in _NO_WRITES else []
     written += _codes_in(kwargs.get("out"))
     if written and name in _COPIES:

@@ -6,6 +6,7 @@ bitsandbytes cannot read (other codebooks and block sizes, quantized experts) sa
 
 import inspect
 import re
+import warnings
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -180,7 +181,8 @@ class BnbRefConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def of_checkpoint(self, config_dict: Mapping[str, Any]) -> "BnbRefConfig":
         """The config of a checkpoint that is quantized already, from its dictionary, with this compute_dtype if it is given.
 
-        ValueError for another quant_type than the checkpoint's. In all else the checkpoint's settings hold.
+        ValueError for another quant_type than the checkpoint's. In all else the checkpoint's settings hold; a warning names those
+        that this config would have otherwise, and not by default.
         """
         config: BnbRefConfig = BnbRefConfig.from_dict({"quant_method": "bitsandbytes", **config_dict})
         if config.quant_type != self.quant_type:
@@ -189,6 +191,11 @@ class BnbRefConfig(QuantizationConfigMixin):  # type: ignore[misc]
                 f"{self.quant_type!r}"
             )
         config.compute_dtype = self.compute_dtype or config.compute_dtype
+        usual = inspect.signature(BnbRefConfig).parameters
+        asked = [name for name in ARGUMENTS if getattr(self, name) not in (usual[name].default, getattr(config, name))]
+        if asked:
+            hold, given = (", ".join(f"{name}={getattr(c, name)!r}" for name in asked) for c in (config, self))
+            warnings.warn(f"the checkpoint is quantized already: its {hold} hold, not {given}", stacklevel=2)
         return config
 
     @classmethod
