@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import gc
 import os
 import pickle
 import shutil
@@ -122,3 +123,65 @@ def test_what_is_no_folder(tmp_path):
     for path in (tmp_path / "file", ""):
         with pytest.raises(ValueError, match="page_directory must be a folder, got"):
             begun(path)
+
+
+def test_a_scheduler_does_not_keep_a_directory(tmp_path):
+    """It is in a cycle with its optimizer, which is not gone with the last name for it."""
+    gc.disable()
+    try:
+        _, first = begun(tmp_path)
+        scheduler = torch.optim.lr_scheduler.ConstantLR(first)
+        first.step()
+        del first, scheduler
+        begun(tmp_path)[1].step()
+    finally:
+        gc.enable()
+    assert optim.read_pages(tmp_path)[0]["step"] == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
+@pytest.mark.filterwarnings("ignore:.*fork")
+def test_a_fork_neither_steps_the_states_nor_keeps_the_directory(tmp_path):
+    """As a worker of a DataLoader, which may live on when its parent makes another optimizer, or was killed."""
+    p, first = begun(tmp_path)
+    first.step()
+    before = p.detach().clone()
+    (said, say), (asked, go_on) = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:  # threads of torch are not there: nothing may be computed
+        try:
+            first._placement.begin()  # of a step
+        except BaseException as error:
+            os.write(say, str(error).encode())
+        finally:
+            os.write(say, b".")
+            os.read(asked, 1)
+            os._exit(0)
+    try:
+        assert b"is in use by another optimizer" in os.read(said, 1000)
+        first.step()
+        del first
+        _, other = begun(tmp_path)
+        other.step()  # while the fork lives
+        assert not torch.equal(p, before)
+    finally:
+        os.write(go_on, b".")
+        os.waitpid(child, 0)
+        for each in (said, say, asked, go_on):
+            os.close(each)
+
+
+def test_files_in_the_place_of_removed_ones_are_anothers(tmp_path):
+    """The checkpoint there is the second optimizer's, and the first one does not say that it is of its own steps."""
+    folder = tmp_path / "pages"
+    _, first = begun(folder)
+    first.step()
+    shutil.rmtree(folder)
+    _, second = begun(folder)
+    second.step()
+    with pytest.warns(UserWarning, match=r"lacks 4 files that were removed"):
+        first.step()
+    with pytest.raises(RuntimeError, match=r"no steps\.json"):
+        optim.read_pages(folder)
+    second.step()
+    assert optim.read_pages(folder)[0]["step"] == 2

@@ -6,9 +6,11 @@
 steps.json is there between steps alone: removed before the first update of one, and written after the last.
 """
 
+import gc
 import json
 import os
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,15 +31,18 @@ class Directory:
         if path.exists() and not path.is_dir():
             raise ValueError(f"page_directory must be a folder, got {str(path)!r}, which is none")
         self.path = path
-        self._files: set[str] = set()
+        self._files: dict[str, int] = {}  # with their inodes: others may stand in their place
+        _ALL.add(self)
 
     _held: int | None = None
 
-    def __del__(
-        self, close: Callable[[int], None] = os.close
-    ) -> None:  # bound, as the end of a process empties modules
+    def let_go(self, close: Callable[[int], None] = os.close) -> None:  # bound: the end of a process empties modules
+        """Ends the lock, if this object has it."""
         if self._held is not None:
             close(self._held)
+            self._held = None
+
+    __del__ = let_go
 
     @property
     def empty(self) -> bool:
@@ -52,16 +57,14 @@ class Directory:
         if fcntl is None:
             return
         held = os.open(self.path, os.O_RDONLY)
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(held)
-            raise RuntimeError(
-                f"page_directory {str(self.path)!r} is in use by another optimizer, of this process or of another one, such as "
-                f"another rank: each needs a folder of its own"
-            ) from None
-        except OSError:  # a file system without locks
-            pass
+        if not _locked(held):
+            gc.collect()  # an optimizer and its scheduler are a cycle, and may be there when their names are not
+            if not _locked(held):
+                os.close(held)
+                raise RuntimeError(
+                    f"page_directory {str(self.path)!r} is in use by another optimizer, of this process or of another one, such "
+                    f"as another rank: each needs a folder of its own"
+                )
         self._held = held
 
     def mapped(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -78,7 +81,7 @@ class Directory:
         if not path.exists():
             self.forget(name)  # of another shape or dtype, from another run
             self._reserve(path, numel * dtype.itemsize)
-        self._files.add(path.name)
+        self._files[path.name] = path.stat().st_ino
         return _open(path, shape, dtype)
 
     def _reserve(self, path: Path, size: int) -> None:
@@ -96,7 +99,7 @@ class Directory:
     def forget(self, name: str) -> None:
         """Remove the files of a state."""
         for path in list(self.path.glob(f"{name}.*.bin")):
-            self._files.discard(path.name)
+            self._files.pop(path.name, None)
             path.unlink()
 
     def begin(self) -> None:
@@ -106,7 +109,8 @@ class Directory:
 
     def end(self, counts: Mapping[int, Mapping[str, int]]) -> None:
         """Now it is one, with these counts; but if somebody has removed files, which only this process still has."""
-        gone = sorted(self._files - set(os.listdir(self.path) if self.path.exists() else ()))
+        here = {path.name: path.stat().st_ino for path in self.path.glob("*.bin")}
+        gone = sorted(name for name, inode in self._files.items() if here.get(name) != inode)
         if gone:
             warnings.warn(
                 f"page_directory {str(self.path)!r} lacks {len(gone)} files that were removed, {gone[0]} first: the run may go "
@@ -117,6 +121,30 @@ class Directory:
         unfinished = self.path / "steps.json.new"
         unfinished.write_text(json.dumps(counts), encoding="utf-8")
         unfinished.replace(self.path / "steps.json")
+
+
+_ALL: "weakref.WeakSet[Directory]" = weakref.WeakSet()
+
+
+def _let_go() -> None:
+    """A fork has its parent's lock, as long as it lives, and must have none: it would step the parent's states unseen."""
+    for directory in list(_ALL):
+        directory.let_go()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
+
+
+def _locked(folder: int) -> bool:
+    """Whether an open folder is locked by us from now on; on a file system without locks it is taken for that."""
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def _open(path: Path, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
