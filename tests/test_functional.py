@@ -884,7 +884,7 @@ row_stats must be None: results are returned, not written into tensors of the ca
 A must be int32 [..., n], got torch.int8 (2, 4)
 row_stats must be float32 [2], got torch.float16 (2,)
 A must be a torch.Tensor, got list
-A must be a torch.Tensor, got ndarray
+A must be a torch.Tensor, got numpy.ndarray
 quant_storage must be a torch.dtype, got 'uint8'
 A must be a torch.Tensor, got QuantState
 quant_type is None: this QuantState is not one of a 4-bit tensor
