@@ -807,6 +807,15 @@ def test_backends_that_are_none_are_refused(name, message):
         backends.load(name)
 
 
+def test_a_class_is_a_backend(tmp_path, monkeypatch):
+    """As its author writes it, with methods and no object of it."""
+    text = "class Mine:\n    def quantize_blockwise(self, x, values, blocksize):\n        return self, x\n"
+    (tmp_path / "of_a_class.py").write_text(text, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    (function,) = backends.load("of_a_class:Mine").functions.values()
+    assert function(x=1, values=None, blocksize=64)[1] == 1
+
+
 # ---- the real bitsandbytes ------------------------------------------------------------------------------------------
 
 RESULTS = ROOT / "docs" / "content" / "conformance"

@@ -103,7 +103,7 @@ def require(package: str) -> Any:
 
 
 def load(name: str) -> Backend:
-    """A backend of the kit by its name, or the module `package.module`, or `package.module:attribute`.
+    """A backend of the kit by its name, or the module `package.module`, or `package.module:attribute`. Of a class, an object.
 
     Raises ValueError for a name that is neither, or that has no operations; ImportError where the module cannot be imported.
 
@@ -126,4 +126,5 @@ def load(name: str) -> Backend:
             raise
         raise ValueError(f"backend must be one of {sorted(KNOWN)} or a module, got {name!r}: {error}") from error
     found = getattr(module, attribute) if attribute else module
+    found = found() if isinstance(found, type) else found
     return found if isinstance(found, Backend) else Backend(name, found)
