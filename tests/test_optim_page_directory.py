@@ -51,6 +51,19 @@ def test_a_directory_has_one_optimizer(how, tmp_path):
     assert all(own[key].untyped_storage().is_shared() for key in ("state1", "absmax2"))
 
 
+def test_a_group_that_is_refused_when_it_is_loaded_leaves_the_files(tmp_path):
+    p, optimizer = begun(tmp_path)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.step()  # the files now have other states than those that are to be loaded
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    saved["param_groups"][0]["lr"] = float("nan")
+    with pytest.raises(ValueError, match="lr"):
+        optimizer.load_state_dict(saved)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert optimizer.state[p]["step"] == 2
+
+
 def test_a_directory_has_one_process(tmp_path):
     _, first = begun(tmp_path)
     first.step()

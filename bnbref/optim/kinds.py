@@ -42,7 +42,8 @@ def number(group: Mapping[str, Any], name: str, least: float = 0.0, most: float 
 def of_python(x: Any) -> Any:
     """A number of torch or of numpy as one of Python: what is computed with it on the host is computed in float64."""
     one = isinstance(x, Tensor) and x.numel() == 1 and not x.is_meta
-    return x.item() if one or (isinstance(x, Real) and hasattr(x, "item")) else x
+    numpy = type(x).__module__ == "numpy" and getattr(x, "ndim", None) == 0  # its bool is no Real
+    return x.item() if one or numpy else x
 
 
 def in_float64(x: Any) -> float | None:

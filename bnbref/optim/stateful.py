@@ -162,8 +162,6 @@ class Stateful(torch.optim.Optimizer):
         held = self.register_load_state_dict_pre_hook(lambda _, given: _held(given))  # after those of others
         try:
             super().load_state_dict(dict(state_dict))
-            for group in self.param_groups:
-                self._check_group(group)
         except BaseException:
             self.__dict__.update(before)
             raise
@@ -183,6 +181,8 @@ class Stateful(torch.optim.Optimizer):
         for p, state in saved.items():  # what is refused is refused before a page is written to
             rule, blocksize = own[p]
             unwrapped_state(rule, p, state, blocksize, _nowhere)
+        for group in self.param_groups:
+            self._check_group(group)
         for p, state in saved.items():
             rule, blocksize = own[p]
             self.state[p] = unwrapped_state(rule, p, state, blocksize, self._memory(p))
