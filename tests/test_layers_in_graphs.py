@@ -377,3 +377,14 @@ def test_layers_that_exchange_their_weights(make):
         tables = pair[0]._parameters, pair[1]._parameters
         tables[0]["weight"], tables[1]["weight"] = tables[1]["weight"], tables[0]["weight"]
         assert all(map(same_bits, graph(x), (second, first)))
+
+
+@pytest.mark.parametrize(("make", "scales"), [(layer_4bit, "quant_state"), (layer_8bit, "SCB")])
+def test_scales_that_are_deleted(make, scales):
+    torch.compiler.reset()
+    block, x = Block(make()), torch.ones(2, K, dtype=BF16)
+    graph = torch.compile(block, backend="eager")
+    with torch.no_grad(), bnbref.eager():
+        graph(x)
+        delattr(block.layer.weight, scales)
+        assert not block.layer._known

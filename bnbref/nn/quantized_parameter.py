@@ -57,6 +57,10 @@ class QuantizedParameter(Watched, nn.Parameter):
         if name in ("quant_state", "SCB"):
             self.owner.known.clear()
 
+    def __delattr__(self, name: str) -> None:
+        super().__delattr__(name)
+        self.owner.known.clear()
+
     @property
     def data(self) -> Tensor:
         """The codes, or the float weight, as a plain tensor: torch asks its type. Assigning another quantized parameter, or what
