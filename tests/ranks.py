@@ -226,7 +226,7 @@ def main(how: str, storage: str, folder: str) -> None:
     if rank == 0:
         print("FOUND", json.dumps(found), flush=True)
     dist.barrier()
-    dist.destroy_process_group()
+    backend.leave()
 
 
 if __name__ == "__main__":

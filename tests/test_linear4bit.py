@@ -4,6 +4,7 @@ import contextlib
 import copy
 import warnings
 
+import backend
 import pytest
 import torch
 import torch.nn.functional as F
@@ -266,31 +267,25 @@ def test_a_float_weight_has_no_scales_of_another():
     assert layer.to("cpu").quant_state.shape == (32, 64)
 
 
-def _sharded(rank, address, storage, results):
-    from torch import distributed as dist
+def _sharded(rank, ranks, storage, results):
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-    with bnbref.eager():
-        layer = linear4(quant_storage=storage, quant_type="nf4")
-        sharded = fully_shard(copy.deepcopy(layer))
-        x = inputs(2, 64)
-        same = [raw(sharded(x)) == raw(layer(x)) for _ in range(2)]
-        sharded(x).sum().backward()
-        whole = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in sharded.state_dict().items()}
-        results[rank] = (
-            *same,
-            {k: raw(v) for k, v in whole.items()} == {k: raw(v) for k, v in layer.state_dict().items()},
-        )
-    dist.destroy_process_group()
+    layer = linear4(quant_storage=storage, quant_type="nf4")
+    sharded = fully_shard(copy.deepcopy(layer))
+    x = inputs(2, 64)
+    same = [raw(sharded(x)) == raw(layer(x)) for _ in range(2)]
+    sharded(x).sum().backward()
+    whole = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in sharded.state_dict().items()}
+    alike = {k: raw(v) for k, v in whole.items()} == {k: raw(v) for k, v in layer.state_dict().items()}
+    results[rank] = (*same, alike)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("storage", [torch.uint8, BF16])
 def test_sharded_by_FSDP2_it_has_the_same_bits_and_state_dict(storage, tmp_path):
     results = torch.multiprocessing.Manager().dict()
-    torch.multiprocessing.spawn(_sharded, (f"file://{tmp_path}/rendezvous", storage, results), nprocs=2)
+    backend.spawn(_sharded, 2, tmp_path, storage, results)
     assert dict(results) == {0: (True,) * 3, 1: (True,) * 3}
 
 
