@@ -532,6 +532,33 @@ def test_constants_that_are_equal_and_not_the_same():
         del REGISTRY["times"]
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"cpp.enable_unsafe_math_opt_flag": True},
+        {"cpp.enable_floating_point_contract_flag": "fast"},
+        {"use_fast_math": True},
+        {"emulate_precision_casts": True, "max_autotune": True, "freezing": True, "cpp.simdlen": 1},
+    ],
+)
+def test_what_somebody_allows_torchs_compiler_for_his_own_graphs_is_not_allowed_for_ours(setting):
+    """Each rounding, NaN and infinity: kernels that were not compiled before, while the setting holds in the whole process."""
+
+    @fused(dynamic={"x": (0,), "y": (0,), "z": (0,)})
+    def product_and_sum(x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        return torch.where(x.isnan(), y, x * y + z) / x
+
+    x = torch.cat([ramp(4096), torch.tensor([float("nan"), float("inf"), 0.0, -0.0, 2.0**-149])])
+    args = (x, x.flip(0) * (1 + 2**-20), -x * x.flip(0))
+    with bnbref.eager():
+        want = product_and_sum(*args)
+    try:
+        with torch._inductor.config.patch(setting):
+            assert same_bits(product_and_sum(*args), want)
+    finally:
+        del REGISTRY["product_and_sum"]
+
+
 # ---- threads --------------------------------------------------------------------------------------------------------
 
 

@@ -20,6 +20,14 @@ from bnbref.context import constant_of_graphs
 # The door has compared all that these would look at again in every call.
 _NO_ASSERTS = {"size_asserts": False, "alignment_asserts": False, "assert_indirect_indexing": False}
 
+# What somebody may have switched on for his own graphs, and so in the whole process, by torch._inductor.config or the environment:
+# it lets the C++ compiler, or Triton's functions, round otherwise than IEEE 754 says.
+_IEEE = {
+    "cpp.enable_unsafe_math_opt_flag": False,
+    "cpp.enable_floating_point_contract_flag": "off",
+    "use_fast_math": False,
+}
+
 # Triton contracts a*b+c into one rounding, divides with an error of 2 ulp and drops the rounding of a 16-bit float between two
 # operations, unless told not to.
 _GPU_OPTIONS = {
@@ -180,7 +188,7 @@ def _prepare_cpu() -> dict[str, Any]:
     options: dict[str, Any] = {"cpp.vec_isa_ok": True} if known else {}
     with config.patch(options):
         lookup16.enable()
-    return {**_NO_ASSERTS, **options}
+    return {**_IEEE, **_NO_ASSERTS, **options}
 
 
 def options_for(device_type: str, own: Mapping[str, Any], large: bool) -> dict[str, Any]:
@@ -189,7 +197,7 @@ def options_for(device_type: str, own: Mapping[str, Any], large: bool) -> dict[s
     large: whether the variant is the one for large tensors.
     """
     if device_type != "cpu":
-        options = {**_GPU_OPTIONS, **own}
+        options = {**_IEEE, **_GPU_OPTIONS, **own}
         if not large:  # seconds of a first call that a small tensor never earns back
             options.pop("coordinate_descent_tuning", None)
         return options
