@@ -20,7 +20,7 @@ from bnbref.context import constant_of_graphs
 # The door has compared all that these would look at again in every call.
 _NO_ASSERTS = {"size_asserts": False, "alignment_asserts": False, "assert_indirect_indexing": False}
 
-# What somebody may have switched on for his own graphs, and so in the whole process, by torch._inductor.config or the environment:
+# What somebody may switch on for his own graphs, and so in the whole process, by torch._inductor.config or the environment:
 # it lets the C++ compiler, or Triton's functions, round otherwise than IEEE 754 says.
 _IEEE = {
     "cpp.enable_unsafe_math_opt_flag": False,
