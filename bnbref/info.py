@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 import bnbref
 from bnbref import selfcheck
+from bnbref.context import FLUSHED, flushes_subnormals
 from bnbref.kernels import compile_enabled, lookup16
 from bnbref.kernels.compiler import missing_compiler
 from bnbref.selfcheck import Check, Result, formats, kernels_compiled
@@ -168,7 +169,8 @@ def verdict(results: list[Result], compiled: bool, seconds: float, what: str = "
     done, rest = kernels_compiled()
     wrong = [result.check.name for result in results if not result.ok]
     if wrong:
-        return f"FAILED: {', '.join(wrong)}. This installation does not compute the reference formats."
+        why = f" The cause may be that {FLUSHED}." if flushes_subnormals() else ""
+        return f"FAILED: {', '.join(wrong)}. This installation does not compute the reference formats.{why}"
     if not compiled:
         return f"ok: {len(results)} {what}, eager ({seconds:.1f} s)"
     skipped = sum(result.compiled is None for result in results)

@@ -46,6 +46,7 @@ from bnbref.conformance.predictions import decayed_within, predict
 from bnbref.conformance.shrink import shrink
 from bnbref.conformance.specification import FLAGS, RULES
 from bnbref.conformance.text import parse_tensor, tensor_line
+from bnbref.context import flushes_subnormals
 from bnbref.kernels import eager
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -534,6 +535,41 @@ def test_results_that_are_not_results():
         judge.run_case(Backend("b", {"int8_quantize": right}), BY_ID["int8_matmul/1x8x16"], CPU).status
         == "not implemented"
     )
+
+
+@pytest.fixture
+def flushed():
+    """As it is after a library was loaded that GCC linked with -ffast-math: subnormal floats are zeros to this thread."""
+    torch.set_flush_denormal(True)
+    yield
+    torch.set_flush_denormal(False)
+
+
+def test_a_backend_that_flushes_subnormal_floats_is_judged_as_if_it_did_not(flushed):
+    """Its results are compared as IEEE 754 has them, and the report says what is the matter."""
+    ids = ["split_weight/bfloat16-24-subnormal", "join_weight/bfloat16-24-zero", "quantize_blockwise/signed-scale-3e38"]
+    backend = backends.load("bnbref")
+    with eager():
+        results = [judge.run_case(backend, BY_ID[i], CPU) for i in [*ids, "int8_matmul/1x8x16"]]
+        done = report.report(backend, CPU, results, small=False)
+    assert [r.status for r in results] == ["failed"] * 3 + ["passed"]
+    assert report.as_text(done).splitlines()[1].startswith("this process flushes subnormal floats to zero (")
+    assert json.loads(report.as_json(done))["flushes subnormals"]
+    assert flushes_subnormals()
+
+
+@given(st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]), st.data())
+def test_a_subnormal_number_is_no_zero_whatever_is_flushed(dtype, data):
+    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    any_bits = st.integers(torch.iinfo(kind).min, torch.iinfo(kind).max)
+    one, other = (torch.tensor([data.draw(any_bits | st.integers(0, 3))], dtype=kind).view(dtype) for _ in range(2))
+    want = [one.item() == other.item() or (one.isnan().item() and other.isnan().item())]
+    torch.set_flush_denormal(True)
+    try:
+        assert same(one, other).tolist() == want
+        assert same(one, one).tolist() == [True]
+    finally:
+        torch.set_flush_denormal(False)
 
 
 def test_a_blocksize_may_be_refused_and_a_common_one_not():

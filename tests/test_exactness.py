@@ -267,3 +267,14 @@ def test_a_wrong_bit_is_found(monkeypatch, capsys):
     with bnbref.eager():
         assert not info.check_kernels(CPU)
     assert "FAILED: quantize_rows" in capsys.readouterr().out
+
+
+def test_it_says_that_subnormal_floats_are_flushed(monkeypatch, capsys):
+    monkeypatch.setattr("bnbref.selfcheck.kernels.CHECKS", [c for c in CHECKS if c.name == "quantize_blocks"])
+    torch.set_flush_denormal(True)
+    try:
+        with bnbref.eager():
+            assert not info.check_kernels(CPU)
+    finally:
+        torch.set_flush_denormal(False)
+    assert "The cause may be that this process flushes subnormal floats to zero" in capsys.readouterr().out

@@ -72,7 +72,13 @@ def same(a: Tensor, b: Tensor) -> Tensor:
     >>> same(torch.tensor([0.0, float("nan"), 1.0]), torch.tensor([-0.0, float("nan"), 2.0]))
     tensor([ True,  True, False])
     """
-    return (a == b) | ((a != a) & (b != b))
+    if not a.is_floating_point():
+        return a == b
+    # By bits: in a process that flushes subnormal floats to zero, they equal zero.
+    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    first, second = a.contiguous().view(kind), b.contiguous().view(kind)
+    zeros = ((first | second) & torch.iinfo(kind).max) == 0
+    return (first == second) | zeros | ((a != a) & (b != b))
 
 
 def ulps_apart(a: Tensor, b: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from bnbref.conformance.backends import Backend, Unsupported
 from bnbref.conformance.case import Case
 from bnbref.conformance.expected import same, wrong_elements
 from bnbref.conformance.operations import OPERATIONS, arguments
+from bnbref.context import with_subnormals
 
 REFUSALS = (ValueError, TypeError, NotImplementedError, RuntimeError)
 """Exceptions by which a backend may say that it does not support something."""
@@ -142,7 +143,8 @@ def of_answer(
     if results is None:
         return Result(case, "not implemented", seconds=seconds)
     failures = [Failure(case, "", "mutated", message) for message in mutated]
-    failures += failures_of(case, results)
+    with with_subnormals():
+        failures += failures_of(case, results)
     return Result(case, "failed" if failures else "passed", tuple(failures), seconds)
 
 

@@ -16,6 +16,7 @@ from bnbref.conformance.judge import Failure, Result
 from bnbref.conformance.operations import OPERATIONS
 from bnbref.conformance.shrink import shrink
 from bnbref.conformance.specification import RULE_OF_RESULT
+from bnbref.context import FLUSHED, flushes_subnormals, with_subnormals
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Report:
     results: Sequence[Result]
     findings: Sequence[Finding]
     seconds: float
+    flushes: bool = False
+    """Whether the backend's process flushes subnormal floats to zero."""
 
     @property
     def ok(self) -> bool:
@@ -37,6 +40,16 @@ class Report:
 
 def report(backend: Backend, device: torch.device, results: Sequence[Result], small: bool = True) -> Report:
     """The report of a run. small: whether the input of one failure of each finding is shrunk, which runs the backend again."""
+    flushes = flushes_subnormals()
+    with with_subnormals():
+        findings = _findings(backend, device, results, small)
+    return Report(
+        backend.name, str(device), backend.versions, results, findings, sum(r.seconds for r in results), flushes
+    )
+
+
+def _findings(backend: Backend, device: torch.device, results: Sequence[Result], small: bool) -> list[Finding]:
+    """What failed, together by the rule that is broken and how; with the smallest input that shows it."""
     groups: dict[tuple[Any, ...], list[Failure]] = {}
     for result in results:
         # Where a shape is wrong, wrong values of the same result are no second finding.
@@ -52,8 +65,7 @@ def report(backend: Backend, device: torch.device, results: Sequence[Result], sm
         example = shrink(backend, smallest, device) if small else smallest
         ids = tuple(dict.fromkeys(f.case.id for f in failures))
         findings.append(Finding(operation, rule, flags, follows, example, smallest, ids))
-    seconds = sum(r.seconds for r in results)
-    return Report(backend.name, str(device), backend.versions, results, findings, seconds)
+    return findings
 
 
 def _broken(failure: Failure) -> tuple[str, tuple[str, ...]]:
@@ -83,7 +95,7 @@ def counts(results: Iterable[Result]) -> dict[str, int]:
 def as_text(done: Report) -> str:
     """The report for a terminal; the last lines name each broken rule and its flag."""
     total = ", ".join(f"{n} {status}" for status, n in counts(done.results).items() if n)
-    lines = [f"{done.backend} on {done.device} ({versions(done)})", ""]
+    lines = [f"{done.backend} on {done.device} ({versions(done)})", *([FLUSHED] if done.flushes else []), ""]
     lines += [describe(first, same) + "\n" for first, *same in by_cause(done.findings)]
     lines += [matrix_text(done), f"{len(done.results)} cases in {done.seconds:.1f} s: {total}"]
     lines += [f"broken: {line}" for line in broken_by(done.findings)] or [
@@ -150,6 +162,7 @@ def as_json(done: Report) -> str:
         "device": done.device,
         "versions": dict(done.versions),
         "made": datetime.date.today().isoformat(),
+        **({"flushes subnormals": True} if done.flushes else {}),
         "counts": counts(done.results),
         "cases": {r.case.id: r.status for r in done.results},
         "findings": [
