@@ -120,6 +120,8 @@ def _check(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     in_place = (in_place or bool(kwargs.get("inplace"))) and not kwargs.get("assign")  # of relu; of module_load
     written = list(_codes_in(first)) if in_place and name not in _NO_WRITES else []
     written += _codes_in(kwargs.get("out"))
+    if kwargs.get("max_norm") is not None:  # of F.embedding, which scales rows of its weight in place
+        written += [t for value in args for t in _codes_in(value)]
     if written and name in _COPIES:
         place = _COPIES[name]
         source = args[place] if len(args) > place else kwargs.get("src", kwargs.get("other"))
