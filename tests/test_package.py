@@ -378,7 +378,9 @@ def test_every_name_is_on_a_page_of_the_api():
     blocks = re.findall(r"^::: bnbref(?:\.(\w+))?\n((?: {4}.*\n)+)", "".join(pages), re.MULTILINE)
     bnbref = importlib.import_module("bnbref")
     sections = [module for module, _ in blocks if module]
-    members = [name for module, options in blocks if not module for name in re.findall(r"^ +- (\w+)$", options, re.MULTILINE)]
+    members = [
+        name for module, options in blocks if not module for name in re.findall(r"^ +- (\w+)$", options, re.MULTILINE)
+    ]
     below = {name for section in sections for name in dir(getattr(bnbref, section))}
     assert set(dir(bnbref)) - {"__version__", *sections, *members} <= below
     assert set(sections) | set(members) <= set(dir(bnbref))

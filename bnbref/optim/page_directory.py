@@ -29,7 +29,7 @@ class Directory:
 
     def __init__(self, path: Path) -> None:
         if path.exists() and not path.is_dir():
-            raise ValueError(f"page_directory must be a folder, got {str(path)!r}, which is none")
+            raise ValueError(f"page_directory must be a folder, got {str(path)!r}, which is a file")
         self.path = path
         self._files: dict[str, int] = {}  # with their inodes: others may stand in their place
         _ALL.add(self)
@@ -63,7 +63,7 @@ class Directory:
                 os.close(held)
                 raise RuntimeError(
                     f"page_directory {str(self.path)!r} is in use by another optimizer, of this process or of another one, such "
-                    f"as another rank: each needs a folder of its own"
+                    f"as another rank: give each a folder of its own, or end the other one (in a notebook: `del optimizer`)"
                 )
         self._held = held
 
@@ -162,7 +162,8 @@ def read_pages(directory: str | Path) -> dict[int, dict[str, Any]]:
     directory = Path(directory)
     if not (directory / "steps.json").exists():
         raise RuntimeError(
-            f"{directory} has no steps.json: nothing was stepped there, or a step was interrupted half-way"
+            f"{directory} has no steps.json: no step was made there, or one was interrupted half-way, which leaves states of two "
+            f"steps. Begin from a copy of the folder, or from another checkpoint"
         )
     counts = json.loads((directory / "steps.json").read_text(encoding="utf-8"))
     # A directory that was written before a state said its blocksize has the step alone.
