@@ -1,4 +1,4 @@
-"""A directory of states in memory-mapped files: a checkpoint at any time but in the middle of a step.
+"""A directory of states in memory-mapped files. It is a valid checkpoint at any time except in the middle of a step.
 
     0.state1.uint8.64x128.bin    a file for each tensor, whose name says what it is
     steps.json                   the steps of all parameters, and what they say of their blocks
@@ -25,7 +25,7 @@ except ImportError:  # Windows
 
 
 class Directory:
-    """The files of one optimizer. Nobody else may write to them: another rank, a second optimizer, a copy of this one."""
+    """The files of one optimizer. No other optimizer may write to them: not that of another rank, and not a copy of this one."""
 
     def __init__(self, path: Path) -> None:
         if path.exists() and not path.is_dir():
@@ -103,12 +103,12 @@ class Directory:
             path.unlink()
 
     def begin(self) -> None:
-        """From now on it is no checkpoint, until `end`."""
+        """A step begins: until `end` the folder is no valid checkpoint."""
         self._hold()
         (self.path / "steps.json").unlink(missing_ok=True)
 
     def end(self, counts: Mapping[int, Mapping[str, int]]) -> None:
-        """Now it is one, with these counts; but if somebody has removed files, which only this process still has."""
+        """A step has ended: the folder is a checkpoint with these step counts, unless somebody has removed files."""
         here = {path.name: path.stat().st_ino for path in self.path.glob("*.bin")}
         gone = sorted(name for name, inode in self._files.items() if here.get(name) != inode)
         if gone:

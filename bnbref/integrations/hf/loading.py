@@ -54,7 +54,7 @@ class _Conversion(ConversionOps):  # type: ignore[misc]
 
 
 class Quantize(_Conversion):
-    """Float weights by full name -> quantized ones."""
+    """Quantizes float weights, given by their full names."""
 
     def convert(self, input_dict: dict[str, Any], model: Any = None, **kwargs: Any) -> dict[str, Any]:
         """Quantize those that the quantizer wants quantized."""
@@ -88,7 +88,7 @@ class Quantize(_Conversion):
 
 
 class Read(_Conversion):
-    """The tensors of one weight, by their names in the file -> the weight.
+    """Makes a quantized weight of its tensors, given by their names in the file.
 
     target: "weight", of any module, or the end of the name of a parameter that is quantized by itself.
 

@@ -92,7 +92,7 @@ class LoraLinear(lora.Linear):  # type: ignore[misc]
 
 
 def register_lora(config: LoraConfig) -> LoraConfig:
-    """Returns the config, as it is. TypeError for that of another tuner.
+    """Makes peft know the layers of bnbref, and returns the config unchanged. TypeError for the config of another tuner.
 
     To import this function is enough: peft then wraps bnbref's layers in `LoraLinear`. Where bnbref's quantizer has loaded the
     model, peft does so without it.
