@@ -1,4 +1,4 @@
-"""The built site in a real browser, as wide as a phone and as a desk, light and dark: no page scrolls sideways, every picture loads."""
+"""The built site in a browser, wide as a phone and as a desk, light and dark: no page scrolls sideways, every picture loads."""
 
 import html
 import importlib.util
