@@ -1,4 +1,4 @@
-"""gpu_flows.py's rows as a table with what they must reach, and as the plot of the README."""
+"""gpu_flows.py's rows as a table with what they must reach, and as the plot of the page On a GPU."""
 
 import importlib
 from pathlib import Path

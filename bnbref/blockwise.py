@@ -98,7 +98,7 @@ def dequantize_blocks(codes: Tensor, absmax: Tensor, values: Tensor, *, dtype: t
 
 
 def in_rows(x: Tensor, width: int) -> Tensor:
-    """`x` flattened to `[rows, width]`, zeros after the last element; at least two rows, which Dynamo does not specialise.
+    """`x` flattened to `[rows, width]`, padded by zeros. It has at least two rows, because Dynamo specialises a graph on one.
 
     >>> in_rows(torch.ones(3), 2)
     tensor([[1., 1.],
@@ -115,13 +115,13 @@ def in_rows(x: Tensor, width: int) -> Tensor:
 
 
 def unpadded(rows: Tensor, n: int) -> Tensor:
-    """The first n elements in row-major order, `[n]`, without the padding after them in memory either."""
+    """The first n elements in row-major order, `[n]`, in memory that does not hold the padding any more."""
     flat = rows.reshape(-1)
     return flat if flat.numel() == n else flat[:n].clone()
 
 
 def block_count(numel: int, blocksize: int) -> int:
-    """Blocks that hold `numel` elements, the last one perhaps in part."""
+    """The number of blocks for `numel` elements; the last block may be short."""
     return -(-numel // blocksize)
 
 

@@ -1,4 +1,4 @@
-"""bitsandbytes' bytes on disk: read them, write them, refuse what is half there. No model, no transformers.
+"""Files of bitsandbytes: read them and write them, without a model and without transformers. Incomplete weights are refused.
 
 What makes a weight in a file is in `bnbref.checkpoint_weights`. Files are mapped into memory, so listing and checking cost none,
 and no size that a file claims is believed unchecked.
@@ -30,7 +30,7 @@ BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """The checkpoint at a path: every weight checked, none dequantized. ValueError names the tensor, or the file.
+    """Opens the checkpoint at a path and checks every weight, dequantizing none. A ValueError names the tensor, or the file.
 
     path: a .safetensors file, a .bin, .pt or .pth file (`weights_only`), an index of shards (.index.json), or a
     directory with model.safetensors or model.safetensors.index.json.

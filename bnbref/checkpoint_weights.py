@@ -34,7 +34,7 @@ _OF_INT8 = re.compile(r"(?s)(|.*\.)(SCB|weight_format)")
 
 @dataclass(frozen=True)
 class Entry:
-    """One weight of a checkpoint: what `read` returns, and the bytes in the file.
+    """One weight of a checkpoint: the name, shape and format of what `read` returns, and its bytes in the file.
 
     format: "plain", "int8" or the 4-bit quant_type. code_bytes: of the weight itself. scale_bytes: of all beside it.
 
@@ -56,7 +56,7 @@ class Entry:
 
 
 class Checkpoint:
-    """The weights of a state dict, quantized or not: `entries` by name, `read` one. It is whole, or ValueError.
+    """The weights of a state dict, quantized or not: `entries` lists them, `read` gives one. ValueError if one is incomplete.
 
     >>> Checkpoint({"q.weight": torch.zeros(64, 64, dtype=torch.int8)})
     Traceback (most recent call last):

@@ -48,8 +48,8 @@ def parser() -> argparse.ArgumentParser:
     """All commands: each sets `run`, a function of the parsed arguments that returns the exit status."""
     top = argparse.ArgumentParser(
         prog="bnbref",
-        description=bnbref.__doc__,
-        epilog="COMMAND --help says more. Exit status: 0 done, 1 something was found wrong, 2 the command cannot be run so.",
+        description="The formats, layers and optimizers of bitsandbytes in plain PyTorch: weights and states in 4 and 8 bits.",
+        epilog="COMMAND --help says more. Exit status: 0 done, 1 something was found wrong, 2 the command could not run.",
     )
     top.add_argument("--version", action="version", version=f"bnbref {bnbref.__version__}")
     subparsers = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -60,20 +60,24 @@ def parser() -> argparse.ArgumentParser:
 
     commands = SimpleNamespace(add_parser=add_parser)
 
-    info = commands.add_parser("info", help="versions, devices, and a self-check against golden digests")
+    info = commands.add_parser("info", help="versions and devices, and whether the bits are right on this machine")
     info.add_argument(
         "--seconds", type=float, default=10.0, metavar="N", help="begin no compilation after N seconds (default: 10)"
     )
     info.set_defaults(run=run_info)
 
     check = kit.add_check(commands)
-    check.add_argument("--self", action="store_true", help="bnbref's own exact kernels, eager and compiled, instead")
+    check.add_argument(
+        "--self", action="store_true", help="judge bnbref's own exact kernels instead, eager and compiled"
+    )
     check.set_defaults(run=run_check_or_self)
     kit.add_board(commands)
     add_vectors(commands)
 
     demo = commands.add_parser("demo", help="quantize a small language model, measure it, and fine-tune it")
-    demo.add_argument("--quick", action="store_true", help="a tenth of the text and of the steps; other numbers")
+    demo.add_argument(
+        "--quick", action="store_true", help="use a tenth of the text and of the steps, which gives other numbers"
+    )
     demo.add_argument("--device", help="where the model runs (default: the accelerator if there is one, else cpu)")
     demo.add_argument("--out", type=Path, metavar="DIR", help="keep the adapter here (default: a temporary directory)")
     demo.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured")
@@ -85,35 +89,37 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("model", metavar="MODEL", help="a directory, a config.json, a name on the hub, or a size like 7B")
     plan.add_argument(
         "--memory", metavar="SIZE",
-        help="the memory of your GPU, like 24GiB, or of several, like 2x24GiB: the best that fits, and the code to paste",
+        help="the memory of your GPU, like 24GiB, or of several, like 2x24GiB: prints what fits best, and code to paste",
     )  # fmt: skip
     plan.add_argument(
         "--train", choices=("qlora", "full"),
-        help="to train an adapter, or everything (default: all uses; with --memory: to run the model)",
+        help="plan to train an adapter, or everything (default: all uses; with --memory: to run the model)",
     )  # fmt: skip
     plan.add_argument(
         "--optimizer", metavar="NAME",
         help="an optimizer of bnbref.optim, like Lion8bit (default: several; with --memory: PagedAdamW8bit)",
     )  # fmt: skip
-    plan.add_argument("--seq", **count, default=2048, help="tokens of a text (default: %(default)s)")
-    plan.add_argument("--batch", **count, default=1, help="texts at once (default: %(default)s)")
+    plan.add_argument("--seq", **count, default=2048, help="how long each text is, in tokens (default: %(default)s)")
+    plan.add_argument("--batch", **count, default=1, help="how many texts are processed at once (default: %(default)s)")
     plan.set_defaults(run=run_plan)
 
     qlora = commands.add_parser("qlora", help="fine-tune an adapter on a 4-bit model, from a text to a folder")
     qlora.add_argument("--model", metavar="MODEL", help="a directory or a name on the hub (default: the demo model)")
     source = qlora.add_mutually_exclusive_group()
     source.add_argument("--text", type=Path, metavar="FILE", help="a text file (default: the source of argparse)")
-    source.add_argument("--dataset", metavar="NAME", help="instead: a dataset, on the hub or in a directory")
-    qlora.add_argument("--column", default="text", metavar="NAME", help="its column with texts (default: %(default)s)")
-    qlora.add_argument("--split", default="train", metavar="NAME", help="its part (default: %(default)s)")
+    source.add_argument("--dataset", metavar="NAME", help="instead of a text: a dataset, on the hub or in a directory")
+    qlora.add_argument(
+        "--column", default="text", metavar="NAME", help="the column that has the texts (default: %(default)s)"
+    )
+    qlora.add_argument("--split", default="train", metavar="NAME", help="the part to train on (default: %(default)s)")
     qlora.add_argument("--steps", **count, default=60, help="steps of training (default: %(default)s)")
-    qlora.add_argument("--batch", **count, default=8, help="windows a step (default: %(default)s)")
-    qlora.add_argument("--length", **count, default=128, help="tokens a window (default: %(default)s)")
+    qlora.add_argument("--batch", **count, default=8, help="windows of text in each step (default: %(default)s)")
+    qlora.add_argument("--length", **count, default=128, help="tokens in each window (default: %(default)s)")
     qlora.add_argument(
         "--lr", type=float, default=2e-3, metavar="X",
-        help="learning rate (default: %(default)s, for the demo model; of 7B try 2e-4)",
+        help="learning rate (default: %(default)s, which suits the demo model; for 7B begin with 2e-4)",
     )  # fmt: skip
-    qlora.add_argument("--rank", **count, default=16, help="of the adapter (default: %(default)s)")
+    qlora.add_argument("--rank", **count, default=16, help="rank, the inner size of the adapter (default: %(default)s)")
     qlora.add_argument(
         "--targets", nargs="+", metavar="NAME", help="the layers that get an adapter (default: the projections of attention)"
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""A codebook: which values a format has, and where one ends and the next begins. NF4 and the others are in `bnbref.codebooks`.
+"""A codebook: the values of a format, and the thresholds between them. NF4 and the others are in `bnbref.codebooks`.
 
 It is two tables. The code of x is found by counting the thresholds strictly below x, so every rounding
 convention is just another threshold table: a tie that goes to the even code moves a threshold by one ulp, and the

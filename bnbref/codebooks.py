@@ -1,4 +1,4 @@
-"""The codebooks that there are, and where their numbers come from: NF4 and FP4, dynamic trees, equal steps, small floats.
+"""The codebooks of bnbref, and where their numbers come from: NF4 and FP4, dynamic trees, equal steps, small floats.
 
 Each is a `Codebook`. A format of four bits is an entry of `FOUR_BIT`; a family of eight bits is a function of its parameters.
 """

@@ -1,4 +1,4 @@
-"""What torch may be doing around a call of ours, and what a call does about it.
+"""The modes of torch in which a function of bnbref may be called (tracing, autocast, transforms), and what it does about each.
 
 autocast                              off inside: dtypes are the ones that are written down
 torch.func, torch.autograd.forward_ad plain operations, and a derivative of ours where rounding has none

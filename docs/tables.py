@@ -4,15 +4,15 @@ A table stands between `<!-- table: NAME -->` and `<!-- end of the table -->`. A
 a new JSON, and so a new table; `tests/test_docs.py` compares.
 """
 
-import json
 import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+import gpu_tables
+from measured import ROOT, digits, results, table
+
 PLACE = re.compile(r"<!-- table: (?P<name>[\w-]+) -->\n.*?<!-- end of the table -->", re.DOTALL)
 
 SPEED = (
@@ -26,53 +26,12 @@ SPEED = (
 )  # fmt: skip
 """The rows of cpu.json that the page of speed has."""
 
-FRONT = tuple(SPEED[number] for number in (1, 3, 6, 7, 8, 12))
-"""Those of them that the front page has."""
 
-
-def results(name: str) -> dict[str, Any]:
-    """What a program of benchmarks/ has saved: command, machine, rows."""
-    found: dict[str, Any] = json.loads((ROOT / "benchmarks/results" / f"{name}.json").read_text(encoding="utf-8"))
-    return found
-
-
-def lines(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of Markdown.
-
-    >>> print(lines(["", "ms"], [["a", "1"]]))
-    | | ms |
-    |---|---|
-    | a | 1 |
-    """
-    cells = [head, ["---"] * len(head), *rows]
-    text = ["| " + " | ".join(row) + " |" for row in cells]
-    return "\n".join(line.replace("|  |", "| |").replace(" --- ", "---") for line in text)
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], found: dict[str, Any], *packages: str) -> str:
-    """A table, and below it the command that made it, where, with which packages, and when."""
-    machine = found["machine"]
-    gpu = next((row["gpu"] for row in found["rows"] if row.get("gpu")), None)
-    threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
-    versions = ", ".join(f"{name} {machine['packages'][name]}" for name in ("torch", *packages))
-    source = f"`{found['command']}`: {gpu or machine['cpu'] + ', ' + threads}, {versions}, {found['day']}."
-    return f"{lines(head, rows)}\n\n({source})"
-
-
-def digits(number: float) -> str:
-    """Three of them, and no more than two after the point.
-
-    >>> [digits(x) for x in (0.0312, 5.667, 62.37, 2177.0)]
-    ['0.03', '5.67', '62.4', '2177']
-    """
-    return f"{number:.{max(0, min(2, 3 - len(str(int(number)))))}f}"
-
-
-def beside_bitsandbytes(names: Iterable[str]) -> str:
-    """Rows of cpu.json."""
+def beside_bitsandbytes() -> str:
+    """The rows of `SPEED`."""
     found = results("cpu")
     rows = {row["what"]: row for row in found["rows"]}
-    cells = ([name, *(f"{rows[name][key]:.2f}" for key in ("ours", "theirs", "ratio"))] for name in names)
+    cells = ([name, *(f"{rows[name][key]:.2f}" for key in ("ours", "theirs", "ratio"))] for name in SPEED)
     return table(["", "bnbref", "bitsandbytes", "ratio"], cells, found, "bitsandbytes")
 
 
@@ -137,15 +96,70 @@ def training(name: str) -> str:
     return table(head, cells, found)
 
 
+def rare_tokens() -> str:
+    """An embedding whose tokens are as frequent as words: medians of the seeds."""
+    found = results("rare_tokens")
+    packages = found["machine"]["packages"]
+    names = {
+        "8 bits, nonzero_squares": "8 bits, `nonzero_squares`",
+        "8 bits, torchao": f"8 bits, torchao {packages['torchao']}",
+        "8 bits, bitsandbytes": f"8 bits, bitsandbytes {packages['bitsandbytes']} on a CPU",
+    }
+    cells = []
+    for what in dict.fromkeys(row["what"] for row in found["rows"]):
+        runs = [row for row in found["rows"] if row["what"] == what]
+        rare, frequent, longest, usual = (
+            statistics.median(run[key] for run in runs)
+            for key in ("error_rare", "error_frequent", "longest_step", "median_longest_step")
+        )
+        cells.append([names.get(what, what), f"{frequent:.3f}", f"{rare:.3f}", f"{longest:.1f}", f"{usual:.1f}"])
+    head = ["states", "error, frequent", "error, rare", "longest step", "median of the longest"]
+    return table(head, cells, found, "bitsandbytes", "torchao")
+
+
+def averages() -> str:
+    """What becomes of squares whose gradients change their size."""
+    found = results("averages")
+    rows = [row for row in found["rows"] if row["what"] == "v"]
+    cells = []
+    for row in rows:
+        before, after = (f"{row[key]:g}" for key in ("before", "after"))
+        gradients = before if before == after else f"{before}, then {after}"
+        cells.append([f"{row['beta2']:g}", gradients, *(f"{ratio:.2f}" for ratio in row["ratios"])])
+    first, *later = rows[0]["at"]
+    head = ["AdamW, beta2", "gradients of the half", f"its v in 8 bits over v in 32, step {first}"]
+    return table([*head, *(f"step {step}" for step in later)], cells, found)
+
+
+def slow_averages() -> str:
+    """What becomes of a slow momentum."""
+    found = results("averages")
+    cells = [
+        [f"{row['beta3']:g}", *(f"{value:.2f}" for value in (row["error"], *row["parts"]))]
+        for row in found["rows"]
+        if row["what"] == "slow average"
+    ]
+    head = [
+        "AdEMAMix, beta3",
+        "error of the slow average in 8 bits, over its size",
+        "part of the mean found in 32 bits",
+        "in 8 bits",
+    ]
+    return table(head, cells, found)
+
+
 TABLES: dict[str, Callable[[], str]] = {
-    "cpu-front": partial(beside_bitsandbytes, FRONT),
-    "cpu": partial(beside_bitsandbytes, SPEED),
+    "cpu": beside_bitsandbytes,
     "batch-invariant": batch_invariant,
     "first-use": first_use,
     "optimizers": optimizers,
     "matrix-optimizers": partial(matrix_optimizers, "matrix_optimizers"),
     "matrix-optimizers-h100": partial(matrix_optimizers, "matrix_optimizers-nvidia-h100-80gb-hbm3"),
     **{name: partial(training, name) for name in ("ablation", "weights", "muon", "squares")},
+    "rare-tokens": rare_tokens,
+    "averages": averages,
+    "slow-averages": slow_averages,
+    **gpu_tables.TABLES,
 }
 
 

@@ -372,12 +372,15 @@ def test_type_checkers_see_the_names_that_are_imported_late():
     assert seen == bnbref._NEED_HUGGING_FACE
 
 
-def test_every_name_is_on_the_page():
-    """In the list of `bnbref`, in a section of its own, or among the names of such a section."""
-    page = (ROOT / "docs" / "content" / "api.md").read_text(encoding="utf-8")
+def test_every_name_is_on_a_page_of_the_api():
+    """In a list of `bnbref`, in a section of its own, or among the names of such a section."""
+    pages = [page.read_text(encoding="utf-8") for page in (ROOT / "docs/content/api").glob("*.md")]
+    blocks = re.findall(r"^::: bnbref(?:\.(\w+))?\n((?: {4}.*\n)+)", "".join(pages), re.MULTILINE)
     bnbref = importlib.import_module("bnbref")
-    sections = re.findall(r"^::: bnbref\.(\w+)$", page, re.MULTILINE)
-    members = re.findall(r"^ +- (\w+)$", page, re.MULTILINE)
+    sections = [module for module, _ in blocks if module]
+    members = [
+        name for module, options in blocks if not module for name in re.findall(r"^ +- (\w+)$", options, re.MULTILINE)
+    ]
     below = {name for section in sections for name in dir(getattr(bnbref, section))}
     assert set(dir(bnbref)) - {"__version__", *sections, *members} <= below
     assert set(sections) | set(members) <= set(dir(bnbref))

@@ -1,4 +1,4 @@
-"""The built site in a real browser, as wide as a phone and as a desk: no page scrolls sideways, and every picture loads."""
+"""The built site in a browser, wide as a phone and as a desk, light and dark: no page scrolls sideways, every picture loads."""
 
 import html
 import importlib.util
@@ -18,7 +18,8 @@ LOOK = """
 <script>addEventListener("load", () => {
   const broken = [...document.images].filter(image => image.naturalWidth == 0).map(image => image.src);
   const wide = document.documentElement.scrollWidth - document.documentElement.clientWidth;
-  parent.postMessage({page: location.href, width: innerWidth, wide, broken, images: document.images.length}, "*");
+  const paper = getComputedStyle(document.body).backgroundColor;
+  parent.postMessage({page: location.href, width: innerWidth, wide, broken, images: document.images.length, paper}, "*");
 })</script>
 """
 FRAMES = """
@@ -37,12 +38,13 @@ pytestmark = [
 ]
 
 
-def looked_at(pages, width, folder):
-    """What the script on each page found, in a frame of that width."""
+def looked_at(pages, width, folder, dark=False):
+    """What the script on each page found, in a frame of that width, for a reader who likes dark pages or light ones."""
     frames = folder / f"frames{width}.html"
     addresses = [page.as_uri() for page in pages]
     frames.write_text(FRAMES + "".join(f'<iframe width="{width}" height="900" src="{a}"></iframe>' for a in addresses))
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=60000", "--dump-dom"]
+    command.append(f"--blink-settings=preferredColorScheme={0 if dark else 1}")
     done = subprocess.run([*command, frames.as_uri()], capture_output=True, text=True, timeout=300, check=True)
     found = json.loads(html.unescape(re.search(r'data-look="([^"]*)"', done.stdout)[1]))
     by_page = {look["page"]: look for look in found}
@@ -71,9 +73,13 @@ def site(tmp_path_factory):
     return folder
 
 
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [400, 1400])
-def test_pages_fit_and_pictures_load(site, width, tmp_path):
-    found = looked_at(sorted(site.rglob("index.html")), width, tmp_path).values()
+def test_pages_fit_and_pictures_load(site, width, dark, tmp_path):
+    found = looked_at(sorted(site.rglob("index.html")), width, tmp_path, dark).values()
+    for look in found:
+        red, green, blue = map(int, re.findall(r"\d+", look["paper"])[:3])
+        assert (red + green + blue < 3 * 128) == dark, look
     frame = 4  # of two pixels on each side
     assert all(width - frame <= look["width"] <= width for look in found)
     assert [look for look in found if look["wide"] > 0 or look["broken"]] == []

@@ -30,16 +30,18 @@ def refuse(args: argparse.Namespace, why: str, *allowed: str) -> None:
 def add_check(commands: Any) -> argparse.ArgumentParser:
     """Add `check` to the subparsers of `python -m bnbref`; its parser, whose `run` the caller sets."""
     check: argparse.ArgumentParser = commands.add_parser(
-        "check", help="are a backend's bits right? Every case of the conformance kit, judged"
+        "check", help="are a backend's bits right? Runs the cases of the conformance kit on it"
     )
     check.add_argument(
-        "--backend", metavar="NAME", help="one of the kit's, or package.module[:attribute] (default: bnbref)"
+        "--backend",
+        metavar="NAME",
+        help="what is judged: a name of --list, or your package.module[:attribute] (default: bnbref)",
     )
-    check.add_argument("--order", action="store_true", help="find the order in which its products add up, instead")
+    check.add_argument("--order", action="store_true", help="find the order in which its products are added, instead")
     check.add_argument("--list", action="store_true", help="name the kit's backends, and what each of them needs")
     check.add_argument("--device", help="where it runs (default: cpu; with --self the accelerator if there is one)")
-    check.add_argument("--quick", action="store_true", help="a selection of the cases")
-    check.add_argument("--only", default="", metavar="TEXT", help="only cases whose id contains this")
+    check.add_argument("--quick", action="store_true", help="run a selection of the cases")
+    check.add_argument("--only", default="", metavar="TEXT", help="run only the cases whose id contains this")
     check.add_argument("--jobs", type=int, metavar="N", help="processes that run the cases (default: 1)")
     check.add_argument("--limit", type=float, metavar="S", help="seconds after which a case has failed (default: 600)")
     check.add_argument(
@@ -47,19 +49,23 @@ def add_check(commands: Any) -> argparse.ArgumentParser:
         help="what ends with status 1: anything that fails, or defects alone (default: %(default)s)",
     )  # fmt: skip
     check.add_argument("--json", type=Path, metavar="FILE", help="write the report as JSON")
-    check.add_argument("--summary", type=Path, metavar="FILE", help="write the rules by what became of them, as JSON")
+    check.add_argument("--summary", type=Path, metavar="FILE", help="write as JSON which rules passed and which failed")
     check.add_argument("--badge", type=Path, metavar="FILE", help="write a badge, as shields.io reads it")
     check.add_argument("--markdown", type=Path, metavar="FILE", help="write a table for a README")
-    check.add_argument("--html", type=Path, metavar="FILE", help="write one page: the rules, what failed, error maps")
+    check.add_argument("--html", type=Path, metavar="FILE", help="write a web page: the rules, what failed, error maps")
     return check
 
 
 def add_board(commands: Any) -> None:
     """Add `board` to the subparsers of `python -m bnbref`."""
     board = commands.add_parser("board", help="reports of `check --json`, of any number of backends, as one page")
-    board.add_argument("reports", type=Path, nargs="+", metavar="REPORT.json", help="a column each, in this order")
-    board.add_argument("--html", type=Path, metavar="FILE", help="the page: rules by backends, filters, what failed")
-    board.add_argument("--svg", type=Path, metavar="FILE", help="the same as a drawing")
+    board.add_argument(
+        "reports", type=Path, nargs="+", metavar="REPORT.json", help="of `check --json`; each becomes a column"
+    )
+    board.add_argument(
+        "--html", type=Path, metavar="FILE", help="write the page: rules by backends, filters, what failed"
+    )
+    board.add_argument("--svg", type=Path, metavar="FILE", help="write the same as a drawing")
     board.set_defaults(run=run_board)
 
 

@@ -37,7 +37,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Result:
-    """The outcome of a case, and the seconds that it took.
+    """The outcome of one case, and the seconds that it took.
 
     status: "passed", "failed", "not implemented", or "refused", where the rules allow an exception.
     """
@@ -149,7 +149,7 @@ def of_answer(
 
 
 def run_case(backend: Backend, case: Case, device: torch.device) -> Result:
-    """One case on a backend."""
+    """Runs one case on a backend, and judges what it returns."""
     function = backend.functions.get(case.operation)
     if function is None:
         return Result(case, "not implemented")
@@ -174,5 +174,5 @@ def run_case(backend: Backend, case: Case, device: torch.device) -> Result:
 
 
 def run(backend: Backend, cases: Iterable[Case], device: torch.device) -> list[Result]:
-    """All cases on a backend, in order."""
+    """Runs cases on a backend, and judges them, in order."""
     return [run_case(backend, case, device) for case in cases]

@@ -76,7 +76,7 @@ def arguments(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Operation(NamedTuple):
-    """One of `SIGNATURES`. optional: arguments that may be None. results: their names, in the order of a tuple."""
+    """An operation of `SIGNATURES`. optional: its arguments that may be None. results: the names of its results, in order."""
 
     signature: str
     optional: tuple[str, ...]

@@ -21,7 +21,7 @@ from bnbref.context import FLUSHED, flushes_subnormals, with_subnormals
 
 @dataclass(frozen=True)
 class Report:
-    """A backend, what became of each case, and the findings."""
+    """What is known after a run: the backend, the outcome of each case, and the findings."""
 
     backend: str
     device: str
@@ -139,7 +139,7 @@ def matrix_text(done: Report) -> str:
 
 
 def as_markdown(reports: Sequence[Report]) -> str:
-    """The badge table: operations by backends, a cell the cases passed of those that ran."""
+    """A table of operations by backends: each cell has the cases that passed, of those that ran."""
     head = " | ".join(
         f"{done.backend} {done.versions.get(done.backend.partition('-')[0], '')}".strip() for done in reports
     )

@@ -1,4 +1,4 @@
-"""Codes are bytes and not numbers: what torch may do to the memory of a quantized weight.
+"""What torch may do with a quantized weight, whose elements are codes and not numbers. Everything else raises.
 
     weight.add_(x), weight.lerp_(..), weight[0] = 1, weight.copy_(floats), nn.init.normal_(weight), torch._foreach_mul_(..)
 

@@ -151,7 +151,7 @@ class EightBitLayer(QuantizedLayer):
         if found.shape != self._shape():
             raise ValueError(f"weight must have the shape {list(self._shape())}, got {list(found.shape)}")
         if isinstance(self.weight, Int8Params) and self.weight.has_fp16_weights:
-            raise ValueError("weight is int8, but this layer keeps a float weight (has_fp16_weights=True)")
+            raise ValueError("weight is int8, but this layer keeps a float weight: make it with has_fp16_weights=False")
         return Int8Params(entries["weight"], requires_grad=False, SCB=entries["SCB"])
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

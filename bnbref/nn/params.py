@@ -22,7 +22,8 @@ def _of_state(name: str, nested: bool = False) -> Any:
         if state is not None and nested:
             state = state.state2
         if state is None:
-            raise AttributeError(f"this {type(self).__name__} is not quantized{', or not twice' * nested}: no {name}")
+            needs = "has no scales in 8 bits (compress_statistics=False)" if nested else "is not quantized"
+            raise AttributeError(f"this {type(self).__name__} {needs}: no {name}")
         return getattr(state, name)
 
     return property(get, doc=f"{name} of the {'nested ' * nested}quant state.")

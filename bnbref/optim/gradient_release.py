@@ -17,7 +17,7 @@ from bnbref.optim.sharding import shard_of
 
 
 class GradientRelease:
-    """Steps the parameters of an optimizer inside `backward()`, until `remove()`.  Exact: the bits of a step after it.
+    """Steps the parameters of an optimizer inside `backward()`, until `remove()`.  Exact: the bits of a step after `backward()`.
 
     The loop stays as it is. `optimizer.step()` ends the iteration, and steps what has no hook; `zero_grad()` finds nothing to do.
     What needs all gradients at once cannot be done:

@@ -1,4 +1,4 @@
-"""Kinds of settings: what a setting of a group may be is said where a rule reads it, by one of these functions.
+"""Kinds of settings. A rule reads a setting of a group by one of these functions, which refuses what is not allowed.
 
 So the constructor, a group, a loaded state dict and a step, which all ask for the coefficients, judge it alike and by its name.
 """

@@ -1,4 +1,4 @@
-"""Weights of 16 bits that are trained as if they had 24 or 32. The part that rounding takes away is beside them, an integer.
+"""Weights of 16 bits that are trained as if they had 24 or 32. An integer beside each keeps what rounding took away.
 
     exact value, float32        s eeeeeeee mmmmmmm mmmmmmmm mmmmmmmm
     parameter, bfloat16         s eeeeeeee mmmmmmm                      the nearest one, a tie away from zero

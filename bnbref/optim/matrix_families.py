@@ -1,4 +1,4 @@
-"""Optimizers of matrices under their names: Muon and SOAP, with AdamW for what is none, and Adafactor; in 8 bits and in pages."""
+"""Optimizers of matrices: Muon and SOAP, which step all other parameters by AdamW, and Adafactor. In 8 bits and in pages."""
 
 # ruff: noqa: E701, the table of variants has a line for each
 
@@ -15,7 +15,7 @@ from bnbref.optim.kinds import count, flag, number, one_of, weight
 
 
 class Muon(Family):
-    """Momentum, orthogonalised, as torch.optim.Muon; by AdamW what is no hidden matrix (Jordan et al., 2024).  Decoupled decay.
+    """Orthogonalised momentum for hidden matrices, as torch.optim.Muon (Jordan et al., 2024), else AdamW.  Decoupled decay.
 
         m = b m + (1 - b) g              u = newton_schulz(b m + (1 - b) g)           with nesterov, else of m
         p = (1 - lr wd) p - lr s u       s = sqrt(max(1, rows / columns))             or 0.2 sqrt(max(rows, columns))
@@ -53,7 +53,7 @@ class Muon(Family):
 
 
 def muon_groups(model: nn.Module, head: str | Iterable[str] | None = None, **adamw: Any) -> list[dict[str, Any]]:
-    """The groups of a model for `Muon`: hidden matrices; and by AdamW embeddings, heads and whatever has not two dimensions.
+    """The groups of a model for `Muon`: hidden matrices, and what AdamW steps: embeddings, heads, all without two dimensions.
 
     head: the names of the modules whose outputs are the model's, () for none. It need not be said of models that have
     `get_output_embeddings`, as those of transformers. adamw: settings of the second group, its learning rate first of all.
@@ -85,7 +85,7 @@ def muon_groups(model: nn.Module, head: str | Iterable[str] | None = None, **ada
 
 
 class Adafactor(Family):
-    """Squares by row and by column alone (Shazeer & Stern, 1804.04235), as torch.optim.Adafactor.  Decoupled decay.
+    """Adam whose squares are kept by row and by column (Shazeer & Stern, 1804.04235), as torch.optim.Adafactor.  Decoupled decay.
 
         r = b r + (1 - b) mean of g^2 by row           q = b q + (1 - b) mean of g^2 by column          1 - b = t^beta2_decay
         u = g / max(sqrt(r q^T / mean(r)), eps1)       u = max(eps2, rms(p)) u / max(1, rms(u) / d)
@@ -111,7 +111,7 @@ class Adafactor(Family):
 
 
 class SOAP(Family):
-    """Adam in the eigenbases of Shampoo's statistics (Vyas et al., 2409.11321); by AdamW what is no matrix.  Decoupled decay.
+    """Adam in the eigenbases of Shampoo's statistics (Vyas et al., 2409.11321); AdamW for what is no matrix.  Decoupled decay.
 
         m = b1 m + (1 - b1) G            v = b2 v + (1 - b2) (P^T G Q)^2
         p = (1 - lr wd) p - lr P ((P^T m^ Q) / (sqrt(v^) + eps)) Q^T

@@ -16,7 +16,7 @@ _MANY = 8
 
 
 class NamedRules:
-    """One rule, or several of which a group names its own as "rule". A group that names none has the first."""
+    """The rules of an optimizer. A group names its rule as "rule"; without that it has the first."""
 
     def __init__(self, rule: Rule | Mapping[str, Rule]) -> None:
         self.rules = {

@@ -1,4 +1,4 @@
-"""A directory of states in memory-mapped files: a checkpoint at any time but in the middle of a step.
+"""A directory of states in memory-mapped files. It is a valid checkpoint at any time except in the middle of a step.
 
     0.state1.uint8.64x128.bin    a file for each tensor, whose name says what it is
     steps.json                   the steps of all parameters, and what they say of their blocks
@@ -25,11 +25,11 @@ except ImportError:  # Windows
 
 
 class Directory:
-    """The files of one optimizer. Nobody else may write to them: another rank, a second optimizer, a copy of this one."""
+    """The files of one optimizer. No other optimizer may write to them: not that of another rank, and not a copy of this one."""
 
     def __init__(self, path: Path) -> None:
         if path.exists() and not path.is_dir():
-            raise ValueError(f"page_directory must be a folder, got {str(path)!r}, which is none")
+            raise ValueError(f"page_directory must be a folder, got {str(path)!r}, which is a file")
         self.path = path
         self._files: dict[str, int] = {}  # with their inodes: others may stand in their place
         _ALL.add(self)
@@ -63,7 +63,7 @@ class Directory:
                 os.close(held)
                 raise RuntimeError(
                     f"page_directory {str(self.path)!r} is in use by another optimizer, of this process or of another one, such "
-                    f"as another rank: each needs a folder of its own"
+                    f"as another rank: give each a folder of its own, or end the other one (in a notebook: `del optimizer`)"
                 )
         self._held = held
 
@@ -103,12 +103,12 @@ class Directory:
             path.unlink()
 
     def begin(self) -> None:
-        """From now on it is no checkpoint, until `end`."""
+        """A step begins: until `end` the folder is no valid checkpoint."""
         self._hold()
         (self.path / "steps.json").unlink(missing_ok=True)
 
     def end(self, counts: Mapping[int, Mapping[str, int]]) -> None:
-        """Now it is one, with these counts; but if somebody has removed files, which only this process still has."""
+        """A step has ended: the folder is a checkpoint with these step counts, unless somebody has removed files."""
         here = {path.name: path.stat().st_ino for path in self.path.glob("*.bin")}
         gone = sorted(name for name, inode in self._files.items() if here.get(name) != inode)
         if gone:
@@ -162,7 +162,8 @@ def read_pages(directory: str | Path) -> dict[int, dict[str, Any]]:
     directory = Path(directory)
     if not (directory / "steps.json").exists():
         raise RuntimeError(
-            f"{directory} has no steps.json: nothing was stepped there, or a step was interrupted half-way"
+            f"{directory} has no steps.json: no step was made there, or one was interrupted half-way, which leaves states of two "
+            f"steps. Begin from a copy of the folder, or from another checkpoint"
         )
     counts = json.loads((directory / "steps.json").read_text(encoding="utf-8"))
     # A directory that was written before a state said its blocksize has the step alone.

@@ -61,8 +61,8 @@ def checked_gradient(p: Tensor, grad: Tensor, state: Mapping[str, Any], rule: Ru
     begun = "step" in state
     if not begun and _partly_shared(local(p), here):
         raise ValueError(
-            f"a gradient must be in memory of its own, or in just its parameter's: of shape {tuple(shape)} they begin "
-            f"{here.data_ptr() - local(p).data_ptr()} bytes apart"
+            f"a gradient must not overlap its parameter in memory, unless it is the same memory: a parameter of shape "
+            f"{tuple(shape)} and its gradient begin {here.data_ptr() - local(p).data_ptr()} bytes apart"
         )
     corrections(p, state)
     if begun:

@@ -78,7 +78,7 @@ class _Difference(Rule):
 
 
 class AdamWScheduleFree(Family):
-    """Adam whose parameters are averaged instead of its learning rate scheduled (2405.15682).  Decay at y.  Exact.
+    """Adam that averages its parameters in place of a learning rate schedule (2405.15682).  Weight decay acts on y.  Exact.
 
         z = z - r u                      u = g / (sqrt(v^) + eps) + wd y,        r = lr min(1, t / warmup_steps)
         x = (1 - c) x + c z              c = r^2 / (sum of r^2 so far)
@@ -113,11 +113,11 @@ class AdamWScheduleFree(Family):
         super()._check_known(own)
 
     def eval(self) -> None:
-        """Make the parameters the averages x. They are then no parameters to take a step from."""
+        """Set the parameters to their averages x, to evaluate or save them. `step` raises until `train()` is called."""
         self._switch(train=False)
 
     def train(self) -> None:
-        """Make the parameters y again, where gradients are taken."""
+        """Set the parameters back to y, the point at which gradients are taken."""
         self._switch(train=True)
 
     @torch.no_grad()

@@ -34,7 +34,7 @@ ALWAYS = {"percentile_clipping": 100, "block_wise": True, "skip_zeros": False}
 
 
 def says(value: Any, only: Any) -> bool:
-    """Whether a value says the only one that is possible. Numbers may have any type, and nothing may be said by None, too.
+    """Whether a value equals the only one that is possible. A number may be of any type, and None stands for "not given".
 
     >>> says(100.0, 100), says(0, False), says(None, False), says("", False), says(torch.ones(2), 1)
     (True, True, True, False, False)

@@ -32,7 +32,7 @@ _BESIDE = {*COUNTS, *CORRECTIONS.values(), "unorm_vec", "gnorm_vec"}
 
 
 def of_blocks(blocksize: int, numel: int) -> dict[str, int]:
-    """What a state of so many elements says of its blocks.
+    """What the checkpoint of a state with so many elements says of its blocks.
 
     >>> of_blocks(128, 1000), of_blocks(256, 1000), of_blocks(5000, 1000)
     ({'blocksize': 128}, {}, {'blocksize': 1000})

@@ -71,7 +71,7 @@ def rounded(x: Tensor, dtype: torch.dtype, noise: Tensor | None) -> Tensor:
 def as_parameter(
     x: Tensor, dtype: torch.dtype, noise: Tensor | None, correction: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
-    """The new parameter of that dtype, whose value is x; and its new correction, if it had one.
+    """The new parameter in that dtype, for the float32 value x; and its new correction, if it had one.
 
     With a correction there is no noise.
     """

@@ -25,7 +25,7 @@ def new_state(
     rule: Rule, shape: torch.Size, bits: int, blocksize: int, empty: Callable[..., Tensor], shard: Shard | None = None,
     whole: torch.Size | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """All states zero, under the keys of bitsandbytes: `state1` and, of 8 bits, `absmax1`.
+    """A state that begins at zero, under the keys of bitsandbytes: `state1` and, in 8 bits, `absmax1`.
 
     bits: 32 or 8. empty: gives the memory of a tensor, called with its key, shape and dtype. shard: where the part lies that
     has this shape, of a parameter that is spread over ranks, and whole: the shape of all of it.

@@ -28,7 +28,10 @@ def plain_if_new(model: nn.Module) -> dict[str, str]:
         if not isinstance(module, QuantizedLayer) or module.weight.is_meta or _is_quantized(module):
             continue
         if module.weight.shape != module._shape():
-            raise ValueError(f"{name}.weight has no scales: transformers renames them on loading, but not their weight")
+            raise ValueError(
+                f"{name}.weight has no scales: transformers renames them when it loads this model, and does not rename their "
+                f"weight. Load the float checkpoint with BnbRefConfig, or name the layer in skip_modules"
+            )
         reasons[name] = "not in the checkpoint: newly initialized"
         plain: Any = plain_layer(module, module.weight.data)
         if not was_conv1d(module):

@@ -54,7 +54,7 @@ class _Conversion(ConversionOps):  # type: ignore[misc]
 
 
 class Quantize(_Conversion):
-    """Float weights by full name -> quantized ones."""
+    """Quantizes float weights, given by their full names."""
 
     def convert(self, input_dict: dict[str, Any], model: Any = None, **kwargs: Any) -> dict[str, Any]:
         """Quantize those that the quantizer wants quantized."""
@@ -88,7 +88,7 @@ class Quantize(_Conversion):
 
 
 class Read(_Conversion):
-    """The tensors of one weight, by their names in the file -> the weight.
+    """Makes a quantized weight of its tensors, given by their names in the file.
 
     target: "weight", of any module, or the end of the name of a parameter that is quantized by itself.
 
@@ -119,7 +119,10 @@ class Read(_Conversion):
         if entries.keys() == {"weight"}:
             read = self._float
         elif not self.hf_quantizer.pre_quantized:
-            raise ValueError(f"{full_layer_name} is quantized already, but config.json has no quantization_config")
+            raise ValueError(
+                f"{full_layer_name} is quantized already, but config.json has no quantization_config: take config.json from the "
+                f"folder that save_pretrained wrote"
+            )
         else:
             read = self._fused if full_layer_name in self.hf_quantizer.fused else self._layer
         with _naming(full_layer_name):
@@ -131,7 +134,9 @@ class Read(_Conversion):
             return value
         if self.hf_quantizer.param_needs_quantization(model, name):
             if not value.is_floating_point() or value.shape[1:] == (1,):
-                raise ValueError(f"{value.dtype} {list(value.shape)} is half of a quantized weight: no scales")
+                raise ValueError(
+                    f"{value.dtype} {list(value.shape)} are the codes of a quantized weight, whose scales are not in the file"
+                )
             self.hf_quantizer.leave(model, name, "float in the checkpoint")
         return self.hf_quantizer.cast(model, name, value)
 
@@ -143,7 +148,8 @@ class Read(_Conversion):
             linear = plain_layer(module) if isinstance(module, QuantizedLayer) else module
             if not is_linear(linear):
                 raise ValueError(
-                    f"quantized in the checkpoint, but of a {type(module).__name__}, not of a linear layer"
+                    f"it is quantized in the checkpoint, but in the model it belongs to a {type(module).__name__}, which is no "
+                    f"linear layer: the checkpoint is of another model"
                 )
             module = quantized_layer(linear, self.hf_quantizer.spec, int8)
             model.set_submodule(path, module)

@@ -49,7 +49,8 @@ class LoraLinear(lora.Linear):  # type: ignore[misc]
         if config.use_dora or config.init_lora_weights not in WITHOUT_THE_WEIGHT:
             what = "use_dora=True" if config.use_dora else f"init_lora_weights={config.init_lora_weights!r}"
             raise ValueError(
-                f"{what} reads weights through bitsandbytes: on bnbref's layers it needs the alias for that"
+                f"{what} reads weights through bitsandbytes: call bnbref.install_as_bitsandbytes() at the start of the "
+                f"program, or dequantize the model first"
             )
         super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
 
@@ -91,13 +92,16 @@ class LoraLinear(lora.Linear):  # type: ignore[misc]
 
 
 def register_lora(config: LoraConfig) -> LoraConfig:
-    """Returns the config, as it is. TypeError for that of another tuner.
+    """Makes peft know the layers of bnbref, and returns the config unchanged. TypeError for the config of another tuner.
 
     To import this function is enough: peft then wraps bnbref's layers in `LoraLinear`. Where bnbref's quantizer has loaded the
     model, peft does so without it.
     """
     if not isinstance(config, LoraConfig):
-        raise TypeError(f"config must be a peft.LoraConfig, got {type(config).__name__}: other tuners need the alias")
+        raise TypeError(
+            f"config must be a peft.LoraConfig, got {type(config).__name__}: for other tuners call "
+            "bnbref.install_as_bitsandbytes() at the start of the program"
+        )
     return config
 
 

@@ -39,7 +39,7 @@ class Plan:
 
 
 def optimizers() -> list[type[optim.Optimizer]]:
-    """The named optimizers of `bnbref.optim` that step by element: what a rule of matrices keeps depends on more than shapes."""
+    """The named optimizers of `bnbref.optim` that step by element. States of those of matrices depend on more than shapes."""
     named = [getattr(optim, name) for name in optim.__all__]
     return [c for c in named if isinstance(c, type) and c.__module__ == optim.AdamW.__module__]
 
@@ -81,7 +81,7 @@ def number_of_parameters(model: str) -> float | None:
 
 
 def llama(parameters: float) -> LlamaConfig:
-    """A Llama of about so many parameters, in the proportions of Llama-2 7B: heads of 128, a layer for each.
+    """The config of a Llama of about so many parameters, in the proportions of Llama-2 7B: as many layers as heads, of 128 each.
 
     With h heads a layer has (4 + 3 * 2.6875) * (128 h)^2 parameters; there are h layers, and two matrices of the vocabulary.
     """
@@ -129,7 +129,7 @@ def plans(
     blueprint: Blueprint, train: str | None = None, optimizer: type[optim.Optimizer] = optim.PagedAdamW8bit, seq: int = 2048,
     batch: int = 1, rank: int = 16,
 ) -> list[Plan]:  # fmt: skip
-    """A plan for each format that can be used so. train: None, "qlora" (adapters on all linear layers) or "full"."""
+    """A plan for each format that suits the use. train: None (to run), "qlora" (adapters on all linear layers) or "full"."""
     found = []
     shapes: list[torch.Size] = []
     if train is not None:

@@ -35,7 +35,7 @@ HELD_OUT = 10
 
 @dataclass(frozen=True)
 class Finetuned:
-    """The model with its adapter, and in numbers what came of it.
+    """The fine-tuned model with its adapter, and what was measured.
 
     before, after: held-out perplexities. losses: of each step. seconds: of training alone. parameters: that were trained.
     nbytes: of the adapter's folder.

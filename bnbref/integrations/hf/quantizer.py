@@ -150,7 +150,8 @@ class BnbRefHfQuantizer(HfQuantizer):  # type: ignore[misc]
         """Makes a parameter that was to be quantized a float one, and its layer a plain one. reason: why, for the report."""
         if reason == ANOTHER_SHAPE and not hasattr(HfQuantizer, "get_new_dtype"):
             # Beside a quantizer, older versions of transformers take any shape.
-            raise ValueError(f"{name} has another shape in the checkpoint")
+            shape = list(model.get_parameter(name).shape)
+            raise ValueError(f"{name} must have the shape {shape} of the model, but has another one in the checkpoint")
         path = name.rpartition(".")[0]
         if name in self.fused:
             del self.fused[name]

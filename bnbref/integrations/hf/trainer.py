@@ -18,7 +18,9 @@ __all__ = ["embeddings_in_32_bits", "optimizer_cls_and_kwargs"]
 def optimizer_cls_and_kwargs(
     optimizer: type[Optimizer], args: Any, **options: Any
 ) -> tuple[type[Optimizer], dict[str, Any]]:
-    """An optimizer and its arguments, as Trainer takes them. args: TrainingArguments. options: more arguments, or other ones.
+    """An optimizer class and its arguments, for `Trainer(optimizer_cls_and_kwargs=...)`.
+
+    args: the TrainingArguments. options: arguments of the optimizer, which override those of args.
 
     Of args are taken the learning rate and, if the optimizer has two betas and an epsilon, these. Weight decay is a setting of
     the groups, which Trainer makes; for Muon, whose groups are others, give Trainer an optimizer that is made. TypeError for a

@@ -46,7 +46,7 @@ _undo: list[Callable[[], None]] = []
 
 
 def take_over_bitsandbytes() -> bool:
-    """Let bnbref serve `BitsAndBytesConfig` and bitsandbytes' checkpoints in this process; False if it does already.
+    """Let bnbref serve `BitsAndBytesConfig` and bitsandbytes' checkpoints in this process. Returns False if it did so already.
 
     A `BitsAndBytesConfig` is told apart by what it was given: `bnb_4bit_compute_dtype` left out is the activation's dtype
     (bitsandbytes computes in float32 then), float32 said is float32.
