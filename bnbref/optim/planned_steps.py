@@ -40,6 +40,11 @@ class PlannedStep:
         """The gradient of what the step makes smaller: with `maximize` that is the negative loss."""
         return -self.grad if self.config["maximize"] else self.grad
 
+    @property
+    def blocksize(self) -> int:
+        """The elements of a block of states in 8 bits."""
+        return check_blocksize(self.config["blocksize"], self.p.numel())
+
     def noise(self, generator: torch.Generator | None) -> Tensor | None:
         """Random bits for a parameter that is to be rounded at random."""
         if not self.config["stochastic_rounding"] or self.p.dtype != torch.bfloat16:
@@ -131,7 +136,9 @@ def take_steps(
         tails.run()
         for batch in _together([planned for planned in steps if planned.equation.calls]):
             begun = [planned.p for planned in batch]
-            _update_together(batch, states, placement, generator)
+            matrix_steps.step_together(batch, states, placement.stream, generator)
+            for planned in batch:
+                states[planned.p]["step"] += 1
             made += begun
             begun = []
     except BaseException as error:
@@ -166,28 +173,6 @@ def _together(steps: Sequence[PlannedStep]) -> Iterator[Sequence[PlannedStep]]:
     for group in groups.values():
         size = max(1, matrix_steps.BATCH // max(1, group[0].p.numel()))
         yield from (group[first : first + size] for first in range(0, len(group), size))
-
-
-def _update_together(
-    batch: Sequence[PlannedStep], states: MutableMapping[Tensor, dict[str, Any]], placement: Placement,
-    generator: torch.Generator | None,
-) -> None:  # fmt: skip
-    jobs = []
-    for planned in batch:
-        flat, blocksize = (
-            local(planned.p.detach()).contiguous(),
-            check_blocksize(planned.config["blocksize"], planned.p.numel()),
-        )
-        noise, shard = planned.noise(generator), shard_of(planned.p)
-        jobs.append(
-            matrix_steps.Job(planned.p, flat, planned.ascent.contiguous(), states[planned.p], blocksize, noise, shard)
-        )
-    matrix_steps.step_together(batch[0].equation, batch[0].hyper, jobs, placement.stream)
-    for job in jobs:
-        states[job.p]["step"] += 1
-        own = local(job.p.detach())
-        if job.flat.data_ptr() != own.data_ptr():
-            own.copy_(job.flat)
 
 
 def _say_interrupted(

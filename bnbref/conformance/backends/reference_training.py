@@ -9,7 +9,8 @@ from torch import Tensor
 from bnbref.conformance.oracles.steps import BLOCKSIZE
 from bnbref.optim import SGD, GradientRelease, master_weights, matrices, rules, schedule_free, update
 from bnbref.optim.equation import at_step
-from bnbref.optim.matrix_steps import Job, step_together
+from bnbref.optim.matrix_steps import step_together
+from bnbref.optim.planned_steps import PlannedStep
 
 Tensors = dict[str, Tensor]
 
@@ -17,8 +18,9 @@ Tensors = dict[str, Tensor]
 def _whole(rule: rules.Rule, step: int, group: dict[str, Any], p: Tensor, g: Tensor, **states: Tensor) -> Tensors:
     """One step of a rule that sees whole matrices, on copies of the parameter and its states."""
     made = {name: x.clone() for name, x in {"p": p, **states}.items()}
-    job = Job(made["p"], made["p"], g.contiguous(), made, BLOCKSIZE, None, None)
-    step_together(*at_step(rule, step, group, p.device), [job], lambda each: [state for _, state in each])
+    config = {"blocksize": BLOCKSIZE, "maximize": False, "stochastic_rounding": False}
+    planned = PlannedStep(made["p"], g, config, *at_step(rule, step, group, p.device))
+    step_together([planned], {made["p"]: made}, lambda each: [state for _, state in each])
     return made
 
 
