@@ -153,12 +153,7 @@ def unwrapped_state(
             put(s.key, tensor, torch.float32)
             continue
         each, key = check_blocksize(blocksize, p.numel()), absmax_key(s.key)
-        own = saved.get("blocksize")
-        if own is None:  # blocks of 256; or, in another number, of a state that was saved before there was the key
-            by_default = _saved(rule, saved, key).numel() == block_count(
-                p.numel(), check_blocksize(BLOCKSIZE, p.numel())
-            )
-            own = BLOCKSIZE if by_default else blocksize
+        own = saved.get("blocksize", BLOCKSIZE)
         if not same_blocks(own, blocksize, p.numel()):
             raise ValueError(
                 f"saved {s.key} is in blocks of {own}, not {blocksize}: blocksize must be that of the saved state"

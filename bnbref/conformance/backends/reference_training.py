@@ -1,6 +1,5 @@
 """bnbref's steps that see whole matrices, average, correct 16-bit weights, or are made in the backward pass."""
 
-import copy
 from typing import Any
 
 import torch
@@ -27,9 +26,7 @@ def _whole(rule: rules.Rule, step: int, group: dict[str, Any], p: Tensor, g: Ten
 def nonzero(rule: rules.Rule) -> rules.Rule:
     """The rule with squares in 8 bits that are never 0 where they were not, as `nonzero_squares=True` makes it."""
     signed, unsigned = rule.codebooks
-    changed = copy.copy(rule)
-    changed.codebooks = signed, unsigned.nonzero()
-    return changed
+    return rule.with_codebooks(signed, unsigned.nonzero())
 
 
 def _numbered(made: Tensors) -> Tensors:
