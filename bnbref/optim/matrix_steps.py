@@ -21,7 +21,7 @@ from bnbref.context import without_autocast
 from bnbref.optim.equation import Equation
 from bnbref.optim.master_weights import corrections, value_of
 from bnbref.optim.rule import Coefficients, State, absmax_key, matrix_shape
-from bnbref.optim.sharding import gather_scales, local, shard_of, unsharded
+from bnbref.optim.sharding import blocks_of, gather_scales, local, part_of, shard_of, unsharded
 from bnbref.optim.step import LARGEST_GRADIENT
 from bnbref.optim.update import step
 
@@ -45,12 +45,6 @@ def _matrix(p: Tensor, x: Tensor) -> Tensor:
     return unsharded(p, x).float().reshape(matrix_shape(p.shape))
 
 
-def _part(p: Tensor, x: Tensor) -> Tensor:
-    """This rank's part of a tensor that has a number for each element of p."""
-    flat, shard = x.reshape(-1), shard_of(p)
-    return (flat if shard is None else flat[shard.start : shard.stop]).view(local(p).shape)
-
-
 def _decoded(planned: "PlannedStep", s: State, state: Mapping[str, Any]) -> Tensor:
     """A state in memory of its own: of each element as a matrix, of the whole matrix as it is."""
     p, x = planned.p, state[s.key]
@@ -71,11 +65,10 @@ def _set_state(planned: "PlannedStep", s: State, state: Mapping[str, Any], new: 
     found = {s.key: new}
     if state[s.key].dtype == torch.uint8:
         codes, absmax = blockwise.quantize(new, planned.equation.codebook(s), planned.blocksize)
-        shard = shard_of(planned.p)
-        own = range(absmax.numel()) if shard is None else shard.blocks(planned.blocksize)
+        own = blocks_of(planned.p, planned.blocksize)
         found = {s.key: codes, absmax_key(s.key): absmax[own.start : own.stop]}
     if s.of == "elements":
-        found[s.key] = _part(planned.p, found[s.key])
+        found[s.key] = part_of(planned.p, found[s.key])
     for key, x in found.items():
         state[key].copy_(torch.where(finite, x, state[key]))
 
@@ -114,7 +107,7 @@ def step_together(
     for planned, noise, state, well, u, *new in zip(steps, noises, stream(places), finite, *results, strict=True):
         for s, x in zip(rule.states, new, strict=True):
             _set_state(planned, s, state, x, well)
-        u = torch.where(well, _part(planned.p, u), torch.nan)  # of NaN a step leaves everything as it was
+        u = torch.where(well, part_of(planned.p, u), torch.nan)  # of NaN a step leaves everything as it was
         own = local(planned.p.detach())
         flat = own.contiguous()
         step(descent, hyper, flat, u, state, blocksize=planned.blocksize, noise=noise)

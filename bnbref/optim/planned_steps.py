@@ -16,7 +16,7 @@ from bnbref.optim.kinds import number
 from bnbref.optim.master_weights import corrections
 from bnbref.optim.paging import Placement
 from bnbref.optim.rule import Rule, absmax_key
-from bnbref.optim.sharding import Shard, local, shard_of
+from bnbref.optim.sharding import blocks_of, local, shard_of
 from bnbref.optim.state_dict import BLOCKSIZE, same_blocks
 from bnbref.optim.update import Tails, step
 
@@ -91,7 +91,7 @@ def check_state(p: Tensor, state: Mapping[str, Any], rule: Rule, blocksize: int)
             )
         if state[s.key].dtype == torch.uint8:
             scales, own = state[absmax_key(s.key)].numel(), state.get("blocksize", BLOCKSIZE)
-            blocks = len((shard_of(p) or Shard((0, p.numel()), 0, None)).blocks(check_blocksize(blocksize, p.numel())))
+            blocks = len(blocks_of(p, check_blocksize(blocksize, p.numel())))
             if scales != blocks or not same_blocks(own, blocksize, p.numel()):
                 raise ValueError(
                     f"blocksize of a parameter must stay what it was when its state began: its {s.key} has {scales} scales, of "
