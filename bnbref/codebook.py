@@ -84,7 +84,8 @@ class Codebook:
         self._check_ranks(ranks)
         # Compared by the bits of its numbers, because -0.0 is equal to 0.0 and yet decodes to another float. The hash is kept:
         # codebooks are in the key of every kernel call, and hashing 511 floats each time would cost more than the look-up.
-        identity = (self.name, *map(_float32_bytes, (self.values, self.thresholds)), self.order, self.sign_bit)
+        tables = (struct.pack(f"{len(table)}f", *table) for table in (self.values, self.thresholds))
+        identity = (self.name, *tables, self.order, self.sign_bit)
         object.__setattr__(self, "_identity", identity)
         object.__setattr__(self, "_hash", hash(identity))
 
@@ -178,11 +179,6 @@ def _numbers(what: str, values: Any) -> tuple[float, ...]:
         RuntimeError,
     ) as error:  # the last: a meta or sparse tensor has no numbers
         raise ValueError(f"{what} must be a sequence of numbers, got {values!r}") from error
-
-
-def _float32_bytes(values: Sequence[float]) -> bytes:
-    """The float32 bits of numbers, which tell -0.0 from 0.0."""
-    return struct.pack(f"{len(values)}f", *values)
 
 
 def float32(values: float | Sequence[float]) -> Tensor:

@@ -22,19 +22,15 @@ __all__ = [
 ]  # fmt: skip
 
 
-def _from_hex(text: str) -> tuple[float, ...]:
-    """float32 numbers by their bits, in hexadecimal."""
-    return tuple(number for (number,) in struct.iter_unpack(">f", bytes.fromhex(text)))
-
-
 # ---- four bits ------------------------------------------------------------------------------------------------------
 
+_NF4_BITS = bytes.fromhex(
+    "bf800000 bf3239b1 bf066b30 beca32a0 be91a24d be3d353f bdba7871 00000000 "
+    "3da2faff 3e24cae3 3e7c04dd 3ead033a 3ee1a4b8 3f1007ab 3f3913b3 3f800000"
+)
 NF4 = Codebook.nearest(
     "nf4",
-    _from_hex(
-        "bf800000 bf3239b1 bf066b30 beca32a0 be91a24d be3d353f bdba7871 00000000 "
-        "3da2faff 3e24cae3 3e7c04dd 3ead033a 3ee1a4b8 3f1007ab 3f3913b3 3f800000"
-    ),
+    [number for (number,) in struct.iter_unpack(">f", _NF4_BITS)],
     source="Dettmers et al., QLoRA (2305.14314), appendix E: quantiles of N(0, 1), see `normal`",
 )
 """NormalFloat 4: the float32 table that every implementation shares; ties go to the lower code."""

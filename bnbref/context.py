@@ -174,13 +174,10 @@ def not_a_view(result: Tensor) -> Tensor:
     return torch.ops.aten._unsafe_view(result, result.shape)  # type: ignore[no-any-return]
 
 
-def _is_batch_of_codes(weight: Tensor) -> bool:
-    return not weight.is_floating_point() and torch._C._functorch.is_batchedtensor(weight)
-
-
 def plain(weight: Tensor) -> Tensor:
     """The same memory as a plain tensor. A quantized parameter is a subclass of Tensor, which checks every operation on it."""
-    if not torch.compiler.is_compiling() and transforming() and _is_batch_of_codes(weight):
+    transformed = not torch.compiler.is_compiling() and transforming() and not weight.is_floating_point()
+    if transformed and torch._C._functorch.is_batchedtensor(weight):
         raise ValueError(
             "a quantized weight must be one weight, got the codes of several under vmap: each has scales of its own. "
             "Call the layers in turn"

@@ -74,6 +74,7 @@ class TransformedMatMul4Bit(torch.autograd.Function):
     """
 
     generate_vmap_rule = True
+    backward = MatMul4Bit.backward
 
     @staticmethod
     def forward(a: Tensor, codes: Tensor, bias: Tensor | None, state: QuantState, in_order: bool) -> Tensor:
@@ -83,10 +84,6 @@ class TransformedMatMul4Bit(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         a, codes, _, state, ctx.in_order = inputs
         ctx.weight, ctx.k = PackedWeight(codes, state), a.shape[-1]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return MatMul4Bit.backward(ctx, *grads)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor | None:

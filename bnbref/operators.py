@@ -38,13 +38,9 @@ for _schema in (
 # ---- 4 bits ---------------------------------------------------------------------------------------------------------
 
 
-def _codebook(values: str) -> Codebook:
-    """The codebook of that name; or one with these numbers, whose thresholds do not matter: it only decodes."""
-    return four_bit(values) if values in FOUR_BIT else _of_numbers(values)
-
-
 @functools.lru_cache(maxsize=256)
 def _of_numbers(values: str) -> Codebook:
+    """The codebook with these numbers. Its thresholds do not matter: it only decodes."""
     try:
         numbers = tuple(map(float, values.split()))
     except ValueError:
@@ -62,7 +58,8 @@ def _state(
     values: str,
 ) -> QuantState:
     """The quant state of these arguments."""
-    state = QuantState(absmax, torch.Size(shape), blocksize=blocksize, quant_type=_codebook(values))
+    book = four_bit(values) if values in FOUR_BIT else _of_numbers(values)
+    state = QuantState(absmax, torch.Size(shape), blocksize=blocksize, quant_type=book)
     if second:
         absmax2, code, state.offset = second
         state.state2, state.nested = QuantState(absmax2, code=code, blocksize=blocksize2), True

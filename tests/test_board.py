@@ -46,6 +46,7 @@ def body(cases, findings=(), **other):
         "backend": "mine",
         "device": "cpu",
         "versions": versions,
+        "made": "2026-11-27",
         "cases": cases,
         "findings": list(findings),
         **other,
@@ -94,25 +95,9 @@ def test_every_rule_is_on_the_board_but_the_one_that_says_what_is_not_compared(t
     assert column.count("passed") == len(column.cells)
 
 
-def test_what_may_be_refused_by_now_is_no_defect_of_an_older_report(tmp_path):
-    may, must = "quantize_blockwise/signed-blocksize-32", "quantize_blockwise/signed-size-1"
-
-    def found(message):
-        failed = dict.fromkeys(EVERY, "passed") | {may: "failed", must: "failed"}
-        (column,) = read(tmp_path, body(failed, [finding("Q8-1", [may, must], message=message)]))
-        return column.cells["Q8-1"]
-
-    refused = found("raised ValueError: invalid blocksize 32")
-    assert (refused.counts["refused"], refused.counts["failed"]) == (1, 1)
-    assert [f["cases"] for f in refused.findings] == [[must]]
-    for message in ("raised ZeroDivisionError: none", "2 of 2 elements are wrong"):
-        assert found(message).findings[0]["cases"] == [may, must]
-
-
 def test_when_a_report_was_made(tmp_path):
-    shown = page.as_page(read(tmp_path, body({}, made="2026-11-26"), body({})))
+    shown = page.as_page(read(tmp_path, body({}, made="2026-11-26")))
     assert "The report, made on 2026-11-26: " in shown
-    assert "The report, made by an earlier version of the kit: " in shown
 
 
 def test_another_table_of_the_same_name_is_no_choice():

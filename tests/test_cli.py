@@ -286,7 +286,7 @@ def interrupted(*args):
 
 def test_ctrl_c(capsys, monkeypatch):
     """One line in place of a hundred of torch's, and the status that a shell expects."""
-    monkeypatch.setattr(cli, "run_plan", interrupted)
+    monkeypatch.setattr(cli.hugging_face, "run_plan", interrupted)
     assert main(["plan", "7B"]) == 130
     assert_expected_inline(capsys.readouterr().err, """bnbref: interrupted\n""")
 

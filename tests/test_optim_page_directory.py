@@ -163,7 +163,7 @@ def test_a_fork_neither_steps_the_states_nor_keeps_the_directory(tmp_path):
     child = os.fork()
     if child == 0:  # threads of torch are not there: nothing may be computed
         try:
-            first._placement.begin()  # of a step
+            first._placement.directory.begin()  # of a step
         except BaseException as error:
             os.write(say, str(error).encode())
         finally:

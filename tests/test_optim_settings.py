@@ -136,34 +136,6 @@ def test_blocks_of_256_say_nothing_in_a_file():
         assert optimizer.state_dict()["state"][0].keys() == {*counts, "__bnb_optimizer_quant_state__"}
 
 
-@pytest.mark.parametrize("blocksize", [64, 128, 256, 512, 5000])
-def test_states_of_before_they_said_their_blocksize(blocksize, tmp_path):
-    """The number of their scales tells, in files and in a page_directory, whose steps.json had the step alone."""
-
-    def stepped(p, **options):
-        p.grad = torch.sin(torch.arange(6000.0))
-        optimizer = optim.AdamW8bit([p], min_8bit_size=0, blocksize=blocksize, **options)
-        optimizer.step()
-        return optimizer
-
-    saved = stepped(nn.Parameter(torch.ones(6000))).state_dict()
-    saved["state"][0].pop("blocksize", None)
-    paged = stepped(nn.Parameter(torch.ones(6000)), is_paged=True, page_directory=tmp_path)
-    del paged
-    (tmp_path / "steps.json").write_text('{"0": 1}')
-    for state in (saved["state"], optim.read_pages(tmp_path)):
-        p = nn.Parameter(torch.ones(6000))
-        later, uninterrupted = stepped(p), nn.Parameter(torch.ones(6000))
-        other = stepped(uninterrupted)
-        later.load_state_dict({**saved, "state": state})
-        for optimizer in (later, other):
-            optimizer.step()
-        assert torch.equal(p, uninterrupted)
-        another = optim.AdamW8bit([p], min_8bit_size=0, blocksize=2 * blocksize)
-        with pytest.raises(ValueError, match="blocksize"):
-            another.load_state_dict({**saved, "state": state})
-
-
 def test_a_group_of_another_rule_than_its_states():
     p = nn.Parameter(torch.ones(8, 9))
     p.grad = torch.ones(8, 9)

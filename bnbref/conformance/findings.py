@@ -115,7 +115,8 @@ def describe(finding: Finding, same: Sequence[Finding] = ()) -> str:
     lines += [f"  input    {line}" for line in inputs_of(example)]
     lines += [f"  element  {example.output}{list(e.place)}: got {e.got}, want {e.want}" for e in elements(example)]
     lines += [f"  follows  {text}" for text in finding.follows]
-    lines += [f"  flag     {name}: {FLAGS[name].story}{bracketed_issue(name)}" for name in finding.flags]
+    for flag in (FLAGS[name] for name in finding.flags):
+        lines.append(f"  flag     {flag.name}: {flag.story}" + (f" [{flag.issue}]" if flag.issue else ""))
     if same:
         lines.append("  also     the same cause: " + "; ".join(line.replace("  ", ", ") for line in broken_by(same)))
     return "\n".join(lines)
@@ -130,11 +131,6 @@ def by_cause(findings: Sequence[Finding]) -> list[list[Finding]]:
         cause = finding.follows or raised or id(finding)
         found.setdefault((finding.operation, cause), []).append(finding)
     return [sorted(together, key=lambda f: (len(f.flags), size_of(f.example))) for together in found.values()]
-
-
-def bracketed_issue(flag: str) -> str:
-    """The number of the bug in bitsandbytes' tracker, in brackets, if it has one."""
-    return f" [{FLAGS[flag].issue}]" if FLAGS[flag].issue else ""
 
 
 def broken_by(findings: Iterable[Finding]) -> list[str]:

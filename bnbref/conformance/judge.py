@@ -89,9 +89,8 @@ def _dense(part: Any) -> bool:
     return isinstance(part, Tensor) and part.layout == torch.strided and part.device.type != "meta"
 
 
-def _overwritten(backend: Backend) -> bool:
-    """Whether a tensor that the last call returned has been changed since."""
-    return not all(x.shape == was.shape and bool(same(x.detach().cpu(), was).all()) for x, was in backend.returned)
+def _unchanged(x: Tensor, was: Tensor) -> bool:
+    return x.shape == was.shape and bool(same(x.detach().cpu(), was).all())
 
 
 def modified(case: Case, keywords: Mapping[str, Any], memory: Mapping[str, Tensor]) -> list[str]:
@@ -99,7 +98,7 @@ def modified(case: Case, keywords: Mapping[str, Any], memory: Mapping[str, Tenso
 
     def kept(x: Tensor, was: Tensor, around: Tensor) -> bool:
         beside = torch.cat((around[:BESIDE], around[-BESIDE:])).cpu()
-        return x.shape == was.shape and bool(same(x.detach().cpu(), was).all()) and len(beside.unique()) == 1
+        return _unchanged(x, was) and len(beside.unique()) == 1
 
     return [name for name, was in case.inputs.items() if not kept(keywords[name], was, memory[name])]
 
@@ -112,7 +111,8 @@ def failures_of(case: Case, results: Mapping[str, Any]) -> Iterator[Failure]:
             yield Failure(case, name, "missing", f"{name} is missing: the results are {', '.join(results) or 'none'}")
             continue
         if not isinstance(got, Tensor):
-            yield Failure(case, name, "missing", f"{name} is {_what(got)}, must be a torch.Tensor")
+            what = "None" if got is None else f"of type {type(got).__module__}.{type(got).__name__}"
+            yield Failure(case, name, "missing", f"{name} is {what}, must be a torch.Tensor")
             continue
         if got.layout != torch.strided or got.device.type == "meta":
             yield Failure(case, name, "missing", f"{name} has no elements in memory: {got.layout} on {got.device}")
@@ -130,10 +130,6 @@ def failures_of(case: Case, results: Mapping[str, Any]) -> Iterator[Failure]:
     extra = sorted(set(results) - set(case.expected))
     if extra:
         yield Failure(case, extra[0], "missing", f"{', '.join(extra)} should not be there")
-
-
-def _what(thing: Any) -> str:
-    return "None" if thing is None else f"of type {type(thing).__module__}.{type(thing).__name__}"
 
 
 def of_answer(
@@ -168,7 +164,8 @@ def run_case(backend: Backend, case: Case, device: torch.device) -> Result:
         return Result(case, "failed", (Failure(case, "", "raised", text),), time.perf_counter() - begin)
     seconds = time.perf_counter() - begin
     mutated = [f"the argument {name} was modified, or memory beside it" for name in modified(case, keywords, memory)]
-    mutated += ["what the call before had returned was modified"] if _overwritten(backend) else []
+    if not all(_unchanged(x, was) for x, was in backend.returned):
+        mutated.append("what the call before had returned was modified")
     backend.returned = [(x, results[name]) for name, x in returned.items() if _dense(x)]
     return of_answer(case, results, mutated, seconds)
 

@@ -79,11 +79,6 @@ def _broken(failure: Failure) -> tuple[str, tuple[str, ...]]:
     return own or case.rules[0], case.flags
 
 
-def versions(done: Report) -> str:
-    """The versions of what was tested, in a line."""
-    return ", ".join(f"{name} {version}" for name, version in done.versions.items())
-
-
 def counts(results: Iterable[Result]) -> dict[str, int]:
     """How many cases passed, failed, were refused, are not implemented."""
     found = dict.fromkeys(("passed", "failed", "refused", "not implemented"), 0)
@@ -95,7 +90,8 @@ def counts(results: Iterable[Result]) -> dict[str, int]:
 def as_text(done: Report) -> str:
     """The report for a terminal; the last lines name each broken rule and its flag."""
     total = ", ".join(f"{n} {status}" for status, n in counts(done.results).items() if n)
-    lines = [f"{done.backend} on {done.device} ({versions(done)})", *([FLUSHED] if done.flushes else []), ""]
+    versions = ", ".join(f"{name} {version}" for name, version in done.versions.items())
+    lines = [f"{done.backend} on {done.device} ({versions})", *([FLUSHED] if done.flushes else []), ""]
     lines += [describe(first, same) + "\n" for first, *same in by_cause(done.findings)]
     lines += [matrix_text(done), f"{len(done.results)} cases in {done.seconds:.1f} s: {total}"]
     lines += [f"broken: {line}" for line in broken_by(done.findings)] or [

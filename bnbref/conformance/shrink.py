@@ -75,7 +75,8 @@ def _smaller(case: Case) -> Iterator[Case]:
             blocksize, (n, k) = case.params["blocksize"], case.params["shape"]
             yield from _along(case, a=0)
             if "bias" in case.inputs:
-                yield _vary(_without_bias(case), {})
+                others = {name: x for name, x in case.inputs.items() if name != "bias"}
+                yield _vary(replace(case, inputs=others), {})
             if k % blocksize == 0 and blocksize % 2 == 0:  # a row is whole blocks, and whole bytes
                 packed, absmax = case.inputs["packed"].reshape(n, -1), case.inputs["absmax"].reshape(n, -1)
                 for kept in _without(n):
@@ -105,10 +106,6 @@ def _along(case: Case, **dims: int) -> Iterator[Case]:
     first, dim = next(iter(given.values()))
     for kept in _without(first.shape[dim]):
         yield _vary(case, {name: x.index_select(along, kept) for name, (x, along) in given.items()})
-
-
-def _without_bias(case: Case) -> Case:
-    return replace(case, inputs={name: x for name, x in case.inputs.items() if name != "bias"})
 
 
 def _part(name: str, x: Tensor, kept: Tensor) -> Tensor:

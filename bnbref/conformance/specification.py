@@ -52,15 +52,15 @@ def _rules(text: str) -> tuple[dict[str, str], dict[str, Rule]]:
     return operations, found
 
 
-def _flags(text: str) -> dict[str, Flag]:
-    matches = (re.fullmatch(r"(\S+): (.*?)(?: \[(#.*)\])?", entry) for entry in entries(text))
-    return {match[1]: Flag(match[1], match[2], match[3] or "") for match in matches if match}
-
-
 ABOUT, RULES = _rules(_HERE.with_name("specification.txt").read_text(encoding="utf-8"))
 """The description of each operation by its name, and every rule by its id."""
 
-FLAGS = _flags(_HERE.with_name("flags.txt").read_text(encoding="utf-8"))
+_FLAG = re.compile(r"(\S+): (.*?)(?: \[(#.*)\])?")
+FLAGS = {
+    match[1]: Flag(match[1], match[2], match[3] or "")
+    for match in map(_FLAG.fullmatch, entries(_HERE.with_name("flags.txt").read_text(encoding="utf-8")))
+    if match
+}
 """Every flag by its name; in brackets stands the number of the report in bitsandbytes' tracker."""
 
 RULE_OF_RESULT = {

@@ -16,6 +16,7 @@ from bnbref.nn.params import Int8Params, Params4bit
 from bnbref.nn.quantized_layer import QuantizedLayer
 from bnbref.nn.quantized_parameter import in_bytes
 from bnbref.packed_weight import operator_arguments
+from bnbref.products import MatmulLtState
 from bnbref.quant_state import QuantState
 
 
@@ -169,3 +170,33 @@ def absmax_of(layer: "EightBitLayer") -> Tensor | None:
     A function for the same reason as `state_of`."""
     own = _scales_of(layer.weight)
     return layer._remembered if own is None and layer.weight.dtype == torch.int8 else own
+
+
+class LayerState(MatmulLtState):
+    """The `MatmulLtState` of a linear layer. CB and SCB are those of its weight. An SCB that is assigned here is used if the
+    weight has none."""
+
+    def __init__(self, parameters: dict[str, Any], threshold: float, has_fp16_weights: bool) -> None:
+        self._parameters = parameters
+        self.remembered: Tensor | None = None
+        super().__init__(threshold=threshold, has_fp16_weights=has_fp16_weights)
+
+    @property
+    def CB(self) -> Tensor | None:
+        """The codes of the weight."""
+        weight = self._parameters["weight"]
+        return weight.data if weight.dtype == torch.int8 else None
+
+    @CB.setter
+    def CB(self, value: Tensor | None) -> None:
+        pass
+
+    @property
+    def SCB(self) -> Tensor | None:
+        """The absmax of each row of the weight."""
+        own: Tensor | None = getattr(self._parameters["weight"], "SCB", None)
+        return self.remembered if own is None else own
+
+    @SCB.setter
+    def SCB(self, value: Tensor | None) -> None:
+        self.remembered = value

@@ -21,7 +21,7 @@ from bnbref.blockwise import FLOATS
 from bnbref.codebooks import Codebook
 from bnbref.context import plain
 from bnbref.kernels import tracing
-from bnbref.nn.four_and_eight_bits import EightBitLayer, FourBitLayer, absmax_of, state_of
+from bnbref.nn.four_and_eight_bits import EightBitLayer, FourBitLayer, LayerState, absmax_of, state_of
 from bnbref.nn.graph_arguments import arguments_of
 from bnbref.nn.params import Int8Params, Params4bit
 from bnbref.products import (
@@ -35,15 +35,13 @@ from bnbref.products import (
 )
 from bnbref.quant_state import dtype_name
 
-logger = logging.getLogger(__name__)
-
 _DTYPES = {dtype_name(dtype): dtype for dtype in FLOATS}
 
 
 @functools.cache
 def _say_slow(dtype: torch.dtype) -> None:
     """Warns that a product in float32 is slow, once for each dtype of activations."""
-    logger.warning(
+    logging.getLogger(__name__).warning(
         "Input type into Linear4bit is %s, but compute_dtype=torch.float32: this will lead to slow inference or training. "
         "bnb_4bit_compute_dtype=%s computes in the input's dtype.",
         dtype,
@@ -97,9 +95,6 @@ class Linear4bit(FourBitLayer, nn.Linear):
         super().__setattr__(name, value)
         if name == "compute_dtype":
             self.__dict__["_compute"] = dtype_name(value)
-
-    def _shape(self) -> tuple[int, int]:
-        return self.out_features, self.in_features
 
     def extra_repr(self) -> str:
         """The text of `nn.Linear`, and the format of the weight."""
@@ -184,36 +179,6 @@ class LinearNF4(Linear4bit):
         )
 
 
-class _LayerState(MatmulLtState):
-    """The `MatmulLtState` of a layer. CB and SCB are those of the layer's weight; an SCB that is assigned here is used if the
-    weight has none."""
-
-    def __init__(self, parameters: dict[str, Any], threshold: float, has_fp16_weights: bool) -> None:
-        self._parameters = parameters
-        self.remembered: Tensor | None = None
-        super().__init__(threshold=threshold, has_fp16_weights=has_fp16_weights)
-
-    @property
-    def CB(self) -> Tensor | None:
-        """The codes of the weight."""
-        weight = self._parameters["weight"]
-        return weight.data if weight.dtype == torch.int8 else None
-
-    @CB.setter
-    def CB(self, value: Tensor | None) -> None:
-        pass
-
-    @property
-    def SCB(self) -> Tensor | None:
-        """The absmax of each row of the weight."""
-        own: Tensor | None = getattr(self._parameters["weight"], "SCB", None)
-        return self.remembered if own is None else own
-
-    @SCB.setter
-    def SCB(self, value: Tensor | None) -> None:
-        self.remembered = value
-
-
 class Linear8bitLt(EightBitLayer, nn.Linear):
     """`nn.Linear` with an `Int8Params`. Exact without outliers, else bounded: see `bnbref.matmul`.
 
@@ -234,14 +199,14 @@ class Linear8bitLt(EightBitLayer, nn.Linear):
     ) -> None:
         check_number("threshold", threshold)
         super().__init__(input_features, output_features, bias, device)
-        self.state = _LayerState(self._parameters, threshold, has_fp16_weights)
+        self.state = LayerState(self._parameters, threshold, has_fp16_weights)
         self.weight = Int8Params(self.weight, has_fp16_weights, has_fp16_weights)
         self.index = index
 
     def _restore(self, weight: nn.Parameter) -> None:
         # bitsandbytes moves the scales from the weight to the state when the layer is first used.
         old: Any = self.__dict__["state"]
-        self.state = _LayerState(self._parameters, old.threshold, old.has_fp16_weights)
+        self.state = LayerState(self._parameters, old.threshold, old.has_fp16_weights)
         self.state.remembered = old.SCB
         super()._restore(weight)
 
@@ -262,9 +227,6 @@ class Linear8bitLt(EightBitLayer, nn.Linear):
     @_remembered.setter
     def _remembered(self, absmax: Tensor | None) -> None:
         self.state.remembered = absmax
-
-    def _shape(self) -> tuple[int, int]:
-        return self.out_features, self.in_features
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., in_features]` -> `[..., out_features]` in the dtype of x.

@@ -29,6 +29,8 @@ class QuantizedLayer(nn.Module):
     """A layer whose parameter `weight` is a `QuantizedParameter`."""
 
     weight: Tensor
+    in_features: int
+    out_features: int
     _known: Known | None = None
     _settings: Mapping[str, Any] | None = None
 
@@ -71,8 +73,8 @@ class QuantizedLayer(nn.Module):
         raise NotImplementedError
 
     def _shape(self) -> tuple[int, int]:
-        """The shape of the float weight."""
-        raise NotImplementedError
+        """The shape of the float weight. An embedding has another one."""
+        return self.out_features, self.in_features
 
     def _is_of_weight(self, name: str) -> bool:
         """Whether a key of a state dict, without the layer's prefix, belongs to the weight or its scales."""

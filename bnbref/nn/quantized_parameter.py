@@ -10,6 +10,7 @@ The elements of a quantized weight are bytes, in a tensor of some dtype. A cast 
 """
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -171,9 +172,7 @@ class QuantizedParameter(Watched, nn.Parameter):
         moved = function(self)
         return moved if isinstance(moved, type(self)) else self._like_this(moved)
 
-    def cpu(self: Self, *args: Any, **kwargs: Any) -> Self:
-        """`.to("cpu")`."""
-        return self.to("cpu", *args, **kwargs)
+    cpu = functools.partialmethod(to, "cpu")
 
     def cuda(self: Self, device: Any = None, non_blocking: bool = False) -> Self:  # type: ignore[override]
         """`.to("cuda")`."""
@@ -183,21 +182,10 @@ class QuantizedParameter(Watched, nn.Parameter):
         """`.to("xpu")`."""
         return self.to(_numbered("xpu", device), non_blocking=non_blocking)
 
-    def half(self: Self, *args: Any, **kwargs: Any) -> Self:
-        """`.to(torch.float16)`."""
-        return self.to(torch.float16)
-
-    def bfloat16(self: Self, *args: Any, **kwargs: Any) -> Self:
-        """`.to(torch.bfloat16)`."""
-        return self.to(torch.bfloat16)
-
-    def float(self: Self, *args: Any, **kwargs: Any) -> Self:
-        """`.to(torch.float32)`."""
-        return self.to(torch.float32)
-
-    def double(self: Self, *args: Any, **kwargs: Any) -> Self:
-        """`.to(torch.float64)`."""
-        return self.to(torch.float64)
+    half = functools.partialmethod(to, torch.float16)
+    bfloat16 = functools.partialmethod(to, torch.bfloat16)
+    float = functools.partialmethod(to, torch.float32)
+    double = functools.partialmethod(to, torch.float64)
 
     def share_memory_(self: Self) -> Self:
         """Moves codes and scales to shared memory, in place."""

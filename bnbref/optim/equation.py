@@ -1,16 +1,10 @@
 """The equation of a rule as a text: `direction` is run on symbols, and the operations that it asked for are a program.
 
-    def direction(p, g, s0, c):
-        a0 = c.b1 * s0
-        a1 = c.wd * p
-        a2 = g + a1
-        a3 = a0 + a2
-        return (a3, a3,)
-
-The program is what runs, compiled or not, and its text is the identity of its kernel. Whatever number a rule reads, from a
-field, a default, a closure, a class or a module, stands in the text; so two rules share a kernel if and only if they compute the
-same. It is written anew at each step, in some microseconds, so that a number that was changed since counts at once. And nothing
-but these lines reaches the compiler: what it could not compile, or not with the same bits as uncompiled, is refused by name.
+The program, of which `write_down` has an example, is what runs, compiled or not, and its text is the identity of its kernel.
+Whatever number a rule reads, from a field, a default, a closure, a class or a module, stands in the text; so two rules share a
+kernel if and only if they compute the same. It is written anew at each step, in some microseconds, so that a number that was
+changed since counts at once. And nothing but these lines reaches the compiler: what it could not compile, or not with the same
+bits as uncompiled, is refused by name.
 """
 
 import functools

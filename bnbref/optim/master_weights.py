@@ -118,12 +118,6 @@ def corrections(p: Tensor, state: Mapping[str, Any]) -> list[Tensor]:
 
 def checked_correction(p: Tensor, state: Mapping[str, Any]) -> Tensor | None:
     """The correction that a saved state has, if any: ValueError if it is none that p can have."""
-    for dtype, key in CORRECTIONS.items():
-        if key in state and p.dtype != dtype:
-            raise ValueError(
-                f"saved {key} belongs to a parameter of {dtype}, but p is {p.dtype}. (When both had one name, a float16's was "
-                f"called {CORRECTIONS[torch.bfloat16]!r}, and now {CORRECTIONS[torch.float16]!r}.)"
-            )
     found = corrections(p, state)
     if not found:
         return None

@@ -10,8 +10,7 @@ stays as it was, with all states: a sum of its squares, which they are made of, 
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,71 +20,18 @@ from bnbref.codebooks import value_table
 from bnbref.context import without_autocast
 from bnbref.optim.equation import Equation
 from bnbref.optim.master_weights import corrections, value_of
-from bnbref.optim.rule import Coefficients, Rule, State, absmax_key, matrix_shape
-from bnbref.optim.sharding import Shard, gather_scales, shard_of, unsharded
+from bnbref.optim.rule import Coefficients, State, absmax_key, matrix_shape
+from bnbref.optim.sharding import blocks_of, gather_scales, local, part_of, shard_of, unsharded
 from bnbref.optim.step import LARGEST_GRADIENT
 from bnbref.optim.update import step
+
+if TYPE_CHECKING:
+    from bnbref.optim.planned_steps import PlannedStep
 
 BATCH = 2**24
 """Elements of the parameters that are stepped together, unless a single one has more: 64 MiB for each of some matrices."""
 
 Stream = Callable[[Sequence[tuple[torch.device, Mapping[str, Any]]]], Iterable[Mapping[str, Any]]]
-
-
-@dataclass
-class Job:
-    """A parameter to be stepped.
-
-    p: as the optimizer has it. flat: this rank's part of it, contiguous. g: the same part of the gradient. state: its states, as
-    `update.new_state` made them. blocksize, noise, shard: as `update.step` takes them.
-    """
-
-    p: Tensor
-    flat: Tensor
-    g: Tensor
-    state: Mapping[str, Any]
-    blocksize: int
-    noise: Tensor | None
-    shard: Shard | None
-
-    def matrix(self, x: Tensor) -> Tensor:
-        """The whole, float32 `[..., rows, columns]`, of which this rank has a part."""
-        return unsharded(self.p, x).float().reshape(matrix_shape(self.p.shape))
-
-    def part(self, x: Tensor) -> Tensor:
-        """This rank's part of a tensor that has a number for each element."""
-        flat = x.reshape(-1)
-        return (flat if self.shard is None else flat[self.shard.start : self.shard.stop]).view(self.flat.shape)
-
-    def value(self, state: Mapping[str, Any]) -> Tensor:
-        """The float32 value of the parameter and its correction, as a matrix."""
-        return self.matrix(value_of(self.flat.view(-1), corrections(self.flat, state)).view(self.flat.shape))
-
-    def decoded(self, rule: Rule, s: State, state: Mapping[str, Any]) -> Tensor:
-        """A state in memory of its own: of each element as a matrix, of the whole matrix as it is."""
-        x: Tensor = state[s.key]
-        if s.of != "elements":
-            return x.clone()
-        if x.dtype != torch.uint8:
-            return self.matrix(x).clone()
-        absmax = state[absmax_key(s.key)]
-        if self.shard is not None:
-            absmax = gather_scales(self.p, self.shard, absmax, self.blocksize)
-        values = value_table(rule.codebook(s), self.p.device)
-        x = blockwise.dequantize(unsharded(self.p, x), absmax, values, self.blocksize, torch.float32)
-        return x.view(matrix_shape(self.p.shape))
-
-    def set_state(self, rule: Rule, s: State, state: Mapping[str, Any], new: Tensor, finite: Tensor) -> None:
-        """Make the new value of a state this rank's, if all of the gradient is finite."""
-        found = {s.key: new}
-        if state[s.key].dtype == torch.uint8:
-            codes, absmax = blockwise.quantize(new, rule.codebook(s), self.blocksize)
-            own = self.shard.blocks(self.blocksize) if self.shard is not None else range(absmax.numel())
-            found = {s.key: codes, absmax_key(s.key): absmax[own.start : own.stop]}
-        if s.of == "elements":
-            found[s.key] = self.part(found[s.key])
-        for key, x in found.items():
-            state[key].copy_(torch.where(finite, x, state[key]))
 
 
 def alike(p: Tensor) -> tuple[Any, ...]:
@@ -94,19 +40,61 @@ def alike(p: Tensor) -> tuple[Any, ...]:
     return p.shape, p.dtype, p.device, None if shard is None else shard.group
 
 
-def step_together(rule: Equation, hyper: Tensor, jobs: Sequence[Job], stream: Stream) -> None:
+def _matrix(p: Tensor, x: Tensor) -> Tensor:
+    """What has a number for each element of p, whole and as a matrix: float32 `[..., rows, columns]`. x: this rank's part."""
+    return unsharded(p, x).float().reshape(matrix_shape(p.shape))
+
+
+def _decoded(planned: "PlannedStep", s: State, state: Mapping[str, Any]) -> Tensor:
+    """A state in memory of its own: of each element as a matrix, of the whole matrix as it is."""
+    p, x = planned.p, state[s.key]
+    if s.of != "elements":
+        return x.clone()  # type: ignore[no-any-return]
+    if x.dtype != torch.uint8:
+        return _matrix(p, x).clone()
+    absmax, shard = state[absmax_key(s.key)], shard_of(p)
+    if shard is not None:
+        absmax = gather_scales(p, shard, absmax, planned.blocksize)
+    values = value_table(planned.equation.codebook(s), p.device)
+    x = blockwise.dequantize(unsharded(p, x), absmax, values, planned.blocksize, torch.float32)
+    return x.view(matrix_shape(p.shape))
+
+
+def _set_state(planned: "PlannedStep", s: State, state: Mapping[str, Any], new: Tensor, finite: Tensor) -> None:
+    """Make the new value of a state this rank's, if all of the gradient is finite."""
+    found = {s.key: new}
+    if state[s.key].dtype == torch.uint8:
+        codes, absmax = blockwise.quantize(new, planned.equation.codebook(s), planned.blocksize)
+        own = blocks_of(planned.p, planned.blocksize)
+        found = {s.key: codes, absmax_key(s.key): absmax[own.start : own.stop]}
+    if s.of == "elements":
+        found[s.key] = part_of(planned.p, found[s.key])
+    for key, x in found.items():
+        state[key].copy_(torch.where(finite, x, state[key]))
+
+
+def step_together(
+    steps: Sequence["PlannedStep"], states: Mapping[Tensor, Mapping[str, Any]], stream: Stream,
+    generator: torch.Generator | None = None,
+) -> None:  # fmt: skip
     """One step in place of parameters that are `alike`.  *Bounded* by what the rule says of its functions of the whole matrix.
 
-    rule, hyper: as `equation.at_step` gives them. stream: brings states to their device, as `Placement.stream` does.
+    steps: by one rule. states: of each parameter. stream: brings them to their device, as `Placement.stream` does.
     """
-    states = [(job.p.device, job.state) for job in jobs]
+    rule, hyper = steps[0].equation, steps[0].hyper
+    noises = [planned.noise(generator) for planned in steps]
+    places = [(planned.p.device, states[planned.p]) for planned in steps]
     given, finite = [], []
-    for job, state in zip(jobs, stream(states), strict=True):
-        g = job.matrix(job.g)
+    for planned, state in zip(steps, stream(places), strict=True):
+        p = planned.p
+        g = _matrix(p, planned.ascent.contiguous())
         finite.append(torch.linalg.vector_norm(g) <= LARGEST_GRADIENT)
         g = torch.where(finite[-1], g, 0.0)
-        p = job.value(state) if "p" in rule.read else g  # else it lends its shape alone
-        given.append((p, g, *(job.decoded(rule, s, state) for s in rule.states)))
+        value = g  # which lends its shape alone, where the rule does not read the parameter
+        if "p" in rule.read:
+            own = local(p.detach()).contiguous()
+            value = _matrix(p, value_of(own.view(-1), corrections(own, state)).view(own.shape))
+        given.append((value, g, *(_decoded(planned, s, state) for s in rule.states)))
     stacks = [torch.stack(each) for each in zip(*given, strict=True)]
     del given
     with without_autocast(stacks[1]):
@@ -116,8 +104,12 @@ def step_together(rule: Equation, hyper: Tensor, jobs: Sequence[Job], stream: St
         if x.shape != like.shape:
             raise ValueError(f"{rule!r}: {must} {tuple(like.shape[1:])}, got {tuple(x.shape[1:])}")
     descent = Equation(rule, "def direction(p, g, c):\n    return (g,)", rule.names, states=())
-    for job, state, well, *own in zip(jobs, stream(states), finite, *results, strict=True):
-        for s, new in zip(rule.states, own[1:], strict=True):
-            job.set_state(rule, s, state, new, well)
-        u = torch.where(well, job.part(own[0]), torch.nan)  # of NaN a step leaves everything as it was
-        step(descent, hyper, job.flat, u, state, blocksize=job.blocksize, noise=job.noise)
+    for planned, noise, state, well, u, *new in zip(steps, noises, stream(places), finite, *results, strict=True):
+        for s, x in zip(rule.states, new, strict=True):
+            _set_state(planned, s, state, x, well)
+        u = torch.where(well, part_of(planned.p, u), torch.nan)  # of NaN a step leaves everything as it was
+        own = local(planned.p.detach())
+        flat = own.contiguous()
+        step(descent, hyper, flat, u, state, blocksize=planned.blocksize, noise=noise)
+        if flat.data_ptr() != own.data_ptr():
+            own.copy_(flat)

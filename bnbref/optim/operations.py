@@ -28,10 +28,6 @@ def _logical(sign: str) -> Callable[..., Any]:
     return lambda r, x, y: r.add(f"{r.condition(x)} {sign} {r.condition(y)}", True)
 
 
-def _not(r: "Recording", x: Any) -> Any:
-    return r.add(f"~{r.condition(x)}", True)
-
-
 def _where(r: "Recording", condition: Any, x: Any, y: Any) -> Any:
     return r.add(f"where({r.condition(condition)}, {r.tensor(x)}, {r.tensor(y)})")
 
@@ -82,7 +78,8 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "add": _add, "sub": _sub, "mul": _mul, "div": _div,
     **{name: _infix(sign, True) for name, sign in
        (("lt", "<"), ("le", "<="), ("gt", ">"), ("ge", ">="), ("eq", "=="), ("ne", "!="))},
-    "logical_and": _logical("&"), "logical_or": _logical("|"), "logical_not": _not,
+    "logical_and": _logical("&"), "logical_or": _logical("|"),
+    "logical_not": lambda r, x: r.add(f"~{r.condition(x)}", True),
     "neg": lambda r, x: r.add(f"-{r.operand(x)}"), "pos": lambda r, x: r.number(x) if x._condition else x,
     "abs": lambda r, x: r.add(f"{r.operand(x)}.abs()"),
     "sign": lambda r, x: r.add(f"{r.operand(x)}.sign()"),

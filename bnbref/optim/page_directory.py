@@ -115,7 +115,7 @@ class Directory:
             warnings.warn(
                 f"page_directory {str(self.path)!r} lacks {len(gone)} files that were removed, {gone[0]} first: the run may go "
                 f"on, but what is there is no checkpoint. state_dict() is one",
-                stacklevel=4,
+                stacklevel=3,
             )
             return
         unfinished = self.path / "steps.json.new"
@@ -166,10 +166,7 @@ def read_pages(directory: str | Path) -> dict[int, dict[str, Any]]:
             f"steps. Begin from a copy of the folder, or from another checkpoint"
         )
     counts = json.loads((directory / "steps.json").read_text(encoding="utf-8"))
-    # A directory that was written before a state said its blocksize has the step alone.
-    states: dict[int, dict[str, Any]] = {
-        int(i): {"step": each} if isinstance(each, int) else each for i, each in counts.items()
-    }
+    states: dict[int, dict[str, Any]] = {int(i): each for i, each in counts.items()}
     for path in sorted(directory.glob("*.bin")):
         index, key, dtype, sizes = path.name.removesuffix(".bin").split(".")
         shape = [int(n) for n in sizes.split("x") if n]

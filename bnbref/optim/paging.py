@@ -107,11 +107,6 @@ class Placement:
             return torch.empty(shape, dtype=dtype, device=device)
         return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True)
 
-    def forget(self, name: str) -> None:
-        """Remove the files of a state that a parameter has no more."""
-        if self.directory is not None:
-            self.directory.forget(name)
-
     def stream(self, states: Sequence[tuple[torch.device, Tensors]]) -> Generator[Tensors, None, None]:
         """Yields each state with its tensors on the device. What is written to them before the next one is asked for is copied
         back.
@@ -144,16 +139,6 @@ class Placement:
         finally:  # after an exception, too, which leaves the current state as it was
             for copies in self._made.values():
                 copies.finish()
-
-    def begin(self) -> None:
-        """Called when a step begins. From now on the directory is no checkpoint, until `end`."""
-        if self.directory is not None:
-            self.directory.begin()
-
-    def end(self, counts: Mapping[int, Mapping[str, int]]) -> None:
-        """Called when a step has ended. counts: the integers in the state of each parameter, by its index."""
-        if self.directory is not None:
-            self.directory.end(counts)
 
     def _is_away(self, x: Tensor, device: torch.device) -> bool:
         return x.device != device

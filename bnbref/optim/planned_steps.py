@@ -16,7 +16,7 @@ from bnbref.optim.kinds import number
 from bnbref.optim.master_weights import corrections
 from bnbref.optim.paging import Placement
 from bnbref.optim.rule import Rule, absmax_key
-from bnbref.optim.sharding import Shard, local, shard_of
+from bnbref.optim.sharding import blocks_of, local, shard_of
 from bnbref.optim.state_dict import BLOCKSIZE, same_blocks
 from bnbref.optim.update import Tails, step
 
@@ -39,6 +39,11 @@ class PlannedStep:
     def ascent(self) -> Tensor:
         """The gradient of what the step makes smaller: with `maximize` that is the negative loss."""
         return -self.grad if self.config["maximize"] else self.grad
+
+    @property
+    def blocksize(self) -> int:
+        """The elements of a block of states in 8 bits."""
+        return check_blocksize(self.config["blocksize"], self.p.numel())
 
     def noise(self, generator: torch.Generator | None) -> Tensor | None:
         """Random bits for a parameter that is to be rounded at random."""
@@ -86,7 +91,7 @@ def check_state(p: Tensor, state: Mapping[str, Any], rule: Rule, blocksize: int)
             )
         if state[s.key].dtype == torch.uint8:
             scales, own = state[absmax_key(s.key)].numel(), state.get("blocksize", BLOCKSIZE)
-            blocks = len((shard_of(p) or Shard((0, p.numel()), 0, None)).blocks(check_blocksize(blocksize, p.numel())))
+            blocks = len(blocks_of(p, check_blocksize(blocksize, p.numel())))
             if scales != blocks or not same_blocks(own, blocksize, p.numel()):
                 raise ValueError(
                     f"blocksize of a parameter must stay what it was when its state began: its {s.key} has {scales} scales, of "
@@ -131,7 +136,9 @@ def take_steps(
         tails.run()
         for batch in _together([planned for planned in steps if planned.equation.calls]):
             begun = [planned.p for planned in batch]
-            _update_together(batch, states, placement, generator)
+            matrix_steps.step_together(batch, states, placement.stream, generator)
+            for planned in batch:
+                states[planned.p]["step"] += 1
             made += begun
             begun = []
     except BaseException as error:
@@ -166,28 +173,6 @@ def _together(steps: Sequence[PlannedStep]) -> Iterator[Sequence[PlannedStep]]:
     for group in groups.values():
         size = max(1, matrix_steps.BATCH // max(1, group[0].p.numel()))
         yield from (group[first : first + size] for first in range(0, len(group), size))
-
-
-def _update_together(
-    batch: Sequence[PlannedStep], states: MutableMapping[Tensor, dict[str, Any]], placement: Placement,
-    generator: torch.Generator | None,
-) -> None:  # fmt: skip
-    jobs = []
-    for planned in batch:
-        flat, blocksize = (
-            local(planned.p.detach()).contiguous(),
-            check_blocksize(planned.config["blocksize"], planned.p.numel()),
-        )
-        noise, shard = planned.noise(generator), shard_of(planned.p)
-        jobs.append(
-            matrix_steps.Job(planned.p, flat, planned.ascent.contiguous(), states[planned.p], blocksize, noise, shard)
-        )
-    matrix_steps.step_together(batch[0].equation, batch[0].hyper, jobs, placement.stream)
-    for job in jobs:
-        states[job.p]["step"] += 1
-        own = local(job.p.detach())
-        if job.flat.data_ptr() != own.data_ptr():
-            own.copy_(job.flat)
 
 
 def _say_interrupted(

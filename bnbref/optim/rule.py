@@ -11,6 +11,7 @@ whole matrix at once (a product, a norm, a mean by row) is a call of `Rule.whole
 each rule says which.
 """
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -110,6 +111,12 @@ class Rule:
     def codebook(self, state: State) -> Codebook:
         """The codebook of a state in 8 bits."""
         return self.codebooks[0 if state.signed else 1]
+
+    def with_codebooks(self, signed: Codebook, unsigned: Codebook) -> "Rule":
+        """The same rule with other codebooks of states in 8 bits."""
+        changed = copy.copy(self)
+        changed.codebooks = signed, unsigned
+        return changed
 
     def coefficients(self, t: int, group: Mapping[str, Any]) -> dict[str, float]:
         """Numbers of step t for a parameter group, `rate` and `decay` among them; the rest is what `direction` takes."""

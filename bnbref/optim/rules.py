@@ -200,13 +200,5 @@ RULES: dict[str, Rule] = {
 """The rules that bitsandbytes has an operator for, by the operator's name for them: what proofs, kit and alias walk."""
 
 
-class _SignedRMSprop(RMSprop):
-    codebooks = (DYNAMIC, DYNAMIC)
-
-
-class _SignedAdagrad(Adagrad):
-    codebooks = (DYNAMIC, DYNAMIC)
-
-
-SIGNED_RULES: dict[str, Rule] = {"rmsprop": _SignedRMSprop(), "adagrad": _SignedAdagrad()}
+SIGNED_RULES = {name: RULES[name].with_codebooks(DYNAMIC, DYNAMIC) for name in ("rmsprop", "adagrad")}
 """The rules whose only state is an average of squares, with the signed codebook that bitsandbytes has for it."""

@@ -113,6 +113,18 @@ def local(x: Tensor) -> Tensor:
     return x.to_local() if hasattr(x, "to_local") else x
 
 
+def part_of(p: Tensor, x: Tensor) -> Tensor:
+    """This rank's part of a tensor that has a number for each element of p: all of it, if p is in one piece."""
+    flat, shard = x.reshape(-1), shard_of(p)
+    return (flat if shard is None else flat[shard.start : shard.stop]).view(local(p).shape)
+
+
+def blocks_of(p: Tensor, blocksize: int) -> range:
+    """The blocks of p that have an element on this rank: all of them, if p is in one piece."""
+    shard = shard_of(p)
+    return range(block_count(p.numel(), blocksize)) if shard is None else shard.blocks(blocksize)
+
+
 # ---- the whole ----------------------------------------------------------------------------------------------------------
 
 

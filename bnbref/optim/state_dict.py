@@ -17,7 +17,7 @@ from bnbref.blockwise import block_count, check_blocksize
 from bnbref.codebooks import DYNAMIC, DYNAMIC_UNSIGNED, is_table_of, value_table
 from bnbref.optim.master_weights import CORRECTIONS, checked_correction
 from bnbref.optim.rule import Rule, State, absmax_key, qmap_key
-from bnbref.optim.sharding import gather_scales, local, shard_of, sharded_like, unsharded
+from bnbref.optim.sharding import blocks_of, gather_scales, local, part_of, shard_of, sharded_like, unsharded
 
 WRAPPED = "__bnb_optimizer_quant_state__"
 
@@ -130,13 +130,10 @@ def unwrapped_state(
     unknown = sorted(saved.keys() - known - _BESIDE)
     if unknown and known & saved.keys():
         raise ValueError(f"the saved state has {unknown}, which {rule!r} has not: it is of another rule")
-    shard, shape = shard_of(p), tuple(local(p).shape)
     state["step"] = int(saved["step"])
 
     def put(key: str, every: Tensor, dtype: torch.dtype) -> None:
-        flat = every.reshape(-1)
-        mine = (flat if shard is None else flat[shard.start : shard.stop]).view(shape)
-        state[key] = empty(key, shape, dtype).copy_(mine)
+        state[key] = empty(key, tuple(local(p).shape), dtype).copy_(part_of(p, every))
 
     for s in rule.states:
         tensor, size = _saved(rule, saved, s.key), torch.Size(s.shape(p.shape))
@@ -153,12 +150,7 @@ def unwrapped_state(
             put(s.key, tensor, torch.float32)
             continue
         each, key = check_blocksize(blocksize, p.numel()), absmax_key(s.key)
-        own = saved.get("blocksize")
-        if own is None:  # blocks of 256; or, in another number, of a state that was saved before there was the key
-            by_default = _saved(rule, saved, key).numel() == block_count(
-                p.numel(), check_blocksize(BLOCKSIZE, p.numel())
-            )
-            own = BLOCKSIZE if by_default else blocksize
+        own = saved.get("blocksize", BLOCKSIZE)
         if not same_blocks(own, blocksize, p.numel()):
             raise ValueError(
                 f"saved {s.key} is in blocks of {own}, not {blocksize}: blocksize must be that of the saved state"
@@ -166,9 +158,8 @@ def unwrapped_state(
         state |= of_blocks(blocksize, p.numel())
         codes, scales = _reencoded(rule, s, tensor, _saved(rule, saved, key), saved.get(qmap_key(s.key)), each)
         _check_sign(rule, s, tensor, saved.get(qmap_key(s.key)))
-        if shard is not None:
-            blocks = shard.blocks(each)
-            scales = scales[blocks.start : blocks.stop]
+        blocks = blocks_of(p, each)
+        scales = scales[blocks.start : blocks.stop]
         put(s.key, codes, torch.uint8)
         state[key] = empty(key, tuple(scales.shape), torch.float32).copy_(scales)
     correction = checked_correction(p, saved)
@@ -181,10 +172,8 @@ def _copied(p: Tensor, x: Any) -> Any:
     """A copy of what others have kept of p: sharded like p, if it was saved by `_gathered`."""
     if not isinstance(x, Tensor):
         return copy.deepcopy(x)
-    shard, x = shard_of(p), x.detach().to(p.device, copy=True)
-    if shard is None or x.shape != p.shape:
-        return x
-    return sharded_like(p, x.reshape(-1)[shard.start : shard.stop].view(local(p).shape))
+    x = x.detach().to(p.device, copy=True)
+    return x if shard_of(p) is None or x.shape != p.shape else sharded_like(p, part_of(p, x))
 
 
 def _saved(rule: Rule, saved: Mapping[str, Any], key: str) -> Tensor:

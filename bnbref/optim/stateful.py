@@ -118,8 +118,9 @@ class Stateful(torch.optim.Optimizer):
         if group is None:
             raise ValueError(f"p must be a parameter of this optimizer, got another one of shape {tuple(p.shape)}")
         for dtype, key in CORRECTIONS.items():
-            if dtype != p.dtype and self._state(p).pop(key, None) is not None:
-                self._placement.forget(self._name(p, key))
+            gone = self._state(p).pop(key, None) if dtype != p.dtype else None
+            if gone is not None and self._placement.directory is not None:
+                self._placement.directory.forget(self._name(p, key))
         self._begin(p, self.settings(p, group))
         set_value(own, corrections(p, self.state[p]), given.reshape(-1))
 

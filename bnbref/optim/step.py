@@ -139,10 +139,6 @@ def _value(rule: Rule, i: int, codes: Tensor) -> Tensor:
     return value_table(rule.codebook(rule.states[i]), codes.device)[codes.to(torch.int32)]
 
 
-def _code(rule: Rule, i: int, scaled: Tensor) -> Tensor:
-    return encode(scaled, rule.codebook(rule.states[i]))
-
-
 @fused(dynamic={"p": (0,), "g": (0,), "noise": (0,), "states": (0,)}, writes=("p", "states"))
 def step_blocks(
     p: Tensor, g: Tensor, hyper: Tensor, noise: Tensor | None, *states: Tensor, rule: Equation
@@ -152,7 +148,14 @@ def step_blocks(
     p, g: `[blocks, blocksize]`. hyper: the rule's coefficients in float32. noise: int16, shaped like p, or None.
     """
     return advance_blocks(
-        rule, p, g, hyper, noise, states, lambda i, x: _value(rule, i, x), lambda i, x: _code(rule, i, x)
+        rule,
+        p,
+        g,
+        hyper,
+        noise,
+        states,
+        lambda i, x: _value(rule, i, x),
+        lambda i, x: encode(x, rule.codebook(rule.states[i])),
     )
 
 

@@ -1,6 +1,5 @@
 """bnbref's steps that see whole matrices, average, correct 16-bit weights, or are made in the backward pass."""
 
-import copy
 from typing import Any
 
 import torch
@@ -9,7 +8,8 @@ from torch import Tensor
 from bnbref.conformance.oracles.steps import BLOCKSIZE
 from bnbref.optim import SGD, GradientRelease, master_weights, matrices, rules, schedule_free, update
 from bnbref.optim.equation import at_step
-from bnbref.optim.matrix_steps import Job, step_together
+from bnbref.optim.matrix_steps import step_together
+from bnbref.optim.planned_steps import PlannedStep
 
 Tensors = dict[str, Tensor]
 
@@ -17,17 +17,16 @@ Tensors = dict[str, Tensor]
 def _whole(rule: rules.Rule, step: int, group: dict[str, Any], p: Tensor, g: Tensor, **states: Tensor) -> Tensors:
     """One step of a rule that sees whole matrices, on copies of the parameter and its states."""
     made = {name: x.clone() for name, x in {"p": p, **states}.items()}
-    job = Job(made["p"], made["p"], g.contiguous(), made, BLOCKSIZE, None, None)
-    step_together(*at_step(rule, step, group, p.device), [job], lambda each: [state for _, state in each])
+    config = {"blocksize": BLOCKSIZE, "maximize": False, "stochastic_rounding": False}
+    planned = PlannedStep(made["p"], g, config, *at_step(rule, step, group, p.device))
+    step_together([planned], {made["p"]: made}, lambda each: [state for _, state in each])
     return made
 
 
 def nonzero(rule: rules.Rule) -> rules.Rule:
     """The rule with squares in 8 bits that are never 0 where they were not, as `nonzero_squares=True` makes it."""
     signed, unsigned = rule.codebooks
-    changed = copy.copy(rule)
-    changed.codebooks = signed, unsigned.nonzero()
-    return changed
+    return rule.with_codebooks(signed, unsigned.nonzero())
 
 
 def _numbered(made: Tensors) -> Tensors:

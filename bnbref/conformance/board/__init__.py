@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 from bnbref.conformance import report, vectors
 from bnbref.conformance.board.drawings import of_finding
 from bnbref.conformance.explain import verdict
-from bnbref.conformance.judge import REFUSALS
 from bnbref.conformance.specification import RULES
 
 STATES = {
@@ -28,7 +27,7 @@ STATES = {
 }
 """The states of a cell of the board, each with its meaning."""
 
-_KEYS = {"backend": str, "device": str, "versions": dict, "cases": dict, "findings": list}
+_KEYS = {"backend": str, "device": str, "versions": dict, "made": str, "cases": dict, "findings": list}
 
 
 class Cell(NamedTuple):
@@ -47,7 +46,7 @@ class Cell(NamedTuple):
 class Column:
     """One report.
 
-    file: where it is. made: the day, empty where an earlier kit wrote none. cells: by rule. drawings: by what `key` says of a
+    file: where it is. made: the day. cells: by rule. drawings: by what `key` says of a
     finding. matrix: cases passed by operation and dtype, in lines.
     """
 
@@ -115,9 +114,8 @@ def column(file: Path, text: str) -> Column:
     unknown += sorted(set(body["cases"]) - set(cases["G-2"]))
     if unknown:
         raise ValueError(f"{file} has rules or cases that this version of the kit has not: {', '.join(unknown[:3])}")
-    _allow_refusals(body)
     cells = {rule: _cell(rule, ids, body) for rule, ids in cases.items()}
-    return Column(file, body["backend"], body["device"], body["versions"], body.get("made", ""), cells)
+    return Column(file, body["backend"], body["device"], body["versions"], body["made"], cells)
 
 
 def key(finding: Mapping[str, Any]) -> Any:
@@ -132,17 +130,6 @@ def of_run(done: report.Report, file: Path) -> Column:
         key(f): of_finding(done, made) for f, made in zip(json.loads(text)["findings"], done.findings, strict=True)
     }
     return replace(column(file, text), drawings=drawn, matrix=report.matrix_text(done))
-
-
-def _allow_refusals(body: dict[str, Any]) -> None:
-    """Takes for refused what a report of an earlier kit has as failed, if an exception is as good as the result by now."""
-    allowed = {name for name, case in vectors.stored().items() if case.get("may_refuse")}
-    kinds = {f"raised {error.__name__}" for error in REFUSALS}
-    for finding in body["findings"]:
-        if finding["message"].partition(":")[0] in kinds:
-            body["cases"].update(dict.fromkeys(allowed.intersection(finding["cases"]), "refused"))
-            finding["cases"] = [case for case in finding["cases"] if case not in allowed]
-    body["findings"] = [finding for finding in body["findings"] if finding["cases"]]
 
 
 def board(files: Sequence[Path]) -> list[Column]:

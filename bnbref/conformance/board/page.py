@@ -105,10 +105,11 @@ def _counts(cell: Cell) -> str:
 
 def _about_column(column: Column) -> str:
     versions = ", ".join(f"{package} {version}" for package, version in column.versions.items())
-    made = f"made on {column.made}" if column.made else "made by an earlier version of the kit"
     states = "".join(f"<tr><th>{_signed(state)}<td>{column.count(state)}" for state in STATES)
     file = _text(column.file.name)
-    report = f'<p>The report, {_text(made)}: <a href="{file}">{file}</a></p>' if column.file.exists() else ""
+    report = (
+        f'<p>The report, made on {_text(column.made)}: <a href="{file}">{file}</a></p>' if column.file.exists() else ""
+    )
     matrix = f"<pre class=matrix>{_text(column.matrix)}</pre>" if column.matrix else ""
     body = f"<p>{_text(versions)}</p><table>{states}</table>{matrix}{report}{_program(column)}"
     return _opened(column.name, _text(column.title), body)

@@ -1,0 +1,154 @@
+"""`python -m bnbref plan` and `qlora`: their arguments, and what they run, which is imported when it runs.
+
+What a function that runs a command returns and raises: `bnbref.conformance.command`.
+"""
+
+import argparse
+import importlib.util
+import inspect
+from pathlib import Path
+from typing import Any
+
+import bnbref
+from bnbref.conformance.command import Refused, writable
+
+PACKAGES = ("transformers", "peft", "accelerate")
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1."""
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    return int(text)
+
+
+_COUNT: Any = {"type": positive, "metavar": "N"}
+
+
+def add_plan(commands: Any) -> None:
+    """Add `plan` to the subparsers of `python -m bnbref`."""
+    plan = commands.add_parser("plan", help="what fits on which GPU: formats, QLoRA or full training, optimizers")
+    plan.add_argument("model", metavar="MODEL", help="a directory, a config.json, a name on the hub, or a size like 7B")
+    plan.add_argument(
+        "--memory", metavar="SIZE",
+        help="the memory of your GPU, like 24GiB, or of several, like 2x24GiB: prints what fits best, and code to paste",
+    )  # fmt: skip
+    plan.add_argument(
+        "--train", choices=("qlora", "full"),
+        help="plan to train an adapter, or everything (default: all uses; with --memory: to run the model)",
+    )  # fmt: skip
+    plan.add_argument(
+        "--optimizer", metavar="NAME",
+        help="an optimizer of bnbref.optim, like Lion8bit (default: several; with --memory: PagedAdamW8bit)",
+    )  # fmt: skip
+    plan.add_argument("--seq", **_COUNT, default=2048, help="how long each text is, in tokens (default: %(default)s)")
+    plan.add_argument(
+        "--batch", **_COUNT, default=1, help="how many texts are processed at once (default: %(default)s)"
+    )
+    plan.set_defaults(run=run_plan)
+
+
+def add_qlora(commands: Any) -> None:
+    """Add `qlora` to the subparsers of `python -m bnbref`."""
+    qlora = commands.add_parser("qlora", help="fine-tune an adapter on a 4-bit model, from a text to a folder")
+    qlora.add_argument("--model", metavar="MODEL", help="a directory or a name on the hub (default: the demo model)")
+    source = qlora.add_mutually_exclusive_group()
+    source.add_argument("--text", type=Path, metavar="FILE", help="a text file (default: the source of argparse)")
+    source.add_argument("--dataset", metavar="NAME", help="instead of a text: a dataset, on the hub or in a directory")
+    qlora.add_argument(
+        "--column", default="text", metavar="NAME", help="the column that has the texts (default: %(default)s)"
+    )
+    qlora.add_argument("--split", default="train", metavar="NAME", help="the part to train on (default: %(default)s)")
+    qlora.add_argument("--steps", **_COUNT, default=60, help="steps of training (default: %(default)s)")
+    qlora.add_argument("--batch", **_COUNT, default=8, help="windows of text in each step (default: %(default)s)")
+    qlora.add_argument("--length", **_COUNT, default=128, help="tokens in each window (default: %(default)s)")
+    qlora.add_argument(
+        "--lr", type=float, default=2e-3, metavar="X",
+        help="learning rate (default: %(default)s, which suits the demo model; for 7B begin with 2e-4)",
+    )  # fmt: skip
+    qlora.add_argument(
+        "--rank", **_COUNT, default=16, help="rank, the inner size of the adapter (default: %(default)s)"
+    )
+    qlora.add_argument(
+        "--targets", nargs="+", metavar="NAME", help="the layers that get an adapter (default: the projections of attention)"
+    )  # fmt: skip
+    qlora.add_argument(
+        "--out", type=Path, default=Path("adapter"), metavar="DIR", help="where the adapter is saved (default: %(default)s)"
+    )  # fmt: skip
+    qlora.add_argument("--plot", type=Path, metavar="FILE", help="draw the losses (needs matplotlib)")
+    qlora.set_defaults(run=run_qlora)
+
+
+def read_text(path: Path) -> str:
+    """The text of a file. ValueError that names the file, if it is not in UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--text must be a text in UTF-8, got {str(path)!r}: {error}") from error
+
+
+def needs(command: str, *packages: str) -> None:
+    """Raises Refused where a package is not installed, with the line that installs it."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise Refused(f"{command} needs {', '.join(missing)}: pip install {' '.join(missing)}")
+
+
+def run_plan(args: argparse.Namespace) -> int:
+    """0 if something fits, 1 if nothing does."""
+    needs("plan", "transformers", "accelerate")
+    from bnbref.integrations.hf import plan, plan_report
+    from bnbref.integrations.hf.blueprint import Blueprint
+
+    optimizers = sorted(family.__name__ for family in plan.optimizers())
+    if args.optimizer not in (None, *optimizers):
+        raise Refused(f"--optimizer must be one of {', '.join(optimizers)}, got {args.optimizer!r}")
+    try:
+        blueprint = Blueprint(plan.read_config(args.model))
+        optimizer = getattr(bnbref.optim, args.optimizer) if args.optimizer else None
+        if args.memory is None:
+            text, fits = plan_report.cards(blueprint, args.train, optimizer, args.seq, args.batch)
+        else:
+            count, each = plan_report.parse_memory(args.memory)
+            memory = plan_report.room(blueprint, count, each)
+            optimizer = optimizer or bnbref.optim.PagedAdamW8bit
+            found = plan.plans(blueprint, args.train, optimizer, args.seq, args.batch)
+            name = args.model if plan.number_of_parameters(args.model) is None else "NAME OF THE MODEL"
+            text = plan_report.report(name, blueprint.loader, found, memory, args.train, optimizer.__name__, count)
+            fits = any(p.total <= memory for p in found)
+    except (OSError, ValueError) as error:
+        raise Refused(str(error)) from error
+    print(text)
+    return 0 if fits else 1
+
+
+def run_qlora(args: argparse.Namespace) -> int:
+    """0 when the adapter is saved."""
+    needs("qlora", *PACKAGES, *(["matplotlib"] if args.plot else []), *(["datasets"] if args.dataset else []))
+    if not args.lr > 0:
+        raise Refused(f"--lr must be positive, got {args.lr}")
+    writable(args.plot)
+    from bnbref.demo import MODEL
+    from bnbref.info import compute_dtype, default_device
+    from bnbref.integrations.hf.qlora import ATTENTION, dataset_text, qlora
+
+    try:
+        if args.dataset:
+            text = dataset_text(args.dataset, args.column, args.split)
+        else:
+            text = read_text(args.text) if args.text else inspect.getsource(argparse)
+        found = qlora(
+            args.model or str(MODEL), text, args.out, steps=args.steps, batch=args.batch, length=args.length, lr=args.lr,
+            rank=args.rank, targets=args.targets or ATTENTION, dtype=compute_dtype(default_device()),
+        )  # fmt: skip
+    except (OSError, ValueError) as error:
+        raise Refused(str(error)) from error
+    print(
+        f"{found.parameters:,} parameters trained; held-out perplexity {found.before:.2f} before, {found.after:.2f} after; "
+        f"{args.out}: {found.nbytes / 2**20:.1f} MiB"
+    )
+    if args.plot:
+        from bnbref.demo.report import write_plot
+
+        write_plot(args.plot, found.losses, "QLoRA: NF4, nested scales")
+    return 0
