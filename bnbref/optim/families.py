@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from typing_extensions import Unpack
 
 from bnbref.optim import rules
-from bnbref.optim.family import Family, Options, PagedOptions, betas_of, refuse
+from bnbref.optim.family import Family, Options, PagedOptions, betas_of, first_beta, refuse
 from bnbref.optim.kinds import weight
 from bnbref.optim.settings import says
 
@@ -114,6 +114,9 @@ class SGD(Family):
             optim_bits=optim_bits, min_8bit_size=min_8bit_size, **options,
         )  # fmt: skip
 
+    def _holds(self, settings: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
+        return {**super()._holds(settings), "momentum": first_beta(settings)}
+
 
 class LARS(Family):
     """`SGD` whose step is no longer than a part of the parameter (You et al., 1708.03888).  Coupled weight decay.
@@ -136,6 +139,9 @@ class LARS(Family):
             params, rules.LARS(), {"lr": lr, "betas": (b1, 0.0), "eps": 0.0, "weight_decay": weight_decay},
             optim_bits=optim_bits, min_8bit_size=min_8bit_size, max_unorm=max_unorm, **options,
         )  # fmt: skip
+
+    def _holds(self, settings: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
+        return {**super()._holds(settings), "momentum": first_beta(settings)}
 
 
 class LAMB(Family):
@@ -162,6 +168,9 @@ class LAMB(Family):
             optim_bits=optim_bits, min_8bit_size=min_8bit_size, max_unorm=max_unorm, **options,
         )  # fmt: skip
 
+    def _holds(self, settings: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
+        return {**super()._holds(settings), "bias_correction": (True,), "adam_w_mode": (True,)}
+
 
 class RMSprop(Family):
     """Gradient over its root mean square (Tieleman & Hinton, 2012), as in torch.optim.RMSprop.  Coupled decay.  Exact.
@@ -182,6 +191,9 @@ class RMSprop(Family):
             params, rules.RMSprop(), {"lr": lr, "betas": (a, 0.0), "eps": eps, "weight_decay": weight_decay},
             optim_bits=optim_bits, min_8bit_size=min_8bit_size, **options,
         )  # fmt: skip
+
+    def _holds(self, settings: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
+        return {**super()._holds(settings), "alpha": first_beta(settings)}
 
 
 class Adagrad(Family, keeps=("optim_bits",)):

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple, TypedDict
 import torch
 
 from bnbref.optim import rules
-from bnbref.optim.kinds import SettingError, weights
+from bnbref.optim.kinds import SettingError, elements, weights
 from bnbref.optim.optimizer import Optimizer
 from bnbref.optim.settings import check_settings, says
 
@@ -93,8 +93,11 @@ class Family(Optimizer):
     def _judge(self, settings: Mapping[str, Any]) -> None:
         super()._judge(settings)
         many, given = len(self.defaults.get("betas", ())), settings.get("betas", ())
-        if isinstance(given, (tuple, list)) and len(given) > many:
+        if len(elements(given) or ()) > many:
             raise SettingError(f"betas must be {many} numbers, got {given!r}")
+
+    def _holds(self, settings: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
+        return {**super()._holds(settings), "nonzero_squares": (self.nonzero_squares,)}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "nonzero_squares": self.nonzero_squares}
@@ -170,17 +173,22 @@ def refuse(optimizer: Family, **arguments: Any) -> None:
             )
 
 
+def first_beta(settings: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The ways to say the one weight of a rule that has one, and torch another name for it: it is the first of betas."""
+    return (elements(settings["betas"]) or (settings["betas"],))[:1]
+
+
 def betas_of(betas: Sequence[float] | str, count: int = 2) -> tuple[float, ...]:
-    """Betas as `count` numbers; a string like "(0.9, 0.95)" comes from a command line. ValueError if they are not.
+    """Betas as `count` numbers, of any sequence; a string like "(0.9, 0.95)" comes from a command line. ValueError if they are
+    not.
 
     >>> betas_of("(0.9, 0.95)")
     (0.9, 0.95)
     """
-    given = betas.strip("() ").split(",") if isinstance(betas, str) else betas
     try:
-        found = tuple(float(b) if isinstance(b, str) else b for b in given)
-    except (TypeError, ValueError):
+        found = tuple(map(float, betas.strip("() ").split(","))) if isinstance(betas, str) else elements(betas) or ()
+    except ValueError:
         found = ()
-    if len(found) != count or isinstance(betas, (dict, set)):
+    if len(found) != count:
         raise ValueError(f"betas must be {count} numbers, got {betas!r}")
     return weights({"betas": found})

@@ -57,6 +57,18 @@ def in_float64(x: Any) -> float | None:
         return None
 
 
+def elements(x: Any) -> tuple[Any, ...] | None:
+    """The elements of a sequence, or of a vector of torch or numpy; None if x is neither: a string, a set, a single number.
+
+    >>> elements([0.5, 0]), elements("0.5"), elements(0.5)
+    ((0.5, 0), None, None)
+    """
+    if isinstance(x, Sequence) and not isinstance(x, (str, bytes, bytearray)):
+        return tuple(x)
+    vector = type(x).__module__ == "numpy" or (isinstance(x, Tensor) and x.layout == torch.strided and not x.is_meta)
+    return tuple(x.tolist()) if vector and getattr(x, "ndim", None) == 1 else None
+
+
 def weight(group: Mapping[str, Any], name: str) -> float:
     """A setting that is the weight of an average, in [0, 1): `SettingError` if it is none.
 
@@ -72,13 +84,14 @@ def weight(group: Mapping[str, Any], name: str) -> float:
 def weights(group: Mapping[str, Any], name: str = "betas", many: int | None = None) -> tuple[float, ...]:
     """The weights of averages in a setting that has one or several: `SettingError` if one is none, or there are too few.
 
-    many: how many of them to return, the first ones. None: all.
+    many: how many of them to return, the first ones. None: all. They may be in any sequence that is no string.
 
     >>> weights({"betas": (0.5, 0)}), weights({"betas": [0.5, 0.75]}, many=1)
     ((0.5, 0.0), (0.5,))
     """
     given = group[name]
-    each = given if isinstance(given, (tuple, list)) else [given]
+    found = elements(given)
+    each = (given,) if found is None else found
     if many is not None and len(each) < many:
         raise SettingError(f"{name} must be {many} numbers, got {given!r}")
     try:

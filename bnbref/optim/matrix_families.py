@@ -3,7 +3,7 @@
 # ruff: noqa: E701, the table of variants has a line for each
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -11,7 +11,10 @@ from typing_extensions import Unpack
 
 from bnbref.optim import matrices, rules
 from bnbref.optim.family import Family, PagedOptions, betas_of
-from bnbref.optim.kinds import count, flag, number, one_of, weight
+from bnbref.optim.kinds import count, elements, flag, number, one_of, weight
+
+_EPS1 = 2.0**-23
+"""What None says for the first eps of `Adafactor`."""
 
 
 class Muon(Family):
@@ -34,9 +37,10 @@ class Muon(Family):
     ) -> None:  # fmt: skip
         own = {"nesterov": nesterov, "adjust_lr_fn": adjust_lr_fn, "ns_steps": ns_steps, "eps": eps}
         adjust = one_of(own, "adjust_lr_fn", ("original", "match_rms_adamw", None)) or "original"
-        if not isinstance(ns_coefficients, (tuple, list)) or len(ns_coefficients) != 3:
+        three = elements(ns_coefficients) or ()
+        if len(three) != 3:
             raise ValueError(f"ns_coefficients must be three finite numbers, got {ns_coefficients!r}")
-        a, b, c = (number({"ns_coefficients": x}, "ns_coefficients", least=-math.inf) for x in ns_coefficients)
+        a, b, c = (number({"ns_coefficients": x}, "ns_coefficients", least=-math.inf) for x in three)
         steps = count(own, "ns_steps", 1, 99)
         muon = matrices.Muon(flag(own, "nesterov"), (a, b, c), steps, number(own, "eps"), adjust)
         defaults = {
@@ -50,6 +54,15 @@ class Muon(Family):
         super().__init__(
             params, {"muon": muon, "adamw": rules.Adam()}, defaults, optim_bits=optim_bits, min_8bit_size=min_8bit_size, **options
         )  # fmt: skip
+
+    def _holds(self, settings: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
+        muon: Any = self.rule
+        adjust = ("original", None) if muon.adjust == "original" else (muon.adjust,)
+        adamw = settings if settings["rule"] == "adamw" else self.defaults
+        return {
+            **super()._holds(settings), "nesterov": (muon.nesterov,), "ns_coefficients": (muon.ns_coefficients,),
+            "ns_steps": (muon.steps,), "adjust_lr_fn": adjust, "adamw_eps": (adamw["eps"],),
+        }  # fmt: skip
 
 
 def muon_groups(model: nn.Module, head: str | Iterable[str] | None = None, **adamw: Any) -> list[dict[str, Any]]:
@@ -101,13 +114,20 @@ class Adafactor(Family):
         d: float = 1.0, weight_decay: float = 0.0, beta1: float = 0.0, optim_bits: int = 32, min_8bit_size: int = 4096,
         **options: Unpack[PagedOptions],
     ) -> None:  # fmt: skip
-        if not isinstance(eps, (tuple, list)) or len(eps) != 2:
+        two = elements(eps) or ()
+        if len(two) != 2:
             raise ValueError(f"eps must be two numbers, of which the first may be None, got {eps!r}")
-        eps1, eps2 = (number({"eps": x}, "eps") for x in (2.0**-23 if eps[0] is None else eps[0], eps[1]))
+        eps1, eps2 = (number({"eps": x}, "eps") for x in (_EPS1 if two[0] is None else two[0], two[1]))
         momentum = weight({"beta1": beta1}, "beta1") > 0
         rule = matrices.Adafactor(momentum, (eps1, eps2), number({"d": d}, "d", least=1.0))
         defaults = {"lr": lr, "beta2_decay": beta2_decay, "beta1": beta1, "weight_decay": weight_decay}
         super().__init__(params, rule, defaults, optim_bits=optim_bits, min_8bit_size=min_8bit_size, **options)
+
+    def _holds(self, settings: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
+        rule: Any = self.rule
+        eps1, eps2 = rule.eps
+        ways = ((eps1, eps2), *([(None, eps2)] if eps1 == _EPS1 else []))
+        return {**super()._holds(settings), "d": (rule.d,), "eps": ways}
 
 
 class SOAP(Family):

@@ -25,13 +25,14 @@ class NamedRules:
         if not self.rules:
             raise ValueError("rule must be a Rule, or at least one by its name, got none")
         self.first = next(iter(self.rules))
+        self.clipped = any(one.clipped for one in self.rules.values())
         self._layouts = {name: state_layout(one) for name, one in self.rules.items()}
         self._sources: dict[str, set[str]] = {name: set() for name in self.rules}
 
     def of(self, config: Mapping[str, Any]) -> Rule:
         """The rule of a parameter with these settings."""
         name = config.get("rule", self.first)
-        if name not in self.rules:
+        if not isinstance(name, str) or name not in self.rules:
             raise ValueError(f"rule of a group must be one of {[*self.rules]}, got {name!r}")
         return self.rules[name]
 

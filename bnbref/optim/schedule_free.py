@@ -107,10 +107,10 @@ class AdamWScheduleFree(Family):
             raise RuntimeError("the parameters are averages since eval(): call train() before the next step")
         super().advance(parameters)
 
-    def _check_known(self, own: Mapping[str, Any]) -> None:
+    def _check_known(self, own: Mapping[str, Any], config: Mapping[str, Any]) -> None:
         if "train_mode" in own:
             raise ValueError(f"train_mode is that of a group, GlobalOptimManager overrides it by {own['train_mode']!r}")
-        super()._check_known(own)
+        super()._check_known(own, config)
 
     def eval(self) -> None:
         """Make the parameters the averages x. They are then no parameters to take a step from."""

@@ -30,7 +30,13 @@ class Stateful(torch.optim.Optimizer):
 
     def settings(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
         """The settings of a parameter: those of `GlobalOptimManager`, then those of its group, then the optimizer's."""
-        return {**self._own, **group, **GlobalOptimManager.get_instance().overrides().get(p, {})}
+        return self._merged({**group, **GlobalOptimManager.get_instance().overrides().get(p, {})})
+
+    def _merged(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings of a group, and those of the optimizer for what it does not say. Where one rule of several is clipped,
+        the optimizer's max_unorm is that rule's: the groups of others have 0, unless they say otherwise, which is refused."""
+        others = {"max_unorm": 0.0} if self._rules.clipped and not self._rules.of(group).clipped else {}
+        return {**self._own, **others, **group}
 
     def _check_group(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """The settings of a group with those of the optimizer. Raises if one of them is not valid."""
