@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import copy
+import decimal
 import fractions
 import inspect
 import math
@@ -38,19 +39,20 @@ def numpy_scalars():
 NUMBERS = (
     st.integers(-3, 3)
     | st.floats(-2, 2)
-    | st.sampled_from([8, 24, 32, 100, 256, 1e300, 10**400, math.nan, math.inf, -1e-13])
+    | st.sampled_from([8, 24, 32, 100, 256, 1e300, 10**400, 10**5000, 2**64, 5e-324, math.nan, math.inf, -1e-13])
 )
 ONES = (
     NUMBERS
     | st.none()
     | st.booleans()
     | st.text(max_size=4)
-    | st.sampled_from([fractions.Fraction(1, 3), 1j, b"1", "0.9"])
+    | st.sampled_from([fractions.Fraction(1, 3), fractions.Fraction(10**400), decimal.Decimal(8), 1j, b"1", "0.9"])
 )
 TENSORS = st.sampled_from([0.5, 3, True, [0.5], [0.5, 0.75], [1.0, 2.0], 1j]).map(torch.tensor)
 WHATEVER = (
-    ONES | TENSORS | st.lists(ONES, max_size=4) | st.lists(ONES, max_size=4).map(tuple) | st.deferred(numpy_scalars)
-    | st.sampled_from([{}, {0.5, 0.75}, math.sin, torch.ones(1, device="meta")])
+    ONES | TENSORS | st.lists(ONES, max_size=4) | st.lists(ONES, max_size=4).map(tuple) | ONES.map(lambda x: (x, x))
+    | st.deferred(numpy_scalars)
+    | st.sampled_from([{}, {0.5, 0.75}, math.sin, torch.ones(1, device="meta"), torch.ones(1).to_sparse()])
 )  # fmt: skip
 
 

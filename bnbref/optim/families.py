@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from typing_extensions import Unpack
 
+from bnbref.arguments import written
 from bnbref.optim import rules
 from bnbref.optim.family import Family, Options, PagedOptions, betas_of, first_beta, refuse
 from bnbref.optim.kinds import weight
@@ -160,7 +161,7 @@ class LAMB(Family):
         refuse(self, amsgrad=amsgrad, args=args)
         if not says(bias_correction, True) or not says(adam_w_mode, True):
             raise ValueError(
-                f"bias_correction and adam_w_mode must be True, got {bias_correction} and {adam_w_mode}: "
+                f"bias_correction and adam_w_mode must be True, got {written(bias_correction)} and {written(adam_w_mode)}: "
                 f"the rule has both"
             )
         super().__init__(

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple, TypedDict
 
 import torch
 
+from bnbref.arguments import written
 from bnbref.optim import rules
 from bnbref.optim.kinds import SettingError, elements, weights
 from bnbref.optim.optimizer import Optimizer
@@ -75,11 +76,11 @@ class Family(Optimizer):
         if not says(percentile_clipping, 100):
             raise ValueError(
                 f"percentile_clipping of {type(self).__name__} must be 100, which clips nothing, got "
-                f"{percentile_clipping!r}: clip gradients before the step, by torch.nn.utils.clip_grad_norm_"
+                f"{written(percentile_clipping)}: clip gradients before the step, by torch.nn.utils.clip_grad_norm_"
             )
         if not says(block_wise, True):
             raise ValueError(
-                f"block_wise of {type(self).__name__} must be True, got {block_wise!r}: states in 8 bits are blockwise"
+                f"block_wise of {type(self).__name__} must be True, got {written(block_wise)}: states in 8 bits are blockwise"
             )
         super().__init__(params, rule, defaults, **options)
 
@@ -94,7 +95,7 @@ class Family(Optimizer):
         super()._judge(settings)
         many, given = len(self.defaults.get("betas", ())), settings.get("betas", ())
         if len(elements(given) or ()) > many:
-            raise SettingError(f"betas must be {many} numbers, got {given!r}")
+            raise SettingError(f"betas must be {many} numbers, got {written(given)}")
 
     def _holds(self, settings: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
         return {**super()._holds(settings), "nonzero_squares": (self.nonzero_squares,)}
@@ -142,7 +143,7 @@ def _fix(cls: type[Family], fixed: dict[str, Any]) -> None:
         given = {**bound.pop("options", {}), **bound}
         for name, value in fixed.items():
             if not any(says(given.get(name, value), it) for it in (value, cls._placeholders.get(name, value))):
-                raise ValueError(f"{name} of {cls.__name__} is {value}, got {given[name]!r}")
+                raise ValueError(f"{name} of {cls.__name__} is {value}, got {written(given[name])}")
         family.__init__(self, **{**given, **fixed})  # type: ignore[misc]
 
     init.__signature__ = signature  # type: ignore[attr-defined]
@@ -169,7 +170,7 @@ def refuse(optimizer: Family, **arguments: Any) -> None:
     for name, value in arguments.items():
         if not says(value, None):
             raise ValueError(
-                f"{name} of {type(optimizer).__name__} must be left at its default, got {value!r}: {UNUSED[name]}"
+                f"{name} of {type(optimizer).__name__} must be left at its default, got {written(value)}: {UNUSED[name]}"
             )
 
 
@@ -190,5 +191,5 @@ def betas_of(betas: Sequence[float] | str, count: int = 2) -> tuple[float, ...]:
     except ValueError:
         found = ()
     if len(found) != count:
-        raise ValueError(f"betas must be {count} numbers, got {betas!r}")
+        raise ValueError(f"betas must be {count} numbers, got {written(betas)}")
     return weights({"betas": found})

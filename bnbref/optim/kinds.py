@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnbref.arguments import written
+
 _LARGEST = torch.finfo(torch.float32).max
 
 
@@ -35,7 +37,7 @@ def number(group: Mapping[str, Any], name: str, least: float = 0.0, most: float 
     if x is None or not (least <= x <= most and math.isfinite(x)):
         usual = "not be negative, but a finite number"
         allowed = usual if abs(least) < 1e-9 and most == _LARGEST else f"be a finite number from {least:g} to {most:g}"
-        raise SettingError(f"{name} must {allowed}, got {group[name]!r}")
+        raise SettingError(f"{name} must {allowed}, got {written(group[name])}")
     return x
 
 
@@ -77,7 +79,7 @@ def weight(group: Mapping[str, Any], name: str) -> float:
     """
     x = in_float64(group[name])
     if x is None or not 0 <= x < 1:
-        raise SettingError(f"{name} must lie in [0, 1), got {group[name]!r}")
+        raise SettingError(f"{name} must lie in [0, 1), got {written(group[name])}")
     return x
 
 
@@ -93,11 +95,11 @@ def weights(group: Mapping[str, Any], name: str = "betas", many: int | None = No
     found = elements(given)
     each = (given,) if found is None else found
     if many is not None and len(each) < many:
-        raise SettingError(f"{name} must be {many} numbers, got {given!r}")
+        raise SettingError(f"{name} must be {many} numbers, got {written(given)}")
     try:
         return tuple(weight({name: x}, name) for x in each)[:many]
     except SettingError:
-        raise SettingError(f"{name} must lie in [0, 1), got {given!r}") from None
+        raise SettingError(f"{name} must lie in [0, 1), got {written(given)}") from None
 
 
 def count(group: Mapping[str, Any], name: str, least: int = 0, most: int | None = None) -> int:
@@ -110,7 +112,7 @@ def count(group: Mapping[str, Any], name: str, least: int = 0, most: int | None 
     whole = int(x) if isinstance(x, Integral) and not isinstance(x, bool) else None
     if whole is None or whole < least or (most is not None and whole > most):
         last = "on" if most is None else f"to {most}"
-        raise SettingError(f"{name} must be an integer from {least} {last}, got {x!r}")
+        raise SettingError(f"{name} must be an integer from {least} {last}, got {written(x)}")
     return whole
 
 
@@ -122,7 +124,7 @@ def flag(group: Mapping[str, Any], name: str) -> bool:
     """
     x = group[name]
     if not isinstance(x, bool):
-        raise SettingError(f"{name} must be True or False, got {x!r}")
+        raise SettingError(f"{name} must be True or False, got {written(x)}")
     return x
 
 
@@ -135,7 +137,7 @@ def one_of(group: Mapping[str, Any], name: str, allowed: Sequence[Any]) -> Any:
     x = group[name]
     if isinstance(x, bool) or not isinstance(x, (Integral, str, type(None))) or x not in allowed:
         *others, last = map(repr, allowed)
-        raise SettingError(f"{name} must be {', '.join(others)} or {last}, got {x!r}")
+        raise SettingError(f"{name} must be {', '.join(others)} or {last}, got {written(x)}")
     return x
 
 
@@ -147,5 +149,5 @@ def one_of_kinds(group: Mapping[str, Any], name: str, kinds: tuple[type, ...]) -
     x = group[name]
     if not isinstance(x, kinds):
         names = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
-        raise SettingError(f"{name} must be {names}, got {x!r}")
+        raise SettingError(f"{name} must be {names}, got {written(x)}")
     return x

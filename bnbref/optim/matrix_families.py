@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from typing_extensions import Unpack
 
+from bnbref.arguments import written
 from bnbref.optim import matrices, rules
 from bnbref.optim.family import Family, PagedOptions, betas_of
 from bnbref.optim.kinds import count, elements, flag, number, one_of, weight
@@ -39,7 +40,7 @@ class Muon(Family):
         adjust = one_of(own, "adjust_lr_fn", ("original", "match_rms_adamw", None)) or "original"
         three = elements(ns_coefficients) or ()
         if len(three) != 3:
-            raise ValueError(f"ns_coefficients must be three finite numbers, got {ns_coefficients!r}")
+            raise ValueError(f"ns_coefficients must be three finite numbers, got {written(ns_coefficients)}")
         a, b, c = (number({"ns_coefficients": x}, "ns_coefficients", least=-math.inf) for x in three)
         steps = count(own, "ns_steps", 1, 99)
         muon = matrices.Muon(flag(own, "nesterov"), (a, b, c), steps, number(own, "eps"), adjust)
@@ -116,8 +117,11 @@ class Adafactor(Family):
     ) -> None:  # fmt: skip
         two = elements(eps) or ()
         if len(two) != 2:
-            raise ValueError(f"eps must be two numbers, of which the first may be None, got {eps!r}")
-        eps1, eps2 = (number({"eps": x}, "eps") for x in (_EPS1 if two[0] is None else two[0], two[1]))
+            raise ValueError(f"eps must be two numbers, of which the first may be None, got {written(eps)}")
+        eps1 = number(
+            {"eps": _EPS1 if two[0] is None else two[0]}, "eps", most=2.0**63
+        )  # whose square is a float32, too
+        eps2 = number({"eps": two[1]}, "eps")
         momentum = weight({"beta1": beta1}, "beta1") > 0
         rule = matrices.Adafactor(momentum, (eps1, eps2), number({"d": d}, "d", least=1.0))
         defaults = {"lr": lr, "beta2_decay": beta2_decay, "beta1": beta1, "weight_decay": weight_decay}

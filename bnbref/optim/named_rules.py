@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnbref.arguments import written
 from bnbref.optim.equation import Equation, at_step, check_rule, state_layout
 from bnbref.optim.rule import Rule
 
@@ -33,7 +34,7 @@ class NamedRules:
         """The rule of a parameter with these settings."""
         name = config.get("rule", self.first)
         if not isinstance(name, str) or name not in self.rules:
-            raise ValueError(f"rule of a group must be one of {[*self.rules]}, got {name!r}")
+            raise ValueError(f"rule of a group must be one of {[*self.rules]}, got {written(name)}")
         return self.rules[name]
 
     def check_shape(self, p: Tensor, config: Mapping[str, Any]) -> None:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from bnbref.arguments import check_tensors
+from bnbref.arguments import check_tensors, written
 from bnbref.optim import paging, planned_steps
 from bnbref.optim.equation import Equation
-from bnbref.optim.kinds import SettingError
+from bnbref.optim.kinds import SettingError, number
 from bnbref.optim.named_rules import NamedRules
 from bnbref.optim.rule import Rule
 from bnbref.optim.settings import ALWAYS, ANYWHERE, GlobalOptimManager, check_distinct, check_settings, says
@@ -110,16 +110,17 @@ class Optimizer(Stateful):
         """Raise if a setting of a group or of one parameter is not valid, or one that only the constructor takes and that says
         something else here. Settings of the rule are judged where it reads them."""
         check_settings(settings)
-        if settings["max_unorm"] > 0 and not self._rules.of(settings).clipped:
+        if number(settings, "max_unorm") > 0 and not self._rules.of(settings).clipped:
             raise SettingError(
-                f"max_unorm must be 0 where no step is clipped, as those of LARS and LAMB are, got {settings['max_unorm']!r}"
+                f"max_unorm must be 0 where no step is clipped, as those of LARS and LAMB are, got "
+                f"{written(settings['max_unorm'])}"
             )
         here = {*self._own, *self.defaults}
         for name in sorted(settings.keys() & self._of_constructor() - here - ANYWHERE):
             if not self._already(name, settings):
                 raise ValueError(
-                    f"{name} is no setting of a group or of a parameter, got {settings[name]!r}: {type(self).__name__} has "
-                    f"{sorted(here)}"
+                    f"{name} is no setting of a group or of a parameter, got {written(settings[name])}: "
+                    f"{type(self).__name__} has {sorted(here)}"
                 )
 
     def _of_constructor(self) -> frozenset[str]:
@@ -148,7 +149,7 @@ class Optimizer(Stateful):
         for name, value in own.items():
             if name not in here and not (name in arguments and self._already(name, config)):
                 raise ValueError(
-                    f"GlobalOptimManager overrides {name} by {value!r}, which {type(self).__name__} has not: it has "
+                    f"GlobalOptimManager overrides {name} by {written(value)}, which {type(self).__name__} has not: it has "
                     f"{sorted(here)}"
                 )
 

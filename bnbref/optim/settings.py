@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from bnbref.arguments import written
 from bnbref.blockwise import check_blocksize
 from bnbref.optim.kinds import count, elements, flag, number, of_python, one_of, one_of_kinds
 
@@ -72,7 +73,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     check_blocksize(settings.get("blocksize", 1), 1)
     for name, reason in _REFUSED.items():
         if settings.get(name):
-            raise NotImplementedError(f"{name} must be False, got {settings[name]!r}: {reason}")
+            raise NotImplementedError(f"{name} must be False, got {written(settings[name])}: {reason}")
 
 
 class GlobalOptimManager:
@@ -122,7 +123,7 @@ class GlobalOptimManager:
         """Override the setting `key` of these parameters, or several: lr, betas, optim_bits, min_8bit_size and so on."""
         if (key is None) == (key_value_dict is None):
             raise ValueError(
-                f"override_config takes key and value, or key_value_dict, got {key!r} and {key_value_dict!r}"
+                f"override_config takes key and value, or key_value_dict, got {written(key)} and {key_value_dict!r}"
             )
         config = dict(key_value_dict) if key_value_dict is not None else {key: value}
         with self._lock:
