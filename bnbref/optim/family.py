@@ -57,12 +57,33 @@ class Args(NamedTuple):
 
 
 class Family(Optimizer):
-    """Base of the named optimizers.
+    """What every optimizer here takes beside arguments of its own.
 
-    nonzero_squares: an average of squares in 8 bits that is above 2^-149 of the largest of its block never gets the code of 0,
-    but that of the smallest value. Then no momentum is divided by nothing. Files are the same. It is the default of Muon, SOAP
-    and AdamWScheduleFree, and False in the others, whose bits are bitsandbytes'.
-    percentile_clipping and block_wise, which bitsandbytes took until 0.49, may say what always holds: 100 and True.
+    params: parameters of float32, float16 or bfloat16, or groups of them, which may say settings of their own.
+    optim_bits: 32 by default, or 8. The bits of a number of a state. Classes whose names end in 8bit or 32bit have these.
+    min_8bit_size: 4096 by default, from 0 on. Smaller parameters keep their states in 32 bits.
+    is_paged: False by default. Whether the states of parameters of 100,000 elements or more are in pinned host memory, and
+    brought to the GPU for a step. Classes whose names begin with Paged have them there.
+    blocksize: 256 by default, from 1 on. The elements of a block, which has one scale, of a state in 8 bits.
+    page_directory: None by default, or a folder. All states are in memory-mapped files there.
+    page_bytes: 2**28 by default, from 1 on. At most so many bytes of paged states are on the GPU at a time, or those of two
+    parameters.
+    stochastic_rounding: False by default. Whether bfloat16 parameters are rounded up or down at random, so that the mean is
+    right.
+    generator: None by default, for the generator of the device, or a torch.Generator. It makes the random numbers of that.
+    master_weight_bits: None by default, 24 or 32. Parameters of 16 bits are trained as if they had so many.
+    nonzero_squares: False by default, but True in Muon, SOAP and AdamWScheduleFree. Whether an average of squares in 8 bits that
+    is above 2^-149 of the largest of its block never gets the code of 0, but that of the smallest value, so that no momentum is
+    divided by nothing. Files are the same. By False the bits are bitsandbytes'.
+    maximize: False by default. Whether steps go with the gradient, not against it.
+    foreach: None by default, and fused: None by default. Which implementation of torch is to run; there is one here, whatever
+    they say.
+    capturable: False by default, and differentiable: False by default. True is refused: numbers of a step are made on the host,
+    and no graph of it is kept.
+    percentile_clipping: 100 by default, and block_wise: True by default. bitsandbytes took them until 0.49; what they say always
+    holds, and any other value is refused.
+
+    A setting of another kind, or out of its range, raises ValueError, TypeError or NotImplementedError, which names it.
     """
 
     def __init__(
@@ -116,6 +137,7 @@ class Family(Optimizer):
         super().__init_subclass__(**kwargs)
         if bits is None and not paged:
             cls._keeps = keeps
+            cls.__doc__ = f"{inspect.cleandoc(cls.__doc__ or '')}\n\n{inspect.cleandoc(Family.__doc__ or '')}"
         else:
             _fix(cls, {**({"optim_bits": bits} if bits else {}), **({"is_paged": True} if paged else {})})
 

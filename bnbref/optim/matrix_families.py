@@ -25,9 +25,19 @@ class Muon(Family):
         p = (1 - lr wd) p - lr s u       s = sqrt(max(1, rows / columns))             or 0.2 sqrt(max(rows, columns))
 
     A group of embeddings, heads and vectors says `"rule": "adamw"` and has a learning rate of its own, betas and eps:
-    `muon_groups` makes the groups of a model. eps: of newton_schulz; adamw_eps: of AdamW; in a group eps is that of its rule.
-    adjust_lr_fn: "match_rms_adamw" for the second s, by which a learning rate of AdamW's will do. *Exact* but for newton_schulz,
-    whose products are bfloat16.
+    `muon_groups` makes the groups of a model. *Exact* but for newton_schulz, whose products are bfloat16.
+
+    lr: 1e-3 by default, from 0 on. The learning rate; a tensor of one element, too, as a schedule may write it.
+    weight_decay: 0.1 by default, from 0 on. wd above: each step takes lr wd p from p, apart from the gradient.
+    momentum: 0.95 by default, in [0, 1). b above, the weight of what m was before.
+    nesterov: True by default. Whether the gradient is looked at twice, as above.
+    ns_coefficients: (3.4445, -4.775, 2.0315) by default, three finite numbers. Those of the polynomial of newton_schulz.
+    eps: 1e-7 by default, from 0 on. The least norm by which newton_schulz divides. In a group eps is that of its rule.
+    ns_steps: 5 by default, from 1 to 99. How often newton_schulz applies its polynomial.
+    adjust_lr_fn: None by default, which is "original", for the first s above; "match_rms_adamw" for the second, by which a
+    learning rate of AdamW's will do.
+    betas: (0.9, 0.95) by default, two numbers in [0, 1). Those of the groups of AdamW.
+    adamw_eps: 1e-8 by default, from 0 on. The eps of the groups of AdamW.
     """
 
     def __init__(
@@ -105,9 +115,17 @@ class Adafactor(Family):
         u = g / max(sqrt(r q^T / mean(r)), eps1)       u = max(eps2, rms(p)) u / max(1, rms(u) / d)
         p = (1 - lr wd) p - min(lr, 1 / sqrt(t)) u
 
-    beta1 > 0 averages u, in 8 bits or 32; without it there is no state by element. Of a stack of matrices each is alone, its
-    roots of mean squares too. eps: None for eps1 is 2^-23, whatever the parameter's dtype, as it is read as float32.
-    *Exact* but for what sees the whole matrix: five means, products of a row and a column, and torch's `rsqrt`.
+    Of a stack of matrices each is alone, its roots of mean squares too. *Exact* but for what sees the whole matrix: five means,
+    products of a row and a column, and torch's `rsqrt`.
+
+    lr: 1e-2 by default, from 0 on. The learning rate; a tensor of one element, too, as a schedule may write it.
+    beta2_decay: -0.8 by default, 0 at most. How fast the weight of a new square falls with the steps.
+    eps: (None, 1e-3) by default, two numbers from 0 on: eps1 and eps2 above. None for eps1 is 2^-23, whatever the parameter's
+    dtype, as it is read as float32.
+    d: 1.0 by default, from 1 on. The root mean square of u from which on u is scaled down.
+    weight_decay: 0.0 by default, from 0 on. wd above: each step takes lr wd p from p, apart from the gradient.
+    beta1: 0.0 by default, in [0, 1). Above 0 it averages u, in a state of 8 bits or 32; without it there is no state by
+    element.
     """
 
     def __init__(
@@ -143,6 +161,13 @@ class SOAP(Family):
 
     The first gradient makes L, R, P and Q, and no step. They are float32, and more than the states in 8 bits: of a square matrix
     16 bytes a parameter. *Exact* but for the products and decompositions, which are torch's.
+
+    lr: 3e-3 by default, from 0 on. The learning rate; a tensor of one element, too, as a schedule may write it.
+    betas: (0.95, 0.95) by default, two numbers in [0, 1). b1 and b2 above, the weights of what m and v were before.
+    shampoo_beta: 0.95 by default, in [0, 1). b above, the weight of what L and R were before.
+    eps: 1e-8 by default, from 0 on. It is added to the root, so that nothing is divided by 0.
+    weight_decay: 0.01 by default, from 0 on. wd above: each step takes lr wd p from p, apart from the gradient.
+    frequency: 10 by default, from 1 on. How many steps are made in the same bases.
     """
 
     def __init__(
