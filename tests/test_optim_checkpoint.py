@@ -233,3 +233,27 @@ def test_a_block_size_of_its_own_is_saved_and_loaded(where):
     other.load_state_dict(saved)
     assert len(other.state[params[0]]["absmax1"]) == -(-70 * 61 // 128)
     assert same_bits(advanced(params, other, 2, 4), want)
+
+
+@pytest.mark.parametrize("name", ["AdamW8bit", "SGD8bit", "AdEMAMix8bit", "AdamWScheduleFree8bit", "SOAP8bit"])
+def test_whoever_writes_to_the_maps_of_a_state_dict_writes_to_nobody_elses(name, eager):
+    """torch.distributed.checkpoint loads into the tensors of a state dict, and safetensors saves none that share their memory."""
+    p, q = (nn.Parameter(torch.ones(8, 40)) for _ in range(2))
+    optimizer = make(name, [p, q], min_8bit_size=0)
+    x = torch.linspace(-1, 1, 320).view(8, 40)
+    before = F.quantize_blockwise(x)
+    p.grad = q.grad = x
+    optimizer.step()
+    maps = [
+        m for state in optimizer.state_dict()["state"].values() for key, m in state[WRAPPED].items() if "qmap" in key
+    ]
+    assert len({m.data_ptr() for m in maps}) == len(maps) > 0
+    for m in maps:
+        m.zero_()
+    after = F.quantize_blockwise(x)
+    assert same_bits(after[0], before[0])
+    assert same_bits(F.dequantize_blockwise(*after), F.dequantize_blockwise(*before))
+    optimizer.step()
+    assert all(
+        bool(m.any()) for s in optimizer.state_dict()["state"].values() for k, m in s[WRAPPED].items() if "qmap" in k
+    )

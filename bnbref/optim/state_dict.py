@@ -91,7 +91,8 @@ def wrapped_state(rule: Rule, state: Mapping[str, Any]) -> dict[str, Any]:
             if parts:
                 wrapped[name(s.key)] = parts[0] if len(parts) == 1 else torch.stack(parts)
         if state[s.key].dtype == torch.uint8:
-            wrapped[qmap_key(s.key)] = value_table(rule.codebook(s), torch.device("cpu"))
+            # A copy: torch.distributed.checkpoint loads into what is saved, and the table itself is that of all codes.
+            wrapped[qmap_key(s.key)] = value_table(rule.codebook(s), torch.device("cpu")).clone()
     wrapped |= {key: state[key] for key in state.keys() & CORRECTIONS.values()}
     if rule.clipped and wrapped:
         # Room that bitsandbytes expects to find.
