@@ -18,7 +18,6 @@ from bnbref.optim.named_rules import NamedRules
 from bnbref.optim.rule import Rule
 from bnbref.optim.settings import ALWAYS, ANYWHERE, GlobalOptimManager, check_distinct, check_settings, says
 from bnbref.optim.sharding import shard_of
-from bnbref.optim.state_dict import COUNTS
 from bnbref.optim.stateful import Stateful
 
 
@@ -167,17 +166,15 @@ class Optimizer(Stateful):
             with torch.enable_grad():
                 loss = closure()
         self.advance([(p, group) for group in self.param_groups for p in group["params"]])
-        if self._placement.directory is not None:
-            states = [self._state(p) for p in self._parameters()]
-            counts = [{key: state[key] for key in COUNTS if key in state} for state in states]
-            self._placement.end({i: each for i, each in enumerate(counts) if "step" in each})
+        self._end_of_pages()
         return loss
 
     @_disable_dynamo  # its kernels are compiled without that, and tracing the Python between them takes seconds
     def advance(self, parameters: Sequence[tuple[Tensor, Mapping[str, Any]]]) -> None:
         """The step of some parameters, each with its group. A `page_directory` is a checkpoint again after `step`."""
         steps = self._planned_steps(parameters)
-        self._placement.begin()
+        if self._placement.directory is not None:
+            self._placement.directory.begin()
         self._move_to_files()
         for planned in steps:
             self._begin(planned.p, planned.config)

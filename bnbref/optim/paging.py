@@ -145,16 +145,6 @@ class Placement:
             for copies in self._made.values():
                 copies.finish()
 
-    def begin(self) -> None:
-        """Called when a step begins. From now on the directory is no checkpoint, until `end`."""
-        if self.directory is not None:
-            self.directory.begin()
-
-    def end(self, counts: Mapping[int, Mapping[str, int]]) -> None:
-        """Called when a step has ended. counts: the integers in the state of each parameter, by its index."""
-        if self.directory is not None:
-            self.directory.end(counts)
-
     def _is_away(self, x: Tensor, device: torch.device) -> bool:
         return x.device != device
 
