@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from bnbref import blockwise
+from bnbref.arguments import written
 from bnbref.blockwise import block_count, check_blocksize
 from bnbref.codebooks import DYNAMIC, DYNAMIC_UNSIGNED, is_table_of, value_table
+from bnbref.optim.kinds import in_float64
 from bnbref.optim.master_weights import CORRECTIONS, checked_correction
 from bnbref.optim.rule import Rule, State, absmax_key, qmap_key
 from bnbref.optim.sharding import gather_scales, local, shard_of, sharded_like, unsharded
@@ -132,7 +134,7 @@ def unwrapped_state(
     if unknown and known & saved.keys():
         raise ValueError(f"the saved state has {unknown}, which {rule!r} has not: it is of another rule")
     shard, shape = shard_of(p), tuple(local(p).shape)
-    state["step"] = int(saved["step"])
+    state["step"] = _count(saved, "step", 0)
 
     def put(key: str, every: Tensor, dtype: torch.dtype) -> None:
         flat = every.reshape(-1)
@@ -154,7 +156,7 @@ def unwrapped_state(
             put(s.key, tensor, torch.float32)
             continue
         each, key = check_blocksize(blocksize, p.numel()), absmax_key(s.key)
-        own = saved.get("blocksize")
+        own = _count(saved, "blocksize", 1) if "blocksize" in saved else None
         if own is None:  # blocks of 256; or, in another number, of a state that was saved before there was the key
             by_default = _saved(rule, saved, key).numel() == block_count(
                 p.numel(), check_blocksize(BLOCKSIZE, p.numel())
@@ -186,6 +188,14 @@ def _copied(p: Tensor, x: Any) -> Any:
     if shard is None or x.shape != p.shape:
         return x
     return sharded_like(p, x.reshape(-1)[shard.start : shard.stop].view(local(p).shape))
+
+
+def _count(saved: Mapping[str, Any], key: str, least: int) -> int:
+    """An integer of a saved state; as a float, too, since the steps of torch's optimizers are tensors of float32."""
+    x = in_float64(saved[key])
+    if x is None or not (least <= x < 2**53 and x == int(x)):
+        raise ValueError(f"saved {key} must be an integer from {least} on, got {written(saved[key])}")
+    return int(x)
 
 
 def _saved(rule: Rule, saved: Mapping[str, Any], key: str) -> Tensor:
