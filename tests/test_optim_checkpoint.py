@@ -285,22 +285,13 @@ def test_the_counts_of_a_saved_state_are_counts(key, name, value):
         optimizer.step()
         saved = optimizer.state_dict()
         before = str(saved)
-        one = (
-            value
-            if isinstance(value, numbers.Real)
-            else value.item()
-            if isinstance(value, torch.Tensor) and value.numel() == 1
-            else None
-        )
+        one = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
         whole = isinstance(one, numbers.Real) and not isinstance(one, bool) and 0 <= one < 2**53 and one == int(one)
         if key in saved["state"][0]:
             changed = {**saved, "state": {0: {**saved["state"][0], key: value}}}
             right = one == 64 if key == "blocksize" else whole
-            with (
-                contextlib.nullcontext()
-                if right
-                else pytest.raises(ValueError, match=f"saved {key} must be an integer|blocksize")
-            ):
+            refused = pytest.raises(ValueError, match=f"saved {key} must be an integer|blocksize")
+            with contextlib.nullcontext() if right else refused:
                 optimizer.load_state_dict(changed)
                 assert optimizer.state[p][key] == one
             assert right or str(optimizer.state_dict()) == before
