@@ -41,10 +41,15 @@ def check_bool(name: str, value: object) -> None:
 
 
 def check_number(name: str, value: object) -> None:
-    """TypeError unless the value is a real number, ValueError for NaN, which no comparison would refuse."""
+    """TypeError unless the value is a real number. ValueError for NaN, which no comparison would refuse, and for an integer or a
+    fraction that is larger than any float."""
     if not isinstance(value, float) and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
         raise TypeError(f"{name} must be a number, got {_said(value)}")
-    if math.isnan(value):
+    try:
+        nothing = math.isnan(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be a number that a float can hold, got {written(value)}") from None
+    if nothing:
         raise ValueError(f"{name} must be a number, got nan")
 
 
@@ -70,7 +75,19 @@ def _said(value: object) -> str:
     kind = type(value)
     if kind.__module__ == "numpy":  # it has a bool, too
         return f"numpy.{kind.__name__}"
-    return repr(value) if plain else kind.__name__
+    return written(value) if plain else kind.__name__
+
+
+def written(value: object) -> str:
+    """`repr(value)`, of which Python makes none if there is an integer of more than 4300 digits in it: then its type alone.
+
+    >>> written((1, "a")), written(10**5000)
+    ("(1, 'a')", 'int of too many digits')
+    """
+    try:
+        return repr(value)
+    except ValueError:
+        return f"{type(value).__name__} of too many digits"
 
 
 _JUDGES: dict[Any, Callable[[str, Any], None]] = {

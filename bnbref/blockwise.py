@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from bnbref.arguments import check_tensors, checked
+from bnbref.arguments import check_tensors, checked, written
 from bnbref.codebooks import Codebook, threshold_table
 from bnbref.kernels import fused
 
@@ -188,7 +188,7 @@ def check_blocksize(blocksize: int, numel: int) -> int:
     (64, 8192)
     """
     if not isinstance(blocksize, int) or isinstance(blocksize, bool) or blocksize < 1:
-        raise ValueError(f"blocksize must be a positive integer, got {blocksize!r}")
+        raise ValueError(f"blocksize must be a positive integer, got {written(blocksize)}")
     # Powers of two, so that few variants of a kernel are compiled.
     return blocksize if blocksize <= 4096 else min(blocksize, 1 << max(12, (numel - 1).bit_length()))
 

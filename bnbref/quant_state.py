@@ -234,14 +234,14 @@ def quantize_with_state(
     offset = state2 = None
     if double_quant:
         scales, offset, state2 = quantize_scales(scales)
-    name, code = registered_name(book), value_table(book, x.device)
+    name, code = registered_name(book), value_table(book, x.device).clone()  # a state's own, which may be written to
     return packed, QuantState(scales, x.shape, code, blocksize, name, x.dtype, offset, state2)
 
 
 def quantize_scales(scales: Tensor, blocksize: int = nested.BLOCKSIZE) -> tuple[Tensor, Tensor, QuantState]:
     """The codes of scales, `nested.quantize`, and the two fields of a QuantState that undo it: offset and state2."""
     codes, absmax2, offset = nested.quantize(scales, blocksize)
-    values = value_table(DYNAMIC, scales.device)
+    values = value_table(DYNAMIC, scales.device).clone()
     return codes, offset, QuantState(absmax2, code=values, blocksize=blocksize, dtype=torch.float32)
 
 

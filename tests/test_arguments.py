@@ -1,5 +1,6 @@
 """What users call with the wrong thing: it gives an answer, or an error of ours that names the argument, and none of torch."""
 
+import fractions
 import inspect
 import traceback
 
@@ -109,7 +110,12 @@ tensors = st.one_of(
     st.builds(lambda size: torch.ones(size).to_sparse(), sizes.filter(bool)),
     st.builds(lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)),
 )
-numbers = st.one_of(st.integers(), st.floats(), st.complex_numbers(), st.booleans())
+numbers = st.one_of(
+    st.integers(), st.floats(), st.complex_numbers(), st.booleans(), st.fractions(), st.decimals(),
+    # No float is so large, and Python writes no more than 4300 digits.
+    st.sampled_from([10**400, -(10**400), 10**5000, fractions.Fraction(10**400), 2**63, -(2**63)]),
+    st.sampled_from([np.float16(0.5), np.float32(0.5), np.int64(64), np.uint8(4), np.bool_(True), np.array(0.5)]),
+)  # fmt: skip
 junk = st.one_of(
     st.none(), numbers, st.text(max_size=3), st.binary(max_size=3), st.lists(numbers, max_size=3), dtypes, tensors,
     st.builds(tuple, st.lists(numbers, max_size=3)), st.builds(dict), st.builds(object), st.just(int),

@@ -558,6 +558,23 @@ def test_maps_are_not_shared_between_dicts():
         assert first[key].data_ptr() != other[key].data_ptr()
 
 
+def test_a_map_of_a_state_is_its_own():
+    """Whoever writes to it changes what this state decodes, and no other."""
+    x = torch.linspace(-1, 1, 512)
+    for quantize, dequantize in (
+        (lambda: F.quantize_4bit(x, quant_type="nf4", compress_statistics=True), F.dequantize_4bit),
+        (lambda: F.quantize_blockwise(x, nested=True), F.dequantize_blockwise),
+    ):
+        (codes, state), (_, written) = quantize(), quantize()
+        want = dequantize(codes, state)
+        for values in (written.code, written.state2.code):
+            values.zero_()
+        again = quantize()
+        assert same_bits(again[0], codes)
+        assert again[1] == state
+        assert same_bits(dequantize(*again), want)
+
+
 @each_state
 def test_copies(name):
     state = states()[name]

@@ -3,11 +3,13 @@ the layer computes. And Dynamo passes over a layer in its checks, as over a floa
 
 import contextlib
 import copy
+import fractions
 import gc
 import pickle
 import re
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import difference, same_bits
@@ -388,3 +390,14 @@ def test_scales_that_are_deleted(make, scales):
         graph(x)
         delattr(block.layer.weight, scales)
         assert not block.layer._known
+
+
+@pytest.mark.parametrize("threshold", [2, fractions.Fraction(2), np.float32(2), np.int64(2)])
+def test_a_threshold_of_any_type_is_that_number(threshold):
+    """A graph holds a float of Python alone."""
+    torch.compiler.reset()
+    layer, want = Linear8bitLt(K, N, has_fp16_weights=False, threshold=threshold), layer_8bit()
+    layer.load_state_dict(want.state_dict())
+    layer, x = layer.requires_grad_(False).to(DEVICE), torch.ones(2, K, dtype=BF16)
+    with torch.no_grad(), bnbref.eager():
+        assert same_bits(torch.compile(layer, backend="eager", fullgraph=True)(x), want(x))

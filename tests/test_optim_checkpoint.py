@@ -1,6 +1,8 @@
 """Interrupted and continued is uninterrupted, bit for bit; and files go to bitsandbytes and come back."""
 
+import contextlib
 import copy
+import numbers
 import subprocess
 import sys
 from pathlib import Path
@@ -8,9 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import same_bits
+from hypothesis import given
+from hypothesis import strategies as st
 from test_optim_classes import ALL, make
 from torch import nn
 
+from bnbref import eager as eagerly
 from bnbref import functional as F
 from bnbref import optim
 from bnbref.optim.state_dict import WRAPPED
@@ -34,6 +39,15 @@ with bnbref.eager():
         results[name] = advanced(params, optimizer, 3, 6)
 torch.save(results, sys.argv[1])
 """
+
+NUMBERS_OF_A_FILE = (
+    st.integers(-3, 70)
+    | st.floats(-2, 70)
+    | st.sampled_from([64, 64.0, 10**400, 2**60, float("inf"), float("nan"), None, True, "3", 1j, [1]])
+    | st.sampled_from(
+        [torch.tensor(5.0), torch.tensor(64), torch.tensor([1, 2]), torch.tensor(2.5), torch.tensor(True)]
+    )
+)
 
 
 def start(name, directory=None):
@@ -233,3 +247,52 @@ def test_a_block_size_of_its_own_is_saved_and_loaded(where):
     other.load_state_dict(saved)
     assert len(other.state[params[0]]["absmax1"]) == -(-70 * 61 // 128)
     assert same_bits(advanced(params, other, 2, 4), want)
+
+
+@pytest.mark.parametrize("name", ["AdamW8bit", "SGD8bit", "AdEMAMix8bit", "AdamWScheduleFree8bit", "SOAP8bit"])
+def test_whoever_writes_to_the_maps_of_a_state_dict_writes_to_nobody_elses(name, eager):
+    """torch.distributed.checkpoint loads into the tensors of a state dict, and safetensors saves none that share their memory."""
+    p, q = (nn.Parameter(torch.ones(8, 40)) for _ in range(2))
+    optimizer = make(name, [p, q], min_8bit_size=0)
+    x = torch.linspace(-1, 1, 320).view(8, 40)
+    before = F.quantize_blockwise(x)
+    p.grad = q.grad = x
+    optimizer.step()
+    maps = [
+        m for state in optimizer.state_dict()["state"].values() for key, m in state[WRAPPED].items() if "qmap" in key
+    ]
+    assert len({m.data_ptr() for m in maps}) == len(maps) > 0
+    for m in maps:
+        m.zero_()
+    after = F.quantize_blockwise(x)
+    assert same_bits(after[0], before[0])
+    assert same_bits(F.dequantize_blockwise(*after), F.dequantize_blockwise(*before))
+    optimizer.step()
+    assert all(
+        bool(m.any()) for s in optimizer.state_dict()["state"].values() for k, m in s[WRAPPED].items() if "qmap" in k
+    )
+
+
+@given(
+    st.sampled_from(["step", "blocksize"]), st.sampled_from(["AdamW8bit", "SGD32bit", "Muon8bit"]), NUMBERS_OF_A_FILE
+)
+def test_the_counts_of_a_saved_state_are_counts(key, name, value):
+    """A step of 2.5 was one of 2, and one of -3 failed at the next step."""
+    with eagerly():
+        p = nn.Parameter(torch.ones(8, 40))
+        optimizer = make(name, [p], min_8bit_size=0, blocksize=64)
+        p.grad = torch.ones(8, 40)
+        optimizer.step()
+        saved = optimizer.state_dict()
+        before = str(saved)
+        one = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+        whole = isinstance(one, numbers.Real) and not isinstance(one, bool) and 0 <= one < 2**53 and one == int(one)
+        if key in saved["state"][0]:
+            changed = {**saved, "state": {0: {**saved["state"][0], key: value}}}
+            right = whole and (key == "step" or one == 64)
+            refused = pytest.raises(ValueError, match=f"saved {key} must be an integer|blocksize")
+            with contextlib.nullcontext() if right else refused:
+                optimizer.load_state_dict(changed)
+                assert optimizer.state[p][key] == one
+            assert right or str(optimizer.state_dict()) == before
+            optimizer.step()

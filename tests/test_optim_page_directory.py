@@ -1,5 +1,6 @@
 """A page_directory among other optimizers, processes and programs that write there, and on a disk without room."""
 
+import contextlib
 import copy
 import errno
 import gc
@@ -8,13 +9,17 @@ import pickle
 import shutil
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
 from conftest import same_bits
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from bnbref import optim
+from bnbref.optim.page_directory import Directory
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -198,3 +203,87 @@ def test_files_in_the_place_of_removed_ones_are_anothers(tmp_path):
         optim.read_pages(folder)
     second.step()
     assert optim.read_pages(folder)[0]["step"] == 2
+
+
+STEPS_OF_A_USER = st.lists(
+    st.sampled_from(["step", "step", "remove", "forget", "add", "turn", "clear", "load"]), min_size=3, max_size=12
+)
+
+
+@settings(max_examples=40)
+@given(STEPS_OF_A_USER, st.randoms(use_true_random=False), st.sampled_from(["AdamW8bit", "AdamW32bit", "Muon8bit"]))
+def test_groups_that_change_change_the_files(what, random, name):
+    """Files are named by the index of their parameter: one that leaves its group, comes back, or has another place later must
+    not be stepped with the state of another one, nor be resumed with it."""
+    shapes = [(5, 60), (5, 60), (5, 60), (8, 40)]
+    every = [[nn.Parameter(torch.linspace(-1, 1, a * b).view(a, b)) for a, b in shapes] for _ in range(2)]
+    with tempfile.TemporaryDirectory() as folder:
+        pages = [{"page_directory": folder}, {}]
+        both = [getattr(optim, name)(ps[:2], min_8bit_size=0, **own) for ps, own in zip(every, pages, strict=True)]
+        saved = copy.deepcopy(both[1].state_dict())
+        for t, word in enumerate([*what, "step"]):
+            i, place = random.randrange(4), random.randrange(4)
+            for ps, optimizer in zip(every, both, strict=True):
+                group = optimizer.param_groups[0]["params"]
+                inside = next((k for k, p in enumerate(group) if p is ps[i]), None)
+                if word in ("remove", "forget") and inside is not None and len(group) > 1:
+                    group.pop(inside)
+                    if word == "forget":
+                        optimizer.state.pop(ps[i], None)
+                elif word == "add" and inside is None:
+                    group.insert(place, ps[i])
+                elif word == "turn":
+                    group.reverse()
+                elif word == "clear":
+                    optimizer.state.pop(ps[i], None)
+                elif word == "load" and len(group) == len(saved["param_groups"][0]["params"]):
+                    with contextlib.suppress(ValueError):  # another shape
+                        optimizer.load_state_dict(copy.deepcopy(saved))
+                elif word == "step":
+                    for k, p in enumerate(ps):
+                        p.grad = torch.sin(torch.arange(p.numel()) * (t + 1.0 + k)).view(p.shape)
+                    optimizer.step()
+            assert all(map(same_bits, *every))
+            if word == "step" and all(p in both[1].state for p in both[1].param_groups[0]["params"]):
+                gone = [p for p in both[1].state if not any(p is q for q in both[1].param_groups[0]["params"])]
+                kept = {p: both[1].state.pop(p) for p in gone}
+                saved = copy.deepcopy(both[1].state_dict())
+                both[1].state.update(kept)
+                fresh = getattr(optim, name)(
+                    [nn.Parameter(p.detach().clone()) for p in both[1].param_groups[0]["params"]]
+                )
+                fresh.load_state_dict({**fresh.state_dict(), "state": optim.read_pages(folder)})
+                assert_equal_states(fresh.state_dict()["state"], saved["state"])
+
+
+def assert_equal_states(one, other):
+    assert one.keys() == other.keys()
+    for i, state in one.items():
+        assert state["step"] == other[i]["step"]
+        wrapped, others = state["__bnb_optimizer_quant_state__"], other[i]["__bnb_optimizer_quant_state__"]
+        assert wrapped.keys() == others.keys()
+        assert all(same_bits(x, others[key]) for key, x in wrapped.items())
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_what_was_loaded_is_the_checkpoint(ended, tmp_path, monkeypatch):
+    """Not the steps of before with the states of now, if the process ends before the next step; and none if it ends in it."""
+    _, optimizer = begun(tmp_path)
+    optimizer.step()
+    early = copy.deepcopy(optimizer.state_dict())
+    optimizer.step()
+    optimizer.step()
+    if ended:
+        optimizer.load_state_dict(early)
+        assert_equal_states({0: optimizer.state_dict()["state"][0]}, early["state"])
+        assert optim.read_pages(tmp_path)[0]["step"] == 1
+        return
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Directory, "mapped", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.load_state_dict(early)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        optim.read_pages(tmp_path)

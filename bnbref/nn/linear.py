@@ -199,7 +199,7 @@ class Linear8bitLt(EightBitLayer, nn.Linear):
     ) -> None:
         check_number("threshold", threshold)
         super().__init__(input_features, output_features, bias, device)
-        self.state = LayerState(self._parameters, threshold, has_fp16_weights)
+        self.state = LayerState(self._parameters, float(threshold), has_fp16_weights)  # as a graph takes it
         self.weight = Int8Params(self.weight, has_fp16_weights, has_fp16_weights)
         self.index = index
 

@@ -1,15 +1,17 @@
 """8-bit, paged and compiled optimizers under bitsandbytes' names: each rule is an equation, everything else is derived."""
 
 # isort: off
-from bnbref.optim.families import (
+from bnbref.optim.coupled_families import (
     SGD, SGD8bit, SGD32bit, PagedSGD, PagedSGD8bit, PagedSGD32bit,
     LARS, LARS8bit, LARS32bit, PagedLARS, PagedLARS8bit, PagedLARS32bit,
+    RMSprop, RMSprop8bit, RMSprop32bit, PagedRMSprop, PagedRMSprop8bit, PagedRMSprop32bit,
+    Adagrad, Adagrad8bit, Adagrad32bit, PagedAdagrad, PagedAdagrad8bit, PagedAdagrad32bit,
+)  # fmt: skip
+from bnbref.optim.families import (
     Adam, Adam8bit, Adam32bit, PagedAdam, PagedAdam8bit, PagedAdam32bit,
     AdamW, AdamW8bit, AdamW32bit, PagedAdamW, PagedAdamW8bit, PagedAdamW32bit,
     LAMB, LAMB8bit, LAMB32bit, PagedLAMB, PagedLAMB8bit, PagedLAMB32bit,
     Lion, Lion8bit, Lion32bit, PagedLion, PagedLion8bit, PagedLion32bit,
-    RMSprop, RMSprop8bit, RMSprop32bit, PagedRMSprop, PagedRMSprop8bit, PagedRMSprop32bit,
-    Adagrad, Adagrad8bit, Adagrad32bit, PagedAdagrad, PagedAdagrad8bit, PagedAdagrad32bit,
     AdEMAMix, AdEMAMix8bit, AdEMAMix32bit, PagedAdEMAMix, PagedAdEMAMix8bit, PagedAdEMAMix32bit,
 )  # fmt: skip
 

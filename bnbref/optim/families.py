@@ -1,4 +1,4 @@
-"""The optimizers under bitsandbytes' names: nine families, each with 8-bit, 32-bit and paged variants."""
+"""The optimizers under bitsandbytes' names whose weight decay is decoupled, each with 8-bit, 32-bit and paged variants."""
 
 # ruff: noqa: E701, the table of variants has a line for each
 
@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 
 from typing_extensions import Unpack
 
+from bnbref.arguments import written
 from bnbref.optim import rules
 from bnbref.optim.family import Family, Options, PagedOptions, betas_of, refuse
-from bnbref.optim.kinds import weight
 from bnbref.optim.settings import says
 
 
@@ -21,6 +21,13 @@ class Adam(Family, keeps=("optim_bits", "is_paged")):
         p = (1 - lr wd) p - lr m^ / (sqrt(v^) + eps)
 
     Kingma & Ba (1412.6980); Loshchilov & Hutter (1711.05101). `AdamW` differs in the default of weight_decay alone.
+
+    lr: 1e-3 by default, from 0 on. The learning rate; a tensor of one element, too, as a schedule may write it.
+    betas: (0.9, 0.999) by default, two numbers in [0, 1). b1 and b2 above, the weights of what m and v were before. A text like
+    "(0.9, 0.95)", of a command line, is two numbers.
+    eps: 1e-8 by default, from 0 on. It is added to the root, so that nothing is divided by 0.
+    weight_decay: 0 by default, from 0 on. wd above: each step takes lr wd p from p, apart from the gradient.
+    amsgrad: False by default, and args: None by default. Any other value is refused.
     """
 
     _placeholders: ClassVar[Mapping[str, Any]] = {"optim_bits": 32, "is_paged": False}
@@ -40,9 +47,16 @@ class Adam(Family, keeps=("optim_bits", "is_paged")):
 class AdamW(Adam, keeps=("optim_bits",)):
     """Adam with decoupled weight decay, by default of 0.01 (Loshchilov & Hutter, 1711.05101).  Exact.
 
-    m = b1 m + (1 - b1) g            m^ = m / (1 - b1^t)
-    v = b2 v + (1 - b2) g^2          v^ = v / (1 - b2^t)
-    p = (1 - lr wd) p - lr m^ / (sqrt(v^) + eps)
+        m = b1 m + (1 - b1) g            m^ = m / (1 - b1^t)
+        v = b2 v + (1 - b2) g^2          v^ = v / (1 - b2^t)
+        p = (1 - lr wd) p - lr m^ / (sqrt(v^) + eps)
+
+    lr: 1e-3 by default, from 0 on. The learning rate; a tensor of one element, too, as a schedule may write it.
+    betas: (0.9, 0.999) by default, two numbers in [0, 1). b1 and b2 above, the weights of what m and v were before. A text like
+    "(0.9, 0.95)", of a command line, is two numbers.
+    eps: 1e-8 by default, from 0 on. It is added to the root, so that nothing is divided by 0.
+    weight_decay: 1e-2 by default, from 0 on. wd above: each step takes lr wd p from p, apart from the gradient.
+    amsgrad: False by default, and args: None by default. Any other value is refused.
     """
 
     def __init__(
@@ -61,7 +75,16 @@ class AdEMAMix(Family):
         m1 = b1 m1 + (1 - b1) g          m2 = b3(t) m2 + (1 - b3(t)) g            v = b2 v + (1 - b2) g^2
         p  = (1 - lr wd) p - lr (m1 / (1 - b1^t) + alpha(t) m2) / (sqrt(v^) + eps)
 
-    alpha grows linearly over t_alpha steps, b3 from b1 over t_beta3 steps; None leaves them constant.
+    alpha(t) grows linearly to alpha over t_alpha steps, and b3(t) from b1 to b3 over t_beta3 steps.
+
+    lr: 1e-3 by default, from 0 on. The learning rate; a tensor of one element, too, as a schedule may write it.
+    betas: (0.9, 0.999, 0.9999) by default, three numbers in [0, 1). b1, b2 and b3 above, the weights of what m1, v and m2 were
+    before. With t_beta3 the first and the last of them are above 0.
+    alpha: 5.0 by default, from 0 on. The weight of the slow momentum in a step.
+    t_alpha: None by default, or the steps over which alpha grows. By None it is constant.
+    t_beta3: None by default, or the steps over which b3 grows. By None it is constant.
+    eps: 1e-8 by default, from 0 on. It is added to the root, so that nothing is divided by 0.
+    weight_decay: 1e-2 by default, from 0 on. wd above: each step takes lr wd p from p, apart from the gradient.
     """
 
     def __init__(
@@ -79,7 +102,12 @@ class AdEMAMix(Family):
 class Lion(Family):
     """Sign of an interpolated momentum (Chen et al., 2302.06675).  Decoupled weight decay.  Exact.
 
-    p = (1 - lr wd) p - lr sign(b1 m + (1 - b1) g)           m = b2 m + (1 - b2) g
+        p = (1 - lr wd) p - lr sign(b1 m + (1 - b1) g)           m = b2 m + (1 - b2) g
+
+    lr: 1e-4 by default, from 0 on. The learning rate; a tensor of one element, too, as a schedule may write it.
+    betas: (0.9, 0.99) by default, two numbers in [0, 1). b1 and b2 above: the weight of m in a step, and in the next m.
+    weight_decay: 0 by default, from 0 on. wd above: each step takes lr wd p from p, apart from the gradient.
+    args: None by default. Any other value is refused.
     """
 
     def __init__(
@@ -93,57 +121,22 @@ class Lion(Family):
         )  # fmt: skip
 
 
-class SGD(Family):
-    """SGD with momentum, as in torch.optim.SGD.  Coupled weight decay.  Exact.
-
-        m = momentum m + (g + wd p)            p = p - lr m
-
-    Without momentum there is no state to save: use torch.optim.SGD.
-    """
-
-    def __init__(
-        self, params: Any, lr: float, momentum: float = 0, dampening: float = 0, weight_decay: float = 0, nesterov: bool = False,
-        optim_bits: int = 32, args: None = None, min_8bit_size: int = 4096, **options: Unpack[PagedOptions],
-    ) -> None:  # fmt: skip
-        refuse(self, dampening=dampening, nesterov=nesterov, args=args)
-        b1 = weight({"momentum": momentum}, "momentum")
-        if b1 == 0:
-            raise NotImplementedError("momentum must be above 0: without it use torch.optim.SGD, which keeps no state")
-        super().__init__(
-            params, rules.SGD(), {"lr": lr, "betas": (b1, 0.0), "eps": 0.0, "weight_decay": weight_decay},
-            optim_bits=optim_bits, min_8bit_size=min_8bit_size, **options,
-        )  # fmt: skip
-
-
-class LARS(Family):
-    """`SGD` whose step is no longer than a part of the parameter (You et al., 1708.03888).  Coupled weight decay.
-
-        m = momentum m + (g + wd p)            p = p - lr min(1, max_unorm |p| / |m|) m            for |p| > 0
-
-    max_unorm 0 clips nothing. Exact but for the two norms, which are float sums.
-    """
-
-    def __init__(
-        self, params: Any, lr: float, momentum: float = 0, dampening: float = 0, weight_decay: float = 0, nesterov: bool = False,
-        optim_bits: int = 32, args: None = None, min_8bit_size: int = 4096, max_unorm: float = 0.02,
-        **options: Unpack[PagedOptions],
-    ) -> None:  # fmt: skip
-        refuse(self, dampening=dampening, nesterov=nesterov, args=args)
-        b1 = weight({"momentum": momentum}, "momentum")
-        if b1 == 0:
-            raise NotImplementedError("momentum must be above 0: LARS is momentum with clipped steps")
-        super().__init__(
-            params, rules.LARS(), {"lr": lr, "betas": (b1, 0.0), "eps": 0.0, "weight_decay": weight_decay},
-            optim_bits=optim_bits, min_8bit_size=min_8bit_size, max_unorm=max_unorm, **options,
-        )  # fmt: skip
-
-
 class LAMB(Family):
     """`AdamW` whose step is no longer than the parameter (You et al., 1904.00962).  Decoupled weight decay.
 
         u = m^ / (sqrt(v^) + eps)              p = (1 - lr wd) p - lr min(1, max_unorm |p| / |u|) u            for |p| > 0
 
-    max_unorm 0 clips nothing. Exact but for the two norms, which are float sums.
+    m^ and v^ are those of `Adam`. Exact but for the two norms, which are float sums.
+
+    lr: 1e-3 by default, from 0 on. The learning rate; a tensor of one element, too, as a schedule may write it.
+    bias_correction: True by default, and adam_w_mode: True by default. Any other value is refused.
+    betas: (0.9, 0.999) by default, two numbers in [0, 1). b1 and b2 above, the weights of what m and v were before. A text like
+    "(0.9, 0.95)", of a command line, is two numbers.
+    eps: 1e-8 by default, from 0 on. It is added to the root, so that nothing is divided by 0.
+    weight_decay: 0 by default, from 0 on. wd above: each step takes lr wd p from p, apart from the gradient.
+    amsgrad: False by default, and args: None by default. Any other value is refused.
+    max_unorm: 1.0 by default, from 0 on. The length of u, as a part of that of p, from which on u is scaled down; 0 for no
+    limit.
     """
 
     def __init__(
@@ -154,7 +147,7 @@ class LAMB(Family):
         refuse(self, amsgrad=amsgrad, args=args)
         if not says(bias_correction, True) or not says(adam_w_mode, True):
             raise ValueError(
-                f"bias_correction and adam_w_mode must be True, got {bias_correction} and {adam_w_mode}: "
+                f"bias_correction and adam_w_mode must be True, got {written(bias_correction)} and {written(adam_w_mode)}: "
                 f"the rule has both"
             )
         super().__init__(
@@ -162,43 +155,8 @@ class LAMB(Family):
             optim_bits=optim_bits, min_8bit_size=min_8bit_size, max_unorm=max_unorm, **options,
         )  # fmt: skip
 
-
-class RMSprop(Family):
-    """Gradient over its root mean square (Tieleman & Hinton, 2012), as in torch.optim.RMSprop.  Coupled decay.  Exact.
-
-    v = alpha v + (1 - alpha) g^2          p = p - lr g / (sqrt(v) + eps)            with g + wd p for g
-    """
-
-    def __init__(
-        self, params: Any, lr: float = 1e-2, alpha: float = 0.99, eps: float = 1e-8, weight_decay: float = 0,
-        momentum: float = 0, centered: bool = False, optim_bits: int = 32, args: None = None, min_8bit_size: int = 4096,
-        **options: Unpack[PagedOptions],
-    ) -> None:  # fmt: skip
-        refuse(self, momentum=momentum, centered=centered, args=args)
-        a = weight({"alpha": alpha}, "alpha")
-        if a == 0:
-            raise NotImplementedError("alpha must be above 0: at 0 the rule is the sign of the gradient")
-        super().__init__(
-            params, rules.RMSprop(), {"lr": lr, "betas": (a, 0.0), "eps": eps, "weight_decay": weight_decay},
-            optim_bits=optim_bits, min_8bit_size=min_8bit_size, **options,
-        )  # fmt: skip
-
-
-class Adagrad(Family, keeps=("optim_bits",)):
-    """Gradient over the root of the sum of its squares (Duchi et al., 2011), as in torch.optim.Adagrad.  Coupled decay.  Exact.
-
-    v = v + g^2                            p = p - lr g / (sqrt(v) + eps)            with g + wd p for g
-    """
-
-    def __init__(
-        self, params: Any, lr: float = 1e-2, lr_decay: float = 0, weight_decay: float = 0, initial_accumulator_value: float = 0,
-        eps: float = 1e-10, optim_bits: int = 32, args: None = None, min_8bit_size: int = 4096, **options: Unpack[PagedOptions],
-    ) -> None:  # fmt: skip
-        refuse(self, lr_decay=lr_decay, initial_accumulator_value=initial_accumulator_value, args=args)
-        super().__init__(
-            params, rules.Adagrad(), {"lr": lr, "betas": (0.0, 0.0), "eps": eps, "weight_decay": weight_decay},
-            optim_bits=optim_bits, min_8bit_size=min_8bit_size, **options,
-        )  # fmt: skip
+    def _holds(self, settings: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
+        return {**super()._holds(settings), "bias_correction": (True,), "adam_w_mode": (True,)}
 
 
 # ---- variants -------------------------------------------------------------------------------------------------------
@@ -228,32 +186,8 @@ class PagedLion(Lion, paged=True): """`Lion`: states in pages."""
 class PagedLion8bit(Lion, bits=8, paged=True): """`Lion`: states in 8 bits, in pages."""
 class PagedLion32bit(Lion, bits=32, paged=True): """`Lion`: states in 32 bits, in pages."""
 
-class SGD8bit(SGD, bits=8): """`SGD`: states in 8 bits."""
-class SGD32bit(SGD, bits=32): """`SGD`: states in 32 bits."""
-class PagedSGD(SGD, paged=True): """`SGD`: states in pages."""
-class PagedSGD8bit(SGD, bits=8, paged=True): """`SGD`: states in 8 bits, in pages."""
-class PagedSGD32bit(SGD, bits=32, paged=True): """`SGD`: states in 32 bits, in pages."""
-
-class LARS8bit(LARS, bits=8): """`LARS`: states in 8 bits."""
-class LARS32bit(LARS, bits=32): """`LARS`: states in 32 bits."""
-class PagedLARS(LARS, paged=True): """`LARS`: states in pages."""
-class PagedLARS8bit(LARS, bits=8, paged=True): """`LARS`: states in 8 bits, in pages."""
-class PagedLARS32bit(LARS, bits=32, paged=True): """`LARS`: states in 32 bits, in pages."""
-
 class LAMB8bit(LAMB, bits=8): """`LAMB`: states in 8 bits."""
 class LAMB32bit(LAMB, bits=32): """`LAMB`: states in 32 bits."""
 class PagedLAMB(LAMB, paged=True): """`LAMB`: states in pages."""
 class PagedLAMB8bit(LAMB, bits=8, paged=True): """`LAMB`: states in 8 bits, in pages."""
 class PagedLAMB32bit(LAMB, bits=32, paged=True): """`LAMB`: states in 32 bits, in pages."""
-
-class RMSprop8bit(RMSprop, bits=8): """`RMSprop`: states in 8 bits."""
-class RMSprop32bit(RMSprop, bits=32): """`RMSprop`: states in 32 bits."""
-class PagedRMSprop(RMSprop, paged=True): """`RMSprop`: states in pages."""
-class PagedRMSprop8bit(RMSprop, bits=8, paged=True): """`RMSprop`: states in 8 bits, in pages."""
-class PagedRMSprop32bit(RMSprop, bits=32, paged=True): """`RMSprop`: states in 32 bits, in pages."""
-
-class Adagrad8bit(Adagrad, bits=8): """`Adagrad`: states in 8 bits."""
-class Adagrad32bit(Adagrad, bits=32): """`Adagrad`: states in 32 bits."""
-class PagedAdagrad(Adagrad, paged=True): """`Adagrad`: states in pages."""
-class PagedAdagrad8bit(Adagrad, bits=8, paged=True): """`Adagrad`: states in 8 bits, in pages."""
-class PagedAdagrad32bit(Adagrad, bits=32, paged=True): """`Adagrad`: states in 32 bits, in pages."""

@@ -12,8 +12,9 @@ from typing import Any, ClassVar, NamedTuple, TypedDict
 
 import torch
 
+from bnbref.arguments import written
 from bnbref.optim import rules
-from bnbref.optim.kinds import SettingError, weights
+from bnbref.optim.kinds import SettingError, elements, weights
 from bnbref.optim.optimizer import Optimizer
 from bnbref.optim.settings import check_settings, says
 
@@ -56,12 +57,33 @@ class Args(NamedTuple):
 
 
 class Family(Optimizer):
-    """Base of the named optimizers.
+    """What every optimizer here takes beside arguments of its own.
 
-    nonzero_squares: an average of squares in 8 bits that is above 2^-149 of the largest of its block never gets the code of 0,
-    but that of the smallest value. Then no momentum is divided by nothing. Files are the same. It is the default of Muon, SOAP
-    and AdamWScheduleFree, and False in the others, whose bits are bitsandbytes'.
-    percentile_clipping and block_wise, which bitsandbytes took until 0.49, may say what always holds: 100 and True.
+    params: parameters of float32, float16 or bfloat16, or groups of them, which may say settings of their own.
+    optim_bits: 32 by default, or 8. The bits of a number of a state. Classes whose names end in 8bit or 32bit have these.
+    min_8bit_size: 4096 by default, from 0 on. Smaller parameters keep their states in 32 bits.
+    is_paged: False by default. Whether the states of parameters of 100,000 elements or more are in pinned host memory, and
+    brought to the GPU for a step. Classes whose names begin with Paged have them there.
+    blocksize: 256 by default, from 1 on. The elements of a block, which has one scale, of a state in 8 bits.
+    page_directory: None by default, or a folder. All states are in memory-mapped files there.
+    page_bytes: 2**28 by default, from 1 on. At most so many bytes of paged states are on the GPU at a time, or those of two
+    parameters.
+    stochastic_rounding: False by default. Whether bfloat16 parameters are rounded up or down at random, so that the mean is
+    right.
+    generator: None by default, for the generator of the device, or a torch.Generator. It makes the random numbers of that.
+    master_weight_bits: None by default, 24 or 32. Parameters of 16 bits are trained as if they had so many.
+    nonzero_squares: False by default, but True in Muon, SOAP and AdamWScheduleFree. Whether an average of squares in 8 bits that
+    is above 2^-149 of the largest of its block never gets the code of 0, but that of the smallest value, so that no momentum is
+    divided by nothing. Files are the same. By False the bits are bitsandbytes'.
+    maximize: False by default. Whether steps go with the gradient, not against it.
+    foreach: None by default, and fused: None by default. Which implementation of torch is to run; there is one here, whatever
+    they say.
+    capturable: False by default, and differentiable: False by default. True is refused: numbers of a step are made on the host,
+    and no graph of it is kept.
+    percentile_clipping: 100 by default, and block_wise: True by default. bitsandbytes took them until 0.49; what they say always
+    holds, and any other value is refused.
+
+    A setting of another kind, or out of its range, raises ValueError, TypeError or NotImplementedError, which names it.
     """
 
     def __init__(
@@ -75,11 +97,11 @@ class Family(Optimizer):
         if not says(percentile_clipping, 100):
             raise ValueError(
                 f"percentile_clipping of {type(self).__name__} must be 100, which clips nothing, got "
-                f"{percentile_clipping!r}: clip gradients before the step, by torch.nn.utils.clip_grad_norm_"
+                f"{written(percentile_clipping)}: clip gradients before the step, by torch.nn.utils.clip_grad_norm_"
             )
         if not says(block_wise, True):
             raise ValueError(
-                f"block_wise of {type(self).__name__} must be True, got {block_wise!r}: states in 8 bits are blockwise"
+                f"block_wise of {type(self).__name__} must be True, got {written(block_wise)}: states in 8 bits are blockwise"
             )
         super().__init__(params, rule, defaults, **options)
 
@@ -93,8 +115,11 @@ class Family(Optimizer):
     def _judge(self, settings: Mapping[str, Any]) -> None:
         super()._judge(settings)
         many, given = len(self.defaults.get("betas", ())), settings.get("betas", ())
-        if isinstance(given, (tuple, list)) and len(given) > many:
-            raise SettingError(f"betas must be {many} numbers, got {given!r}")
+        if len(elements(given) or ()) > many:
+            raise SettingError(f"betas must be {many} numbers, got {written(given)}")
+
+    def _holds(self, settings: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
+        return {**super()._holds(settings), "nonzero_squares": (self.nonzero_squares,)}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "nonzero_squares": self.nonzero_squares}
@@ -112,6 +137,7 @@ class Family(Optimizer):
         super().__init_subclass__(**kwargs)
         if bits is None and not paged:
             cls._keeps = keeps
+            cls.__doc__ = f"{inspect.cleandoc(cls.__doc__ or '')}\n\n{inspect.cleandoc(Family.__doc__ or '')}"
         else:
             _fix(cls, {**({"optim_bits": bits} if bits else {}), **({"is_paged": True} if paged else {})})
 
@@ -139,7 +165,7 @@ def _fix(cls: type[Family], fixed: dict[str, Any]) -> None:
         given = {**bound.pop("options", {}), **bound}
         for name, value in fixed.items():
             if not any(says(given.get(name, value), it) for it in (value, cls._placeholders.get(name, value))):
-                raise ValueError(f"{name} of {cls.__name__} is {value}, got {given[name]!r}")
+                raise ValueError(f"{name} of {cls.__name__} is {value}, got {written(given[name])}")
         family.__init__(self, **{**given, **fixed})  # type: ignore[misc]
 
     init.__signature__ = signature  # type: ignore[attr-defined]
@@ -166,21 +192,26 @@ def refuse(optimizer: Family, **arguments: Any) -> None:
     for name, value in arguments.items():
         if not says(value, None):
             raise ValueError(
-                f"{name} of {type(optimizer).__name__} must be left at its default, got {value!r}: {UNUSED[name]}"
+                f"{name} of {type(optimizer).__name__} must be left at its default, got {written(value)}: {UNUSED[name]}"
             )
 
 
+def first_beta(settings: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The ways to say the one weight of a rule that has one, and torch another name for it: it is the first of betas."""
+    return (elements(settings["betas"]) or (settings["betas"],))[:1]
+
+
 def betas_of(betas: Sequence[float] | str, count: int = 2) -> tuple[float, ...]:
-    """Betas as `count` numbers; a string like "(0.9, 0.95)" comes from a command line. ValueError if they are not.
+    """Betas as `count` numbers, of any sequence; a string like "(0.9, 0.95)" comes from a command line. ValueError if they are
+    not.
 
     >>> betas_of("(0.9, 0.95)")
     (0.9, 0.95)
     """
-    given = betas.strip("() ").split(",") if isinstance(betas, str) else betas
     try:
-        found = tuple(float(b) if isinstance(b, str) else b for b in given)
-    except (TypeError, ValueError):
+        found = tuple(map(float, betas.strip("() ").split(","))) if isinstance(betas, str) else elements(betas) or ()
+    except ValueError:
         found = ()
-    if len(found) != count or isinstance(betas, (dict, set)):
-        raise ValueError(f"betas must be {count} numbers, got {betas!r}")
+    if len(found) != count:
+        raise ValueError(f"betas must be {count} numbers, got {written(betas)}")
     return weights({"betas": found})

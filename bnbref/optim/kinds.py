@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnbref.arguments import written
+
 _LARGEST = torch.finfo(torch.float32).max
 
 
@@ -35,7 +37,7 @@ def number(group: Mapping[str, Any], name: str, least: float = 0.0, most: float 
     if x is None or not (least <= x <= most and math.isfinite(x)):
         usual = "not be negative, but a finite number"
         allowed = usual if abs(least) < 1e-9 and most == _LARGEST else f"be a finite number from {least:g} to {most:g}"
-        raise SettingError(f"{name} must {allowed}, got {group[name]!r}")
+        raise SettingError(f"{name} must {allowed}, got {written(group[name])}")
     return x
 
 
@@ -57,6 +59,18 @@ def in_float64(x: Any) -> float | None:
         return None
 
 
+def elements(x: Any) -> tuple[Any, ...] | None:
+    """The elements of a sequence, or of a vector of torch or numpy; None if x is neither: a string, a set, a single number.
+
+    >>> elements([0.5, 0]), elements("0.5"), elements(0.5)
+    ((0.5, 0), None, None)
+    """
+    if isinstance(x, Sequence) and not isinstance(x, (str, bytes, bytearray)):
+        return tuple(x)
+    vector = type(x).__module__ == "numpy" or (isinstance(x, Tensor) and x.layout == torch.strided and not x.is_meta)
+    return tuple(x.tolist()) if vector and getattr(x, "ndim", None) == 1 else None
+
+
 def weight(group: Mapping[str, Any], name: str) -> float:
     """A setting that is the weight of an average, in [0, 1): `SettingError` if it is none.
 
@@ -65,26 +79,27 @@ def weight(group: Mapping[str, Any], name: str) -> float:
     """
     x = in_float64(group[name])
     if x is None or not 0 <= x < 1:
-        raise SettingError(f"{name} must lie in [0, 1), got {group[name]!r}")
+        raise SettingError(f"{name} must lie in [0, 1), got {written(group[name])}")
     return x
 
 
 def weights(group: Mapping[str, Any], name: str = "betas", many: int | None = None) -> tuple[float, ...]:
     """The weights of averages in a setting that has one or several: `SettingError` if one is none, or there are too few.
 
-    many: how many of them to return, the first ones. None: all.
+    many: how many of them to return, the first ones. None: all. They may be in any sequence that is no string.
 
     >>> weights({"betas": (0.5, 0)}), weights({"betas": [0.5, 0.75]}, many=1)
     ((0.5, 0.0), (0.5,))
     """
     given = group[name]
-    each = given if isinstance(given, (tuple, list)) else [given]
+    found = elements(given)
+    each = (given,) if found is None else found
     if many is not None and len(each) < many:
-        raise SettingError(f"{name} must be {many} numbers, got {given!r}")
+        raise SettingError(f"{name} must be {many} numbers, got {written(given)}")
     try:
         return tuple(weight({name: x}, name) for x in each)[:many]
     except SettingError:
-        raise SettingError(f"{name} must lie in [0, 1), got {given!r}") from None
+        raise SettingError(f"{name} must lie in [0, 1), got {written(given)}") from None
 
 
 def count(group: Mapping[str, Any], name: str, least: int = 0, most: int | None = None) -> int:
@@ -97,7 +112,7 @@ def count(group: Mapping[str, Any], name: str, least: int = 0, most: int | None 
     whole = int(x) if isinstance(x, Integral) and not isinstance(x, bool) else None
     if whole is None or whole < least or (most is not None and whole > most):
         last = "on" if most is None else f"to {most}"
-        raise SettingError(f"{name} must be an integer from {least} {last}, got {x!r}")
+        raise SettingError(f"{name} must be an integer from {least} {last}, got {written(x)}")
     return whole
 
 
@@ -109,7 +124,7 @@ def flag(group: Mapping[str, Any], name: str) -> bool:
     """
     x = group[name]
     if not isinstance(x, bool):
-        raise SettingError(f"{name} must be True or False, got {x!r}")
+        raise SettingError(f"{name} must be True or False, got {written(x)}")
     return x
 
 
@@ -122,7 +137,7 @@ def one_of(group: Mapping[str, Any], name: str, allowed: Sequence[Any]) -> Any:
     x = group[name]
     if isinstance(x, bool) or not isinstance(x, (Integral, str, type(None))) or x not in allowed:
         *others, last = map(repr, allowed)
-        raise SettingError(f"{name} must be {', '.join(others)} or {last}, got {x!r}")
+        raise SettingError(f"{name} must be {', '.join(others)} or {last}, got {written(x)}")
     return x
 
 
@@ -134,5 +149,5 @@ def one_of_kinds(group: Mapping[str, Any], name: str, kinds: tuple[type, ...]) -
     x = group[name]
     if not isinstance(x, kinds):
         names = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
-        raise SettingError(f"{name} must be {names}, got {x!r}")
+        raise SettingError(f"{name} must be {names}, got {written(x)}")
     return x

@@ -59,7 +59,8 @@ class Muon(Rule):
         self, nesterov: bool = True, coefficients: tuple[float, float, float] = QUINTIC, steps: int = 5, eps: float = 1e-7,
         adjust: str = "original",
     ) -> None:  # fmt: skip
-        self.nesterov, self.adjust, self._how, self.defaults = nesterov, adjust, (coefficients, steps), {"eps": eps}
+        self.nesterov, self.ns_coefficients, self.steps, self.adjust = nesterov, coefficients, steps, adjust
+        self.defaults = {"eps": eps}
 
     def takes(self, parameter: torch.Size) -> bool:
         return len(parameter) == 2
@@ -75,7 +76,7 @@ class Muon(Rule):
         rows, columns = x.shape[-2:]
         tall = math.sqrt(max(1, rows / max(1, columns)))
         scale = tall if self.adjust == "original" else 0.2 * math.sqrt(max(rows, columns))
-        return scale * newton_schulz(x, *self._how, eps).float()
+        return scale * newton_schulz(x, self.ns_coefficients, self.steps, eps).float()
 
 
 def factored(

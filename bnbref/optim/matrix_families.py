@@ -3,15 +3,19 @@
 # ruff: noqa: E701, the table of variants has a line for each
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 from typing_extensions import Unpack
 
+from bnbref.arguments import written
 from bnbref.optim import matrices, rules
 from bnbref.optim.family import Family, PagedOptions, betas_of
-from bnbref.optim.kinds import count, flag, number, one_of, weight
+from bnbref.optim.kinds import count, elements, flag, number, one_of, weight
+
+_EPS1 = 2.0**-23
+"""What None says for the first eps of `Adafactor`."""
 
 
 class Muon(Family):
@@ -21,9 +25,19 @@ class Muon(Family):
         p = (1 - lr wd) p - lr s u       s = sqrt(max(1, rows / columns))             or 0.2 sqrt(max(rows, columns))
 
     A group of embeddings, heads and vectors says `"rule": "adamw"` and has a learning rate of its own, betas and eps:
-    `muon_groups` makes the groups of a model. eps: of newton_schulz; adamw_eps: of AdamW; in a group eps is that of its rule.
-    adjust_lr_fn: "match_rms_adamw" for the second s, by which a learning rate of AdamW's will do. *Exact* but for newton_schulz,
-    whose products are bfloat16.
+    `muon_groups` makes the groups of a model. *Exact* but for newton_schulz, whose products are bfloat16.
+
+    lr: 1e-3 by default, from 0 on. The learning rate; a tensor of one element, too, as a schedule may write it.
+    weight_decay: 0.1 by default, from 0 on. wd above: each step takes lr wd p from p, apart from the gradient.
+    momentum: 0.95 by default, in [0, 1). b above, the weight of what m was before.
+    nesterov: True by default. Whether the gradient is looked at twice, as above.
+    ns_coefficients: (3.4445, -4.775, 2.0315) by default, three finite numbers. Those of the polynomial of newton_schulz.
+    eps: 1e-7 by default, from 0 on. The least norm by which newton_schulz divides. In a group eps is that of its rule.
+    ns_steps: 5 by default, from 1 to 99. How often newton_schulz applies its polynomial.
+    adjust_lr_fn: None by default, which is "original", for the first s above; "match_rms_adamw" for the second, by which a
+    learning rate of AdamW's will do.
+    betas: (0.9, 0.95) by default, two numbers in [0, 1). Those of the groups of AdamW.
+    adamw_eps: 1e-8 by default, from 0 on. The eps of the groups of AdamW.
     """
 
     def __init__(
@@ -34,9 +48,10 @@ class Muon(Family):
     ) -> None:  # fmt: skip
         own = {"nesterov": nesterov, "adjust_lr_fn": adjust_lr_fn, "ns_steps": ns_steps, "eps": eps}
         adjust = one_of(own, "adjust_lr_fn", ("original", "match_rms_adamw", None)) or "original"
-        if not isinstance(ns_coefficients, (tuple, list)) or len(ns_coefficients) != 3:
-            raise ValueError(f"ns_coefficients must be three finite numbers, got {ns_coefficients!r}")
-        a, b, c = (number({"ns_coefficients": x}, "ns_coefficients", least=-math.inf) for x in ns_coefficients)
+        three = elements(ns_coefficients) or ()
+        if len(three) != 3:
+            raise ValueError(f"ns_coefficients must be three finite numbers, got {written(ns_coefficients)}")
+        a, b, c = (number({"ns_coefficients": x}, "ns_coefficients", least=-math.inf) for x in three)
         steps = count(own, "ns_steps", 1, 99)
         muon = matrices.Muon(flag(own, "nesterov"), (a, b, c), steps, number(own, "eps"), adjust)
         defaults = {
@@ -50,6 +65,15 @@ class Muon(Family):
         super().__init__(
             params, {"muon": muon, "adamw": rules.Adam()}, defaults, optim_bits=optim_bits, min_8bit_size=min_8bit_size, **options
         )  # fmt: skip
+
+    def _holds(self, settings: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
+        muon: Any = self.rule
+        adjust = ("original", None) if muon.adjust == "original" else (muon.adjust,)
+        adamw = settings if settings["rule"] == "adamw" else self.defaults
+        return {
+            **super()._holds(settings), "nesterov": (muon.nesterov,), "ns_coefficients": (muon.ns_coefficients,),
+            "ns_steps": (muon.steps,), "adjust_lr_fn": adjust, "adamw_eps": (adamw["eps"],),
+        }  # fmt: skip
 
 
 def muon_groups(model: nn.Module, head: str | Iterable[str] | None = None, **adamw: Any) -> list[dict[str, Any]]:
@@ -91,9 +115,17 @@ class Adafactor(Family):
         u = g / max(sqrt(r q^T / mean(r)), eps1)       u = max(eps2, rms(p)) u / max(1, rms(u) / d)
         p = (1 - lr wd) p - min(lr, 1 / sqrt(t)) u
 
-    beta1 > 0 averages u, in 8 bits or 32; without it there is no state by element. Of a stack of matrices each is alone, its
-    roots of mean squares too. eps: None for eps1 is 2^-23, whatever the parameter's dtype, as it is read as float32.
-    *Exact* but for what sees the whole matrix: five means, products of a row and a column, and torch's `rsqrt`.
+    Of a stack of matrices each is alone, its roots of mean squares too. *Exact* but for what sees the whole matrix: five means,
+    products of a row and a column, and torch's `rsqrt`.
+
+    lr: 1e-2 by default, from 0 on. The learning rate; a tensor of one element, too, as a schedule may write it.
+    beta2_decay: -0.8 by default, 0 at most. How fast the weight of a new square falls with the steps.
+    eps: (None, 1e-3) by default, two numbers from 0 on: eps1 and eps2 above. None for eps1 is 2^-23, whatever the parameter's
+    dtype, as it is read as float32.
+    d: 1.0 by default, from 1 on. The root mean square of u from which on u is scaled down.
+    weight_decay: 0.0 by default, from 0 on. wd above: each step takes lr wd p from p, apart from the gradient.
+    beta1: 0.0 by default, in [0, 1). Above 0 it averages u, in a state of 8 bits or 32; without it there is no state by
+    element.
     """
 
     def __init__(
@@ -101,13 +133,23 @@ class Adafactor(Family):
         d: float = 1.0, weight_decay: float = 0.0, beta1: float = 0.0, optim_bits: int = 32, min_8bit_size: int = 4096,
         **options: Unpack[PagedOptions],
     ) -> None:  # fmt: skip
-        if not isinstance(eps, (tuple, list)) or len(eps) != 2:
-            raise ValueError(f"eps must be two numbers, of which the first may be None, got {eps!r}")
-        eps1, eps2 = (number({"eps": x}, "eps") for x in (2.0**-23 if eps[0] is None else eps[0], eps[1]))
+        two = elements(eps) or ()
+        if len(two) != 2:
+            raise ValueError(f"eps must be two numbers, of which the first may be None, got {written(eps)}")
+        eps1 = number(
+            {"eps": _EPS1 if two[0] is None else two[0]}, "eps", most=2.0**63
+        )  # whose square is a float32, too
+        eps2 = number({"eps": two[1]}, "eps")
         momentum = weight({"beta1": beta1}, "beta1") > 0
         rule = matrices.Adafactor(momentum, (eps1, eps2), number({"d": d}, "d", least=1.0))
         defaults = {"lr": lr, "beta2_decay": beta2_decay, "beta1": beta1, "weight_decay": weight_decay}
         super().__init__(params, rule, defaults, optim_bits=optim_bits, min_8bit_size=min_8bit_size, **options)
+
+    def _holds(self, settings: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
+        rule: Any = self.rule
+        eps1, eps2 = rule.eps
+        ways = ((eps1, eps2), *([(None, eps2)] if eps1 == _EPS1 else []))
+        return {**super()._holds(settings), "d": (rule.d,), "eps": ways}
 
 
 class SOAP(Family):
@@ -119,6 +161,13 @@ class SOAP(Family):
 
     The first gradient makes L, R, P and Q, and no step. They are float32, and more than the states in 8 bits: of a square matrix
     16 bytes a parameter. *Exact* but for the products and decompositions, which are torch's.
+
+    lr: 3e-3 by default, from 0 on. The learning rate; a tensor of one element, too, as a schedule may write it.
+    betas: (0.95, 0.95) by default, two numbers in [0, 1). b1 and b2 above, the weights of what m and v were before.
+    shampoo_beta: 0.95 by default, in [0, 1). b above, the weight of what L and R were before.
+    eps: 1e-8 by default, from 0 on. It is added to the root, so that nothing is divided by 0.
+    weight_decay: 0.01 by default, from 0 on. wd above: each step takes lr wd p from p, apart from the gradient.
+    frequency: 10 by default, from 1 on. How many steps are made in the same bases.
     """
 
     def __init__(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnbref.arguments import written
 from bnbref.optim.equation import Equation, at_step, check_rule, state_layout
 from bnbref.optim.rule import Rule
 
@@ -25,14 +26,15 @@ class NamedRules:
         if not self.rules:
             raise ValueError("rule must be a Rule, or at least one by its name, got none")
         self.first = next(iter(self.rules))
+        self.clipped = any(one.clipped for one in self.rules.values())
         self._layouts = {name: state_layout(one) for name, one in self.rules.items()}
         self._sources: dict[str, set[str]] = {name: set() for name in self.rules}
 
     def of(self, config: Mapping[str, Any]) -> Rule:
         """The rule of a parameter with these settings."""
         name = config.get("rule", self.first)
-        if name not in self.rules:
-            raise ValueError(f"rule of a group must be one of {[*self.rules]}, got {name!r}")
+        if not isinstance(name, str) or name not in self.rules:
+            raise ValueError(f"rule of a group must be one of {[*self.rules]}, got {written(name)}")
         return self.rules[name]
 
     def check_shape(self, p: Tensor, config: Mapping[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """One `torch.optim.Optimizer` for every rule: its settings, those of groups, and the step. States are in `stateful`."""
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -9,15 +10,14 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from bnbref.arguments import check_tensors
+from bnbref.arguments import check_tensors, written
 from bnbref.optim import paging, planned_steps
 from bnbref.optim.equation import Equation
-from bnbref.optim.kinds import SettingError
+from bnbref.optim.kinds import SettingError, number
 from bnbref.optim.named_rules import NamedRules
 from bnbref.optim.rule import Rule
-from bnbref.optim.settings import ALWAYS, ANYWHERE, GlobalOptimManager, check_distinct, check_settings
+from bnbref.optim.settings import ALWAYS, ANYWHERE, GlobalOptimManager, check_distinct, check_settings, says
 from bnbref.optim.sharding import shard_of
-from bnbref.optim.state_dict import COUNTS
 from bnbref.optim.stateful import Stateful
 
 
@@ -100,40 +100,55 @@ class Optimizer(Stateful):
             raise
 
     def _check_group(self, group: Mapping[str, Any]) -> dict[str, Any]:
-        config = {**self._own, **group}
-        self._check(config)
+        config = self._merged(group)
+        self._judge(config)
         self._rules.at_step(1, config)
         return config
 
-    def _check(self, settings: Mapping[str, Any]) -> None:
-        """Raise if a setting of a group or of one parameter is not valid, or one that only the constructor takes."""
-        self._judge(settings)
+    def _judge(self, settings: Mapping[str, Any]) -> None:
+        """Raise if a setting of a group or of one parameter is not valid, or one that only the constructor takes and that says
+        something else here. Settings of the rule are judged where it reads them."""
+        check_settings(settings)
+        if number(settings, "max_unorm") > 0 and not self._rules.of(settings).clipped:
+            raise SettingError(
+                f"max_unorm must be 0 where no step is clipped, as those of LARS and LAMB are, got "
+                f"{written(settings['max_unorm'])}"
+            )
         here = {*self._own, *self.defaults}
-        made = [kind for kind in type(self).__mro__ if issubclass(kind, Optimizer)]
-        taken = {name for kind in made for name in inspect.signature(kind.__init__).parameters}
-        for name in sorted(settings.keys() & taken - here - ANYWHERE):
-            holds = ALWAYS[name] if name in ALWAYS else getattr(self, name, False)
-            if settings[name] != holds and (settings[name] is not None or name in ALWAYS):
+        for name in sorted(settings.keys() & self._of_constructor() - here - ANYWHERE):
+            if not self._already(name, settings):
                 raise ValueError(
-                    f"{name} is no setting of a group or of a parameter, got {settings[name]!r}: {type(self).__name__} has "
-                    f"{sorted(here)}"
+                    f"{name} is no setting of a group or of a parameter, got {written(settings[name])}: "
+                    f"{type(self).__name__} has {sorted(here)}"
                 )
 
-    def _judge(self, settings: Mapping[str, Any]) -> None:
-        """Raise if a setting is not valid that is not the rule's: those of the rule are judged where it reads them."""
-        check_settings(settings)
-        if settings["max_unorm"] > 0 and not any(rule.clipped for rule in self._rules.rules.values()):
-            raise SettingError(
-                f"max_unorm must be 0 where no step is clipped, as those of LARS and LAMB are, got {settings['max_unorm']!r}"
-            )
+    def _of_constructor(self) -> frozenset[str]:
+        """The names of all that the constructor takes, or that of bitsandbytes took."""
+        kind: Any = type(self)
+        return _arguments(kind) | ALWAYS.keys()
 
-    def _check_known(self, own: Mapping[str, Any]) -> None:
-        """Raise if a setting of one parameter is none of this optimizer's, and so would mean nothing."""
+    def _already(self, name: str, settings: Mapping[str, Any]) -> bool:
+        """Whether one of these settings, which only the constructor takes, says what holds."""
+        return any(says(settings[name], way) for way in self._holds(settings).get(name, (None,)))
+
+    def _holds(self, settings: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
+        """What holds for a group with these settings, by the names of arguments that only the constructor takes: the ways to say
+        it. Of those that are not here, None does, as False and 0 do."""
+        directory = self._placement.directory
+        return {
+            **{name: (value,) for name, value in ALWAYS.items()}, "is_paged": (self.is_paged,), "generator": (self._generator,),
+            "page_directory": (None,) if directory is None else (directory.path, str(directory.path)),
+            "page_bytes": (self._placement.page_bytes,),
+        }  # fmt: skip
+
+    def _check_known(self, own: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+        """Raise if a setting of one parameter is none of this optimizer's, and so would mean nothing. config: with all others."""
         here = {*self._own, *self.defaults, *ANYWHERE}
+        arguments = self._of_constructor()
         for name, value in own.items():
-            if name not in here and ALWAYS.get(name) != value:
+            if name not in here and not (name in arguments and self._already(name, config)):
                 raise ValueError(
-                    f"GlobalOptimManager overrides {name} by {value!r}, which {type(self).__name__} has not: it has "
+                    f"GlobalOptimManager overrides {name} by {written(value)}, which {type(self).__name__} has not: it has "
                     f"{sorted(here)}"
                 )
 
@@ -151,11 +166,7 @@ class Optimizer(Stateful):
             with torch.enable_grad():
                 loss = closure()
         self.advance([(p, group) for group in self.param_groups for p in group["params"]])
-        directory = self._placement.directory
-        if directory is not None:
-            states = [self._state(p) for p in self._parameters()]
-            counts = [{key: state[key] for key in COUNTS if key in state} for state in states]
-            directory.end({i: each for i, each in enumerate(counts) if "step" in each})
+        self._end_of_pages()
         return loss
 
     @_disable_dynamo  # its kernels are compiled without that, and tracing the Python between them takes seconds
@@ -172,17 +183,16 @@ class Optimizer(Stateful):
     def _planned_steps(self, parameters: Sequence[tuple[Tensor, Mapping[str, Any]]]) -> list[planned_steps.PlannedStep]:
         """The steps of the parameters that have a gradient. What is to be refused is refused here, before anything is changed."""
         overrides = GlobalOptimManager.get_instance().overrides()
-        common = {id(group): {**self._own, **group} for _, group in parameters}
+        common = {id(group): self._merged(group) for _, group in parameters}
         equations: dict[Any, tuple[Equation, Tensor]] = {}
         steps = []
         for p, group in parameters:
             if p.grad is None:
                 continue
             own = overrides.get(p) if overrides else None
-            config = common[id(group)] if own is None else {**common[id(group)], **own}
+            config = common[id(group)] if own is None else self._merged({**group, **own})
             if own is not None:
-                self._check_known(own)
-                self._check(config)
+                self._check_known(own, config)
             state = self._state(p)
             key = (id(config), state.get("step", 0) + 1, p.device)
             if key not in equations:
@@ -206,3 +216,10 @@ class Optimizer(Stateful):
     def __getstate__(self) -> dict[str, Any]:
         own = ("rule", "is_paged", "_own", "_rules", "_generator", "_placement")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+
+
+@functools.cache
+def _arguments(kind: Any) -> frozenset[str]:
+    """The names of what the constructors of a class and of those that it is made of take."""
+    made = [base for base in kind.__mro__ if issubclass(base, Optimizer)]
+    return frozenset(name for base in made for name in inspect.signature(base.__init__).parameters)

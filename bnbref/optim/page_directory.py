@@ -11,6 +11,7 @@ import json
 import os
 import warnings
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,9 @@ class Directory:
         if path.exists() and not path.is_dir():
             raise ValueError(f"page_directory must be a folder, got {str(path)!r}, which is a file")
         self.path = path
-        self._files: dict[str, int] = {}  # with their inodes: others may stand in their place
+        # The files of each parameter with their inodes: others may stand in their place.
+        self._files: defaultdict[int, dict[str, int]] = defaultdict(dict)
+        self._order: list[weakref.ref[Tensor]] = []
         _ALL.add(self)
 
     _held: int | None = None
@@ -44,10 +47,9 @@ class Directory:
 
     __del__ = let_go
 
-    @property
-    def empty(self) -> bool:
-        """Whether this object has mapped nothing yet."""
-        return not self._files
+    def has(self, index: int) -> bool:
+        """Whether this object has mapped a state of the parameter with that index."""
+        return bool(self._files.get(index))
 
     def _hold(self) -> None:
         """Makes the folder, and locks it for as long as this object or its process lives: RuntimeError if another one has it."""
@@ -81,7 +83,7 @@ class Directory:
         if not path.exists():
             self.forget(name)  # of another shape or dtype, from another run
             self._reserve(path, numel * dtype.itemsize)
-        self._files[path.name] = path.stat().st_ino
+        self._files[_index(path.name)][path.name] = path.stat().st_ino
         return _open(path, shape, dtype)
 
     def _reserve(self, path: Path, size: int) -> None:
@@ -99,8 +101,31 @@ class Directory:
     def forget(self, name: str) -> None:
         """Remove the files of a state."""
         for path in list(self.path.glob(f"{name}.*.bin")):
-            self._files.pop(path.name, None)
+            self._files[_index(path.name)].pop(path.name, None)
             path.unlink()
+
+    def arrange(self, parameters: Sequence[Tensor]) -> None:
+        """Renames the files of parameters that have another index than before, since a group has lost one; files of parameters
+        that are gone are removed. Between `begin` and `end`. parameters: all of the optimizer, by their index."""
+        if len(self._order) == len(parameters) and all(
+            ref() is p for ref, p in zip(self._order, parameters, strict=True)
+        ):
+            return
+        places = {id(p): i for i, p in enumerate(parameters)}
+        before, self._order = self._order, [weakref.ref(p) for p in parameters]
+        moved = []
+        for i, ref in enumerate(before):
+            place = places.get(id(ref()))
+            for name, inode in self._files.pop(i, {}).items() if place != i else ():
+                path = self.path / name
+                if place is None:
+                    path.unlink(missing_ok=True)
+                elif path.exists():  # it waits, since the place of each may be that of another one
+                    waiting = path.rename(path.with_suffix(".moved"))
+                    moved.append((waiting, place, f"{place}.{name.partition('.')[2]}", inode))
+        for waiting, place, name, inode in moved:
+            waiting.replace(self.path / name)
+            self._files[place][name] = inode
 
     def begin(self) -> None:
         """A step begins: until `end` the folder is no valid checkpoint."""
@@ -110,7 +135,8 @@ class Directory:
     def end(self, counts: Mapping[int, Mapping[str, int]]) -> None:
         """A step has ended: the folder is a checkpoint with these step counts, unless somebody has removed files."""
         here = {path.name: path.stat().st_ino for path in self.path.glob("*.bin")}
-        gone = sorted(name for name, inode in self._files.items() if here.get(name) != inode)
+        own = {name: inode for files in self._files.values() for name, inode in files.items()}
+        gone = sorted(name for name, inode in own.items() if here.get(name) != inode)
         if gone:
             warnings.warn(
                 f"page_directory {str(self.path)!r} lacks {len(gone)} files that were removed, {gone[0]} first: the run may go "
@@ -134,6 +160,11 @@ def _let_go() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_let_go)
+
+
+def _index(name: str) -> int:
+    """The index of the parameter that a file belongs to, with which its name begins."""
+    return int(name.partition(".")[0])
 
 
 def _locked(folder: int) -> bool:

@@ -77,7 +77,7 @@ class Placement:
             raise ValueError("page_directory must be a folder, got ''")
         # Not relative to wherever the program may be later.
         self.directory = None if directory is None else Directory(Path(directory).absolute())
-        self._page_bytes = page_bytes
+        self.page_bytes = page_bytes
         self._make = copies
         self._made: dict[torch.device, SideStreams] = {}
         self._warned = False
@@ -120,7 +120,7 @@ class Placement:
         used, ahead, following = 0, 0, 0
         try:
             for i, (device, state) in enumerate(states):
-                while following < len(states) and (ahead < 2 or used + sizes[following] <= self._page_bytes):
+                while following < len(states) and (ahead < 2 or used + sizes[following] <= self.page_bytes):
                     place, tensors = states[following]
                     keys = away[following]
                     fetched.append(self._copies(place).fetch([tensors[k] for k in keys]) if keys else ([], None))

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from bnbref.arguments import written
 from bnbref.codebooks import DYNAMIC
 from bnbref.optim.kinds import SettingError, count, flag, number, one_of, weight, weights
 from bnbref.optim.rule import (
@@ -168,9 +169,9 @@ class AdEMAMix(Rule):
         if t_beta3 > 0:
             if not b1 * b3 > 0:
                 raise SettingError(
-                    f"with t_beta3 the first and the last of betas must be above 0, got {group['betas']}"
+                    f"with t_beta3 the first and the last of betas must be above 0, got {written(group['betas'])}"
                 )
-            fast, slow, r = math.log(b1), math.log(b3), t / t_beta3
+            fast, slow, r = math.log(b1), math.log(b3), min(t / t_beta3, 1e300)  # by 5e-324 it would be infinite
             b3 = min(math.exp(fast * slow / ((1 - r) * slow + r * fast)), b3)
         corrections = {"unbias": 1 - b1**t, "root": math.sqrt(1 - b2**t)}
         return (

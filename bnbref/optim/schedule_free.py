@@ -88,6 +88,13 @@ class AdamWScheduleFree(Family):
     makes them y again, before the next step. Each way is `p = p -+ (1 - b1) (z - x)`, two roundings to float32, and that to the
     parameter. If an exception ends it, the parameters that have moved are moved back, by the same roundings. lr and beta1 are
     constant: the averages do not see a change of them.
+
+    lr: 2.5e-3 by default, from 0 on. The learning rate; a tensor of one element, too, as a schedule may write it.
+    betas: (0.9, 0.999) by default, two numbers in [0, 1). b1 above, the weight of the average in y, and that of what v was
+    before. A text like "(0.9, 0.95)", of a command line, is two numbers.
+    eps: 1e-8 by default, from 0 on. It is added to the root, so that nothing is divided by 0.
+    weight_decay: 0 by default, from 0 on. wd above: wd y is added to the direction.
+    warmup_steps: 0 by default, an integer from 0 on. The steps over which r grows to lr.
     """
 
     def __init__(
@@ -107,10 +114,10 @@ class AdamWScheduleFree(Family):
             raise RuntimeError("the parameters are averages since eval(): call train() before the next step")
         super().advance(parameters)
 
-    def _check_known(self, own: Mapping[str, Any]) -> None:
+    def _check_known(self, own: Mapping[str, Any], config: Mapping[str, Any]) -> None:
         if "train_mode" in own:
             raise ValueError(f"train_mode is that of a group, GlobalOptimManager overrides it by {own['train_mode']!r}")
-        super()._check_known(own)
+        super()._check_known(own, config)
 
     def eval(self) -> None:
         """Set the parameters to their averages x, to evaluate or save them. `step` raises until `train()` is called."""

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from bnbref.arguments import written
 from bnbref.blockwise import check_blocksize
-from bnbref.optim.kinds import count, flag, number, of_python, one_of, one_of_kinds
+from bnbref.optim.kinds import count, elements, flag, number, of_python, one_of, one_of_kinds
 
 _CHECKS: dict[str, Callable[[Mapping[str, Any], str], Any]] = {
     "optim_bits": partial(one_of, allowed=(8, 32)), "master_weight_bits": partial(one_of, allowed=(24, 32, None)),
@@ -38,11 +39,16 @@ def says(value: Any, only: Any) -> bool:
 
     >>> says(100.0, 100), says(0, False), says(None, False), says("", False), says(torch.ones(2), 1)
     (True, True, True, False, False)
+    >>> says([0.5, 1], (0.5, 1.0)), says("original", "original"), says(torch.ones(2), (1, 1, 1))
+    (True, True, False)
     """
+    if isinstance(only, tuple):
+        each = elements(value)
+        return each is not None and len(each) == len(only) and all(map(says, each, only))
     value = of_python(value)
     if value is None or isinstance(value, Real):
         return (value or 0) == (only or 0)
-    return False
+    return value is only or (isinstance(value, (str, Path)) and value == only)
 
 
 ANYWHERE = {"params", "foreach", "fused", *_REFUSED}
@@ -67,7 +73,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     check_blocksize(settings.get("blocksize", 1), 1)
     for name, reason in _REFUSED.items():
         if settings.get(name):
-            raise NotImplementedError(f"{name} must be False, got {settings[name]!r}: {reason}")
+            raise NotImplementedError(f"{name} must be False, got {written(settings[name])}: {reason}")
 
 
 class GlobalOptimManager:
@@ -117,7 +123,7 @@ class GlobalOptimManager:
         """Override the setting `key` of these parameters, or several: lr, betas, optim_bits, min_8bit_size and so on."""
         if (key is None) == (key_value_dict is None):
             raise ValueError(
-                f"override_config takes key and value, or key_value_dict, got {key!r} and {key_value_dict!r}"
+                f"override_config takes key and value, or key_value_dict, got {written(key)} and {key_value_dict!r}"
             )
         config = dict(key_value_dict) if key_value_dict is not None else {key: value}
         with self._lock:

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from bnbref import blockwise
+from bnbref.arguments import written
 from bnbref.blockwise import block_count, check_blocksize
 from bnbref.codebooks import DYNAMIC, DYNAMIC_UNSIGNED, is_table_of, value_table
+from bnbref.optim.kinds import in_float64
 from bnbref.optim.master_weights import CORRECTIONS, checked_correction
 from bnbref.optim.rule import Rule, State, absmax_key, qmap_key
 from bnbref.optim.sharding import blocks_of, gather_scales, local, part_of, shard_of, sharded_like, unsharded
@@ -91,7 +93,8 @@ def wrapped_state(rule: Rule, state: Mapping[str, Any]) -> dict[str, Any]:
             if parts:
                 wrapped[name(s.key)] = parts[0] if len(parts) == 1 else torch.stack(parts)
         if state[s.key].dtype == torch.uint8:
-            wrapped[qmap_key(s.key)] = value_table(rule.codebook(s), torch.device("cpu"))
+            # A copy: torch.distributed.checkpoint loads into what is saved, and the table itself is that of all codes.
+            wrapped[qmap_key(s.key)] = value_table(rule.codebook(s), torch.device("cpu")).clone()
     wrapped |= {key: state[key] for key in state.keys() & CORRECTIONS.values()}
     if rule.clipped and wrapped:
         # Room that bitsandbytes expects to find.
@@ -130,7 +133,7 @@ def unwrapped_state(
     unknown = sorted(saved.keys() - known - _BESIDE)
     if unknown and known & saved.keys():
         raise ValueError(f"the saved state has {unknown}, which {rule!r} has not: it is of another rule")
-    state["step"] = int(saved["step"])
+    state["step"] = _count(saved, "step", 0)
 
     def put(key: str, every: Tensor, dtype: torch.dtype) -> None:
         state[key] = empty(key, tuple(local(p).shape), dtype).copy_(part_of(p, every))
@@ -150,7 +153,7 @@ def unwrapped_state(
             put(s.key, tensor, torch.float32)
             continue
         each, key = check_blocksize(blocksize, p.numel()), absmax_key(s.key)
-        own = saved.get("blocksize", BLOCKSIZE)
+        own = _count(saved, "blocksize", 1) if "blocksize" in saved else BLOCKSIZE
         if not same_blocks(own, blocksize, p.numel()):
             raise ValueError(
                 f"saved {s.key} is in blocks of {own}, not {blocksize}: blocksize must be that of the saved state"
@@ -174,6 +177,14 @@ def _copied(p: Tensor, x: Any) -> Any:
         return copy.deepcopy(x)
     x = x.detach().to(p.device, copy=True)
     return x if shard_of(p) is None or x.shape != p.shape else sharded_like(p, part_of(p, x))
+
+
+def _count(saved: Mapping[str, Any], key: str, least: int) -> int:
+    """An integer of a saved state; as a float, too, since the steps of torch's optimizers are tensors of float32."""
+    x = in_float64(saved[key])
+    if x is None or not (least <= x < 2**53 and x == int(x)):
+        raise ValueError(f"saved {key} must be an integer from {least} on, got {written(saved[key])}")
+    return int(x)
 
 
 def _saved(rule: Rule, saved: Mapping[str, Any], key: str) -> Tensor:

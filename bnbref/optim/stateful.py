@@ -17,7 +17,7 @@ from bnbref.optim.named_rules import NamedRules
 from bnbref.optim.rule import Rule
 from bnbref.optim.settings import GlobalOptimManager
 from bnbref.optim.sharding import local, shard_of, sharded_like
-from bnbref.optim.state_dict import WRAPPED, gathered_state, of_blocks, unwrapped_state, wrapped_state
+from bnbref.optim.state_dict import COUNTS, WRAPPED, gathered_state, of_blocks, unwrapped_state, wrapped_state
 from bnbref.optim.update import new_state
 
 
@@ -30,7 +30,13 @@ class Stateful(torch.optim.Optimizer):
 
     def settings(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
         """The settings of a parameter: those of `GlobalOptimManager`, then those of its group, then the optimizer's."""
-        return {**self._own, **group, **GlobalOptimManager.get_instance().overrides().get(p, {})}
+        return self._merged({**group, **GlobalOptimManager.get_instance().overrides().get(p, {})})
+
+    def _merged(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings of a group, and those of the optimizer for what it does not say. Where one rule of several is clipped,
+        the optimizer's max_unorm is that rule's: the groups of others have 0, unless they say otherwise, which is refused."""
+        others = {"max_unorm": 0.0} if self._rules.clipped and not self._rules.of(group).clipped else {}
+        return {**self._own, **others, **group}
 
     def _check_group(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """The settings of a group with those of the optimizer. Raises if one of them is not valid."""
@@ -168,6 +174,8 @@ class Stateful(torch.optim.Optimizer):
             raise
         finally:
             held.remove()
+        if state_dict["state"]:
+            self._end_of_pages()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -184,16 +192,34 @@ class Stateful(torch.optim.Optimizer):
             unwrapped_state(rule, p, state, blocksize, _nowhere)
         for group in self.param_groups:
             self._check_group(group)
+        directory = self._placement.directory
+        if directory is not None and saved:
+            directory.begin()
+            directory.arrange(self._parameters())
         for p, state in saved.items():
             rule, blocksize = own[p]
             self.state[p] = unwrapped_state(rule, p, state, blocksize, self._memory(p))
 
     def _move_to_files(self) -> None:
-        """Moves the states of a copy of an optimizer, which are in memory, into the files of its `page_directory`."""
+        """Moves states that are in memory into the files of the `page_directory`: those of a copy of an optimizer, and that of a
+        parameter which was in no group for a while."""
         directory = self._placement.directory
-        if directory is not None and directory.empty and self.state:
-            rules = zip(self._parameters(), self._rules_and_blocks(), strict=True)
-            self._read({p: wrapped_state(rule, self.state[p]) for p, (rule, _) in rules if p in self.state})
+        if directory is None:
+            return
+        directory.arrange(self._parameters())
+        rules = enumerate(zip(self._parameters(), self._rules_and_blocks(), strict=True))
+        homeless = {
+            p: rule for i, (p, (rule, _)) in rules if _has_numbers(self.state.get(p, {})) and not directory.has(i)
+        }
+        self._read({p: wrapped_state(rule, self.state[p]) for p, rule in homeless.items()})
+
+    def _end_of_pages(self) -> None:
+        """Says in the `page_directory` that it is a checkpoint of the states as they are."""
+        directory = self._placement.directory
+        if directory is not None:
+            states = [self._state(p) for p in self._parameters()]
+            counts = [{key: state[key] for key in COUNTS if key in state} for state in states]
+            directory.end({i: each for i, each in enumerate(counts) if "step" in each})
 
 
 def _new_correction(p: Tensor, config: Mapping[str, Any], empty: Callable[..., Tensor]) -> dict[str, Tensor]:
@@ -207,6 +233,10 @@ def _new_correction(p: Tensor, config: Mapping[str, Any], empty: Callable[..., T
 
 def _nowhere(key: str, shape: Any, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _has_numbers(state: Mapping[str, Any]) -> bool:
+    return any(isinstance(x, Tensor) and x.numel() > 0 for x in state.values())
 
 
 def _held(given: Mapping[str, Any]) -> dict[str, Any]:

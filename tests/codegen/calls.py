@@ -14,7 +14,7 @@ import torch
 from conftest import as_on_gpu
 
 import bnbref
-from bnbref import functional
+from bnbref import few_rows, functional
 from bnbref.kernels import Kernel
 from bnbref.optim import rules
 from bnbref.optim.equation import at_step
@@ -74,14 +74,19 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
 def calls_go_to(run: Callable[[Kernel[..., Any], list[Any], Any], Any]) -> Iterator[None]:
     """Inside, what a function would give a kernel on a GPU is given to `run`.
 
-    The tensors stay on the CPU.
+    The tensors stay on the CPU. Nothing is compiled, but functions choose their kernels as where it is.
     """
 
     def call(kernel: Kernel[..., Any], *args: Any, **constants: Any) -> Any:
         result = run(kernel, list(args), constants)
         return tuple(kernel.parameters.written(args)) if kernel.parameters.written(args) else result
 
-    with as_on_gpu(), mock.patch.object(Kernel, "__call__", call):
+    with (
+        as_on_gpu(),
+        mock.patch.object(few_rows, "compile_enabled", return_value=True),
+        mock.patch.object(few_rows, "missing_compiler", return_value=None),
+        mock.patch.object(Kernel, "__call__", call),
+    ):
         yield
 
 
