@@ -18,10 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from bnbref.optim.folder_lock import lock
 
 
 class Directory:
@@ -54,18 +51,15 @@ class Directory:
         if self._held is not None:
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        if fcntl is None:
-            return
-        held = os.open(self.path, os.O_RDONLY)
-        if not _locked(held):
+        self._held = lock(self.path)
+        if self._held is None:
             gc.collect()  # an optimizer and its scheduler are a cycle, and may be there when their names are not
-            if not _locked(held):
-                os.close(held)
-                raise RuntimeError(
-                    f"page_directory {str(self.path)!r} is in use by another optimizer, of this process or of another one, such "
-                    f"as another rank: each needs a folder of its own"
-                )
-        self._held = held
+            self._held = lock(self.path)
+        if self._held is None:
+            raise RuntimeError(
+                f"page_directory {str(self.path)!r} is in use by another optimizer, of this process or of another one, such "
+                f"as another rank: each needs a folder of its own"
+            )
 
     def mapped(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """The memory of a state called `name`, with what its file has if it is there.
@@ -134,17 +128,6 @@ def _let_go() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_let_go)
-
-
-def _locked(folder: int) -> bool:
-    """Whether an open folder is locked by us from now on; on a file system without locks it is taken for that."""
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass
-    return True
 
 
 def _open(path: Path, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
