@@ -1149,6 +1149,23 @@ def test_pytest_runs_the_kit(tmp_path):
     assert "8 xfailed" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--device", "hpu:7", "--device hpu:7: torch cannot use it here"),
+        ("--device", "gpu", "--device gpu: torch knows no such device"),
+        ("--backend", "math:nothing", "module 'math' has no attribute 'nothing'"),
+        ("--xfails", "nowhere.txt", "No such file or directory: 'nowhere.txt'"),
+    ],
+)
+def test_pytest_says_what_it_cannot_run_as_the_command_does(option, value, message, tmp_path):
+    """In one line, before any case: every case would fail by what torch says of a device that is not there."""
+    done = run_pytest(tmp_path, option, value)
+    assert done.returncode != 0
+    assert message in done.stdout
+    assert " failed" not in done.stdout
+
+
 # ---- the page -------------------------------------------------------------------------------------------------------
 
 

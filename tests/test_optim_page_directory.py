@@ -4,12 +4,14 @@ import contextlib
 import copy
 import errno
 import gc
+import importlib
 import os
 import pickle
 import shutil
 import subprocess
 import sys
 import tempfile
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from bnbref import optim
+from bnbref.optim import folder_lock, page_directory
 from bnbref.optim.page_directory import Directory
 
 pytestmark = pytest.mark.usefixtures("eager")
@@ -31,8 +34,45 @@ def begun(folder, name="PagedAdamW8bit"):
     return p, getattr(optim, name)([p], page_directory=folder, min_8bit_size=0)
 
 
+def locking(file, mode, size):
+    """`msvcrt.locking`, as the documentation of Windows has it: of a file that may be written to, for the one who opened it."""
+    import fcntl
+
+    assert (mode, size) == (2, 1)
+    assert fcntl.fcntl(file, fcntl.F_GETFL) & os.O_RDWR
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise PermissionError(errno.EACCES, "Permission denied") from error
+
+
+@pytest.fixture(params=["fcntl", "msvcrt"])
+def locks(request, monkeypatch):
+    """The lock that this system has, and that of Windows, where there is no module fcntl, and no folder can be opened."""
+    if request.param == "fcntl":
+        pytest.importorskip("fcntl")
+        yield request.param
+        return
+    opened = os.open
+
+    def open_a_file(path, *args, **kwargs):
+        if os.path.isdir(path):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, *args, **kwargs)
+
+    with monkeypatch.context() as hidden:
+        if os.name != "nt":
+            hidden.setitem(sys.modules, "msvcrt", SimpleNamespace(locking=locking, LK_NBLCK=2))
+        hidden.setitem(sys.modules, "fcntl", None)
+        importlib.reload(folder_lock)
+    monkeypatch.setattr(os, "open", open_a_file)
+    monkeypatch.setattr(page_directory, "lock", folder_lock.lock)
+    yield request.param
+    importlib.reload(folder_lock)
+
+
 @pytest.mark.parametrize("how", ["second", "copy", "pickle"])
-def test_a_directory_has_one_optimizer(how, tmp_path):
+def test_a_directory_has_one_optimizer(how, locks, tmp_path):
     _, first = begun(tmp_path)
     first.step()
     q, other = begun(tmp_path)
@@ -143,7 +183,7 @@ def test_what_is_no_folder(tmp_path):
             begun(path)
 
 
-def test_a_scheduler_does_not_keep_a_directory(tmp_path):
+def test_a_scheduler_does_not_keep_a_directory(locks, tmp_path):
     """It is in a cycle with its optimizer, which is not gone with the last name for it."""
     gc.disable()
     try:
@@ -155,6 +195,7 @@ def test_a_scheduler_does_not_keep_a_directory(tmp_path):
     finally:
         gc.enable()
     assert optim.read_pages(tmp_path)[0]["step"] == 1
+    assert (tmp_path / "lock").exists() == (locks == "msvcrt")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")

@@ -225,6 +225,38 @@ def test_two_adapters_are_merged_by_one_rounding_of_their_sum(kind):
 
 
 @each_kind
+def test_an_adapter_that_waits_for_its_tokens_is_as_over_the_dequantized_model_and_not_merged(kind, ids):
+    """An aLoRA adds nothing to tokens before its own. Merged, it would add the same to all."""
+    options = {"alora_invocation_tokens": ids[0, 4:6].tolist()}
+    model, plain = with_adapter(kind, **options), quantized(kind)
+    for layer in (*model.modules(), *plain.modules()):
+        if isinstance(layer, Linear4bit):
+            layer.compute_dtype = torch.float32  # that of the files rounds activations
+    floats = peft.get_peft_model(quantized(kind).dequantize(), config(**options))
+    peft.set_peft_model_state_dict(floats, peft.get_peft_model_state_dict(model))
+    want = logits(floats.eval(), ids)
+    got = logits(model, ids)
+    base = logits(plain, ids)
+    assert torch.equal(got[0, :4], base[0, :4])
+    assert not torch.equal(got[0, 4:], base[0, 4:])
+    if kind != "int8":  # whose activations are rounded, too
+        torch.testing.assert_close(got, want)
+    before = codes(model)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match=r"'default' cannot be merged into Linear\w+\(.*: aLoRA does not support"):
+            merge()
+    assert same(codes(model), before)
+    assert torch.equal(logits(model, ids), got)
+
+
+def test_a_router_of_adapters_is_not_merged():
+    layer = lora.LoraLinear(Linear4bit(64, 64, quant_type="nf4").to("cpu"), "router", config(), r=4, lora_alpha=8)
+    layer.lora_variant["router"] = peft.tuners.lora.variants.ArrowLinearVariant()
+    with pytest.raises(ValueError, match=r"'router' cannot be merged into .*Remove it first"):
+        layer.merge()
+
+
+@each_kind
 def test_merge_and_unload_then_save_and_load(kind, ids, tmp_path):
     model = with_adapter(kind)
     model.merge_adapter()

@@ -3,6 +3,7 @@
 None is without effect, and none computes with codes. A tuner that this version of peft has and nobody here knows is refused, too.
 """
 
+import dataclasses
 import os
 import re
 import sys
@@ -30,13 +31,29 @@ OPTIONS = {
     "VBLORA": {"vector_length": 16, "num_vectors": 16, "topk": 2},
     "WAVEFT": {"n_frequency": 100},
 }
+MADE = peft.tuners.lora.config
+# What peft calls a variant: an option of a LoraConfig that makes another algorithm of it.
+OF_LORA = {
+    "alora_invocation_tokens": lambda: {"task_type": "CAUSAL_LM", "alora_invocation_tokens": [3, 4]},
+    "arrow_config": lambda: {"arrow_config": MADE.ArrowConfig()},
+    "kasa_config": lambda: {"kasa_config": MADE.KasaConfig()},
+    "monteclora_config": lambda: {"monteclora_config": MADE.MontecloraConfig()},
+    "use_bdlora": lambda: {"use_bdlora": MADE.BdLoraConfig(target_modules_bd_a=["0"], nblocks=2)},
+    "use_dora": lambda: {"use_dora": True},
+    "velora_config": lambda: {"velora_config": MADE.VeloraConfig(num_groups=8)},
+}
+WORK_AS_THEY_ARE = {"alora_invocation_tokens", "arrow_config", "monteclora_config"}
 VARIANTS = [
     *((kind, OPTIONS.get(kind, {})) for kind in TUNERS),
     *(
         ("LORA", {"init_lora_weights": how})
         for how in ("gaussian", "orthogonal", "pissa", "olora", "pissa_niter_4", "corda", "lora_ga")
     ),
-    ("LORA", {"use_dora": True}),
+    *(
+        ("LORA", OF_LORA[name]())
+        for name in ("kasa_config", "monteclora_config", "use_bdlora", "use_dora", "velora_config")
+    ),
+    ("LORA", {"init_lora_weights": "mica"}),
     ("LORA", {"use_rslora": True, "lora_bias": True}),
     ("LORA", {"rank_pattern": {"0": 3}}),
     ("MISS", {"init_weights": "bat"}),
@@ -204,6 +221,28 @@ def test_a_layer_is_refused_however_it_is_named_and_others_are_not(mode, kind, t
     else:
         assert message in refusal
         assert [name for name, _ in net.named_modules()] == before
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("mode", ["without"], indirect=True)
+def test_every_variant_of_lora_is_known_or_refused(mode, kind):
+    """It is refused before anything is made: KaSA, VeLoRA and BD-LoRA make tensors of the weight's dtype, that of codes."""
+    fields = dataclasses.fields(peft.LoraConfig)
+    names = {each.name for each in fields if each.metadata.get("is_lora_variant")}
+    assert names <= OF_LORA.keys(), "say in bnbref.integrations.hf.peft_checks whether the new ones read the weight"
+    for name in sorted(names - WORK_AS_THEY_ARE):
+        net = network(kind, False)
+        before = [path for path, _ in net.named_modules()]
+        _, refusal = refused(adapted, net, "LORA", OF_LORA[name]())
+        assert refusal is not None
+        assert re.match(rf"LORA with {name}\b.* reads the weight of 0, which is packed", refusal)
+        assert [path for path, _ in net.named_modules()] == before
+
+
+@pytest.mark.parametrize("mode", ["alias"], indirect=True)
+def test_what_peft_s_layers_over_bitsandbytes_ignore_is_refused(mode):
+    _, refusal = refused(adapted, network("nf4", False), "LORA", OF_LORA["monteclora_config"]())
+    assert "unknown to peft's layers over bitsandbytes'" in refusal
 
 
 @pytest.mark.parametrize("mode", ["without"], indirect=True)

@@ -605,6 +605,19 @@ def test_the_output_head_is_kept_by_default_and_a_list_replaces_that(models):
     assert isinstance(load(FIXTURES / "base", BnbRefConfig(skip_modules=[])).lm_head, Linear4bit)
 
 
+def test_a_classifier_with_a_bias_is_kept_by_name(tmp_path):
+    """transformers looks for the last layer by the name of the last parameter, from which it takes `.weight` but not `.bias`."""
+    small = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 128}
+    transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=64, **small)).save_pretrained(
+        tmp_path
+    )
+    kind = transformers.AutoModelForSequenceClassification
+    assert type(load(tmp_path, BnbRefConfig(), kind=kind).classifier) is Linear4bit
+    kept = load(tmp_path, BnbRefConfig(skip_modules=["classifier"]), kind=kind)
+    assert type(kept.classifier) is nn.Linear
+    assert {p.name: p.reason for p in report(kept).skipped}["classifier.weight"] == "skip_modules: 'classifier'"
+
+
 def test_a_new_head_is_a_plain_layer(models, ids):
     kind = transformers.AutoModelForSequenceClassification
     model = load(models["gpt2"], BnbRefConfig(skip_modules=["lm_head"]), kind=kind)

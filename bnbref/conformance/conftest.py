@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from bnbref.conformance import backends, vectors
 from bnbref.conformance.backends import Backend
+from bnbref.conformance.command import Refused, usable_device
 from bnbref.conformance.findings import broken_by
 from bnbref.conformance.judge import Result
 from bnbref.conformance.report import Report, report
@@ -29,7 +29,7 @@ class Run:
     def __init__(self, config: pytest.Config) -> None:
         # As a part of a larger run, where conftest.py came too late to add options, the reference is tested uncompiled.
         self.backend: Backend = backends.load(config.getoption("--backend", "bnbref-eager"))
-        self.device = torch.device(config.getoption("--device", "cpu"))
+        self.device = usable_device(config.getoption("--device", "cpu"))
         self.examples = int(config.getoption("--max-examples", 20))
         file = config.getoption("--xfails", None)
         lines = Path(file).read_text(encoding="utf-8").splitlines() if file else []
@@ -45,11 +45,11 @@ _RUN = pytest.StashKey[Run]()
 
 
 def the_run(config: pytest.Config) -> Run:
-    """The run of this session. Raises pytest.UsageError where its options name no backend, device or file."""
+    """The run of this session. pytest.UsageError where its options name no backend, no device that can be used, or no file."""
     if _RUN not in config.stash:
         try:
             config.stash[_RUN] = Run(config)
-        except (ImportError, OSError, RuntimeError, ValueError) as error:
+        except (AttributeError, ImportError, OSError, Refused, RuntimeError, ValueError) as error:
             raise pytest.UsageError(str(error)) from error
     return config.stash[_RUN]
 

@@ -19,10 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from bnbref.optim.folder_lock import lock
 
 
 class Directory:
@@ -56,18 +53,15 @@ class Directory:
         if self._held is not None:
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        if fcntl is None:
-            return
-        held = os.open(self.path, os.O_RDONLY)
-        if not _locked(held):
+        self._held = lock(self.path)
+        if self._held is None:
             gc.collect()  # an optimizer and its scheduler are a cycle, and may be there when their names are not
-            if not _locked(held):
-                os.close(held)
-                raise RuntimeError(
-                    f"page_directory {str(self.path)!r} is in use by another optimizer, of this process or of another one, such "
-                    f"as another rank: give each a folder of its own, or end the other one (in a notebook: `del optimizer`)"
-                )
-        self._held = held
+            self._held = lock(self.path)
+        if self._held is None:
+            raise RuntimeError(
+                f"page_directory {str(self.path)!r} is in use by another optimizer, of this process or of another one, such "
+                f"as another rank: give each a folder of its own, or end the other one (in a notebook: `del optimizer`)"
+            )
 
     def mapped(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """The memory of a state called `name`, with what its file has if it is there.
@@ -165,17 +159,6 @@ if hasattr(os, "register_at_fork"):
 def _index(name: str) -> int:
     """The index of the parameter that a file belongs to, with which its name begins."""
     return int(name.partition(".")[0])
-
-
-def _locked(folder: int) -> bool:
-    """Whether an open folder is locked by us from now on; on a file system without locks it is taken for that."""
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass
-    return True
 
 
 def _open(path: Path, shape: Sequence[int], dtype: torch.dtype) -> Tensor:

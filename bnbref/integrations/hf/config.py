@@ -40,7 +40,8 @@ class BnbRefConfig(QuantizationConfigMixin):  # type: ignore[misc]
     quant_storage: 4 bits: dtype of the packed tensor; uint8, or a float for FSDP1.
     blocksize: 4 bits: elements that share a scale.
     skip_modules: layers that stay as they are: the end of a name ("c_fc"), or a regular expression for its beginning
-        (".*self_attn"), as in transformers. None: the output head, tied weights, the last layer. A list replaces that.
+        (".*self_attn"), as in transformers. None: the output head, tied weights, the last layer if it has no bias. A list
+        replaces that.
     threshold: int8: activations at least this large take the path of full precision; 0 turns it off.
     checkpoint_format: "bitsandbytes" or "bnbref", what config.json says; see the head of this file.
 

@@ -71,11 +71,22 @@ class LoraLinear(lora.Linear):  # type: ignore[misc]
             raise ValueError(f"lora_bias=True, but {base} has no bias to merge the adapter's into")
         bias: Any = None if base.bias is None else base.bias.detach().clone()
         weight, bias = self._before or (base.weight, bias)
-        base.weight = added(weight, [self.get_delta_weight(name) for name in adapters])
+        base.weight = added(weight, [self._change(name) for name in adapters])
         if biases:
             base.bias.data = bias + torch.stack(biases).sum(0).detach()
         self._before = (weight, bias)
         self.merged_adapters.extend(new)
+
+    def _change(self, adapter_name: str) -> torch.Tensor:
+        """What an adapter adds to the weight. ValueError if it adds something else to every input."""
+        variant = self.lora_variant.get(adapter_name)
+        nothing = torch.zeros(self.out_features, self.in_features, device=self.lora_A[adapter_name].weight.device)
+        try:
+            if variant is not None:
+                return variant.merge_safe(self, adapter_name, nothing)  # type: ignore[no-any-return]
+        except (NotImplementedError, RuntimeError) as error:
+            raise ValueError(f"{adapter_name!r} cannot be merged into {self.get_base_layer()}: {error}") from error
+        return self.get_delta_weight(adapter_name)  # type: ignore[no-any-return]
 
     def unmerge(self) -> None:
         """The weight as it was before merging, bit for bit."""

@@ -7,6 +7,7 @@ If it reads `layer.weight` it finds codes: most then fail inside of torch, some 
 """
 
 import copy
+import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
@@ -31,6 +32,13 @@ MERGE_UNDER_THE_ALIAS = frozenset(("BOFT", "HIRA", "LORA", "MISS", "OFT", "ROAD"
 
 WITHOUT_THE_WEIGHT = (True, False, "gaussian", "eva")
 """Values of `init_lora_weights` that do not read the weight of a layer."""
+
+VARIANTS = frozenset(("alora_invocation_tokens", "arrow_config", "monteclora_config"))
+"""Options of a `LoraConfig` that make another algorithm of it, which peft calls a variant, and do not read the weight. The others
+make tensors of its dtype, which is that of codes, or take its values apart."""
+
+VARIANTS_UNDER_THE_ALIAS = frozenset(("alora_invocation_tokens", "arrow_config", "use_dora"))
+"""Those that peft's layers over bitsandbytes' know. They take no notice of others."""
 
 
 def _alias() -> bool:
@@ -72,9 +80,14 @@ def check_targets(tuner: Any, model: nn.Module, config: Any) -> None:
     if found:
         what = f"{kind} with {option}" if option and kind in allowed else kind
         raise ValueError(
-            f"{what} reads the weight of {_names(found)}, which is packed. Over bnbref's layers a tuner must be one of "
-            f"{', '.join(sorted(allowed))} (LORA without such options); or dequantize the model first"
+            f"{what} reads the weight of {_names(found)}, which is packed{_unknown(option)}. Over bnbref's layers a tuner must "
+            f"be one of {', '.join(sorted(allowed))} (LORA without such options); or dequantize the model first"
         )
+
+
+def _unknown(option: str | None) -> str:
+    """What else is wrong with an option that is refused under the alias alone."""
+    return ", or is unknown to peft's layers over bitsandbytes'" if option in VARIANTS else ""
 
 
 def _reading(config: Any) -> str | None:
@@ -83,8 +96,10 @@ def _reading(config: Any) -> str | None:
     known = (*WITHOUT_THE_WEIGHT, *(("olora", "loftq") if _alias() else ()))
     if init not in known:
         return f"init_lora_weights={init!r}"
-    if getattr(config, "use_dora", False) and not _alias():
-        return "use_dora=True"
+    variants = [each.name for each in dataclasses.fields(config) if each.metadata.get("is_lora_variant")]
+    for name in variants:
+        if getattr(config, name) and name not in (VARIANTS_UNDER_THE_ALIAS if _alias() else VARIANTS):
+            return "use_dora=True" if name == "use_dora" else name
     if config.peft_type.value == "MISS" and config.init_weights == "bat" and not _alias():
         return "init_weights='bat'"
     return None
