@@ -537,6 +537,14 @@ def test_results_that_are_not_results():
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64])
+def test_a_result_of_a_dtype_that_no_case_expects_fails_and_the_next_case_runs(dtype):
+    """What a call returned is compared after the next call, whatever its dtype is."""
+    backend = Backend("b", {"int8_matmul": lambda a, b: torch.full((len(a), len(b)), float("nan")).to(dtype)})
+    cases = [BY_ID["int8_matmul/1x8x16"]] * 2
+    assert [[f.kind for f in r.failures] for r in judge.run(backend, cases, CPU)] == [["dtype"]] * 2
+
+
 @pytest.fixture
 def flushed():
     """As it is after a library was loaded that GCC linked with -ffast-math: subnormal floats are zeros to this thread."""

@@ -66,19 +66,28 @@ class Expected:
         return "one-of" if self.also is not None or self.free is not None else "exact"
 
 
+_BITS = {
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+}
+"""The dtypes whose subnormal numbers a process may flush to zero, each with the integers of its bits."""
+
+
 def same(a: Tensor, b: Tensor) -> Tensor:
     """Where two tensors of one dtype are equal: NaN is NaN, and zero is zero whatever its sign.
 
     >>> same(torch.tensor([0.0, float("nan"), 1.0]), torch.tensor([-0.0, float("nan"), 2.0]))
     tensor([ True,  True, False])
     """
-    if not a.is_floating_point():
-        return a == b
+    nan = (a != a) & (b != b)
+    if a.dtype not in _BITS or a.dtype != b.dtype:
+        return (a == b) | nan
     # By bits: in a process that flushes subnormal floats to zero, they equal zero.
-    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-    first, second = a.contiguous().view(kind), b.contiguous().view(kind)
-    zeros = ((first | second) & torch.iinfo(kind).max) == 0
-    return (first == second) | zeros | ((a != a) & (b != b))
+    first, second = (x.contiguous().view(_BITS[a.dtype]) for x in (a, b))
+    zeros = ((first | second) & torch.iinfo(_BITS[a.dtype]).max) == 0
+    return (first == second) | zeros | nan
 
 
 def ulps_apart(a: Tensor, b: Tensor) -> Tensor:
