@@ -205,7 +205,8 @@ def flows(names: Iterable[str] = ()) -> str:
     head = ["", "bnbref", "bitsandbytes", "bf16", "ratio"]
     packages = ", ".join(f"{name} {machine['packages'][name]}" for name in ("torch", "transformers", "bitsandbytes"))
     below = (
-        f"(`python benchmarks/gpu_flows.py`: {machine['gpu']}, {packages}. The latest run of each row is given first.)"
+        f"(`python benchmarks/gpu_flows.py`: {machine['gpu']}, {packages}. Of several runs the latest that both libraries "
+        "finished comes first; the machines were of different speed.)"
     )
     return f"{lines(head, [found[name] for name in names or found])}\n\n{below}"
 

@@ -80,13 +80,15 @@ class LoraLinear(lora.Linear):  # type: ignore[misc]
     def _change(self, adapter_name: str) -> torch.Tensor:
         """What an adapter adds to the weight. ValueError if it adds something else to every input."""
         variant = self.lora_variant.get(adapter_name)
+        if variant is None:
+            return self.get_delta_weight(adapter_name)  # type: ignore[no-any-return]
         nothing = torch.zeros(self.out_features, self.in_features, device=self.lora_A[adapter_name].weight.device)
         try:
-            if variant is not None:
-                return variant.merge_safe(self, adapter_name, nothing)  # type: ignore[no-any-return]
-        except (NotImplementedError, RuntimeError) as error:
+            return variant.merge_safe(self, adapter_name, nothing)  # type: ignore[no-any-return]
+        except torch.OutOfMemoryError:
+            raise
+        except (NotImplementedError, RuntimeError) as error:  # what peft raises where a variant cannot be merged
             raise ValueError(f"{adapter_name!r} cannot be merged into {self.get_base_layer()}: {error}") from error
-        return self.get_delta_weight(adapter_name)  # type: ignore[no-any-return]
 
     def unmerge(self) -> None:
         """The weight as it was before merging, bit for bit."""
