@@ -247,7 +247,9 @@ def test_files_in_the_place_of_removed_ones_are_anothers(tmp_path):
 
 
 STEPS_OF_A_USER = st.lists(
-    st.sampled_from(["step", "step", "remove", "forget", "add", "turn", "clear", "load"]), min_size=3, max_size=12
+    st.sampled_from(["step", "step", "remove", "forget", "add", "turn", "clear", "load", "set"]),
+    min_size=3,
+    max_size=12,
 )
 
 
@@ -277,6 +279,8 @@ def test_groups_that_change_change_the_files(what, random, name):
                     group.reverse()
                 elif word == "clear":
                     optimizer.state.pop(ps[i], None)
+                elif word == "set" and inside is not None:
+                    optimizer.set_exact_weight(ps[i], torch.full(shapes[i], 0.5 + t))
                 elif word == "load" and len(group) == len(saved["param_groups"][0]["params"]):
                     with contextlib.suppress(ValueError):  # another shape
                         optimizer.load_state_dict(copy.deepcopy(saved))
@@ -304,6 +308,33 @@ def assert_equal_states(one, other):
         wrapped, others = state["__bnb_optimizer_quant_state__"], other[i]["__bnb_optimizer_quant_state__"]
         assert wrapped.keys() == others.keys()
         assert all(same_bits(x, others[key]) for key, x in wrapped.items())
+
+
+def test_a_weight_that_is_set_writes_into_no_file_of_another_parameter(tmp_path):
+    """The first state of a parameter that is set before its first step is made then, under its index of then."""
+    p, optimizer = begun(tmp_path)
+    other, new = (nn.Parameter(p.detach().clone()) for _ in range(2))
+    other.grad = torch.ones(20, 30)
+    optimizer.param_groups[0]["params"].append(other)
+    optimizer.step()
+    before = copy.deepcopy(optimizer.state[other])
+    optimizer.param_groups[0]["params"][:] = [other, new]
+    del optimizer.state[p]
+    optimizer.set_exact_weight(new, torch.zeros(20, 30))
+    assert all(same_bits(x, optimizer.state[other][key]) for key, x in before.items() if key != "step")
+    fresh = optim.PagedAdamW8bit([other, new], min_8bit_size=0)
+    fresh.load_state_dict({**fresh.state_dict(), "state": optim.read_pages(tmp_path)})
+    assert_equal_states(fresh.state_dict()["state"], optimizer.state_dict()["state"])
+
+
+def test_a_step_looks_up_the_settings_of_no_other_parameter(tmp_path, monkeypatch):
+    """`advance` is called for each parameter when gradients are released: looking at those of all took seconds for 400."""
+    p, optimizer = begun(tmp_path)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(5)) for _ in range(3)]})
+    optimizer.step()
+    monkeypatch.setattr(optimizer, "_rules_and_blocks", None)
+    optimizer.advance([(p, optimizer.param_groups[0])])
+    assert optimizer.state[p]["step"] == 2
 
 
 @pytest.mark.parametrize("ended", [True, False])
