@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -325,6 +326,48 @@ def test_a_weight_that_is_set_writes_into_no_file_of_another_parameter(tmp_path)
     fresh = optim.PagedAdamW8bit([other, new], min_8bit_size=0)
     fresh.load_state_dict({**fresh.state_dict(), "state": optim.read_pages(tmp_path)})
     assert_equal_states(fresh.state_dict()["state"], optimizer.state_dict()["state"])
+
+
+@pytest.mark.parametrize("after", range(9))
+def test_renames_that_were_interrupted_leave_no_half_of_a_checkpoint(after, tmp_path, monkeypatch):
+    """Neither then, nor after the next step, as in a notebook: a state stayed in a file that had a name for a while."""
+    every = [[nn.Parameter(torch.linspace(-1, 1, 60) * k) for k in (1, 2, 3)] for _ in range(2)]
+    paged, other = optim.AdamW(every[0], page_directory=tmp_path), optim.AdamW(every[1])
+
+    def stepped(optimizer, t):
+        for k, p in enumerate(p for p in optimizer.param_groups[0]["params"]):
+            p.grad = torch.sin(torch.arange(60.0) * (t + k))
+        optimizer.step()
+
+    for optimizer in (paged, other):
+        stepped(optimizer, 1)
+        optimizer.param_groups[0]["params"].pop(0)
+        optimizer.state.pop(every[optimizer is other][0])
+    left = [after]
+
+    def interrupted(rename):
+        def now(path, target):
+            if path.suffix != ".new" and not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= path.suffix != ".new"
+            return rename(path, target)
+
+        return now
+
+    with monkeypatch.context() as patch:
+        for name in ("rename", "replace"):
+            patch.setattr(Path, name, interrupted(getattr(Path, name)))
+        with contextlib.suppress(KeyboardInterrupt):
+            stepped(paged, 2)
+    if after < 8:  # four files, twice each
+        with pytest.raises(RuntimeError, match="interrupted"):
+            optim.read_pages(tmp_path)
+        stepped(paged, 2)
+    stepped(other, 2)
+    assert all(map(same_bits, *every))
+    fresh = optim.AdamW(every[0][1:])
+    fresh.load_state_dict({**fresh.state_dict(), "state": optim.read_pages(tmp_path)})
+    assert_equal_states(fresh.state_dict()["state"], other.state_dict()["state"])
 
 
 def test_a_step_looks_up_the_settings_of_no_other_parameter(tmp_path, monkeypatch):
