@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -247,7 +248,9 @@ def test_files_in_the_place_of_removed_ones_are_anothers(tmp_path):
 
 
 STEPS_OF_A_USER = st.lists(
-    st.sampled_from(["step", "step", "remove", "forget", "add", "turn", "clear", "load"]), min_size=3, max_size=12
+    st.sampled_from(["step", "step", "remove", "forget", "add", "turn", "clear", "load", "set"]),
+    min_size=3,
+    max_size=12,
 )
 
 
@@ -277,6 +280,8 @@ def test_groups_that_change_change_the_files(what, random, name):
                     group.reverse()
                 elif word == "clear":
                     optimizer.state.pop(ps[i], None)
+                elif word == "set" and inside is not None:
+                    optimizer.set_exact_weight(ps[i], torch.full(shapes[i], 0.5 + t))
                 elif word == "load" and len(group) == len(saved["param_groups"][0]["params"]):
                     with contextlib.suppress(ValueError):  # another shape
                         optimizer.load_state_dict(copy.deepcopy(saved))
@@ -304,6 +309,75 @@ def assert_equal_states(one, other):
         wrapped, others = state["__bnb_optimizer_quant_state__"], other[i]["__bnb_optimizer_quant_state__"]
         assert wrapped.keys() == others.keys()
         assert all(same_bits(x, others[key]) for key, x in wrapped.items())
+
+
+def test_a_weight_that_is_set_writes_into_no_file_of_another_parameter(tmp_path):
+    """The first state of a parameter that is set before its first step is made then, under its index of then."""
+    p, optimizer = begun(tmp_path)
+    other, new = (nn.Parameter(p.detach().clone()) for _ in range(2))
+    other.grad = torch.ones(20, 30)
+    optimizer.param_groups[0]["params"].append(other)
+    optimizer.step()
+    before = copy.deepcopy(optimizer.state[other])
+    optimizer.param_groups[0]["params"][:] = [other, new]
+    del optimizer.state[p]
+    optimizer.set_exact_weight(new, torch.zeros(20, 30))
+    assert all(same_bits(x, optimizer.state[other][key]) for key, x in before.items() if key != "step")
+    fresh = optim.PagedAdamW8bit([other, new], min_8bit_size=0)
+    fresh.load_state_dict({**fresh.state_dict(), "state": optim.read_pages(tmp_path)})
+    assert_equal_states(fresh.state_dict()["state"], optimizer.state_dict()["state"])
+
+
+@pytest.mark.parametrize("after", range(9))
+def test_renames_that_were_interrupted_leave_no_half_of_a_checkpoint(after, tmp_path, monkeypatch):
+    """Neither then, nor after the next step, as in a notebook: a state stayed in a file that had a name for a while."""
+    every = [[nn.Parameter(torch.linspace(-1, 1, 60) * k) for k in (1, 2, 3)] for _ in range(2)]
+    paged, other = optim.AdamW(every[0], page_directory=tmp_path), optim.AdamW(every[1])
+
+    def stepped(optimizer, t):
+        for k, p in enumerate(p for p in optimizer.param_groups[0]["params"]):
+            p.grad = torch.sin(torch.arange(60.0) * (t + k))
+        optimizer.step()
+
+    for optimizer in (paged, other):
+        stepped(optimizer, 1)
+        optimizer.param_groups[0]["params"].pop(0)
+        optimizer.state.pop(every[optimizer is other][0])
+    left = [after]
+
+    def interrupted(rename):
+        def now(path, target):
+            if path.suffix != ".new" and not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= path.suffix != ".new"
+            return rename(path, target)
+
+        return now
+
+    with monkeypatch.context() as patch:
+        for name in ("rename", "replace"):
+            patch.setattr(Path, name, interrupted(getattr(Path, name)))
+        with contextlib.suppress(KeyboardInterrupt):
+            stepped(paged, 2)
+    if after < 8:  # four files, twice each
+        with pytest.raises(RuntimeError, match="interrupted"):
+            optim.read_pages(tmp_path)
+        stepped(paged, 2)
+    stepped(other, 2)
+    assert all(map(same_bits, *every))
+    fresh = optim.AdamW(every[0][1:])
+    fresh.load_state_dict({**fresh.state_dict(), "state": optim.read_pages(tmp_path)})
+    assert_equal_states(fresh.state_dict()["state"], other.state_dict()["state"])
+
+
+def test_a_step_looks_up_the_settings_of_no_other_parameter(tmp_path, monkeypatch):
+    """`advance` is called for each parameter when gradients are released: looking at those of all took seconds for 400."""
+    p, optimizer = begun(tmp_path)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(5)) for _ in range(3)]})
+    optimizer.step()
+    monkeypatch.setattr(optimizer, "_rules_and_blocks", None)
+    optimizer.advance([(p, optimizer.param_groups[0])])
+    assert optimizer.state[p]["step"] == 2
 
 
 @pytest.mark.parametrize("ended", [True, False])

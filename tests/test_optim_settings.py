@@ -136,6 +136,29 @@ def test_blocks_of_256_say_nothing_in_a_file():
         assert optimizer.state_dict()["state"][0].keys() == {*counts, "__bnb_optimizer_quant_state__"}
 
 
+@pytest.mark.parametrize("blocksize", [64, 256, 2048, 5000])
+def test_states_of_bitsandbytes_do_not_say_their_blocksize(blocksize):
+    """The number of their scales tells. bitsandbytes had blocks of 2048 until 0.43, and has blocks of 256 since."""
+
+    def stepped(p):
+        p.grad = torch.sin(torch.arange(6000.0))
+        optimizer = optim.AdamW8bit([p], min_8bit_size=0, blocksize=blocksize)
+        optimizer.step()
+        return optimizer
+
+    p, resumed = (nn.Parameter(torch.ones(6000)) for _ in range(2))
+    optimizer, later = stepped(p), stepped(resumed)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0].pop("blocksize", None)
+    later.load_state_dict(saved)
+    for each in (optimizer, later):
+        each.step()
+    assert torch.equal(p, resumed)
+    another = optim.AdamW8bit([p], min_8bit_size=0, blocksize=2 * blocksize)
+    with pytest.raises(ValueError, match="blocksize"):
+        another.load_state_dict(saved)
+
+
 def test_a_group_of_another_rule_than_its_states():
     p = nn.Parameter(torch.ones(8, 9))
     p.grad = torch.ones(8, 9)

@@ -252,6 +252,21 @@ def test_casting_a_foreign_module_with_float_storage_is_refused():
         Foreign(linear4(quant_storage=BF16).weight).half()
 
 
+@pytest.mark.parametrize("name", ["cpu", "half", "bfloat16", "float", "double"])
+@pytest.mark.parametrize("cls", [Int8Params, Params4bit])
+def test_a_subclass_with_its_own_to_is_asked_by_each_cast(cls, name):
+    asked = []
+
+    class Own(cls):
+        def to(self, *args, **kwargs):
+            asked.append(args)
+            return super().to(*args, **kwargs)
+
+    getattr(Own(torch.ones(64, 64)), name)()
+    assert len(asked) == 1
+    assert getattr(cls, name).__doc__
+
+
 def test_casting_integers_too_is_refused():
     with pytest.raises(TypeError, match=r"is bytes, which cannot become torch\.float16"):
         linear4().type(F16)

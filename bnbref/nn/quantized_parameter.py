@@ -10,7 +10,6 @@ The elements of a quantized weight are bytes, in a tensor of some dtype. A cast 
 """
 
 import copy
-import functools
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -172,7 +171,10 @@ class QuantizedParameter(Watched, nn.Parameter):
         moved = function(self)
         return moved if isinstance(moved, type(self)) else self._like_this(moved)
 
-    cpu = functools.partialmethod(to, "cpu")
+    # Not partial methods of this class's `to`: a subclass may have one of its own.
+    def cpu(self: Self, *args: Any, **kwargs: Any) -> Self:
+        """`.to("cpu")`."""
+        return self.to("cpu", *args, **kwargs)
 
     def cuda(self: Self, device: Any = None, non_blocking: bool = False) -> Self:  # type: ignore[override]
         """`.to("cuda")`."""
@@ -182,10 +184,21 @@ class QuantizedParameter(Watched, nn.Parameter):
         """`.to("xpu")`."""
         return self.to(_numbered("xpu", device), non_blocking=non_blocking)
 
-    half = functools.partialmethod(to, torch.float16)
-    bfloat16 = functools.partialmethod(to, torch.bfloat16)
-    float = functools.partialmethod(to, torch.float32)
-    double = functools.partialmethod(to, torch.float64)
+    def half(self: Self, *args: Any, **kwargs: Any) -> Self:
+        """`.to(torch.float16)`."""
+        return self.to(torch.float16, *args, **kwargs)
+
+    def bfloat16(self: Self, *args: Any, **kwargs: Any) -> Self:
+        """`.to(torch.bfloat16)`."""
+        return self.to(torch.bfloat16, *args, **kwargs)
+
+    def float(self: Self, *args: Any, **kwargs: Any) -> Self:
+        """`.to(torch.float32)`."""
+        return self.to(torch.float32, *args, **kwargs)
+
+    def double(self: Self, *args: Any, **kwargs: Any) -> Self:
+        """`.to(torch.float64)`."""
+        return self.to(torch.float64, *args, **kwargs)
 
     def share_memory_(self: Self) -> Self:
         """Moves codes and scales to shared memory, in place."""

@@ -107,9 +107,18 @@ class Directory:
             return
         places = {id(p): i for i, p in enumerate(parameters)}
         before, self._order = self._order, [weakref.ref(p) for p in parameters]
+        try:
+            self._rename([places.get(id(ref())) for ref in before])
+        except BaseException:  # the states are still in memory: the next step writes them into files anew
+            for path in [*self.path.glob("*.bin"), *self.path.glob("*.moved")]:
+                path.unlink()
+            self._files.clear()
+            raise
+
+    def _rename(self, places: Sequence[int | None]) -> None:
+        """Gives the files of each parameter its new index, or removes them, where that is None."""
         moved = []
-        for i, ref in enumerate(before):
-            place = places.get(id(ref()))
+        for i, place in enumerate(places):
             for name, inode in self._files.pop(i, {}).items() if place != i else ():
                 path = self.path / name
                 if place is None:

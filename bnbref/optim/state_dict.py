@@ -153,7 +153,11 @@ def unwrapped_state(
             put(s.key, tensor, torch.float32)
             continue
         each, key = check_blocksize(blocksize, p.numel()), absmax_key(s.key)
-        own = _count(saved, "blocksize", 1) if "blocksize" in saved else BLOCKSIZE
+        own = BLOCKSIZE
+        if "blocksize" in saved:
+            own = _count(saved, "blocksize", 1)
+        elif _saved(rule, saved, key).numel() != block_count(p.numel(), check_blocksize(own, p.numel())):
+            own = blocksize  # bitsandbytes says none, and had blocks of 2048 until 0.43: the number of scales tells
         if not same_blocks(own, blocksize, p.numel()):
             raise ValueError(
                 f"saved {s.key} is in blocks of {own}, not {blocksize}: blocksize must be that of the saved state"

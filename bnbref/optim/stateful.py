@@ -123,12 +123,17 @@ class Stateful(torch.optim.Optimizer):
         group = next((group for group in self.param_groups if any(q is p for q in group["params"])), None)
         if group is None:
             raise ValueError(f"p must be a parameter of this optimizer, got another one of shape {tuple(p.shape)}")
+        directory = self._placement.directory
+        if directory is not None:  # files are named by an index, which another parameter may have had
+            directory.begin()
+            self._move_to_files()
         for dtype, key in CORRECTIONS.items():
             gone = self._state(p).pop(key, None) if dtype != p.dtype else None
-            if gone is not None and self._placement.directory is not None:
-                self._placement.directory.forget(self._name(p, key))
+            if gone is not None and directory is not None:
+                directory.forget(self._name(p, key))
         self._begin(p, self.settings(p, group))
         set_value(own, corrections(p, self.state[p]), given.reshape(-1))
+        self._end_of_pages()
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -206,12 +211,12 @@ class Stateful(torch.optim.Optimizer):
         directory = self._placement.directory
         if directory is None:
             return
-        directory.arrange(self._parameters())
-        rules = enumerate(zip(self._parameters(), self._rules_and_blocks(), strict=True))
-        homeless = {
-            p: rule for i, (p, (rule, _)) in rules if _has_numbers(self.state.get(p, {})) and not directory.has(i)
-        }
-        self._read({p: wrapped_state(rule, self.state[p]) for p, rule in homeless.items()})
+        parameters = self._parameters()
+        directory.arrange(parameters)
+        homeless = {p for i, p in enumerate(parameters) if not directory.has(i) and _has_numbers(self.state.get(p, {}))}
+        if homeless:  # what follows looks at all parameters, and `advance` may be called for each of them
+            rules = zip(parameters, self._rules_and_blocks(), strict=True)
+            self._read({p: wrapped_state(rule, self.state[p]) for p, (rule, _) in rules if p in homeless})
 
     def _end_of_pages(self) -> None:
         """Says in the `page_directory` that it is a checkpoint of the states as they are."""
