@@ -111,7 +111,8 @@ def dequantize(
 ) -> Tensor:
     """`dtype(fl(values[code] * absmax))` in the given shape.  Exact.
 
-    Raises ValueError for a dtype that is none of the three floats, and for codes or scales that are too few or too many.
+    Raises ValueError for a dtype that is none of the three floats, and for codes or scales that are too few or too many;
+    TypeError for sizes that are no integers.
 
     >>> from bnbref.codebooks import NF4
     >>> dequantize(*quantize(torch.tensor([2.0, -2.0, 0.0]), NF4), NF4, 64, (3,), torch.float32)
@@ -119,6 +120,8 @@ def dequantize(
     """
     if dtype not in FLOATS:
         raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype!r}")
+    if isinstance(shape, str) or not all(isinstance(size, (int, torch.SymInt)) for size in shape):
+        raise TypeError(f"shape must be a sequence of integers, got {shape!r}")
     n = math.prod(shape)
     blocksize = check_blocksize(blocksize, n)
     codes = as_bytes(packed)

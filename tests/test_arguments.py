@@ -7,7 +7,7 @@ import traceback
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -124,6 +124,7 @@ junk = st.one_of(
 
 
 @settings(deadline=None, max_examples=600, suppress_health_check=[HealthCheck.too_slow])
+@example(call="bnbref.fourbit.dequantize(shape)", value="0")
 @given(call=st.sampled_from(list(ARGUMENTS)), value=junk)
 def test_no_argument_ends_in_an_error_of_torch(call, value):
     function, right, name = ARGUMENTS[call]
