@@ -326,3 +326,22 @@ def test_what_is_not_known_of_a_model():
         plan.plans(found, "qlora")
     with pytest.raises(ValueError, match="the activations of ResNetModel are not known: "):
         plan.plans(found)
+
+
+FAMILIES = ("SGD", "LARS", "Adam", "AdamW", "LAMB", "Lion", "RMSprop", "Adagrad", "AdEMAMix")
+
+
+def test_every_optimizer_that_steps_by_element_is_planned(monkeypatch):
+    """Wherever its class is written down: the alias gives them modules of bitsandbytes."""
+    monkeypatch.setattr(optim.AdamW, "__module__", "bitsandbytes.optim.adamw")
+    variants = ("{}", "{}8bit", "{}32bit", "Paged{}", "Paged{}8bit", "Paged{}32bit")
+    assert {kind.__name__ for kind in plan.optimizers()} == {v.format(name) for v in variants for name in FAMILIES}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_code_of_a_plan_makes_any_of_them(name, capsys):
+    assert cli.main(["plan", "1B", "--train", "full", "--memory", "80GiB", "--optimizer", f"Paged{name}8bit"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("optimizer = ")]
+    namespace = {"optim": optim, "model": torch.nn.Linear(2, 2)}
+    exec(line, namespace)
+    assert type(namespace["optimizer"]).__name__ == f"Paged{name}8bit"

@@ -21,6 +21,7 @@ from transformers import AutoConfig, LlamaConfig
 
 from bnbref import optim
 from bnbref.integrations.hf.blueprint import DTYPE, FORMATS, Blueprint
+from bnbref.optim.family import Family
 from bnbref.optim.paging import PAGE_BYTES, PAGED_FROM
 
 
@@ -39,9 +40,16 @@ class Plan:
 
 
 def optimizers() -> list[type[optim.Optimizer]]:
-    """The named optimizers of `bnbref.optim` that step by element. States of those of matrices depend on more than shapes."""
+    """The named optimizers of `bnbref.optim` whose states are counted here: of each element a number or two. Those of matrices
+    keep more than their shapes tell, and the schedule-free one keeps a parameter more."""
     named = [getattr(optim, name) for name in optim.__all__]
-    return [c for c in named if isinstance(c, type) and c.__module__ == optim.AdamW.__module__]
+    others = (optim.Muon, optim.Adafactor, optim.SOAP, optim.AdamWScheduleFree)
+    return [c for c in named if isinstance(c, type) and issubclass(c, Family) and not issubclass(c, others)]
+
+
+def must_say(optimizer: type[optim.Optimizer]) -> dict[str, float]:
+    """The arguments that an optimizer needs beside its learning rate: SGD and LARS refuse their default momentum, which is 0."""
+    return {"momentum": 0.9} if issubclass(optimizer, (optim.SGD, optim.LARS)) else {}
 
 
 # ---- what is counted ------------------------------------------------------------------------------------------------
@@ -110,7 +118,7 @@ def state_bytes(optimizer: type[optim.Optimizer], shapes: Iterable[torch.Size]) 
 
     parameters = [torch.nn.Parameter(empty("", shape, torch.float32)) for shape in shapes]
     make: Any = optimizer
-    instance: optim.Optimizer = make(parameters, lr=1e-3)
+    instance: optim.Optimizer = make(parameters, lr=1e-3, **must_say(optimizer))
     resident = paged = largest = 0
     for p in parameters:
         state = instance.new_state(p, instance.settings(p, instance.param_groups[0]), empty)

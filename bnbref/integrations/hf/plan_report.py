@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from bnbref import optim
 from bnbref.integrations.hf.blueprint import FORMATS, Blueprint
-from bnbref.integrations.hf.plan import Plan, plans
+from bnbref.integrations.hf.plan import Plan, must_say, plans
 
 CARDS = (8, 12, 16, 24, 40, 80)
 """Memory of usual GPUs, in GiB."""
@@ -136,5 +136,8 @@ def code(model: str, loader: str, format_name: str, train: str | None, optimizer
         lines += ["", "from bnbref import optim", ""]
         if train == "full":
             lines.append(CHECKPOINTED[0])
-        lines.append(f"optimizer = optim.{optimizer}([p for p in model.parameters() if p.requires_grad], lr=1e-4)")
+        more = "".join(f", {name}={value}" for name, value in must_say(getattr(optim, optimizer)).items())
+        lines.append(
+            f"optimizer = optim.{optimizer}([p for p in model.parameters() if p.requires_grad], lr=1e-4{more})"
+        )
     return "\n".join(lines)
