@@ -37,6 +37,10 @@ class PackedWeight:
         self._products: dict[Any, Product | None] = {}
         self._rows: Tensor | None = None
 
+    def is_of(self, state: QuantState | None) -> bool:
+        """Whether this is what was prepared from the state as it is now."""
+        return state is self.state and state.cache() is self._of_state
+
     def decoded(self, dtype: torch.dtype) -> Tensor:
         """The weight in a dtype, in the shape that was quantized: `QuantState.dequantize`."""
         if tracing() or not compile_enabled() or type(self.codes) is not Tensor:
@@ -78,8 +82,7 @@ class PackedWeight:
         if few_rows.are_few(a, self.state, bias):
             product = few_rows.prepared(a, self.codes, self.state, bias, self._scales())
         else:  # of an object of its own: a product that held this one would keep it, and the codes, alive
-            weight, dtype = PackedWeight(self.codes, self.state), a.dtype
-            product = lambda a, bias: not_a_view(F.linear(a, weight.decoded(dtype), bias))  # noqa: E731
+            product = _by_decoding(PackedWeight(self.codes, self.state), a.dtype)
         self._products[_product_key(a, bias)] = product
         return product or self.multiply
 
@@ -128,12 +131,15 @@ class PackedWeight:
         return rows
 
 
+def _by_decoding(weight: PackedWeight, dtype: torch.dtype) -> Product:
+    """The product of more than a few rows of a dtype."""
+    return lambda a, bias: not_a_view(F.linear(a, weight.decoded(dtype), bias))
+
+
 def kept_weight(packed: Any, state: QuantState) -> PackedWeight:
     """The weight of a parameter of ours, which keeps it with all that is prepared of its products."""
     weight: PackedWeight | None = packed.products
-    if (
-        weight is None or weight.state is not state or weight._of_state is not state.cache()
-    ):  # of the state as it is now
+    if weight is None or not weight.is_of(state):
         weight = packed.products = PackedWeight(plain(packed), state)
     return weight
 
