@@ -120,7 +120,8 @@ def dequantize(
     """
     if dtype not in FLOATS:
         raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype!r}")
-    if isinstance(shape, str) or not all(isinstance(size, (int, torch.SymInt)) for size in shape):
+    # A size is a SymInt while torch.compile or torch.export traces, and a tensor while torch.jit.trace does.
+    if isinstance(shape, str) or not all(isinstance(size, (int, torch.SymInt, Tensor)) for size in shape):
         raise TypeError(f"shape must be a sequence of integers, got {shape!r}")
     n = math.prod(shape)
     blocksize = check_blocksize(blocksize, n)
