@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import bnbref
 from bnbref import blockwise, fourbit, int8, nested
 from bnbref import functional as F
 from bnbref.codebooks import DYNAMIC, NF4, Codebook, value_table
-from bnbref.kernels import REGISTRY, Kernel, compile_enabled, compiler, formulations, fused
+from bnbref.kernels import REGISTRY, Kernel, compile_enabled, compiler, door, formulations, fused
 from bnbref.kernels.ordered import batch_invariant_enabled
 from bnbref.kernels.variants import Variants
 
@@ -608,6 +609,29 @@ def test_first_calls_of_a_process_in_threads():
         )
     done = subprocess.run([sys.executable, "-c", FIRST_CALLS], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "[] torch._inductor.output_code\n", done.stdout + done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
+@pytest.mark.filterwarnings("ignore:.*fork")
+def test_a_fork_waits_for_a_first_call_in_another_thread():
+    """The child has no such thread, and would wait for it for ever."""
+    compiling = threading.Event()
+
+    def compile_for_a_while():
+        with door._first_calls:
+            compiling.set()
+            time.sleep(0.2)
+
+    thread = threading.Thread(target=compile_for_a_while)
+    thread.start()
+    compiling.wait()
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if door._first_calls.acquire(blocking=False) else 1)
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert door._first_calls.acquire(blocking=False), "the parent has let go of it"
+    door._first_calls.release()
 
 
 def test_more_threads_than_dynamo_would_recompile():

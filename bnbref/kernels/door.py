@@ -23,6 +23,7 @@ A kernel that updates tensors is a pure function all the same: what it returns i
 
 import functools
 import importlib
+import os
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -54,6 +55,12 @@ _PIECE = 2**20
 
 # One at a time: two threads cannot import torch's compiler at once, nor both exchange its `__call__` and put it back.
 _first_calls = threading.RLock()
+if hasattr(os, "register_at_fork"):
+    # A process is forked when no other thread is in the middle of a first call: in the child that thread is gone, and would hold
+    # this lock, and Dynamo's, for ever.
+    os.register_at_fork(
+        before=_first_calls.acquire, after_in_parent=_first_calls.release, after_in_child=_first_calls.release
+    )
 
 
 @functools.cache
