@@ -11,6 +11,7 @@ import threading
 import time
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -533,6 +534,13 @@ def test_constants_that_are_equal_and_not_the_same():
         del REGISTRY["times"]
 
 
+def sums_for_products(graph):
+    """A pass over graphs, of somebody who writes his own."""
+    for node in graph.nodes:
+        if node.target is torch.ops.aten.mul.Tensor:
+            node.target = torch.ops.aten.add.Tensor
+
+
 @pytest.mark.parametrize(
     "setting",
     [
@@ -540,6 +548,7 @@ def test_constants_that_are_equal_and_not_the_same():
         {"cpp.enable_floating_point_contract_flag": "fast"},
         {"use_fast_math": True},
         {"emulate_precision_casts": True, "max_autotune": True, "freezing": True, "cpp.simdlen": 1},
+        {"cpu_backend": "halide", "post_grad_custom_post_pass": sums_for_products},
     ],
 )
 def test_what_somebody_allows_torchs_compiler_for_his_own_graphs_is_not_allowed_for_ours(setting):
@@ -558,6 +567,70 @@ def test_what_somebody_allows_torchs_compiler_for_his_own_graphs_is_not_allowed_
             assert same_bits(product_and_sum(*args), want)
     finally:
         del REGISTRY["product_and_sum"]
+
+
+@pytest.mark.parametrize(
+    "stance", ["fail_on_recompile", "eager_on_recompile", "eager_then_compile", {"force_backend": "eager"}], ids=str
+)
+def test_a_stance_that_somebody_gave_dynamo_is_for_his_own_graphs(stance):
+    """Where it has none of new ones, a kernel is compiled all the same: its first call, and not its second."""
+    kernel, x = Kernel(plus_one, {"x": (0,)}), torch.arange(5.0)
+    given = stance if isinstance(stance, dict) else {"stance": stance}
+    with torch.compiler.set_stance(**given):
+        theirs = torch._dynamo.eval_frame._stance
+        assert torch.equal(kernel(x)[0], x + 1)
+        assert len(kernel._calls) == 1
+        assert torch._dynamo.eval_frame._stance is theirs
+
+
+@pytest.mark.parametrize(
+    ("module", "setting"),
+    [
+        (torch._dynamo.config, {"error_on_recompile": True}),
+        (torch._dynamo.config, {"verify_correctness": True}),
+        (torch._functorch.config, {"functionalize_rng_ops": True}),
+    ],
+    ids=["error_on_recompile", "verify_correctness", "functionalize_rng_ops"],
+)
+def test_settings_of_somebodys_own_graphs_under_which_a_kernel_could_not_be_compiled(module, setting):
+    def beside_itself(x):
+        return x.reshape(x.shape[0], 1) + x
+
+    kernel, before = Kernel(beside_itself, {"x": (0,)}), torch.get_num_threads()
+    try:
+        with module.patch(setting):
+            for threads in (1, 2):  # Dynamo compiles anew
+                torch.set_num_threads(threads)
+                assert kernel(torch.ones(5)).sum() == 50
+    finally:
+        torch.set_num_threads(before)
+    assert len(kernel._calls) == 2
+
+
+def switched_off_by_environment():
+    return mock.patch.dict(os.environ, TORCHDYNAMO_DISABLE="1")
+
+
+@pytest.mark.parametrize(
+    ("switch", "said"),
+    [
+        (switched_off_by_environment, "TORCHDYNAMO_DISABLE=1"),
+        (lambda: torch._dynamo.config.patch(disable=True), r"torch\._dynamo\.config\.disable"),
+        (lambda: torch.compiler.set_stance("force_eager"), r"torch\.compiler\.set_stance\('force_eager'\)"),
+    ],
+)
+def test_whoever_switches_torchs_compiler_off_is_told_once(switch, said):
+    kernel, x = Kernel(plus_one, {"x": (0,)}), torch.arange(5.0)
+    door._warn_once.cache_clear()
+    with switch():
+        with pytest.warns(UserWarning, match=f"runs uncompiled on cpu: {said} switches"):
+            assert torch.equal(kernel(x)[0], x + 1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert torch.equal(kernel(x)[0], x + 1)
+    assert not kernel.variants
+    kernel(x)
+    assert kernel.variants, "it is on again"
 
 
 # ---- threads --------------------------------------------------------------------------------------------------------

@@ -11,9 +11,9 @@ paper. Where another form is faster, a file of the workshop attaches it by the k
     `bnbref.eager()` or BNBREF_COMPILE=0      the definition
     meta and fake tensors, dispatch modes,    the definition, so that the mode sees plain operations
     `torch.func`, `torch.jit.trace`
-    no C++ compiler, no triton                the definition, after one warning
+    no C++ compiler, no triton, torch.compile the definition, after one warning
+    switched off (TORCH_COMPILE_DISABLE=1)
     inside `once()`, on a GPU, the first time the definition, some rows at a time
-    TORCH_COMPILE_DISABLE=1                   the same
 
 Whatever runs, autocast is off in it.
 
