@@ -523,6 +523,21 @@ def test_negative_views():
         assert same_bits(decoded[:, -1], scales * value_table(DYNAMIC, CPU)[codes[:, -1].long()])
 
 
+@pytest.mark.filterwarnings("ignore:torch.searchsorted")  # takes them for slow: they have no memory that is contiguous
+def test_zeros_without_memory():
+    """Tangents of forward mode are such; compiled code would read from address 0."""
+    book, zeros = fresh("zeros"), torch.zeros(4, 64)
+    want = fourbit.quantize(zeros, book, 64)
+    assert same_bits(fourbit.quantize(torch._efficientzerotensor((4, 64)), book, 64), want)  # compiled for this layout
+    layer = bnbref.nn.Linear4bit(64, 64, quant_type="nf4").to("cpu")
+    results = []
+    for bias in (zeros[0], torch._efficientzerotensor((64,))):
+        layer.bias = torch.nn.Parameter(bias, requires_grad=False)
+        results.append(layer(ramp(64)))
+    # Each is within (k + 5) u S, k = 64, of the exact product (`few_rows.multiply_rows`); no |a| is above 3, no |weight| above 1/8.
+    assert (results[0] - results[1]).abs().max() <= 2 * 69 * 2.0**-24 * 64 * 3 / 8
+
+
 def test_constants_that_are_equal_and_not_the_same():
     @fused(dynamic={"x": (0,)})
     def times(x: torch.Tensor, *, k: float) -> torch.Tensor:

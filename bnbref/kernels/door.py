@@ -32,7 +32,7 @@ from typing import Any, Generic, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from bnbref.context import recorded_outside, traced, without_autocast
+from bnbref.context import is_lazy, recorded_outside, traced, without_autocast
 from bnbref.kernels import formulations
 from bnbref.kernels.compiler import compiles, missing_compiler, remove_fragment, why_failed
 from bnbref.kernels.direct import call_layout
@@ -171,8 +171,8 @@ class Kernel(Generic[P, R]):
 
     def _first_call(self, key: Any, args: Sequence[Any], constants: Mapping[str, Any]) -> R:
         device_type = next(t.device.type for t in args if t is not None)
-        # Inductor would read the memory of a negative view as it is.
-        plain = all(t is None or (type(t) in (Tensor, torch.nn.Parameter) and not t.is_neg()) for t in args)
+        # Inductor would read the memory of a negative view as it is, and of zeros without memory from nowhere.
+        plain = all(t is None or (type(t) in (Tensor, torch.nn.Parameter) and not is_lazy(t)) for t in args)
         if device_type == "meta" or not plain:
             return self._uncompiled(args, constants)
         if device_type != "cpu" and inside_once():
