@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -291,6 +292,14 @@ def test_an_environment_in_a_folder_with_a_blank(monkeypatch):
     assert "fails (collect2: error: ld returned 1 exit status)" in str(compiler.why_failed("cpu", failure))
     monkeypatch.setattr(compiler, "_failed", {})
     monkeypatch.setattr(torch, "__file__", "/my code/.venv/torch/__init__.py")
+    monkeypatch.setattr(tempfile, "tempdir", "/my folder")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/cache")
+    assert_expected_inline(
+        str(compiler.why_failed("cpu", failure)),
+        """'/my folder' has blanks, which torch does not quote for a compiler: set TMPDIR to a folder without""",
+    )
+    monkeypatch.setattr(compiler, "_failed", {})
+    monkeypatch.setattr(tempfile, "tempdir", "/tmp")
     assert_expected_inline(
         str(compiler.why_failed("cpu", failure)),
         """'/my code/.venv/torch/__init__.py' has blanks, which torch does not quote for a compiler: install torch in a folder without""",

@@ -96,6 +96,9 @@ def why_failed(device_type: str, error: BaseException) -> str | None:
         return _failed.setdefault(
             device_type, _unusable(f"{folder!r} has blanks, which torch does not quote for a compiler")
         )
+    if " " in tempfile.gettempdir():
+        why = f"{tempfile.gettempdir()!r} has blanks, which torch does not quote for a compiler: set TMPDIR to a folder without"
+        return _failed.setdefault(device_type, why)
     installed = next((path for path in (torch.__file__, sysconfig.get_path("include")) if " " in path), None)
     if installed is not None:
         why = f"{installed!r} has blanks, which torch does not quote for a compiler: install torch in a folder without"
