@@ -5,6 +5,7 @@ torch.func, torch.autograd.forward_ad plain operations, and a derivative of ours
 torch.jit.trace                       plain operations, no derivative of ours: a program that is saved cannot hold it
 no_grad, inference_mode               nothing is a view of what autograd has not seen, so that it may be changed in place
 a subclass of Tensor as a weight      is taken for its memory
+a negative view, zeros without memory plain operations
 a trace, a dispatch mode              a tensor that is made belongs to the recording, and is not kept
 a CUDA graph that is being recorded   memory that is kept is not of its pool
 subnormal floats that are flushed     is said by the self-check and the kit, which judges without it
@@ -172,6 +173,15 @@ def not_a_view(result: Tensor) -> Tensor:
     if jit_tracing() or not (torch.compiler.is_compiling() or result._is_view()):
         return result  # jit.trace would take the shape for a constant
     return torch.ops.aten._unsafe_view(result, result.shape)  # type: ignore[no-any-return]
+
+
+def is_lazy(x: Tensor) -> bool:
+    """Whether x is not what its memory holds: a negative view, or zeros that have no memory, as tangents of forward mode are.
+
+    >>> is_lazy(torch.ones(2)), is_lazy(torch._neg_view(torch.ones(2))), is_lazy(torch._efficientzerotensor(2))
+    (False, True, True)
+    """
+    return x.is_neg() or x._is_zerotensor()
 
 
 def plain(weight: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bnbref import few_rows, fourbit, nested
 from bnbref.blockwise import FLOATS, in_rows
-from bnbref.context import as_bytes, not_a_view, plain
+from bnbref.context import as_bytes, is_lazy, not_a_view, plain
 from bnbref.kernels import compile_enabled, tracing
 from bnbref.quant_state import QuantState, present
 
@@ -75,7 +75,7 @@ class PackedWeight:
         shape = present(self.state.shape, "shape")
         others = self.codes if bias is None else bias
         fits = len(shape) == 2 and a.dim() > 0 and a.shape[-1] == shape[1] and a.dtype in FLOATS
-        fits = fits and a.device == self.codes.device == others.device and not a.is_neg()
+        fits = fits and a.device == self.codes.device == others.device and not is_lazy(a)
         fits = fits and (bias is None or (_is_plain(bias) and bias.dtype == a.dtype and bias.shape == shape[:1]))
         if not fits or captured(a):
             return None
@@ -160,12 +160,12 @@ def _product_key(a: Tensor, bias: Tensor | None) -> Any:
     """All that the product of a weight depends on, but for the elements. That of many rows takes any number of them."""
     k = a.shape[-1] if a.dim() else 0
     rows = a.shape if a.numel() <= few_rows.MOST * k else k
-    other = None if bias is None else (type(bias), bias.is_neg(), bias.dtype, bias.device, bias.shape, bias.stride())
-    return rows, a.is_neg(), a.dtype, a.device, torch.get_num_threads(), other
+    other = None if bias is None else (type(bias), is_lazy(bias), bias.dtype, bias.device, bias.shape, bias.stride())
+    return rows, is_lazy(a), a.dtype, a.device, torch.get_num_threads(), other
 
 
 def _is_plain(x: Tensor) -> bool:
-    return type(x) in (Tensor, torch.nn.Parameter) and not x.is_neg()
+    return type(x) in (Tensor, torch.nn.Parameter) and not is_lazy(x)
 
 
 def captured(x: Tensor) -> bool:

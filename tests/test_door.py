@@ -7,9 +7,12 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import threading
+import time
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -21,7 +24,7 @@ import bnbref
 from bnbref import blockwise, fourbit, int8, nested
 from bnbref import functional as F
 from bnbref.codebooks import DYNAMIC, NF4, Codebook, value_table
-from bnbref.kernels import REGISTRY, Kernel, compile_enabled, compiler, formulations, fused
+from bnbref.kernels import REGISTRY, Kernel, compile_enabled, compiler, door, formulations, fused
 from bnbref.kernels.ordered import batch_invariant_enabled
 from bnbref.kernels.variants import Variants
 
@@ -289,6 +292,14 @@ def test_an_environment_in_a_folder_with_a_blank(monkeypatch):
     assert "fails (collect2: error: ld returned 1 exit status)" in str(compiler.why_failed("cpu", failure))
     monkeypatch.setattr(compiler, "_failed", {})
     monkeypatch.setattr(torch, "__file__", "/my code/.venv/torch/__init__.py")
+    monkeypatch.setattr(tempfile, "tempdir", "/my folder")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/cache")
+    assert_expected_inline(
+        str(compiler.why_failed("cpu", failure)),
+        """'/my folder' has blanks, which torch does not quote for a compiler: set TMPDIR to a folder without""",
+    )
+    monkeypatch.setattr(compiler, "_failed", {})
+    monkeypatch.setattr(tempfile, "tempdir", "/tmp")
     assert_expected_inline(
         str(compiler.why_failed("cpu", failure)),
         """'/my code/.venv/torch/__init__.py' has blanks, which torch does not quote for a compiler: install torch in a folder without""",
@@ -521,6 +532,21 @@ def test_negative_views():
         assert same_bits(decoded[:, -1], scales * value_table(DYNAMIC, CPU)[codes[:, -1].long()])
 
 
+@pytest.mark.filterwarnings("ignore:torch.searchsorted")  # takes them for slow: they have no memory that is contiguous
+def test_zeros_without_memory():
+    """Tangents of forward mode are such; compiled code would read from address 0."""
+    book, zeros = fresh("zeros"), torch.zeros(4, 64)
+    want = fourbit.quantize(zeros, book, 64)
+    assert same_bits(fourbit.quantize(torch._efficientzerotensor((4, 64)), book, 64), want)  # compiled for this layout
+    layer = bnbref.nn.Linear4bit(64, 64, quant_type="nf4").to("cpu")
+    results = []
+    for bias in (zeros[0], torch._efficientzerotensor((64,))):
+        layer.bias = torch.nn.Parameter(bias, requires_grad=False)
+        results.append(layer(ramp(64)))
+    # Each is within (k + 5) u S, k = 64, of the exact product (`few_rows.multiply_rows`); no |a| is above 3, no |weight| above 1/8.
+    assert (results[0] - results[1]).abs().max() <= 2 * 69 * 2.0**-24 * 64 * 3 / 8
+
+
 def test_constants_that_are_equal_and_not_the_same():
     @fused(dynamic={"x": (0,)})
     def times(x: torch.Tensor, *, k: float) -> torch.Tensor:
@@ -532,6 +558,13 @@ def test_constants_that_are_equal_and_not_the_same():
         del REGISTRY["times"]
 
 
+def sums_for_products(graph):
+    """A pass over graphs, of somebody who writes his own."""
+    for node in graph.nodes:
+        if node.target is torch.ops.aten.mul.Tensor:
+            node.target = torch.ops.aten.add.Tensor
+
+
 @pytest.mark.parametrize(
     "setting",
     [
@@ -539,6 +572,7 @@ def test_constants_that_are_equal_and_not_the_same():
         {"cpp.enable_floating_point_contract_flag": "fast"},
         {"use_fast_math": True},
         {"emulate_precision_casts": True, "max_autotune": True, "freezing": True, "cpp.simdlen": 1},
+        {"cpu_backend": "halide", "post_grad_custom_post_pass": sums_for_products},
     ],
 )
 def test_what_somebody_allows_torchs_compiler_for_his_own_graphs_is_not_allowed_for_ours(setting):
@@ -557,6 +591,70 @@ def test_what_somebody_allows_torchs_compiler_for_his_own_graphs_is_not_allowed_
             assert same_bits(product_and_sum(*args), want)
     finally:
         del REGISTRY["product_and_sum"]
+
+
+@pytest.mark.parametrize(
+    "stance", ["fail_on_recompile", "eager_on_recompile", "eager_then_compile", {"force_backend": "eager"}], ids=str
+)
+def test_a_stance_that_somebody_gave_dynamo_is_for_his_own_graphs(stance):
+    """Where it has none of new ones, a kernel is compiled all the same: its first call, and not its second."""
+    kernel, x = Kernel(plus_one, {"x": (0,)}), torch.arange(5.0)
+    given = stance if isinstance(stance, dict) else {"stance": stance}
+    with torch.compiler.set_stance(**given):
+        theirs = torch._dynamo.eval_frame._stance
+        assert torch.equal(kernel(x)[0], x + 1)
+        assert len(kernel._calls) == 1
+        assert torch._dynamo.eval_frame._stance is theirs
+
+
+@pytest.mark.parametrize(
+    ("module", "setting"),
+    [
+        (torch._dynamo.config, {"error_on_recompile": True}),
+        (torch._dynamo.config, {"verify_correctness": True}),
+        (torch._functorch.config, {"functionalize_rng_ops": True}),
+    ],
+    ids=["error_on_recompile", "verify_correctness", "functionalize_rng_ops"],
+)
+def test_settings_of_somebodys_own_graphs_under_which_a_kernel_could_not_be_compiled(module, setting):
+    def beside_itself(x):
+        return x.reshape(x.shape[0], 1) + x
+
+    kernel, before = Kernel(beside_itself, {"x": (0,)}), torch.get_num_threads()
+    try:
+        with module.patch(setting):
+            for threads in (1, 2):  # Dynamo compiles anew
+                torch.set_num_threads(threads)
+                assert kernel(torch.ones(5)).sum() == 50
+    finally:
+        torch.set_num_threads(before)
+    assert len(kernel._calls) == 2
+
+
+def switched_off_by_environment():
+    return mock.patch.dict(os.environ, TORCHDYNAMO_DISABLE="1")
+
+
+@pytest.mark.parametrize(
+    ("switch", "said"),
+    [
+        (switched_off_by_environment, "TORCHDYNAMO_DISABLE=1"),
+        (lambda: torch._dynamo.config.patch(disable=True), r"torch\._dynamo\.config\.disable"),
+        (lambda: torch.compiler.set_stance("force_eager"), r"torch\.compiler\.set_stance\('force_eager'\)"),
+    ],
+)
+def test_whoever_switches_torchs_compiler_off_is_told_once(switch, said):
+    kernel, x = Kernel(plus_one, {"x": (0,)}), torch.arange(5.0)
+    door._warn_once.cache_clear()
+    with switch():
+        with pytest.warns(UserWarning, match=f"runs uncompiled on cpu: {said} switches"):
+            assert torch.equal(kernel(x)[0], x + 1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert torch.equal(kernel(x)[0], x + 1)
+    assert not kernel.variants
+    kernel(x)
+    assert kernel.variants, "it is on again"
 
 
 # ---- threads --------------------------------------------------------------------------------------------------------
@@ -608,6 +706,29 @@ def test_first_calls_of_a_process_in_threads():
         )
     done = subprocess.run([sys.executable, "-c", FIRST_CALLS], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "[] torch._inductor.output_code\n", done.stdout + done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
+@pytest.mark.filterwarnings("ignore:.*fork")
+def test_a_fork_waits_for_a_first_call_in_another_thread():
+    """The child has no such thread, and would wait for it for ever."""
+    compiling = threading.Event()
+
+    def compile_for_a_while():
+        with door._first_calls:
+            compiling.set()
+            time.sleep(0.2)
+
+    thread = threading.Thread(target=compile_for_a_while)
+    thread.start()
+    compiling.wait()
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if door._first_calls.acquire(blocking=False) else 1)
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert door._first_calls.acquire(blocking=False), "the parent has let go of it"
+    door._first_calls.release()
 
 
 def test_more_threads_than_dynamo_would_recompile():

@@ -14,7 +14,7 @@ import bnbref
 from bnbref import MatmulLtState, codebook, few_rows, int8, matmul, matmul_4bit, nn
 from bnbref.codebooks import NF4, Codebook
 from bnbref.functional import quantize_4bit
-from bnbref.kernels import multiplying
+from bnbref.kernels import multiplying, taught
 
 TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 BACKENDS = ("eager", "aot_eager", "inductor")
@@ -22,6 +22,17 @@ BACKENDS = ("eager", "aot_eager", "inductor")
 
 def randn(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_a_second_copy_of_bnbref_in_a_process_is_named():
+    """As after `del sys.modules["bnbref"]`, or where another version of it is loaded by hand."""
+    schema = "ordered_product(Tensor a, Tensor b, Tensor? bias) -> Tensor"
+    with pytest.raises(
+        ImportError, match="bnbref is in this process already, with its operator bnbref::ordered_product"
+    ):
+        taught.operator(schema, lambda a, b, bias: a)(lambda a, b, bias: a)
+    with pytest.raises(RuntimeError, match="expected"):
+        taught.operator("no schema", lambda: None)(lambda: None)
 
 
 PACKED, STATE = quantize_4bit(randn(8, 64), quant_type="nf4")

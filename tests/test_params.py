@@ -1,6 +1,7 @@
 """Parameters that carry their scales: moved, copied, cast, rebuilt and taken apart."""
 
 import copy
+import functools
 import inspect
 import math
 import pickle
@@ -181,6 +182,20 @@ def test_what_is_not_finite_is_refused(layer, value):
         layer.weight[1, 2] = value
     with pytest.raises(ValueError, match=r"weight of shape \(4, 64\) .* 1 of its elements are NaN or infinite"):
         layer.to("cpu")
+
+
+@pytest.mark.parametrize("layer", [Linear4bit, functools.partial(Linear8bitLt, has_fp16_weights=False)])
+def test_a_weight_of_another_dtype_is_refused_as_a_weight(layer):
+    """As in a layer that was made under that default dtype. Its user knows no "A", the argument of what is called inside."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        made = layer(64, 4)
+    finally:
+        torch.set_default_dtype(before)
+    said = r"a weight of shape \(4, 64\) cannot become (nf4|fp4|int8): its dtype must be float32, .*got torch\.float64"
+    with pytest.raises(ValueError, match=said):
+        made.to("cpu")
 
 
 @pytest.mark.parametrize("kwargs", [{"quant_type": "nf5"}, {"quant_type": None}])

@@ -20,12 +20,22 @@ from bnbref.context import constant_of_graphs
 # The door has compared all that these would look at again in every call.
 _NO_ASSERTS = {"size_asserts": False, "alignment_asserts": False, "assert_indirect_indexing": False}
 
-# What somebody may switch on for his own graphs, and so in the whole process, by torch._inductor.config or the environment:
-# it lets the C++ compiler, or Triton's functions, round otherwise than IEEE 754 says.
-_IEEE = {
+# What somebody may set for his own graphs, and so in the whole process, by torch._inductor.config or the environment, and what
+# must not reach ours. The first three let the C++ compiler, or Triton's functions, round otherwise than IEEE 754 says. The next
+# two choose another generator of code than formulations and options are for. The others are functions that rewrite graphs.
+_OURS = {
     "cpp.enable_unsafe_math_opt_flag": False,
     "cpp.enable_floating_point_contract_flag": "off",
     "use_fast_math": False,
+    "cpu_backend": "cpp",
+    "cuda_backend": "triton",
+    "pre_grad_custom_pass": None,
+    "joint_custom_pre_pass": None,
+    "joint_custom_post_pass": None,
+    "post_grad_custom_pre_pass": None,
+    "post_grad_custom_post_pass": None,
+    "_pre_fusion_custom_pass": None,
+    "_post_fusion_custom_pass": None,
 }
 
 # Triton contracts a*b+c into one rounding, divides with an error of 2 ulp and drops the rounding of a 16-bit float between two
@@ -86,6 +96,9 @@ def why_failed(device_type: str, error: BaseException) -> str | None:
         return _failed.setdefault(
             device_type, _unusable(f"{folder!r} has blanks, which torch does not quote for a compiler")
         )
+    if " " in tempfile.gettempdir():
+        why = f"{tempfile.gettempdir()!r} has blanks, which torch does not quote for a compiler: set TMPDIR to a folder without"
+        return _failed.setdefault(device_type, why)
     installed = next((path for path in (torch.__file__, sysconfig.get_path("include")) if " " in path), None)
     if installed is not None:
         why = f"{installed!r} has blanks, which torch does not quote for a compiler: install torch in a folder without"
@@ -139,8 +152,22 @@ def _cxx_version() -> int | None:
 
 
 def missing_compiler(device_type: str) -> str | None:
-    """What Inductor lacks on this machine to compile for a device type; None if nothing."""
-    return _failed.get(device_type) or _lacking(device_type)
+    """What Inductor lacks on this machine to compile for a device type, or who has switched it off; None if nothing."""
+    return _failed.get(device_type) or _lacking(device_type) or _switched_off()
+
+
+def _switched_off() -> str | None:
+    """By what somebody has switched torch.compile off for the whole process. It may be on again at the next call."""
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")  # of which another thread may have imported a part
+    if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+        by = "TORCHDYNAMO_DISABLE=1"
+    elif getattr(getattr(dynamo, "config", None), "disable", False):
+        by = "torch._dynamo.config.disable"
+    elif getattr(getattr(dynamo, "_stance", None), "stance", "") == "force_eager":
+        by = "torch.compiler.set_stance('force_eager')"
+    else:
+        return None
+    return f"{by} switches torch.compile off"
 
 
 @constant_of_graphs
@@ -188,7 +215,7 @@ def _prepare_cpu() -> dict[str, Any]:
     options: dict[str, Any] = {"cpp.vec_isa_ok": True} if known else {}
     with config.patch(options):
         lookup16.enable()
-    return {**_IEEE, **_NO_ASSERTS, **options}
+    return {**_OURS, **_NO_ASSERTS, **options}
 
 
 def options_for(device_type: str, own: Mapping[str, Any], large: bool) -> dict[str, Any]:
@@ -197,7 +224,7 @@ def options_for(device_type: str, own: Mapping[str, Any], large: bool) -> dict[s
     large: whether the variant is the one for large tensors.
     """
     if device_type != "cpu":
-        options = {**_IEEE, **_GPU_OPTIONS, **own}
+        options = {**_OURS, **_GPU_OPTIONS, **own}
         if not large:  # seconds of a first call that a small tensor never earns back
             options.pop("coordinate_descent_tuning", None)
         return options

@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnbref.context import is_lazy
 from bnbref.kernels.launch import Call, launch_alone
 
 
 def call_layout(args: Sequence[Any], constants: Mapping[str, Any]) -> Any:
     """All of a call that Dynamo and Inductor look at. Calls with equal layouts run the same compiled code."""
-    tensors = [None if t is None else (type(t), t.device, t.dtype, t.shape, t.stride(), t.is_neg()) for t in args]
+    tensors = [None if t is None else (type(t), t.device, t.dtype, t.shape, t.stride(), is_lazy(t)) for t in args]
     kinds = map(type, constants.values())  # 1 is equal to 1.0 and to True
     return torch.get_num_threads(), *tensors, *constants.items(), *kinds
 

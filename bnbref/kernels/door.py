@@ -11,9 +11,9 @@ paper. Where another form is faster, a file of the workshop attaches it by the k
     `bnbref.eager()` or BNBREF_COMPILE=0      the definition
     meta and fake tensors, dispatch modes,    the definition, so that the mode sees plain operations
     `torch.func`, `torch.jit.trace`
-    no C++ compiler, no triton                the definition, after one warning
+    no C++ compiler, no triton, torch.compile the definition, after one warning
+    switched off (TORCH_COMPILE_DISABLE=1)
     inside `once()`, on a GPU, the first time the definition, some rows at a time
-    TORCH_COMPILE_DISABLE=1                   the same
 
 Whatever runs, autocast is off in it.
 
@@ -23,6 +23,7 @@ A kernel that updates tensors is a pure function all the same: what it returns i
 
 import functools
 import importlib
+import os
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +32,7 @@ from typing import Any, Generic, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from bnbref.context import recorded_outside, traced, without_autocast
+from bnbref.context import is_lazy, recorded_outside, traced, without_autocast
 from bnbref.kernels import formulations
 from bnbref.kernels.compiler import compiles, missing_compiler, remove_fragment, why_failed
 from bnbref.kernels.direct import call_layout
@@ -54,6 +55,12 @@ _PIECE = 2**20
 
 # One at a time: two threads cannot import torch's compiler at once, nor both exchange its `__call__` and put it back.
 _first_calls = threading.RLock()
+if hasattr(os, "register_at_fork"):
+    # A process is forked when no other thread is in the middle of a first call: in the child that thread is gone, and would hold
+    # this lock, and Dynamo's, for ever.
+    os.register_at_fork(
+        before=_first_calls.acquire, after_in_parent=_first_calls.release, after_in_child=_first_calls.release
+    )
 
 
 @functools.cache
@@ -164,8 +171,8 @@ class Kernel(Generic[P, R]):
 
     def _first_call(self, key: Any, args: Sequence[Any], constants: Mapping[str, Any]) -> R:
         device_type = next(t.device.type for t in args if t is not None)
-        # Inductor would read the memory of a negative view as it is.
-        plain = all(t is None or (type(t) in (Tensor, torch.nn.Parameter) and not t.is_neg()) for t in args)
+        # Inductor would read the memory of a negative view as it is, and of zeros without memory from nowhere.
+        plain = all(t is None or (type(t) in (Tensor, torch.nn.Parameter) and not is_lazy(t)) for t in args)
         if device_type == "meta" or not plain:
             return self._uncompiled(args, constants)
         if device_type != "cpu" and inside_once():

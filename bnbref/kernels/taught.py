@@ -27,12 +27,21 @@ _expressions: dict[str, tuple[torch.dtype, Callable[..., Any]]] = {}
 def operator(schema: str, sketch: Callable[..., Any]) -> Callable[[F], F]:
     """Decorator: the function is the operator of that schema, on every device.
 
-    sketch: a function of the same arguments. It returns tensors like the results, with no values.
+    sketch: a function of the same arguments. It returns tensors like the results, with no values. ImportError if there is an
+    operator of that name, as there is for a second copy of bnbref in a process.
     """
 
     def define(function: F) -> F:
         name = schema.partition("(")[0]
-        _operators.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        try:
+            _operators.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        except RuntimeError as error:
+            if "multiple times" not in str(error):
+                raise
+            raise ImportError(
+                f"bnbref is in this process already, with its operator bnbref::{name}, of which torch has one: a second copy or "
+                "version of it needs a process of its own"
+            ) from error
         _operators.impl(name, function, "CompositeExplicitAutograd")
         library.register_fake(f"bnbref::{name}", sketch, lib=_operators)
         return function

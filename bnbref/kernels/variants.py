@@ -2,7 +2,7 @@
 
 import contextlib
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,17 @@ from bnbref.kernels.parameters import Parameters
 # elements, and for the others (docs: How to read the code, table "choices of the door").
 LARGE = 2**22
 
-_NO_LIMIT = 2**31
+# What somebody may set for his own graphs, and so in the whole process, by torch._dynamo.config or torch._functorch.config, and
+# what must not reach ours. A variant is compiled anew for each device, number of threads and default dtype that somebody asks
+# for. The check of each graph, `verify_correctness`, fails where a size is dynamic. Random numbers, of which no kernel has any,
+# would be an argument more, and need CUDA.
+_OF_DYNAMO = {
+    "recompile_limit": 2**31,
+    "accumulated_recompile_limit": 2**31,
+    "error_on_recompile": False,
+    "verify_correctness": False,
+}
+_OF_AOT_AUTOGRAD = {"functionalize_rng_ops": False}
 
 # Inductor decides by the size that it expects of a dynamic dimension how loops are fused and work is split, and keeps that code
 # on disk for all sizes. On a CPU it is told this size, so that a small first tensor does not decide for large ones (table
@@ -71,15 +81,32 @@ class Variants(dict[Any, Callable[..., Any]]):
                     if tensor.shape[dim] > 1:  # Dynamo always specialises sizes 0 and 1
                         torch._dynamo.mark_dynamic(tensor, dim, hint_override=hint)
         everything = [*tensors, *tables]
-        # A device, a number of threads, a default dtype are compiled for anew, as often as somebody asks.
-        unlimited = torch._dynamo.config.patch(recompile_limit=_NO_LIMIT, accumulated_recompile_limit=_NO_LIMIT)
         from torch._inductor.output_code import CompiledFxGraph
 
         alone = launches() if device_type == "cuda" else contextlib.nullcontext(list[Call]())
-        with recorded(CompiledFxGraph, "__call__") as ran, alone as launched, unlimited:
+        with recorded(CompiledFxGraph, "__call__") as ran, alone as launched, _own_settings():
             result = variant(*everything)
         call = direct(ran, launched, everything, len(args), result, into)
         return (tuple(args[i] for i in into) if writes else result), call
+
+
+@contextlib.contextmanager
+def _own_settings() -> Iterator[None]:
+    """Inside, Dynamo compiles, whatever somebody has set for his own graphs.
+
+    The stance that he gave it (`torch.compiler.set_stance`) may forbid to compile what is new, or take another backend.
+    `missing_compiler` asks for the one that switches Dynamo off.
+    """
+    from torch._dynamo import eval_frame
+    from torch._functorch import config
+
+    theirs = eval_frame._stance
+    eval_frame._stance = eval_frame.DynamoStance()  # `set_stance` raises where Dynamo watches the frames around ours
+    try:
+        with torch._dynamo.config.patch(_OF_DYNAMO), config.patch(_OF_AOT_AUTOGRAD):
+            yield
+    finally:
+        eval_frame._stance = theirs
 
 
 def _signature(tensor: Tensor | None, dynamic: tuple[int, ...]) -> Any:

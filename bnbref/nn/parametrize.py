@@ -21,7 +21,7 @@ from bnbref.checkpoint_weights import Checkpoint
 from bnbref.codebooks import Codebook, four_bit
 from bnbref.functional import quantize_4bit
 from bnbref.kernels import tracing
-from bnbref.nn.quantized_parameter import check_finite, in_bytes
+from bnbref.nn.quantized_parameter import check_quantizable, in_bytes
 from bnbref.quant_state import QuantState, present
 
 
@@ -103,7 +103,7 @@ def replace_parameter_4bit(
     ['up', 'up.absmax', 'up.quant_map', 'up.quant_state.bitsandbytes__nf4']
     """
     values = _parameter(module, param_name).detach()
-    check_finite(f"parameter {param_name!r}", values, four_bit(quant_type).name)
+    check_quantizable(f"parameter {param_name!r}", values, four_bit(quant_type).name)
     packed, state = quantize_4bit(
         values, blocksize=blocksize, compress_statistics=compress_statistics, quant_type=quant_type
     )
@@ -223,7 +223,7 @@ def _read(
     old = step.quant_state
     if entries.keys() == {name} and entries[name].is_floating_point() and entries[name].shape == old.shape:
         values = entries[name].detach().to(entries[name].device if assign else original.device)
-        check_finite(name, values, old.codebook.name)
+        check_quantizable(name, values, old.codebook.name)
         packed, state = quantize_4bit(
             values, blocksize=old.blocksize, compress_statistics=old.nested, quant_type=old.quant_type
         )

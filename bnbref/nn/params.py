@@ -10,7 +10,7 @@ from bnbref import int8
 from bnbref.arguments import check_bool, check_tensors
 from bnbref.codebooks import Codebook, four_bit
 from bnbref.functional import quantize_4bit
-from bnbref.nn.quantized_parameter import DATA, QuantizedParameter, check_finite, made
+from bnbref.nn.quantized_parameter import DATA, QuantizedParameter, check_quantizable, made
 from bnbref.quant_state import QuantState
 
 
@@ -107,7 +107,7 @@ class Params4bit(QuantizedParameter):
         return self._like_this(weight, quant_state=None, bnb_quantized=False)
 
     def _quantized(self, weight: Tensor) -> "Params4bit":
-        check_finite("a weight", weight, four_bit(self.quant_type).name)
+        check_quantizable("a weight", weight, four_bit(self.quant_type).name)
         packed, state = quantize_4bit(
             weight,
             blocksize=self.blocksize,
@@ -233,7 +233,7 @@ class Int8Params(QuantizedParameter):
     def _quantized(self, weight: Tensor) -> "Int8Params":
         if self.has_fp16_weights:
             return self._like_this(weight)
-        check_finite("a weight", weight, "int8")
+        check_quantizable("a weight", weight, "int8")
         codes, absmax, _ = int8.quantize(weight)
         return self._like_this(codes, SCB=absmax)
 
