@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from bnbref import int8
 from bnbref.arguments import check_bool, check_tensors
-from bnbref.blockwise import check_float
+from bnbref.blockwise import check_finite, check_float
 from bnbref.checkpoint_weights import Checkpoint, Entry, described, scb_key
 from bnbref.quant_state import quantize_with_state
 
@@ -204,8 +204,7 @@ def write(
     for name in _progress("quantizing", selected):
         try:
             weight = check_float("a weight to quantize", selected[name])
-            if not bool(weight.isfinite().all()):
-                raise ValueError("a weight to quantize must be finite, got NaN or infinite elements")
+            check_finite("a weight", weight, quantize)
             if quantize == "int8":
                 parts = _to_int8(name, weight)
             else:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from bnbref.arguments import check_tensors
-from bnbref.kernels import once, tracing
+from bnbref.kernels import once
 from bnbref.nn.codes import CUTS, Watched
 from bnbref.nn.graph_arguments import Owner
 
@@ -244,15 +244,3 @@ def _numbered(device_type: str, device: Any) -> torch.device:
 
 def _rebuild(cls: type[QuantizedParameter], data: Tensor, requires_grad: bool) -> QuantizedParameter:
     return cls(data, requires_grad)
-
-
-def check_finite(name: str, weight: Tensor, quant_type: str) -> None:
-    """Raises ValueError if a weight that is to be quantized has NaN or infinite elements."""
-    if weight.numel() == 0 or weight.device.type == "meta" or tracing():
-        return
-    low, high = weight.aminmax()  # both are NaN if any element is
-    if not bool(low.isfinite() & high.isfinite()):
-        count = int((~weight.isfinite()).sum())
-        raise ValueError(
-            f"{name} of shape {tuple(weight.shape)} cannot become {quant_type}: {count} of its elements are NaN or infinite"
-        )
