@@ -90,6 +90,15 @@ def written(value: object) -> str:
         return f"{type(value).__name__} of too many digits"
 
 
+def dtype_name(dtype: torch.dtype | None) -> str:
+    """A dtype as files, reports and messages have it.
+
+    >>> dtype_name(torch.bfloat16)
+    'bfloat16'
+    """
+    return str(dtype).removeprefix("torch.")
+
+
 _JUDGES: dict[Any, Callable[[str, Any], None]] = {
     Tensor: _check_tensor,
     bool: check_bool,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bnbref.arguments import check_tensors, checked, written
 from bnbref.codebooks import Codebook, threshold_table
-from bnbref.kernels import fused
+from bnbref.kernels import fused, tracing
 
 SMALLEST_NORMAL = 2.0**-126
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -199,6 +199,24 @@ def check_float(name: str, x: Tensor) -> Tensor:
     if x.dtype not in FLOATS:
         raise ValueError(f"{name} must be float32, float16 or bfloat16, got {x.dtype}")
     return x
+
+
+def check_quantizable(name: str, weight: Tensor, quant_type: str) -> None:
+    """Raises ValueError if a weight that is to be quantized has NaN or infinite elements, or a dtype that cannot be quantized, as
+    in a layer that was made under a default dtype of float64."""
+    if weight.dtype not in FLOATS:
+        raise ValueError(
+            f"{name} of shape {tuple(weight.shape)} cannot become {quant_type}: its dtype must be float32, float16 or bfloat16, "
+            f"got {weight.dtype}"
+        )
+    if weight.numel() == 0 or weight.device.type == "meta" or tracing():
+        return
+    low, high = weight.aminmax()  # both are NaN if any element is
+    if not bool(low.isfinite() & high.isfinite()):
+        count = int((~weight.isfinite()).sum())
+        raise ValueError(
+            f"{name} of shape {tuple(weight.shape)} cannot become {quant_type}: {count} of its elements are NaN or infinite"
+        )
 
 
 def check_scales(name: str, absmax: Tensor, numel: int, blocksize: int) -> None:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from bnbref import int8
 from bnbref.arguments import check_bool, check_tensors
-from bnbref.blockwise import check_float
+from bnbref.blockwise import check_quantizable
 from bnbref.checkpoint_weights import Checkpoint, Entry, described, scb_key
 from bnbref.quant_state import quantize_with_state
 
@@ -203,9 +203,8 @@ def write(
     out: dict[str, Tensor] = {name: tensor.detach() for name, tensor in tensors.items() if name not in selected}
     for name in _progress("quantizing", selected):
         try:
-            weight = check_float("a weight to quantize", selected[name])
-            if not bool(weight.isfinite().all()):
-                raise ValueError("a weight to quantize must be finite, got NaN or infinite elements")
+            weight = selected[name]
+            check_quantizable("a weight", weight, quantize)
             if quantize == "int8":
                 parts = _to_int8(name, weight)
             else:

@@ -25,8 +25,10 @@ import torch
 from torch import Tensor
 
 from bnbref import int8
+from bnbref.arguments import dtype_name
 from bnbref.blockwise import FLOATS
-from bnbref.quant_state import BLOB, TENSORS, QuantState, dtype_name, present
+from bnbref.quant_state import QuantState, present
+from bnbref.state_fields import BLOB, TENSORS
 
 _OF_4BIT = re.compile(rf"(?s)(.+)\.({'|'.join(TENSORS)}|{re.escape(BLOB)}[^.]+)")
 _OF_INT8 = re.compile(r"(?s)(|.*\.)(SCB|weight_format)")

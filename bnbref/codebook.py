@@ -172,12 +172,8 @@ def _numbers(what: str, values: Any) -> tuple[float, ...]:
     try:
         # A tensor goes as a list, in which complex numbers stay what they are: float() takes their real part.
         return tuple(map(float, values.tolist() if isinstance(values, Tensor) else values))
-    except (
-        TypeError,
-        ValueError,
-        OverflowError,
-        RuntimeError,
-    ) as error:  # the last: a meta or sparse tensor has no numbers
+    # The last of these: a meta or sparse tensor has no numbers.
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise ValueError(f"{what} must be a sequence of numbers, got {values!r}") from error
 
 

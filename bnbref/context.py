@@ -8,13 +8,12 @@ a subclass of Tensor as a weight      is taken for its memory
 a negative view, zeros without memory plain operations
 a trace, a dispatch mode              a tensor that is made belongs to the recording, and is not kept
 a CUDA graph that is being recorded   memory that is kept is not of its pool
-subnormal floats that are flushed     is said by the self-check and the kit, which judges without it
 """
 
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -34,33 +33,6 @@ def constant_of_graphs(function: Callable[P, T]) -> Callable[P, T]:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
-
-
-FLUSHED = (
-    "this process flushes subnormal floats to zero (torch.set_flush_denormal, or a library linked with -ffast-math)"
-)
-
-
-def flushes_subnormals() -> bool:
-    """Whether this thread takes floats below the normal ones for zeros.
-
-    >>> flushes_subnormals()
-    False
-    """
-    return not (torch.full((1,), 2.0**-149, device="cpu") * 1).view(torch.int32).item()
-
-
-@contextlib.contextmanager
-def with_subnormals() -> Iterator[None]:
-    """Inside, this thread computes with subnormal floats, as IEEE 754 says, whoever has switched them off."""
-    if not flushes_subnormals():
-        yield
-        return
-    torch.set_flush_denormal(False)
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(True)
 
 
 class _AutocastOff:

@@ -14,10 +14,10 @@ from tqdm import tqdm
 
 import bnbref
 from bnbref import selfcheck
-from bnbref.context import FLUSHED, flushes_subnormals
 from bnbref.kernels import compile_enabled, lookup16
 from bnbref.kernels.compiler import missing_compiler
 from bnbref.selfcheck import Check, Result, formats, kernels_compiled
+from bnbref.subnormals import FLUSHED, flushes_subnormals
 
 OPTIONAL = ("triton", "transformers", "peft", "accelerate", "bitsandbytes")
 

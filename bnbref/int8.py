@@ -22,9 +22,8 @@ from bnbref.kernels import fused
 # Below this 127 * (1 / absmax) is no float32 any more; such a row is stored as a row of zeros.
 SMALLEST_ABSMAX = 2.0**-121
 RECIPROCAL_127 = 0.007874015718698502  # RN(1 / 127)
-RECIPROCAL_127_SQUARED = (
-    6.200012285262346e-05  # RN(1 / 16129); bitsandbytes' default backend has a typo in the fifth digit
-)
+# RN(1 / 16129). bitsandbytes' default backend has a typo in the fifth digit.
+RECIPROCAL_127_SQUARED = 6.200012285262346e-05
 # Any sum of 1024 products of int8 is at most 1024 * 128 * 128 = 2^24: exact in float32, in any order, fused or not.
 EXACT_IN_FLOAT32 = 1024
 

@@ -8,12 +8,10 @@ import torch
 from torch import Tensor
 
 from bnbref import fourbit, nested
-from bnbref.arguments import checked
+from bnbref.arguments import checked, dtype_name
 from bnbref.blockwise import check_float
 from bnbref.codebooks import DYNAMIC, Codebook, four_bit, registered_name, value_table
-from bnbref.state_fields import BLOB, TENSORS, checked_fields
-
-__all__ = ["BLOB", "TENSORS", "QuantState", "dtype_name", "present", "quantize_scales", "quantize_with_state"]
+from bnbref.state_fields import BLOB, checked_fields
 
 T = TypeVar("T")
 
@@ -99,10 +97,8 @@ class QuantState:
         >>> QuantState(torch.ones(2), torch.Size([4, 32]), blocksize=64, quant_type="nf4", dtype=torch.float16)
         QuantState(quant_type='nf4', shape=(4, 32), dtype=torch.float16, blocksize=64, nested=False)
         """
-        kind, shape = (
-            getattr(self.quant_type, "name", self.quant_type),
-            None if self.shape is None else tuple(self.shape),
-        )
+        kind = getattr(self.quant_type, "name", self.quant_type)
+        shape = None if self.shape is None else tuple(self.shape)
         fields = f"quant_type={kind!r}, shape={shape}, dtype={self.dtype}, blocksize={self.blocksize}"
         return f"{type(self).__name__}({fields}, nested={self.nested})"
 
@@ -250,15 +246,6 @@ def present(value: T | None, name: str) -> T:
     if value is None:
         raise ValueError(f"this operation needs the quant state's {name}, which is None")
     return value
-
-
-def dtype_name(dtype: torch.dtype | None) -> str:
-    """A dtype as files and reports write it.
-
-    >>> dtype_name(torch.bfloat16)
-    'bfloat16'
-    """
-    return str(dtype).removeprefix("torch.")
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from bnbref import nested
-from bnbref.blockwise import block_count
+from bnbref.arguments import dtype_name
+from bnbref.blockwise import FLOATS, block_count
 from bnbref.codebooks import DYNAMIC, FOUR_BIT, four_bit, is_table_of, value_table
 
 BLOB = "quant_state.bitsandbytes__"
@@ -21,7 +22,9 @@ ENTER = " (a codebook of your own has to be entered in bnbref.codebooks.FOUR_BIT
 TENSORS = ("nested_absmax", "nested_quant_map", "absmax", "quant_map")
 """Keys of what a state dict has as tensors; the first two if the scales are quantized."""
 
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = {dtype_name(dtype): dtype for dtype in FLOATS}
+"""The dtypes that a quantized tensor may have had, by name."""
+
 _LARGEST = torch.finfo(torch.float32).max
 _ANY_SIZE = 2**63 - 1
 _NESTED_KEYS = ("nested_absmax", "nested_quant_map", "nested_blocksize", "nested_dtype", "nested_offset")
@@ -42,8 +45,8 @@ def checked_fields(qs_dict: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
         ok = isinstance(shape, (list, tuple, torch.Size)) and all(type(n) is int and n >= 0 for n in shape)
         _require(ok and math.prod(shape) < 2**63, "shape", "a list of sizes", shape)
         shape = torch.Size(shape)
-    known_dtype = isinstance(fields["dtype"], str) and fields["dtype"] in _DTYPES
-    _require(known_dtype, "dtype", sorted(_DTYPES), fields["dtype"])
+    known_dtype = isinstance(fields["dtype"], str) and fields["dtype"] in DTYPES
+    _require(known_dtype, "dtype", sorted(DTYPES), fields["dtype"])
 
     code = _tensor(fields, "quant_map", torch.float32, 256 if quant_type is None else 16)
     if quant_type is not None:
@@ -58,7 +61,7 @@ def checked_fields(qs_dict: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
     blocks = None if shape is None else block_count(math.prod(shape), blocksize)
     absmax = _tensor(fields, "absmax", torch.uint8 if nested_keys else torch.float32, blocks)
     own = {"absmax": absmax, "shape": shape, "code": code, "blocksize": blocksize, "quant_type": quant_type}
-    own["dtype"] = _DTYPES[fields["dtype"]]
+    own["dtype"] = DTYPES[fields["dtype"]]
     if not nested_keys:
         _check_scales("absmax", absmax)
         return own, None

@@ -11,6 +11,7 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ from expecttest import assert_expected_inline
 
 import bnbref
 from bnbref import cli, info
-from bnbref.cli import main
+from bnbref.cli import hugging_face, main
+from bnbref.conformance.command import Refused
 from bnbref.demo import Settings
 from bnbref.selfcheck import Result, formats
 
@@ -185,6 +187,36 @@ bnbref: error: demo needs peft: pip install peft
 bnbref: error: demo needs matplotlib: pip install matplotlib
 """,
     )
+
+
+def test_what_cannot_be_written_is_refused_before_the_work(capsys, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    folder, file = str(tmp_path), str(tmp_path / "file")
+    for arguments in (
+        ["check", "--json", folder],
+        ["vectors", "archive", folder],
+        ["board", "--html", folder, "report.json"],
+        ["demo", "--json", folder],
+        ["demo", "--out", file],
+    ):
+        if arguments[0] != "demo" or importlib.util.find_spec("peft"):
+            assert main(arguments) == 2, arguments
+            said = capsys.readouterr().err
+            assert said.startswith("bnbref: error: cannot "), arguments
+            assert arguments[-1] in said or folder in said
+    monkeypatch.setitem(sys.modules, "matplotlib", SimpleNamespace())
+    kinds = SimpleNamespace(FigureCanvasBase=SimpleNamespace(filetypes={"png": "", "svg": ""}))
+    monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", kinds)
+    hugging_face.drawable(tmp_path / "losses.PNG")
+    with pytest.raises(Refused, match=r"--plot must be a file that ends in \.png, \.svg, got "):
+        hugging_face.drawable(tmp_path / "losses")
+
+
+def test_numbers_that_mean_nothing_are_refused(capsys):
+    assert main(["info", "--seconds", "nan"]) == 2
+    assert "--seconds must be a number, got nan" in capsys.readouterr().err
+    assert main(["vectors", "gen", "quantize_4bit", "--only", "no-such"]) == 2
+    assert "--only must be a part of the id of a case of quantize_4bit, got 'no-such'" in capsys.readouterr().err
 
 
 def test_the_help_of_a_command_says_what_it_does(capsys):

@@ -46,8 +46,8 @@ from bnbref.conformance.predictions import decayed_within, predict
 from bnbref.conformance.shrink import shrink
 from bnbref.conformance.specification import FLAGS, RULES
 from bnbref.conformance.text import parse_tensor, tensor_line
-from bnbref.context import flushes_subnormals
 from bnbref.kernels import eager
+from bnbref.subnormals import flushes_subnormals
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.nn.parallel import DistributedDataParallel
 
 from bnbref import optim
-from bnbref.optim import paging, planned_steps, sharding
+from bnbref.optim import paging, sharding, stepping
 from bnbref.optim.cuts import Cut, complete
 from bnbref.optim.parts import Coded, Part
 from bnbref.optim.state_dict import WRAPPED
@@ -111,7 +111,7 @@ def interrupted(device, mesh):
     model = fully_shard(Model().to(device), mesh=mesh)
     optimizer = make("AdamW8bit", model.parameters(), **options("AdamW8bit"))
     model(0).backward()
-    update, last = planned_steps.update, list(model.parameters())[-1]
+    update, last = stepping.update, list(model.parameters())[-1]
 
     def until_the_last(turn, *rest):
         if turn.p is last:
@@ -119,7 +119,7 @@ def interrupted(device, mesh):
         update(turn, *rest)
 
     with (
-        mock.patch.object(planned_steps, "update", until_the_last),
+        mock.patch.object(stepping, "update", until_the_last),
         pytest.warns(UserWarning, match="interrupted") as said,
         pytest.raises(torch.OutOfMemoryError),
     ):

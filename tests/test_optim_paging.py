@@ -146,7 +146,7 @@ def test_a_directory_is_a_checkpoint(kind, tmp_path):
 KILLED = """
 import os, sys, torch, bnbref
 from bnbref import optim
-from bnbref.optim import planned_steps
+from bnbref.optim import stepping
 params = [torch.nn.Parameter(torch.ones(5000)) for _ in range(2)]
 optimizer = optim.PagedAdamW8bit(params, page_directory=sys.argv[1])
 with bnbref.eager():
@@ -155,11 +155,11 @@ with bnbref.eager():
             p.grad = torch.full_like(p, 0.5)
         if t == 2 and sys.argv[2] == "inside":
             params[1].register_hook(lambda g: None)
-            original, count = planned_steps.update, []
+            original, count = stepping.update, []
             def update(*args):
                 count.append(1)
                 os._exit(9) if len(count) == 2 else original(*args)
-            planned_steps.update = update
+            stepping.update = update
         optimizer.step()
 os._exit(9)
 """

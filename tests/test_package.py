@@ -38,7 +38,7 @@ ROOMS = (
     ("bnbref.formats",),
     ("bnbref.codebook",),
     ("bnbref.kernels",),
-    ("bnbref.context", "bnbref.arguments"),
+    ("bnbref.context", "bnbref.arguments", "bnbref.subnormals"),
 )
 
 # The workshop below the book is its door. What makes a definition fast knows the definition, and nobody imports it but the door.

@@ -309,6 +309,12 @@ def test_a_size_of_nothing_is_refused(capsys):
     assert "a size must be above 0, like 7B, got '0.0B'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("size", ["1M", "0.0001B", "9999999B"])
+def test_a_size_that_no_llama_has_is_refused(capsys, size):
+    assert cli.main(["plan", size]) == 2
+    assert "a size must be from 8M to 3279B, or near: there is no Llama of " in capsys.readouterr().err
+
+
 def test_a_model_that_is_not_there(capsys, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "no such thing"}))
     for model in (tmp_path, tmp_path / "nothing"):

@@ -18,7 +18,8 @@ from bnbref.codebooks import DYNAMIC, FOUR_BIT, dynamic, is_table_of, linear, va
 from bnbref.functional import dequantize_4bit, quantize_4bit
 from bnbref.nn import Embedding4bit, Linear4bit, Params4bit, replace_parameter_4bit, replace_parameter_4bit_prequantized
 from bnbref.optim.state_dict import WRAPPED
-from bnbref.quant_state import BLOB, QuantState
+from bnbref.quant_state import QuantState
+from bnbref.state_fields import BLOB
 
 CPU = torch.device("cpu")
 

@@ -4,6 +4,7 @@ Exit status: 0 done, 1 something was found wrong, 2 the command could not be run
 """
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from types import SimpleNamespace
 import bnbref
 from bnbref.cli import hugging_face
 from bnbref.conformance import command as kit
-from bnbref.conformance.command import Refused, usable_device, writable
+from bnbref.conformance.command import Refused, made_folder, usable_device, writable
 from bnbref.conformance.vectors_command import add_vectors
 
 
@@ -97,6 +98,8 @@ def parser() -> argparse.ArgumentParser:
 
 def run_info(args: argparse.Namespace) -> int:
     """0 if the self-check passed."""
+    if math.isnan(args.seconds):
+        raise Refused("--seconds must be a number, got nan")
     from bnbref.info import info
 
     return 0 if info(args.seconds) else 1
@@ -117,7 +120,9 @@ def run_demo(args: argparse.Namespace) -> int:
     hugging_face.needs("demo", *hugging_face.PACKAGES, *(["matplotlib"] if args.plot else []))
     if args.device:
         usable_device(args.device)
-    writable(args.json, args.plot)
+    writable(args.json)
+    hugging_face.drawable(args.plot)
+    made_folder(args.out)
     from bnbref.demo.formats import Mismatch
     from bnbref.demo.run import run
 

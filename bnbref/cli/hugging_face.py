@@ -6,6 +6,7 @@ What a function that runs a command returns and raises: `bnbref.conformance.comm
 import argparse
 import importlib.util
 import inspect
+import math
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,17 @@ def needs(command: str, *packages: str) -> None:
         raise Refused(f"{command} needs {', '.join(missing)}: pip install {' '.join(missing)}")
 
 
+def drawable(file: Path | None) -> None:
+    """Raises Refused where matplotlib draws no such kind of file, or it cannot be written."""
+    writable(file)
+    if file is not None:
+        from matplotlib.backend_bases import FigureCanvasBase
+
+        kinds = sorted(FigureCanvasBase.filetypes)
+        if file.suffix.removeprefix(".").lower() not in kinds:
+            raise Refused(f"--plot must be a file that ends in .{', .'.join(kinds)}, got {file}")
+
+
 def run_plan(args: argparse.Namespace) -> int:
     """0 if something fits, 1 if nothing does."""
     needs("plan", "transformers", "accelerate")
@@ -125,9 +137,9 @@ def run_plan(args: argparse.Namespace) -> int:
 def run_qlora(args: argparse.Namespace) -> int:
     """0 when the adapter is saved."""
     needs("qlora", *PACKAGES, *(["matplotlib"] if args.plot else []), *(["datasets"] if args.dataset else []))
-    if not args.lr > 0:
-        raise Refused(f"--lr must be positive, got {args.lr}")
-    writable(args.plot)
+    if not 0 < args.lr < math.inf:
+        raise Refused(f"--lr must be positive and finite, got {args.lr}")
+    drawable(args.plot)
     from bnbref.demo import MODEL
     from bnbref.info import compute_dtype, default_device
     from bnbref.integrations.hf.qlora import ATTENTION, dataset_text, qlora

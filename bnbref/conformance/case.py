@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnbref.arguments import dtype_name
 from bnbref.conformance.expected import Expected
 from bnbref.conformance.specification import FLAGS, RULES
-from bnbref.quant_state import dtype_name
 
 CPU = torch.device("cpu")
 DTYPES = ("float32", "float16", "bfloat16")

@@ -5,6 +5,7 @@ was given, it raises `Refused`, which ends with status 2. What a command needs i
 """
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +71,25 @@ def add_board(commands: Any) -> None:
 
 
 def writable(*files: Path | None) -> None:
-    """Raises Refused where the folder of a file does not exist."""
+    """Raises Refused where a file cannot be written: before the work whose results it is to have."""
     for file in files:
-        if file is not None and not file.parent.is_dir():
+        if file is None:
+            continue
+        if not file.parent.is_dir():
             raise Refused(f"cannot write {file}: there is no directory {file.parent}")
+        if file.is_dir():
+            raise Refused(f"cannot write {file}: it is a directory")
+        if not os.access(file if file.exists() else file.parent, os.W_OK):
+            raise Refused(f"cannot write {file}: it is not allowed")
+
+
+def made_folder(folder: Path | None) -> None:
+    """Makes a folder, if one is given and not there. Raises Refused where that cannot be."""
+    try:
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refused(f"cannot make the directory {folder}: {error.strerror}") from error
 
 
 def usable_device(name: str) -> Any:

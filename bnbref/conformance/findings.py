@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bnbref.arguments import dtype_name
 from bnbref.conformance.judge import Failure
 from bnbref.conformance.specification import FLAGS, RULES
 from bnbref.conformance.text import hex_words
-from bnbref.quant_state import dtype_name
 
 
 class Element(NamedTuple):

@@ -12,7 +12,7 @@ from bnbref.conformance.backends import Backend, Unsupported
 from bnbref.conformance.case import Case
 from bnbref.conformance.expected import same, wrong_elements
 from bnbref.conformance.operations import OPERATIONS, arguments
-from bnbref.context import with_subnormals
+from bnbref.subnormals import with_subnormals
 
 REFUSALS = (ValueError, TypeError, NotImplementedError, RuntimeError)
 """Exceptions by which a backend may say that it does not support something."""

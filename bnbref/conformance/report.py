@@ -16,7 +16,7 @@ from bnbref.conformance.judge import Failure, Result
 from bnbref.conformance.operations import OPERATIONS
 from bnbref.conformance.shrink import shrink
 from bnbref.conformance.specification import RULE_OF_RESULT
-from bnbref.context import FLUSHED, flushes_subnormals, with_subnormals
+from bnbref.subnormals import FLUSHED, flushes_subnormals, with_subnormals
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnbref.arguments import dtype_name
 from bnbref.conformance.case import Case
 from bnbref.conformance.vectors import DTYPES, from_bytes
-from bnbref.quant_state import dtype_name
 
 
 def hex_words(x: Tensor) -> list[str]:

@@ -23,8 +23,8 @@ def add_vectors(commands: Any) -> None:
         action.add_argument("--only", default="", metavar="TEXT", help="only cases whose id contains this")
         action.set_defaults(run=run)
     pack = actions.add_parser("archive", help="the published vectors as one .tar.gz, with a digest of all of it")
-    pack.add_argument("file", type=Path)
-    pack.add_argument("--version", type=int, default=1, help="which of them (default: %(default)s)")
+    pack.add_argument("file", type=Path, metavar="FILE", help="the archive that is written")
+    pack.add_argument("--version", type=int, default=1, metavar="N", help="which of them (default: %(default)s)")
     pack.set_defaults(run=run_archive)
 
 
@@ -34,7 +34,10 @@ def _chosen(args: argparse.Namespace) -> list[Any]:
 
     if args.operation not in OPERATIONS:
         raise Refused(f"OP must be one of {', '.join(OPERATIONS)}, got {args.operation!r}")
-    return [case for case in vectors.read(args.operation) if args.only in case.id]
+    found = [case for case in vectors.read(args.operation) if args.only in case.id]
+    if not found:
+        raise Refused(f"--only must be a part of the id of a case of {args.operation}, got {args.only!r}")
+    return found
 
 
 def run_gen(args: argparse.Namespace) -> int:

@@ -15,6 +15,7 @@ import transformers
 from transformers import AutoTokenizer
 
 import bnbref
+from bnbref.arguments import dtype_name
 from bnbref.demo import FULL, MODEL, QUICK
 from bnbref.demo.compare import compare
 from bnbref.demo.evaluate import encode, windows
@@ -22,7 +23,6 @@ from bnbref.demo.finetune import finetune
 from bnbref.demo.report import write_plot
 from bnbref.demo.resources import cpu_seconds
 from bnbref.info import compute_dtype, default_device, describe_device, why_eager
-from bnbref.quant_state import dtype_name
 
 
 def run(

@@ -26,10 +26,8 @@ from bnbref.kernels.taught import digest_of, expression, instructions, is_taught
 
 # 0xca: by each bit of the first operand the bit of the second or of the third one.
 _PLANE = "{ .reg .b32 s, t; prmt.b32 s, $3, $4, $1; prmt.b32 t, $5, $6, $1; lop3.b32 $0, $2, t, s, 0xca; }"
-_UPPER = (
-    "prmt.b32 $0, $1, $2, 0x9d8c;",
-    "prmt.b32 $0, $1, $2, 0xbfae;",
-)  # of the lower, the upper four codes of a word
+# Of the lower, and of the upper four codes of a word.
+_UPPER = ("prmt.b32 $0, $1, $2, 0x9d8c;", "prmt.b32 $0, $1, $2, 0xbfae;")
 _PAIRS = ("prmt.b32 $0, $1, $2, 0x5140;", "prmt.b32 $0, $1, $2, 0x7362;")  # codes 0 and 1, codes 2 and 3 of four
 _WORDS = ("prmt.b32 $0, $1, $2, 0x5410;", "prmt.b32 $0, $1, $2, 0x7632;")  # the lower, the upper code of a pair
 _WIDEN = (

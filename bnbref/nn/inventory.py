@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from bnbref.arguments import dtype_name
 from bnbref.nn import Int8Params, Params4bit
 from bnbref.nn.quantized_layer import QuantizedLayer
-from bnbref.quant_state import QuantState, dtype_name
+from bnbref.quant_state import QuantState
 
 REASONS = "bnbref_reasons"
 """Attribute of a model: by the name of a module or parameter, why loading left it as it is."""

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bnbref.arguments import check_number, check_one_of, check_tensors
-from bnbref.blockwise import FLOATS
+from bnbref.arguments import check_number, check_one_of, check_tensors, dtype_name
 from bnbref.codebooks import Codebook
 from bnbref.context import plain
 from bnbref.kernels import tracing
@@ -33,9 +32,7 @@ from bnbref.products import (
     matmul_4bit,
     prepared_product,
 )
-from bnbref.quant_state import dtype_name
-
-_DTYPES = {dtype_name(dtype): dtype for dtype in FLOATS}
+from bnbref.state_fields import DTYPES
 
 
 @functools.cache
@@ -113,7 +110,7 @@ class Linear4bit(FourBitLayer, nn.Linear):
         weight, bias = self.weight, self.bias
         if in_graph() and isinstance(weight, Params4bit) and x.is_floating_point():
             known = arguments_of(self._known)
-            computed = x.dtype if self._compute == "None" else _DTYPES.get(self._compute)
+            computed = x.dtype if self._compute == "None" else DTYPES.get(self._compute)
             if known is not None and computed is not None and x.shape[-1:] == (self.in_features,):
                 return graph_product_4bit(x.to(computed), weight, known, bias).to(x.dtype)
         state = state_of(self)

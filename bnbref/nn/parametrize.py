@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from bnbref.blockwise import check_quantizable
 from bnbref.checkpoint_weights import Checkpoint
 from bnbref.codebooks import Codebook, four_bit
 from bnbref.functional import quantize_4bit
 from bnbref.kernels import tracing
-from bnbref.nn.quantized_parameter import check_quantizable, in_bytes
+from bnbref.nn.quantized_parameter import in_bytes
 from bnbref.quant_state import QuantState, present
 
 

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from bnbref import int8
 from bnbref.arguments import check_bool, check_tensors
+from bnbref.blockwise import check_quantizable
 from bnbref.codebooks import Codebook, four_bit
 from bnbref.functional import quantize_4bit
-from bnbref.nn.quantized_parameter import DATA, QuantizedParameter, check_quantizable, made
+from bnbref.nn.quantized_parameter import DATA, QuantizedParameter, made
 from bnbref.quant_state import QuantState
 
 

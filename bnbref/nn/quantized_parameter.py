@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from bnbref.arguments import check_tensors
-from bnbref.blockwise import FLOATS
-from bnbref.kernels import once, tracing
+from bnbref.kernels import once
 from bnbref.nn.codes import CUTS, Watched
 from bnbref.nn.graph_arguments import Owner
 
@@ -245,21 +244,3 @@ def _numbered(device_type: str, device: Any) -> torch.device:
 
 def _rebuild(cls: type[QuantizedParameter], data: Tensor, requires_grad: bool) -> QuantizedParameter:
     return cls(data, requires_grad)
-
-
-def check_quantizable(name: str, weight: Tensor, quant_type: str) -> None:
-    """Raises ValueError if a weight that is to be quantized has NaN or infinite elements, or a dtype that cannot be quantized, as
-    in a layer that was made under a default dtype of float64."""
-    if weight.dtype not in FLOATS:
-        raise ValueError(
-            f"{name} of shape {tuple(weight.shape)} cannot become {quant_type}: its dtype must be float32, float16 or bfloat16, "
-            f"got {weight.dtype}"
-        )
-    if weight.numel() == 0 or weight.device.type == "meta" or tracing():
-        return
-    low, high = weight.aminmax()  # both are NaN if any element is
-    if not bool(low.isfinite() & high.isfinite()):
-        count = int((~weight.isfinite()).sum())
-        raise ValueError(
-            f"{name} of shape {tuple(weight.shape)} cannot become {quant_type}: {count} of its elements are NaN or infinite"
-        )

@@ -136,9 +136,8 @@ class Adafactor(Family):
         two = elements(eps) or ()
         if len(two) != 2:
             raise ValueError(f"eps must be two numbers, of which the first may be None, got {written(eps)}")
-        eps1 = number(
-            {"eps": _EPS1 if two[0] is None else two[0]}, "eps", most=2.0**63
-        )  # whose square is a float32, too
+        first = _EPS1 if two[0] is None else two[0]
+        eps1 = number({"eps": first}, "eps", most=2.0**63)  # whose square is a float32, too
         eps2 = number({"eps": two[1]}, "eps")
         momentum = weight({"beta1": beta1}, "beta1") > 0
         rule = matrices.Adafactor(momentum, (eps1, eps2), number({"d": d}, "d", least=1.0))

@@ -10,7 +10,7 @@ stays as it was, with all states: a sum of its squares, which they are made of, 
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,13 +20,11 @@ from bnbref.codebooks import value_table
 from bnbref.context import without_autocast
 from bnbref.optim.equation import Equation
 from bnbref.optim.master_weights import corrections, value_of
+from bnbref.optim.planned_steps import PlannedStep
 from bnbref.optim.rule import Coefficients, State, absmax_key, matrix_shape
 from bnbref.optim.sharding import blocks_of, gather_scales, local, part_of, shard_of, unsharded
 from bnbref.optim.step import LARGEST_GRADIENT
 from bnbref.optim.update import step
-
-if TYPE_CHECKING:
-    from bnbref.optim.planned_steps import PlannedStep
 
 BATCH = 2**24
 """Elements of the parameters that are stepped together, unless a single one has more: 64 MiB for each of some matrices."""
@@ -45,7 +43,7 @@ def _matrix(p: Tensor, x: Tensor) -> Tensor:
     return unsharded(p, x).float().reshape(matrix_shape(p.shape))
 
 
-def _decoded(planned: "PlannedStep", s: State, state: Mapping[str, Any]) -> Tensor:
+def _decoded(planned: PlannedStep, s: State, state: Mapping[str, Any]) -> Tensor:
     """A state in memory of its own: of each element as a matrix, of the whole matrix as it is."""
     p, x = planned.p, state[s.key]
     if s.of != "elements":
@@ -60,7 +58,7 @@ def _decoded(planned: "PlannedStep", s: State, state: Mapping[str, Any]) -> Tens
     return x.view(matrix_shape(p.shape))
 
 
-def _set_state(planned: "PlannedStep", s: State, state: Mapping[str, Any], new: Tensor, finite: Tensor) -> None:
+def _set_state(planned: PlannedStep, s: State, state: Mapping[str, Any], new: Tensor, finite: Tensor) -> None:
     """Make the new value of a state this rank's, if all of the gradient is finite."""
     found = {s.key: new}
     if state[s.key].dtype == torch.uint8:
@@ -74,7 +72,7 @@ def _set_state(planned: "PlannedStep", s: State, state: Mapping[str, Any], new: 
 
 
 def step_together(
-    steps: Sequence["PlannedStep"], states: Mapping[Tensor, Mapping[str, Any]], stream: Stream,
+    steps: Sequence[PlannedStep], states: Mapping[Tensor, Mapping[str, Any]], stream: Stream,
     generator: torch.Generator | None = None,
 ) -> None:  # fmt: skip
     """One step in place of parameters that are `alike`.  *Bounded* by what the rule says of its functions of the whole matrix.

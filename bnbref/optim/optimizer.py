@@ -11,10 +11,11 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from bnbref.arguments import check_tensors, written
-from bnbref.optim import paging, planned_steps
+from bnbref.optim import paging, stepping
 from bnbref.optim.equation import Equation
 from bnbref.optim.kinds import SettingError, number
 from bnbref.optim.named_rules import NamedRules
+from bnbref.optim.planned_steps import PlannedStep, checked_gradient
 from bnbref.optim.rule import Rule
 from bnbref.optim.settings import ALWAYS, ANYWHERE, GlobalOptimManager, check_distinct, check_settings, says
 from bnbref.optim.sharding import shard_of
@@ -178,9 +179,9 @@ class Optimizer(Stateful):
         self._move_to_files()
         for planned in steps:
             self._begin(planned.p, planned.config)
-        planned_steps.take_steps(steps, self.state, self._placement, self._generator, self._parameters)
+        stepping.take_steps(steps, self.state, self._placement, self._generator, self._parameters)
 
-    def _planned_steps(self, parameters: Sequence[tuple[Tensor, Mapping[str, Any]]]) -> list[planned_steps.PlannedStep]:
+    def _planned_steps(self, parameters: Sequence[tuple[Tensor, Mapping[str, Any]]]) -> list[PlannedStep]:
         """The steps of the parameters that have a gradient. What is to be refused is refused here, before anything is changed."""
         overrides = GlobalOptimManager.get_instance().overrides()
         common = {id(group): self._merged(group) for _, group in parameters}
@@ -199,10 +200,10 @@ class Optimizer(Stateful):
                 self._judge(config)  # which may have been changed since the group was made
                 equations[key] = self._rules.at_step(key[1], config, p.device)
             rule, blocksize = self._rules.of(config), config["blocksize"]
-            grad = planned_steps.checked_gradient(p, p.grad, state, rule, blocksize)
+            grad = checked_gradient(p, p.grad, state, rule, blocksize)
             self._rules.check_shape(p, config)
             self._check_place(p)
-            steps.append(planned_steps.PlannedStep(p, grad, config, *equations[key]))
+            steps.append(PlannedStep(p, grad, config, *equations[key]))
         return steps
 
     def _check_place(self, p: Tensor) -> None:

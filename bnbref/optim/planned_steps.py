@@ -1,8 +1,6 @@
-"""A step of many parameters, one after another: what each needs for it, and what is said if the step is interrupted."""
+"""A step that one parameter is to make: what it needs for it, and what is refused before anything is changed."""
 
-import warnings
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import closing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,15 +8,11 @@ import torch
 from torch import Tensor
 
 from bnbref.blockwise import check_blocksize, check_float
-from bnbref.optim import matrix_steps
 from bnbref.optim.equation import Equation
-from bnbref.optim.kinds import number
 from bnbref.optim.master_weights import corrections
-from bnbref.optim.paging import Placement
 from bnbref.optim.rule import Rule, absmax_key
-from bnbref.optim.sharding import blocks_of, local, shard_of
+from bnbref.optim.sharding import blocks_of, local
 from bnbref.optim.state_dict import BLOCKSIZE, same_blocks
-from bnbref.optim.update import Tails, step
 
 
 @dataclass(frozen=True)
@@ -106,94 +100,3 @@ def _partly_shared(p: Tensor, g: Tensor) -> bool:
     start, other = p.data_ptr(), g.data_ptr()
     ends = start + p.numel() * p.itemsize, other + g.numel() * g.itemsize
     return (start, p.dtype) != (other, g.dtype) and start < ends[1] and other < ends[0]
-
-
-def take_steps(
-    steps: Sequence[PlannedStep], states: MutableMapping[Tensor, dict[str, Any]], placement: Placement,
-    generator: torch.Generator | None, every: Callable[[], Sequence[Tensor]],
-) -> None:  # fmt: skip
-    """Makes the planned steps. states: of each parameter, made before. every: returns all parameters of the optimizer, by the
-    index that they have in its state dict. An exception in the middle leaves whole the parameters before the one that it met, and
-    a warning says which.
-    """
-    tails = Tails()
-    made: list[Tensor] = []  # those that have made their step
-    begun: list[Tensor] = []  # those that are making it
-    by_element = [planned for planned in steps if not planned.equation.calls]
-    try:
-        with closing(placement.stream([(planned.p.device, states[planned.p]) for planned in by_element])) as streamed:
-            for planned, state in zip(by_element, streamed, strict=True):
-                begun = [planned.p]
-                update(planned, state, planned.noise(generator), tails)
-                # Pages are written back before the next ones come. Of a shard they may be on another rank alone.
-                if placement.pages(planned.p.numel()) and shard_of(planned.p) is not None:
-                    tails.run()
-                elif state is not states[planned.p]:
-                    tails.run_own()
-                states[planned.p]["step"] += 1
-                made += begun
-                begun = []
-        tails.run()
-        for batch in _together([planned for planned in steps if planned.equation.calls]):
-            begun = [planned.p for planned in batch]
-            matrix_steps.step_together(batch, states, placement.stream, generator)
-            for planned in batch:
-                states[planned.p]["step"] += 1
-            made += begun
-            begun = []
-    except BaseException as error:
-        try:
-            _say_interrupted(made, begun, tails, every(), [planned.p for planned in steps])
-        except Warning as said:  # where warnings are errors, what happened is still this error
-            raise error from said
-        raise
-
-
-def update(planned: PlannedStep, state: Mapping[str, Any], noise: Tensor | None, tails: Tails) -> None:
-    """The step of one parameter by a rule of elements. state: on its device."""
-    own, shard = local(planned.p.detach()), shard_of(planned.p)
-    flat = own.contiguous()
-    copied = flat.data_ptr() != own.data_ptr()
-    step(
-        planned.equation, planned.hyper, flat, planned.ascent, state, blocksize=planned.config["blocksize"], noise=noise,
-        shard=shard, max_norm=number(planned.config, "max_unorm") if planned.equation.clipped else 0.0,
-        tails=None if copied and shard is None else tails,
-    )  # fmt: skip
-    if copied and shard is None:
-        own.copy_(flat)
-    elif copied:  # other ranks may have no copy, and all exchange their blocks at the same time
-        tails.then(lambda: own.copy_(flat))
-
-
-def _together(steps: Sequence[PlannedStep]) -> Iterator[Sequence[PlannedStep]]:
-    """Batches of parameters whose rules see whole matrices: of those that are alike, as many at a time as `BATCH` allows."""
-    groups: dict[Any, list[PlannedStep]] = {}
-    for planned in steps:
-        groups.setdefault((id(planned.hyper), *matrix_steps.alike(planned.p)), []).append(planned)
-    for group in groups.values():
-        size = max(1, matrix_steps.BATCH // max(1, group[0].p.numel()))
-        yield from (group[first : first + size] for first in range(0, len(group), size))
-
-
-def _say_interrupted(
-    made: list[Tensor], partly: list[Tensor], tails: Tails, every: Sequence[Tensor], params: Sequence[Tensor]
-) -> None:
-    """After an exception: finish the parameters before the one that failed, and warn of what is not as a step leaves it.
-
-    made, partly: the parameters that have made their step, or begun it. tails: the last blocks that are waiting. every: the
-    parameters by their index in the state dict. params: those that were to make the step.
-    """
-    try:
-        tails.interrupt()
-    except RuntimeError:
-        tails.torn = True
-    if tails.torn:  # they lack their last blocks, each of which may be of any of them
-        made, partly = [], made + partly
-    index = {id(p): i for i, p in enumerate(every)}
-    done, part = ({index[id(p)] for p in ps} for ps in (made, partly))
-    not_yet = [index[id(p)] for p in params if index[id(p)] not in done | part]
-    warnings.warn(
-        f"a step was interrupted. By their index in the state dict: {sorted(done)} have made it, {not_yet} are as they were, "
-        f"and {sorted(part)} may have made a part of it",
-        stacklevel=9,
-    )

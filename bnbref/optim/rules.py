@@ -69,10 +69,9 @@ class Adam(Rule):
 
     def coefficients(self, t: int, group: Mapping[str, Any]) -> dict[str, float]:
         b1, b2 = weights(group, many=2)
-        numbers = (
-            decoupled(group) | averages(b1=b1, b2=b2) | {"root": math.sqrt(1 - b2**t), "eps": number(group, "eps")}
-        )
-        return numbers | {"rate": numbers["rate"] / (1 - b1**t)}
+        numbers = decoupled(group) | averages(b1=b1, b2=b2)
+        own = {"rate": numbers["rate"] / (1 - b1**t), "root": math.sqrt(1 - b2**t), "eps": number(group, "eps")}
+        return numbers | own
 
     def direction(self, p: Tensor, g: Tensor, m: Tensor, v: Tensor, c: Any) -> tuple[Tensor, ...]:
         m = c.b1 * m + c.not_b1 * g
@@ -173,13 +172,8 @@ class AdEMAMix(Rule):
                 )
             fast, slow, r = math.log(b1), math.log(b3), min(t / t_beta3, 1e300)  # by 5e-324 it would be infinite
             b3 = min(math.exp(fast * slow / ((1 - r) * slow + r * fast)), b3)
-        corrections = {"unbias": 1 - b1**t, "root": math.sqrt(1 - b2**t)}
-        return (
-            decoupled(group)
-            | averages(b1=b1, b2=b2, b3=b3)
-            | corrections
-            | {"alpha": alpha, "eps": number(group, "eps")}
-        )
+        own = {"unbias": 1 - b1**t, "root": math.sqrt(1 - b2**t), "alpha": alpha, "eps": number(group, "eps")}
+        return decoupled(group) | averages(b1=b1, b2=b2, b3=b3) | own
 
     def direction(self, p: Tensor, g: Tensor, m1: Tensor, m2: Tensor, v: Tensor, c: Any) -> tuple[Tensor, ...]:
         m1 = c.b1 * m1 + c.not_b1 * g

@@ -15,9 +15,10 @@ from bnbref.optim import paging
 from bnbref.optim.master_weights import CORRECTIONS, correction_dtype, corrections, set_value, value_of
 from bnbref.optim.named_rules import NamedRules
 from bnbref.optim.rule import Rule
+from bnbref.optim.saved_state import Held, held, unwrapped_state
 from bnbref.optim.settings import GlobalOptimManager
 from bnbref.optim.sharding import local, shard_of, sharded_like
-from bnbref.optim.state_dict import COUNTS, WRAPPED, gathered_state, of_blocks, unwrapped_state, wrapped_state
+from bnbref.optim.state_dict import COUNTS, WRAPPED, gathered_state, of_blocks, wrapped_state
 from bnbref.optim.update import new_state
 
 
@@ -171,14 +172,14 @@ class Stateful(torch.optim.Optimizer):
         if not move_to_device:
             raise ValueError("move_to_device must be True: a state is where its parameter is, or paged")
         before = {"state": self.state, "param_groups": self.param_groups}
-        held = self.register_load_state_dict_pre_hook(lambda _, given: _held(given))  # after those of others
+        hook = self.register_load_state_dict_pre_hook(lambda _, given: held(given))  # after those of others
         try:
             super().load_state_dict(dict(state_dict))
         except BaseException:
             self.__dict__.update(before)
             raise
         finally:
-            held.remove()
+            hook.remove()
         if state_dict["state"]:
             self._end_of_pages()
 
@@ -187,7 +188,7 @@ class Stateful(torch.optim.Optimizer):
         for group in self.param_groups:
             for name, value in {**self.defaults, **self._rules.of(group).defaults}.items():
                 group.setdefault(name, value)
-        self._read({p: value.state for p, value in self.state.items() if isinstance(value, _Held)})
+        self._read({p: value.state for p, value in self.state.items() if isinstance(value, Held)})
 
     def _read(self, saved: Mapping[Tensor, Mapping[str, Any]]) -> None:
         """Give these parameters the states that `state_dict` made of theirs."""
@@ -242,14 +243,3 @@ def _nowhere(key: str, shape: Any, dtype: torch.dtype) -> Tensor:
 
 def _has_numbers(state: Mapping[str, Any]) -> bool:
     return any(isinstance(x, Tensor) and x.numel() > 0 for x in state.values())
-
-
-def _held(given: Mapping[str, Any]) -> dict[str, Any]:
-    return {**given, "state": {i: _Held(dict(state)) for i, state in given["state"].items()}}
-
-
-class _Held:
-    """Wraps a state that is loaded. torch's `load_state_dict` would cast the tensors of a dict to the parameter's dtype."""
-
-    def __init__(self, state: dict[str, Any]) -> None:
-        self.state = state

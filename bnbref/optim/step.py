@@ -16,6 +16,7 @@ before the step and after it (`bnbref.optim.master_weights`).
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from einops import rearrange
@@ -139,6 +140,10 @@ def _value(rule: Rule, i: int, codes: Tensor) -> Tensor:
     return value_table(rule.codebook(rule.states[i]), codes.device)[codes.to(torch.int32)]
 
 
+def _code(rule: Rule, i: int, scaled: Tensor) -> Tensor:
+    return encode(scaled, rule.codebook(rule.states[i]))
+
+
 @fused(dynamic={"p": (0,), "g": (0,), "noise": (0,), "states": (0,)}, writes=("p", "states"))
 def step_blocks(
     p: Tensor, g: Tensor, hyper: Tensor, noise: Tensor | None, *states: Tensor, rule: Equation
@@ -147,19 +152,10 @@ def step_blocks(
 
     p, g: `[blocks, blocksize]`. hyper: the rule's coefficients in float32. noise: int16, shaped like p, or None.
     """
-    return advance_blocks(
-        rule,
-        p,
-        g,
-        hyper,
-        noise,
-        states,
-        lambda i, x: _value(rule, i, x),
-        lambda i, x: encode(x, rule.codebook(rule.states[i])),
-    )
+    return advance_blocks(rule, p, g, hyper, noise, states, partial(_value, rule), partial(_code, rule))
 
 
 @fused(dynamic={"p": (0,), "g": (0,), "states": (0,)})
 def direction_blocks(p: Tensor, g: Tensor, hyper: Tensor, *states: Tensor, rule: Equation) -> Tensor:
     """The direction that `step_blocks` would take, float32 `[blocks, blocksize]`.  Exact."""
-    return advance(rule, p, g, decoded(states, lambda i, x: _value(rule, i, x)), hyper)[2]
+    return advance(rule, p, g, decoded(states, partial(_value, rule)), hyper)[2]

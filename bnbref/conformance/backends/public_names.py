@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bnbref.codebooks import four_bit, value_table
-from bnbref.quant_state import BLOB, TENSORS
+from bnbref.state_fields import BLOB, TENSORS
 
 
 class PublicNames:

@@ -14,10 +14,8 @@ from bnbref.codebooks import value_table
 from bnbref.optim import rules
 from bnbref.optim.equation import at_step
 from bnbref.optim.rules import absmax_key
+from bnbref.optim.state_dict import BLOCKSIZE
 from bnbref.optim.update import step
-
-BLOCKSIZE = 256
-"""The blocksize of 8-bit states of bitsandbytes."""
 
 
 def optimizer_update_32bit(

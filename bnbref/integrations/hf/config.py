@@ -14,11 +14,11 @@ import torch
 from transformers import BitsAndBytesConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from bnbref.arguments import dtype_name
 from bnbref.blockwise import FLOATS, block_count, check_blocksize
 from bnbref.checkpoint import BLOCKSIZES
 from bnbref.codebooks import FOUR_BIT
 from bnbref.nested import BLOCKSIZE as NESTED_BLOCKSIZE
-from bnbref.quant_state import dtype_name
 from bnbref.state_fields import ENTER
 
 METHOD = "bnbref"

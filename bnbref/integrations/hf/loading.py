@@ -23,7 +23,7 @@ from bnbref.integrations.hf.config import BnbRefConfig
 from bnbref.integrations.hf.layers import is_linear, plain_layer, quantized_layer, was_conv1d
 from bnbref.nn import Linear4bit, Linear8bitLt, Params4bit
 from bnbref.nn.quantized_layer import QuantizedLayer
-from bnbref.quant_state import BLOB, TENSORS
+from bnbref.state_fields import BLOB, TENSORS
 
 ANOTHER_SHAPE = "another shape in the checkpoint: newly initialized"
 

@@ -88,17 +88,27 @@ def number_of_parameters(model: str) -> float | None:
     return float(found[1]) * (1e6 if found[2] in "Mm" else 1e9)
 
 
+_MOST_HEADS = 256  # with which a Llama would have more than 3,000 B parameters
+
+
 def llama(parameters: float) -> LlamaConfig:
     """The config of a Llama of about so many parameters, in the proportions of Llama-2 7B: as many layers as heads, of 128 each.
 
     With h heads a layer has (4 + 3 * 2.6875) * (128 h)^2 parameters; there are h layers, and two matrices of the vocabulary.
+    ValueError for a number that no such Llama comes near.
     """
 
     def count(heads: int) -> float:
         hidden = 128 * heads
         return 12.0625 * heads * hidden**2 + 2 * 32000 * hidden
 
-    heads = min(range(1, 512), key=lambda h: abs(count(h) - parameters))
+    heads = min(range(1, _MOST_HEADS), key=lambda h: abs(count(h) - parameters))
+    if not 0.6 < count(heads) / parameters < 1.6:
+        least, most = count(1), count(_MOST_HEADS - 1)
+        raise ValueError(
+            f"a size must be from {least / 1e6:.0f}M to {most / 1e9:.0f}B, or near: there is no Llama of {parameters:g} "
+            f"parameters with heads of 128"
+        )
     hidden = 128 * heads
     return LlamaConfig(
         vocab_size=32000, hidden_size=hidden, intermediate_size=hidden * 43 // 16, num_hidden_layers=heads,

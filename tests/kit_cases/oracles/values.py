@@ -9,7 +9,8 @@ from bnbref import blockwise, functional, int8
 from bnbref.conformance.backends.public_names import file_tensors
 from bnbref.conformance.expected import Expected, also
 from bnbref.conformance.oracles.values import each, product, weight
-from bnbref.quant_state import BLOB, QuantState
+from bnbref.quant_state import QuantState
+from bnbref.state_fields import BLOB
 
 
 def dequantize_blockwise(
