@@ -6,6 +6,7 @@ What a function that runs a command returns and raises: `bnbref.conformance.comm
 import argparse
 import importlib.util
 import inspect
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,8 @@ def run_qlora(args: argparse.Namespace) -> int:
     if not args.lr > 0:
         raise Refused(f"--lr must be positive, got {args.lr}")
     writable(args.plot)
+    # peft reads an attribute of the model by the name that it had in older versions of transformers.
+    warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
     from bnbref.demo import MODEL
     from bnbref.info import compute_dtype, default_device
     from bnbref.integrations.hf.qlora import ATTENTION, dataset_text, qlora
