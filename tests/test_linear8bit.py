@@ -40,6 +40,16 @@ def product(x, layer):
 # ---- the product ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("threshold", [0.0, 6.0])
+def test_an_outlier_in_one_row_ties_the_rows_of_a_batch(threshold):
+    """The column of the outlier is multiplied in floats for all rows. Without outliers a row does not depend on the others."""
+    layer = linear8(threshold=threshold)
+    quiet, loud = inputs(1, 64), inputs(1, 64, seed=1)
+    loud[0, 3] = 30.0
+    together, alone = layer(torch.cat([quiet, loud]))[:1], layer(quiet)
+    assert (raw(together) == raw(alone)) == (threshold == 0)
+
+
 @given(
     layer=linear8_layers(), shape=st.sampled_from([(), (1,), (5,), (0,), (2, 3), (2, 0), (1, 2, 3)]),
     dtype=st.sampled_from([F32, BF16, F16]),

@@ -25,7 +25,7 @@ SAID = re.compile(r"held-out perplexity ([\d.]+) before, ([\d.]+) after")
 TEXT = Path(json.__file__).read_text(encoding="utf-8")[:3500]  # Python source, which the model does not write
 
 
-def test_the_command_lowers_held_out_perplexity(capsys, tmp_path):
+def test_the_command_lowers_held_out_perplexity(capsys, tmp_path, recwarn):
     text, out = tmp_path / "mine.txt", tmp_path / "adapter"
     text.write_text(TEXT, encoding="utf-8")
     arguments = ["--steps", "5", "--batch", "4", "--length", "32", "--lr", "5e-3"]
@@ -34,6 +34,7 @@ def test_the_command_lowers_held_out_perplexity(capsys, tmp_path):
     assert cli.main(["qlora", "--text", str(text), "--out", str(out), *arguments]) == 0
     before, after = map(float, SAID.search(capsys.readouterr().out).groups())
     assert after < before
+    assert not [str(w.message) for w in recwarn if w.category is FutureWarning]
     settings = peft.LoraConfig.from_pretrained(out)
     assert (settings.r, settings.target_modules) == (16, {"q_proj", "k_proj", "v_proj", "o_proj"})
     assert (out / "adapter_model.safetensors").stat().st_size < 2**20

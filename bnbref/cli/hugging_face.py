@@ -7,6 +7,7 @@ import argparse
 import importlib.util
 import inspect
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,8 @@ def run_qlora(args: argparse.Namespace) -> int:
     if not 0 < args.lr < math.inf:
         raise Refused(f"--lr must be positive and finite, got {args.lr}")
     drawable(args.plot)
+    # peft reads an attribute of the model by the name that it had in older versions of transformers.
+    warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
     from bnbref.demo import MODEL
     from bnbref.info import compute_dtype, default_device
     from bnbref.integrations.hf.qlora import ATTENTION, dataset_text, qlora

@@ -32,6 +32,11 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 HELD_OUT = 10
 """Every tenth window."""
 
+CHECKPOINTING = (
+    "activation_checkpointing" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient_checkpointing"
+)
+"""What this version of transformers calls it that activations are computed again in the backward pass."""
+
 
 @dataclass(frozen=True)
 class Finetuned:
@@ -97,14 +102,15 @@ def qlora(
     folder.mkdir(parents=True, exist_ok=True)
     parts = windows(AutoTokenizer.from_pretrained(model), text, length)
     base = load(model, device, dtype)
-    base = prepare_model_for_kbit_training(base)  # norms in float32, gradient checkpointing
+    # Norms in float32. Checkpointing is left to Trainer, which calls it by its name of today.
+    base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
     layers = targets if isinstance(targets, str) else list(targets)
     settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers, task_type="CAUSAL_LM")
     adapted = get_peft_model(base, settings)
     args = TrainingArguments(
         output_dir=str(folder), max_steps=steps, per_device_train_batch_size=batch, per_device_eval_batch_size=batch,
-        learning_rate=lr, lr_scheduler_type="cosine", warmup_steps=steps // 10, gradient_checkpointing=True,
-        logging_steps=1, save_strategy="no", report_to=[], use_cpu=device is not None and device.type == "cpu",
+        learning_rate=lr, lr_scheduler_type="cosine", warmup_steps=steps // 10, logging_steps=1,
+        save_strategy="no", report_to=[], use_cpu=device is not None and device.type == "cpu", **{CHECKPOINTING: True},
     )  # fmt: skip
     trainer = Trainer(
         model=adapted,

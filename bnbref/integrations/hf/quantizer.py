@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION, HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
-from transformers.utils import is_peft_available
+from transformers.utils import is_accelerate_available, is_peft_available
 
 from bnbref.checkpoint import keys
 from bnbref.integrations.hf.config import METHOD, BnbRefConfig, dtype_of
@@ -185,6 +185,10 @@ class BnbRefHfQuantizer(HfQuantizer):  # type: ignore[misc]
         layers = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, QuantizedLayer)]
         model._weight_conversions = [c for c in self.conversions if not undone_on_saving(c, [*quantized, *layers])]
         set_flags(model)
+        if is_accelerate_available():
+            from bnbref.integrations.hf.accelerate import adapt_accelerate
+
+            adapt_accelerate()
         if is_peft_available():
             from bnbref.integrations.hf.peft import adapt_peft
 

@@ -1,0 +1,62 @@
+"""accelerate's `load_checkpoint_and_dispatch` with a device_map, which sets one tensor of a file at a time.
+
+A quantized weight is several tensors. So accelerate would cast the floats of a file to codes, keep the old scales beside new
+codes, or fail at the name of the scales. It is refused here before a quantized weight is changed. Without a device_map
+accelerate calls `load_state_dict`, which reads a quantized weight whole.
+"""
+
+import functools
+from typing import Any
+
+from torch import Tensor, nn
+
+from bnbref.nn.quantized_layer import QuantizedLayer
+from bnbref.nn.quantized_parameter import QuantizedParameter
+
+
+def layer_of(model: nn.Module, name: str) -> Any:
+    """The quantized layer whose weight, or what is beside it, has this name in a state dict. None if there is none.
+
+    >>> from bnbref.nn import Linear4bit
+    >>> layer_of(nn.Sequential(Linear4bit(8, 8)), "0.weight.absmax")
+    Linear4bit(in_features=8, out_features=8, bias=True)
+    """
+    module, rest = model, name
+    while "." in rest and not isinstance(module, QuantizedLayer):
+        part, _, rest = rest.partition(".")
+        child = getattr(module, part, None)
+        if not isinstance(child, nn.Module):
+            return None
+        module = child
+    return module if isinstance(module, QuantizedLayer) and module._is_of_weight(rest) else None
+
+
+def whole(original: Any) -> Any:
+    """accelerate's `set_module_tensor_to_device`, which raises ValueError where it would set a part of a quantized weight."""
+
+    @functools.wraps(original)
+    def set_module_tensor_to_device(
+        module: nn.Module, tensor_name: str, device: Any, value: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> None:
+        # On meta nothing is loaded: accelerate does that to a weight that it has offloaded.
+        layer = None if value is None or str(device) == "meta" else layer_of(module, tensor_name)
+        if layer is not None and isinstance(layer.weight, QuantizedParameter):
+            codes = isinstance(value, Tensor) and not value.is_floating_point()
+            # accelerate passes the scales of int8 codes with them.
+            if layer.weight.holds_codes() or (codes and kwargs.get("fp16_statistics") is None):
+                raise ValueError(
+                    f"{tensor_name} is a part of a quantized weight, which accelerate cannot set by itself: call "
+                    f"load_checkpoint_and_dispatch without device_map, or from_pretrained with it"
+                )
+        original(module, tensor_name, device, value, *args, **kwargs)
+
+    return set_module_tensor_to_device
+
+
+@functools.cache
+def adapt_accelerate() -> None:
+    """Let accelerate refuse to set a part of a quantized weight when it loads a checkpoint. Once."""
+    # accelerate.hooks, which moves weights that are offloaded, has its own reference to the function, which stays as it is.
+    from accelerate.utils import modeling
+
+    modeling.set_module_tensor_to_device = whole(modeling.set_module_tensor_to_device)

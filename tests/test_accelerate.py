@@ -1,0 +1,48 @@
+"""accelerate's `load_checkpoint_and_dispatch` into a quantized model: whole, or refused."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from bnbref import BnbRefConfig
+
+transformers = pytest.importorskip("transformers")
+accelerate = pytest.importorskip("accelerate")
+
+pytestmark = pytest.mark.usefixtures("eager")
+FIXTURES = Path(__file__).parent / "fixtures" / "checkpoints"
+PLAIN = {"nf4": "nf4_nested", "int8": "int8"}
+
+
+@pytest.fixture(scope="module", params=PLAIN)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def model(kind):
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        FIXTURES / "base", quantization_config=BnbRefConfig(kind), dtype=torch.bfloat16, device_map={"": "cpu"}
+    )
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_part_of_a_quantized_weight_is_refused_and_nothing_changes(quantized, kind, model):
+    file = FIXTURES / (PLAIN[kind] if quantized else "base") / "model.safetensors"
+    layers = {name: value.clone() for name, value in model.state_dict().items() if "_proj" in name}
+    with pytest.raises(ValueError, match=r"_proj\.weight.* is a part of a quantized weight.* without device_map"):
+        accelerate.load_checkpoint_and_dispatch(model, str(file), device_map={"": "cpu"})
+    after = model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in layers.items())
+
+
+def test_without_a_device_map_a_file_is_loaded_whole(kind, model):
+    file = FIXTURES / PLAIN[kind] / "model.safetensors"
+    want = {name: value.clone() for name, value in model.state_dict().items()}
+    other = transformers.AutoModelForCausalLM.from_config(model.config, dtype=torch.bfloat16).state_dict()
+    name = "model.layers.0.mlp.up_proj.weight"
+    model.load_state_dict({name: other[name]}, strict=False)
+    assert not torch.equal(model.state_dict()[name], want[name])
+    loaded = accelerate.load_checkpoint_and_dispatch(model, str(file))
+    assert torch.equal(loaded.state_dict()[name], want[name])
