@@ -3,11 +3,12 @@
 A ratio is above 1 where bnbref is better. Contenders beside each other are always of one run.
 """
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
-from measured import lines, results, source, table
+from measured import ROOT, lines, results, source, table
 
 GPU = "nvidia-h100-80gb-hbm3"
 OTHERS = ("bitsandbytes", "bf16")
@@ -257,7 +258,41 @@ def all_weights() -> str:
     return lines(["", "GPUs", "tokens/s", "peak GB of a GPU"], cells)
 
 
+def written() -> str:
+    """What Inductor and ptxas make of each kernel for an H100: the least and the most of its variants."""
+    text = (ROOT / "benchmarks/results/written-h100.jsonl").read_text(encoding="utf-8")
+    by_kernel: dict[str, list[Row]] = {}
+    for variant in map(json.loads, text.splitlines()):
+        name = variant["kernel"]
+        if name == "quantize_int8_rows":
+            name += ", threshold 0" if " 0.0 " in variant["variant"] else ", above 0"
+        by_kernel.setdefault(name, []).append(variant)
+
+    def span(values: Iterable[int]) -> str:
+        least, *_, most = sorted({*values}) * 2
+        return f"{least}" if least == most else f"{least} to {most}"
+
+    def widest(variant: Row, operation: str) -> int:
+        return max(int(bits) for made in variant["made"] for bits in made[operation])
+
+    cells = []
+    for name, variants in by_kernel.items():
+        made = [made for variant in variants for made in variant["made"]]
+        special = sorted({f"`{word.removesuffix('.f32')}`" for each in made for word in each["floats"]})
+        cells.append([
+            name, f"{len(variants)}", span(len({each["kernel"] for each in v["made"]}) for v in variants),
+            span(each["registers"] for each in made), f"{sum(each['stack'] > 0 for each in made)} of {len(made)}",
+            *(span(widest(v, operation) for v in variants) for operation in ("loads", "stores")), ", ".join(special) or "—",
+        ])  # fmt: skip
+    head = [
+        "kernel", "variants", "kernels in each", "registers", "configurations that spill", "widest load, bits", "widest store",
+        "besides sums and products",
+    ]  # fmt: skip
+    return lines(head, cells)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "gpu-written": written,
     "gpu-bandwidth": bandwidth,
     "gpu-shares": shares,
     "gpu-products": products,

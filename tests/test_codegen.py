@@ -73,6 +73,7 @@ CLAIMS = {
     "dequantize_nested": Claim(load=64),
     # Rows of any length: Triton does not know where they begin, and loads element by element.
     "quantize_int8_rows bfloat16 0.0": Claim(load=16, store=32, instructions=DIVIDES),
+    "quantize_int8_rows float16 0.0": Claim(load=16, store=32, instructions=DIVIDES),
     "quantize_int8_rows float32 0.0": Claim(load=32, store=32, instructions=DIVIDES),
     # Which columns hold an outlier is known only after all rows, and every code depends on it.
     "quantize_int8_rows": Claim(kernels=3, load=8, store=8, instructions=DIVIDES),
