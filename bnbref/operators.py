@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, library
 
 from bnbref import int8
+from bnbref.blockwise import check_device
 from bnbref.codebooks import FOUR_BIT, Codebook, four_bit
-from bnbref.context import plain, undisturbed
+from bnbref.context import plain, undisturbed, without_autocast
 from bnbref.fourbit_product import gradients_4bit, product_4bit
 from bnbref.int8_product import gradients_8bit, product_8bit
 from bnbref.kernels import compile_enabled
@@ -105,13 +106,17 @@ def _are_of(
 def _(a: Tensor, bias: Tensor | None, in_order: bool, packed: Tensor, *state: Any) -> Tensor:
     weight = _weight(packed, *state)
     product = None if in_order or not undisturbed(a) or not compile_enabled() else weight.find_or_prepare(a, bias)
-    return product_4bit(a, weight, bias, in_order) if product is None else product(a, bias)
+    if product is not None:
+        return product(a, bias)
+    with without_autocast(a):  # which a graph has applied
+        return product_4bit(a, weight, bias, in_order)
 
 
 @library.register_fake("bnbref::linear_4bit", lib=_operators)  # type: ignore[untyped-decorator]
 def _(
     a: Tensor, bias: Tensor | None, in_order: bool, packed: Tensor, absmax: Tensor, second: Any, shape: Any, *rest: Any
 ) -> Tensor:
+    check_device("A", a, B=packed, bias=bias)
     return a.new_empty(*a.shape[:-1], shape[0] if a.shape[-1] == shape[1] else shape[1])
 
 
@@ -168,7 +173,8 @@ def _(
 
 
 @library.register_fake("bnbref::linear_8bit", lib=_operators)  # type: ignore[untyped-decorator]
-def _(a: Tensor, weight: Tensor | None, codes: Tensor, *rest: Any) -> Tensor:
+def _(a: Tensor, weight: Tensor | None, codes: Tensor, absmax: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+    check_device("A", a, B=codes, bias=bias)
     return a.new_empty(*a.shape[:-1], codes.shape[0])
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bnbref import int8
 from bnbref.arguments import checked
-from bnbref.blockwise import check_device, check_float, into
+from bnbref.blockwise import FLOATS, check_device, check_float, into
 from bnbref.context import (
     as_autocast,
     differentiated,
@@ -82,11 +82,29 @@ def matmul_4bit(
     return result if out is None else into("out", out, result)
 
 
-def graph_product_4bit(A: Tensor, B: Tensor, arguments: tuple[Any, ...], bias: Tensor | None) -> Tensor:
-    """`matmul_4bit` in somebody's graph, of a layer's weight `[n, k]` whose `operator_arguments` are known."""
-    A, bias = _checked_4bit(A, B, arguments[2], bias)
-    with without_autocast(A):
-        return _operator_4bit(A, bias, B, arguments, own=True)
+def is_fit(x: Tensor, scales: Tensor, bias: Tensor | None, n: int, k: int) -> bool:
+    """Whether x and bias are plainly what a layer `[n, k]` with these scales takes, so that nothing has to be checked in a graph.
+
+    Dynamo traces every line for each layer of a model: the checks that name what is wrong take it as long as all the rest.
+    """
+    fit = x.dtype in FLOATS and x.layout == torch.strided and x.shape[-1:] == (k,) and x.device == scales.device
+    return fit and (bias is None or (bias.shape == (n,) and bias.device == scales.device))
+
+
+def graph_product_4bit(
+    x: Tensor, packed: Tensor, arguments: tuple[Any, ...], bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """`matmul_4bit` in somebody's graph, in a dtype, of a layer's weight whose `operator_arguments` are known and `is_fit`."""
+    kind = x.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+    given = x.dtype
+    # A cast that changes nothing would be a node of the graph all the same, through all passes of its compilation.
+    a = x if given == dtype else x.to(dtype)
+    if bias is not None and bias.dtype != dtype:
+        bias = bias.to(dtype)
+    y = _operator_4bit(a, bias, packed, arguments, own=True)
+    return y if given == dtype else y.to(given)
 
 
 def _checked_4bit(A: Tensor, B: Tensor, shape: Sequence[int], bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -195,7 +213,8 @@ def matmul(
     threshold = threshold if threshold > 0 else state.threshold
     memory = plain(B)
     check_float("A", A)
-    check_device("A", A, B=memory, bias=bias)
+    with torch._C.DisableTorchFunctionSubclass():  # Dynamo takes what was detached from a parameter for one still
+        check_device("A", A, B=memory, bias=bias)
     weight: Tensor | None = None
     if memory.dtype != torch.int8:
         weight = check_float("B", B)
@@ -223,9 +242,6 @@ def matmul(
 
 
 def graph_product_8bit(A: Tensor, B: Tensor, absmax: Tensor, threshold: float, bias: Tensor | None) -> Tensor:
-    """`matmul` in somebody's graph, of a layer's int8 weight whose absmax is known."""
-    check_float("A", A)
-    _check_bias(bias, B.shape[0])
+    """`matmul` in somebody's graph, of a layer's int8 weight whose absmax is known and `is_fit`."""
     with torch._C.DisableTorchFunctionSubclass():
-        check_device("A", A, B=B, bias=bias)
         return torch.ops.bnbref.linear_8bit(A, None, B, absmax, bias, threshold, True)  # type: ignore[no-any-return]

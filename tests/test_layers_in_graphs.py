@@ -344,6 +344,67 @@ def test_dynamo_passes_over_a_layer(make):
 
 
 @pytest.mark.parametrize("make", [layer_4bit, layer_8bit])
+def test_a_layer_is_one_node_of_a_graph(make):
+    """Every other one, as a cast to the dtype that x has, goes through all passes of a compilation, for each layer of a model."""
+    torch.compiler.reset()
+    graphs, layer = [], make()
+    layer.bias = None
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    with torch.no_grad(), bnbref.eager():
+        torch.compile(layer, backend=backend, fullgraph=True)(torch.ones(2, K, dtype=BF16))
+    (graph,) = graphs
+    assert [str(node.target) for node in graph.graph.nodes if node.op.startswith("call")] in (
+        ["bnbref.linear_4bit"],
+        ["bnbref.linear_8bit"],
+    )
+
+
+@pytest.mark.parametrize("make", [layer_4bit, layer_8bit])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float64], ids=str)
+def test_a_graph_under_autocast(make, backend, dtype):
+    torch.compiler.reset()
+    layer, x = make(), torch.ones(2, K, dtype=dtype)
+    if make is layer_8bit and dtype == torch.float64:
+        pytest.skip("an int8 product takes no float64")
+    graph = torch.compile(layer, backend=backend, fullgraph=True)
+    with torch.no_grad(), bnbref.eager(), torch.autocast("cpu", dtype=torch.float16):
+        assert same_bits(graph(x), layer(x))
+
+
+@pytest.mark.parametrize(("make", "x", "said"), [
+    (layer_4bit, torch.ones(2, K + 1), f"x must be .*{K}"),
+    (layer_8bit, torch.ones(2, K + 1), f"x must be .*{K}"),
+    (layer_8bit, torch.ones(2, K, dtype=torch.float64), "A must be float32, float16 or bfloat16"),
+    (layer_4bit, torch.ones(2, K, device="meta"), "must be on the device of A, meta"),
+    (layer_8bit, torch.ones(2, K, device="meta"), "must be on the device of A, meta"),
+])  # fmt: skip
+def test_what_a_layer_refuses_a_graph_refuses_in_the_same_words(make, x, said):
+    torch.compiler.reset()
+    layer = make()
+    graph = torch.compile(layer, backend="eager")
+    with torch.no_grad(), bnbref.eager():
+        for call in (layer, graph):
+            with pytest.raises(ValueError, match=said):
+                call(x)
+
+
+def test_an_int8_layer_whose_weight_lost_its_scales_is_one_graph():
+    """FSDP replaces a weight by one without attributes, and the layer remembers the scales."""
+    torch.compiler.reset()
+    layer, x = layer_8bit(), torch.ones(2, K, dtype=BF16)
+    with torch.no_grad(), bnbref.eager():
+        want = layer(x)
+        layer.weight = Int8Params(layer.weight.data, requires_grad=False)
+        assert layer._known is None
+        assert same_bits(torch.compile(layer, backend="eager", fullgraph=True)(x), want)
+
+
+@pytest.mark.parametrize("make", [layer_4bit, layer_8bit])
 def test_equal_blocks_share_a_graph(make):
     """As the blocks of a model that are compiled one by one."""
     torch.compiler.reset()

@@ -123,8 +123,9 @@ class EightBitLayer(QuantizedLayer):
         self.__dict__["_known"] = None
         if isinstance(weight, Int8Params) and _scales_of(weight) is not None:
             self._remembered = weight.SCB
-            self.__dict__["_known"] = weight.owner.known
-            graph_arguments.fill(weight.owner.known, (weight.SCB,))
+            if weight.dtype == torch.int8:
+                self.__dict__["_known"] = weight.owner.known
+                graph_arguments.fill(weight.owner.known, (weight.SCB,))
 
     def _restore(self, weight: nn.Parameter) -> None:
         if hasattr(weight, "SCB"):

@@ -28,6 +28,7 @@ from bnbref.products import (
     graph_product_4bit,
     graph_product_8bit,
     in_graph,
+    is_fit,
     matmul,
     matmul_4bit,
     prepared_product,
@@ -108,11 +109,11 @@ class Linear4bit(FourBitLayer, nn.Linear):
         last size than in_features.
         """
         weight, bias = self.weight, self.bias
-        if in_graph() and isinstance(weight, Params4bit) and x.is_floating_point():
+        if in_graph() and isinstance(weight, Params4bit):
             known = arguments_of(self._known)
-            computed = x.dtype if self._compute == "None" else DTYPES.get(self._compute)
-            if known is not None and computed is not None and x.shape[-1:] == (self.in_features,):
-                return graph_product_4bit(x.to(computed), weight, known, bias).to(x.dtype)
+            dtype = x.dtype if self._compute == "None" else DTYPES.get(self._compute)
+            if known is not None and dtype and is_fit(x, known[0], bias, self.out_features, self.in_features):
+                return graph_product_4bit(x, weight, known, bias, dtype)
         state = state_of(self)
         if isinstance(x, Tensor) and x.is_floating_point():
             dtype = x.dtype if self.compute_dtype is None else self.compute_dtype
@@ -230,13 +231,15 @@ class Linear8bitLt(EightBitLayer, nn.Linear):
 
         Raises RuntimeError if the int8 weight has no scales, ValueError if x has another last size than in_features.
         """
+        weight, bias = self.weight, self.bias
+        if in_graph() and isinstance(weight, Int8Params):
+            known, settings = arguments_of(self._known), self._settings
+            fit = known is not None and is_fit(x, known[0], bias, self.out_features, self.in_features)
+            if fit and known is not None and settings is not None:
+                return graph_product_8bit(x, weight, known[0], settings["threshold"], bias)
         if not isinstance(x, Tensor) or x.shape[-1:] != self.weight.shape[-1:]:
             check_tensors(x=x)
             raise ValueError(f"x must be [..., {self.weight.shape[-1]}] for {self}, got {tuple(x.shape)}")
-        if in_graph() and isinstance(self.weight, Int8Params) and self.weight.dtype == torch.int8:
-            known, settings = arguments_of(self._known), self._settings
-            if known is not None and settings is not None:
-                return graph_product_8bit(x, self.weight, known[0], settings["threshold"], self.bias)
         weight, threshold = plain(self.weight), self.state.threshold
         if weight.dtype != torch.int8:
             return matmul(x, self.weight, threshold=threshold, bias=self.bias)
