@@ -95,12 +95,12 @@ def graph_product_4bit(
     x: Tensor, packed: Tensor, arguments: tuple[Any, ...], bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """`matmul_4bit` in somebody's graph, in a dtype, of a layer's weight whose `operator_arguments` are known and `is_fit`."""
-    kind = x.device.type
-    if kind != "meta" and torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-    given = x.dtype
+    given, kind = x.dtype, x.device.type
     # A cast that changes nothing would be a node of the graph all the same, through all passes of its compilation.
     a = x if given == dtype else x.to(dtype)
+    if kind != "meta" and torch.is_autocast_enabled(kind) and dtype != torch.get_autocast_dtype(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        a = a.to(dtype)
     if bias is not None and bias.dtype != dtype:
         bias = bias.to(dtype)
     y = _operator_4bit(a, bias, packed, arguments, own=True)
