@@ -368,7 +368,7 @@ def test_a_layer_is_one_node_of_a_graph(make):
 @pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float64], ids=str)
 def test_a_graph_under_autocast(make, backend, dtype):
     torch.compiler.reset()
-    # float32 is rounded twice, to compute_dtype, then to autocast's. Nothing reaches the threshold: outliers' sums are bounded only.
+    # float32 is rounded twice, to compute_dtype, then to autocast's. Nothing is an outlier: their sums are bounded only.
     layer, x = make(), floats(1).clamp(-1.9, 1.9).to(dtype)
     if make is layer_8bit and dtype == torch.float64:
         pytest.skip("an int8 product takes no float64")
