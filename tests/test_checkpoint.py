@@ -262,7 +262,7 @@ def test_what_cannot_be_written_is_refused(tmp_path):
 quantize must be 'nf4', 'fp4' or 'int8', got 'nf5'
 blocksize must be a power of two from 32 to 4096 (bitsandbytes reads no other), got 100
 where must select some of the 1 tensors, got none
-w: a weight of shape (1,) cannot become nf4: its dtype must be float32, float16 or bfloat16, got torch.int64
+w: a weight of shape (2,) cannot become nf4: its dtype must be float32, float16 or bfloat16, got torch.int64
 w: a weight of shape (1,) cannot become nf4: 1 of its elements are NaN or infinite
 w: quant_storage torch.float32 has 4 bytes, which do not divide the 2 bytes of 4 packed elements
 w must be 2 bytes [bytes / itemsize, 1] of uint8 or floats for the shape [2, 2], got 2 bytes, int16 [1, 1]

@@ -805,7 +805,8 @@ def low_first(x, blocksize, quant_type):
 
 def test_one_cause_is_told_once_and_what_is_not_implemented_is_no_failure():
     backend = Backend("mine", {"quantize_4bit": low_first})
-    results = judge.run(backend, [c for c in STORED if c.operation == "quantize_4bit"], CPU)
+    cases = [c for c in STORED if c.operation == "quantize_4bit" and c.dtype == "float32"]
+    results = judge.run(backend, cases, CPU)
     assert {r.status for r in results if r.case.params["quant_type"] == "fp4"} <= {"not implemented", "refused"}
     done = report.report(backend, CPU, results)
     told = [together for together in findings.by_cause(done.findings) if together[0].follows]
@@ -1025,10 +1026,11 @@ def test_commands_that_cannot_be_run(argv, message, capsys):
     assert message in error
 
 
-def answers(operation, change=lambda line: line):
-    """What a program that uses the reference would print."""
+def answers(operation, wrong=None):
+    """What a program that uses the reference would print, which has other last elements in a case if that is to be wrong."""
     lines = []
     for case in of(operation):
+        change = last_word_changed if case.id == wrong else str
         lines.append(f"case {case.id}")
         lines += [change(tensor_line(name, expected.value)) for name, expected in case.expected.items()]
         lines.append("end")
@@ -1048,8 +1050,8 @@ def last_word_changed(line):
 def test_answers_through_the_pipe(operation, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO(answers(operation)))
     assert main(["vectors", "check", operation]) == 0
-    wrong = answers(operation, last_word_changed)
-    monkeypatch.setattr(sys, "stdin", io.StringIO(wrong))
+    strict = [case for case in of(operation) if all(expected.free is None for expected in case.expected.values())]
+    monkeypatch.setattr(sys, "stdin", io.StringIO(answers(operation, wrong=strict[-1].id)))
     assert main(["vectors", "check", operation]) == 1
     capsys.readouterr()
 
