@@ -87,7 +87,8 @@ def is_fit(x: Tensor, scales: Tensor, bias: Tensor | None, n: int, k: int) -> bo
 
     Dynamo traces every line for each layer of a model: the checks that name what is wrong take it as long as all the rest.
     """
-    fit = x.dtype in FLOATS and x.layout == torch.strided and x.shape[-1:] == (k,) and x.device == scales.device
+    fit = isinstance(x, Tensor) and x.dtype in FLOATS and x.layout == torch.strided
+    fit = fit and x.shape[-1:] == (k,) and x.device == scales.device
     return fit and (bias is None or (bias.shape == (n,) and bias.device == scales.device))
 
 

@@ -4,6 +4,7 @@ the layer computes. And Dynamo passes over a layer in its checks, as over a floa
 import contextlib
 import copy
 import fractions
+import functools
 import gc
 import pickle
 import re
@@ -392,6 +393,43 @@ def test_what_a_layer_refuses_a_graph_refuses_in_the_same_words(make, x, said):
         for call in (layer, graph):
             with pytest.raises(ValueError, match=said):
                 call(x)
+
+
+@pytest.mark.parametrize("make", [functools.partial(Linear4bit, K, N), layer_4bit, layer_8bit])
+def test_a_graph_refuses_what_is_no_tensor(make):
+    torch.compiler.reset()
+    with torch.no_grad(), bnbref.eager(), pytest.raises(TypeError, match=r"x must be a torch\.Tensor"):
+        torch.compile(make().to(DEVICE), backend="eager")([1.0] * K)
+
+
+@pytest.mark.parametrize(("n", "k", "said"), [(N - 1, K, rf"bias must be \[{N - 1}\]"), (N, K // 2, "x must be")])
+def test_an_int8_weight_of_another_shape_is_refused_in_a_graph_too(n, k, said):
+    torch.compiler.reset()
+    layer = layer_8bit()
+    layer.bias = nn.Parameter(torch.zeros(N))
+    layer.weight = Int8Params(floats(0)[:n, :k], requires_grad=False).to(DEVICE)
+    graph = torch.compile(layer, backend="eager")
+    with torch.no_grad(), bnbref.eager():
+        for call in (layer, graph):
+            with pytest.raises(ValueError, match=said):
+                call(torch.ones(2, K))
+
+
+@pytest.mark.parametrize("make", [weight_4bit, weight_8bit])
+def test_what_a_weight_is_asked_outside_of_a_graph(make):
+    """Dynamo gives up the function, and tries what is called in it: each question would have the answer of the first one."""
+    torch.compiler.reset()
+    weight = make(0)
+    want = weight.dtype, weight.shape, weight.device, weight.is_contiguous(), weight.is_floating_point()
+
+    def asked(x):
+        torch._dynamo.graph_break()
+        for _ in range(1):  # a break in a loop, for which the function is given up
+            torch._dynamo.graph_break()
+            found = weight.dtype, weight.shape, weight.device, weight.is_contiguous(), weight.is_floating_point()
+        return x + 1, found
+
+    assert torch.compile(asked, backend="eager")(torch.ones(2))[1] == want
 
 
 def test_an_int8_layer_whose_weight_lost_its_scales_is_one_graph():

@@ -93,6 +93,22 @@ class Watched:
         )
 
 
+def _leave_to_python(function: Callable[..., Any]) -> None:
+    """Tells Dynamo not to compile a function by itself; inside of a graph it still traces it.
+
+    `torch._dynamo.skip` does the same, but imports torch._dynamo.
+    """
+    from torch._C._dynamo import eval_frame
+
+    strategy = eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, eval_frame._FrameAction.DEFAULT)
+    eval_frame.set_code_exec_strategy(function.__code__, strategy)
+
+
+# Where Dynamo gives up a function that uses a weight, it tries those that are called in it one by one. Compiled by itself, this
+# one is wrong: no guard looks at `func`, so that what was compiled for the dtype of a weight also answers for its shape.
+_leave_to_python(Watched.__torch_function__)
+
+
 class Codes(Watched, Tensor):
     """The codes of a quantized weight, detached from it, with its scales. A copy or a pickle of them is a plain tensor."""
 

@@ -123,7 +123,7 @@ class EightBitLayer(QuantizedLayer):
         self.__dict__["_known"] = None
         if isinstance(weight, Int8Params) and _scales_of(weight) is not None:
             self._remembered = weight.SCB
-            if weight.dtype == torch.int8:
+            if weight.dtype == torch.int8 and weight.shape == self._shape():
                 self.__dict__["_known"] = weight.owner.known
                 graph_arguments.fill(weight.owner.known, (weight.SCB,))
 

@@ -111,9 +111,10 @@ class Linear4bit(FourBitLayer, nn.Linear):
         weight, bias = self.weight, self.bias
         if in_graph() and isinstance(weight, Params4bit):
             known = arguments_of(self._known)
-            dtype = x.dtype if self._compute == "None" else DTYPES.get(self._compute)
-            if known is not None and dtype and is_fit(x, known[0], bias, self.out_features, self.in_features):
-                return graph_product_4bit(x, weight, known, bias, dtype)
+            if known is not None and is_fit(x, known[0], bias, self.out_features, self.in_features):
+                dtype = x.dtype if self._compute == "None" else DTYPES.get(self._compute)
+                if dtype is not None:
+                    return graph_product_4bit(x, weight, known, bias, dtype)
         state = state_of(self)
         if isinstance(x, Tensor) and x.is_floating_point():
             dtype = x.dtype if self.compute_dtype is None else self.compute_dtype
