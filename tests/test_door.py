@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 import warnings
 from pathlib import Path
 from unittest import mock
@@ -710,25 +709,33 @@ def test_first_calls_of_a_process_in_threads():
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
 @pytest.mark.filterwarnings("ignore:.*fork")
-def test_a_fork_waits_for_a_first_call_in_another_thread():
-    """The child has no such thread, and would wait for it for ever."""
-    compiling = threading.Event()
+def test_a_fork_while_another_thread_compiles():
+    """Neither waits for the other: the thread may need a lock that the fork holds, and in the child there is no such thread."""
+    compiling, forked = threading.Event(), threading.Event()
 
-    def compile_for_a_while():
+    def compile_until_the_fork():
         with door._first_calls:
             compiling.set()
-            time.sleep(0.2)
+            forked.wait(10)
 
-    thread = threading.Thread(target=compile_for_a_while)
+    thread = threading.Thread(target=compile_until_the_fork)
     thread.start()
     compiling.wait()
     child = os.fork()
     if child == 0:
-        os._exit(0 if door._first_calls.acquire(blocking=False) else 1)
+        try:
+            with pytest.warns(UserWarning, match="uncompiled on cpu: this process was forked while another thread"):
+                packed, absmax = fourbit.quantize(ramp(64), fresh("forked"), 64)
+            with bnbref.eager():
+                want = fourbit.quantize(ramp(64), NF4, 64)
+            os._exit(0 if same_bits(packed, want[0]) and same_bits(absmax, want[1]) else 1)
+        finally:
+            os._exit(2)
+    assert thread.is_alive()
+    forked.set()
     thread.join()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert door._first_calls.acquire(blocking=False), "the parent has let go of it"
-    door._first_calls.release()
+    assert compiler.missing_compiler("cpu") is None, "of the parent"
 
 
 def test_more_threads_than_dynamo_would_recompile():

@@ -69,6 +69,11 @@ _failed: dict[str, str] = {}
 """Device types for which a compilation failed for a reason that was not in what was compiled, with that reason."""
 
 
+def give_up(why: str) -> None:
+    """From now on nothing is compiled, for this reason."""
+    _failed.update(dict.fromkeys(("cpu", "cuda", "xpu"), why))
+
+
 # What is no fault of a kernel: a folder, a triton of another version, a source of torch's that a locale in ASCII cannot read.
 _OUTSIDE = (ImportError, OSError, UnicodeDecodeError)
 _OF_INDUCTOR = ("CppCompileError", "InvalidCxxCompiler")  # by name, as torch._inductor may be what cannot be imported

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from bnbref.context import is_lazy, recorded_outside, traced, without_autocast
 from bnbref.kernels import formulations
-from bnbref.kernels.compiler import compiles, missing_compiler, remove_fragment, why_failed
+from bnbref.kernels.compiler import compiles, give_up, missing_compiler, remove_fragment, why_failed
 from bnbref.kernels.direct import call_layout
 from bnbref.kernels.formulations import Formulation
 from bnbref.kernels.modes import compile_enabled, inside_once
@@ -55,12 +55,25 @@ _PIECE = 2**20
 
 # One at a time: two threads cannot import torch's compiler at once, nor both exchange its `__call__` and put it back.
 _first_calls = threading.RLock()
+
+
+def _after_fork() -> None:
+    """In a process that was forked while another thread made a first call. This thread is gone, and would hold the lock, and
+    those of torch's compiler, for ever: so this process has a lock of its own, and compiles nothing.
+
+    The fork must not wait for the thread. The thread may need a lock that somebody else's handler of forks holds by then: that of
+    `filelock`, by which Inductor keeps its folder, or of a pool of threads.
+    """
+    global _first_calls
+    if _first_calls.acquire(blocking=False):
+        _first_calls.release()
+    else:
+        _first_calls = threading.RLock()
+        give_up("this process was forked while another thread of its parent compiled a kernel")
+
+
 if hasattr(os, "register_at_fork"):
-    # A process is forked when no other thread is in the middle of a first call: in the child that thread is gone, and would hold
-    # this lock, and Dynamo's, for ever.
-    os.register_at_fork(
-        before=_first_calls.acquire, after_in_parent=_first_calls.release, after_in_child=_first_calls.release
-    )
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 @functools.cache
