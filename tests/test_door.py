@@ -25,7 +25,7 @@ from bnbref import functional as F
 from bnbref.codebooks import DYNAMIC, NF4, Codebook, value_table
 from bnbref.kernels import REGISTRY, Kernel, compile_enabled, compiler, door, formulations, fused
 from bnbref.kernels.ordered import batch_invariant_enabled
-from bnbref.kernels.variants import Variants
+from bnbref.kernels.variants import Variants, _own_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -654,6 +654,18 @@ def test_whoever_switches_torchs_compiler_off_is_told_once(switch, said):
     assert not kernel.variants
     kernel(x)
     assert kernel.variants, "it is on again"
+
+
+def test_a_stance_that_is_set_while_another_thread_compiles_stays():
+    from torch._dynamo import eval_frame
+
+    before = eval_frame._stance
+    try:
+        with _own_settings():
+            torch.compiler.set_stance("eager_on_recompile")  # of the process, not of a thread
+        assert eval_frame._stance.stance == "eager_on_recompile"
+    finally:
+        eval_frame._stance = before
 
 
 # ---- threads --------------------------------------------------------------------------------------------------------

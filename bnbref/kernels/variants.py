@@ -100,13 +100,14 @@ def _own_settings() -> Iterator[None]:
     from torch._dynamo import eval_frame
     from torch._functorch import config
 
-    theirs = eval_frame._stance
-    eval_frame._stance = eval_frame.DynamoStance()  # `set_stance` raises where Dynamo watches the frames around ours
+    theirs, ours = eval_frame._stance, eval_frame.DynamoStance()
+    eval_frame._stance = ours  # `set_stance` raises where Dynamo watches the frames around ours
     try:
         with torch._dynamo.config.patch(_OF_DYNAMO), config.patch(_OF_AOT_AUTOGRAD):
             yield
     finally:
-        eval_frame._stance = theirs
+        if eval_frame._stance is ours:  # else somebody has set another one meanwhile, in another thread
+            eval_frame._stance = theirs
 
 
 def _signature(tensor: Tensor | None, dynamic: tuple[int, ...]) -> Any:
