@@ -18,8 +18,8 @@ def layer_of(model: nn.Module, name: str) -> Any:
     """The quantized layer whose weight, or what is beside it, has this name in a state dict. None if there is none.
 
     >>> from bnbref.nn import Linear4bit
-    >>> layer_of(nn.Sequential(Linear4bit(8, 8)), "0.weight.absmax")
-    Linear4bit(in_features=8, out_features=8, bias=True)
+    >>> type(layer_of(nn.Sequential(Linear4bit(8, 8)), "0.weight.absmax")).__name__
+    'Linear4bit'
     """
     module, rest = model, name
     while "." in rest and not isinstance(module, QuantizedLayer):
@@ -41,12 +41,16 @@ def whole(original: Any) -> Any:
         # On meta nothing is loaded: accelerate does that to a weight that it has offloaded.
         layer = None if value is None or str(device) == "meta" else layer_of(module, tensor_name)
         if layer is not None and isinstance(layer.weight, QuantizedParameter):
-            codes = isinstance(value, Tensor) and not value.is_floating_point()
-            # accelerate passes the scales of int8 codes with them.
-            if layer.weight.holds_codes() or (codes and kwargs.get("fp16_statistics") is None):
+            # accelerate passes the scales of int8 codes with them, if its file has them.
+            alone = (
+                isinstance(value, Tensor) and not value.is_floating_point() and kwargs.get("fp16_statistics") is None
+            )
+            held = layer.weight.holds_codes()
+            if held or alone:
+                what = "a part of a quantized weight" if held else "codes whose scales accelerate has not found"
                 raise ValueError(
-                    f"{tensor_name} is a part of a quantized weight, which accelerate cannot set by itself: call "
-                    f"load_checkpoint_and_dispatch without device_map, or from_pretrained with it"
+                    f"{tensor_name} is {what}, which cannot be set by itself: call load_checkpoint_and_dispatch without "
+                    f"device_map, or from_pretrained with it"
                 )
         original(module, tensor_name, device, value, *args, **kwargs)
 
