@@ -309,8 +309,7 @@ def test_any_codebook_goes_through_the_kernels(book, n, even):
     assert torch.equal(absmax, want_absmax)
 
 
-@given(codebooks(16), st.booleans())
-def test_a_format_that_is_added_is_judged_by_its_values(book, downwards):
+def judged_by_values(book, downwards):
     """second.py needs nothing but these for a format of the package: CONTRIBUTING, Adding a codebook."""
     mine = Codebook.nearest("added", book.values)
     if downwards and mine.values[0] < mine.values[-1]:
@@ -320,19 +319,35 @@ def test_a_format_that_is_added_is_judged_by_its_values(book, downwards):
     try:
         near = [np.nextafter(np.float32(t), np.float32(d)) for t in mine.thresholds for d in (np.inf, -np.inf)]
         x = np.array([*mine.thresholds, *near, *mine.values, 0.0, -0.0, np.nan, 1.0, 0.3], dtype=np.float32)
-        with (
-            bnbref.eager()
-        ):  # a kernel for each book would be minutes; that compiled is eager is proven for any book elsewhere
-            packed, absmax = fourbit.quantize(torch.from_numpy(x), mine, 16)
+        packed, absmax = fourbit.quantize(torch.from_numpy(x), mine, 16)
         want, scales = second.quantize_4bit("added", x, 16)
         assert packed.flatten().tolist() == want
         assert absmax.tolist() == scales.tolist()
         codes = second.unpack(want, len(x))
         decoded = second.dequantize(second.VALUES["added"], codes, scales, 16, torch.float32)
-        with bnbref.eager():
-            assert same_bits(fourbit.dequantize(packed, absmax, mine, 16, (len(x),), torch.float32), decoded)
+        assert same_bits(fourbit.dequantize(packed, absmax, mine, 16, (len(x),), torch.float32), decoded)
     finally:
         del second.FOUR_BIT["added"], second.VALUES["added"]
+
+
+@given(codebooks(16), st.booleans())
+def test_a_format_that_is_added_is_judged_by_its_values(book, downwards):
+    with bnbref.eager():
+        judged_by_values(book, downwards)
+
+
+@settings(max_examples=5)
+@given(codebooks(16), st.booleans())
+def test_a_format_that_is_added_is_judged_by_its_values_compiled(book, downwards):
+    """Each has kernels of its own, which take seconds to compile."""
+    judged_by_values(book, downwards)
+
+
+@pytest.mark.slow
+@settings(max_examples=50)
+@given(codebooks(16), st.booleans())
+def test_many_formats_that_are_added_are_judged_compiled(book, downwards):
+    judged_by_values(book, downwards)
 
 
 def test_two_to_256_values():
