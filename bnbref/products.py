@@ -82,20 +82,20 @@ def matmul_4bit(
     return result if out is None else into("out", out, result)
 
 
-def is_fit(x: Tensor, scales: Tensor, bias: Tensor | None, n: int, k: int) -> bool:
+def fits(x: Tensor, scales: Tensor, bias: Tensor | None, n: int, k: int) -> bool:
     """Whether x and bias are plainly what a layer `[n, k]` with these scales takes, so that nothing has to be checked in a graph.
 
     Dynamo traces every line for each layer of a model: the checks that name what is wrong take it as long as all the rest.
     """
-    fit = isinstance(x, Tensor) and x.dtype in FLOATS and x.layout == torch.strided
-    fit = fit and x.shape[-1:] == (k,) and x.device == scales.device
-    return fit and (bias is None or (bias.shape == (n,) and bias.device == scales.device))
+    plainly = isinstance(x, Tensor) and x.dtype in FLOATS and x.layout == torch.strided
+    plainly = plainly and x.shape[-1:] == (k,) and x.device == scales.device
+    return plainly and (bias is None or (bias.shape == (n,) and bias.device == scales.device))
 
 
 def graph_product_4bit(
     x: Tensor, packed: Tensor, arguments: tuple[Any, ...], bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """`matmul_4bit` in somebody's graph, in a dtype, of a layer's weight whose `operator_arguments` are known and `is_fit`."""
+    """`matmul_4bit` in somebody's graph, in a dtype, of a layer's weight that x `fits`. arguments: its `operator_arguments`."""
     given, kind = x.dtype, x.device.type
     # A cast that changes nothing would be a node of the graph all the same, through all passes of its compilation.
     a = x if given == dtype else x.to(dtype)
@@ -243,6 +243,6 @@ def matmul(
 
 
 def graph_product_8bit(A: Tensor, B: Tensor, absmax: Tensor, threshold: float, bias: Tensor | None) -> Tensor:
-    """`matmul` in somebody's graph, of a layer's int8 weight whose absmax is known and `is_fit`."""
+    """`matmul` in somebody's graph, of a layer's int8 weight that A `fits`."""
     with torch._C.DisableTorchFunctionSubclass():
         return torch.ops.bnbref.linear_8bit(A, None, B, absmax, bias, threshold, True)  # type: ignore[no-any-return]

@@ -25,10 +25,10 @@ from bnbref.nn.graph_arguments import arguments_of
 from bnbref.nn.params import Int8Params, Params4bit
 from bnbref.products import (
     MatmulLtState,
+    fits,
     graph_product_4bit,
     graph_product_8bit,
     in_graph,
-    is_fit,
     matmul,
     matmul_4bit,
     prepared_product,
@@ -111,7 +111,7 @@ class Linear4bit(FourBitLayer, nn.Linear):
         weight, bias = self.weight, self.bias
         if in_graph() and isinstance(weight, Params4bit):
             known = arguments_of(self._known)
-            if known is not None and is_fit(x, known[0], bias, self.out_features, self.in_features):
+            if known is not None and fits(x, known[0], bias, self.out_features, self.in_features):
                 dtype = x.dtype if self._compute == "None" else DTYPES.get(self._compute)
                 if dtype is not None:
                     return graph_product_4bit(x, weight, known, bias, dtype)
@@ -235,8 +235,8 @@ class Linear8bitLt(EightBitLayer, nn.Linear):
         weight, bias = self.weight, self.bias
         if in_graph() and isinstance(weight, Int8Params):
             known, settings = arguments_of(self._known), self._settings
-            fit = known is not None and is_fit(x, known[0], bias, self.out_features, self.in_features)
-            if fit and known is not None and settings is not None:
+            n, k = self.out_features, self.in_features
+            if known is not None and settings is not None and fits(x, known[0], bias, n, k):
                 return graph_product_8bit(x, weight, known[0], settings["threshold"], bias)
         if not isinstance(x, Tensor) or x.shape[-1:] != self.weight.shape[-1:]:
             check_tensors(x=x)

@@ -42,9 +42,8 @@ def whole(original: Any) -> Any:
         layer = None if value is None or str(device) == "meta" else layer_of(module, tensor_name)
         if layer is not None and isinstance(layer.weight, QuantizedParameter):
             # accelerate passes the scales of int8 codes with them, if its file has them.
-            alone = (
-                isinstance(value, Tensor) and not value.is_floating_point() and kwargs.get("fp16_statistics") is None
-            )
+            codes = isinstance(value, Tensor) and not value.is_floating_point()
+            alone = codes and kwargs.get("fp16_statistics") is None
             held = layer.weight.holds_codes()
             if held or alone:
                 what = "a part of a quantized weight" if held else "codes whose scales accelerate has not found"
