@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import library
 
 from bnbref.kernels import byte_permute
-from bnbref.kernels.byte_permute import dot8, lookup8, planes
+from bnbref.kernels.byte_permute import dot, lookup8, planes
+from bnbref.kernels.floats import floats_of_words, halves_of_words
 
 MASK = 0xFFFFFFFF
 
@@ -108,16 +109,47 @@ def test_the_plain_look_up_is_a_look_up():
         assert torch.equal(got, values[codes])
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+TENSORS = SimpleNamespace(
+    constant=lambda value, dtype: torch.tensor(value, dtype=dtype),
+    bitwise_left_shift=lambda a, b: a << b,
+    bitwise_right_shift=lambda a, b: a >> b,
+    to_dtype=lambda x, dtype, src_dtype: x.to(dtype),
+    to_dtype_bitcast=lambda x, dtype, source: x.view(dtype),
+)
+"""Operations of Inductor, on tensors."""
+
+
+def words(*shape):
+    return torch.randint(-(2**63), 2**63 - 1, shape)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_floats_are_taken_from_words(dtype):
+    """All patterns of 16 bits, and words at random: the numbers that lie in their memory."""
+    drawn = words(2**14) if dtype == torch.float32 else torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.int64)
+    want = drawn.view(dtype).float()
+    for floats in (byte_permute.floats_of(TENSORS, drawn, dtype), floats_of_words(drawn[None], dtype)):
+        got = torch.stack(floats, -1).view(-1)
+        assert ((got.view(torch.int32) == want.view(torch.int32)) | got.isnan() & want.isnan()).all()
+    assert torch.equal(torch.stack(halves_of_words(drawn[None]), -1).view(-1), drawn.view(torch.int32))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_the_operator_is_whole(dtype):
-    words = torch.randint(-(2**31), 2**31 - 1, (3, 5), dtype=torch.int32)
-    columns = list(torch.rand(16, 5).unbind())
-    library.opcheck(torch.ops.bnbref.dot8.default, ([words, words + 1], columns, planes(torch.rand(16).to(dtype))))
+    table = planes(torch.rand(16).to(torch.float32 if dtype == torch.float32 else torch.float16))
+    activations = torch.rand(2 * 5 * 16).to(dtype).view(torch.int64).view(-1, 5)
+    library.opcheck(torch.ops.bnbref.dot.default, (words(2, 3, 5), activations, table, dtype))
 
 
-def test_the_sum_is_in_order():
-    words, columns, table = torch.tensor([0x76543210, 0x01]), torch.rand(16, 1).unbind(), planes(torch.rand(16))
-    want = torch.zeros(2)
-    for i, column in enumerate(columns):
-        want = want + lookup8(words + i // 8, table, i % 8) * column
-    assert torch.equal(dot8([words, words + 1], columns, table), want)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_the_sum_is_in_order(dtype):
+    values = torch.rand(16).half().float()
+    table = planes(values if dtype == torch.float32 else values.half())
+    packed, a = torch.randint(0, 256, (3, 16), dtype=torch.uint8), torch.rand(32).to(dtype)
+    codes = torch.stack((packed >> 4, packed & 15), -1).view(3, 32).long()
+    want = torch.zeros(3)
+    for i in range(32):
+        want = want + values[codes[:, i]] * a[i].float()
+    got = dot(packed.view(torch.int64).t()[:, :, None], a.view(torch.int64)[:, None], table, dtype)
+    assert torch.equal(got, want[:, None])

@@ -16,12 +16,12 @@ Source of the idea: docs/content/reading.md, table "formulations".
 """
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bnbref.kernels.floats import floats_of_words, halves_of_words
 from bnbref.kernels.taught import digest_of, expression, instructions, is_taught, operator
 
 # 0xca: by each bit of the first operand the bit of the second or of the third one.
@@ -64,38 +64,41 @@ def lookup8(words: Tensor, table: Tensor, place: int) -> Tensor:
     return values[(words >> 4 * (place ^ 1) & 15).to(torch.int64)]
 
 
-def dot8(words: Sequence[Tensor], columns: Sequence[Tensor], table: Tensor) -> Tensor:
-    """The sum over words, and over the eight codes of each, of the value of a code times its column, in this order: float32.
+def dot(words: Tensor, activations: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum over words, and over the sixteen codes of each, of the value of a code times its activation, in order: float32.
 
-    words: as in `lookup8`, all of one shape, which the result has. columns: eight for each word, float32 of the last dimensions
-    of that shape. Bounded: a product and the sum before it are rounded, or fused.
+    words: int64 `[words, ..., lanes]`. activations: int64 `[words * 2 * itemsize, lanes]`, of as many dimensions as the lanes
+    have: the floats of `dtype` beside each other that these codes multiply. Returns `[..., lanes]`. Bounded: a product and the
+    sum before it are rounded, or fused.
 
-    Look-ups, products and sums are one operator, because Inductor keeps a record of every operation and looks through all of them
-    again and again: as a hundred look-ups of their own they took eight seconds to compile.
+    All of it is one operator, because Inductor keeps a record of every operation and looks through all of them again and again.
+    As operations of their own, a hundred look-ups took eight seconds to compile, and cutting and widening the words of a row one.
 
-    >>> table = planes(torch.arange(16.0))
-    >>> dot8([torch.tensor([0x21])], [torch.tensor([10.0**i]) for i in range(8)], table)
-    tensor([12.])
+    >>> table, ones = planes(torch.arange(16.0)), torch.ones(16).view(torch.int64)[:, None]
+    >>> dot(torch.tensor([[0x21]]), ones, table, torch.float32)
+    tensor([3.])
     """
-    if words[0].device.type == "cuda" and torch.compiler.is_compiling() and is_taught("dot8"):
-        native: Tensor = torch.ops.bnbref.dot8(words, columns, table, _TEXT)
+    if words.device.type == "cuda" and torch.compiler.is_compiling() and is_taught("dot"):
+        native: Tensor = torch.ops.bnbref.dot(words, activations, table, dtype, _TEXT)
         return native
-    return _plain(words, columns, table)
+    return _plain(words, activations, table, dtype)
 
 
-def _plain(words: Sequence[Tensor], columns: Sequence[Tensor], table: Tensor) -> Tensor:
-    total = lookup8(words[0], table, 0) * columns[0]
+def _plain(words: Tensor, activations: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
+    halves = halves_of_words(words)
+    columns = floats_of_words(activations, dtype)
+    total = lookup8(halves[0], table, 0) * columns[0]
     for i, column in enumerate(columns[1:], 1):
-        total = total + lookup8(words[i // 8], table, i % 8) * column
+        total = total + lookup8(halves[i // 8], table, i % 8) * column
     return total
 
 
 @operator(
-    "dot8(Tensor[] words, Tensor[] columns, Tensor table, str text='') -> Tensor",
-    lambda words, columns, table, text="": words[0].new_empty(words[0].shape, dtype=torch.float32),
+    "dot(Tensor words, Tensor activations, Tensor table, ScalarType dtype, str text='') -> Tensor",
+    lambda words, activations, table, dtype, text="": words.new_empty(words.shape[1:], dtype=torch.float32),
 )
-def _(words: Sequence[Tensor], columns: Sequence[Tensor], table: Tensor, text: str = "") -> Tensor:
-    return _plain(words, columns, table)
+def _(words: Tensor, activations: Tensor, table: Tensor, dtype: torch.dtype, text: str = "") -> Tensor:
+    return _plain(words, activations, table, dtype)
 
 
 # ---- the instructions -----------------------------------------------------------------------------------------------
@@ -135,17 +138,43 @@ def _asm(ops: Any, text: str, *operands: Any, dtype: torch.dtype = torch.int32) 
     return instructions(ops, text, *operands, kinds=kinds, dtype=dtype)
 
 
-@expression("dot8", torch.float32)
-def _(ops: Any, words: Any, columns: Any, table: Any, text: str = "") -> Any:
-    load_words, load_columns = ([x.make_loader() for x in tensors] for tensors in (words, columns))
-    load_table, count = table.make_loader(), int(table.get_size()[0])
-    behind = len(words[0].get_size()) - len(columns[0].get_size())
+def floats_of(ops: Any, word: Any, dtype: torch.dtype) -> list[Any]:
+    """The floats in a word of 64 bits, widened to float32: what `floats.floats_of_words` returns, of one element."""
+
+    def shifted(pattern: Any, operation: Any, places: int, kind: torch.dtype = torch.int32) -> Any:
+        return operation(pattern, ops.constant(places, kind))
+
+    halves = _halves(ops, word)
+    if dtype == torch.float32:
+        return [ops.to_dtype_bitcast(half, torch.float32, torch.int32) for half in halves]
+    patterns = [p for half in halves for p in (half, shifted(half, ops.bitwise_right_shift, 16))]
+    if dtype == torch.bfloat16:
+        return [
+            ops.to_dtype_bitcast(shifted(p, ops.bitwise_left_shift, 16), torch.float32, torch.int32) for p in patterns
+        ]
+    narrow = [ops.to_dtype(p, torch.int16, src_dtype=torch.int32) for p in patterns]
+    wide = [ops.to_dtype_bitcast(p, dtype, torch.int16) for p in narrow]
+    return [ops.to_dtype(p, torch.float32, src_dtype=dtype) for p in wide]
+
+
+def _halves(ops: Any, word: Any) -> list[Any]:
+    upper = ops.bitwise_right_shift(word, ops.constant(32, torch.int64))
+    return [ops.to_dtype(half, torch.int32, src_dtype=torch.int64) for half in (word, upper)]
+
+
+@expression("dot", torch.float32)
+def _(ops: Any, words: Any, activations: Any, table: Any, dtype: torch.dtype, text: str = "") -> Any:
+    load_word, load_activation, load_table = (x.make_loader() for x in (words, activations, table))
+    (count, *size), (activation_words, *lanes), (entries,) = (x.get_size() for x in (words, activations, table))
+    behind = len(size) - len(lanes)
 
     def element(index: Any) -> Any:
-        planes_of_table = [per_lane(ops, load_table([number])) for number in range(count)]
-        values = [value for load in load_words for value in values_of(ops, load(index), planes_of_table)]
-        columns = [load(index[behind:]) for load in load_columns]
+        planes_of_table = [per_lane(ops, load_table([number])) for number in range(int(entries))]
+        halves = [half for i in range(int(count)) for half in _halves(ops, load_word([i, *index]))]
+        values = [value for half in halves for value in values_of(ops, half, planes_of_table)]
+        given = [load_activation([i, *index[behind:]]) for i in range(int(activation_words))]
+        columns = [x for word in given for x in floats_of(ops, word, dtype)]
         products = [ops.mul(value, column) for value, column in zip(values, columns, strict=True)]
         return functools.reduce(ops.add, products)
 
-    return words[0], element
+    return words.get_device(), size, element

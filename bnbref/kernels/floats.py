@@ -89,13 +89,26 @@ def in_lanes(rows: Tensor, blocksize: int, elements: int) -> list[Tensor]:
     >>> in_lanes(torch.arange(8.0)[None], 8, 4)
     [tensor([[[0., 4.]]]), tensor([[[1., 5.]]]), tensor([[[2., 6.]]]), tensor([[[3., 7.]]])]
     """
-    per_word = 8 // rows.itemsize
-    sizes = {"lane": blocksize // elements, "word": elements // per_word}
-    words = rearrange(rows.view(torch.int64), "n (b lane word) -> word n b lane", **sizes)
-    halves = [half.to(torch.int32) for word in words for half in (word, word >> 32)]
-    if rows.dtype == torch.float32:
+    return floats_of_words(words_of_lanes(rows, blocksize, elements), rows.dtype)
+
+
+def words_of_lanes(rows: Tensor, blocksize: int, elements: int) -> Tensor:
+    """The same lanes as words of 64 bits: int64 `[elements * itemsize / 8, rows, blocks, blocksize / elements]`."""
+    sizes = {"lane": blocksize // elements, "word": elements * rows.itemsize // 8}
+    return rearrange(rows.view(torch.int64), "n (b lane word) -> word n b lane", **sizes)
+
+
+def halves_of_words(words: Tensor) -> list[Tensor]:
+    """The lower and the upper half of each word of 64 bits: int32, in the order of memory."""
+    return [half.to(torch.int32) for word in words for half in (word, word >> 32)]
+
+
+def floats_of_words(words: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """The floats of a dtype in words of 64 bits, in the order of memory: float32, each of the shape of a word.  Exact."""
+    halves = halves_of_words(words)
+    if dtype == torch.float32:
         return [half.view(torch.float32) for half in halves]
-    return [widen(part, rows.dtype) for half in halves for part in (half, half >> 16)]
+    return [widen(part, dtype) for half in halves for part in (half, half >> 16)]
 
 
 def absmax_of_lanes(lanes: list[Tensor]) -> Tensor:

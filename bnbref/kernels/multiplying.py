@@ -15,11 +15,11 @@ from torch import Tensor
 from bnbref.codebooks import Codebook
 from bnbref.context import cached
 from bnbref.kernels import formulation
-from bnbref.kernels.byte_permute import dot8, planes
+from bnbref.kernels.byte_permute import dot, planes
 from bnbref.kernels.compiler import is_gpu
 from bnbref.kernels.configured import configured
 from bnbref.kernels.decoding import sixteen
-from bnbref.kernels.floats import in_lanes, look_up
+from bnbref.kernels.floats import look_up, words_of_lanes
 from bnbref.kernels.lookup16 import lookup16
 
 
@@ -59,13 +59,11 @@ def _by_words(
     )
     scales = rearrange(scale, "(p n) b 1 -> p n b 1", p=parts)
     biases = [None] * parts if bias is None else rearrange(bias, "(p n) -> p n", p=parts)
-    columns = in_lanes(rearrange(a, "m 1 k -> m k"), blocksize, codes)
-    halves = [[half.to(torch.int32) for word in part for half in (word, word >> 32)] for part in words]
+    activations = words_of_lanes(rearrange(a, "m 1 k -> m k"), blocksize, codes)
     out = []
     for row in range(m):
-        of_row = [column[row] for column in columns]
-        for part, scale_of_part, bias_of_part in zip(halves, scales, biases, strict=True):
-            total = dot8(part, of_row, table) * scale_of_part
+        for part, scale_of_part, bias_of_part in zip(words, scales, biases, strict=True):
+            total = dot(part, activations[:, row], table, a.dtype) * scale_of_part
             out.append(_finished(total.sum((1, 2)), bias_of_part, dtype))
     return torch.cat(out).view(m, 1, n)
 

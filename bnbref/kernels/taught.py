@@ -52,8 +52,8 @@ def operator(schema: str, sketch: Callable[..., Any]) -> Callable[[F], F]:
 def expression(name: str, dtype: torch.dtype) -> Callable[[F], F]:
     """Decorator: the function says how a GPU computes an element of the operator of that name, whose result has that dtype.
 
-    It takes Inductor's operations `ops` and the operator's arguments as Inductor has them, and returns that argument whose device
-    and shape the result has, and a function from an index to the element.
+    It takes Inductor's operations `ops` and the operator's arguments as Inductor has them, and returns the device and the shape
+    of the result, and a function from an index to the element.
     """
 
     def attach(function: F) -> F:
@@ -84,9 +84,8 @@ def _taught(name: str) -> bool:
 
         @register_lowering(getattr(torch.ops.bnbref, name).default, type_promotion_kind=None)
         def _(*args: Any) -> Any:
-            like, element = element_of(ops, *args)
-            size = list(like.get_size())
-            return Pointwise.create(device=like.get_device(), dtype=dtype, inner_fn=element, ranges=size)
+            device, size, element = element_of(ops, *args)
+            return Pointwise.create(device=device, dtype=dtype, inner_fn=element, ranges=list(size))
     except (ImportError, AttributeError, TypeError):
         return False
     return True
