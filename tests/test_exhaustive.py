@@ -177,7 +177,7 @@ class Unregistered(Kernel):
 
 def kernel(definition: Function, body: Function, like: str | None = None) -> Function:
     """A kernel with this body, and with the options of a kernel that is registered."""
-    cpu = None if like is None else REGISTRY[like].formulation.options("cpu", (F32,), {})
+    cpu = None if like is None else REGISTRY[like].formulation.options("cpu", (torch.empty(0, 1),), {})
     return Unregistered(definition, Formulation(body, cpu=cpu))
 
 

@@ -146,10 +146,10 @@ def count(scaled: Tensor, table: Tensor, code_bits: int = 8) -> Tensor:
     return count_below(scaled, table) if table.dtype == torch.float32 else code_by_table(scaled, table, code_bits)
 
 
-def _options(blocks: torch.dtype | None, **constants: Any) -> dict[str, Any]:
+def _options(blocks: Tensor, **constants: Any) -> dict[str, Any]:
     # For float32, vectors of 256 bits are the faster ones; for 16-bit floats the widest (docs: How to read the code, table
     # "vector widths").
-    return {"cpp.simdlen": 256} if blocks == torch.float32 else {}
+    return {"cpp.simdlen": 256} if blocks.dtype == torch.float32 else {}
 
 
 @formulation("quantize_blocks", tables=_tables, cpu=_options, gpu={**TUNED, **by_address.REAL_INPUTS})

@@ -40,10 +40,10 @@ class Formulation:
         own = {name: constants[name] for name in self.constants if name in constants}
         return self.body(*tensors, **own) if self.tables is None else self.body(*tensors, tables=tables, **own)
 
-    def options(self, device_type: str, dtypes: Sequence[Any], constants: Mapping[str, Any]) -> Mapping[str, Any]:
+    def options(self, device_type: str, tensors: Sequence[Any], constants: Mapping[str, Any]) -> Mapping[str, Any]:
         """The options for Inductor that this formulation has of its own for a device type."""
         own = self._options[device_type != "cpu"]
-        return own(*dtypes, **constants) if callable(own) else own
+        return own(*tensors, **constants) if callable(own) else own
 
 
 @constant_of_graphs
@@ -61,7 +61,8 @@ def formulation(
 
     tables: a function of the tensors and the constants of a call. It returns the tensors that the decorated function needs beside
     them, which receives them as `tables`. They are kept as long as the call of that layout is.
-    cpu: Inductor's options on CPUs, or a function that returns them, given the dtypes of the tensors and the constants.
+    cpu: Inductor's options on CPUs, or a function of the tensors and the constants that returns them. Of the tensors it may ask
+    what a variant is compiled for: dtypes, and sizes that do not vary.
     gpu: the same on GPUs.
     piece: how many rows a CPU computes at a time of a kernel that writes into its arguments. Inductor fuses a reduction with
     what follows it only if nothing is written in place. So the results are computed apart and copied, few enough to stay in the

@@ -64,8 +64,7 @@ class Variants(dict[Any, Callable[..., Any]]):
         named = {name: constants[name] for name in formulation.constants if name in constants}
         key = (device_type, *(_signature(t, dims) for t, dims in dynamic), *named.items(), *map(type, named.values()))
         key = (*key, *(_signature(t, ()) for t in tables), writes)
-        dtypes = [None if t is None else t.dtype for t in tensors]
-        own = formulation.options(device_type, dtypes, constants)
+        own = formulation.options(device_type, tensors, constants)
         timed = device_type != "cpu" and not is_configured(own)
         large = timed and max(t.numel() for t in tensors if t is not None) >= LARGE
         if large:
