@@ -21,7 +21,7 @@ from bnbref.context import constant_of_graphs
 F = TypeVar("F", bound=Callable[..., Any])
 
 _operators = library.Library("bnbref", "FRAGMENT")
-_expressions: dict[str, tuple[torch.dtype, Callable[..., Any]]] = {}
+_expressions: dict[str, tuple[torch.dtype | None, Callable[..., Any]]] = {}
 
 
 def operator(schema: str, sketch: Callable[..., Any]) -> Callable[[F], F]:
@@ -49,11 +49,11 @@ def operator(schema: str, sketch: Callable[..., Any]) -> Callable[[F], F]:
     return define
 
 
-def expression(name: str, dtype: torch.dtype) -> Callable[[F], F]:
+def expression(name: str, dtype: torch.dtype | None = None) -> Callable[[F], F]:
     """Decorator: the function says how a GPU computes an element of the operator of that name, whose result has that dtype.
 
     It takes Inductor's operations `ops` and the operator's arguments as Inductor has them, and returns that argument whose device
-    and shape the result has, and a function from an index to the element.
+    and shape the result has, and a function from an index to the element. dtype: None is that argument's.
     """
 
     def attach(function: F) -> F:
@@ -86,7 +86,9 @@ def _taught(name: str) -> bool:
         def _(*args: Any) -> Any:
             like, element = element_of(ops, *args)
             size = list(like.get_size())
-            return Pointwise.create(device=like.get_device(), dtype=dtype, inner_fn=element, ranges=size)
+            return Pointwise.create(
+                device=like.get_device(), dtype=dtype or like.get_dtype(), inner_fn=element, ranges=size
+            )
     except (ImportError, AttributeError, TypeError):
         return False
     return True
