@@ -73,4 +73,4 @@ def _(ops: Any, table: Any, index: Any, text: str = "") -> Any:
     def element(at: Any) -> Any:
         return instructions(ops, _LOAD, load_table([last]), load_index(at), kinds="llr", dtype=torch.int64)
 
-    return index.get_device(), index.get_size(), element
+    return index, index.get_size(), element

@@ -177,4 +177,4 @@ def _(ops: Any, words: Any, activations: Any, table: Any, dtype: torch.dtype, te
         products = [ops.mul(value, column) for value, column in zip(values, columns, strict=True)]
         return functools.reduce(ops.add, products)
 
-    return words.get_device(), size, element
+    return words, size, element

@@ -15,6 +15,7 @@ from bnbref.kernels import by_address, floats, formulation, tracing
 from bnbref.kernels.compiler import is_gpu, is_nvidia
 from bnbref.kernels.configured import configured
 from bnbref.kernels.counting import count, table_of
+from bnbref.kernels.uniform import uniform
 from bnbref.optim.equation import Equation
 from bnbref.optim.rules import Rule
 from bnbref.optim.step import advance, advance_blocks, decoded, largest
@@ -64,6 +65,8 @@ def _largest_by_bits(finite: Tensor, size: Tensor, before: Tensor) -> Tensor:
 def _(
     p: Tensor, g: Tensor, hyper: Tensor, noise: Tensor | None, *states: Tensor, tables: tuple[Tensor, ...], rule: Equation
 ) -> tuple[Tensor, ...]:  # fmt: skip
+    hyper = uniform(hyper, p)
+    tables = tuple(uniform(table, p) if table.dtype == torch.int64 else table for table in tables)  # for their address
     of_values, of_codes = tables[: len(tables) // 2], tables[len(tables) // 2 :]
     return advance_blocks(
         rule, p, g, hyper, noise, states, lambda i, codes: _look_up(of_values[i], codes), lambda i, x: count(x, of_codes[i]),

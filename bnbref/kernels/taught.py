@@ -21,7 +21,7 @@ from bnbref.context import constant_of_graphs
 F = TypeVar("F", bound=Callable[..., Any])
 
 _operators = library.Library("bnbref", "FRAGMENT")
-_expressions: dict[str, tuple[torch.dtype, Callable[..., Any]]] = {}
+_expressions: dict[str, tuple[torch.dtype | None, Callable[..., Any]]] = {}
 
 
 def operator(schema: str, sketch: Callable[..., Any]) -> Callable[[F], F]:
@@ -49,11 +49,12 @@ def operator(schema: str, sketch: Callable[..., Any]) -> Callable[[F], F]:
     return define
 
 
-def expression(name: str, dtype: torch.dtype) -> Callable[[F], F]:
-    """Decorator: the function says how a GPU computes an element of the operator of that name, whose result has that dtype.
+def expression(name: str, dtype: torch.dtype | None = None) -> Callable[[F], F]:
+    """Decorator: the function says how a GPU computes an element of the operator of that name.
 
-    It takes Inductor's operations `ops` and the operator's arguments as Inductor has them, and returns the device and the shape
-    of the result, and a function from an index to the element.
+    It takes Inductor's operations `ops` and the operator's arguments as Inductor has them, and returns an argument that is on the
+    device of the result, the result's shape, and a function from an index to the element. dtype: the result's; None is that of
+    the argument returned.
     """
 
     def attach(function: F) -> F:
@@ -84,8 +85,10 @@ def _taught(name: str) -> bool:
 
         @register_lowering(getattr(torch.ops.bnbref, name).default, type_promotion_kind=None)
         def _(*args: Any) -> Any:
-            device, size, element = element_of(ops, *args)
-            return Pointwise.create(device=device, dtype=dtype, inner_fn=element, ranges=list(size))
+            like, size, element = element_of(ops, *args)
+            return Pointwise.create(
+                device=like.get_device(), dtype=dtype or like.get_dtype(), inner_fn=element, ranges=list(size)
+            )
     except (ImportError, AttributeError, TypeError):
         return False
     return True

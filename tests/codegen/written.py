@@ -58,8 +58,14 @@ def compiled(source: str, **overrides: Any) -> list[dict[str, Any]]:
             binary = triton.compile(
                 ASTSource(tuner.fn, meta["signature"], meta["constants"], meta["configs"][0]), pretend.TARGET, options
             )
-            out.append({"kernel": name, "config": str(config), **read(binary)})
+            out.append({"kernel": name, "config": str(config), **read(binary), "masked": masked(text)})
     return out
+
+
+def masked(text: str) -> int:
+    """How many numbers that are the same for all lanes are set to 0 in lanes beyond the end."""
+    uniform = set(re.findall(r"(tmp\d+) = tl\.broadcast_to\(tmp\d+, \[1(?:, 1)*\]\)", text))
+    return len(uniform.intersection(re.findall(r"tl\.where\(\w*mask, (tmp\d+), 0", text)))
 
 
 def read(binary: Any) -> dict[str, Any]:
