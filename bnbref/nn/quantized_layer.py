@@ -19,7 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from bnbref.nn.graph_arguments import Known
 from bnbref.nn.quantized_parameter import QuantizedParameter
@@ -207,6 +207,20 @@ class QuantizedLayer(nn.Module):
             self.weight = new
         else:
             self._replace(new)
+
+
+def node_of(layer: nn.Module, x: Any) -> Any:
+    """A call of the layer as one node of the graph that `torch.fx.symbolic_trace` records; None if x is no stand-in of torch.fx.
+
+    torch.fx records what a forward does with a stand-in, which has neither dtype nor shape to choose a product by. It records a
+    layer of torch.nn as one node, which calls the layer; here the same is done for these.
+    """
+    if not isinstance(x, fx.Proxy):
+        return None
+    name = x.tracer.path_of_module(layer) if isinstance(x.tracer, fx.Tracer) else ""
+    if not name:
+        raise TypeError(f"torch.fx traces a model that contains layers like {layer}, not such a layer alone")
+    return x.tracer.create_proxy("call_module", name, (x,), {})
 
 
 def _kept(old: Tensor | None, new: Tensor) -> Tensor:
