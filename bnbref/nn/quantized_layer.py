@@ -14,6 +14,7 @@ and raises for a quantized weight without its scales, for scales without the wei
 """
 
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -143,14 +144,16 @@ class QuantizedLayer(nn.Module):
         self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Mapping[str, Any], strict: bool,
         missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
-        weight = self._parameters["weight"]
-        self._parameters["weight"] = None
+        # Hooks are called here, because they may look at the weight, or replace it, which torch is not to load.
+        given = (state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        for hook in self._load_state_dict_pre_hooks.values():
+            hook(*given)
+        hooks, weight = self._load_state_dict_pre_hooks, self._parameters["weight"]
+        self._load_state_dict_pre_hooks, self._parameters["weight"] = OrderedDict(), None
         try:
-            super()._load_from_state_dict(
-                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-            )
+            super()._load_from_state_dict(*given)
         finally:
-            self._parameters["weight"] = weight
+            self._load_state_dict_pre_hooks, self._parameters["weight"] = hooks, weight
         entries = {
             key.removeprefix(prefix): value
             for key, value in state_dict.items()
