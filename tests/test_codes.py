@@ -114,6 +114,33 @@ def test_a_batch_norm_is_not_fused_into_codes(make):
         nn.utils.fuse_linear_bn_eval(make().eval(), nn.BatchNorm1d(32).eval())
 
 
+SIZES = {
+    "l1": lambda p: p.abs().sum(),
+    "l1 by torch": lambda p: torch.abs(p).sum(),
+    "abs": abs,
+    "l2": lambda p: p.pow(2).sum(),
+    "operator": lambda p: p**2,
+    "square": lambda p: p.square().mean(),
+    "norm": lambda p: p.norm(),
+    "vector_norm": torch.linalg.vector_norm,
+    "linalg.norm": torch.linalg.norm,
+    "foreach": lambda p: torch._foreach_norm([p]),
+    "dist": lambda p: torch.dist(p, p.data),
+    "total norm": lambda p: nn.utils.get_total_norm([p]),
+}
+
+
+@each_layer
+@pytest.mark.parametrize("how", SIZES)
+def test_codes_have_no_size(make, how):
+    """A penalty over all parameters of a model was made of bytes; of those in a float dtype it was often NaN."""
+    layer = make()
+    for weight in (layer.weight, layer.weight.detach()):
+        with pytest.raises(ValueError, match="takes the codes of a quantized"):
+            SIZES[how](weight)
+    SIZES[how](layer.bias)
+
+
 @pytest.mark.parametrize("how", sorted(WRITES))
 def test_a_weight_that_is_not_quantized_yet_is_written(how):
     for weight in (Params4bit(torch.zeros(4, 64)), Int8Params(torch.zeros(4, 64), has_fp16_weights=True)):

@@ -1,8 +1,9 @@
-"""Whatever state of torch a caller is in, a product is the same; torch.func and torch.jit see a linear layer."""
+"""Whatever state of torch a caller is in, a product is the same; torch.func, torch.jit and torch.fx see a linear layer."""
 
 import contextlib
 import io
 import itertools
+import pickle
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from conftest import running
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from layers import BF16, F16, F32, argument, fill, layers, linear4, linear8, raw
 from torch import nn
@@ -405,3 +406,33 @@ def test_in_another_thread():
     assert done.stdout == "7\n", done.stderr
     with pytest.raises(ZeroDivisionError):
         in_another_thread(lambda: 1 // 0)
+
+
+# ---- torch.fx -------------------------------------------------------------------------------------------------------
+
+
+class Shifted(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.relu = layer, nn.ReLU()
+
+    def forward(self, x):
+        return self.relu(self.layer(x)) + 1
+
+
+@settings(max_examples=20)
+@given(layer=layers())
+def test_a_layer_is_one_node_of_a_graph_of_torch_fx(layer):
+    """Like a layer of torch.nn."""
+    x, model = argument(layer), Shifted(layer)
+    want = model(x)
+    graph = torch.fx.symbolic_trace(model)
+    assert [node.target for node in graph.graph.find_nodes(op="call_module", target="layer")] == ["layer"]
+    assert graph.layer is layer
+    assert torch.equal(graph(x), want)
+    assert torch.equal(pickle.loads(pickle.dumps(graph))(x), want)
+
+
+def test_a_layer_alone_is_not_traced_by_torch_fx():
+    with pytest.raises(TypeError, match=r"torch\.fx traces a model that contains layers like Linear4bit\("):
+        torch.fx.symbolic_trace(linear4())

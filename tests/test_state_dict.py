@@ -315,6 +315,24 @@ def test_pre_hooks_see_the_whole_state_dict():
     assert raw_weight(layer) == raw_weight(linear4(seed=1))
 
 
+@pytest.mark.parametrize("make", [linear4, linear8])
+def test_a_pre_hook_sees_the_weight_and_may_replace_it(make):
+    """The layers of Lightning quantize in such a hook. It found None in place of the weight."""
+    layer, other, seen = make(), make(seed=1), []
+
+    def replace(module, *rest):
+        seen.append(raw_weight(module))
+        module.weight = other.weight
+
+    layer.register_load_state_dict_pre_hook(replace)
+    before = [raw_weight(layer)]
+    layer.load_state_dict({"bias": other.bias}, strict=False)
+    assert seen == before
+    assert raw_weight(layer) == raw_weight(other)
+    layer.load_state_dict({"bias": other.bias}, strict=False)
+    assert len(seen) == 2
+
+
 @pytest.mark.parametrize("keep_vars", [True, False])
 def test_nothing_that_is_saved_needs_a_gradient_but_parameters(keep_vars):
     for layer in (linear4(), linear8()):

@@ -27,6 +27,7 @@ from bnbref.nn import Linear4bit, Linear8bitLt
 transformers = pytest.importorskip("transformers")
 accelerate = pytest.importorskip("accelerate")
 hf = pytest.importorskip("bnbref.integrations.hf.transformers")
+architectures = pytest.importorskip("architectures")
 
 is_linear = pytest.importorskip("bnbref.integrations.hf.layers").is_linear
 SequentialLlama4TextExperts = transformers.quantizers.base.SequentialLlama4TextExperts
@@ -761,6 +762,24 @@ def test_experts_are_quantized(name, config, models, ids, tmp_path):
     dequantized.save_pretrained(tmp_path / "c")  # as the original: a matrix for each expert
     assert tensors(tmp_path / "c").keys() == tensors(models[name]).keys()
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "c"), ids), want)
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "int8"])
+def test_experts_that_transformers_would_transpose(quant_type, tmp_path):
+    """Files of Qwen3-VL have them transposed or as the model has them. Codes are as the model has them, and are no matrices."""
+    model = architectures.build("qwen3_vl_moe")
+    model.save_pretrained(tmp_path / "plain")
+    model = type(model).from_pretrained(tmp_path / "plain", quantization_config=BnbRefConfig(quant_type))
+    model.save_pretrained(tmp_path / "a")
+    if quant_type == "int8":  # the experts are floats
+        old = {
+            key: value.mT.contiguous() if ".experts." in key else value
+            for key, value in tensors(tmp_path / "a").items()
+        }
+        save_file(old, tmp_path / "a" / "model.safetensors", {"format": "pt"})
+    again = type(model).from_pretrained(tmp_path / "a")
+    assert architectures.different(architectures.numbers(again), architectures.numbers(model)) == []
+    assert [p.name for p in report(again).quantized] == [p.name for p in report(model).quantized]
 
 
 def test_experts_in_another_dtype_and_in_half_a_checkpoint(models, ids, tmp_path, caplog, monkeypatch):

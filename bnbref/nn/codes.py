@@ -5,7 +5,8 @@
 would leave bytes that code something else, without an error. So they raise a ValueError. (Not a TypeError, which torch's
 operators turn into NotImplemented, so that its message is lost.) Sums, differences, products and quotients whose result would
 look like codes raise it too: all of them if the bytes are kept in a float dtype, and of integers with integers, as
-nn.utils.fuse_linear_bn_eval multiplies. What moves or reads bytes is allowed: copies of codes into codes of the same scales,
+nn.utils.fuse_linear_bn_eval multiplies. So do norms, and powers and magnitudes, of which penalties in a loss are made. What moves
+or reads bytes is allowed: copies of codes into codes of the same scales,
 views, comparisons, codes times float scales.
 
 `weight.detach()` makes `Codes`: watched like the weight, and with its scales. A layer in which they stand for the weight, as
@@ -35,6 +36,9 @@ _ARITHMETIC |= {f"__{side}{name}__" for name in _BINARY[:4] for side in ("", "r"
 # that weight_norm calls; and torch.func.stack_module_state, whose result has no scales.
 _ANY_DTYPE = {"linear", "matmul", "mm", "multi_head_attention_forward", "__matmul__", "__rmatmul__"}
 _ANY_DTYPE |= {"norm_except_dim", "stack"}
+# How large a weight is: a penalty in a loss, or a norm that is logged, over all parameters of a model.
+_ANY_DTYPE |= {"abs", "absolute", "square", "pow", "__pow__", "float_power", "norm", "dist"}
+_ANY_DTYPE |= {"linalg_norm", "linalg_vector_norm", "_foreach_abs", "_foreach_norm", "_foreach_pow"}
 # What gives pieces of the codes, or the codes themselves.
 CUTS = {"chunk", "split", "split_with_sizes", "tensor_split", "narrow", "view", "reshape", "flatten", "__getitem__"}
 _NAMED = {*_OPERATORS, *_COPIES, *_ARITHMETIC, *_ANY_DTYPE, *CUTS, "detach"}

@@ -24,7 +24,7 @@ from bnbref.codebooks import Codebook
 from bnbref.context import as_bytes, plain
 from bnbref.nn.four_and_eight_bits import EightBitLayer, FourBitLayer, absmax_of, state_of
 from bnbref.nn.params import Int8Params, Params4bit
-from bnbref.nn.quantized_layer import QuantizedLayer
+from bnbref.nn.quantized_layer import QuantizedLayer, node_of
 from bnbref.nn.quantized_parameter import QuantizedParameter
 from bnbref.optim import GlobalOptimManager
 from bnbref.quant_state import QuantState, present
@@ -98,6 +98,8 @@ class Embedding4bit(_QuantizedEmbedding, FourBitLayer, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         """The rows of the table that `input`, integers `[...]`, names: `[..., embedding_dim]` in the layer's `dtype`."""
+        if (node := node_of(self, input)) is not None:
+            return node  # type: ignore[no-any-return]
         state = state_of(self)
         if state is None:
             raise RuntimeError(f"the table of {self} is not quantized yet: move the layer to a device, .to(device)")
@@ -152,6 +154,8 @@ class Embedding8bit(_QuantizedEmbedding, EightBitLayer, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         """The rows of the table that `input`, integers `[...]`, names: `[..., embedding_dim]` in the layer's `dtype`."""
+        if (node := node_of(self, input)) is not None:
+            return node  # type: ignore[no-any-return]
         absmax = absmax_of(self)
         if absmax is None:
             raise RuntimeError(f"the table of {self} is not quantized yet: move the layer to a device, .to(device)")

@@ -23,6 +23,7 @@ from bnbref.kernels import tracing
 from bnbref.nn.four_and_eight_bits import EightBitLayer, FourBitLayer, LayerState, absmax_of, state_of
 from bnbref.nn.graph_arguments import arguments_of
 from bnbref.nn.params import Int8Params, Params4bit
+from bnbref.nn.quantized_layer import node_of
 from bnbref.products import (
     MatmulLtState,
     fits,
@@ -125,6 +126,8 @@ class Linear4bit(FourBitLayer, nn.Linear):
             if product is not None:
                 y = product(a, bias)
                 return y if y.dtype == x.dtype else y.to(x.dtype)
+        if (node := node_of(self, x)) is not None:
+            return node  # type: ignore[no-any-return]
         check_tensors(x=x)
         if state is None and not isinstance(weight, Params4bit) and weight.is_floating_point():
             # The weight is tied to a float one: transformers makes a model's embedding the weight of its output head.
@@ -239,6 +242,8 @@ class Linear8bitLt(EightBitLayer, nn.Linear):
             if known is not None and settings is not None and fits(x, known[0], bias, n, k):
                 return graph_product_8bit(x, weight, known[0], settings["threshold"], bias)
         if not isinstance(x, Tensor) or x.shape[-1:] != self.weight.shape[-1:]:
+            if (node := node_of(self, x)) is not None:
+                return node  # type: ignore[no-any-return]
             check_tensors(x=x)
             raise ValueError(f"x must be [..., {self.weight.shape[-1]}] for {self}, got {tuple(x.shape)}")
         weight, threshold = plain(self.weight), self.state.threshold

@@ -14,12 +14,13 @@ and raises for a quantized weight without its scales, for scales without the wei
 """
 
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from bnbref.nn.graph_arguments import Known
 from bnbref.nn.quantized_parameter import QuantizedParameter
@@ -143,14 +144,16 @@ class QuantizedLayer(nn.Module):
         self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Mapping[str, Any], strict: bool,
         missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
-        weight = self._parameters["weight"]
-        self._parameters["weight"] = None
+        # Hooks are called here, because they may look at the weight, or replace it, which torch is not to load.
+        given = (state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        for hook in self._load_state_dict_pre_hooks.values():
+            hook(*given)
+        hooks, weight = self._load_state_dict_pre_hooks, self._parameters["weight"]
+        self._load_state_dict_pre_hooks, self._parameters["weight"] = OrderedDict(), None
         try:
-            super()._load_from_state_dict(
-                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-            )
+            super()._load_from_state_dict(*given)
         finally:
-            self._parameters["weight"] = weight
+            self._load_state_dict_pre_hooks, self._parameters["weight"] = hooks, weight
         entries = {
             key.removeprefix(prefix): value
             for key, value in state_dict.items()
@@ -207,6 +210,20 @@ class QuantizedLayer(nn.Module):
             self.weight = new
         else:
             self._replace(new)
+
+
+def node_of(layer: nn.Module, x: Any) -> Any:
+    """A call of the layer as one node of the graph that `torch.fx.symbolic_trace` records; None if x is no stand-in of torch.fx.
+
+    torch.fx records what a forward does with a stand-in, which has neither dtype nor shape to choose a product by. It records a
+    layer of torch.nn as one node, which calls the layer; here the same is done for these.
+    """
+    if not isinstance(x, fx.Proxy):
+        return None
+    name = x.tracer.path_of_module(layer) if isinstance(x.tracer, fx.Tracer) else ""
+    if not name:
+        raise TypeError(f"torch.fx traces a model that contains layers like {layer}, not such a layer alone")
+    return x.tracer.create_proxy("call_module", name, (x,), {})
 
 
 def _kept(old: Tensor | None, new: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ is left to transformers, which raises, or with `ignore_mismatched_sizes=True` in
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -167,6 +167,18 @@ class Read(_Conversion):
         weight = Params4bit.from_prequantized(entries.pop("weight"), entries)
         self.hf_quantizer.fused[name] = weight.quant_state
         return weight
+
+
+def takes_codes(conversion: Any, names: Iterable[str]) -> bool:
+    """Whether a conversion of the model's own would be made of one of these quantized weights, as if it was a float one.
+
+    That of Qwen3-VL's experts transposes them where an old file has them transposed. The names of its results are those of its
+    sources, and so those by which the model, and a file with its codes, has the experts.
+    """
+    if not isinstance(conversion, WeightConverter):
+        return False
+    renamed = ((name, *conversion.rename_source_key(name)) for name in names)
+    return any(pattern is not None and new == name for name, new, pattern in renamed)
 
 
 def _shape(entries: Mapping[str, Tensor]) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION, HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 from transformers.utils import is_accelerate_available, is_peft_available
@@ -22,7 +23,7 @@ from bnbref.integrations.hf.config import METHOD, BnbRefConfig, dtype_of
 from bnbref.integrations.hf.experts import is_experts, load_offloaded, parametrize_experts
 from bnbref.integrations.hf.layers import is_linear, plain_layer, quantized_layer
 from bnbref.integrations.hf.loaded import dequantize, log_report, plain_if_new, set_flags, undone_on_saving
-from bnbref.integrations.hf.loading import ANOTHER_SHAPE, Quantize, Read
+from bnbref.integrations.hf.loading import ANOTHER_SHAPE, Quantize, Read, takes_codes
 from bnbref.integrations.hf.readers import read_by_others
 from bnbref.nn.inventory import REASONS, merged, report
 from bnbref.nn.quantized_layer import QuantizedLayer
@@ -133,6 +134,16 @@ class BnbRefHfQuantizer(HfQuantizer):  # type: ignore[misc]
         """A conversion by `Read` for the weights of layers, and one for each kind of parameter that is quantized by itself."""
         targets = {".".join(name.split(".")[-2:]) for name in self.fused if not name.endswith(".weight")}
         return [Read(self, target).converter() for target in ("weight", *sorted(targets))]
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
+        """The conversions of the model, and then those of this class. transformers makes the first that matches a name. So those
+        of the model that would be made of codes are left out."""
+        if self.pre_quantized and any(isinstance(c, WeightConverter) for c in weight_conversions):
+            found = [key for path in self.files for key in keys(path)]
+            coded = [key.removesuffix(".absmax") for key in found if key.endswith(".absmax")]
+            coded += [key.removesuffix("SCB") + "weight" for key in found if key.endswith(".SCB")]
+            weight_conversions = [c for c in weight_conversions if not takes_codes(c, coded)]
+        return super().update_weight_conversions(weight_conversions, *args)  # type: ignore[no-any-return]
 
     def check_whole(self, model: Any) -> None:
         """Raise if transformers has spread the model over ranks, each of which would read a part of a weight.
