@@ -380,6 +380,20 @@ def test_a_step_looks_up_the_settings_of_no_other_parameter(tmp_path, monkeypatc
     assert optimizer.state[p]["step"] == 2
 
 
+@pytest.mark.parametrize("name", ["AdamW8bit", "Adafactor8bit"])
+def test_an_empty_parameter_is_in_the_checkpoint(name, tmp_path):
+    """A state without elements has a file, too: its name says that there is such a state, which loading asks for."""
+    shapes = [(20, 30), (0, 4), ()]
+    params = [nn.Parameter(torch.ones(shape)) for shape in shapes]
+    optimizer = getattr(optim, name)(params, page_directory=tmp_path, min_8bit_size=0)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    fresh = getattr(optim, name)([nn.Parameter(torch.ones(shape)) for shape in shapes], min_8bit_size=0)
+    fresh.load_state_dict({**fresh.state_dict(), "state": optim.read_pages(tmp_path)})
+    assert_equal_states(fresh.state_dict()["state"], optimizer.state_dict()["state"])
+
+
 @pytest.mark.parametrize("ended", [True, False])
 def test_what_was_loaded_is_the_checkpoint(ended, tmp_path, monkeypatch):
     """Not the steps of before with the states of now, if the process ends before the next step; and none if it ends in it."""

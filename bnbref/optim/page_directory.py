@@ -68,22 +68,19 @@ class Directory:
 
         Its room on the disk is reserved, because a page that finds none would end the process.
         """
-        numel = torch.Size(shape).numel()
-        if numel == 0:
-            return torch.empty(shape, dtype=dtype, device="cpu")
         self._hold()
         sizes = "x".join(map(str, shape))
         path = self.path / f"{name}.{str(dtype).removeprefix('torch.')}.{sizes}.bin"
         if not path.exists():
             self.forget(name)  # of another shape or dtype, from another run
-            self._reserve(path, numel * dtype.itemsize)
+            self._reserve(path, torch.Size(shape).numel() * dtype.itemsize)
         self._files[_index(path.name)][path.name] = path.stat().st_ino
         return _open(path, shape, dtype)
 
     def _reserve(self, path: Path, size: int) -> None:
         with path.open("wb") as file:
             try:
-                if hasattr(os, "posix_fallocate"):
+                if hasattr(os, "posix_fallocate") and size > 0:  # it refuses 0, of an empty parameter
                     os.posix_fallocate(file.fileno(), 0, size)
                 file.truncate(size)
             except OSError as error:
@@ -172,6 +169,8 @@ def _index(name: str) -> int:
 
 def _open(path: Path, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     numel = torch.Size(shape).numel()
+    if numel == 0:  # no file of 0 bytes can be mapped
+        return torch.empty(tuple(shape), dtype=dtype, device="cpu")
     return torch.from_file(str(path), shared=True, size=numel, dtype=dtype, device="cpu").view(tuple(shape))
 
 
