@@ -362,6 +362,7 @@ def test_renames_that_were_interrupted_leave_no_half_of_a_checkpoint(after, tmp_
     if after < 8:  # four files, twice each
         with pytest.raises(RuntimeError, match="interrupted"):
             optim.read_pages(tmp_path)
+        assert not [path for path in tmp_path.iterdir() if path.suffix in (".bin", ".moved")]
         stepped(paged, 2)
     stepped(other, 2)
     assert all(map(same_bits, *every))
