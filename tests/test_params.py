@@ -388,9 +388,12 @@ def test_CB_is_the_data():
     assert raw(weight.CB) == raw(weight.data)
     assert weight.CB.data_ptr() == weight.data_ptr()
     weight.CB = None
-    weight.CB = weight.CB.to("cpu")
     weight.SCB.div_(2)
     assert weight.data.tolist() == [[127] * 4] * 2
+    weight.CB = -weight.CB
+    assert weight.data.tolist() == [[-127] * 4] * 2
+    with pytest.raises(TypeError, match=r"CB must be int8 codes, got torch\.float32"):
+        weight.CB = torch.ones(2, 4)
 
 
 def test_a_float_weight_that_is_to_stay_float_does():
