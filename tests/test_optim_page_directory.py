@@ -155,6 +155,21 @@ def test_files_that_were_removed_are_no_checkpoint(what, tmp_path):
     assert str(state) == str(twin.state_dict()["state"][0])
 
 
+def test_a_file_that_was_removed_before_its_parameter_moved_is_missed(tmp_path):
+    params = [nn.Parameter(torch.linspace(-1, 1, 60)) for _ in range(2)]
+    optimizer = optim.AdamW8bit(params, page_directory=tmp_path, min_8bit_size=0)
+    for p in params:
+        p.grad = torch.ones(60)
+    optimizer.step()
+    (removed,) = tmp_path.glob("1.absmax1.*")
+    removed.unlink()
+    optimizer.param_groups[0]["params"].pop(0)
+    with pytest.warns(UserWarning, match=r"lacks 1 files that were removed, 0\.absmax1\."):
+        optimizer.step()
+    with pytest.raises(RuntimeError, match=r"no steps\.json"):
+        optim.read_pages(tmp_path)
+
+
 @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="nothing is reserved here")
 def test_a_disk_without_room_is_said_before_a_step(tmp_path, monkeypatch):
     """A page of a file with holes would find no room later, which ends a process."""

@@ -113,18 +113,22 @@ class Directory:
             raise
 
     def _rename(self, places: Sequence[int | None]) -> None:
-        """Gives the files of each parameter its new index, or removes them, where that is None."""
+        """Gives the files of each parameter its new index, or removes them, where that is None. A file that somebody has removed
+        gets its new name, too, by which `end` then misses it."""
         moved = []
         for i, place in enumerate(places):
             for name, inode in self._files.pop(i, {}).items() if place != i else ():
                 path = self.path / name
                 if place is None:
                     path.unlink(missing_ok=True)
-                elif path.exists():  # it waits, since the place of each may be that of another one
-                    waiting = path.rename(path.with_suffix(".moved"))
-                    moved.append((waiting, place, f"{place}.{name.partition('.')[2]}", inode))
+                    continue
+                waiting = path.with_suffix(".moved")  # since the place of each may be that of another one
+                if path.exists():
+                    path.rename(waiting)
+                moved.append((waiting, place, f"{place}.{name.partition('.')[2]}", inode))
         for waiting, place, name, inode in moved:
-            waiting.replace(self.path / name)
+            if waiting.exists():
+                waiting.replace(self.path / name)
             self._files[place][name] = inode
 
     def begin(self) -> None:
