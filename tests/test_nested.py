@@ -145,4 +145,5 @@ def test_states_of_which_one_lacks_a_field_are_unequal():
     with_values, without = F.QuantState(absmax, code=VALUES), F.QuantState(absmax)
     assert with_values != without
     assert without != with_values
+    without.to("cpu")
     assert with_values == F.QuantState(absmax.clone(), code=VALUES.clone())

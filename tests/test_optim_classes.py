@@ -208,6 +208,17 @@ def test_refusals(name, arguments, message):
         make(name, [parameter()], **arguments)
 
 
+def test_a_gradient_of_another_shape_is_refused():
+    p = parameter(100)
+    p.data = p.data[:50]  # as a table that is cut between the backward pass and the step
+    optimizer = optim.AdamW8bit([p])
+    with pytest.raises(
+        ValueError, match=r"a gradient must have the shape .* here it has shape \(100,\), the parameter \(50,\)"
+    ):
+        optimizer.step()
+    assert not optimizer.state[p]
+
+
 USED = {"SGD": {"momentum"}, "LARS": {"momentum"}, "Muon": {"momentum", "nesterov"}}
 """By family, the arguments of `UNUSED` that mean something to it."""
 

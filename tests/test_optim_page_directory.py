@@ -155,6 +155,20 @@ def test_files_that_were_removed_are_no_checkpoint(what, tmp_path):
     assert str(state) == str(twin.state_dict()["state"][0])
 
 
+def test_parameters_that_change_places_change_their_files(tmp_path):
+    """Also where some keep theirs."""
+    params = [nn.Parameter(torch.linspace(-1, 1, 60) * k) for k in (1, 2, 3)]
+    optimizer = optim.AdamW8bit(params, page_directory=tmp_path, min_8bit_size=0)
+    for t in range(2):
+        for k, p in enumerate(params):
+            p.grad = torch.sin(torch.arange(60.0) * (t + k))
+        optimizer.step()
+        optimizer.param_groups[0]["params"][:] = [params[0], params[2], params[1]]
+    fresh = optim.AdamW8bit(optimizer.param_groups[0]["params"], min_8bit_size=0)
+    fresh.load_state_dict({**fresh.state_dict(), "state": optim.read_pages(tmp_path)})
+    assert_equal_states(fresh.state_dict()["state"], optimizer.state_dict()["state"])
+
+
 def test_a_file_that_was_removed_before_its_parameter_moved_is_missed(tmp_path):
     params = [nn.Parameter(torch.linspace(-1, 1, 60)) for _ in range(2)]
     optimizer = optim.AdamW8bit(params, page_directory=tmp_path, min_8bit_size=0)
