@@ -105,6 +105,11 @@ def test_read_rounds_once_to_the_dtype_asked_for():
             assert all(torch.equal(weight, exact[name].to(dtype)) for name, weight in weights.items())
 
 
+def test_integers_stay_what_they_are_whatever_dtype_is_asked_for():
+    positions = torch.tensor([2**24 + 1, 2**53 + 1])  # which float32 does not have
+    assert torch.equal(checkpoint.Checkpoint({"p": positions}).read("p", torch.float32), positions)
+
+
 def test_entries_say_what_is_in_a_file():
     lines = []
     for kind in ("base", *QUANTIZED):

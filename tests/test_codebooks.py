@@ -94,6 +94,7 @@ def test_af4_and_int4_run_downwards():
         assert bits_of(book.values) == bits_of(second.VALUES[book.name]), book.name
         assert book.order == tuple(range(15, -1, -1))
         assert bits_of(book.thresholds) == bits_of(second.midpoints(second.VALUES[book.name][::-1]))
+        assert F.get_4bit_type(book.name).tolist() == list(book.values)
 
 
 MAPS = {

@@ -88,6 +88,8 @@ def test_the_named_tables_have_their_codebooks():
     assert EmbeddingFP4(2, 2).weight.quant_type == "fp4" == Embedding4bit(2, 2).weight.quant_type
     assert EmbeddingNF4(2, 2, BF16, BF16, "meta").weight.quant_type == "nf4"
     assert not Embedding4bit(2, 2).weight.compress_statistics
+    for table in (Embedding4bit, EmbeddingFP4, EmbeddingNF4):
+        assert fill(table(4, 64, quant_storage=BF16)).to("cpu").weight.dtype == BF16
 
 
 @pytest.mark.parametrize("table", [Embedding4bit(30, 96, compress_statistics=True), Embedding8bit(30, 96)])

@@ -407,6 +407,10 @@ def test_int8_functions(mode):
     assert outliers.dtype == torch.int64
     assert outliers.tolist() == [j for j, c in enumerate(columns) if c] != []
     assert F.int8_vectorwise_quant(a)[2] is None
+    with pytest.raises(ValueError, match="A must be float32, float16 or bfloat16"):
+        F.int8_vectorwise_quant(codes)
+    with pytest.raises(ValueError, match=r"A must be \[rows, columns\], got \(1, 4, 30\)"):
+        F.int8_double_quant(a[None])
     assert F.int8_vectorwise_quant(a, threshold=100.0)[2].shape == (0,)
     decoded = F.int8_vectorwise_dequant(codes, stats)
     assert same_bits(decoded, F.int8_vectorwise_dequant(codes, stats[:, None]))

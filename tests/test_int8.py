@@ -381,6 +381,8 @@ def test_errors():
         error(int8.dequantize, a, torch.ones(3)),
         error(int8.dequantize, a[0], torch.ones(1)),
         error(int8.dequantize, a.int(), torch.ones(2)),
+        error(int8.dequantize_product, torch.tensor(1, dtype=torch.int32), torch.ones(1), torch.ones(1)),
+        error(int8.dequantize_product, a.int(), torch.ones(2), torch.ones(4), torch.ones(2)),
     ]
     assert_expected_inline(
         "\n".join(messages),
@@ -397,5 +399,7 @@ a must be [..., k] and b [n, k], got (2, 4) and (4,)
 a must be [..., k] and b [n, k], got () and (3, 4)
 codes must be int8 [rows, columns] and absmax [rows], got torch.int8 (2, 4) and (3,)
 codes must be int8 [rows, columns] and absmax [rows], got torch.int8 (4,) and (1,)
-codes must be int8 [rows, columns] and absmax [rows], got torch.int32 (2, 4) and (2,)""",
+codes must be int8 [rows, columns] and absmax [rows], got torch.int32 (2, 4) and (2,)
+A must be int32 [..., n], got torch.int32 ()
+bias must be [4], got (2,)""",
     )

@@ -253,6 +253,8 @@ def test_scales_are_found_where_FSDP_leaves_a_plain_parameter(storage, nested):
     assert {k: raw(v) for k, v in layer.state_dict().items()} == keys
     layer.to("cpu")
     assert raw(layer(inputs(2, 64))) == want
+    layer.share_memory()  # as a move to another device, of which a test on a CPU has none
+    assert all(t.is_shared() for t in layer.quant_state.tensors())
     with pytest.raises(RuntimeError, match="load before it is wrapped"):
         layer.load_state_dict(linear4().state_dict())
 

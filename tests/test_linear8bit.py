@@ -257,6 +257,8 @@ def test_scales_are_found_where_a_wrapper_leaves_a_plain_parameter():
     layer.weight = nn.Parameter(layer.weight.data, requires_grad=False)
     assert raw(layer(x)) == want
     assert {k: raw(v) for k, v in layer.state_dict().items()} == keys
+    layer.share_memory()  # as a move to another device, of which a test on a CPU has none
+    assert layer.SCB.is_shared()
     layer.weight = nn.Parameter(torch.ones(32, 64))
     assert set(layer.state_dict()) == {"weight", "bias"}
 

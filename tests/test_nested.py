@@ -136,3 +136,14 @@ def test_errors():
     assert_expected_inline(
         str(caught.value), """absmax2 must have one scale per block: 2 for 257 elements in blocks of 256, got 1"""
     )
+    with pytest.raises(ValueError, match=r"absmax must be float32, .* got torch\.float64"):
+        nested.quantize(torch.ones(3, dtype=torch.float64))
+
+
+def test_states_of_which_one_lacks_a_field_are_unequal():
+    absmax = torch.ones(1)
+    with_values, without = F.QuantState(absmax, code=VALUES), F.QuantState(absmax)
+    assert with_values != without
+    assert without != with_values
+    without.to("cpu")
+    assert with_values == F.QuantState(absmax.clone(), code=VALUES.clone())

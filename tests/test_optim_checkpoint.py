@@ -18,7 +18,10 @@ from torch import nn
 from bnbref import eager as eagerly
 from bnbref import functional as F
 from bnbref import optim
+from bnbref.optim.master_weights import CORRECTIONS
 from bnbref.optim.state_dict import WRAPPED
+
+CORRECTION = CORRECTIONS[torch.float16]
 
 CONTINUED = """
 import sys, torch, bnbref
@@ -166,6 +169,54 @@ def test_half_a_checkpoint_is_refused():
         other.load_state_dict(optimizer.state_dict())
     fresh = start("AdamW8bit")[1]
     fresh.load_state_dict(fresh.state_dict())  # accelerate does this before the first step
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize(
+    ("key", "change", "message"),
+    [
+        ("state1", lambda x: x.tolist(), "saved state1 must be a tensor"),
+        ("state1", lambda x: x.to("meta"), "saved state1 must have numbers"),
+        ("state1", lambda x: x[1:], "saved state1 has 299 numbers, its parameter has 300"),
+        ("state1", torch.Tensor.long, "saved state1 must be uint8 codes or floats"),
+        ("absmax1", lambda x: x[1:], "saved absmax has 1 scales for 300 codes"),
+        ("absmax1", lambda x: x / 0, "saved absmax1 has scales that are no floats, NaN, infinite or negative"),
+        ("absmax2", lambda x: -x, "saved absmax2 has scales that are no floats"),
+        ("absmax2", torch.Tensor.int, "saved absmax2 has scales that are no floats"),
+        ("qmap1", lambda x: x / 2, "saved qmap1 is no map of Adam"),
+        (CORRECTION, torch.Tensor.float, f"saved {CORRECTION} must be int8 or int16"),
+        (CORRECTION, lambda x: x[1:], f"saved {CORRECTION} has 299 elements"),
+        (CORRECTION, lambda x: x + 2**12 + 1 - x.max(), f"saved {CORRECTION} goes beyond 4096"),
+    ],
+)
+def test_a_state_that_no_step_leaves_is_refused(key, change, message):
+    p, q = (nn.Parameter(torch.linspace(-1, 1, 300).half()) for _ in range(2))
+    optimizer, other = (optim.AdamW8bit([x], min_8bit_size=0, master_weight_bits=32) for x in (p, q))
+    p.grad = torch.linspace(1, 2, 300).half()
+    optimizer.step()
+    saved = optimizer.state_dict()
+    saved["state"][0][WRAPPED][key] = change(saved["state"][0][WRAPPED][key])
+    with pytest.raises(ValueError, match=message):
+        other.load_state_dict(saved)
+
+
+@pytest.mark.usefixtures("eager")
+def test_as_many_blocks_of_another_size_are_other_blocks():
+    p = nn.Parameter(torch.ones(300))
+    optimizer = optim.AdamW8bit([p], min_8bit_size=0, blocksize=192)
+    p.grad = torch.ones(300)
+    optimizer.step()
+    with pytest.raises(ValueError, match="saved state1 is in blocks of 192, not 256"):
+        optim.AdamW8bit([p], min_8bit_size=0).load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.usefixtures("eager")
+def test_saving_and_loading_leave_no_hook():
+    """Each would go through the whole state once more, at every later checkpoint."""
+    _, optimizer = start("AdamW8bit")
+    before = {name: len(value) for name, value in vars(optimizer).items() if "hooks" in name}
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert {name: len(value) for name, value in vars(optimizer).items() if "hooks" in name} == before
 
 
 @pytest.mark.usefixtures("eager")

@@ -16,6 +16,7 @@ from torch import nn
 
 import bnbref
 from bnbref import optim
+from bnbref.optim.family import UNUSED
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -205,6 +206,35 @@ def test_every_class_steps_copies_and_pickles(name):
 def test_refusals(name, arguments, message):
     with pytest.raises(ValueError, match=message):
         make(name, [parameter()], **arguments)
+
+
+def test_a_gradient_of_another_shape_is_refused():
+    p = parameter(100)
+    p.data = p.data[:50]  # as a table that is cut between the backward pass and the step
+    optimizer = optim.AdamW8bit([p])
+    with pytest.raises(
+        ValueError, match=r"a gradient must have the shape .* here it has shape \(100,\), the parameter \(50,\)"
+    ):
+        optimizer.step()
+    assert not optimizer.state[p]
+
+
+USED = {"SGD": {"momentum"}, "LARS": {"momentum"}, "Muon": {"momentum", "nesterov"}}
+"""By family, the arguments of `UNUSED` that mean something to it."""
+
+
+@pytest.mark.parametrize("name", [name for name in [*ALL, *OF_MATRICES] if not name.startswith("Paged")])
+def test_an_argument_without_use_is_refused(name):
+    used = USED.get(name.removesuffix("8bit").removesuffix("32bit"), set())
+    for argument in (UNUSED.keys() & inspect.signature(getattr(optim, name)).parameters.keys()) - used:
+        with pytest.raises(ValueError, match=f"{argument} of {name} must be left at its default, got 0.5"):
+            make(name, [parameter()], **{argument: 0.5})
+
+
+@pytest.mark.parametrize(("name", "argument"), [("LARS8bit", "momentum"), ("RMSprop", "alpha")])
+def test_an_average_of_nothing_is_another_rule(name, argument):
+    with pytest.raises(NotImplementedError, match=f"{argument} must be above 0"):
+        make(name, [parameter()], **{argument: 0})
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyError, AssertionError, KeyboardInterrupt, ValueError])
@@ -436,10 +466,10 @@ def test_what_bitsandbytes_took_until_0_49_may_say_what_holds(name):
         make(name, [parameter()], block_wise=False)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [*ALL, *OF_MATRICES])
 @pytest.mark.filterwarnings("ignore:paged state")
 def test_settings_are_read_where_bitsandbytes_has_them(name):
-    args = make(name, [parameter()], min_8bit_size=16).args
+    args = make(name, by_rule(name, [parameter()]), min_8bit_size=16).args
     expected = 8 if "8bit" in name else 32
     assert (args.optim_bits, args.min_8bit_size, args.is_paged) == (expected, 16, name.startswith("Paged"))
     assert (args.skip_zeros, args.percentile_clipping, args.block_wise) == (False, 100, True)

@@ -14,10 +14,10 @@ from test_optim_classes import MATRICES_ALONE, OF_MATRICES, by_rule
 from test_optim_paging import FarAway, LateCopies
 from torch import nn
 
-from bnbref import optim
+from bnbref import blockwise, optim
 from bnbref.optim import matrices, matrix_steps
 from bnbref.optim.equation import coefficients_of, write_down
-from bnbref.optim.rules import LARS, SGD, Rule, State, averages, decoupled
+from bnbref.optim.rules import LARS, SGD, Rule, State, absmax_key, averages, decoupled
 
 U = 2.0**-24  # one rounding to float32: relative error at most U
 SHAPES = ((70, 61), (70, 61), (3, 40))
@@ -778,3 +778,22 @@ def test_a_rule_on_tensors_is_its_definition():
     u, m = rule.direction(torch.zeros(8, 5), g, torch.zeros(8, 5), c)
     assert same_bits(u, rule.orthogonal(c.b * m + c.not_b * g, c.eps))
     assert decoupled({"lr": 0.1, "weight_decay": 0.0}) | averages(b=0.9) | {"eps": 1e-7} == found
+
+
+@pytest.mark.parametrize(("name", "options"), [("Muon", {}), ("SOAP", {}), ("Adafactor", {"beta1": 0.9})])
+def test_states_in_8_bits_are_the_codes_of_those_in_32(name, options, eager):
+    """After the first step, before which both are 0."""
+    found = []
+    for bits in ("8bit", "32bit"):
+        p = nn.Parameter(torch.linspace(-1, 1, 40 * 30).view(40, 30))
+        p.grad = torch.sin(torch.arange(1200.0)).view(40, 30)
+        optimizer = getattr(optim, name + bits)([p], lr=1e-2, min_8bit_size=0, **options)
+        optimizer.step()
+        found.append(optimizer.state[p])
+    coded, floats = found
+    keys = [key for key, x in coded.items() if isinstance(x, torch.Tensor) and x.dtype == torch.uint8]
+    assert keys
+    (rule, *_) = optimizer._rules.rules.values()
+    for s in [s for s in rule.states if s.key in keys]:
+        codes, absmax = blockwise.quantize(floats[s.key], rule.codebook(s), 256)
+        assert same_bits((coded[s.key], coded[absmax_key(s.key)]), (codes, absmax))

@@ -155,6 +155,35 @@ def test_files_that_were_removed_are_no_checkpoint(what, tmp_path):
     assert str(state) == str(twin.state_dict()["state"][0])
 
 
+def test_parameters_that_change_places_change_their_files(tmp_path):
+    """Also where some keep theirs."""
+    params = [nn.Parameter(torch.linspace(-1, 1, 60) * k) for k in (1, 2, 3)]
+    optimizer = optim.AdamW8bit(params, page_directory=tmp_path, min_8bit_size=0)
+    for t in range(2):
+        for k, p in enumerate(params):
+            p.grad = torch.sin(torch.arange(60.0) * (t + k))
+        optimizer.step()
+        optimizer.param_groups[0]["params"][:] = [params[0], params[2], params[1]]
+    fresh = optim.AdamW8bit(optimizer.param_groups[0]["params"], min_8bit_size=0)
+    fresh.load_state_dict({**fresh.state_dict(), "state": optim.read_pages(tmp_path)})
+    assert_equal_states(fresh.state_dict()["state"], optimizer.state_dict()["state"])
+
+
+def test_a_file_that_was_removed_before_its_parameter_moved_is_missed(tmp_path):
+    params = [nn.Parameter(torch.linspace(-1, 1, 60)) for _ in range(2)]
+    optimizer = optim.AdamW8bit(params, page_directory=tmp_path, min_8bit_size=0)
+    for p in params:
+        p.grad = torch.ones(60)
+    optimizer.step()
+    (removed,) = tmp_path.glob("1.absmax1.*")
+    removed.unlink()
+    optimizer.param_groups[0]["params"].pop(0)
+    with pytest.warns(UserWarning, match=r"lacks 1 files that were removed, 0\.absmax1\."):
+        optimizer.step()
+    with pytest.raises(RuntimeError, match=r"no steps\.json"):
+        optim.read_pages(tmp_path)
+
+
 @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="nothing is reserved here")
 def test_a_disk_without_room_is_said_before_a_step(tmp_path, monkeypatch):
     """A page of a file with holes would find no room later, which ends a process."""
@@ -362,6 +391,7 @@ def test_renames_that_were_interrupted_leave_no_half_of_a_checkpoint(after, tmp_
     if after < 8:  # four files, twice each
         with pytest.raises(RuntimeError, match="interrupted"):
             optim.read_pages(tmp_path)
+        assert not [path for path in tmp_path.iterdir() if path.suffix in (".bin", ".moved")]
         stepped(paged, 2)
     stepped(other, 2)
     assert all(map(same_bits, *every))
@@ -378,6 +408,20 @@ def test_a_step_looks_up_the_settings_of_no_other_parameter(tmp_path, monkeypatc
     monkeypatch.setattr(optimizer, "_rules_and_blocks", None)
     optimizer.advance([(p, optimizer.param_groups[0])])
     assert optimizer.state[p]["step"] == 2
+
+
+@pytest.mark.parametrize("name", ["AdamW8bit", "Adafactor8bit"])
+def test_an_empty_parameter_is_in_the_checkpoint(name, tmp_path):
+    """A state without elements has a file, too: its name says that there is such a state, which loading asks for."""
+    shapes = [(20, 30), (0, 4), ()]
+    params = [nn.Parameter(torch.ones(shape)) for shape in shapes]
+    optimizer = getattr(optim, name)(params, page_directory=tmp_path, min_8bit_size=0)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    fresh = getattr(optim, name)([nn.Parameter(torch.ones(shape)) for shape in shapes], min_8bit_size=0)
+    fresh.load_state_dict({**fresh.state_dict(), "state": optim.read_pages(tmp_path)})
+    assert_equal_states(fresh.state_dict()["state"], optimizer.state_dict()["state"])
 
 
 @pytest.mark.parametrize("ended", [True, False])

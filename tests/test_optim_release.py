@@ -56,6 +56,32 @@ def test_released_is_a_step_after_backward(name):
 
 
 @quick
+def test_after_remove_gradients_stay_until_the_step():
+    model = network()
+    optimizer = optim.AdamW8bit(model.parameters())
+    GradientRelease(optimizer).remove()
+    model(torch.ones(1, 80)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert not any(optimizer.state.values())
+
+
+@quick
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")
+@pytest.mark.parametrize("name", ["AdamW8bit", "SOAP"])
+def test_a_backward_pass_that_is_differentiated_steps_the_same(name):
+    """Where the gradients have a graph, hooks run with gradients on: a step must not become part of that graph."""
+    results = []
+    for create_graph in (False, True):
+        model = network(depth=1)
+        optimizer = make(name, by_rule(name, [*model.parameters()]), min_8bit_size=0)
+        GradientRelease(optimizer)
+        model(torch.ones(2, 80)).square().sum().backward(create_graph=create_graph)
+        results.append(tensors(model, optimizer))
+        assert not any(x.requires_grad for x in results[-1])
+    assert same_bits(*results)
+
+
+@quick
 def test_released_with_a_schedule_corrections_and_pages(tmp_path):
     results = []
     for released in (False, True):

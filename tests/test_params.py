@@ -381,6 +381,24 @@ def test_a_tensor_without_memory_is_refused_by_name(cls):
         cls(torch.randn(64, 64))
 
 
+@pytest.mark.parametrize("make", [lambda: Linear4bit(64, 32), lambda: Linear8bitLt(64, 32, has_fp16_weights=False)])
+@pytest.mark.parametrize("how", ["moved", "loaded", "assigned"])
+def test_a_weight_that_was_trained_is_quantized_and_frozen(make, how):
+    """As after `model.requires_grad_()`: torch refused to put codes into it."""
+    layer, quantized = make(), make().to("cpu")
+    weight = layer.requires_grad_().weight
+    weight.grad = torch.ones(32, 64)
+    if how == "moved":
+        layer.to("cpu")
+    else:
+        layer.load_state_dict(quantized.state_dict(), assign=how == "assigned")
+    assert layer.weight.holds_codes()
+    assert not layer.weight.requires_grad
+    assert layer.weight.grad is None
+    assert layer.bias.requires_grad
+    layer(torch.ones(1, 64)).sum().backward()
+
+
 def test_CB_is_the_data():
     weight = Int8Params(torch.ones(2, 4), requires_grad=False)
     assert weight.CB is None
@@ -388,9 +406,12 @@ def test_CB_is_the_data():
     assert raw(weight.CB) == raw(weight.data)
     assert weight.CB.data_ptr() == weight.data_ptr()
     weight.CB = None
-    weight.CB = weight.CB.to("cpu")
     weight.SCB.div_(2)
     assert weight.data.tolist() == [[127] * 4] * 2
+    weight.CB = -weight.CB
+    assert weight.data.tolist() == [[-127] * 4] * 2
+    with pytest.raises(TypeError, match=r"CB must be int8 codes, got torch\.float32"):
+        weight.CB = torch.ones(2, 4)
 
 
 def test_a_float_weight_that_is_to_stay_float_does():

@@ -7,6 +7,7 @@ import dataclasses
 import os
 import re
 import sys
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -221,6 +222,23 @@ def test_a_layer_is_refused_however_it_is_named_and_others_are_not(mode, kind, t
     else:
         assert message in refusal
         assert [name for name, _ in net.named_modules()] == before
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("mode", ["without"], indirect=True)
+@pytest.mark.parametrize(
+    ("tuner", "options"),
+    [("HIRA", {}), ("LOHA", {}), ("SHIRA", {}), ("IA3", {}), ("LORA", {"use_dora": True}), ("LORA", {})],
+)
+def test_layers_that_peft_chooses_are_checked(mode, tuner, options, kind):
+    """A config without target_modules: HiRA took int8 codes for numbers, and trained."""
+    layer, *_ = network(kind, dequantized=False)
+    net = nn.Sequential(OrderedDict(v_proj=layer, head=nn.Linear(128, 8)))
+    net.config = {"model_type": "llama"}
+    config = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(tuner)](**options)
+    model, said = refused(peft.get_peft_model, net, config)
+    assert (model is not None) == (tuner == "LORA" and not options)
+    assert model is not None or "reads the weight of v_proj, which is packed" in said
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])

@@ -92,7 +92,7 @@ class QuantizedLayer(nn.Module):
         weight = self.weight
         if isinstance(weight, QuantizedParameter):
             entries = {name: _kept(weight.beside.get(name), value) for name, value in entries.items()}
-            weight.beside = dict(entries)
+            weight.beside = entries
         destination |= {f"{prefix}{name}": value for name, value in entries.items()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -135,6 +135,7 @@ class QuantizedLayer(nn.Module):
         weight = self.weight
         if torch._has_compatible_shallow_copy_type(weight, new):
             weight.grad = None
+            weight.requires_grad = new.requires_grad  # first, as torch puts no codes into what has a gradient
             weight.data = new
             self._remember(weight)
         else:

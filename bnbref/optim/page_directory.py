@@ -68,22 +68,19 @@ class Directory:
 
         Its room on the disk is reserved, because a page that finds none would end the process.
         """
-        numel = torch.Size(shape).numel()
-        if numel == 0:
-            return torch.empty(shape, dtype=dtype, device="cpu")
         self._hold()
         sizes = "x".join(map(str, shape))
         path = self.path / f"{name}.{str(dtype).removeprefix('torch.')}.{sizes}.bin"
         if not path.exists():
             self.forget(name)  # of another shape or dtype, from another run
-            self._reserve(path, numel * dtype.itemsize)
+            self._reserve(path, torch.Size(shape).numel() * dtype.itemsize)
         self._files[_index(path.name)][path.name] = path.stat().st_ino
         return _open(path, shape, dtype)
 
     def _reserve(self, path: Path, size: int) -> None:
         with path.open("wb") as file:
             try:
-                if hasattr(os, "posix_fallocate"):
+                if hasattr(os, "posix_fallocate") and size > 0:  # it refuses 0, of an empty parameter
                     os.posix_fallocate(file.fileno(), 0, size)
                 file.truncate(size)
             except OSError as error:
@@ -116,18 +113,22 @@ class Directory:
             raise
 
     def _rename(self, places: Sequence[int | None]) -> None:
-        """Gives the files of each parameter its new index, or removes them, where that is None."""
+        """Gives the files of each parameter its new index, or removes them, where that is None. A file that somebody has removed
+        gets its new name, too, by which `end` then misses it."""
         moved = []
         for i, place in enumerate(places):
             for name, inode in self._files.pop(i, {}).items() if place != i else ():
                 path = self.path / name
                 if place is None:
                     path.unlink(missing_ok=True)
-                elif path.exists():  # it waits, since the place of each may be that of another one
-                    waiting = path.rename(path.with_suffix(".moved"))
-                    moved.append((waiting, place, f"{place}.{name.partition('.')[2]}", inode))
+                    continue
+                waiting = path.with_suffix(".moved")  # since the place of each may be that of another one
+                if path.exists():
+                    path.rename(waiting)
+                moved.append((waiting, place, f"{place}.{name.partition('.')[2]}", inode))
         for waiting, place, name, inode in moved:
-            waiting.replace(self.path / name)
+            if waiting.exists():
+                waiting.replace(self.path / name)
             self._files[place][name] = inode
 
     def begin(self) -> None:
@@ -172,6 +173,8 @@ def _index(name: str) -> int:
 
 def _open(path: Path, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     numel = torch.Size(shape).numel()
+    if numel == 0:  # no file of 0 bytes can be mapped
+        return torch.empty(tuple(shape), dtype=dtype, device="cpu")
     return torch.from_file(str(path), shared=True, size=numel, dtype=dtype, device="cpu").view(tuple(shape))
 
 

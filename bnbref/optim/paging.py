@@ -70,8 +70,6 @@ class Placement:
         self, is_paged: bool = False, directory: str | Path | None = None, page_bytes: int = PAGE_BYTES,
         copies: Callable[[torch.device], SideStreams] = SideStreams,
     ) -> None:  # fmt: skip
-        if page_bytes < 1:
-            raise ValueError(f"page_bytes must be at least 1, got {page_bytes}")
         self.is_paged = is_paged
         if directory is not None and not str(directory):
             raise ValueError("page_directory must be a folder, got ''")

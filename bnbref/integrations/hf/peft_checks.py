@@ -73,9 +73,14 @@ def check_targets(tuner: Any, model: nn.Module, config: Any) -> None:
             raise ValueError(f"trainable_token_indices: {_names(found)} is quantized: its rows are packed")
     kind, option = config.peft_type.value, _reading(config)
     allowed = TRAIN_UNDER_THE_ALIAS if _alias() else TRAIN
-    if not layers or (kind in allowed and option is None) or getattr(config, "target_modules", None) is None:
+    if not layers or (kind in allowed and option is None) or not hasattr(config, "target_modules"):
         return
-    config = tuners_utils._maybe_include_all_linear_layers(copy.copy(config), model)
+    config = copy.copy(config)
+    if config.target_modules is None:  # peft then chooses the layers, by the kind of the model
+        config = tuner._prepare_adapter_config(config, tuner.get_model_config(model))
+    if config.target_modules is None:  # there are parameters alone
+        return
+    config = tuners_utils._maybe_include_all_linear_layers(config, model)
     found = [path for path in layers if tuner._check_target_module_exists(config, path)]
     if found:
         what = f"{kind} with {option}" if option and kind in allowed else kind
