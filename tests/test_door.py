@@ -319,6 +319,18 @@ def test_torchs_compiler_is_imported_by_a_thread_that_ctrl_c_does_not_reach(monk
     assert threads[2:] == [threading.current_thread()] * 2
 
 
+@pytest.mark.parametrize("error", [RuntimeError, AttributeError, OSError])
+def test_whatever_keeps_torchs_compiler_from_being_imported_is_said(error, monkeypatch):
+    """As a folder named triton in the current one does: `module 'triton' has no attribute 'language'`."""
+    monkeypatch.setattr(compiler, "_failed", {})
+    monkeypatch.delitem(sys.modules, "torch._inductor.compile_fx", raising=False)
+    monkeypatch.setattr(variants.importlib, "import_module", mock.Mock(side_effect=error("of triton")))
+    with pytest.raises(ImportError) as raised:
+        variants.import_compiler()
+    said = f"torch's compiler cannot be imported (ImportError: {error.__name__}: of triton)"
+    assert compiler.why_failed("cpu", raised.value) == said
+
+
 def test_an_environment_in_a_folder_with_a_blank(monkeypatch):
     """The compiler says only that the linker failed."""
     failure = type("CppCompileError", (RuntimeError,), {})(

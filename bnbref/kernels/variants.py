@@ -46,13 +46,19 @@ def import_compiler() -> None:
     """Imports torch's compiler, in the order in which another thread may be importing it for its own torch.compile.
 
     A thread of its own does it, which Ctrl-C does not reach. Python cannot repeat an import that was interrupted: a module that
-    was whole by then is not imported again, and so is not entered into its package, which is.
+    was whole by then is not imported again, and so is not entered into its package, which is. Raises ImportError or, of a source
+    that a locale in ASCII cannot read, UnicodeDecodeError.
     """
     names = "torch._dynamo", "torch._inductor.compile_fx"
 
     def load() -> None:
-        for name in names:
-            importlib.import_module(name)
+        try:
+            for name in names:
+                importlib.import_module(name)
+        except (ImportError, UnicodeDecodeError):
+            raise
+        except Exception as error:  # whatever a triton that is broken, or a folder of that name, raises on its way
+            raise ImportError(f"{type(error).__name__}: {error}") from error
 
     if names[-1] in sys.modules:
         return load()  # which waits if another thread is importing them
