@@ -12,7 +12,8 @@ paper. Where another form is faster, a file of the workshop attaches it by the k
     meta and fake tensors, dispatch modes,    the definition, so that the mode sees plain operations
     `torch.func`, `torch.jit.trace`
     no C++ compiler, no triton, torch.compile the definition, after one warning
-    switched off (TORCH_COMPILE_DISABLE=1)
+    switched off (TORCH_COMPILE_DISABLE=1),
+    python -O
     inside `once()`, on a GPU, the first time the definition, some rows at a time
 
 Whatever runs, autocast is off in it.
