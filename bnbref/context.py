@@ -187,22 +187,30 @@ def as_bytes(codes: Tensor) -> Tensor:
 def in_another_thread(function: Callable[[], T]) -> T:
     """The result of a function that runs in a thread of its own, where no mode, autocast, default device or graph capture is.
 
+    No signal interrupts it: what a handler raises in the thread that waits, as Ctrl-C does, is raised after the function's end.
+
     Not by concurrent.futures, which takes no work once the main thread has ended.
     """
     results: list[T] = []
     errors: list[BaseException] = []
+    ended = threading.Event()
 
     def run() -> None:
         try:
             results.append(function())
         except BaseException as error:  # the caller's, in whose thread it is raised
             errors.append(error)
+        ended.set()
 
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
+    threading.Thread(target=run).start()
+    raised: list[BaseException] = []
+    while not ended.is_set():
+        try:
+            ended.wait()  # not `join`: interrupted, it takes a thread for ended (Python before 3.13)
+        except BaseException as error:
+            raised.append(error)
+    if raised or errors:
+        raise (*raised, *errors)[0]
     return results[0]
 
 

@@ -1,5 +1,6 @@
 """Whatever state of torch a caller is in, a product is the same; torch.func, torch.jit and torch.fx see a linear layer."""
 
+import _thread
 import contextlib
 import io
 import itertools
@@ -7,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -406,6 +408,20 @@ def test_in_another_thread():
     assert done.stdout == "7\n", done.stderr
     with pytest.raises(ZeroDivisionError):
         in_another_thread(lambda: 1 // 0)
+
+
+def test_an_interrupt_waits_for_the_other_thread():
+    ended = []
+
+    def interrupted():
+        time.sleep(0.05)  # until the main thread waits
+        _thread.interrupt_main()
+        time.sleep(0.05)
+        ended.append(True)
+
+    with pytest.raises(KeyboardInterrupt):
+        in_another_thread(interrupted)
+    assert ended == [True]
 
 
 # ---- torch.fx -------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import tempfile
 import threading
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -23,7 +24,7 @@ import bnbref
 from bnbref import blockwise, fourbit, int8, nested
 from bnbref import functional as F
 from bnbref.codebooks import DYNAMIC, NF4, Codebook, value_table
-from bnbref.kernels import REGISTRY, Kernel, compile_enabled, compiler, door, formulations, fused
+from bnbref.kernels import REGISTRY, Kernel, compile_enabled, compiler, door, formulations, fused, variants
 from bnbref.kernels.ordered import batch_invariant_enabled
 from bnbref.kernels.variants import Variants, _own_settings
 
@@ -280,6 +281,54 @@ def test_what_fails_only_when_it_compiles_is_said_once_too(digest, tmp_path):
         "\n".join(said),
         """bnbref runs uncompiled on cpu: torch's compiler cannot be imported (ModuleNotFoundError: import of torch._inductor.compile_fx halted; None in sys.modules). The bits are the same, the speed is not.""",
     )
+
+
+def test_where_nothing_may_be_compiled_or_started(tmp_path, monkeypatch):
+    """Optimized Python, a process that has no folder for temporary files, a compiler that is no program."""
+    lacking = compiler._lacking.__wrapped__
+    with mock.patch.object(sys, "flags", SimpleNamespace(optimize=1)):
+        assert_expected_inline(
+            lacking("cpu"),
+            """python -O or PYTHONOPTIMIZE takes the assertions out of torch's compiler, and what it then writes is wrong""",
+        )
+    program = tmp_path / "g++"
+    program.touch(0o755)
+    monkeypatch.setattr(compiler, "_cxx", lambda: str(program))
+    compiler._cxx_version.cache_clear()
+    assert_expected_inline(
+        lacking("cpu").replace(str(tmp_path), "TMP"),
+        """no C++ compiler ('TMP/g++' cannot be started: [Errno 8] Exec format error: 'TMP/g++')""",
+    )
+    monkeypatch.setattr(tempfile, "gettempdir", mock.Mock(side_effect=FileNotFoundError(2, "No usable folder")))
+    assert_expected_inline(
+        lacking("cpu"),
+        """Inductor cannot keep code in its folder, TORCHINDUCTOR_CACHE_DIR ([Errno 2] No usable folder)""",
+    )
+
+
+def test_torchs_compiler_is_imported_by_a_thread_that_ctrl_c_does_not_reach(monkeypatch):
+    """An import that was interrupted cannot be made again: `module 'sympy' has no attribute 'printing'`."""
+    threads = []
+    monkeypatch.delitem(sys.modules, "torch._inductor.compile_fx", raising=False)
+    monkeypatch.setattr(variants.importlib, "import_module", lambda name: threads.append(threading.current_thread()))
+    variants.import_compiler()
+    assert len(threads) == 2
+    assert threading.main_thread() not in threads
+    monkeypatch.setattr(threading.Thread, "start", mock.Mock(side_effect=RuntimeError("can't start new thread")))
+    variants.import_compiler()
+    assert threads[2:] == [threading.current_thread()] * 2
+
+
+@pytest.mark.parametrize("error", [RuntimeError, AttributeError, OSError])
+def test_whatever_keeps_torchs_compiler_from_being_imported_is_said(error, monkeypatch):
+    """As a folder named triton in the current one does: `module 'triton' has no attribute 'language'`."""
+    monkeypatch.setattr(compiler, "_failed", {})
+    monkeypatch.delitem(sys.modules, "torch._inductor.compile_fx", raising=False)
+    monkeypatch.setattr(variants.importlib, "import_module", mock.Mock(side_effect=error("of triton")))
+    with pytest.raises(ImportError) as raised:
+        variants.import_compiler()
+    said = f"torch's compiler cannot be imported (ImportError: {error.__name__}: of triton)"
+    assert compiler.why_failed("cpu", raised.value) == said
 
 
 def test_an_environment_in_a_folder_with_a_blank(monkeypatch):

@@ -185,8 +185,14 @@ def compiles(device_type: str) -> bool:
 def _lacking(device_type: str) -> str | None:
     if os.environ.get("TORCH_COMPILE_DISABLE") == "1":
         return "TORCH_COMPILE_DISABLE=1 switches torch.compile off"
-    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())
+    if (
+        sys.flags.optimize
+    ):  # Inductor catches assertions of its own; in torch 2.13 `quantize_rows` did not store its codes then
+        return (
+            "python -O or PYTHONOPTIMIZE takes the assertions out of torch's compiler, and what it then writes is wrong"
+        )
     try:
+        folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
         return _unusable(str(error))
@@ -197,7 +203,11 @@ def _lacking(device_type: str) -> str | None:
             return f"no C++ compiler ({_cxx()!r} is not on the PATH; set CXX or install g++)"
         if Path(_cxx()).name in ("gcc", "cc", "clang"):
             return f"no C++ compiler ({_cxx()!r} is one for C, which peft's BOFT leaves in CXX: unset CXX, or set it to g++)"
-        if _cxx_version() is None:
+        try:
+            runs = _cxx_version() is not None
+        except OSError as error:  # no program, or no process may be started
+            return f"no C++ compiler ({_cxx()!r} cannot be started: {error})"
+        if not runs:
             return f"no C++ compiler ({_cxx()!r} does not run)"
         if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
             return "no Python.h (install Python's development headers)"

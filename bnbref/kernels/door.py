@@ -12,7 +12,8 @@ paper. Where another form is faster, a file of the workshop attaches it by the k
     meta and fake tensors, dispatch modes,    the definition, so that the mode sees plain operations
     `torch.func`, `torch.jit.trace`
     no C++ compiler, no triton, torch.compile the definition, after one warning
-    switched off (TORCH_COMPILE_DISABLE=1)
+    switched off (TORCH_COMPILE_DISABLE=1),
+    python -O
     inside `once()`, on a GPU, the first time the definition, some rows at a time
 
 Whatever runs, autocast is off in it.
@@ -22,7 +23,6 @@ A kernel that updates tensors is a pure function all the same: what it returns i
 """
 
 import functools
-import importlib
 import os
 import threading
 import warnings
@@ -39,7 +39,7 @@ from bnbref.kernels.direct import call_layout
 from bnbref.kernels.formulations import Formulation
 from bnbref.kernels.modes import compile_enabled, inside_once
 from bnbref.kernels.parameters import Parameters
-from bnbref.kernels.variants import Variants
+from bnbref.kernels.variants import Variants, import_compiler
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -236,8 +236,7 @@ class Kernel(Generic[P, R]):
                 # What torch warns of while it compiles is no user's concern, and where warnings are errors, as in many a test
                 # suite, it would end in one of Dynamo's.
                 warnings.simplefilter("ignore")
-                # Before torch._inductor: the order in which another thread may be importing them for its own torch.compile.
-                importlib.import_module("torch._dynamo")
+                import_compiler()
                 tables = self.tables(*args, **constants)
                 return self.variants.call(device_type, self.formulation, args, tables, constants, writes)
         except (ImportError, OSError, RuntimeError, UnicodeDecodeError) as error:

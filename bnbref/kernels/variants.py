@@ -1,6 +1,8 @@
 """The compiled variants of a kernel: what each is specialised on, and the one call of `torch.compile`."""
 
 import contextlib
+import importlib
+import sys
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -8,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnbref.context import in_another_thread
 from bnbref.kernels.compiler import options_for
 from bnbref.kernels.configured import in_effect, is_configured
 from bnbref.kernels.direct import direct
@@ -37,6 +40,32 @@ _OF_AOT_AUTOGRAD = {"functionalize_rng_ops": False}
 # "choices of the door"). On a GPU it is not: there Inductor guards what it has decided by size, and a guard that holds for
 # this size but not for the actual one is an error.
 _TYPICAL_SIZE = 2**16
+
+
+def import_compiler() -> None:
+    """Imports torch's compiler, in the order in which another thread may be importing it for its own torch.compile.
+
+    A thread of its own does it, which Ctrl-C does not reach. Python cannot repeat an import that was interrupted: a module that
+    was whole by then is not imported again, and so is not entered into its package, which is. Raises ImportError or, of a source
+    that a locale in ASCII cannot read, UnicodeDecodeError.
+    """
+    names = "torch._dynamo", "torch._inductor.compile_fx"
+
+    def load() -> None:
+        try:
+            for name in names:
+                importlib.import_module(name)
+        except (ImportError, UnicodeDecodeError):
+            raise
+        except Exception as error:  # whatever a triton that is broken, or a folder of that name, raises on its way
+            raise ImportError(f"{type(error).__name__}: {error}") from error
+
+    if names[-1] in sys.modules:
+        return load()  # which waits if another thread is importing them
+    try:
+        in_another_thread(load)
+    except RuntimeError:  # no thread can be started, as when Python ends, or where their number is limited
+        load()
 
 
 class Variants(dict[Any, Callable[..., Any]]):
