@@ -100,7 +100,9 @@ def _finished(total: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
 def _gpu(a: Tensor, *_: Tensor | None, **constants: Any) -> dict[str, Any]:
     # A loop over the columns, because a row that is one tile takes too many registers. Each sum is one expression and all of them
     # one kernel: Inductor would write what reads many tensors to memory, and cut long sums into two kernels.
-    few = len(a) <= 2  # with more rows a second warp waits longer than it helps (table "configurations of few rows")
+    few = (
+        len(a) <= 2
+    )  # with more rows a second warp waits longer than it helps (docs: How to read the code, "configurations of few rows")
     return {
         "triton.persistent_reductions": False,
         "emulate_precision_casts": False,
