@@ -289,7 +289,7 @@ def test_where_nothing_may_be_compiled_or_started(tmp_path, monkeypatch):
     with mock.patch.object(sys, "flags", SimpleNamespace(optimize=1)):
         assert_expected_inline(
             lacking("cpu"),
-            """python -O or PYTHONOPTIMIZE takes the assertions out of torch's compiler, and what it then writes is wrong""",
+            """python -O or PYTHONOPTIMIZE takes away assertions by which torch's compiler decides what it writes""",
         )
     program = tmp_path / "g++"
     program.touch(0o755)

@@ -166,7 +166,8 @@ GUESTS = ("bnbref.integrations.hf", "bnbref.demo", "bnbref.conformance.conftest"
           "bnbref.conformance.backends.optax", "bnbref.conformance.backends.qwix",
           "bnbref.conformance.backends.tinygrad")  # fmt: skip
 FOLDERS = ("bnbref", "tests", "benchmarks", "docs")
-BROUGHT = {"griffe", "tokenizers", "triton", "yaml"}  # by mkdocstrings, transformers, a torch for GPUs, huggingface_hub
+BROUGHT = {"griffe", "sympy", "tokenizers", "triton", "yaml"}
+"""By mkdocstrings, torch, transformers, a torch for GPUs, huggingface_hub."""
 BROUGHT |= {"jax", "onnx", "openvino"}  # with the packages that programs of the conformance reports are about
 
 

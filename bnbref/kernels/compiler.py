@@ -185,12 +185,9 @@ def compiles(device_type: str) -> bool:
 def _lacking(device_type: str) -> str | None:
     if os.environ.get("TORCH_COMPILE_DISABLE") == "1":
         return "TORCH_COMPILE_DISABLE=1 switches torch.compile off"
-    if (
-        sys.flags.optimize
-    ):  # Inductor catches assertions of its own; in torch 2.13 `quantize_rows` did not store its codes then
-        return (
-            "python -O or PYTHONOPTIMIZE takes the assertions out of torch's compiler, and what it then writes is wrong"
-        )
+    if sys.flags.optimize:
+        # Inductor catches assertions of its own: without them `quantize_rows` did not store its codes in torch 2.13.
+        return "python -O or PYTHONOPTIMIZE takes away assertions by which torch's compiler decides what it writes"
     try:
         folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())
         os.makedirs(folder, exist_ok=True)

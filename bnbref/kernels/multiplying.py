@@ -100,15 +100,14 @@ def _finished(total: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
 def _gpu(a: Tensor, *_: Tensor | None, **constants: Any) -> dict[str, Any]:
     # A loop over the columns, because a row that is one tile takes too many registers. Each sum is one expression and all of them
     # one kernel: Inductor would write what reads many tensors to memory, and cut long sums into two kernels.
-    few = (
-        len(a) <= 2
-    )  # with more rows a second warp waits longer than it helps (docs: How to read the code, "configurations of few rows")
+    # What was timed: docs, How to read the code, "configurations of few rows".
+    columns, warps = (64, 2) if len(a) <= 2 else (32, 1)
     return {
         "triton.persistent_reductions": False,
         "emulate_precision_casts": False,
         "split_reductions": False,
         **dict.fromkeys(("realize_reads_threshold", "realize_acc_reads_threshold", "realize_opcount_threshold"), 10**6),
-        **configured(rows=1, columns=64 if few else 32, warps=2 if few else 1),
+        **configured(rows=1, columns=columns, warps=warps),
     }
 
 
