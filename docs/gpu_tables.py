@@ -229,6 +229,19 @@ def few_rows() -> str:
     return lines(["", "bnbref", *OTHERS, "ratio to bitsandbytes"], cells)
 
 
+def configurations() -> str:
+    """Few rows by a 4-bit weight: columns and warps of a program that takes four rows of the weight."""
+    found = results("gpu-configurations")
+    timed = [row for row in found["rows"] if row["part"] == "products" and row["rows"] == 4]
+    timed.sort(key=lambda row: (row["activations"], row["columns"], row["warps"]))
+    shapes = ("4096x4096", "14336x4096", "4096x14336")
+    cells = (
+        [str(row["activations"]), f"{row['columns']}, {row['warps']}", *(f"{row[shape]:.1f}" for shape in shapes)]
+        for row in timed
+    )
+    return table(["rows", "columns, warps", *shapes], cells, found)
+
+
 # Several GPUs.
 
 
@@ -299,6 +312,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu-optimizers": optimizers,
     "gpu-decoding": decoding,
     "gpu-few-rows": few_rows,
+    "gpu-configurations": configurations,
     "gpu-flows": flows,
     "gpu-flows-front": partial(flows, FRONT),
     "gpus-fsdp": partial(several, FSDP),
