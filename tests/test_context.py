@@ -452,3 +452,12 @@ def test_a_layer_is_one_node_of_a_graph_of_torch_fx(layer):
 def test_a_layer_alone_is_not_traced_by_torch_fx():
     with pytest.raises(TypeError, match=r"torch\.fx traces a model that contains layers like Linear4bit\("):
         torch.fx.symbolic_trace(linear4())
+
+
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_a_layer_with_hooks_is_not_traced_by_torch_fx(register):
+    """They were recorded, and called again by the node: what they changed was changed twice."""
+    model = Shifted(linear4())
+    getattr(model.layer, register)(lambda module, given, *result: None)
+    with pytest.raises(TypeError, match=r"torch\.fx would call the forward hooks of Linear4bit\(.* twice"):
+        torch.fx.symbolic_trace(model)
