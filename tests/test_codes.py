@@ -124,6 +124,7 @@ SIZES = {
     "norm": lambda p: p.norm(),
     "vector_norm": torch.linalg.vector_norm,
     "linalg.norm": torch.linalg.norm,
+    "matrix_norm": lambda p: torch.linalg.matrix_norm(p[:, None] if p.dim() < 2 else p),
     "foreach": lambda p: torch._foreach_norm([p]),
     "dist": lambda p: torch.dist(p, p.data),
     "total norm": lambda p: nn.utils.get_total_norm([p]),

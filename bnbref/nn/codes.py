@@ -38,7 +38,8 @@ _ANY_DTYPE = {"linear", "matmul", "mm", "multi_head_attention_forward", "__matmu
 _ANY_DTYPE |= {"norm_except_dim", "stack"}
 # How large a weight is: a penalty in a loss, or a norm that is logged, over all parameters of a model.
 _ANY_DTYPE |= {"abs", "absolute", "square", "pow", "__pow__", "float_power", "norm", "dist"}
-_ANY_DTYPE |= {"linalg_norm", "linalg_vector_norm", "_foreach_abs", "_foreach_norm", "_foreach_pow"}
+_ANY_DTYPE |= {"linalg_norm", "linalg_vector_norm", "linalg_matrix_norm"}
+_ANY_DTYPE |= {"_foreach_abs", "_foreach_norm", "_foreach_pow"}
 # What gives pieces of the codes, or the codes themselves.
 CUTS = {"chunk", "split", "split_with_sizes", "tensor_split", "narrow", "view", "reshape", "flatten", "__getitem__"}
 _NAMED = {*_OPERATORS, *_COPIES, *_ARITHMETIC, *_ANY_DTYPE, *CUTS, "detach"}
