@@ -2,6 +2,7 @@
 
 import _thread
 import contextlib
+import functools
 import io
 import itertools
 import pickle
@@ -454,10 +455,27 @@ def test_a_layer_alone_is_not_traced_by_torch_fx():
         torch.fx.symbolic_trace(linear4())
 
 
-@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
-def test_a_layer_with_hooks_is_not_traced_by_torch_fx(register):
-    """They were recorded, and called again by the node: what they changed was changed twice."""
+class Scaled(Linear4bit):
+    def forward(self, x):
+        return super().forward(2 * x)
+
+
+def replaced(layer):
+    layer.forward = functools.partial(type(layer).forward, layer)  # as accelerate's hooks are put around a layer
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: layer.register_forward_hook(lambda module, given, result: 2 * result),
+        lambda layer: layer.register_forward_pre_hook(lambda module, given: (2 * given[0],)),
+        lambda layer: setattr(layer, "__class__", Scaled),
+        replaced,
+    ],
+)
+def test_what_is_around_a_forward_is_not_traced_by_torch_fx(change):
+    """It was recorded, and the node did it once more: 4 x in place of 2 x."""
     model = Shifted(linear4())
-    getattr(model.layer, register)(lambda module, given, *result: None)
-    with pytest.raises(TypeError, match=r"torch\.fx would call the forward hooks of Linear4bit\(.* twice"):
+    change(model.layer)
+    with pytest.raises(TypeError, match=r"with hooks or a forward of its own: it would run them twice"):
         torch.fx.symbolic_trace(model)
