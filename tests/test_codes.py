@@ -120,6 +120,7 @@ SIZES = {
     "abs": abs,
     "l2": lambda p: p.pow(2).sum(),
     "operator": lambda p: p**2,
+    "float_power": lambda p: torch.float_power(p, 2),
     "square": lambda p: p.square().mean(),
     "norm": lambda p: p.norm(),
     "vector_norm": torch.linalg.vector_norm,
