@@ -5,9 +5,9 @@
 would leave bytes that code something else, without an error. So they raise a ValueError. (Not a TypeError, which torch's
 operators turn into NotImplemented, so that its message is lost.) Sums, differences, products and quotients whose result would
 look like codes raise it too: all of them if the bytes are kept in a float dtype, and of integers with integers, as
-nn.utils.fuse_linear_bn_eval multiplies. So do norms, and powers and magnitudes, of which penalties in a loss are made. What moves
-or reads bytes is allowed: copies of codes into codes of the same scales,
-views, comparisons, codes times float scales.
+nn.utils.fuse_linear_bn_eval multiplies. So do norms, powers and magnitudes, of which penalties in a loss are made. What moves or
+reads bytes is allowed: copies of codes into codes of the same scales, views, comparisons, codes times float scales. Inside of
+torch.compile nothing is watched.
 
 `weight.detach()` makes `Codes`: watched like the weight, and with its scales. A layer in which they stand for the weight, as
 torch.func puts them there, computes with these scales and not with those of the weight before. `weight.data`, views, and what
