@@ -122,7 +122,10 @@ class Codes(Watched, Tensor):
         return True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        return plain(self).__deepcopy__(memo)  # type: ignore[no-any-return]
+        codes = plain(self)
+        # torch remembers the copy by the id of this tensor. Kept, as the copy module keeps what it copies, no other gets the id.
+        memo.setdefault(id(memo), []).append(codes)
+        return codes.__deepcopy__(memo)  # type: ignore[no-any-return]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return plain(self).__reduce_ex__(protocol)
