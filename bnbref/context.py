@@ -184,10 +184,15 @@ def as_bytes(codes: Tensor) -> Tensor:
     return flat.view(torch.uint8)
 
 
+class NoThread(RuntimeError):
+    """No thread can be started: Python ends, or their number is limited."""
+
+
 def in_another_thread(function: Callable[[], T]) -> T:
     """The result of a function that runs in a thread of its own, where no mode, autocast, default device or graph capture is.
 
     No signal interrupts it: what a handler raises in the thread that waits, as Ctrl-C does, is raised after the function's end.
+    Raises NoThread if none can be started.
 
     Not by concurrent.futures, which takes no work once the main thread has ended.
     """
@@ -202,7 +207,10 @@ def in_another_thread(function: Callable[[], T]) -> T:
             errors.append(error)
         ended.set()
 
-    threading.Thread(target=run).start()
+    try:
+        threading.Thread(target=run).start()
+    except RuntimeError as error:
+        raise NoThread(str(error)) from error
     raised: list[BaseException] = []
     while not ended.is_set():
         try:

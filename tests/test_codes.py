@@ -120,10 +120,12 @@ SIZES = {
     "abs": abs,
     "l2": lambda p: p.pow(2).sum(),
     "operator": lambda p: p**2,
+    "float_power": lambda p: torch.float_power(p, 2),
     "square": lambda p: p.square().mean(),
     "norm": lambda p: p.norm(),
     "vector_norm": torch.linalg.vector_norm,
     "linalg.norm": torch.linalg.norm,
+    "matrix_norm": lambda p: torch.linalg.matrix_norm(p[:, None] if p.dim() < 2 else p),
     "foreach": lambda p: torch._foreach_norm([p]),
     "dist": lambda p: torch.dist(p, p.data),
     "total norm": lambda p: nn.utils.get_total_norm([p]),
@@ -441,3 +443,13 @@ def test_what_multiplies_by_a_weight_without_its_layer_is_refused(kind):
     ):
         with pytest.raises(ValueError, match=r"takes the codes of a quantized (Params4bit|Int8Params) for numbers"):
             product()
+
+
+@each_layer
+def test_copies_of_codes_are_of_the_same_layers(make):
+    """Some were of another layer, which torch had copied before."""
+    layers = [make() for _ in range(20)]
+    for codes in ([layer.weight.detach() for layer in layers], [layer.state_dict()["weight"] for layer in layers]):
+        copied = copy.deepcopy(codes)
+        assert [raw(t) for t in copied] == [raw(t) for t in codes]
+        assert len({t.data_ptr() for t in (*copied, *codes)}) == 40

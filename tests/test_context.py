@@ -1,10 +1,11 @@
 """Whatever state of torch a caller is in, a product is the same; torch.func, torch.jit and torch.fx see a linear layer."""
 
-import _thread
 import contextlib
+import functools
 import io
 import itertools
 import pickle
+import signal
 import subprocess
 import sys
 import threading
@@ -410,12 +411,14 @@ def test_in_another_thread():
         in_another_thread(lambda: 1 // 0)
 
 
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="no signal can be sent to a thread here")
 def test_an_interrupt_waits_for_the_other_thread():
     ended = []
 
     def interrupted():
         time.sleep(0.05)  # until the main thread waits
-        _thread.interrupt_main()
+        # Not _thread.interrupt_main, which does not end a wait.
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
         time.sleep(0.05)
         ended.append(True)
 
@@ -452,3 +455,29 @@ def test_a_layer_is_one_node_of_a_graph_of_torch_fx(layer):
 def test_a_layer_alone_is_not_traced_by_torch_fx():
     with pytest.raises(TypeError, match=r"torch\.fx traces a model that contains layers like Linear4bit\("):
         torch.fx.symbolic_trace(linear4())
+
+
+class Scaled(Linear4bit):
+    def forward(self, x):
+        return super().forward(2 * x)
+
+
+def replaced(layer):
+    layer.forward = functools.partial(type(layer).forward, layer)  # as accelerate's hooks are put around a layer
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: layer.register_forward_hook(lambda module, given, result: 2 * result),
+        lambda layer: layer.register_forward_pre_hook(lambda module, given: (2 * given[0],)),
+        lambda layer: setattr(layer, "__class__", Scaled),
+        replaced,
+    ],
+)
+def test_what_is_around_a_forward_is_not_traced_by_torch_fx(change):
+    """It was recorded, and the node did it once more: 4 x in place of 2 x."""
+    model = Shifted(linear4())
+    change(model.layer)
+    with pytest.raises(TypeError, match=r"with hooks or a forward of its own: it would run them twice"):
+        torch.fx.symbolic_trace(model)

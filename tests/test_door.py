@@ -319,6 +319,23 @@ def test_torchs_compiler_is_imported_by_a_thread_that_ctrl_c_does_not_reach(monk
     assert threads[2:] == [threading.current_thread()] * 2
 
 
+@pytest.mark.parametrize("error", [TimeoutError, RuntimeError, KeyboardInterrupt])
+def test_what_a_handler_of_signals_raises_while_torchs_compiler_is_imported_is_the_caller_s(error, monkeypatch):
+    """The time limit of an alarm ended in a warning that nothing can be compiled, an error of DataLoader's workers nowhere."""
+
+    def interrupted(load):
+        load()
+        raise error("of a handler")
+
+    monkeypatch.setattr(compiler, "_failed", {})
+    monkeypatch.delitem(sys.modules, "torch._inductor.compile_fx", raising=False)
+    monkeypatch.setattr(variants.importlib, "import_module", lambda name: None)
+    monkeypatch.setattr(variants, "in_another_thread", interrupted)
+    with pytest.raises(error, match="of a handler"):
+        door._not_imported("cpu")
+    assert not compiler._failed
+
+
 @pytest.mark.parametrize("error", [RuntimeError, AttributeError, OSError])
 def test_whatever_keeps_torchs_compiler_from_being_imported_is_said(error, monkeypatch):
     """As a folder named triton in the current one does: `module 'triton' has no attribute 'language'`."""

@@ -22,11 +22,12 @@ A kernel that updates tensors is a pure function all the same: what it returns i
 `writes` names, by the compiled code itself where Inductor can do that in one pass.
 """
 
+import contextlib
 import functools
 import os
 import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
@@ -81,6 +82,28 @@ def _warn_once(device_type: str, reason: str) -> None:
     warnings.warn(
         f"bnbref runs uncompiled on {device_type}: {reason}. The bits are the same, the speed is not.", stacklevel=4
     )
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """For what torch warns of while it compiles, which is no user's concern. Where warnings are errors, as in many a test suite,
+    it would end in one of Dynamo's."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _not_imported(device_type: str) -> str | None:
+    """Imports torch's compiler. Returns why that cannot be done; None if it is done.
+
+    A handler of signals may raise meanwhile, of alarms often a TimeoutError. That is the caller's, and not caught.
+    """
+    try:
+        with _without_warnings():
+            import_compiler()
+    except (ImportError, UnicodeDecodeError) as error:
+        return why_failed(device_type, error)
+    return None
 
 
 def _sealed(value: Any) -> Any:
@@ -231,20 +254,18 @@ class Kernel(Generic[P, R]):
 
         again: whether to try once more, should a half-written file be in the way.
         """
-        try:
-            with warnings.catch_warnings():
-                # What torch warns of while it compiles is no user's concern, and where warnings are errors, as in many a test
-                # suite, it would end in one of Dynamo's.
-                warnings.simplefilter("ignore")
-                import_compiler()
-                tables = self.tables(*args, **constants)
-                return self.variants.call(device_type, self.formulation, args, tables, constants, writes)
-        except (ImportError, OSError, RuntimeError, UnicodeDecodeError) as error:
-            if again and remove_fragment(error):
-                return self._through_dynamo(device_type, args, constants, writes, again=False)
-            reason = why_failed(device_type, error)
-            if reason is None:
-                raise
+        reason = _not_imported(device_type)
+        if reason is None:
+            try:
+                with _without_warnings():
+                    tables = self.tables(*args, **constants)
+                    return self.variants.call(device_type, self.formulation, args, tables, constants, writes)
+            except (ImportError, OSError, RuntimeError, UnicodeDecodeError) as error:
+                if again and remove_fragment(error):
+                    return self._through_dynamo(device_type, args, constants, writes, again=False)
+                reason = why_failed(device_type, error)
+                if reason is None:
+                    raise
         _warn_once(device_type, reason)
         return self._uncompiled(args, constants), None
 

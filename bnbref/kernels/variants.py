@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnbref.context import in_another_thread
+from bnbref.context import NoThread, in_another_thread
 from bnbref.kernels.compiler import options_for
 from bnbref.kernels.configured import in_effect, is_configured
 from bnbref.kernels.direct import direct
@@ -64,7 +64,7 @@ def import_compiler() -> None:
         return load()  # which waits if another thread is importing them
     try:
         in_another_thread(load)
-    except RuntimeError:  # no thread can be started, as when Python ends, or where their number is limited
+    except NoThread:
         load()
 
 

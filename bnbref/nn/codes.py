@@ -5,9 +5,9 @@
 would leave bytes that code something else, without an error. So they raise a ValueError. (Not a TypeError, which torch's
 operators turn into NotImplemented, so that its message is lost.) Sums, differences, products and quotients whose result would
 look like codes raise it too: all of them if the bytes are kept in a float dtype, and of integers with integers, as
-nn.utils.fuse_linear_bn_eval multiplies. So do norms, and powers and magnitudes, of which penalties in a loss are made. What moves
-or reads bytes is allowed: copies of codes into codes of the same scales,
-views, comparisons, codes times float scales.
+nn.utils.fuse_linear_bn_eval multiplies. So do norms, powers and magnitudes, of which penalties in a loss are made. What moves or
+reads bytes is allowed: copies of codes into codes of the same scales, views, comparisons, codes times float scales. Inside of
+torch.compile nothing is watched.
 
 `weight.detach()` makes `Codes`: watched like the weight, and with its scales. A layer in which they stand for the weight, as
 torch.func puts them there, computes with these scales and not with those of the weight before. `weight.data`, views, and what
@@ -38,7 +38,8 @@ _ANY_DTYPE = {"linear", "matmul", "mm", "multi_head_attention_forward", "__matmu
 _ANY_DTYPE |= {"norm_except_dim", "stack"}
 # How large a weight is: a penalty in a loss, or a norm that is logged, over all parameters of a model.
 _ANY_DTYPE |= {"abs", "absolute", "square", "pow", "__pow__", "float_power", "norm", "dist"}
-_ANY_DTYPE |= {"linalg_norm", "linalg_vector_norm", "_foreach_abs", "_foreach_norm", "_foreach_pow"}
+_ANY_DTYPE |= {"linalg_norm", "linalg_vector_norm", "linalg_matrix_norm"}
+_ANY_DTYPE |= {"_foreach_abs", "_foreach_norm", "_foreach_pow"}
 # What gives pieces of the codes, or the codes themselves.
 CUTS = {"chunk", "split", "split_with_sizes", "tensor_split", "narrow", "view", "reshape", "flatten", "__getitem__"}
 _NAMED = {*_OPERATORS, *_COPIES, *_ARITHMETIC, *_ANY_DTYPE, *CUTS, "detach"}
@@ -121,7 +122,10 @@ class Codes(Watched, Tensor):
         return True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        return plain(self).__deepcopy__(memo)  # type: ignore[no-any-return]
+        codes = plain(self)
+        # torch remembers the copy by the id of this tensor. Kept, as the copy module keeps what it copies, no other gets the id.
+        memo.setdefault(id(memo), []).append(codes)
+        return codes.__deepcopy__(memo)  # type: ignore[no-any-return]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return plain(self).__reduce_ex__(protocol)

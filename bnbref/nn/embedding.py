@@ -98,7 +98,7 @@ class Embedding4bit(_QuantizedEmbedding, FourBitLayer, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         """The rows of the table that `input`, integers `[...]`, names: `[..., embedding_dim]` in the layer's `dtype`."""
-        if (node := node_of(self, input)) is not None:
+        if (node := node_of(self, Embedding4bit.forward, input)) is not None:
             return node  # type: ignore[no-any-return]
         state = state_of(self)
         if state is None:
@@ -154,7 +154,7 @@ class Embedding8bit(_QuantizedEmbedding, EightBitLayer, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         """The rows of the table that `input`, integers `[...]`, names: `[..., embedding_dim]` in the layer's `dtype`."""
-        if (node := node_of(self, input)) is not None:
+        if (node := node_of(self, Embedding8bit.forward, input)) is not None:
             return node  # type: ignore[no-any-return]
         absmax = absmax_of(self)
         if absmax is None:

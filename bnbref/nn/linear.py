@@ -126,7 +126,7 @@ class Linear4bit(FourBitLayer, nn.Linear):
             if product is not None:
                 y = product(a, bias)
                 return y if y.dtype == x.dtype else y.to(x.dtype)
-        if (node := node_of(self, x)) is not None:
+        if (node := node_of(self, Linear4bit.forward, x)) is not None:
             return node  # type: ignore[no-any-return]
         check_tensors(x=x)
         if state is None and not isinstance(weight, Params4bit) and weight.is_floating_point():
@@ -242,7 +242,7 @@ class Linear8bitLt(EightBitLayer, nn.Linear):
             if known is not None and settings is not None and fits(x, known[0], bias, n, k):
                 return graph_product_8bit(x, weight, known[0], settings["threshold"], bias)
         if not isinstance(x, Tensor) or x.shape[-1:] != self.weight.shape[-1:]:
-            if (node := node_of(self, x)) is not None:
+            if (node := node_of(self, Linear8bitLt.forward, x)) is not None:
                 return node  # type: ignore[no-any-return]
             check_tensors(x=x)
             raise ValueError(f"x must be [..., {self.weight.shape[-1]}] for {self}, got {tuple(x.shape)}")

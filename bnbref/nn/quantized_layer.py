@@ -213,14 +213,17 @@ class QuantizedLayer(nn.Module):
             self._replace(new)
 
 
-def node_of(layer: nn.Module, x: Any) -> Any:
+def node_of(layer: nn.Module, forward: Callable[..., Any], x: Any) -> Any:
     """A call of the layer as one node of the graph that `torch.fx.symbolic_trace` records; None if x is no stand-in of torch.fx.
 
     torch.fx records what a forward does with a stand-in, which has neither dtype nor shape to choose a product by. It records a
-    layer of torch.nn as one node, which calls the layer; here the same is done for these.
+    layer of torch.nn as one node, which calls the layer; here `forward`, which is running, does the same. TypeError if a call of
+    the layer is more than this forward: the rest, such as hooks, has been recorded already, and the node would repeat it.
     """
     if not isinstance(x, fx.Proxy):
         return None
+    if layer._forward_pre_hooks or layer._forward_hooks or getattr(layer.forward, "__func__", None) is not forward:
+        raise TypeError(f"torch.fx cannot trace {layer} with hooks or a forward of its own: it would run them twice")
     name = x.tracer.path_of_module(layer) if isinstance(x.tracer, fx.Tracer) else ""
     if not name:
         raise TypeError(f"torch.fx traces a model that contains layers like {layer}, not such a layer alone")

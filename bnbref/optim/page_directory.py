@@ -173,8 +173,6 @@ def _index(name: str) -> int:
 
 def _open(path: Path, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     numel = torch.Size(shape).numel()
-    if numel == 0:  # no file of 0 bytes can be mapped
-        return torch.empty(tuple(shape), dtype=dtype, device="cpu")
     return torch.from_file(str(path), shared=True, size=numel, dtype=dtype, device="cpu").view(tuple(shape))
 
 

@@ -78,8 +78,6 @@ def check_targets(tuner: Any, model: nn.Module, config: Any) -> None:
     config = copy.copy(config)
     if config.target_modules is None:  # peft then chooses the layers, by the kind of the model
         config = tuner._prepare_adapter_config(config, tuner.get_model_config(model))
-    if config.target_modules is None:  # there are parameters alone
-        return
     config = tuners_utils._maybe_include_all_linear_layers(config, model)
     found = [path for path in layers if tuner._check_target_module_exists(config, path)]
     if found:
