@@ -167,3 +167,10 @@ def test_rows_by_words(dtype, nested, m, n):
     for got in (on_gpu, few_rows.multiply_rows.definition(*arguments, **constants)):
         assert got.dtype == dtype
         assert ((got.squeeze(1).double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize(("m", "columns", "warps"), [(1, 64, 2), (2, 64, 2), (3, 32, 1), (8, 32, 1)])
+def test_few_rows_have_the_configuration_that_was_timed(m, columns, warps):
+    """The table "configurations of few rows" of docs/content/reading.md."""
+    own = few_rows.multiply_rows.formulation.options("cuda", [torch.empty(m, 1, 64)], {})
+    assert own["inductor_choices_class"].args == (1, warps, columns, None)

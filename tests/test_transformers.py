@@ -1105,3 +1105,26 @@ def test_a_codebook_that_is_entered_later_is_saved_and_loaded(ids, tmp_path, mon
     assert again.model.layers[0].mlp.up_proj.weight.quant_type == "late"
     with torch.no_grad():
         assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_conversions_of_a_model_that_would_take_codes_are_left_out(tmp_path):
+    """Of 4 and of 8 bits: those by whose name a file has codes. One that gives its result another name is of other weights."""
+    from transformers.core_model_loading import MergeModulelist, Transpose, WeightConverter
+
+    from bnbref.integrations.hf.quantizer import BnbRefHfQuantizer
+
+    four, eight, plain, many = (
+        WeightConverter(source_patterns=source, target_patterns=target, operations=[operation])
+        for source, target, operation in (
+            ("experts.gate_up_proj", "experts.gate_up_proj", Transpose(1, 2)),
+            ("down_proj.weight", "down_proj.weight", Transpose(0, 1)),
+            ("head.weight", "head.weight", Transpose(0, 1)),
+            ("experts.*.w1.weight", "experts.other", MergeModulelist(dim=0)),
+        )
+    )
+    names = ("experts.gate_up_proj.absmax", "down_proj.SCB", "experts.0.w1.weight.absmax", "head.weight")
+    save_file({f"model.layers.0.{name}": torch.ones(1) for name in names}, tmp_path / "model.safetensors")
+    quantizer = BnbRefHfQuantizer(BnbRefConfig("nf4"), pre_quantized=True)
+    quantizer.files = [str(tmp_path / "model.safetensors")]
+    given = [four, eight, plain, many]
+    assert [c for c in quantizer.update_weight_conversions(given, nn.Module()) if c in given] == [plain, many]
