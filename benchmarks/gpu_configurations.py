@@ -14,19 +14,20 @@ import argparse
 import fcntl
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import timing
 import torch
+from gpu_encoders import GPU, milliseconds
 from torch import Tensor
 
 import bnbref
@@ -34,7 +35,6 @@ from bnbref import few_rows, functional
 from bnbref.kernels import by_address, formulations, multiplying
 from bnbref.kernels.configured import configured
 
-GPU = torch.device("cuda")
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
 CACHE = 100e6
 """Bytes of weights that are more than the caches of an H100 hold: 50 MB."""
@@ -69,20 +69,6 @@ KERNELS = {"adam": ("step_blocks", 256), "four": ("quantize_rows", 16), "eight":
 # ---- what is timed --------------------------------------------------------------------------------------------------
 
 
-def milliseconds(call: Callable[[], Any], calls: int, rounds: int = 9) -> float:
-    times = []
-    for _ in range(rounds):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize()
-        start.record()
-        for _ in range(calls):
-            call()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / calls)
-    return statistics.median(times)
-
-
 def weight(n: int, k: int) -> tuple[Tensor, Any]:
     """Packed codes `[n, k/2]` and their state. Quantized by the definition: nothing is compiled but what is timed."""
     with bnbref.eager():
@@ -95,7 +81,7 @@ def products(case: Case, turn: Callable[[], None]) -> dict[str, Any]:
     """Microseconds of a product by each shape. A graph goes through weights that do not fit into the cache."""
     formulations.load()
     multiplying._GROUP = case.rows
-    multiplying.configured = lambda **_: configured(rows=1, columns=case.columns, warps=case.warps)  # type: ignore[assignment]
+    multiplying.configured = lambda **_: configured(rows=1, columns=case.columns, warps=case.warps)
     weights = {(n, k): [weight(n, k) for _ in range(2 + int(CACHE / (n * k / 2)))] for n, k in SHAPES}
     rows = {k: torch.randn(case.activations, 1, k, device=GPU, dtype=torch.bfloat16) for _, k in SHAPES}
     start = time.perf_counter()
@@ -108,7 +94,7 @@ def products(case: Case, turn: Callable[[], None]) -> dict[str, Any]:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             results = [few_rows.multiply_few(rows[k], *each, None) for each in of_shape]
-        found[f"{n}x{k}"] = milliseconds(graph.replay, 10) / len(results) * 1e3
+        found[f"{n}x{k}"] = milliseconds(graph.replay, calls=10) / len(results) * 1e3
     return found
 
 
@@ -131,10 +117,10 @@ def streamed(case: Case, turn: Callable[[], None]) -> dict[str, Any]:
             4 + 4 + 4 + 4 * 1
         ) * ELEMENTS + 4 * 4 * blocks  # parameter twice, gradient; codes and scales, read and written
     elif case.part == "four":
-        call = lambda: functional.quantize_4bit(x, quant_type="nf4")  # noqa: E731
+        call = partial(functional.quantize_4bit, x, quant_type="nf4")
         size = x.nbytes + ELEMENTS // 2 + 4 * blocks
     else:
-        call = lambda: functional.quantize_blockwise(x, blocksize=256)  # noqa: E731
+        call = partial(functional.quantize_blockwise, x, blocksize=256)
         size = x.nbytes + ELEMENTS + 4 * blocks
     start = time.perf_counter()
     call()
@@ -143,8 +129,8 @@ def streamed(case: Case, turn: Callable[[], None]) -> dict[str, Any]:
     source = torch.randn(ELEMENTS // 2, device=GPU)
     target = torch.empty_like(source)
     turn()
-    copy = milliseconds(lambda: target.copy_(source), 10)
-    ms = milliseconds(call, 10)
+    copy = milliseconds(lambda: target.copy_(source), calls=10)
+    ms = milliseconds(call, calls=10)
     return {"first_s": first, "ms": ms, "share": (size / ms) / (2 * source.nbytes / copy)}
 
 
