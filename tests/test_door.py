@@ -18,6 +18,8 @@ import pytest
 import torch
 from conftest import difference, same_bits
 from expecttest import assert_expected_inline
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import bnbref
@@ -102,6 +104,28 @@ def test_matrices_of_any_size_share_a_kernel(through_dynamo):
     before = graphs()
     for m, n in ((2, 3), (3, 2), (17, 5), (5, 64), (100, 3), (64, 64), (9, 33)):
         int8.quantize(torch.ones(m, n), 2.5)
+    assert graphs() == before
+
+
+@settings(max_examples=20, deadline=None)
+@given(rows=st.sampled_from([1, 3]), columns=st.sampled_from([1, 4]), data=st.data())
+def test_the_stride_of_a_dimension_of_size_1_costs_no_compilation(rows, columns, data):
+    """Inductor's own results have 0 there, slices what they were cut from: no element has another place by it."""
+    kernel = REGISTRY["dequantize_int8_product"]
+    kernel._calls.clear()
+    product, scales = torch.arange(rows * columns, dtype=torch.int32).view(rows, columns), torch.ones(rows)
+
+    def strange(x):
+        strides = [data.draw(st.integers(0, 9)) if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True)]
+        return x.as_strided(x.shape, strides)
+
+    arguments = product, scales, torch.ones(columns), None, None
+    want = kernel(*arguments, dtype=F32)
+    before = graphs()
+    for _ in range(3):
+        others = [t if t is None else strange(t) for t in arguments]
+        assert same_bits(kernel(*others, dtype=F32), want)
+        assert same_bits(kernel(*others, dtype=F32), want), "by the code that was kept for this layout"
     assert graphs() == before
 
 

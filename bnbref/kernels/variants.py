@@ -85,7 +85,7 @@ class Variants(dict[Any, Callable[..., Any]]):
         """
         # Aliases of the arguments, because Dynamo marks dynamic sizes on the tensor itself, and the argument is the caller's. The
         # alias of a parameter is a plain tensor too, so that parameters and tensors share a variant.
-        tensors = [None if t is None else t.detach() for t in args]
+        tensors = [None if t is None else _alias(t) for t in args]
         if writes:
             tensors = self._parameters.apart(tensors)
         into = self._parameters.written(range(len(args))) if writes else []
@@ -136,6 +136,16 @@ def _own_settings() -> Iterator[None]:
     finally:
         if eval_frame._stance is ours:  # else somebody has set another one meanwhile, in another thread
             eval_frame._stance = theirs
+
+
+def _alias(tensor: Tensor) -> Tensor:
+    """The same memory as a plain tensor, without gradient. A dimension of size 1 has the stride of a contiguous tensor: no element
+    has another place by it, but Dynamo would compile anew for each that it meets, as Inductor's own code makes them."""
+    alias, strides = tensor.detach(), list(tensor.stride())
+    for dim in reversed(range(alias.dim())):
+        if alias.shape[dim] == 1:
+            strides[dim] = alias.shape[dim + 1] * strides[dim + 1] if dim + 1 < alias.dim() else 1
+    return alias if alias.stride() == tuple(strides) else alias.as_strided(alias.shape, strides)
 
 
 def _signature(tensor: Tensor | None, dynamic: tuple[int, ...]) -> Any:
