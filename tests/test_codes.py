@@ -1,6 +1,7 @@
 """Codes are no numbers: writes by value are refused, and what moves bytes goes on working."""
 
 import copy
+import inspect
 import io
 import itertools
 import operator
@@ -19,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import bnbref
 from bnbref import int8
 from bnbref.functional import dequantize_4bit
-from bnbref.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
+from bnbref.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit, bytewise
 
 
 @pytest.fixture(autouse=True)
@@ -141,6 +142,202 @@ def test_codes_have_no_size(make, how):
         with pytest.raises(ValueError, match="takes the codes of a quantized"):
             SIZES[how](weight)
     SIZES[how](layer.bias)
+
+
+def overridable():
+    """Every function of this torch that asks a subclass of Tensor what to do, and how many arguments it needs."""
+    for function, dummy in torch.overrides.get_testing_overrides().items():
+        parameters = inspect.signature(dummy).parameters.values()
+        required = [p for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+        yield function, max(1, len(required))
+
+
+REFUSED = "takes the codes of a quantized"
+
+
+@each_layer
+def test_a_function_of_torch_leaves_codes_what_they_are_or_is_refused(make):
+    """Of all that torch has: it raises our error before it computes, or the list names it. The list names what torch 2.11 to 2.15
+    have; what a later one brings is refused."""
+    layer = make()
+    weight, before, untried = layer.weight, raw_weight(layer), bytewise.ALLOWED | {"__get__", "__set__"}
+    for function, count in overridable():
+        name = bytewise.name_of(function)
+        if name in untried or not bytewise.is_torchs(function):
+            continue
+        with pytest.raises(ValueError, match=REFUSED):
+            torch.overrides.handle_torch_function(function, (weight,), *[weight] * count)
+    assert raw_weight(layer) == before
+
+
+def test_what_the_list_allows_is_no_arithmetic():
+    """Numbers in place of codes: a result is of the same size, or made of the same numbers, or an answer about them."""
+    numbers = torch.tensor([[3, 5], [11, 7]], dtype=torch.uint8)
+    known = set(numbers.flatten().tolist())
+    arguments = {
+        "repeat": (1, 2), "tile": ((1, 2),), "permute": (1, 0), "expand": (1, 2, 2), "expand_as": (numbers,), "roll": (1,),
+        "flip": (0,),
+        "transpose": (0, 1), "swapaxes": (0, 1), "swapdims": (0, 1), "movedim": (0, 1), "moveaxis": (0, 1), "unsqueeze": (0,),
+        "broadcast_to": ((1, 2, 2),), "narrow": (0, 0, 1), "narrow_copy": (0, 0, 1), "select": (0, 0),
+        "take": (torch.tensor([3]),),
+        "index_select": (0, torch.tensor([1])), "gather": (0, torch.tensor([[1, 0]])), "take_along_dim": (torch.tensor([[1]]), 1),
+        "masked_select": (numbers > 4,), "as_strided": ((2,), (1,)), "unfold": (0, 1, 1), "chunk": (2,), "split": (1,),
+        "view": (-1,),
+        "split_with_sizes": ([1, 1],), "tensor_split": (2,), "view_as": (numbers,), "reshape": (-1,), "reshape_as": (numbers,),
+        "unflatten": (0, (2, 1)), "__getitem__": (0,), "hsplit": (2,), "vsplit": (2,), "unsafe_chunk": (2,), "unsafe_split": (1,),
+        "unsafe_split_with_sizes": ([1, 1],),
+    }  # fmt: skip
+    for name in sorted(bytewise.MOVES | bytewise.CUTS):
+        method = getattr(torch.Tensor, name, None)
+        if callable(method) and name not in ("pin_memory", "dsplit"):
+            result = method(numbers, *arguments.get(name, ()))
+            for piece in result if isinstance(result, tuple) else (result,):
+                assert (piece.dtype, set(piece.flatten().tolist()) - known) == (numbers.dtype, set()), name
+
+
+def test_operators_and_functions_of_others_take_what_they_are_given():
+    """A graph of torch.export decodes codes by operators; a function that is not torch's knows what it was given."""
+    weight = linear8().weight
+    assert type(torch.ops.aten.sum.default(weight)) is torch.Tensor
+
+    def theirs(codes):
+        if torch.overrides.has_torch_function((codes,)):
+            return torch.overrides.handle_torch_function(theirs, (codes,), codes)
+        return type(codes)
+
+    theirs.__module__ = "theirs"
+    assert theirs(weight) is Int8Params
+    theirs.__module__ = "torch.of_tomorrow"
+    with pytest.raises(ValueError, match="theirs takes the codes of a quantized Int8Params for numbers"):
+        theirs(weight)
+
+
+STRANGERS = {
+    "mean": lambda p: p.mean(),
+    "std": torch.std,
+    "sum": lambda p: p.sum(),
+    "max": lambda p: p.max(),
+    "histogram": lambda p: torch.histc(p, 8),
+    "quantile": lambda p: torch.quantile(p, 0.5),
+    "normalize": nn.functional.normalize,
+    "cosine": lambda p: nn.functional.cosine_similarity(p, p),
+    "inner": lambda p: torch.inner(p, p),
+    "dot": lambda p: torch.dot(p.flatten(), p.flatten()),
+    "svd": torch.linalg.svd,
+    "svd of floats": lambda p: torch.linalg.svd(p.detach().float()),
+    "low rank": lambda p: torch.svd_lowrank(p),
+    "norm of floats": lambda p: p.detach().float().norm(),
+    "transposed": lambda p: torch.ones(2, p.shape[1]) @ p.T,
+    "soup": lambda p: (p.detach() + p.detach()) / 2,
+    "soup of floats": lambda p: sum([0.5 * p.detach().float(), 0.5 * p.detach().float()]),
+    "soup by stacking": lambda p: torch.stack([p.detach(), p.detach()]).float().mean(0),
+    "soup by means": lambda p: torch.lerp(p, p.detach(), 0.5),
+    "difference": lambda p: (p - p.detach()).abs().max(),
+    "ema": lambda p: torch.zeros(p.shape).mul_(0.9).add_(p.detach(), alpha=0.1),
+    "ema by lerp": lambda p: torch.zeros(p.shape, dtype=p.dtype).lerp_(p.detach(), 0.1),
+    "ema by foreach": lambda p: torch._foreach_lerp_([torch.zeros(p.shape, dtype=p.dtype)], [p.detach()], 0.1),
+    "a float copy": lambda p: torch.zeros(p.shape, dtype=torch.float64).copy_(p),
+    "decay": lambda p: p.mul_(1 - 1e-3),
+    "decay by a new weight": lambda p: p - 1e-3 * p,
+    "scaled": lambda p: (p * 0.5).sum(),
+    "allclose": lambda p: torch.allclose(p, p.detach()),
+    "isclose": lambda p: torch.isclose(p, p.detach()),
+    "sparsity": lambda p: (p == 0).sum(),
+    "magnitudes": lambda p: p > 1e-3,
+    "threshold": lambda p: torch.where(p > 1, p, 0),
+    "nonzero": torch.count_nonzero,
+    "one vector": lambda p: nn.utils.parameters_to_vector([p, nn.Parameter(torch.ones(3))]),
+    "one vector of one dtype": lambda p: nn.utils.parameters_to_vector([p, nn.Parameter(p.data.clone(), requires_grad=False)]),
+    "rows": lambda p: nn.functional.embedding(torch.tensor([0]), p),
+    "clip": lambda p: nn.utils.clip_grads_with_norm_([p], 1, p.norm()),
+    "einsum": lambda p: torch.einsum("ij,ij->i", p, p),
+    "lora": lambda p: p.detach() + torch.ones(p.shape),
+}  # fmt: skip
+
+
+@each_layer
+@pytest.mark.parametrize("how", STRANGERS)
+def test_what_strangers_do_with_parameters_is_refused(make, how):
+    """Measures, averages, distances, factors of weights, in the words of training loops."""
+    layer = make()
+    before = raw_weight(layer)
+    with torch.no_grad(), pytest.raises(ValueError, match=REFUSED):
+        STRANGERS[how](layer.weight)
+    assert raw_weight(layer) == before
+
+
+@each_layer
+def test_codes_are_read_moved_and_decoded_by_hand(make):
+    """What other libraries do with them."""
+    layer, codes = make(), make().weight.detach()
+    plain = layer.weight.data
+    for same in (
+        codes.clone(),
+        codes.contiguous(),
+        codes.cpu(),
+        codes.to(codes.dtype),
+        torch.cat([*codes.chunk(2)]),
+        codes.T.T,
+    ):
+        assert (type(same), raw(same)) == (type(codes), raw(plain))
+    assert torch.equal(layer.weight, codes)  # as bytes: as bf16, some are NaN
+    assert torch.equal(codes, plain)
+    assert not torch.equal(codes, torch.zeros_like(codes))
+    assert torch.cat([codes.flatten(), plain.flatten()]).dtype == codes.dtype
+    grown = torch.empty(codes.shape, dtype=codes.dtype).copy_(codes)
+    assert (type(grown), raw(grown)) == (torch.Tensor, raw(plain))
+    bits = codes.view(torch.uint8)
+    assert torch.equal(bits & 15, plain.view(torch.uint8) & 15)
+    assert torch.equal(torch.arange(256)[bits.long()], plain.view(torch.uint8).long())
+    if isinstance(layer, Linear8bitLt):
+        scales = layer.weight.SCB[:, None] / 127
+        assert torch.equal(codes.float() * scales, plain.float() * scales)
+        assert type(codes / 127 * layer.weight.SCB[:, None]) is torch.Tensor
+
+
+@each_layer
+def test_floats_made_of_codes_are_not_assigned_as_codes(make):
+    layer = make()
+    before = raw_weight(layer)
+    for dtype in (torch.float16, F32):
+        with pytest.raises((TypeError, ValueError), match=r"for numbers|are codes in|are assigned with their scales"):
+            layer.weight.data = layer.weight.detach().to(dtype)
+    assert raw_weight(layer) == before
+
+
+LOSSES = {
+    "l2": lambda p: p.pow(2).sum(),
+    "norm": lambda p: torch.linalg.vector_norm(p),
+    "linear": lambda p: nn.functional.linear(torch.ones(1, 64), p),
+    "detached": lambda p: p.detach().float().square().sum(),
+    "data": lambda p: p.data.sum(),
+    "transposed": lambda p: 2 * p.T,
+}
+
+
+@pytest.mark.parametrize("make", [LAYERS["fp4 nested in bf16"], linear8])
+@pytest.mark.parametrize("how", LOSSES)
+def test_a_compiled_loss_does_not_take_codes_for_numbers(make, how):
+    """Dynamo leaves the function to Python, which raises."""
+    with pytest.raises(ValueError, match=REFUSED):
+        torch.compile(lambda p: LOSSES[how](p), backend="eager")(make().weight)
+
+
+@pytest.mark.parametrize("how", ["l2", "linear"])
+def test_the_error_of_a_whole_graph_names_what_is_refused(how):
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=REFUSED):
+        torch.compile(lambda p: LOSSES[how](p), backend="eager", fullgraph=True)(linear8().weight)
+
+
+@each_layer
+def test_a_graph_reads_and_moves_codes(make):
+    weight = make().weight
+
+    def read(p):
+        return p.view(torch.uint8).clone().flatten(), p.data.reshape(-1), p.shape[0] + p.numel()
+
+    bits, codes, count = torch.compile(read, backend="eager", fullgraph=True)(weight)
+    assert (raw(bits), raw(codes), count) == (raw(read(weight)[0]), raw(read(weight)[1]), read(weight)[2])
 
 
 @pytest.mark.parametrize("how", sorted(WRITES))

@@ -2,55 +2,41 @@
 
     weight.add_(x), weight.lerp_(..), weight[0] = 1, weight.copy_(floats), nn.init.normal_(weight), torch._foreach_mul_(..)
 
-would leave bytes that code something else, without an error. So they raise a ValueError. (Not a TypeError, which torch's
-operators turn into NotImplemented, so that its message is lost.) Sums, differences, products and quotients whose result would
-look like codes raise it too: all of them if the bytes are kept in a float dtype, and of integers with integers, as
-nn.utils.fuse_linear_bn_eval multiplies. So do norms, powers and magnitudes, of which penalties in a loss are made. What moves or
-reads bytes is allowed: copies of codes into codes of the same scales, views, comparisons, codes times float scales. Inside of
-torch.compile nothing is watched.
+would leave bytes that code something else, without an error. `weight.norm()`, `weight.mean()`, `F.normalize(weight)`,
+`weight * 2` would give numbers that mean nothing. So they raise a ValueError. (Not a TypeError, which torch's operators turn
+into NotImplemented, so that its message is lost.) Allowed is what `bytewise` lists, and nothing else of torch: questions,
+copies of codes into codes of the same scales, views, what takes the bits of integers apart, and products of integer codes with
+float scales. So a function that a later torch brings is refused. Dynamo traces all this: in a compiled function the same is
+refused, when it is compiled.
 
-`weight.detach()` makes `Codes`: watched like the weight, and with its scales. A layer in which they stand for the weight, as
-torch.func puts them there, computes with these scales and not with those of the weight before. `weight.data`, views, and what
-numpy and C++ make of a weight are plain: nobody sees a write through these.
+What moves or cuts codes gives `Codes`, which are watched like the weight. Those of `weight.detach()` have its scales: a layer
+in which they stand for the weight, as torch.func puts them there, computes with these scales and not with those of the weight
+before. `weight.data`, and what numpy and C++ make of a weight, are plain: nobody sees a write through these.
 """
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bnbref.context import plain
+from bnbref.nn import bytewise
 
-_BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
-_OPERATORS = {f"__i{name}__" for name in _BINARY}
-_COPIES = {"copy_": 1, "module_load": 1, "_foreach_copy_": 1, "__setitem__": 2}  # by name, which argument is the source
-_NO_WRITES = {"requires_grad_", "detach_", "share_memory_", "rename_"}
-_NAMES = ("add", "sub", "mul", "div", "lerp", "addcmul", "addcdiv")
-_ALIASES = ("subtract", "multiply", "divide", "true_divide")
-_ARITHMETIC = {*_NAMES, *_ALIASES, *(f"_foreach_{name}" for name in _NAMES)}
-_ARITHMETIC |= {f"__{side}{name}__" for name in _BINARY[:4] for side in ("", "r")}
-# Functions that multiply by a weight without asking its layer, as nn.MultiheadAttention does with its out_proj's; the first one
-# that weight_norm calls; and torch.func.stack_module_state, whose result has no scales.
-_ANY_DTYPE = {"linear", "matmul", "mm", "multi_head_attention_forward", "__matmul__", "__rmatmul__"}
-_ANY_DTYPE |= {"norm_except_dim", "stack"}
-# How large a weight is: a penalty in a loss, or a norm that is logged, over all parameters of a model.
-_ANY_DTYPE |= {"abs", "absolute", "square", "pow", "__pow__", "float_power", "norm", "dist"}
-_ANY_DTYPE |= {"linalg_norm", "linalg_vector_norm", "linalg_matrix_norm"}
-_ANY_DTYPE |= {"_foreach_abs", "_foreach_norm", "_foreach_pow"}
-# What gives pieces of the codes, or the codes themselves.
-CUTS = {"chunk", "split", "split_with_sizes", "tensor_split", "narrow", "view", "reshape", "flatten", "__getitem__"}
-_NAMED = {*_OPERATORS, *_COPIES, *_ARITHMETIC, *_ANY_DTYPE, *CUTS, "detach"}
+_IN_PLACE = {
+    f"__i{name}__"
+    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
+}
+_GIVES_CODES = bytewise.CUTS | bytewise.MOVES | bytewise.CASTS | bytewise.JOINS | bytewise.SCALINGS
 
 
 @functools.lru_cache(maxsize=1024)
 def _only_asks(func: Callable[..., Any]) -> bool:
-    """Whether a function of torch neither writes codes nor computes with them nor returns them: it asks for a size, an address, a
-    dtype. A CUDA graph that is recorded asks ten such questions of each weight."""
-    name = getattr(func, "__name__", "").partition(".")[0]
-    return name not in _NAMED and (name.endswith("__") or not name.endswith("_"))
+    """Whether a function of torch reads no codes: it asks for a size, an address, a dtype. A CUDA graph that is recorded asks ten
+    such questions of each weight."""
+    return bytewise.name_of(func) in bytewise.ASKS
 
 
 class Watched:
@@ -66,25 +52,41 @@ class Watched:
     ) -> Any:
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
-            if torch.compiler.is_compiling() or (not kwargs and _only_asks(func)):
-                return func(*args, **kwargs)
-            name = getattr(func, "__name__", "")
-            _check(name.partition(".")[0], args, kwargs)
+            if torch.compiler.is_compiling():
+                return _in_graph(func, args, kwargs)
+            if not kwargs and _only_asks(func):
+                return func(*args)
+            name = bytewise.name_of(func)
+            _check(func, name, args, kwargs)
+            if name == "equal" and len(args) == 2:
+                return _equal(*args)
             result = func(*args, **kwargs)
-            if name in _ARITHMETIC:
-                given = (*args, *kwargs.values())
-                _refuse(name, [t for x in given for t in _codes_in(x) if t.dtype == getattr(result, "dtype", None)])
-            if not args or not isinstance(args[0], Watched):
+            if not args or not bytewise.is_torchs(func) or _gives_numbers(name, args, kwargs):
                 return result
-            return args[0].result_of(name, result)
+            source = (*_codes_in(args[0]), args[0])[0]
+            return source.result_of(name, result) if isinstance(source, Watched) else result
 
     def result_of(self, name: str, result: Any) -> Any:
         """The tensor that is returned instead of `result`, which the function called `name` gave for this one."""
-        return self.detached(result) if name == "detach" and self.holds_codes() else result
+        if not self.holds_codes() or name not in _GIVES_CODES:
+            return result
+        if name == "detach":
+            return self.detached(result)
+        if isinstance(result, (list, tuple)):
+            return type(result)(self.result_of(name, piece) for piece in result)
+        return self._still_codes(name, result) if type(result) is Tensor else result
+
+    def _still_codes(self: Any, name: str, result: Tensor) -> Tensor:
+        """The result of a function that gives codes, or ValueError if it is a cast that they do not survive."""
+        if result.dtype == self.dtype or "view" in name:
+            return result.as_subclass(type(self) if isinstance(self, Codes) else Codes)
+        if self.is_floating_point() and not isinstance(self, FloatedCodes):
+            _refuse(name, [self])
+        return result.as_subclass(FloatedCodes) if result.is_floating_point() else result
 
     def detached(self, codes: Tensor) -> "Codes":
         """The same memory as `Codes` that have the attributes of this tensor, its scales among them."""
-        result = codes.as_subclass(Codes)
+        result = codes.as_subclass(type(self) if isinstance(self, Codes) else Codes)
         result.__dict__.update((name, value) for name, value in self.__dict__.items() if name != "_is_param")
         return result
 
@@ -109,6 +111,26 @@ def _leave_to_python(function: Callable[..., Any]) -> None:
     eval_frame.set_code_exec_strategy(function.__code__, strategy)
 
 
+def _in_graph(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What Dynamo traces of a function that was given a weight. The product of a layer is not among these functions.
+
+    A ValueError makes Dynamo leave the function to Python, where it is raised again; with fullgraph=True Dynamo raises its own,
+    which names it.
+    """
+    if not any(map(_codes_in, (*args, *kwargs.values()))):
+        return func(*args, **kwargs)
+    name = bytewise.name_of(func)
+    if name not in bytewise.ASKS:
+        _check(func, name, args, kwargs)
+    result = func(*args, **kwargs)
+    gives_codes = name in _GIVES_CODES and bytewise.is_torchs(func) and not _gives_numbers(name, args, kwargs)
+    if gives_codes and isinstance(result, Tensor) and args and _codes_in(args[0]):
+        return result.detach().as_subclass(
+            Codes
+        )  # Dynamo makes no subclass of what it knows as an attribute, such as `weight.T`
+    return result
+
+
 # Where Dynamo gives up a function that uses a weight, it tries those that are called in it one by one. Compiled by itself, this
 # one is wrong: no guard looks at `func`, so that what was compiled for the dtype of a weight also answers for its shape.
 _leave_to_python(Watched.__torch_function__)
@@ -131,34 +153,81 @@ class Codes(Watched, Tensor):
         return plain(self).__reduce_ex__(protocol)
 
 
-def _codes_in(value: Any) -> Iterator[Any]:
-    for tensor in value if isinstance(value, (list, tuple)) else (value,):
-        if isinstance(tensor, Watched) and tensor.holds_codes():
-            yield tensor
+class FloatedCodes(Codes):
+    """Codes that were integers, in a float dtype: one product with scales away from numbers, and none yet."""
 
 
-def _check(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """ValueError if torch's function of that name would write into codes, or compute with them as numbers."""
-    first = args[0] if args else next(iter(kwargs.values()), None)
-    in_place = name in _OPERATORS or name in _COPIES or (name.endswith("_") and not name.endswith("__"))
+def _codes_in(value: Any) -> list[Any]:
+    """The codes among the values of an argument. (A list: Dynamo of torch 2.11 adds no generator to one.)"""
+    values = value if isinstance(value, (list, tuple)) else (value,)
+    return [tensor for tensor in values if isinstance(tensor, Watched) and tensor.holds_codes()]
+
+
+def _check(func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """ValueError if a function of torch would write into codes, or compute with them as numbers."""
+    given = (*args, *kwargs.values())
+    codes = [tensor for value in given for tensor in _codes_in(value)]
+    if not codes:
+        return
+    first = given[0]
+    in_place = name in _IN_PLACE or name in bytewise.COPIES or (name.endswith("_") and not name.endswith("__"))
     in_place = (in_place or bool(kwargs.get("inplace"))) and not kwargs.get("assign")  # of relu; of module_load
-    written = list(_codes_in(first)) if in_place and name not in _NO_WRITES else []
+    written = _codes_in(first) if in_place and name not in bytewise.ASKS else []
     written += _codes_in(kwargs.get("out"))
-    if kwargs.get("max_norm") is not None:  # of F.embedding, which scales rows of its weight in place
-        written += [t for value in args for t in _codes_in(value)]
-    if written and name in _COPIES:
-        place = _COPIES[name]
+    if name in bytewise.COPIES:
+        place = bytewise.COPIES[name]
         source = args[place] if len(args) > place else kwargs.get("src", kwargs.get("other"))
         sources = source if isinstance(source, (list, tuple)) else [source]
-        if all(isinstance(tensor, Tensor) and tensor.dtype == written[0].dtype for tensor in sources):
+        target = first[0] if isinstance(first, (list, tuple)) else first
+        if all(isinstance(tensor, Tensor) and tensor.dtype == target.dtype for tensor in sources):
             _check_scales(name, written, sources)
             return
-    if not written and name in _ARITHMETIC | _ANY_DTYPE:
-        given = (*args, *kwargs.values())
-        written = [t for value in given for t in _codes_in(value) if name in _ANY_DTYPE or t.is_floating_point()]
+        written += _codes_in(source)
+    elif not written and _computes(func, name, args, kwargs, codes):
+        written = codes
     if name == "norm_except_dim" and written:
         _put_back(written[0])
     _refuse(name, written)
+
+
+def _computes(
+    func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any], codes: list[Any]
+) -> bool:
+    """Whether a function that writes into no codes takes those that are among its arguments for numbers."""
+    given = (*args, *kwargs.values())
+    others = [value for value in given if not any(value is tensor for tensor in codes)]
+    if name in bytewise.OF_INTEGERS:
+        integers = not any(tensor.is_floating_point() for tensor in codes)
+        tensors = all(isinstance(other, Tensor) and not other.is_floating_point() for other in others)
+        return not integers or (name in bytewise.EQUALITIES and not tensors)
+    if name in bytewise.SCALINGS:
+        kept = any(tensor.is_floating_point() and not isinstance(tensor, FloatedCodes) for tensor in codes)
+        return kept or len(codes) > 1 or not all(_is_scale(name, other) for other in others)
+    if name in bytewise.JOINS:
+        joined = list(given[0])
+        parameters = any(not isinstance(tensor, Codes) for tensor in codes)
+        alike = all(tensor.dtype == codes[0].dtype for tensor in joined)
+        return not alike or (parameters and len(codes) < len(joined))
+    return name not in bytewise.ALLOWED and bytewise.is_torchs(func)
+
+
+def _gives_numbers(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a product or quotient is one of codes with a tensor of scales, and not with a single Python number."""
+    return name in bytewise.SCALINGS and sum(isinstance(value, Tensor) for value in (*args, *kwargs.values())) > 1
+
+
+def _is_scale(name: str, value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.is_floating_point()
+    return isinstance(value, (int, float) if "div" in name else float)  # the quotient of two integers is a float
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two tensors have the same bytes. As floats, codes that look like NaN would differ from themselves."""
+    alike = isinstance(one, Tensor) and isinstance(other, Tensor) and one.dtype == other.dtype
+    if alike and one.shape == other.shape and one.is_floating_point() and one.device == other.device:
+        one, other = (tensor.reshape(-1).view(torch.uint8) for tensor in (one, other))
+    return torch.equal(one, other)
 
 
 def _refuse(name: str, codes: list[Any]) -> None:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from bnbref.arguments import check_tensors
 from bnbref.kernels import once
-from bnbref.nn.codes import CUTS, Watched
+from bnbref.nn.bytewise import CUTS
+from bnbref.nn.codes import Watched
 from bnbref.nn.graph_arguments import Owner
 
 Self = TypeVar("Self", bound="QuantizedParameter")
@@ -65,18 +66,22 @@ class QuantizedParameter(Watched, nn.Parameter):
     def data(self) -> Tensor:
         """The codes, or the float weight, as a plain tensor: torch asks its type. Assigning another quantized parameter, or what
         was detached from one, takes over its scales too."""
+        if torch.compiler.is_dynamo_compiling():
+            return self.detach()  # Dynamo would look for this property in the attribute of Tensor, again and again
         with torch._C.DisableTorchFunctionSubclass():
             return DATA.__get__(self)  # type: ignore[no-any-return]
 
     # nn.Module moves a parameter by `param.data = fn(param)`. Without the attributes that would be half a move.
     @data.setter
     def data(self, value: Tensor) -> None:
-        if self.holds_codes() and not isinstance(value, Watched):
+        # Other codes than those that were detached from a weight, as copies of them, have no scales.
+        scaled = isinstance(value, Watched) and not value.__dict__.keys().isdisjoint(("quant_state", "SCB"))
+        if self.holds_codes() and not scaled:
             self._check_assigned(value)
         self.products = None
         with torch._C.DisableTorchFunctionSubclass():
             DATA.__set__(self, value)
-        if isinstance(value, Watched):
+        if scaled:
             self.beside = dict.fromkeys(self.beside)  # the names, and not the old scales
             self.owner.known.clear()
             self.__dict__.update(value.__dict__)
@@ -99,20 +104,19 @@ class QuantizedParameter(Watched, nn.Parameter):
 
     def result_of(self, name: str, result: Any) -> Any:
         """The result of the function called `name`; pieces of the codes (a chunk, a slice) get the scales of their blocks."""
-        if name not in CUTS or not self.holds_codes():
+        if name not in CUTS or not self.holds_codes() or not isinstance(result, Tensor):
             return super().result_of(name, result)
-        if isinstance(result, (list, tuple)):
-            return type(result)(map(self._piece, result))
-        return self._piece(result)
+        piece = self._piece(result)
+        return super().result_of(name, result) if piece is None else piece
 
-    def _piece(self, view: Any) -> Any:
-        same_dtype = isinstance(view, Tensor) and view.dtype == self.dtype
-        if not same_dtype or not view.is_contiguous() or view.numel() == 0:
-            return view
+    def _piece(self: Self, view: Tensor) -> Self | None:
+        """A view of the codes as a parameter with the scales of its blocks; None if it has none of its own."""
+        if view.dtype != self.dtype or not view.is_contiguous() or view.numel() == 0:
+            return None
         if view.numel() == self.numel():
             return self._like_this(view)
-        scales = self._scales_of_piece(view, view.storage_offset() - self.storage_offset())
-        return view if scales is None else self._like_this(view, **scales)
+        scales = self._scales_of_piece(view, int(view.storage_offset()) - int(self.storage_offset()))
+        return None if scales is None else self._like_this(view, **scales)
 
     def _scales_of_piece(self, view: Tensor, first: int) -> dict[str, Any] | None:
         """The scales of a contiguous view that begins at element `first`, by attribute; None if a block is only partly in it."""
