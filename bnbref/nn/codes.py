@@ -235,7 +235,8 @@ def _refuse(name: str, codes: list[Any]) -> None:
     if codes:
         kind = next((type(t).__name__ for t in codes if not isinstance(t, Codes)), "weight")
         raise ValueError(
-            f"{name} takes the codes of a quantized {kind} for numbers: dequantize it, compute, and quantize the result anew"
+            f"{name} takes the codes of a quantized {kind} for numbers: dequantize it, compute, and quantize the result anew "
+            "(Linear4bit and Linear8bitLt have such weights; parameters that require a gradient are numbers)"
         )
 
 
