@@ -83,6 +83,7 @@ ALLOWED = ASKS | READS | CUTS | CASTS | JOINS | MOVES | OF_INTEGERS | SCALINGS |
 def name_of(func: Callable[..., Any]) -> str:
     """The name of a function of torch, without that of an overload; of an attribute that is a view, its own.
 
+    >>> import torch
     >>> name_of(torch.add), name_of(torch.ops.aten.add.Tensor), name_of(torch.Tensor.mT.__get__)
     ('add', 'add', 'mT')
     """
@@ -95,6 +96,7 @@ def name_of(func: Callable[..., Any]) -> str:
 def is_torchs(func: Callable[..., Any]) -> bool:
     """Whether a function is torch's own, and no operator of `torch.ops`: graphs consist of these, which decode what they hold.
 
+    >>> import torch
     >>> is_torchs(torch.add), is_torchs(torch.ops.aten.add.Tensor), is_torchs(torch.ops.bnbref.linear_4bit)
     (True, False, False)
     """
