@@ -712,7 +712,8 @@ def test_experts_of_another_shape(models, ids, tmp_path):
     load(models["mixtral"], BnbRefConfig()).save_pretrained(tmp_path)
     for source, config in ((models["mixtral"], BnbRefConfig()), (tmp_path, None)):
         model = load(source, config, intermediate_size=32, ignore_mismatched_sizes=True)
-        assert not any("experts" in p.name for p in report(model).quantized)
+        reasons = {p.reason for p in report(model).parameters if "experts" in p.name}
+        assert reasons == {"another shape in the checkpoint: newly initialized"}
         assert model.model.layers[0].mlp.experts.down_proj.shape == (4, 64, 32)
         assert logits(model, ids).isfinite().all()
 
@@ -838,7 +839,7 @@ def test_experts_in_another_dtype_and_in_half_a_checkpoint(models, ids, tmp_path
     assert "experts.down_proj" in caplog.text
 
 
-def test_experts_can_be_skipped_and_are_with_int8(models, ids, tmp_path):
+def test_experts_can_be_skipped_and_are_with_int8(models, ids, tmp_path, caplog):
     for config, reason in (
         (BnbRefConfig(skip_modules=["experts"]), "skip_modules"),
         (BnbRefConfig("int8"), "experts:"),
@@ -849,6 +850,9 @@ def test_experts_can_be_skipped_and_are_with_int8(models, ids, tmp_path):
         model.save_pretrained(tmp_path)
         assert config_of(tmp_path)["quantization_config"]["quant_method"] == "bitsandbytes"
         assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path), ids), logits(model, ids))
+        # What the user has skipped is no surprise.
+        surprising = [text for text in caplog.messages if text.startswith("not quantized: ")]
+        assert len(surprising) == (reason == "experts:")
 
 
 def test_experts_that_stayed_float_come_back(tmp_path):
@@ -1092,6 +1096,7 @@ def test_taking_over_and_giving_back_twice():
     hf.give_back_bitsandbytes()
     assert hf.auto.AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"].__module__.startswith("transformers.")
     assert BitsAndBytesConfig.__init__.__module__ == BitsAndBytesConfig.__module__
+    assert "remember" not in BitsAndBytesConfig.__init__.__code__.co_name
     hf.give_back_bitsandbytes()
 
 
