@@ -231,7 +231,7 @@ def test_updates_refuse():
         (ValueError, ("lion", g[:4], p, state), "g must be like p"),
         (ValueError, ("adam", g, p, state), "state2 must be contiguous"),
         (ValueError, ("lion", g, torch.ones(8, 2)[:, 0], state), "p must be contiguous"),
-        (ValueError, ("lion", g, p, state.half()), "state1 must be contiguous torch.float32 .* got torch.float16"),
+        (ValueError, ("lion", g, p, state.half()), r"state1 must be contiguous torch\.float32 .* got torch\.float16"),
     ):
         with pytest.raises(error, match=message):
             updates.optimizer_update_32bit(*arguments, **numbers)
@@ -242,11 +242,11 @@ def test_updates_refuse():
         updates.optimizer_update_8bit_blockwise(
             "lion", g, p, codes, None, 0.9, 0.9, 0, 0, 0, 1, 0.1, UNSIGNED, None, torch.zeros(1), None
         )
-    with pytest.raises(ValueError, match="absmax1 must be contiguous torch.float32 .* got torch.float64"):
+    with pytest.raises(ValueError, match=r"absmax1 must be contiguous torch\.float32 .* got torch\.float64"):
         updates.optimizer_update_8bit_blockwise(
             "lion", g, p, codes, None, 0.9, 0.9, 0, 0, 0, 1, 0.1, SIGNED, None, torch.zeros(1).double(), None
         )
-    with pytest.raises(ValueError, match="qmap2 must be create_dynamic_map.*, got None"):
+    with pytest.raises(ValueError, match=r"qmap2 must be create_dynamic_map.*, got None"):
         updates.optimizer_update_8bit_blockwise(
             "adam", g, p, codes, codes, 0.9, 0.9, 0, 0, 0, 1, 0.1, SIGNED, None, torch.zeros(1), torch.zeros(1)
         )
