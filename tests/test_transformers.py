@@ -825,6 +825,10 @@ def test_a_part_of_a_weight_that_transformers_splits_can_be_skipped(first, tmp_p
     model.save_pretrained(tmp_path / "a")
     again = load(tmp_path / "a").state_dict()
     assert all(torch.equal(again[name], value) for name, value in model.state_dict().items())
+    model.dequantize().save_pretrained(tmp_path / "b")  # one tensor of both, as before
+    assert tensors(tmp_path / "b").keys() == tensors(tmp_path / "plain").keys()
+    again = load(tmp_path / "b").state_dict()
+    assert all(torch.equal(again[name], value) for name, value in model.state_dict().items())
 
 
 def test_experts_in_another_dtype_and_in_half_a_checkpoint(models, ids, tmp_path, caplog, monkeypatch):

@@ -200,6 +200,8 @@ class BnbRefHfQuantizer(HfQuantizer):  # type: ignore[misc]
         # Without `Read`: codes and scales are saved as they are in the state dict, there is nothing to undo.
         conversions = getattr(model, "_weight_conversions", None) or []
         self.conversions = [c for c in conversions if not isinstance(getattr(c, "operations", [None])[0], Read)]
+        for conversion in self.conversions:
+            conversion.quantization_operation = None  # what is left of them is undone on saving, which has none
         layers = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, QuantizedLayer)]
         model._weight_conversions = [c for c in self.conversions if not undone_on_saving(c, [*quantized, *layers])]
         set_flags(model)
