@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, library
 
 from bnbref import int8
-from bnbref.blockwise import check_device
+from bnbref.blockwise import block_count, check_device
 from bnbref.codebooks import FOUR_BIT, Codebook, four_bit
 from bnbref.context import plain, undisturbed, without_autocast
 from bnbref.fourbit_product import gradients_4bit, product_4bit
 from bnbref.int8_product import gradients_8bit, product_8bit
+from bnbref.joined_scales import split
 from bnbref.kernels import compile_enabled
 from bnbref.packed_weight import PackedWeight, captured, kept_weight, operator_arguments
 from bnbref.quant_state import QuantState
@@ -58,11 +59,12 @@ def _state(
     blocksize2: int,
     values: str,
 ) -> QuantState:
-    """The quant state of these arguments."""
+    """The quant state of these arguments. second: absmax2, the values of the codes and the offset, or the memory of all three."""
     book = four_bit(values) if values in FOUR_BIT else _of_numbers(values)
     state = QuantState(absmax, torch.Size(shape), blocksize=blocksize, quant_type=book)
     if second:
-        absmax2, code, state.offset = second
+        blocks2 = block_count(absmax.numel(), blocksize2)
+        absmax2, code, state.offset = second if len(second) == 3 else split(second[0], blocks2)
         state.state2, state.nested = QuantState(absmax2, code=code, blocksize=blocksize2), True
     return state
 
@@ -78,7 +80,8 @@ def _weight(packed: Tensor, *arguments: Any) -> PackedWeight:
         return PackedWeight(plain(packed), _state(*given))
     if own:
         absmax, second, shape, *_ = given
-        if state.absmax is not absmax or (second and getattr(state.state2, "absmax", None) is not second[0]):
+        other2 = second and (state.state2 is None or state.state2.absmax.data_ptr() != second[0].data_ptr())
+        if state.absmax is not absmax or other2:
             _check_replaced(packed, state.shape == tuple(shape))
         return kept_weight(packed, state)
     return kept_weight(packed, state) if _are_of(state, *given) else PackedWeight(plain(packed), _state(*given))

@@ -20,6 +20,7 @@ from torch import Tensor
 from bnbref import few_rows, fourbit, nested
 from bnbref.blockwise import FLOATS, in_rows
 from bnbref.context import as_bytes, is_lazy, not_a_view, plain
+from bnbref.joined_scales import memory_of
 from bnbref.kernels import compile_enabled, tracing
 from bnbref.quant_state import QuantState, present
 
@@ -154,6 +155,12 @@ def operator_arguments(state: QuantState) -> tuple[Any, ...]:
         blocksize2 = present(state2.blocksize, "state2.blocksize")
     values = book if isinstance(book, str) else " ".join([str(value) for value in book.values])
     return state.absmax, second, tuple(state.shape or ()), present(state.blocksize, "blocksize"), blocksize2, values
+
+
+def layer_arguments(state: QuantState) -> tuple[Any, ...]:
+    """`operator_arguments` of a layer's weight, where the memory that nested scales share stands for all three tensors."""
+    memory, arguments = memory_of(state), operator_arguments(state)
+    return arguments if memory is None else (arguments[0], (memory,), *arguments[2:])
 
 
 def _product_key(a: Tensor, bias: Tensor | None) -> Any:

@@ -46,3 +46,14 @@ def test_without_a_device_map_a_file_is_loaded_whole(kind, model):
     assert not torch.equal(model.state_dict()[name], want[name])
     loaded = accelerate.load_checkpoint_and_dispatch(model, str(file))
     assert torch.equal(loaded.state_dict()[name], want[name])
+
+
+def test_a_quantized_weight_is_moved_whole(kind, model):
+    """accelerate gives no value then."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    want = model.state_dict()[name].clone()
+    for device in ("cpu", "meta"):
+        accelerate.utils.modeling.set_module_tensor_to_device(model, name, device)
+        weight = model.get_parameter(name)
+        assert weight.device.type == device
+        assert device == "meta" or torch.equal(weight.data, want)

@@ -15,6 +15,7 @@ from torch import library
 
 import bnbref
 from bnbref import functional, int8
+from bnbref.codebooks import FOUR_BIT, Codebook
 from bnbref.integrations.bitsandbytes import extras, finder, ops, updates, utils
 from bnbref.optim import rules
 
@@ -36,20 +37,23 @@ SIGNED, UNSIGNED = functional.create_dynamic_map(True), functional.create_dynami
 
 DOUBLE = {"absmax_8bit": NESTED.absmax, "absmax_code": NESTED.state2.code, "absmax_offset": NESTED.offset}
 SHAPE = list(W.shape)
+# A result whose dtype is not the input's shows with these alone.
+HALF, BF16 = A.half(), W.bfloat16()
+HALF_CODES, HALF_SCALES, _ = int8.quantize(HALF)
 CALLS = {
     "dequantize_4bit": [(PACKED, STATE.absmax, 64, "nf4", SHAPE, torch.bfloat16)],
-    "dequantize_blockwise": [(CODES, EIGHT.absmax, EIGHT.code, 64, torch.float32)],
-    "gemm_4bit": [(A, PACKED, SHAPE, STATE.absmax, 64, "nf4", BIAS), (A, PACKED, SHAPE, STATE.absmax, 64, "nf4")],
-    "gemv_4bit": [(A, PACKED, SHAPE, STATE.absmax, STATE.code, 64)],
-    "int8_double_quant": [(A, 2.0)],
+    "dequantize_blockwise": [(CODES, EIGHT.absmax, EIGHT.code, 64, dtype) for dtype in (torch.float32, torch.float16)],
+    "gemm_4bit": [(A, PACKED, SHAPE, STATE.absmax, 64, "nf4", BIAS), (HALF, PACKED, SHAPE, STATE.absmax, 64, "nf4")],
+    "gemv_4bit": [(x, PACKED, SHAPE, STATE.absmax, STATE.code, 64) for x in (A, HALF)],
+    "int8_double_quant": [(A, 2.0), (HALF, 0.0)],
     "int8_linear_matmul": [(CA, CB)],
-    "int8_mixed_scaled_mm": [(A, CA, CB, SCA, SCB, COLUMNS, BIAS), (A, CA, CB, SCA, SCB)],
+    "int8_mixed_scaled_mm": [(A, CA, CB, SCA, SCB, COLUMNS, BIAS), (HALF, HALF_CODES, CB, HALF_SCALES, SCB)],
     "int8_mm_dequant": [(PRODUCT, SCA, SCB), (PRODUCT, SCA, SCB, torch.float32, BIAS)],
     "int8_scaled_mm": [(CA, CB, SCA, SCB, BIAS, torch.bfloat16)],
     "int8_vectorwise_dequant": [(CB, SCB)],
-    "int8_vectorwise_quant": [(A,), (A, 2.0)],
-    "quantize_4bit": [(W, 64, "nf4", torch.uint8), (W, 64, "fp4", torch.uint8)],
-    "quantize_blockwise": [(A, SIGNED, 256)],
+    "int8_vectorwise_quant": [(A,), (HALF, 2.0)],
+    "quantize_4bit": [(W, 64, "nf4", torch.uint8), (BF16, 64, "fp4", torch.uint8)],
+    "quantize_blockwise": [(A, SIGNED, 256), (HALF, SIGNED, 256)],
 }
 G, P, FIRST, SECOND = torch.randn(4, 300)
 _codes = torch.full((300,), 127, dtype=torch.uint8), torch.zeros(300, dtype=torch.uint8)
@@ -112,6 +116,7 @@ def test_operators_are_the_functions(bitsandbytes):
         ("quantize_4bit", (W, 64, "nf5", torch.uint8), "quant_type must be one of"),
         ("dequantize_4bit", (PACKED, STATE.absmax, 64, "nf4", [64, 127], torch.float32), "packed must hold"),
         ("dequantize_4bit", (PACKED, STATE.absmax, 64, "nf4", SHAPE, torch.int32), "dtype must be"),
+        ("quantize_4bit", (W.double(), 64, "nf4", torch.uint8), "dtype must be one of .*, got torch.float64"),
         ("gemm_4bit", (A[:, :5], PACKED, SHAPE, STATE.absmax, 64, "nf4"), "shapeB must be"),
         ("gemv_4bit", (A, PACKED, SHAPE, STATE.absmax, torch.arange(16.0), 64), "code must be the values of one of"),
         ("int8_mm_dequant", (CA, SCA, SCB), "A must be int32"),
@@ -121,6 +126,28 @@ def test_operators_are_the_functions(bitsandbytes):
 def test_operators_refuse(bitsandbytes, name, args, message):
     with pytest.raises(ValueError, match=message):
         getattr(torch.ops.bitsandbytes, name)(*args)
+
+
+@pytest.mark.parametrize("name", ["quantize_4bit", "dequantize_4bit"])
+def test_fakes_refuse_the_dtypes_that_kernels_refuse(bitsandbytes, name):
+    """So that torch.compile says so, before it runs."""
+    args = (
+        (W.double(), 64, "nf4", torch.uint8)
+        if name == "quantize_4bit"
+        else (PACKED, STATE.absmax, 64, "nf4", SHAPE, torch.float64)
+    )
+    meta = [x.to("meta") if isinstance(x, torch.Tensor) else x for x in args]
+    with pytest.raises(ValueError, match=r"dtype must be one of .*, got torch\.float64"):
+        getattr(torch.ops.bitsandbytes, name)(*meta)
+
+
+def test_a_codebook_of_another_size_beside_those_of_sixteen(bitsandbytes, monkeypatch):
+    """The operator is given the values of a format, and looks for it among all that were entered."""
+    want = torch.ops.bitsandbytes.gemv_4bit(A, PACKED, SHAPE, STATE.absmax, STATE.code, 64)
+    small = Codebook.nearest("small", [-1, -0.5, 0, 0.25, 0.5, 0.75, 0.875, 1])
+    monkeypatch.setattr(ops, "FOUR_BIT", {"small": small, **FOUR_BIT})
+    found = torch.ops.bitsandbytes.gemv_4bit(A, PACKED, SHAPE, STATE.absmax, STATE.code, 64)
+    assert torch.equal(found, want)
 
 
 # ---- optimizers -----------------------------------------------------------------------------------------------------
@@ -204,6 +231,7 @@ def test_updates_refuse():
         (ValueError, ("lion", g[:4], p, state), "g must be like p"),
         (ValueError, ("adam", g, p, state), "state2 must be contiguous"),
         (ValueError, ("lion", g, torch.ones(8, 2)[:, 0], state), "p must be contiguous"),
+        (ValueError, ("lion", g, p, state.half()), r"state1 must be contiguous torch\.float32 .* got torch\.float16"),
     ):
         with pytest.raises(error, match=message):
             updates.optimizer_update_32bit(*arguments, **numbers)
@@ -213,6 +241,14 @@ def test_updates_refuse():
     with pytest.raises(ValueError, match="qmap1 must be create_dynamic_map"):
         updates.optimizer_update_8bit_blockwise(
             "lion", g, p, codes, None, 0.9, 0.9, 0, 0, 0, 1, 0.1, UNSIGNED, None, torch.zeros(1), None
+        )
+    with pytest.raises(ValueError, match=r"absmax1 must be contiguous torch\.float32 .* got torch\.float64"):
+        updates.optimizer_update_8bit_blockwise(
+            "lion", g, p, codes, None, 0.9, 0.9, 0, 0, 0, 1, 0.1, SIGNED, None, torch.zeros(1).double(), None
+        )
+    with pytest.raises(ValueError, match=r"qmap2 must be create_dynamic_map.*, got None"):
+        updates.optimizer_update_8bit_blockwise(
+            "adam", g, p, codes, codes, 0.9, 0.9, 0, 0, 0, 1, 0.1, SIGNED, None, torch.zeros(1), torch.zeros(1)
         )
     assert torch.equal(p, torch.ones(8))
     updates.optimizer_update_32bit("lion", g, p, state, gnorm_scale=0.5, **numbers)

@@ -8,7 +8,7 @@ from torch import nn
 
 import bnbref
 from bnbref import as_bitsandbytes
-from bnbref.nn import Embedding4bit, Linear4bit, Linear8bitLt
+from bnbref.nn import Embedding4bit, Embedding8bit, Linear4bit, Linear8bitLt
 
 transformers = pytest.importorskip("transformers")
 hf = pytest.importorskip("bnbref.integrations.hf.transformers")
@@ -81,13 +81,26 @@ def test_a_quantized_head_of_the_same_size_stays(kind, tmp_path):
     assert model.lm_head is head
 
 
-def test_a_packed_embedding_is_not_resized(tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "tokens", "step", "size"),
+    [
+        (Embedding4bit, 70, None, 70),
+        (Embedding4bit, 64, None, 64),  # packed it has 2048 rows, which transformers takes for its tokens
+        (Embedding4bit, None, 64, 64),
+        (Embedding8bit, 70, None, 70),
+        (Embedding8bit, None, 48, 96),
+        (Embedding8bit, 60, 128, 128),
+    ],
+)
+def test_a_packed_embedding_is_not_resized(kind, tokens, step, size, tmp_path):
     model = saved(tmp_path, llama())
-    model.model.embed_tokens = Embedding4bit(64, 64).to("cpu")
-    with pytest.raises(
-        ValueError, match=r"Embedding4bit.* is packed: put a float embedding in its place to resize it to 70"
-    ):
-        model.resize_token_embeddings(70)
+    model.model.embed_tokens = embedding = kind(64, 64).to("cpu")
+    with pytest.raises(ValueError, match=rf"{kind.__name__}.* is packed: put a float .* to resize it to {size} tokens"):
+        model.resize_token_embeddings(tokens, pad_to_multiple_of=step)
+    assert model.resize_token_embeddings() is embedding
+    if kind is Embedding8bit:
+        assert model.resize_token_embeddings(64) is embedding
+    assert (model.config.vocab_size, model.lm_head.out_features) == (64, 64)
 
 
 # ---- tied -----------------------------------------------------------------------------------------------------------

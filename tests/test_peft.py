@@ -280,6 +280,18 @@ def test_merging_into_the_dequantized_model(kind, ids):
     assert logits(model, ids).isfinite().all()
 
 
+@each_kind
+def test_an_adapter_is_taken_out_of_a_model_that_was_dequantized_after_merging(kind):
+    """Not the codes from before come back: the adapter is subtracted, as peft does it in a float model."""
+    model = with_adapter(kind)
+    model.merge_adapter()
+    layer = model.get_submodule(Q)
+    expected = values(layer.base_layer) - layer.get_delta_weight("default")
+    model.get_base_model().dequantize()
+    model.unmerge_adapter()
+    assert torch.equal(layer.base_layer.weight, expected)
+
+
 def test_a_bias_is_merged_too():
     torch.manual_seed(0)
     small = {"vocab_size": 128, "bos_token_id": 1, "eos_token_id": 2}
@@ -298,6 +310,11 @@ def test_a_bias_is_merged_too():
     assert torch.equal(layer.base_layer.bias, before + layer.lora_B["default"].bias * layer.scaling["default"])
     model.unmerge_adapter()
     assert torch.equal(layer.base_layer.bias, before)
+    layer.base_layer.bias.data += 1  # what it is now is what comes back the next time
+    for _ in range(2):
+        model.merge_adapter()
+        model.unmerge_adapter()
+        assert torch.equal(layer.base_layer.bias, before + 1)
 
 
 def test_the_life_of_adapters_is_that_on_the_dequantized_model(ids, tmp_path):

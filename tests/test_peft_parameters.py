@@ -217,6 +217,35 @@ def test_two_adapters_and_none(load):
         assert torch.equal(logits(model), base)
 
 
+def test_two_adapters_at_once_are_as_over_the_dequantized_model(load):
+    outputs = []
+    for plain in (False, True):
+        base = load("mixtral")
+        model = adapted(base.dequantize() if plain else base)
+        model.add_adapter("second", config())
+        stir(model, seed=1).base_model.set_adapter(["default", "second"])
+        outputs.append(logits(model))
+    assert torch.equal(*outputs)
+
+
+def test_an_adapter_is_merged_where_it_is(load):
+    """The second adapter has a layer and no parameter."""
+    model = adapted(load("mixtral"))
+    model.add_adapter("second", config(None, target_modules=["lm_head"]))
+    stir(model, seed=1)
+    before = packed(model)
+    with pytest.warns(UserWarning, match="Already unmerged"):
+        model.unmerge_adapter()
+    model.merge_adapter(["default", "second"])
+    merged = logits(model)
+    wrappers = [module for module in model.modules() if type(module).__name__ == "ParamWrapper"]
+    assert all(module.merged_adapters == ["default"] for module in wrappers)
+    model.unmerge_adapter()
+    assert same(packed(model), before)
+    model.merge_adapter(["default", "second"])
+    assert torch.equal(logits(model), merged)
+
+
 # ---- merging --------------------------------------------------------------------------------------------------------
 
 
@@ -273,6 +302,17 @@ def test_merging_into_the_dequantized_model(load):
     torch.testing.assert_close(logits(model), want)
     model.merge_adapter()
     torch.testing.assert_close(logits(model), want)
+
+
+def test_an_adapter_is_taken_out_of_a_model_that_was_dequantized_after_merging(load):
+    """Not the codes from before come back: the adapter is subtracted, as peft does it in a float model."""
+    model = adapted(load("mixtral"))
+    model.merge_adapter()
+    model.get_base_model().dequantize()
+    wrapper = next(module for module in model.modules() if type(module).__name__ == "ParamWrapper")
+    expected = wrapper.get_param().detach() - wrapper.get_delta_weight("default")
+    model.unmerge_adapter()
+    assert torch.equal(wrapper.get_param(), expected)
 
 
 def test_an_adapter_that_is_not_finite_is_refused(load):

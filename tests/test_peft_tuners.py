@@ -281,6 +281,18 @@ def test_tokens_of_a_quantized_embedding_cannot_be_trained(mode, tokens):
 
 
 @pytest.mark.parametrize("mode", ["without"], indirect=True)
+def test_tokens_of_the_input_embedding_cannot_be_trained_if_it_is_quantized(mode):
+    """A list means the embedding that the model says its input goes through, whatever its name is."""
+    net = nn.ModuleDict(
+        {"words": Embedding4bit(8, 64).to("cpu"), "others": nn.Embedding(8, 64), "head": nn.Linear(64, 8)}
+    )
+    net.get_input_embeddings = lambda: net["words"]
+    config = peft.LoraConfig(target_modules=["head"], trainable_token_indices=[1])
+    _, refusal = refused(peft.get_peft_model, net, config)
+    assert refusal == "trainable_token_indices: words is quantized: its rows are packed"
+
+
+@pytest.mark.parametrize("mode", ["without"], indirect=True)
 def test_a_parameter_that_is_quantized_by_itself_cannot_be_saved_as_a_module(mode):
     net = nn.Sequential(nn.Module(), nn.Linear(64, 8))
     net[0].up = nn.Parameter(torch.ones(2, 64, 64))

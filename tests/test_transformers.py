@@ -29,6 +29,7 @@ accelerate = pytest.importorskip("accelerate")
 hf = pytest.importorskip("bnbref.integrations.hf.transformers")
 architectures = pytest.importorskip("architectures")
 
+dequantize_experts = pytest.importorskip("bnbref.integrations.hf.experts").dequantize_experts
 is_linear = pytest.importorskip("bnbref.integrations.hf.layers").is_linear
 SequentialLlama4TextExperts = transformers.quantizers.base.SequentialLlama4TextExperts
 
@@ -413,6 +414,23 @@ def test_dequantize(name, dtype, quant_type, models, ids, tmp_path):
     assert torch.equal(logits(again, ids), logits(plain, ids))
 
 
+def test_a_dequantized_layer_keeps_the_hook_of_accelerate(models):
+    """By it a model that is spread over devices moves the activations."""
+    model = load(models["llama"], BnbRefConfig())
+    seen = []
+
+    class Noting(accelerate.hooks.ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            seen.append(module)
+            return args, kwargs
+
+    accelerate.hooks.add_hook_to_module(model.get_submodule(Q), Noting())
+    layer = model.dequantize().get_submodule(Q)
+    assert type(layer) is nn.Linear
+    layer(torch.ones(1, layer.in_features, dtype=torch.bfloat16))
+    assert seen == [layer]
+
+
 def test_generate(models, ids):
     model = load(models["gpt2"], BnbRefConfig())
     options = {"max_new_tokens": 5, "do_sample": False, "attention_mask": torch.ones_like(ids)}
@@ -484,6 +502,9 @@ def test_settings_that_a_quantized_checkpoint_overrules_are_said(recwarn):
     said = BnbRefConfig("int8", threshold=4.0).to_dict()
     BnbRefConfig("int8").of_checkpoint(said)
     BnbRefConfig("int8", threshold=4.0, compute_dtype="float16").of_checkpoint(said)
+    said_half = BnbRefConfig(compute_dtype="float16").to_dict()
+    assert BnbRefConfig().of_checkpoint(said_half).compute_dtype == torch.float16
+    assert BnbRefConfig(compute_dtype="float32").of_checkpoint(said_half).compute_dtype == torch.float32
     own = BnbRefConfig("af4", blocksize=96, checkpoint_format="bnbref")
     assert own.of_checkpoint(own.to_dict()).to_dict() == own.to_dict()
     assert not recwarn.list
@@ -544,6 +565,7 @@ def test_a_subclass_that_does_nothing_else_is_a_linear_layer(device, bias):
         lambda layer: layer.register_parameter("scale", nn.Parameter(torch.ones(1))),
         lambda layer: layer.register_module("norm", nn.Identity()),
         lambda layer: layer.register_forward_hook(lambda *args: None),
+        lambda layer: layer.register_forward_pre_hook(lambda *args: None),
     ):
         layer = Inherits(64, 32, bias=bias, device=device)
         change(layer)
@@ -667,6 +689,9 @@ def test_ignore_mismatched_sizes(name, quantized, case, models, ids, tmp_path, c
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"), caplog.at_level(logging.WARNING):
         kind.from_pretrained(source, **given, **changed)
     assert path.rpartition(".")[2] in caplog.text
+    if name == "gpt2":  # both shapes as a Conv1D has them
+        assert "torch.Size([64, 256])" in caplog.text
+        assert "torch.Size([64, 64])" in caplog.text
     model = kind.from_pretrained(source, ignore_mismatched_sizes=True, **given, **changed)
     layer = model.get_submodule(path)
     assert type(layer) is (nn.Linear if name == "bert" else Conv1D)
@@ -687,7 +712,8 @@ def test_experts_of_another_shape(models, ids, tmp_path):
     load(models["mixtral"], BnbRefConfig()).save_pretrained(tmp_path)
     for source, config in ((models["mixtral"], BnbRefConfig()), (tmp_path, None)):
         model = load(source, config, intermediate_size=32, ignore_mismatched_sizes=True)
-        assert not any("experts" in p.name for p in report(model).quantized)
+        reasons = {p.reason for p in report(model).parameters if "experts" in p.name}
+        assert reasons == {"another shape in the checkpoint: newly initialized"}
         assert model.model.layers[0].mlp.experts.down_proj.shape == (4, 64, 32)
         assert logits(model, ids).isfinite().all()
 
@@ -729,7 +755,7 @@ def test_flags():
 @pytest.mark.parametrize("name", ["mixtral", "qwen3"])
 @pytest.mark.parametrize(
     "config",
-    [BnbRefConfig(), BnbRefConfig("fp4", double_quant=False), NF4],
+    [BnbRefConfig(), BnbRefConfig("fp4", double_quant=False, blocksize=128), NF4],
     ids=["nested nf4", "fp4", "BitsAndBytesConfig"],
 )
 def test_experts_are_quantized(name, config, models, ids, tmp_path):
@@ -742,8 +768,9 @@ def test_experts_are_quantized(name, config, models, ids, tmp_path):
         row = rows[path]
         assert row.quantized
         assert row.shape == values.shape
+        spec = BnbRefConfig.of_bitsandbytes(NF4) if config is NF4 else config
         packed, state = functional.quantize_4bit(
-            values.data, quant_type=row.format, compress_statistics=config is not NF4 and config.double_quant
+            values.data, blocksize=spec.blocksize, quant_type=spec.quant_type, compress_statistics=spec.double_quant
         )
         experts = model.model.layers[1].mlp.experts
         assert torch.equal(getattr(experts, part), functional.dequantize_4bit(packed, state))
@@ -782,6 +809,28 @@ def test_experts_that_transformers_would_transpose(quant_type, tmp_path):
     assert [p.name for p in report(again).quantized] == [p.name for p in report(model).quantized]
 
 
+@pytest.mark.skipif(not hasattr(transformers, "HrmTextConfig"), reason="a newer version of transformers has this model")
+@pytest.mark.parametrize("first", [False, True])
+def test_a_part_of_a_weight_that_transformers_splits_can_be_skipped(first, tmp_path):
+    """In a file of this model gate_proj and up_proj are one tensor, and so are the four matrices of attention."""
+    small = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 32}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    config = transformers.HrmTextConfig(**small, **heads, pad_token_id=0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "plain")
+    skip = ["gate_proj" if first else "up_proj", "lm_head"]
+    model = load(tmp_path / "plain", BnbRefConfig(skip_modules=skip))
+    skipped = {p.name.split(".")[-2]: p.reason for p in report(model).skipped if len(p.shape) > 1}
+    reasons = {name: f"skip_modules: {name!r}" for name in skip} | {"embed_tokens": "embedding"}
+    assert skipped == reasons
+    model.save_pretrained(tmp_path / "a")
+    again = load(tmp_path / "a").state_dict()
+    assert all(torch.equal(again[name], value) for name, value in model.state_dict().items())
+    model.dequantize().save_pretrained(tmp_path / "b")  # one tensor of both, as before
+    assert tensors(tmp_path / "b").keys() == tensors(tmp_path / "plain").keys()
+    again = load(tmp_path / "b").state_dict()
+    assert all(torch.equal(again[name], value) for name, value in model.state_dict().items())
+
+
 def test_experts_in_another_dtype_and_in_half_a_checkpoint(models, ids, tmp_path, caplog, monkeypatch):
     load(models["mixtral"], BnbRefConfig()).save_pretrained(tmp_path)
     assert logits(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32), ids).dtype == torch.float32
@@ -794,7 +843,7 @@ def test_experts_in_another_dtype_and_in_half_a_checkpoint(models, ids, tmp_path
     assert "experts.down_proj" in caplog.text
 
 
-def test_experts_can_be_skipped_and_are_with_int8(models, ids, tmp_path):
+def test_experts_can_be_skipped_and_are_with_int8(models, ids, tmp_path, caplog):
     for config, reason in (
         (BnbRefConfig(skip_modules=["experts"]), "skip_modules"),
         (BnbRefConfig("int8"), "experts:"),
@@ -805,6 +854,9 @@ def test_experts_can_be_skipped_and_are_with_int8(models, ids, tmp_path):
         model.save_pretrained(tmp_path)
         assert config_of(tmp_path)["quantization_config"]["quant_method"] == "bitsandbytes"
         assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path), ids), logits(model, ids))
+        # What the user has skipped is no surprise.
+        surprising = [text for text in caplog.messages if text.startswith("not quantized: ")]
+        assert len(surprising) == (reason == "experts:")
 
 
 def test_experts_that_stayed_float_come_back(tmp_path):
@@ -878,7 +930,7 @@ MAP = {
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
 @pytest.mark.parametrize("quant_type", ["nf4", "int8"])
-def test_some_on_disk(name, quant_type, models, ids, tmp_path):
+def test_some_on_disk(name, quant_type, models, ids, tmp_path, caplog):
     config = BnbRefConfig(quant_type)
     model = load(models[name], config)
     want = logits(model, ids)
@@ -896,6 +948,11 @@ def test_some_on_disk(name, quant_type, models, ids, tmp_path):
         assert same_files(tmp_path / "a", tmp_path / "b")
         with pytest.raises(ValueError, match="offloaded"):
             parts.dequantize()
+        if name == "mixtral" and quant_type == "nf4":
+            with pytest.raises(ValueError, match=r"experts\.\w+ is offloaded"):
+                dequantize_experts(parts, torch.bfloat16)
+    # What is offloaded is left as it is for the same reasons as elsewhere.
+    assert "cannot be quantized" not in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["nf4_nested", "int8"])
@@ -984,6 +1041,29 @@ def test_configs_survive_json(config):
     assert {name: getattr(again, name) for name in own} == {name: getattr(config, name) for name in own}
 
 
+@pytest.mark.parametrize("compute_dtype", [None, torch.float32, torch.float16])
+def test_a_compute_dtype_survives_where_another_quantizer_serves_bitsandbytes(compute_dtype):
+    """`take_over_bitsandbytes` has not taught BitsAndBytesConfig to remember it then."""
+    hf.give_back_bitsandbytes()
+    config = BnbRefConfig(compute_dtype=compute_dtype)
+    config.model_dtype = torch.bfloat16
+    assert BnbRefConfig.from_dict(config.to_dict()).compute_dtype == compute_dtype
+
+
+def test_int8_is_written_as_bitsandbytes_writes_it():
+    assert BnbRefConfig("int8").to_dict() == BitsAndBytesConfig(load_in_8bit=True).to_dict()
+
+
+@pytest.mark.parametrize("config", CASES.values(), ids=CASES)
+def test_bits_are_those_of_the_bytes(config):
+    """Of a weight whose blocks are all whole, but for the mean of the scales, which is one float32 a weight."""
+    rows, columns = 4096, 4096
+    mean = 0 if config.is_int8 or not config.double_quant else 4
+    scales_of_rows = 4 * rows if config.is_int8 else 0
+    bits = 8 * (sum(config.bytes_of(rows, columns)) - mean - scales_of_rows) / (rows * columns)
+    assert config.bits == bits
+
+
 def test_what_bitsandbytes_reads():
     hf.give_back_bitsandbytes()
     config = BitsAndBytesConfig(**BnbRefConfig(skip_modules=["a"], compute_dtype="float16").to_dict())
@@ -1020,6 +1100,7 @@ def test_taking_over_and_giving_back_twice():
     hf.give_back_bitsandbytes()
     assert hf.auto.AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"].__module__.startswith("transformers.")
     assert BitsAndBytesConfig.__init__.__module__ == BitsAndBytesConfig.__module__
+    assert "remember" not in BitsAndBytesConfig.__init__.__code__.co_name
     hf.give_back_bitsandbytes()
 
 
@@ -1128,3 +1209,17 @@ def test_conversions_of_a_model_that_would_take_codes_are_left_out(tmp_path):
     quantizer.files = [str(tmp_path / "model.safetensors")]
     given = [four, eight, plain, many]
     assert [c for c in quantizer.update_weight_conversions(given, nn.Module()) if c in given] == [plain, many]
+
+
+def test_a_conversion_of_a_part_of_a_model_is_undone_for_the_weights_of_that_part():
+    from transformers.core_model_loading import Chunk, WeightConverter
+
+    from bnbref.integrations.hf.loaded import undone_on_saving
+
+    split = WeightConverter(
+        source_patterns="qkv", target_patterns=["q_proj", "k_proj", "v_proj"], operations=[Chunk(0)]
+    )
+    assert undone_on_saving(split, ["vision.layers.0.q_proj.weight"])
+    split.scope_prefix = "vision"
+    assert undone_on_saving(split, ["vision.layers.0.q_proj.weight"])
+    assert not undone_on_saving(split, ["text.layers.0.q_proj.weight"])

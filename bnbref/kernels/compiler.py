@@ -48,8 +48,8 @@ _GPU_OPTIONS = {
 }
 
 TUNED = {"coordinate_descent_tuning": True}
-"""An option of kernels that are bound by memory: on a GPU Inductor times more block sizes, for some seconds of the first call
-(docs: How to read the code, table "choices of the door")."""
+"""An option of encoders: on a GPU Inductor compiles and times a dozen block sizes, for some seconds of the first call. Decoders
+gain nothing by it (docs: How to read the code, table "choices of the door")."""
 
 
 def is_gpu(x: Tensor) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bnbref.codebooks import Codebook, value_table
 from bnbref.kernels import formulation, tracing
-from bnbref.kernels.compiler import TUNED, is_gpu
+from bnbref.kernels.compiler import is_gpu
 from bnbref.kernels.floats import look_up, rounded_bits
 from bnbref.kernels.lookup16 import lookup16, scaled16_bits
 
@@ -47,7 +47,7 @@ def _by_bytes(
     return (first | second << 16).view(dtype).flatten(1)
 
 
-@formulation("dequantize_rows", tables=value_tables, gpu=TUNED)
+@formulation("dequantize_rows", tables=value_tables)
 def _(
     packed: Tensor, absmax: Tensor, *, tables: tuple[Tensor, ...], blocksize: int, codebook: Codebook, dtype: torch.dtype
 ) -> Tensor:  # fmt: skip
@@ -75,7 +75,7 @@ def _by_gathers(*_: Any, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     return {"cpp.simdlen": 1} if dtype == torch.float32 else {}
 
 
-@formulation("dequantize_blocks", cpu=_by_gathers, gpu=TUNED)
+@formulation("dequantize_blocks", cpu=_by_gathers)
 def _(codes: Tensor, absmax: Tensor, values: Tensor, *, dtype: torch.dtype) -> Tensor:
     return (look_up(values, codes) * rearrange(absmax, "b -> b 1")).to(dtype)
 

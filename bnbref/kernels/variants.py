@@ -139,8 +139,11 @@ def _own_settings() -> Iterator[None]:
 
 
 def _alias(tensor: Tensor) -> Tensor:
-    """The same memory as a plain tensor, without gradient. A dimension of size 1 has the stride of a contiguous tensor: no element
-    has another place by it, but Dynamo would compile anew for each that it meets, as Inductor's own code makes them."""
+    """The same memory as a plain tensor, without gradient.
+
+    A dimension of size 1 has the stride of a contiguous tensor. No element has another place by it, but Dynamo compiles anew for
+    each stride that it meets, and results of Inductor's code have others there.
+    """
     alias, strides = tensor.detach(), list(tensor.stride())
     for dim in reversed(range(alias.dim())):
         if alias.shape[dim] == 1:

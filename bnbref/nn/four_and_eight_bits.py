@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from bnbref.checkpoint_weights import Checkpoint
+from bnbref.joined_scales import join
 from bnbref.nn import graph_arguments
 from bnbref.nn.params import Int8Params, Params4bit
 from bnbref.nn.quantized_layer import QuantizedLayer
 from bnbref.nn.quantized_parameter import in_bytes
-from bnbref.packed_weight import operator_arguments
+from bnbref.packed_weight import layer_arguments
 from bnbref.products import MatmulLtState
 from bnbref.quant_state import QuantState
 
@@ -45,10 +46,11 @@ class FourBitLayer(QuantizedLayer):
         self.__dict__["_known"] = None
         if isinstance(weight, Params4bit) and weight.quant_state is not None:
             self._remembered, self._stored = state, _ = weight.quant_state, weight.dtype
+            join(state)
             if state.shape == self._shape() and None not in (state.blocksize, state.quant_type):
                 self.__dict__["_known"] = weight.owner.known
                 versions = [s.version() for s in (state, state.state2) if s is not None]
-                graph_arguments.fill(weight.owner.known, operator_arguments(state), *versions)
+                graph_arguments.fill(weight.owner.known, layer_arguments(state), *versions)
 
     def _restore(self, weight: nn.Parameter) -> None:
         if hasattr(weight, "quant_state"):

@@ -9,7 +9,8 @@ weight of a layer, and emptied when an attribute with the scales is assigned or 
 whether an attribute of the quant state was assigned. A graph that finds nothing here reads the attributes.
 
 One change escapes: `layer._parameters["weight"] = other` while the weight before is still in use elsewhere. So the operator that
-gets what is written here makes sure that it is of the parameter it gets (`bnbref.operators`).
+gets what is written here makes sure that it is of the parameter it gets (`bnbref.operators`). A CUDA graph, which runs no
+operator, does not see `state.offset.data = other`, nor this for another field that `joined_scales` has joined.
 """
 
 from typing import Any

@@ -16,6 +16,9 @@ from bnbref.quant_state import QuantState
 REASONS = "bnbref_reasons"
 """Attribute of a model: by the name of a module or parameter, why loading left it as it is."""
 
+ON_META = ", on meta"
+"""The end of the reason of a parameter that is offloaded, or has no values yet."""
+
 
 @dataclass(frozen=True)
 class ParameterReport:
@@ -107,7 +110,7 @@ def report(model: nn.Module) -> Report:
 def _one(
     name: str, leaf: str, path: str, module: nn.Module, parameter: nn.Parameter, reasons: dict[str, str]
 ) -> ParameterReport:
-    where = ", on meta" if parameter.is_meta else ""
+    where = ON_META if parameter.is_meta else ""
     state = _state(module, parameter)
     if state is not None:
         nested = ", scales in 8 bits" if state.nested else ""

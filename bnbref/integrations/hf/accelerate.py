@@ -21,13 +21,11 @@ def layer_of(model: nn.Module, name: str) -> Any:
     >>> type(layer_of(nn.Sequential(Linear4bit(8, 8)), "0.weight.absmax")).__name__
     'Linear4bit'
     """
-    module, rest = model, name
+    module: Any = model
+    rest = name
     while "." in rest and not isinstance(module, QuantizedLayer):
         part, _, rest = rest.partition(".")
-        child = getattr(module, part, None)
-        if not isinstance(child, nn.Module):
-            return None
-        module = child
+        module = getattr(module, part, None)
     return module if isinstance(module, QuantizedLayer) and module._is_of_weight(rest) else None
 
 
@@ -38,8 +36,7 @@ def whole(original: Any) -> Any:
     def set_module_tensor_to_device(
         module: nn.Module, tensor_name: str, device: Any, value: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> None:
-        # On meta nothing is loaded: accelerate does that to a weight that it has offloaded.
-        layer = None if value is None or str(device) == "meta" else layer_of(module, tensor_name)
+        layer = None if value is None else layer_of(module, tensor_name)  # without a value the whole weight is moved
         if layer is not None and isinstance(layer.weight, QuantizedParameter):
             # accelerate passes the scales of int8 codes with them, if its file has them.
             codes = isinstance(value, Tensor) and not value.is_floating_point()

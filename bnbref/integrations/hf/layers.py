@@ -86,7 +86,7 @@ def plain_layer(layer: Any, weight: Tensor | None = None) -> nn.Module:
     n, k = layer.out_features, layer.in_features
     plain: Any
     with torch.device("meta"):
-        plain = Conv1D(n, k) if was_conv1d(layer) else nn.Linear(k, n, bias=layer.bias is not None)
+        plain = Conv1D(n, k) if was_conv1d(layer) else nn.Linear(k, n)
     if weight is not None:
         plain.weight = nn.Parameter(weight.t().contiguous() if isinstance(plain, Conv1D) else weight)
     elif layer.weight.is_floating_point():

@@ -13,7 +13,7 @@ from bnbref.integrations.hf.experts import dequantize_experts
 from bnbref.integrations.hf.layers import dequantized, plain_layer, was_conv1d
 from bnbref.integrations.hf.loading import Identity
 from bnbref.nn import Linear8bitLt
-from bnbref.nn.inventory import REASONS, Report
+from bnbref.nn.inventory import ON_META, REASONS, Report
 from bnbref.nn.quantized_layer import QuantizedLayer
 from bnbref.nn.quantized_parameter import QuantizedParameter
 
@@ -79,7 +79,9 @@ def log_report(found: Report, reasons: Mapping[str, str]) -> None:
         logger.warning("nothing in this model was quantized:\n%s", found)
         return
     expected = ("embedding", *reasons.values())
-    left = tuple(p for p in found.skipped if len(p.shape) > 1 and p.elements and p.reason not in expected)
+    left = tuple(
+        p for p in found.skipped if len(p.shape) > 1 and p.elements and p.reason.removesuffix(ON_META) not in expected
+    )
     share = sum(p.elements for p in left) / sum(p.elements for p in found.parameters)
     if share > 0.05:
         logger.warning(

@@ -137,7 +137,14 @@ class BnbRefHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
         """The conversions of the model, and then those of this class. transformers makes the first that matches a name. So those
-        of the model that would be made of codes are left out."""
+        of the model that would be made of codes are left out.
+
+        Where a conversion splits a weight, transformers would quantize all of its parts or none, as the first part is to be.
+        `Quantize` decides for each part."""
+        if not self.pre_quantized:
+            for conversion in weight_conversions:
+                if isinstance(conversion, WeightConverter) and len(conversion.target_patterns) > 1:
+                    conversion.quantization_operation = Quantize(self)
         if self.pre_quantized and any(isinstance(c, WeightConverter) for c in weight_conversions):
             found = [key for path in self.files for key in keys(path)]
             coded = [key.removesuffix(".absmax") for key in found if key.endswith(".absmax")]
@@ -193,6 +200,8 @@ class BnbRefHfQuantizer(HfQuantizer):  # type: ignore[misc]
         # Without `Read`: codes and scales are saved as they are in the state dict, there is nothing to undo.
         conversions = getattr(model, "_weight_conversions", None) or []
         self.conversions = [c for c in conversions if not isinstance(getattr(c, "operations", [None])[0], Read)]
+        for conversion in self.conversions:
+            conversion.quantization_operation = None  # what is left of them is undone on saving, which has none
         layers = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, QuantizedLayer)]
         model._weight_conversions = [c for c in self.conversions if not undone_on_saving(c, [*quantized, *layers])]
         set_flags(model)

@@ -136,15 +136,23 @@ def _resizing(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _not_resizing(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`resize_token_embeddings` of a model with a quantized embedding: refused, but for the size that it has.
+
+    In four bits that size, too: transformers takes the rows of the weight for the number of tokens, and they are bytes.
+    """
+
     @functools.wraps(original)
     def get_resized_embeddings(
-        self: Any, old: Any, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
-    ) -> Any:
-        if isinstance(old, QuantizedLayer) and new_num_tokens not in (None, old.num_embeddings):
-            raise ValueError(
-                f"{old} is packed: put a float embedding in its place to resize it to {new_num_tokens} tokens"
-            )
-        return original(self, old, new_num_tokens, *args, **kwargs)
+        self: Any, old: Any, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any,
+        **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        if isinstance(old, QuantizedLayer) and (new_num_tokens, pad_to_multiple_of) != (None, None):
+            wanted: Any = old.num_embeddings if new_num_tokens is None else new_num_tokens
+            step = pad_to_multiple_of or 1
+            tokens = -(-wanted // step) * step
+            if isinstance(old, FourBitLayer) or tokens != old.num_embeddings:
+                raise ValueError(f"{old} is packed: put a float embedding in its place to resize it to {tokens} tokens")
+        return original(self, old, new_num_tokens, pad_to_multiple_of, *args, **kwargs)
 
     return get_resized_embeddings
 
