@@ -288,6 +288,7 @@ def test_codes_are_read_moved_and_decoded_by_hand(make):
     assert (type(grown), raw(grown)) == (torch.Tensor, raw(plain))
     bits = codes.view(torch.uint8)
     assert torch.equal(bits & 15, plain.view(torch.uint8) & 15)
+    assert torch.equal(torch.stack([bits // 16, bits % 16]), torch.stack([bits >> 4, bits & 15]))
     assert torch.equal(torch.arange(256)[bits.long()], plain.view(torch.uint8).long())
     if isinstance(layer, Linear8bitLt):
         scales = layer.weight.SCB[:, None] / 127

@@ -62,7 +62,7 @@ OF_INTEGERS = frozenset({
     "eq", "ne", "not_equal", "__eq__", "__ne__", "isnan", "isinf", "isfinite", "isneginf", "isposinf", "unique",
     "unique_consecutive", "bincount", "bitwise_and", "bitwise_or", "bitwise_xor", "bitwise_not", "bitwise_left_shift",
     "bitwise_right_shift", "__and__", "__rand__", "__or__", "__ror__", "__xor__", "__rxor__", "__invert__", "__lshift__",
-    "__rshift__"
+    "__rshift__", "floor_divide", "__floordiv__", "remainder", "__mod__"
 })  # fmt: skip
 """Functions of integers, by which packed codes are taken apart, compared and counted. In a float dtype torch has no bits of them,
 and codes that look like NaN are not equal to themselves."""
