@@ -29,12 +29,12 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers import auto, register_quantization_config, register_quantizer
 
 from bnbref.integrations.hf.config import COMPUTE_DTYPE, METHOD, BnbRefConfig, dtype_of
-from bnbref.integrations.hf.experts import quantized_parameters
 from bnbref.integrations.hf.layers import dequantized
 from bnbref.integrations.hf.quantizer import BnbRefHfQuantizer
 from bnbref.nn import Params4bit
 from bnbref.nn.four_and_eight_bits import FourBitLayer
 from bnbref.nn.inventory import REASONS
+from bnbref.nn.parametrize import quantized_in
 from bnbref.nn.quantized_layer import QuantizedLayer
 
 __all__ = ["BnbRefConfig", "BnbRefHfQuantizer", "give_back_bitsandbytes", "take_over_bitsandbytes"]
@@ -100,19 +100,26 @@ def _counting(original: Callable[..., int]) -> Callable[..., int]:
 
     @functools.wraps(original)
     def num_parameters(self: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        states = {id(p): p.quant_state for p in self.parameters() if isinstance(p, Params4bit)}
-        # FSDP puts another parameter in the place of a weight: the layer knows its state.
-        layers = [m for m in self.modules() if isinstance(m, FourBitLayer) and m.quant_state is not None]
-        states |= {id(layer.weight): layer.quant_state for layer in layers}
-        for _, module, name, step in quantized_parameters(self):
-            states[id(module.parametrizations[name].original)] = step.quant_state
-        if not states:
+        # One walk through the modules: Trainer asks in every step, and a model with adapters has more than a thousand.
+        parameters: dict[int, Any] = {}
+        states: dict[int, Any] = {}
+        left_out = set()
+        for module in self.modules():
+            own = {id(p): p for p in module._parameters.values() if p is not None}
+            parameters |= own
+            if isinstance(module, FourBitLayer):  # which knows its state even if FSDP has put another parameter there
+                states[id(module.weight)] = module.quant_state
+            if "parametrizations" in module._modules:
+                states |= {id(steps.original): step.quant_state for _, steps, step in quantized_in(module)}
+            states |= {key: p.quant_state for key, p in own.items() if isinstance(p, Params4bit) and key not in states}
+            if exclude_embeddings and isinstance(module, nn.Embedding):
+                left_out.add(id(module._parameters.get("weight")))
+        if not any(states.values()):
             return original(self, only_trainable, exclude_embeddings)
-        modules = self.modules() if exclude_embeddings else ()
-        left_out = {id(module.weight) for module in modules if isinstance(module, nn.Embedding)}
-        counted = [p for p in self.parameters() if p.requires_grad or not only_trainable]
-        shapes = [getattr(states.get(id(p)), "shape", p.shape) for p in counted if id(p) not in left_out]
-        return sum(map(math.prod, shapes))
+        counted = [
+            key for key, p in parameters.items() if key not in left_out and (p.requires_grad or not only_trainable)
+        ]
+        return sum(math.prod(states[key].shape) if states.get(key) else parameters[key].numel() for key in counted)
 
     return num_parameters
 
