@@ -62,6 +62,7 @@ def _parts(state: QuantState) -> tuple[Tensor, Tensor, Tensor] | None:
         return None
     parts = (second.absmax, second.code, state.offset)
     plain = all(type(t) is Tensor and t.dtype == torch.float32 and t.is_contiguous() for t in parts)
+    plain = plain and not any(t.requires_grad for t in parts)  # which somebody has, to train them
     fits = plain and (parts[0].dim(), parts[1].shape, parts[2].shape) == (1, (_VALUES,), ())
     return parts if fits and len({t.device for t in parts}) == 1 else None
 

@@ -178,7 +178,8 @@ class QuantState:
         }
         if self.state2 is not None:
             full |= {
-                "nested_absmax": self.state2.absmax,
+                # In a layer it is a view of a longer piece of memory (`joined_scales`), which safetensors would refuse.
+                "nested_absmax": self.state2.absmax.clone(),
                 "nested_blocksize": self.state2.blocksize,
                 "nested_quant_map": present(self.state2.code, "state2.code").clone(),
                 "nested_dtype": dtype_name(self.state2.dtype),

@@ -286,6 +286,8 @@ def test_codes_are_read_moved_and_decoded_by_hand(make):
     assert torch.cat([codes.flatten(), plain.flatten()]).dtype == codes.dtype
     grown = torch.empty(codes.shape, dtype=codes.dtype).copy_(codes)
     assert (type(grown), raw(grown)) == (torch.Tensor, raw(plain))
+    padded = nn.functional.pad(codes.flatten(), (0, 3))  # as torch.distributed.tensor does with the last shard
+    assert raw(padded[:-3]) == raw(plain.flatten())
     bits = codes.view(torch.uint8)
     assert torch.equal(bits & 15, plain.view(torch.uint8) & 15)
     assert torch.equal(torch.stack([bits // 16, bits % 16]), torch.stack([bits >> 4, bits & 15]))
@@ -313,6 +315,8 @@ LOSSES = {
     "detached": lambda p: p.detach().float().square().sum(),
     "data": lambda p: p.data.sum(),
     "transposed": lambda p: 2 * p.T,
+    "chunked": lambda p: p.chunk(2)[0].sum(),
+    "unbound": lambda p: p.unbind()[0].sum(),
 }
 
 
@@ -335,10 +339,13 @@ def test_a_graph_reads_and_moves_codes(make):
     weight = make().weight
 
     def read(p):
-        return p.view(torch.uint8).clone().flatten(), p.data.reshape(-1), p.shape[0] + p.numel()
+        return p.view(torch.uint8).clone().flatten(), p.data.reshape(-1), torch.cat(p.chunk(2)), p.shape[0] + p.numel()
 
-    bits, codes, count = torch.compile(read, backend="eager", fullgraph=True)(weight)
-    assert (raw(bits), raw(codes), count) == (raw(read(weight)[0]), raw(read(weight)[1]), read(weight)[2])
+    *codes, count = torch.compile(read, backend="eager", fullgraph=True)(weight)
+    *wanted, wanted_count = read(weight)
+    assert ([*map(raw, codes)], count) == ([*map(raw, wanted)], wanted_count)
+    first, last = torch.compile(lambda p: (p.shape[0], p.chunk(2)[1]), backend="eager")(weight)
+    assert (first, raw(last)) == (weight.shape[0], raw(weight.chunk(2)[1]))
 
 
 @pytest.mark.parametrize("how", sorted(WRITES))

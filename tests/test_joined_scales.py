@@ -83,6 +83,7 @@ UNUSUAL = {
     "an offset [1]": lambda s: setattr(s, "offset", s.offset.view(1)),
     "an offset in float64": lambda s: setattr(s, "offset", s.offset.double()),
     "a parameter": lambda s: setattr(s.state2, "absmax", nn.Parameter(s.state2.absmax)),
+    "an absmax2 with a gradient": lambda s: setattr(s.state2, "absmax", s.state2.absmax.clone().requires_grad_()),
     "no values": lambda s: setattr(s.state2, "code", None),
     "no offset": lambda s: setattr(s, "offset", None),
     "not nested": lambda s: setattr(s, "state2", None),

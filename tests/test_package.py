@@ -31,7 +31,7 @@ ROOMS = (
     ("bnbref.operators",),
     ("bnbref.fourbit_product", "bnbref.int8_product"),
     ("bnbref.packed_weight",),
-    ("bnbref.few_rows",),
+    ("bnbref.few_rows", "bnbref.joined_scales"),
     ("bnbref.fourbit", "bnbref.int8", "bnbref.nested", "bnbref.quant_state", "bnbref.state_fields"),
     ("bnbref.blockwise",),
     ("bnbref.codebooks",),

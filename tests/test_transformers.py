@@ -1,5 +1,6 @@
 """transformers with bnbref, and without bitsandbytes, whether that is installed or not."""
 
+import copy
 import importlib.util
 import json
 import logging
@@ -22,7 +23,7 @@ from torch import nn
 import bnbref
 from bnbref import functional, int8, report
 from bnbref.codebooks import FOUR_BIT, Codebook
-from bnbref.nn import Linear4bit, Linear8bitLt
+from bnbref.nn import Linear4bit, Linear8bitLt, replace_parameter_4bit
 
 transformers = pytest.importorskip("transformers")
 accelerate = pytest.importorskip("accelerate")
@@ -854,6 +855,18 @@ def test_experts_in_another_dtype_and_in_half_a_checkpoint(models, ids, tmp_path
     with pytest.raises(RuntimeError), caplog.at_level(logging.WARNING):
         AutoModelForCausalLM.from_pretrained(tmp_path)
     assert "experts.down_proj" in caplog.text
+
+
+def test_dequantizing_a_copy_leaves_the_experts_of_the_original():
+    """torch reads a parametrized parameter by a property of the module's class, which the copy has too."""
+    original = nn.Module()
+    original.up = nn.Parameter(torch.ones(2, 4, 64))
+    replace_parameter_4bit(original, "up")
+    other, want = copy.deepcopy(original), original.up
+    dequantize_experts(other, torch.float32)
+    assert type(other.up) is nn.Parameter
+    assert torch.equal(original.up, want)
+    assert torch.equal(other.up, want)
 
 
 def test_experts_can_be_skipped_and_are_with_int8(models, ids, tmp_path, caplog):

@@ -54,7 +54,8 @@ MOVES = frozenset({
     "alias_copy", "detach_copy", "view_copy", "squeeze_copy", "unsqueeze_copy", "transpose_copy", "t_copy", "permute_copy",
     "expand_copy", "select_copy", "slice_copy", "split_copy", "split_with_sizes_copy", "unbind_copy", "unfold_copy",
     "diagonal_copy", "as_strided_copy", "_reshape_alias_copy", "T", "mT", "H", "mH", "real", "broadcast", "all_gather",
-    "all_gather_coalesced", "all_gather_single", "all_to_all", "all_to_all_single", "send", "recv", "isend", "irecv"
+    "all_gather_coalesced", "all_gather_single", "all_to_all", "all_to_all_single", "send", "recv", "isend", "irecv", "pad",
+    "constant_pad_nd"
 })  # fmt: skip
 """Functions that move bytes, within a tensor, to another one, or to another process."""
 

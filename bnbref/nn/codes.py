@@ -126,11 +126,12 @@ def _in_graph(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
         _check(func, name, args, kwargs)
     result = func(*args, **kwargs)
     gives_codes = name in _GIVES_CODES and bytewise.is_torchs(func) and not _gives_numbers(name, args, kwargs)
-    if gives_codes and isinstance(result, Tensor) and args and _codes_in(args[0]):
-        return result.detach().as_subclass(
-            Codes
-        )  # Dynamo makes no subclass of what it knows as an attribute, such as `weight.T`
-    return result
+    if not gives_codes or not args or not _codes_in(args[0]):
+        return result
+    # Detached, as Dynamo makes no subclass of what it knows as an attribute, such as `weight.T`.
+    if isinstance(result, (list, tuple)):
+        return tuple([piece.detach().as_subclass(Codes) for piece in result])
+    return result.detach().as_subclass(Codes) if isinstance(result, Tensor) else result
 
 
 # Where Dynamo gives up a function that uses a weight, it tries those that are called in it one by one. Compiled by itself, this

@@ -30,7 +30,8 @@ class Owner:
         self.known: Known = {}
 
     def __del__(self) -> None:
-        self.known.clear()
+        if hasattr(self, "known"):  # Dynamo makes some without `__init__`, as stand-ins for what it traces
+            self.known.clear()
 
 
 def fill(known: Known, arguments: tuple[Any, ...], *versions: dict[str, bool]) -> None:

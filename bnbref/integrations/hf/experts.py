@@ -91,5 +91,8 @@ def dequantize_experts(model: nn.Module, dtype: torch.dtype) -> None:
             raise ValueError(f"{full_name} is offloaded: load the model without offloading to dequantize it")
         step.dtype = dtype
         values = getattr(module, name).detach()
+        # What torch takes away is a property of the class, which a deep copy of the model shares.
+        cls = type(module)
+        module.__class__ = type(cls.__name__, cls.__bases__, dict(cls.__dict__))
         parametrize.remove_parametrizations(module, name, leave_parametrized=False)
         setattr(module, name, nn.Parameter(values))
