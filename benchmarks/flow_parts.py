@@ -11,7 +11,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -262,14 +261,17 @@ def trainer(job: Job, model: Any, ids: torch.Tensor) -> dict[str, Any]:
     """The same by transformers' Trainer, as it comes."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    steps, ends = SHAPES[job.shape].steps + 2, list[float]()
+    steps, times, start = SHAPES[job.shape].steps + 2, list[float](), time.perf_counter()
 
     class Clock(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            nonlocal start
             wait(job.device)
-            ends.append(time.perf_counter())
-            if len(ends) == 2:
+            times.append(time.perf_counter() - start)
+            if len(times) == 2:
                 forget_peak(job.device)
+            turn()
+            start = time.perf_counter()
 
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
@@ -288,8 +290,7 @@ def trainer(job: Job, model: Any, ids: torch.Tensor) -> dict[str, Any]:
         )
         data = [{"input_ids": row, "labels": row} for row in ids] * steps
         Trainer(model=model, args=arguments, train_dataset=data, callbacks=[Clock()]).train()
-    times = [end - start for start, end in pairwise(ends[1:])]
-    return {"ms": statistics.median(times) * 1e3, **peak(job.device)}
+    return {"ms": statistics.median(times[2:]) * 1e3, **peak(job.device)}
 
 
 def load(job: Job) -> Iterator[dict[str, Any]]:
