@@ -139,7 +139,8 @@ class Params4bit(QuantizedParameter):
         if state is None or state.shape is None or state.blocksize is None:
             return None
         start, n = 2 * first * view.itemsize, state.shape.numel()
-        stop = min(start + 2 * view.nbytes, n)
+        # Not `nbytes`, which in a graph of torch 2.15 is an error where sizes vary.
+        stop = min(start + 2 * view.numel() * view.itemsize, n)
         if start % state.blocksize != 0 or (stop % state.blocksize != 0 and stop != n):
             return None
         row = state.shape[1:].numel()
