@@ -80,8 +80,10 @@ def _weight(packed: Tensor, *arguments: Any) -> PackedWeight:
         return PackedWeight(plain(packed), _state(*given))
     if own:
         absmax, second, shape, *_ = given
-        other2 = second and (state.state2 is None or state.state2.absmax.data_ptr() != second[0].data_ptr())
-        if state.absmax is not absmax or other2:
+        # `second` begins with absmax2, whether it is three tensors or their memory.
+        absmax2 = None if state.state2 is None else state.state2.absmax
+        same2 = not second or (absmax2 is not None and absmax2.data_ptr() == second[0].data_ptr())
+        if state.absmax is not absmax or not same2:
             _check_replaced(packed, state.shape == tuple(shape))
         return kept_weight(packed, state)
     return kept_weight(packed, state) if _are_of(state, *given) else PackedWeight(plain(packed), _state(*given))

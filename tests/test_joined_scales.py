@@ -71,7 +71,22 @@ def test_joined_scales_are_the_same_numbers_in_one_memory(n, k, blocksize, block
         assert same_bits(torch.ops.bnbref.weight_4bit(*arguments, own, BF16), before.dequantize(packed, BF16))
 
 
+def in_memory_of(more):
+    """A change of a state: its parts in their places, of a memory that is longer by so many elements."""
+
+    def change(state):
+        memory = torch.zeros(memory_of(state).numel() + more)
+        views = split(memory, state.state2.absmax.numel())
+        for view, part in zip(views, fields(state), strict=True):
+            view.copy_(part)
+        state.state2.absmax, state.state2.code, state.offset = views
+
+    return change
+
+
 ASSIGNED = {
+    "a longer memory": in_memory_of(8),
+    "a shorter memory": in_memory_of(-3),
     "another offset": lambda s: setattr(s, "offset", s.offset.clone()),
     "other values": lambda s: setattr(s.state2, "code", s.state2.code.clone()),
     "another absmax2": lambda s: setattr(s.state2, "absmax", s.state2.absmax.clone()),
@@ -179,11 +194,12 @@ def through_pickle(value):
     return pickle.loads(pickle.dumps(value))
 
 
-def through_torch(value):
+def through_torch(value, weights_only=False):
+    """A whole layer is more than weights: torch.load then needs to be told that the file is trusted."""
     file = io.BytesIO()
     torch.save(value, file)
     file.seek(0)
-    return torch.load(file, weights_only=False)  # a file of our own, made here
+    return torch.load(file, weights_only=weights_only)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, through_pickle, through_torch])
@@ -200,7 +216,7 @@ def test_all_scales_of_a_state_can_be_saved_together():
     """torch.save refuses memory that is seen in two dtypes."""
     state = layer().weight.quant_state
     kept = {"absmax": state.absmax, **dict(zip(FIELDS, fields(state), strict=True))}
-    loaded = through_torch(kept)
+    loaded = through_torch(kept, weights_only=True)
     assert all(same_bits(kept[name], loaded[name]) for name in kept)
 
 
