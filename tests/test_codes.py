@@ -593,6 +593,23 @@ def test_detached_codes_are_saved_and_copied_as_plain_tensors(make):
 
 
 @each_layer
+def test_a_parameter_made_of_codes_is_moved_as_accelerate_moves_it(make):
+    """As the codes of experts are, which are loaded from a file: off to meta, and back from where they are kept."""
+    set_module_tensor_to_device = pytest.importorskip("accelerate.utils").set_module_tensor_to_device
+    module = nn.Module()
+    module.codes = nn.Parameter(make().weight.detach(), requires_grad=False)
+    kept = module.codes.detach().clone()
+    for _ in range(2):
+        for device, value in (("meta", None), ("cpu", kept)):
+            set_module_tensor_to_device(module, "codes", device, value=value)
+            assert isinstance(module.codes, nn.Parameter)
+            assert not module.codes.requires_grad
+    assert raw(module.codes) == raw(kept)
+    with pytest.raises(ValueError, match="codes"):
+        module.codes.norm()
+
+
+@each_layer
 @pytest.mark.parametrize("swap", [True, False])
 def test_modules_move_and_load_with_swapped_parameters(make, swap):
     layer, before = make(), torch.__future__.get_swap_module_params_on_conversion()

@@ -142,6 +142,13 @@ _leave_to_python(Watched.__torch_function__)
 class Codes(Watched, Tensor):
     """The codes of a quantized weight, detached from it, with its scales. A copy or a pickle of them is a plain tensor."""
 
+    def __new__(cls, data: Tensor, requires_grad: bool = False) -> "Codes":
+        """A parameter of these codes. nn.Parameter makes one of this class from codes, and accelerate, which moves what is
+        offloaded, then makes the next one by `type(parameter)(data, requires_grad=...)`."""
+        result: Any = plain(data).as_subclass(cls).requires_grad_(requires_grad)
+        result.__dict__["_is_param"] = True
+        return result  # type: ignore[no-any-return]
+
     def holds_codes(self) -> bool:
         """Always True."""
         return True
