@@ -20,9 +20,16 @@ _ALIGNED = 4
 
 
 def join(state: QuantState) -> None:
-    """Puts these fields of a state one behind the other, if its scales are nested and plain tensors. Their numbers stay."""
+    """Puts these fields of a state one behind the other, if its scales are nested and plain tensors. Their numbers stay.
+
+    An absmax that is a view becomes the same memory as no view: for a view Dynamo makes its base as well when it traces.
+    """
+    if tracing():
+        return
+    if type(state.absmax) is Tensor and state.absmax._is_view() and not state.absmax.requires_grad:
+        state.absmax = state.absmax.data
     parts = _parts(state)
-    if parts is None or state.state2 is None or tracing() or memory_of(state) is not None:
+    if parts is None or state.state2 is None or memory_of(state) is not None:
         return
     if any(t.is_meta or is_lazy(t) for t in parts):
         return
@@ -42,7 +49,7 @@ def memory_of(state: QuantState) -> Tensor | None:
     places = [(t.untyped_storage()._cdata, t.storage_offset()) for t in parts]
     if storage.nbytes() != 4 * starts[-1] or places != [(storage._cdata, start) for start in starts[:-1]]:
         return None
-    return parts[0].as_strided((starts[-1],), (1,), 0)
+    return parts[0].as_strided((starts[-1],), (1,), 0).data  # no view: see `join`
 
 
 def split(memory: Tensor, blocks2: int) -> tuple[Tensor, Tensor, Tensor]:

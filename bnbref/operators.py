@@ -36,6 +36,9 @@ for _schema in (
 ):
     _operators.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
+# The overloads themselves, for which Dynamo would look in each layer of a model.
+linear_4bit, linear_8bit = torch.ops.bnbref.linear_4bit.default, torch.ops.bnbref.linear_8bit.default
+
 
 # ---- 4 bits ---------------------------------------------------------------------------------------------------------
 

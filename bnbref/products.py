@@ -24,6 +24,7 @@ from bnbref.arguments import checked
 from bnbref.blockwise import FLOATS, check_device, check_float, into
 from bnbref.context import (
     as_autocast,
+    constant_of_graphs,
     differentiated,
     exporting,
     plain,
@@ -35,6 +36,7 @@ from bnbref.context import (
 from bnbref.fourbit_product import MatMul4Bit, TransformedMatMul4Bit, product_4bit
 from bnbref.int8_product import MatMul8bit, TransformedMatMul8bit, product_8bit
 from bnbref.kernels import compile_enabled, ordered, tracing
+from bnbref.operators import linear_4bit, linear_8bit
 from bnbref.packed_weight import PackedWeight, Product, kept_weight, operator_arguments
 from bnbref.quant_state import QuantState, present
 
@@ -42,7 +44,12 @@ from bnbref.quant_state import QuantState, present
 def in_graph() -> bool:
     """Whether a product becomes an operator of a graph: Dynamo traces it, and neither for an export nor under `torch.func`, which
     differentiate or keep plain operations."""
-    return torch.compiler.is_dynamo_compiling() and not exporting() and not under_functorch()
+    return torch.compiler.is_dynamo_compiling() and _keeps_operators()
+
+
+@constant_of_graphs
+def _keeps_operators() -> bool:
+    return not exporting() and not under_functorch()
 
 
 def _check_bias(bias: Tensor | None, n: int) -> None:
@@ -133,7 +140,7 @@ def _checked_4bit(A: Tensor, B: Tensor, shape: Sequence[int], bias: Tensor | Non
 def _operator_4bit(a: Tensor, bias: Tensor | None, packed: Tensor, state: tuple[Any, ...], own: bool) -> Tensor:
     in_order = ordered.batch_invariant_enabled()
     with torch._C.DisableTorchFunctionSubclass():  # the operator takes the parameter for its memory
-        return torch.ops.bnbref.linear_4bit(a, bias, in_order, packed, *state, own)  # type: ignore[no-any-return]
+        return linear_4bit(a, bias, in_order, packed, *state, own)  # type: ignore[no-any-return]
 
 
 def _multiply(a: Tensor, packed: Tensor, bias: Tensor | None, state: QuantState, in_order: bool) -> Tensor:
@@ -233,7 +240,7 @@ def matmul(
             "differentiate by autograd, or outside of torch.compile"
         )
     if in_graph():
-        result: Tensor = torch.ops.bnbref.linear_8bit(A, weight, codes, absmax, bias, threshold, False)
+        result: Tensor = linear_8bit(A, weight, codes, absmax, bias, threshold, False)
     elif not (torch.compiler.is_dynamo_compiling() and under_functorch()) and differentiated(A, weight, bias):
         function = TransformedMatMul8bit if transforming() else MatMul8bit
         result = function.apply(A, weight, codes, absmax, bias, threshold)  # type: ignore[no-untyped-call]
@@ -245,4 +252,4 @@ def matmul(
 def graph_product_8bit(A: Tensor, B: Tensor, absmax: Tensor, threshold: float, bias: Tensor | None) -> Tensor:
     """`matmul` in somebody's graph, of a layer's int8 weight that A `fits`."""
     with torch._C.DisableTorchFunctionSubclass():
-        return torch.ops.bnbref.linear_8bit(A, None, B, absmax, bias, threshold, True)  # type: ignore[no-any-return]
+        return linear_8bit(A, None, B, absmax, bias, threshold, True)  # type: ignore[no-any-return]

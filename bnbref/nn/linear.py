@@ -112,7 +112,7 @@ class Linear4bit(FourBitLayer, nn.Linear):
         weight, bias = self.weight, self.bias
         if in_graph() and isinstance(weight, Params4bit):
             known = arguments_of(self._known)
-            if known is not None and fits(x, known[0], bias, self.out_features, self.in_features):
+            if known is not None and fits(x, known[0], bias, *known[2]):
                 dtype = x.dtype if self._compute == "None" else DTYPES.get(self._compute)
                 if dtype is not None:
                     return graph_product_4bit(x, weight, known, bias, dtype)
