@@ -819,8 +819,11 @@ def test_experts_that_transformers_would_transpose(quant_type, tmp_path):
         }
         save_file(old, tmp_path / "a" / "model.safetensors", {"format": "pt"})
     again = type(model).from_pretrained(tmp_path / "a")
-    assert architectures.different(architectures.numbers(again), architectures.numbers(model)) == []
-    assert [p.name for p in report(again).quantized] == [p.name for p in report(model).quantized]
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "a")
+    given = type(model).from_pretrained(None, config=config, state_dict=model.state_dict())
+    for other in (again, given):
+        assert architectures.different(architectures.numbers(other), architectures.numbers(model)) == []
+        assert [p.name for p in report(other).quantized] == [p.name for p in report(model).quantized]
 
 
 @pytest.mark.skipif(not hasattr(transformers, "HrmTextConfig"), reason="a newer version of transformers has this model")
