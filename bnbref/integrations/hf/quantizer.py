@@ -152,7 +152,8 @@ class BnbRefHfQuantizer(HfQuantizer):  # type: ignore[misc]
             found = [key for path in self.files for key in keys(path)]
             coded = [key.removesuffix(".absmax") for key in found if key.endswith(".absmax")]
             coded += [key.removesuffix("SCB") + "weight" for key in found if key.endswith(".SCB")]
-            if not self.files:  # transformers has a state dict, which it does not show: what would be quantized is codes
+            # transformers does not show a state dict that it was given. What the config would quantize is codes in it.
+            if not self.files:
                 coded = self.weights if self.spec.is_int8 else [*self.weights, *self.fused]
             weight_conversions = [c for c in weight_conversions if not takes_codes(c, coded)]
         return super().update_weight_conversions(weight_conversions, *args)  # type: ignore[no-any-return]
