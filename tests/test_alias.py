@@ -10,6 +10,7 @@ import sys
 import sysconfig
 import venv
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -286,6 +287,7 @@ def test_the_hook_does_not_hide_bitsandbytes(site, tmp_path):
 WORKERS = """
 import multiprocessing, os, sys
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -422,3 +424,11 @@ def test_lora_finds_parameters_that_are_quantized_by_themselves(order):
     """Without `patch_hf`: peft finds what it finds over bitsandbytes' layers, and more; nothing is silent."""
     pytest.importorskip("peft")
     assert run(ON_QUANTIZED_PARAMETERS.format(*order)) == ["0", "1", "refused"]
+
+
+def test_a_transformers_without_conversions_is_left_as_it_is(monkeypatch):
+    """That of 4.57, to which AdapterHub's `adapters` keeps: it saves what it has loaded quantized by itself."""
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr(transformers, "__version__", "4.57.6")
+    monkeypatch.setitem(sys.modules, "transformers.core_model_loading", None)  # an import of it fails
+    alias.mend(ModuleType("transformers.integrations.bitsandbytes"))

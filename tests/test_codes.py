@@ -277,6 +277,7 @@ def test_codes_are_read_moved_and_decoded_by_hand(make):
         codes.cpu(),
         codes.to(codes.dtype),
         torch.cat([*codes.chunk(2)]),
+        torch.vstack([*codes.chunk(2)]),
         codes.T.T,
     ):
         assert (type(same), raw(same)) == (type(codes), raw(plain))
@@ -520,6 +521,15 @@ def test_a_layer_computes_with_the_scales_of_the_codes_that_are_put_into_it(pair
         other(x)
     )
     assert raw(layer(x)) == raw(before)
+
+
+@pytest.mark.parametrize("make", [linear4, linear8])
+def test_a_graph_takes_detached_codes_as_an_argument(make):
+    """AOT autograd checks a graph when it is first called, in a mode that refuses operators with subclasses of Tensor."""
+    layer, other = make(), make(seed=1)
+    x = argument(layer)
+    called = torch.compile(lambda codes, x: functional_call(layer, codes, x), backend="aot_eager", fullgraph=True)
+    assert raw(called(PUT["detached"](other), x)) == raw(other(x))
 
 
 def test_a_whole_state_dict_is_put_into_an_int8_layer_and_refused_for_four_bits():

@@ -88,6 +88,17 @@ def test_a_square_weight_is_n_k():
         bnbref.matmul_4bit(x[:, 1:], packed, state)
 
 
+def test_a_subclass_copies_its_attributes_from_another_layer():
+    """As the LoRA layers of AdapterHub's `adapters` do."""
+    layer, copy = linear4(compute_dtype=BF16), linear4(seed=1)
+    for name in ("weight", "bias", "compute_dtype", "compute_type_is_set", "quant_state", "quant_storage"):
+        setattr(copy, name, getattr(layer, name))
+    x = inputs(2, 64)
+    assert copy.compute_type_is_set
+    assert not linear4().compute_type_is_set
+    assert torch.equal(copy(x), layer(x))
+
+
 @pytest.mark.parametrize("dtype", [F16, BF16])
 def test_float32_products_of_16_bit_activations_are_logged_once(dtype, caplog):
     linear._say_slow.cache_clear()

@@ -97,10 +97,12 @@ def test_transformers_takes_SCB_out_of_the_attributes():
     assert Int8Params(torch.ones(2, 4), requires_grad=False, **attributes).to("cpu").SCB.tolist() == [1.0, 1.0]
 
 
-def test_peft_quantizes_merged_weights_again():
+@pytest.mark.parametrize("changed", [{"bnb_quantized": False}, {}], ids=["peft", "litgpt, adapters"])
+def test_merged_weights_are_quantized_again(changed):
+    """peft says that the merged weight is not quantized; others pass the attributes of the old one as they are."""
     weight = linear4(quant_type="nf4", quant_storage=BF16).weight
     merged = dequantize_4bit(weight.data, weight.quant_state) + 1
-    attributes = {**weight.__dict__, "bnb_quantized": False, "requires_grad": False}
+    attributes = {**weight.__dict__, "requires_grad": False, **changed}
     again = Params4bit(merged.to("cpu"), **attributes).to(weight.device)
     want, state = bnbref.functional.quantize_4bit(merged, None, None, 64, True, "nf4", BF16)
     assert raw(again.data) == raw(want)

@@ -432,3 +432,20 @@ def test_a_state_dict_keeps_no_scales_of_a_weight_that_was_moved(make):
     layer._apply(torch.clone)
     gc.collect()
     assert [name for name, t in scales.items() if t() is not None] == []
+
+
+@pytest.mark.parametrize("make", [linear4, linear8])
+def test_a_layer_is_whole_while_it_is_moved(make):
+    """Another thread may compute with it. What `_apply` calls for the bias stands for that thread."""
+    layer = make()
+    x = argument(layer)
+    before, seen = layer(x), []
+
+    def look(tensor):
+        seen.append(torch.equal(layer(x), before))
+        return tensor.clone()
+
+    layer._apply(look)
+    assert seen
+    assert all(seen)
+    assert torch.equal(layer(x), before)

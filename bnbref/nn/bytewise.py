@@ -42,7 +42,9 @@ CASTS = frozenset({
 })  # fmt: skip
 """Functions that move a tensor or make it one of another dtype."""
 
-JOINS = frozenset({"cat", "concat", "concatenate", "flatten_dense_tensors"})
+JOINS = frozenset({
+    "cat", "concat", "concatenate", "hstack", "vstack", "dstack", "row_stack", "column_stack", "flatten_dense_tensors"
+})  # fmt: skip
 """Functions that join tensors. Not `stack`: torch.func.stack_module_state calls it, and its result has no scales."""
 
 MOVES = frozenset({

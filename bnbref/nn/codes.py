@@ -56,6 +56,10 @@ class Watched:
         with torch._C.DisableTorchFunctionSubclass():
             if torch.compiler.is_compiling():
                 return _in_graph(func, args, kwargs)
+            if Codes in types and isinstance(func, torch._ops.OpOverload):
+                # An operator of a graph that was given codes. Modes in which torch checks a new graph take no subclass of Tensor,
+                # and only `_make_subclass` is hidden from them.
+                args = tuple(Tensor._make_subclass(Tensor, v) if isinstance(v, Codes) else v for v in args)
             if not kwargs and _only_asks(func):
                 return func(*args)
             name = bytewise.name_of(func)

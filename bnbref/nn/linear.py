@@ -95,6 +95,15 @@ class Linear4bit(FourBitLayer, nn.Linear):
         if name == "compute_dtype":
             self.__dict__["_compute"] = dtype_name(value)
 
+    @property
+    def compute_type_is_set(self) -> bool:
+        """Whether the layer has a compute_dtype. Assigning it does nothing: who copies it from layer to layer copies both."""
+        return self.compute_dtype is not None
+
+    @compute_type_is_set.setter
+    def compute_type_is_set(self, value: bool) -> None:
+        pass
+
     def extra_repr(self) -> str:
         """The text of `nn.Linear`, and the format of the weight."""
         weight = self.weight

@@ -55,12 +55,18 @@ class Params4bit(QuantizedParameter):
         quant_storage: torch.dtype = torch.uint8, module: nn.Module | None = None, bnb_quantized: bool = False,
         **kwargs: Any,
     ) -> "Params4bit":  # fmt: skip
-        """Unknown keywords are ignored: rebuilding from `__dict__` passes whatever other libraries left there."""
+        """Unknown keywords are ignored: rebuilding from `__dict__` passes whatever other libraries left there.
+
+        Libraries merge an adapter by `Params4bit(merged, **old.__dict__).to(device)`. So data of the shape of the quant_state
+        is a float weight and not quantized, whatever the other arguments say: codes have half a byte for each element.
+        """
         four_bit(quant_type)
         check_bool("compress_statistics", compress_statistics)
         check_bool("bnb_quantized", bnb_quantized)
         data = torch.empty(0) if data is None else data
         self = made(cls, data, requires_grad)
+        if quant_state is not None and data.shape == quant_state.shape and data.nbytes != quant_state.code_bytes:
+            quant_state, bnb_quantized = None, False
         self.blocksize = 64 if blocksize is None else blocksize
         self.compress_statistics = compress_statistics
         self.quant_type = quant_type

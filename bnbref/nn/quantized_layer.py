@@ -17,13 +17,15 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 
 from bnbref.nn.graph_arguments import Known
 from bnbref.nn.quantized_parameter import QuantizedParameter
+
+Self = TypeVar("Self", bound="QuantizedLayer")
 
 
 class QuantizedLayer(nn.Module):
@@ -118,17 +120,23 @@ class QuantizedLayer(nn.Module):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
             self._move_remembered(fn)
             return self
-        self._parameters["weight"] = None
-        try:
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-            with torch.no_grad():
-                new = weight.applied(fn)
-                grad = None if weight.grad is None or new.holds_codes() else fn(weight.grad)
-        finally:
-            self._parameters["weight"] = weight
+        others = self._without_weight()
+        super(QuantizedLayer, others)._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._parameters.update(others._parameters)
+        with torch.no_grad():
+            new = weight.applied(fn)
+            grad = None if weight.grad is None or new.holds_codes() else fn(weight.grad)
         self._replace(new)
         self.weight.grad = grad
         return self
+
+    def _without_weight(self: Self) -> Self:
+        """The same layer without its weight, for what torch does to all others. This one stays whole meanwhile, as another thread
+        may use it. Of what it holds the parameters alone are its own."""
+        others = object.__new__(type(self))
+        parameters = {name: value for name, value in self._parameters.items() if name != "weight"}
+        others.__dict__ = {**self.__dict__, "_parameters": parameters}
+        return others
 
     def _replace(self, new: QuantizedParameter) -> None:
         """Makes `new` the weight. If torch allows, the parameter stays the same object, which other modules may share."""
@@ -149,12 +157,10 @@ class QuantizedLayer(nn.Module):
         given = (state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         for hook in self._load_state_dict_pre_hooks.values():
             hook(*given)
-        hooks, weight = self._load_state_dict_pre_hooks, self._parameters["weight"]
-        self._load_state_dict_pre_hooks, self._parameters["weight"] = OrderedDict(), None
-        try:
-            super()._load_from_state_dict(*given)
-        finally:
-            self._load_state_dict_pre_hooks, self._parameters["weight"] = hooks, weight
+        others = self._without_weight()
+        others._load_state_dict_pre_hooks = OrderedDict()
+        super(QuantizedLayer, others)._load_from_state_dict(*given)
+        self._parameters.update(others._parameters)
         entries = {
             key.removeprefix(prefix): value
             for key, value in state_dict.items()
@@ -164,7 +170,7 @@ class QuantizedLayer(nn.Module):
         if not entries:
             if strict:
                 # `load_model` of safetensors asks for the state dict first, and wants to hear all of it that was tied.
-                missing_keys.extend(f"{prefix}{name}" for name in ("weight", *getattr(weight, "beside", ())))
+                missing_keys.extend(f"{prefix}{name}" for name in ("weight", *getattr(self.weight, "beside", ())))
             return
         try:
             self._load_weight(entries, assign=local_metadata.get("assign_to_params_buffers", False))

@@ -205,10 +205,11 @@ def _let_transformers_save(module: Any) -> None:
     in the state dict; transformers leaves that out, and `save_pretrained` raises NotImplementedError.
     """
     import transformers
-    from transformers.core_model_loading import ConversionOps, _IdentityOp
 
     if _version(transformers) < _UNDOES_BY_NAME:
         return
+    from transformers.core_model_loading import ConversionOps, _IdentityOp
+
     for cls in (module.Bnb4bitDeserialize, module.Bnb8bitDeserialize):
         if cls.reverse_op is ConversionOps.reverse_op:
             cls.reverse_op = property(lambda self: _IdentityOp())

@@ -44,6 +44,8 @@ class BnbRefHfQuantizer(HfQuantizer):  # type: ignore[misc]
         super().__init__(quantization_config, **kwargs)
         self.fused: dict[str, QuantState | None] = {}
         """The parameters that are quantized by themselves; their scales once they are."""
+        self.weights: list[str] = []
+        """The weights of the layers that were replaced."""
         self.reasons: dict[str, str] = {}
         """Why a module or parameter was left as it is."""
         self.conversions: list[Any] = []
@@ -101,6 +103,7 @@ class BnbRefHfQuantizer(HfQuantizer):  # type: ignore[misc]
                 self.reasons[name] = reason
             elif is_linear(module):
                 model.set_submodule(name, quantized_layer(module, self.spec, self.spec.is_int8))
+                self.weights.append(f"{name}.weight")
             else:
                 parameters = module.named_parameters(prefix=name, recurse=False)
                 self.fused.update({n: None for n, p in parameters if p.dim() == 3})
@@ -149,6 +152,9 @@ class BnbRefHfQuantizer(HfQuantizer):  # type: ignore[misc]
             found = [key for path in self.files for key in keys(path)]
             coded = [key.removesuffix(".absmax") for key in found if key.endswith(".absmax")]
             coded += [key.removesuffix("SCB") + "weight" for key in found if key.endswith(".SCB")]
+            # transformers does not show a state dict that it was given. What the config would quantize is codes in it.
+            if not self.files:
+                coded = self.weights if self.spec.is_int8 else [*self.weights, *self.fused]
             weight_conversions = [c for c in weight_conversions if not takes_codes(c, coded)]
         return super().update_weight_conversions(weight_conversions, *args)  # type: ignore[no-any-return]
 
