@@ -993,6 +993,7 @@ def test_check_names_what_is_broken_in_its_last_lines(capsys, monkeypatch, tmp_p
     assert said[-1] == "broken: Q8-4 tie-to-even  2 cases"
     body = json.loads((tmp_path / "r.json").read_text())
     assert body["counts"]["failed"] == 2
+    assert any("/pair-" in name for name in body["cases"])
     assert body["findings"][0]["elements"][0]["got"] == "1 (01)"
     assert "| quantize_blockwise | **" in (tmp_path / "r.md").read_text()
     assert "<svg" in (tmp_path / "r.html").read_text()
