@@ -1,4 +1,5 @@
-"""Backends, each wrong where two settings meet and nowhere else: what a kernel that is compiled for each combination may be."""
+"""Backends, each wrong where two settings meet, as a kernel that is compiled for each combination may be; or for one number of 16
+bits, or beyond 2^16 elements. They are right everywhere else."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +10,7 @@ from kit_mutants_version4 import Change, adding
 from torch import Tensor
 
 MUTANTS: list[Mutant] = []
-"""All of them. pairs.py has the cases that find them."""
+"""All of them. pairs.py and large.py have the cases that find them."""
 
 _add = adding(MUTANTS)
 
@@ -80,8 +81,8 @@ _add(
 )
 _add("bias-of-one-row-lost", "a single row: the bias is left out",
      _where(lambda k: k["a"].numel() == k["shape"][1], _without(bias=None)), "gemm_4bit")  # fmt: skip
-_add("bfloat16-product-of-64", "bfloat16 by a weight in blocks of 2048: scales are taken for those of blocks of 64",
-     _where(lambda k: _of(k["a"], BRAIN) and k["blocksize"] == 2048, _blocks_of_64), "gemm_4bit")  # fmt: skip
+_add("bfloat16-product-of-64", "bfloat16 by a weight in blocks of 1024: scales are taken for those of blocks of 64",
+     _where(lambda k: _of(k["a"], BRAIN) and k["blocksize"] == 1024, _blocks_of_64), "gemm_4bit")  # fmt: skip
 _add("fp4-gradient-of-two-rows", "two rows by an FP4 weight: the last element of the gradient is the first one",
      _where(lambda k: k["quant_type"] == "fp4" and k["grad"].shape[-2] == 2, _first(_end)), "gemm_4bit_backward")  # fmt: skip
 _add("whole-thresholds", "thresholds are whole numbers",
@@ -96,3 +97,18 @@ _add("float16-ademamix", "AdEMAMix in float16 has alpha 0",
      "optimizer_32bit", "optimizer_8bit")  # fmt: skip
 _add("float16-matrix-left", "a float16 matrix: the last element is not stepped",
      _where(lambda k: _of(k["p"], HALF) and k["p"].dim() == 2, _first(_end)), "optimizer_32bit", "optimizer_8bit")  # fmt: skip
+
+
+def _one_number(f: Callable[..., Any], k: dict[str, Any]) -> Any:
+    """One bfloat16 has the code of the number before it."""
+    x = k["x"]
+    return f(**{**k, "x": torch.where(x == -0.69140625, x[:1] * 0, x)} if _of(x, BRAIN) and x.dim() == 1 else k)
+
+
+_MANY = 2**16
+_add("one-bfloat16", "a bfloat16 of -0.69140625 is taken for 0", _one_number, "quantize_4bit")
+_add("beyond-65536", "beyond 2^16 elements the last one is wrong",
+     _where(lambda k: next(x for x in (k.get("x"), k.get("codes"), k.get("packed")) if x is not None).numel() > _MANY // 2,
+            _first(_end)), "quantize_4bit", "quantize_blockwise", "dequantize_4bit", "dequantize_blockwise")  # fmt: skip
+_add("last-step-beyond-4096", "beyond 4096 elements the last one is not stepped",
+     _where(lambda k: k["p"].numel() > 4096, _first(_end)), "optimizer_32bit", "optimizer_8bit")  # fmt: skip

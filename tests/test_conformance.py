@@ -829,6 +829,18 @@ def test_a_product_that_is_summed_in_float16_is_told_so():
     assert explain(failure) == ["no backend: all elements are numbers of float16, as sums in it are"]
 
 
+def test_what_the_reference_is_predicted_to_do_is_nobodys_convention():
+    """Outliers that are quantized too; and sums beyond float16, whose bytes in the other order are next to nothing."""
+    right = kit_mutants.right("int8_quantize")
+    kept = Backend("mine", {"int8_quantize": lambda x, threshold: (*right(x, 0.0)[:2], right(x, threshold)[2])})
+    (codes, absmax) = judge.run_case(kept, BY_ID["int8_quantize/outliers-float16"], CPU).failures
+    assert explain(codes) == explain(absmax) == []
+    assert explain(replace(codes, got=codes.case.expected["codes"].value)) == []
+    endless = Backend("mine", {"gemm_4bit": lambda **k: kit_mutants.right("gemm_4bit")(**k) * torch.inf})
+    (failure,) = judge.run_case(endless, BY_ID["gemm_4bit/nf4-cancelling-float16"], CPU).failures
+    assert not any("other order" in line for line in explain(failure))
+
+
 def test_a_package_whose_module_has_another_name_has_a_version(monkeypatch):
     """As neural-compressor-pt, which says no version in its module neural_compressor."""
     monkeypatch.setattr(importlib.metadata, "packages_distributions", lambda: {"colorsys": ["hypothesis"]})

@@ -1,4 +1,4 @@
-"""Cases of every two settings together: they meet, the reference has them right, and who is wrong where two meet is told why."""
+"""Cases that are made when the kit runs: every two settings meet, the reference has them right, mistakes there are told."""
 
 import itertools
 from pathlib import Path
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bnbref.cli import main
-from bnbref.conformance import board, findings, judge, pairs, report, vectors
+from bnbref.conformance import board, findings, judge, made, pairs, report, vectors
 from bnbref.conformance.backends import Backend, load
 
 CPU = torch.device("cpu")
@@ -18,8 +18,8 @@ MUTANTS = kit_mutants_pairs.MUTANTS
 
 
 def found(backend):
-    """The findings of a backend by the cases of pairs alone."""
-    return report.report(backend, CPU, judge.run(backend, pairs.cases(backend), CPU)).findings
+    """The findings of a backend by the cases that are made alone."""
+    return report.report(backend, CPU, judge.run(backend, made.cases(backend), CPU)).findings
 
 
 @pytest.mark.parametrize("operation", pairs.SETTINGS)
@@ -34,16 +34,16 @@ def test_every_two_values_meet(operation):
 
 def test_the_reference_has_them_right():
     backend = load("bnbref-eager")
-    results = judge.run(backend, pairs.cases(backend), CPU)
+    results = judge.run(backend, made.cases(backend), CPU)
     assert {r.status for r in results} == {"passed"}
-    assert [r.case.id for r in results] == list(pairs.listed())
-    assert not pairs.listed().keys() & vectors.stored().keys()
+    assert {r.case.id: r.case.rules[0] for r in results} == made.listed()
+    assert not made.listed().keys() & vectors.stored().keys()
     board.of_run(report.report(backend, CPU, results), vectors.ROOT / "r.json")
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_who_is_wrong_where_two_settings_meet_does_not_pass(mutant):
-    results = judge.run(mutant.backend, pairs.cases(mutant.backend), CPU)
+    results = judge.run(mutant.backend, made.cases(mutant.backend), CPU)
     assert not [f.message for r in results for f in r.failures if f.kind == "raised"]
     assert any(r.status == "failed" for r in results), mutant.wrong
 
@@ -100,6 +100,7 @@ def test_what_is_right_once_and_wrong_another_time_is_told():
     results = judge.run(backend, vectors.read("int8_matmul")[:3], CPU)
     (finding,) = report.report(backend, CPU, results).findings
     assert finding.unsteady
+    assert finding.example is finding.original
     assert "  again    the same call was right when it was made again" in findings.describe(finding)
     steady = Backend("mine", {"int8_matmul": lambda **k: right(**k) + 1})
     (finding,) = report.report(steady, CPU, judge.run(steady, vectors.read("int8_matmul")[:3], CPU)).findings

@@ -126,7 +126,7 @@ def describe(finding: Finding, same: Sequence[Finding] = ()) -> str:
         lines.append(
             "  again    the same call was right when it was made again: the result depends on more than its arguments"
         )
-    if example.case.settings:
+    elif example.case.settings:
         lines.append(f"  only     {_only(example)}")
     lines += [f"  input    {line}" for line in inputs_of(example)]
     lines += [f"  element  {example.output}{list(e.place)}: got {e.got}, want {e.want}" for e in elements(example)]

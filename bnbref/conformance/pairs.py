@@ -31,8 +31,8 @@ _FORMS = ("vector", "matrix", "cube", "transposed")
 _TYPES = ("nf4", "fp4")
 _FOUR = {**_BLOCKS, "blocksize": (*_BLOCKSIZES, 32), "quant_type": _TYPES}
 _PRODUCT = {
-    "dtype": DTYPES, "blocksize": _FOUR["blocksize"], "quant_type": _TYPES, "rows": (1, 2, 4, 17), "form": ("matrix", "cube"),
-    "columns": (128, 96),
+    "dtype": DTYPES, "blocksize": (64, 32, 128, 256, 1024, 4096), "quant_type": _TYPES, "rows": (1, 2, 4, 17),
+    "form": ("matrix", "cube"), "columns": (128, 96),
 }  # fmt: skip
 _STEP = {
     "optimizer": tuple(STATES), "dtype": DTYPES, "step": (1, 2, 1000), "weight_decay": (0.0, 0.1), "gnorm_scale": (1.0, 0.3),
@@ -52,8 +52,8 @@ SETTINGS: dict[str, dict[str, tuple[Any, ...]]] = {
         "columns": (64, 33),
     },
     "int8_mm_dequant": {"dtype": DTYPES, "bias": (False, True), "form": ("matrix", "cube", "transposed"), "columns": (16, 33)},
-    "optimizer_32bit": {**_STEP, "size": (64, 257)},
-    "optimizer_8bit": {**_STEP, "size": (256, 257, 512)},
+    "optimizer_32bit": {**_STEP, "size": (64, 4099)},
+    "optimizer_8bit": {**_STEP, "size": (256, 4099, 4352)},
 }  # fmt: skip
 """The settings of each operation and their values, of which the first is the plain one."""
 

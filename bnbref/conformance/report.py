@@ -66,10 +66,10 @@ def _findings(backend: Backend, device: torch.device, results: Sequence[Result],
     findings = []
     for (operation, rule, flags, follows, _), failures in groups.items():
         smallest = min((failure for _, failure in failures), key=size_of)
-        example = shrink(backend, smallest, device) if small else smallest
         ids = tuple(dict.fromkeys(name for name, _ in failures))
         again = small and smallest.kind != "mutated"
         unsteady = again and run_case(backend, smallest.case, device).status == "passed"
+        example = shrink(backend, smallest, device) if small and not unsteady else smallest
         findings.append(Finding(operation, rule, flags, follows, example, smallest, ids, unsteady))
     return findings
 
