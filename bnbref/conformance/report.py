@@ -63,14 +63,19 @@ def _findings(backend: Backend, device: torch.device, results: Sequence[Result],
                 failure = plainest(backend, failure, device)
             key = (failure.case.operation, *_broken(failure), tuple(explain(failure)), tuple(failure.case.settings))
             groups.setdefault(key, []).append((name, failure))
+    smallest = {key: min((failure for _, failure in failures), key=size_of) for key, failures in groups.items()}
+    unsteady = {
+        key: small and failure.kind != "mutated" and run_case(backend, failure.case, device).status == "passed"
+        for key, failure in smallest.items()
+    }
+    # Of what depends on the calls before, a smaller input would show nothing by itself.
+    shrunk = {key[0] for key in groups} - {key[0] for key in groups if unsteady[key]} if small else set()
     findings = []
-    for (operation, rule, flags, follows, _), failures in groups.items():
-        smallest = min((failure for _, failure in failures), key=size_of)
+    for key, failures in groups.items():
+        operation, rule, flags, follows, _ = key
+        example = shrink(backend, smallest[key], device) if operation in shrunk else smallest[key]
         ids = tuple(dict.fromkeys(name for name, _ in failures))
-        again = small and smallest.kind != "mutated"
-        unsteady = again and run_case(backend, smallest.case, device).status == "passed"
-        example = shrink(backend, smallest, device) if small and not unsteady else smallest
-        findings.append(Finding(operation, rule, flags, follows, example, smallest, ids, unsteady))
+        findings.append(Finding(operation, rule, flags, follows, example, smallest[key], ids, unsteady[key]))
     return findings
 
 
