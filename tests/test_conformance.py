@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -658,6 +659,18 @@ def test_cases_of_one_kind_are_shared_by_workers(tmp_path, monkeypatch):
     assert [r.case.id for r in results] == [c.id for c in chosen]
     assert {r.status for r in results} == {"passed"}
     assert len(list(tmp_path.glob("by-*"))) == 2
+
+
+def test_a_case_reaches_its_worker_as_it_is():
+    empty = next(c for c in STORED if 0 in next(iter(c.inputs.values())).shape)
+    for case in (BY_ID["quantize_4bit/nf4-noise-bfloat16"], BY_ID["quantize_blockwise/signed-transposed"], empty):
+        came = pickle.loads(workers._pickled(case))
+        assert (came.id, came.params, came.rules, came.layout) == (case.id, case.params, case.rules, case.layout)
+        for name, tensor in case.inputs.items():
+            assert came.inputs[name].dtype == tensor.dtype
+            assert torch.equal(came.inputs[name], tensor)
+        for name, expected in case.expected.items():
+            assert torch.equal(came.expected[name].value, expected.value)
 
 
 def test_workers_that_cannot_work():

@@ -59,8 +59,8 @@ def _elements(values: Tensor, absmax: Tensor, blocksize: int, count: int, dtype:
     """Elements of blocks with these absmax: their values are those of the codebook, none of them small but zero."""
     usable = values[(values.abs() > 0.01) | (values == 0)] + 0.0  # FP4 has -0.0, whose code may be another's
     chosen = usable[_mixed(count, 2, len(usable))]
-    for block, start in enumerate(range(0, count, blocksize)):
-        chosen[start + 7 * block % min(blocksize, count - start)] = 1.0
+    starts = torch.arange(0, count, blocksize)
+    chosen[starts + 7 * torch.arange(len(starts)) % (count - starts).clamp(max=blocksize)] = 1.0
     return (chosen * absmax.repeat_interleave(blocksize)[:count]).to(getattr(torch, dtype))
 
 

@@ -31,7 +31,7 @@ _FORMS = ("vector", "matrix", "cube", "transposed")
 _TYPES = ("nf4", "fp4")
 _FOUR = {**_BLOCKS, "blocksize": (*_BLOCKSIZES, 32), "quant_type": _TYPES}
 _PRODUCT = {
-    "dtype": DTYPES, "blocksize": (64, 32, 128, 256, 1024, 4096), "quant_type": _TYPES, "rows": (1, 2, 4, 17),
+    "dtype": DTYPES, "blocksize": (64, 32, 128, 256, 1024, 4096), "quant_type": _TYPES, "rows": (1, 2, 4, 9),
     "form": ("matrix", "cube"), "columns": (128, 96),
 }  # fmt: skip
 _STEP = {
@@ -53,7 +53,7 @@ SETTINGS: dict[str, dict[str, tuple[Any, ...]]] = {
     },
     "int8_mm_dequant": {"dtype": DTYPES, "bias": (False, True), "form": ("matrix", "cube", "transposed"), "columns": (16, 33)},
     "optimizer_32bit": {**_STEP, "size": (64, 4099)},
-    "optimizer_8bit": {**_STEP, "size": (256, 4099, 4352)},
+    "optimizer_8bit": {**_STEP, "size": (256, 257, 4352)},
 }  # fmt: skip
 """The settings of each operation and their values, of which the first is the plain one."""
 
