@@ -8,7 +8,7 @@ import torch
 
 from bnbref.conformance import findings, judge, report, vectors
 from bnbref.conformance.backends import Backend
-from bnbref.conformance.dialects import DIALECTS, REFERENCE, TEXT, in_words
+from bnbref.conformance.dialects import BNB_CUDA, DIALECTS, REFERENCE, TEXT, in_words
 from bnbref.conformance.explain import explain
 from bnbref.conformance.oracles import ORACLES
 from bnbref.conformance.oracles.formula import Conventions
@@ -137,3 +137,33 @@ def test_a_scalar_that_is_wrong_has_no_place():
 def _with_offset(**k):
     packed, codes, absmax2, offset = kit_mutants.right("quantize_4bit_nested")(**k)
     return packed, codes, absmax2, offset + 1
+
+
+def test_a_step_is_told_whatever_the_order_of_its_operations():
+    """One unit in the last place beside what the reference's order makes of the convention."""
+    case = next(c for c in STORED if c.id == "optimizer_32bit/adam-decay")
+    predicted = predict(BNB_CUDA, case)
+    beside = {**predicted, "p": predicted["p"].nextafter(torch.tensor(torch.inf))}
+    (failure,) = (f for f in judge.failures_of(case, beside) if f.output == "p")
+    assert [line.partition(": ")[2] for line in explain(failure)] == [in_words("decay_after", True)]
+
+
+def test_inputs_of_eight_numbers_are_told_and_of_nine_begun():
+    case = next(c for c in STORED if c.id == "quantize_4bit/nf4-noise-float32")
+    eight, nine = (
+        findings.inputs_of(judge.Failure(replace(case, inputs={"x": torch.ones(n)}), "packed", "value", ""))[0] for n in (8, 9)
+    )  # fmt: skip
+    assert eight == f"x = {[1.0] * 8} float32, hex {' '.join(['3f800000'] * 8)}"
+    assert nine == "x = float32 [9], hex 3f800000 3f800000 3f800000 3f800000 ..."
+
+
+def test_a_mistake_is_no_refusal():
+    """A KeyError is none of the exceptions by which a backend may refuse a blocksize."""
+    case = next(c for c in STORED if c.id == "quantize_4bit/nf4-blocksize-100")
+    for error, status in ((KeyError("100"), "failed"), (ValueError("100"), "refused")):
+        backend = Backend("mine", {"quantize_4bit": lambda error=error, **_: _raise(error)})
+        assert judge.run_case(backend, case, CPU).status == status
+
+
+def _raise(error):
+    raise error
