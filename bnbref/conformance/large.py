@@ -33,10 +33,10 @@ def _numbers(dtype: str, largest: float) -> Tensor:
 
 
 def _in_blocks(numbers: Tensor) -> Tensor:
-    """The numbers twice, in blocks of 64 whose first element is the scale 1 or 4: of bfloat16 more than 2^16 elements."""
+    """The numbers three times, in blocks of 64 whose first element is the scale 1, 4 or 1/4: more than 2^16 elements."""
     rows = torch.nn.functional.pad(numbers, (0, -numbers.numel() % 63)).view(-1, 63)
     one = torch.cat((torch.ones_like(rows[:, :1]), rows), 1)
-    return torch.cat((one, one * 4)).view(-1)
+    return torch.cat((one, one * 4, one / 4)).view(-1)
 
 
 def _arguments() -> Iterator[tuple[str, str, dict[str, Tensor], dict[str, Any]]]:
