@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -660,6 +661,18 @@ def test_cases_of_one_kind_are_shared_by_workers(tmp_path, monkeypatch):
     assert len(list(tmp_path.glob("by-*"))) == 2
 
 
+def test_a_case_reaches_its_worker_as_it_is():
+    empty = next(c for c in STORED if 0 in next(iter(c.inputs.values())).shape)
+    for case in (BY_ID["quantize_4bit/nf4-noise-bfloat16"], BY_ID["quantize_blockwise/signed-transposed"], empty):
+        came = pickle.loads(workers._pickled(case))
+        assert (came.id, came.params, came.rules, came.layout) == (case.id, case.params, case.rules, case.layout)
+        for name, tensor in case.inputs.items():
+            assert came.inputs[name].dtype == tensor.dtype
+            assert torch.equal(came.inputs[name], tensor)
+        for name, expected in case.expected.items():
+            assert torch.equal(came.expected[name].value, expected.value)
+
+
 def test_workers_that_cannot_work():
     with pytest.raises(ValueError, match="jobs must be at least 1, got 0"):
         workers.run("bnbref-eager", [], CPU, jobs=0)
@@ -829,6 +842,20 @@ def test_a_product_that_is_summed_in_float16_is_told_so():
     assert explain(failure) == ["no backend: all elements are numbers of float16, as sums in it are"]
 
 
+def test_what_the_reference_is_predicted_to_do_is_nobodys_convention():
+    """Outliers that are quantized too; and sums beyond float16, whose bytes in the other order are next to nothing."""
+    right = kit_mutants.right("int8_quantize")
+    kept = Backend(
+        "mine", {"int8_quantize": lambda x, threshold: (*right(x, 0.0)[:2], right(x, threshold)[2])}, within=eager
+    )
+    (codes, absmax) = judge.run_case(kept, BY_ID["int8_quantize/outliers-float16"], CPU).failures
+    assert explain(codes) == explain(absmax) == []
+    assert explain(replace(codes, got=codes.case.expected["codes"].value)) == []
+    endless = Backend("mine", {"gemm_4bit": lambda **k: kit_mutants.right("gemm_4bit")(**k) * torch.inf}, within=eager)
+    (failure,) = judge.run_case(endless, BY_ID["gemm_4bit/nf4-cancelling-float16"], CPU).failures
+    assert not any("other order" in line for line in explain(failure))
+
+
 def test_a_package_whose_module_has_another_name_has_a_version(monkeypatch):
     """As neural-compressor-pt, which says no version in its module neural_compressor."""
     monkeypatch.setattr(importlib.metadata, "packages_distributions", lambda: {"colorsys": ["hypothesis"]})
@@ -993,6 +1020,7 @@ def test_check_names_what_is_broken_in_its_last_lines(capsys, monkeypatch, tmp_p
     assert said[-1] == "broken: Q8-4 tie-to-even  2 cases"
     body = json.loads((tmp_path / "r.json").read_text())
     assert body["counts"]["failed"] == 2
+    assert any("/pair-" in name for name in body["cases"])
     assert body["findings"][0]["elements"][0]["got"] == "1 (01)"
     assert "| quantize_blockwise | **" in (tmp_path / "r.md").read_text()
     assert "<svg" in (tmp_path / "r.html").read_text()

@@ -1,5 +1,6 @@
 """The order of a sum, found by calling it, is the order in which it was made."""
 
+import json
 import math
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from bnbref.cli import main
 from bnbref.conformance import backends
-from bnbref.conformance.order import Probe, orders, product, report
+from bnbref.conformance.order import Probe, as_json, as_text, orders, product, report
 from bnbref.conformance.trees import in_words, leaves
 
 
@@ -87,3 +88,15 @@ def test_options_of_cases_are_refused_by_name(capsys):
 def test_a_backend_without_a_product_has_none():
     with pytest.raises(ValueError, match="has no gemm_4bit"):
         product(backends.Backend("mine", {"int8_matmul": print}), 64, 64)
+
+
+def test_a_batch_in_which_a_row_depends_on_its_place_has_a_star():
+    entry = {"dtype": "float32", "columns": 128, "order": "64 by 2", "batches": [1, 7], "anywhere": [1]}
+    backend = backends.load("bnbref-eager")
+    lines = as_text(backend, torch.device("cpu"), [entry]).split("\n")
+    assert lines[1:] == [
+        "float32, 128 columns, batches of 1 7*", "    64 by 2", "* a row has other bits in another place of the batch",
+    ]  # fmt: skip
+    assert "*" not in as_text(backend, torch.device("cpu"), [{**entry, "anywhere": [1, 7]}])
+    body = json.loads(as_json(backend, torch.device("cpu"), [entry]))
+    assert body == {"backend": "bnbref-eager", "device": "cpu", "versions": backend.versions, "orders": [entry]}

@@ -1,10 +1,11 @@
 """A case: one call of an operation, and what may come out of it.
 
-Those of the kit are files (vectors.py), which tests/kit_cases made; a random input is one, too (test_backend.py).
+Those of the vectors are files (vectors.py), which tests/kit_cases made; others are made when the kit runs (pairs.py), and a
+random input is one, too (test_backend.py).
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ class Case:
     id: `operation/name`. params: arguments that are no tensors, as JSON values. layout: the inputs that are given as transposes
     of contiguous tensors. may_refuse: an exception is as good as the result. quick: part of the short run. derived: the
     expectation is what the operation's oracle says of these inputs, nothing more or less, so that the inputs may be varied.
+    settings: of a case of pairs.py those that are not plain.
     """
 
     id: str
@@ -38,6 +40,7 @@ class Case:
     may_refuse: bool = False
     quick: bool = True
     derived: bool = True
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         unknown = [r for r in self.rules if r not in RULES] + [f for f in self.flags if f not in FLAGS]

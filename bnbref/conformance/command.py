@@ -5,6 +5,7 @@ was given, it raises `Refused`, which ends with status 2. What a command needs i
 """
 
 import argparse
+import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,7 @@ def usable_device(name: str) -> Any:
 
 def run_check(args: argparse.Namespace) -> int:
     """Run the cases on a backend, and write the reports."""
-    from bnbref.conformance import backends, board, report, vectors, workers
+    from bnbref.conformance import backends, board, made, report, vectors, workers
     from bnbref.conformance.board import page, summary
 
     if args.list:
@@ -132,7 +133,8 @@ def run_check(args: argparse.Namespace) -> int:
         raise Refused(str(error)) from error
     if args.order:
         return _order(backend, device, args.json)
-    cases = [c for c in vectors.read_all() if args.only in c.id and (c.quick or not args.quick)]
+    every = itertools.chain(vectors.read_all(), () if args.quick else made.cases(backend))
+    cases = [c for c in every if args.only in c.id and (c.quick or not args.quick)]
     results = workers.run(args.backend or "bnbref", cases, device, jobs, limit)
     crashed = any(f.kind == "crashed" for r in results for f in r.failures)
     done = report.report(backend, device, results, small=not crashed)  # shrinking would run the backend in this process

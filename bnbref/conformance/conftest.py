@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from bnbref.conformance import backends, vectors
+from bnbref.conformance import backends, made, vectors
 from bnbref.conformance.backends import Backend
 from bnbref.conformance.command import Refused, usable_device
 from bnbref.conformance.findings import broken_by
@@ -70,7 +70,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         known = any(fnmatch(name, pattern) for pattern in patterns)
         return pytest.mark.xfail(reason="in the xfails file", strict=False) if known else ()
 
-    cases = vectors.read_all()
+    cases = [*vectors.read_all(), *made.cases(the_run(metafunc.config).backend)]
     metafunc.parametrize("case", [pytest.param(case, id=case.id, marks=marks(case.id)) for case in cases])
 
 

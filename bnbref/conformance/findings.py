@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bnbref.arguments import dtype_name
 from bnbref.conformance.judge import Failure
+from bnbref.conformance.pairs import plain
 from bnbref.conformance.specification import FLAGS, RULES
 from bnbref.conformance.text import hex_words
 
@@ -27,7 +28,7 @@ class Finding:
     """All failures of one cause: they break the same rule, have the same flags and follow the same conventions.
 
     follows: whose conventions, see explain.py. original: the failure with the smallest input. example: the same, shrunk. cases:
-    the ids of all cases that fail so.
+    the ids of all cases that fail so. unsteady: the original passed when it was run once more.
     """
 
     operation: str
@@ -37,6 +38,7 @@ class Finding:
     example: Failure
     original: Failure
     cases: tuple[str, ...]
+    unsteady: bool = False
 
 
 def size_of(failure: Failure) -> int:
@@ -102,6 +104,14 @@ def inputs_of(failure: Failure, most: int = 8) -> list[str]:
     return lines + ([params] if params else [])
 
 
+def _only(failure: Failure) -> str:
+    """The settings that a failure of pairs.py takes, and what they are where it passes."""
+    settings, usual = failure.case.settings, plain(failure.case.operation)
+    together = " and ".join(f"{name} {value}" for name, value in settings.items())
+    others = " or ".join(f"{name} {usual[name]}" for name in settings)
+    return f"with {together}: with {others} it passes"
+
+
 def describe(finding: Finding, same: Sequence[Finding] = ()) -> str:
     """A finding on one screen: the rule, the input, what came and what is allowed, whose convention it is, the flags' stories.
 
@@ -112,6 +122,12 @@ def describe(finding: Finding, same: Sequence[Finding] = ()) -> str:
     lines += [f"  rule     {rule.id}: {rule.text}", f"  found    {example.message}"]
     if example is not finding.original:
         lines.append(f"  shrunk   from {size_of(finding.original)} numbers of input")
+    if finding.unsteady:
+        lines.append(
+            "  again    the same call was right when it was made again: the result depends on more than its arguments"
+        )
+    elif example.case.settings:
+        lines.append(f"  only     {_only(example)}")
     lines += [f"  input    {line}" for line in inputs_of(example)]
     lines += [f"  element  {example.output}{list(e.place)}: got {e.got}, want {e.want}" for e in elements(example)]
     lines += [f"  follows  {text}" for text in finding.follows]

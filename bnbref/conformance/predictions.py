@@ -156,6 +156,10 @@ def _int8_matmul(d: Dialect, a: Tensor, b: Tensor) -> Tensors:
 
 
 def _int8_quantize(d: Dialect, x: Tensor, threshold: float) -> Tensors:
+    if threshold > 0:
+        outliers = x.abs() >= threshold
+        codes, absmax = _int8_quantize(d, x.masked_fill(outliers, 0), 0.0).values()
+        return {"codes": codes.masked_fill(outliers.view(-1, x.shape[-1]).any(0), 0), "absmax": absmax}
     absmax = x.abs().amax(1).float() if d.int8_2d and x.dim() > 2 else x.abs().amax(-1).float().view(-1)
     absmax = absmax.clamp(min=d.floor)
     scale = absmax.unsqueeze(-1) if d.int8_2d and x.dim() > 2 else absmax.view(*x.shape[:-1], 1)

@@ -12,8 +12,9 @@ from bnbref.conformance import case as cases
 from bnbref.conformance.backends import Backend
 from bnbref.conformance.explain import explain, verdict
 from bnbref.conformance.findings import Finding, broken_by, by_cause, describe, elements, inputs_of, size_of
-from bnbref.conformance.judge import Failure, Result
+from bnbref.conformance.judge import Failure, Result, run_case
 from bnbref.conformance.operations import OPERATIONS
+from bnbref.conformance.pairs import plainest
 from bnbref.conformance.shrink import shrink
 from bnbref.conformance.specification import RULE_OF_RESULT
 from bnbref.subnormals import FLUSHED, flushes_subnormals, with_subnormals
@@ -50,21 +51,31 @@ def report(backend: Backend, device: torch.device, results: Sequence[Result], sm
 
 def _findings(backend: Backend, device: torch.device, results: Sequence[Result], small: bool) -> list[Finding]:
     """What failed, together by the rule that is broken and how; with the smallest input that shows it."""
-    groups: dict[tuple[Any, ...], list[Failure]] = {}
+    groups: dict[tuple[Any, ...], list[tuple[str, Failure]]] = {}
     for result in results:
         # Where a shape is wrong, wrong values of the same result are no second finding.
         shapes = {f.output for f in result.failures if f.kind in ("shape", "dtype", "missing", "raised", "crashed")}
         for failure in result.failures:
             if failure.kind == "value" and (failure.output in shapes or (shapes and not explain(failure))):
                 continue
-            key = (failure.case.operation, *_broken(failure), tuple(explain(failure)))
-            groups.setdefault(key, []).append(failure)
+            name = failure.case.id
+            if small and failure.case.settings:
+                failure = plainest(backend, failure, device)
+            key = (failure.case.operation, *_broken(failure), tuple(explain(failure)), tuple(failure.case.settings))
+            groups.setdefault(key, []).append((name, failure))
+    smallest = {key: min((failure for _, failure in failures), key=size_of) for key, failures in groups.items()}
+    unsteady = {
+        key: small and failure.kind != "mutated" and run_case(backend, failure.case, device).status == "passed"
+        for key, failure in smallest.items()
+    }
+    # Of what depends on the calls before, a smaller input would show nothing by itself.
+    shrunk = {key[0] for key in groups} - {key[0] for key in groups if unsteady[key]} if small else set()
     findings = []
-    for (operation, rule, flags, follows), failures in groups.items():
-        smallest = min(failures, key=size_of)
-        example = shrink(backend, smallest, device) if small else smallest
-        ids = tuple(dict.fromkeys(f.case.id for f in failures))
-        findings.append(Finding(operation, rule, flags, follows, example, smallest, ids))
+    for key, failures in groups.items():
+        operation, rule, flags, follows, _ = key
+        example = shrink(backend, smallest[key], device) if operation in shrunk else smallest[key]
+        ids = tuple(dict.fromkeys(name for name, _ in failures))
+        findings.append(Finding(operation, rule, flags, follows, example, smallest[key], ids, unsteady[key]))
     return findings
 
 
@@ -169,6 +180,8 @@ def as_json(done: Report) -> str:
                 "follows": list(f.follows),
                 "verdict": verdict(f.follows),
                 "cases": list(f.cases),
+                **({"settings": dict(f.example.case.settings)} if f.example.case.settings else {}),
+                **({"unsteady": True} if f.unsteady else {}),
                 "message": f.example.message,
                 "input": inputs_of(f.example, most=64),
                 "elements": [e._asdict() for e in elements(f.example)],

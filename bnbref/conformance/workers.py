@@ -7,6 +7,8 @@ Cases of one operation with the same dtypes and parameters go to one worker, bec
 nothing left to do takes half of the longest rest of another.
 """
 
+import ctypes
+import io
 import multiprocessing
 import pickle
 import signal
@@ -17,6 +19,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from bnbref.conformance import backends
@@ -69,6 +72,26 @@ def _alike(cases: Sequence[Case]) -> deque[deque[int]]:
     return deque(groups.values())
 
 
+class _Pickler(pickle.Pickler):
+    """Tensors as their bytes. As torch pickles them, those of all cases took a fifth of the time of a run."""
+
+    def reducer_override(self, x: Any) -> Any:
+        if type(x) is not Tensor:
+            return NotImplemented
+        dense = x.contiguous()
+        return _tensor, (ctypes.string_at(dense.data_ptr(), dense.nbytes), x.dtype, x.shape)
+
+
+def _tensor(data: bytes, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=dtype).view(shape) if data else torch.empty(shape, dtype=dtype)
+
+
+def _pickled(case: Case) -> bytes:
+    stream = io.BytesIO()
+    _Pickler(stream).dump(case)
+    return stream.getvalue()
+
+
 class _Worker:
     """A process and the numbers of the cases that it still has to run; the first one it is running."""
 
@@ -106,7 +129,7 @@ class _Worker:
             longest = max((worker.todo for worker in workers), key=len)
             self.todo = deque(longest.pop() for _ in range(len(longest) // 2))
         if self.todo:
-            self.connection.send_bytes(pickle.dumps(cases[self.todo[0]]))
+            self.connection.send_bytes(_pickled(cases[self.todo[0]]))
             self.begun = time.monotonic()
 
     def left(self, limit: float) -> float:

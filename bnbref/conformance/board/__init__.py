@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bnbref.conformance import report, vectors
+from bnbref.conformance import made, report, vectors
 from bnbref.conformance.board.drawings import of_finding
 from bnbref.conformance.explain import verdict
 from bnbref.conformance.specification import RULES
@@ -83,8 +83,9 @@ class Column:
 
 def cases_of_rules() -> dict[str, list[str]]:
     """The ids of the cases of each rule. G-2 is judged in every case; G-5 only says what is not compared, and is left out."""
-    listed = vectors.stored()
-    found = {rule: [name for name, case in listed.items() if rule in case["rules"] or rule == "G-2"] for rule in RULES}
+    listed = {name: case["rules"] for name, case in vectors.stored().items()}
+    listed |= {name: [rule] for name, rule in made.listed().items()}
+    found = {rule: [name for name, rules in listed.items() if rule in rules or rule == "G-2"] for rule in RULES}
     return {rule: cases for rule, cases in found.items() if cases}
 
 

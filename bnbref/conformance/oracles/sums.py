@@ -33,3 +33,8 @@ def gemm_4bit(
 ) -> dict[str, Expected]:
     """Rules G4; the bound is derived there."""
     return {"y": product_interval(a, weight(packed, absmax, dtype=a.dtype, **rest), bias)}
+
+
+def gemm_4bit_backward(grad: Tensor, packed: Tensor, absmax: Tensor, **rest: Any) -> dict[str, Expected]:
+    """Rules GB."""
+    return {"grad_a": product_interval(grad, weight(packed, absmax, dtype=grad.dtype, **rest).t())}

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnbref import fourbit, int8
+from bnbref import blockwise, fourbit, int8
 from bnbref.blockwise import SMALLEST_NORMAL
 from bnbref.codebooks import four_bit, value_table
 from bnbref.conformance.expected import UNIT, Expected, also
@@ -40,6 +40,14 @@ def dequantize_4bit(
     y = weight(packed, absmax, quant_type, blocksize=blocksize, **rest)
     values = value_table(four_bit(quant_type), torch.device("cpu"))
     return product(y, values[unpack(packed, y.numel())], each(absmax, blocksize, y.numel()))
+
+
+def dequantize_blockwise(
+    codes: Tensor, absmax: Tensor, values: Tensor, blocksize: int, dtype: torch.dtype
+) -> dict[str, Expected]:
+    """Rules D8."""
+    y = blockwise.dequantize(codes, absmax, values, blocksize, dtype)
+    return product(y, values[codes.reshape(-1).long()], each(absmax, blocksize, y.numel()))
 
 
 def int8_matmul(a: Tensor, b: Tensor) -> dict[str, Expected]:

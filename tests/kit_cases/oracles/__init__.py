@@ -18,8 +18,8 @@ from bnbref.kernels import eager
 from kit_cases.oracles import adafactor, averaging, master_weights, muon, soap, squares, sums, values
 
 _OWN = (
-    values.dequantize_blockwise, values.dequantize_4bit_nested, values.int8_dequantize, values.save_4bit, values.load_4bit,
-    sums.gemm_4bit_backward, sums.int8_backward, sums.evaluate_then_train, averaging.schedule_free, averaging.schedule_free_8bit,
+    values.dequantize_4bit_nested, values.int8_dequantize, values.save_4bit, values.load_4bit,
+    sums.int8_backward, sums.evaluate_then_train, averaging.schedule_free, averaging.schedule_free_8bit,
     muon.muon, muon.muon_8bit, adafactor.adafactor, soap.soap, soap.soap_refresh, squares.soap_8bit, squares.quantize_squares,
     squares.optimizer_8bit_nonzero, master_weights.split_weight, master_weights.join_weight, master_weights.corrected_step,
     master_weights.released_step,

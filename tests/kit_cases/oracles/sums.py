@@ -11,11 +11,6 @@ from bnbref.conformance.oracles.sums import product_interval
 from bnbref.conformance.oracles.values import weight
 
 
-def gemm_4bit_backward(grad: Tensor, packed: Tensor, absmax: Tensor, **rest: Any) -> dict[str, Expected]:
-    """Rules GB."""
-    return {"grad_a": product_interval(grad, weight(packed, absmax, dtype=grad.dtype, **rest).t())}
-
-
 def int8_backward(a: Tensor, weight: Tensor, grad: Tensor) -> dict[str, Expected]:
     """Rules IB; the bounds are derived there."""
     codes, absmax, _ = int8.quantize(weight)

@@ -2,23 +2,14 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from bnbref import blockwise, functional, int8
+from bnbref import functional, int8
 from bnbref.conformance.backends.public_names import file_tensors
 from bnbref.conformance.expected import Expected, also
-from bnbref.conformance.oracles.values import each, product, weight
+from bnbref.conformance.oracles.values import each, weight
 from bnbref.quant_state import QuantState
 from bnbref.state_fields import BLOB
-
-
-def dequantize_blockwise(
-    codes: Tensor, absmax: Tensor, values: Tensor, blocksize: int, dtype: torch.dtype
-) -> dict[str, Expected]:
-    """Rules D8."""
-    y = blockwise.dequantize(codes, absmax, values, blocksize, dtype)
-    return product(y, values[codes.reshape(-1).long()], each(absmax, blocksize, y.numel()))
 
 
 def dequantize_4bit_nested(
