@@ -159,6 +159,7 @@ class QuantizedLayer(nn.Module):
             hook(*given)
         others = self._without_weight()
         others._load_state_dict_pre_hooks = OrderedDict()
+        others.__dict__["set_extra_state"] = self.set_extra_state  # what it assigns belongs to this layer
         super(QuantizedLayer, others)._load_from_state_dict(*given)
         self._parameters.update(others._parameters)
         entries = {
