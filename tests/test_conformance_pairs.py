@@ -84,9 +84,33 @@ def test_the_cause_is_the_settings_that_are_wrong_together(operation, data):
 def test_a_cause_is_told_in_a_line_and_has_its_rule():
     by_name = {m.name: m for m in MUTANTS}
     (finding,) = found(by_name["bfloat16-blocks-of-128"].backend)
-    line = "  only     with dtype bfloat16 and blocksize 128: with dtype float32 or blocksize 64 it passes"
+    line = "  only     with dtype bfloat16 and blocksize 128: with dtype float32 or blocksize 64 it does not fail so"
     assert line in findings.describe(finding).split("\n")
     assert {f.rule for f in found(by_name["bfloat16-transposed"].backend)} == {"G-3"}
+
+
+def test_settings_are_no_cause_where_nothing_was_run_again():
+    """After a crash the backend runs no more, and the plainest settings that fail are not known."""
+    right = load("bnbref-eager").functions["dequantize_4bit"]
+    backend = Backend("mine", {"dequantize_4bit": lambda **k: right(**k) + 1})
+    failed = judge.run(backend, pairs.cases(backend), CPU)
+    told = report.report(backend, CPU, failed, small=False).findings
+    assert [f.cases for f in told] == [tuple(r.case.id for r in failed)]
+    assert all("  only " not in findings.describe(f) for f in told)
+
+
+def test_a_case_that_fails_in_another_way_does_not_pass():
+    """float16 is refused in blocks of 64, and wrong in blocks of 128."""
+    right = load("bnbref-eager").functions["dequantize_4bit"]
+
+    def wrong(**k):
+        if k["dtype"] == torch.float16 and k["blocksize"] == 64:
+            raise ValueError("64")
+        return right(**k) + (k["dtype"] == torch.float16 and k["blocksize"] == 128)
+
+    texts = [findings.describe(f) for f in found(Backend("mine", {"dequantize_4bit": wrong}))]
+    assert any("  only     with dtype float16 and blocksize 128: " in text for text in texts)
+    assert not any("it passes" in text for text in texts)
 
 
 def test_the_quick_run_has_none_of_them(capsys):
