@@ -69,9 +69,9 @@ def listed() -> dict[str, str]:
     return {_id(operation, label): RULES[operation] for operation, label, *_ in _arguments()}
 
 
-def cases(backend: Backend) -> Iterator[Case]:
-    """The cases of what a backend has."""
+def cases(backend: Backend, only: str = "") -> Iterator[Case]:
+    """The cases of what a backend has whose id contains `only`."""
     for operation, label, inputs, params in _arguments():
-        if operation in backend.functions:
+        if operation in backend.functions and only in _id(operation, label):
             expected = expect(operation, inputs, params)
             yield Case(_id(operation, label), operation, params, inputs, expected, (RULES[operation],), quick=False)

@@ -124,12 +124,13 @@ def plain(operation: str) -> dict[str, Any]:
     return {name: values[0] for name, values in SETTINGS[operation].items()}
 
 
-def cases(backend: Backend) -> Iterator[Case]:
-    """The cases of what a backend has."""
+def cases(backend: Backend, only: str = "") -> Iterator[Case]:
+    """The cases of what a backend has whose id contains `only`."""
     for operation in SETTINGS:
         if operation in backend.functions:
             for settings in combinations(operation):
-                yield made(operation, settings)
+                if only in _id(operation, settings):
+                    yield made(operation, settings)
 
 
 def plainest(backend: Backend, failure: Failure, device: torch.device) -> Failure:
