@@ -81,6 +81,17 @@ def test_the_cause_is_the_settings_that_are_wrong_together(operation, data):
             assert pairs.plainest(backend, failure, CPU).case.settings == wanted
 
 
+def test_who_is_wrong_everywhere_is_called_once_for_each_failure():
+    """A backend may be slow: another language, another process."""
+    right, calls = load("bnbref-eager").functions["int8_mm_dequant"], itertools.count()
+    backend = Backend("mine", {"int8_mm_dequant": lambda **k: right(**k) + 1 + 0 * next(calls)})
+    failures = [f for r in judge.run(backend, pairs.cases(backend), CPU) for f in r.failures]
+    before = next(calls)
+    found = [pairs.plainest(backend, failure, CPU) for failure in failures]
+    assert all(failure.case.settings == {} for failure in found)
+    assert next(calls) - before - 1 == len(failures)
+
+
 def test_a_cause_is_told_in_a_line_and_has_its_rule():
     by_name = {m.name: m for m in MUTANTS}
     (finding,) = found(by_name["bfloat16-blocks-of-128"].backend)
