@@ -124,6 +124,20 @@ def test_a_case_that_fails_in_another_way_does_not_pass():
     assert not any("it passes" in text for text in texts)
 
 
+def test_who_decides_ties_of_fp4_otherwise_breaks_their_rules_alone():
+    """0.0859375 is a threshold, and a number of float16 and of bfloat16."""
+    right = load("bnbref-eager").functions["quantize_4bit"]
+
+    def upwards(x, blocksize, quant_type):
+        _, absmax = right(x=x, blocksize=blocksize, quant_type=quant_type)
+        scaled = x.reshape(-1).float() / absmax.repeat_interleave(blocksize)[: x.numel()]
+        above = torch.where(scaled.abs() == 0.0859375, x.reshape(-1) * 1.01, x.reshape(-1)).view(x.shape)
+        return right(x=above, blocksize=blocksize, quant_type=quant_type)[0], absmax
+
+    backend = Backend("mine", {"quantize_4bit": upwards})
+    assert {r.status for r in judge.run(backend, made.cases(backend, "large-fp4"), CPU)} == {"passed"}
+
+
 def test_the_quick_run_has_none_of_them(capsys):
     assert main(["check", "--backend", "bnbref-eager", "--quick", "--only", "/pair-"]) == 1
     assert capsys.readouterr().out.endswith("nothing was checked\n")
