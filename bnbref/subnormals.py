@@ -21,7 +21,7 @@ def flushes_subnormals() -> bool:
     >>> flushes_subnormals()
     False
     """
-    return not (torch.full((1,), 2.0**-149, device="cpu") * 1).view(torch.int32).item()
+    return not (torch.full((1,), 2.0**-149, dtype=torch.float32, device="cpu") * 1).view(torch.int32).item()
 
 
 @contextlib.contextmanager

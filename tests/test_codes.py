@@ -61,6 +61,7 @@ WRITES = {
     "copy_": lambda p: p.copy_(ones(p)),
     "detach": lambda p: p.detach().copy_(ones(p)),
     "detach, zero_": lambda p: p.detach().zero_(),
+    "operator": lambda p: torch.ops.aten.add_.Tensor(p.detach(), 1),
     "setitem": setitem,
     "data": assign,
     "normal_": lambda p: p.normal_(),

@@ -567,6 +567,18 @@ def test_a_backend_that_flushes_subnormal_floats_is_judged_as_if_it_did_not(flus
     assert flushes_subnormals()
 
 
+def test_a_backend_may_change_the_default_dtype():
+    """Each of its workers ended, and was begun anew, for ever."""
+    before = torch.get_default_dtype()
+    for dtype in (torch.float64, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            assert not flushes_subnormals()
+            assert {r.status for r in judge.run(backends.load("bnbref-eager"), QUICK[:1], CPU)} == {"passed"}
+        finally:
+            torch.set_default_dtype(before)
+
+
 @given(st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]), st.data())
 def test_a_subnormal_number_is_no_zero_whatever_is_flushed(dtype, data):
     kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]

@@ -81,12 +81,61 @@ def test_the_cause_is_the_settings_that_are_wrong_together(operation, data):
             assert pairs.plainest(backend, failure, CPU).case.settings == wanted
 
 
+def test_who_is_wrong_everywhere_is_called_once_for_each_failure():
+    """A backend may be slow: another language, another process."""
+    right, calls = load("bnbref-eager").functions["int8_mm_dequant"], itertools.count()
+    backend = Backend("mine", {"int8_mm_dequant": lambda **k: right(**k) + 1 + 0 * next(calls)})
+    failures = [f for r in judge.run(backend, pairs.cases(backend), CPU) for f in r.failures]
+    before = next(calls)
+    found = [pairs.plainest(backend, failure, CPU) for failure in failures]
+    assert all(failure.case.settings == {} for failure in found)
+    assert next(calls) - before - 1 == len(failures)
+
+
 def test_a_cause_is_told_in_a_line_and_has_its_rule():
     by_name = {m.name: m for m in MUTANTS}
     (finding,) = found(by_name["bfloat16-blocks-of-128"].backend)
-    line = "  only     with dtype bfloat16 and blocksize 128: with dtype float32 or blocksize 64 it passes"
+    line = "  only     with dtype bfloat16 and blocksize 128: with dtype float32 or blocksize 64 it does not fail so"
     assert line in findings.describe(finding).split("\n")
     assert {f.rule for f in found(by_name["bfloat16-transposed"].backend)} == {"G-3"}
+
+
+def test_settings_are_no_cause_where_nothing_was_run_again():
+    """After a crash the backend runs no more, and the plainest settings that fail are not known."""
+    right = load("bnbref-eager").functions["dequantize_4bit"]
+    backend = Backend("mine", {"dequantize_4bit": lambda **k: right(**k) + 1})
+    failed = judge.run(backend, pairs.cases(backend), CPU)
+    told = report.report(backend, CPU, failed, small=False).findings
+    assert [f.cases for f in told] == [tuple(r.case.id for r in failed)]
+    assert all("  only " not in findings.describe(f) for f in told)
+
+
+def test_a_case_that_fails_in_another_way_does_not_pass():
+    """float16 is refused in blocks of 64, and wrong in blocks of 128."""
+    right = load("bnbref-eager").functions["dequantize_4bit"]
+
+    def wrong(**k):
+        if k["dtype"] == torch.float16 and k["blocksize"] == 64:
+            raise ValueError("64")
+        return right(**k) + (k["dtype"] == torch.float16 and k["blocksize"] == 128)
+
+    texts = [findings.describe(f) for f in found(Backend("mine", {"dequantize_4bit": wrong}))]
+    assert any("  only     with dtype float16 and blocksize 128: " in text for text in texts)
+    assert not any("it passes" in text for text in texts)
+
+
+def test_who_decides_ties_of_fp4_otherwise_breaks_their_rules_alone():
+    """0.0859375 is a threshold, and a number of float16 and of bfloat16."""
+    right = load("bnbref-eager").functions["quantize_4bit"]
+
+    def upwards(x, blocksize, quant_type):
+        _, absmax = right(x=x, blocksize=blocksize, quant_type=quant_type)
+        scaled = x.reshape(-1).float() / absmax.repeat_interleave(blocksize)[: x.numel()]
+        above = torch.where(scaled.abs() == 0.0859375, x.reshape(-1) * 1.01, x.reshape(-1)).view(x.shape)
+        return right(x=above, blocksize=blocksize, quant_type=quant_type)[0], absmax
+
+    backend = Backend("mine", {"quantize_4bit": upwards})
+    assert {r.status for r in judge.run(backend, made.cases(backend, "large-fp4"), CPU)} == {"passed"}
 
 
 def test_the_quick_run_has_none_of_them(capsys):

@@ -449,3 +449,25 @@ def test_a_layer_is_whole_while_it_is_moved(make):
     assert seen
     assert all(seen)
     assert torch.equal(layer(x), before)
+
+
+@pytest.mark.parametrize("make", [Linear4bit, Linear8bitLt])
+def test_extra_state_is_loaded_into_the_layer_itself(make):
+    class Counted(make):
+        count = 0
+
+        def get_extra_state(self):
+            return self.count, self.weight.shape
+
+        def set_extra_state(self, state):
+            self.count, shape = state
+            assert shape == self.weight.shape
+            self.bias = nn.Parameter(self.bias.detach() + 1)
+
+    settings = {"has_fp16_weights": False} if make is Linear8bitLt else {}
+    layer, other = (Counted(64, 64, **settings).to("cpu") for _ in range(2))
+    layer.count = 7
+    for assign in (False, True):
+        other.load_state_dict(layer.state_dict(), assign=assign)
+        assert other.count == 7
+        assert torch.equal(other.bias, layer.bias + 1)

@@ -133,7 +133,7 @@ def run_check(args: argparse.Namespace) -> int:
         raise Refused(str(error)) from error
     if args.order:
         return _order(backend, device, args.json)
-    every = itertools.chain(vectors.read_all(), () if args.quick else made.cases(backend))
+    every = itertools.chain(vectors.read_all(), () if args.quick else made.cases(backend, args.only))
     cases = [c for c in every if args.only in c.id and (c.quick or not args.quick)]
     results = workers.run(args.backend or "bnbref", cases, device, jobs, limit)
     crashed = any(f.kind == "crashed" for r in results for f in r.failures)

@@ -105,11 +105,11 @@ def inputs_of(failure: Failure, most: int = 8) -> list[str]:
 
 
 def _only(failure: Failure) -> str:
-    """The settings that a failure of pairs.py takes, and what they are where it passes."""
+    """The settings that a failure of pairs.py takes, and what they are where the case passes, or fails in another way."""
     settings, usual = failure.case.settings, plain(failure.case.operation)
     together = " and ".join(f"{name} {value}" for name, value in settings.items())
     others = " or ".join(f"{name} {usual[name]}" for name in settings)
-    return f"with {together}: with {others} it passes"
+    return f"with {together}: with {others} it does not fail so"
 
 
 def describe(finding: Finding, same: Sequence[Finding] = ()) -> str:

@@ -124,12 +124,13 @@ def plain(operation: str) -> dict[str, Any]:
     return {name: values[0] for name, values in SETTINGS[operation].items()}
 
 
-def cases(backend: Backend) -> Iterator[Case]:
-    """The cases of what a backend has."""
+def cases(backend: Backend, only: str = "") -> Iterator[Case]:
+    """The cases of what a backend has whose id contains `only`."""
     for operation in SETTINGS:
         if operation in backend.functions:
             for settings in combinations(operation):
-                yield made(operation, settings)
+                if only in _id(operation, settings):
+                    yield made(operation, settings)
 
 
 def plainest(backend: Backend, failure: Failure, device: torch.device) -> Failure:
@@ -137,14 +138,14 @@ def plainest(backend: Backend, failure: Failure, device: torch.device) -> Failur
 
     Its rule is that of the settings that are left.
     """
-    best, operation = failure, failure.case.operation
-    names = list(best.case.settings)
-    while names:
-        name = names.pop(0)
-        case = made(operation, {**plain(operation), **best.case.settings, name: plain(operation)[name]})
+    best, operation, usual = failure, failure.case.operation, plain(failure.case.operation)
+    left = [usual, *({name: usual[name]} for name in best.case.settings)]  # all at once: a backend may fail everywhere
+    while left:
+        case = made(operation, {**usual, **best.case.settings, **left.pop(0)})
         same = [f for f in run_case(backend, case, device).failures if (f.kind, f.output) == (best.kind, best.output)]
         if same:
-            best, names = same[0], list(case.settings)
+            best = same[0]
+            left = [{name: usual[name]} for name in best.case.settings]
     settings, (rule, of_settings) = best.case.settings, _RULES[operation]
     rules = [of_settings[name] for name in of_settings if name in settings]
     if settings.get("form") == "transposed":

@@ -56,17 +56,18 @@ class Watched:
         with torch._C.DisableTorchFunctionSubclass():
             if torch.compiler.is_compiling():
                 return _in_graph(func, args, kwargs)
+            given = args
             if Codes in types and isinstance(func, torch._ops.OpOverload):
                 # An operator of a graph that was given codes. Modes in which torch checks a new graph take no subclass of Tensor,
                 # and only `_make_subclass` is hidden from them.
-                args = tuple(Tensor._make_subclass(Tensor, v) if isinstance(v, Codes) else v for v in args)
+                given = tuple(Tensor._make_subclass(Tensor, v) if isinstance(v, Codes) else v for v in args)
             if not kwargs and _only_asks(func):
-                return func(*args)
+                return func(*given)
             name = bytewise.name_of(func)
             _check(func, name, args, kwargs)
             if name == "equal" and len(args) == 2:
-                return _equal(*args)
-            result = func(*args, **kwargs)
+                return _equal(*given)
+            result = func(*given, **kwargs)
             if not args or not bytewise.is_torchs(func) or _gives_numbers(name, args, kwargs):
                 return result
             source = (*_codes_in(args[0]), args[0])[0]

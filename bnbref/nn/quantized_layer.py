@@ -159,8 +159,12 @@ class QuantizedLayer(nn.Module):
             hook(*given)
         others = self._without_weight()
         others._load_state_dict_pre_hooks = OrderedDict()
+        extra_states: list[Any] = []
+        others.__dict__["set_extra_state"] = extra_states.append
         super(QuantizedLayer, others)._load_from_state_dict(*given)
         self._parameters.update(others._parameters)
+        for state in extra_states:  # here, as what this assigns belongs to the layer itself
+            self.set_extra_state(state)
         entries = {
             key.removeprefix(prefix): value
             for key, value in state_dict.items()
