@@ -496,6 +496,17 @@ def test_a_piece_keeps_what_it_codes(make, cut, n):
         start += count
 
 
+@each_layer
+def test_an_argument_by_name_is_watched(make):
+    weight = make().weight
+    for moved in (torch.clone(input=weight), torch.cat(tensors=[weight, weight]), torch.t(input=weight)):
+        with pytest.raises(ValueError, match="codes"):
+            moved.norm()
+    # Dynamo of torch 2.11 traces no function of a subclass whose arguments have names: an error of its own.
+    with pytest.raises((ValueError, torch._dynamo.exc.InternalTorchDynamoError), match=r"codes|__objclass__"):
+        torch.compile(lambda w: torch.cat(tensors=[w, w]).norm(), backend="eager")(weight)
+
+
 # ---- detached -------------------------------------------------------------------------------------------------------
 
 

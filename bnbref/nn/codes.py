@@ -68,9 +68,10 @@ class Watched:
             if name == "equal" and len(args) == 2:
                 return _equal(*given)
             result = func(*given, **kwargs)
-            if not args or not bytewise.is_torchs(func) or _gives_numbers(name, args, kwargs):
+            first = _first(args, kwargs)
+            if not bytewise.is_torchs(func) or _gives_numbers(name, args, kwargs):
                 return result
-            source = (*_codes_in(args[0]), args[0])[0]
+            source = (*_codes_in(first), first)[0]
             return source.result_of(name, result) if isinstance(source, Watched) else result
 
     def result_of(self, name: str, result: Any) -> Any:
@@ -131,7 +132,7 @@ def _in_graph(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
         _check(func, name, args, kwargs)
     result = func(*args, **kwargs)
     gives_codes = name in _GIVES_CODES and bytewise.is_torchs(func) and not _gives_numbers(name, args, kwargs)
-    if not gives_codes or not args or not _codes_in(args[0]):
+    if not gives_codes or not _codes_in(_first(args, kwargs)):
         return result
     # Detached, as Dynamo makes no subclass of what it knows as an attribute, such as `weight.T`.
     if isinstance(result, (list, tuple)):
@@ -170,6 +171,11 @@ class Codes(Watched, Tensor):
 
 class FloatedCodes(Codes):
     """Codes that were integers, in a float dtype: one product with scales away from numbers, and none yet."""
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a function of torch is to move or to cut, also by name."""
+    return args[0] if args else kwargs.get("input", kwargs.get("tensors"))
 
 
 def _codes_in(value: Any) -> list[Any]:
