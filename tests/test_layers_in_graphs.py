@@ -329,7 +329,10 @@ def test_a_weight_that_is_gone_is_not_kept(make):
     assert torch._C._storage_Use_Count(codes._cdata) == 1
 
 
-@pytest.mark.parametrize("make", [layer_4bit, layer_8bit])
+@pytest.mark.parametrize(
+    "make", [lambda: layer_4bit(compress_statistics=True), lambda: layer_4bit(compress_statistics=False), layer_8bit],
+    ids=["nested", "nf4", "int8"],
+)  # fmt: skip
 def test_dynamo_passes_over_a_layer(make):
     torch.compiler.reset()
     block = Block(make())

@@ -37,8 +37,9 @@ class Owner:
 def fill(known: Known, arguments: tuple[Any, ...], *versions: dict[str, bool]) -> None:
     """Writes down what a graph may read of the weight."""
     known["arguments"] = arguments
-    known["version"], *rest = versions or [{"current": True}]
-    known["version2"] = rest[0] if rest else known["version"]
+    # Two dictionaries, also where there is one version or none: Dynamo of torch 2.15 checks before each call that what it has met
+    # twice is still one object, and so passes over no layer that has the same one in two places.
+    known["version"], known["version2"], *_ = (*versions, {"current": True}, {"current": True})
 
 
 def arguments_of(known: Known | None) -> tuple[Any, ...] | None:
