@@ -287,7 +287,6 @@ def test_the_hook_does_not_hide_bitsandbytes(site, tmp_path):
 WORKERS = """
 import multiprocessing, os, sys
 from pathlib import Path
-from types import ModuleType
 
 import torch
 

@@ -619,7 +619,10 @@ def test_a_parameter_made_of_codes_is_moved_as_accelerate_moves_it(make):
     """As the codes of experts are, which are loaded from a file: off to meta, and back from where they are kept."""
     set_module_tensor_to_device = pytest.importorskip("accelerate.utils").set_module_tensor_to_device
     module = nn.Module()
-    module.codes = nn.Parameter(make().weight.detach(), requires_grad=False)
+    weight = make().weight
+    module.codes = nn.Parameter(weight.detach(), requires_grad=False)
+    again = type(module.codes)(module.codes)
+    assert all(getattr(again, name, None) is getattr(weight, name, None) for name in ("quant_state", "SCB"))
     kept = module.codes.detach().clone()
     for _ in range(2):
         for device, value in (("meta", None), ("cpu", kept)):

@@ -107,7 +107,7 @@ UNUSUAL = {
 
 @pytest.mark.parametrize("nested", [True, False])
 def test_what_a_graph_reads_of_a_weight_is_no_view(nested):
-    """For a view Dynamo makes its base too: a tenth of the time to trace a layer. The memory and the numbers are the same."""
+    """For a view Dynamo makes its base too: a twelfth of its calls of Python for a layer. Memory and numbers are the same."""
     torch.manual_seed(0)
     made = Linear4bit(128, 24, bias=False, quant_type="nf4", compress_statistics=nested)
     packed, state = quantize_4bit(torch.randn(24, 128), quant_type="nf4", compress_statistics=nested)

@@ -68,9 +68,9 @@ class Watched:
             if name == "equal" and len(args) == 2:
                 return _equal(*given)
             result = func(*given, **kwargs)
-            first = _first(args, kwargs)
             if not bytewise.is_torchs(func) or _gives_numbers(name, args, kwargs):
                 return result
+            first = _first(args, kwargs)
             source = (*_codes_in(first), first)[0]
             return source.result_of(name, result) if isinstance(source, Watched) else result
 
@@ -151,7 +151,9 @@ class Codes(Watched, Tensor):
     def __new__(cls, data: Tensor, requires_grad: bool = False) -> "Codes":
         """A parameter of these codes. nn.Parameter makes one of this class from codes, and accelerate, which moves what is
         offloaded, then makes the next one by `type(parameter)(data, requires_grad=...)`."""
-        result: Any = plain(data).as_subclass(cls).requires_grad_(requires_grad)
+        codes = plain(data)
+        result: Any = data.detached(codes) if isinstance(data, Watched) else codes.as_subclass(cls)
+        result.requires_grad_(requires_grad)
         result.__dict__["_is_param"] = True
         return result  # type: ignore[no-any-return]
 
