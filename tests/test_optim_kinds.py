@@ -11,7 +11,7 @@ import math
 import pytest
 import torch
 from conftest import same_bits
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_optim_classes import make
 from torch import nn
@@ -306,6 +306,7 @@ DEFAULTS = {"lr": 0.5, "betas": (0.5, 0.5), "momentum": 0.5, "every": 1, "how": 
 
 
 @given(st.sampled_from(sorted(DEFAULTS)), WHATEVER)
+@example("every", 10**400)
 def test_a_strangers_setting_is_judged_as_ours_are(key, value):
     p = parameter()
     optimizer = optim.Optimizer([p], Mine(), DEFAULTS)

@@ -15,6 +15,9 @@ from bnbref.arguments import written
 
 _LARGEST = torch.finfo(torch.float32).max
 
+_MOST = 2**63 - 1
+"""The largest count. Python's integers have no end, but where one is divided or multiplied by a float it must be one."""
+
 
 class SettingError(ValueError, TypeError):
     """A setting has a value, or a type, that nothing can be computed with.
@@ -102,16 +105,16 @@ def weights(group: Mapping[str, Any], name: str = "betas", many: int | None = No
         raise SettingError(f"{name} must lie in [0, 1), got {written(given)}") from None
 
 
-def count(group: Mapping[str, Any], name: str, least: int = 0, most: int | None = None) -> int:
-    """A setting that counts, from `least` on, or to `most`: `SettingError` if it is no such integer.
+def count(group: Mapping[str, Any], name: str, least: int = 0, most: int = _MOST) -> int:
+    """A setting that counts, from `least` to `most`: `SettingError` if it is no such integer.
 
     >>> count({"frequency": 10}, "frequency", least=1)
     10
     """
     x = group[name]
     whole = int(x) if isinstance(x, Integral) and not isinstance(x, bool) else None
-    if whole is None or whole < least or (most is not None and whole > most):
-        last = "on" if most is None else f"to {most}"
+    if whole is None or not least <= whole <= most:
+        last = "on" if most == _MOST and not (whole and whole > most) else f"to {most}"
         raise SettingError(f"{name} must be an integer from {least} {last}, got {written(x)}")
     return whole
 
