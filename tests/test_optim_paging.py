@@ -203,9 +203,13 @@ def equal(one, other):
 
 
 @settings(max_examples=20)
-@given(at=st.integers(0, 7), again=st.booleans(), away=st.booleans(), page_bytes=st.sampled_from([1, 2**28]))
-def test_out_of_memory_in_the_middle_says_what_is_whole(at, again, away, page_bytes):
-    """A kernel fails at its call number `at`; with `again` all that come after it, too."""
+@given(
+    at=st.integers(0, 7), again=st.booleans(), away=st.booleans(), page_bytes=st.sampled_from([1, 2**28]),
+    small=st.sampled_from([0, 2**18]),
+)  # fmt: skip
+def test_out_of_memory_in_the_middle_says_what_is_whole(at, again, away, page_bytes, small):
+    """A kernel fails at its call number `at`; with `again` all that come after it, too. small: the most elements of parameters
+    that make their steps together, as on a GPU."""
     run, calls = update._run, itertools.count()
 
     def fails(*args):
@@ -222,6 +226,7 @@ def test_out_of_memory_in_the_middle_says_what_is_whole(at, again, away, page_by
         p.grad = q.grad
     with (
         mock.patch.object(update, "_run", fails),
+        mock.patch.dict(update._JOINED, {"cpu": small}),
         warnings.catch_warnings(record=True) as caught,
         contextlib.suppress(torch.OutOfMemoryError),
     ):

@@ -11,7 +11,7 @@ from torch import nn
 from bnbref import functional, optim
 from bnbref.codebooks import linear
 from bnbref.kernels import REGISTRY
-from bnbref.optim import rules
+from bnbref.optim import rules, update
 from bnbref.optim.equation import at_step
 from bnbref.optim.rules import absmax_key
 from bnbref.optim.state_dict import WRAPPED
@@ -142,6 +142,26 @@ def test_any_size(numel):
                 optimizer.step()
             results.append([p.data, *(x for x in optimizer.state[p].values() if isinstance(x, torch.Tensor))])
     assert same_bits(*results)
+
+
+def test_small_parameters_make_their_steps_in_one_call(eager, monkeypatch):
+    """As on a GPU. Not what has coefficients of its own, and a parameter that is alone is not copied."""
+    monkeypatch.setitem(update._JOINED, "cpu", 1024)
+    seen = []
+    monkeypatch.setattr(update, "_run", lambda part, *_: seen.append((len(part.p), part.p.data_ptr())))
+    sizes = (512, 300, 1024, 1025, 700)
+    for kind, rows in ((optim.AdamW8bit, [4, 2 + 2 + 4 + 3 + 1]), (optim.LAMB8bit, [2, 4, 4, 2, 2, 2, 2])):
+        params = [nn.Parameter(torch.ones(n)) for n in sizes]
+        optimizer = kind(params, min_8bit_size=1)
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        assert [n for n, _ in seen] == rows
+        seen.clear()
+    alone = nn.Parameter(torch.ones(512))
+    alone.grad = torch.ones(512)
+    optim.AdamW8bit([alone], min_8bit_size=1).step()
+    assert seen == [(2, alone.data_ptr())]
 
 
 def test_schedules_compile_nothing():

@@ -11,6 +11,7 @@ import copy
 import io
 import pickle
 import tempfile
+from unittest import mock
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ from test_optim_weavers import weavers
 from torch import nn
 
 from bnbref import optim
+from bnbref.optim import update
 
 FAMILIES = [
     "SGD8bit",
@@ -128,20 +130,24 @@ class Walk(RuleBasedStateMachine):
         bad=st.booleans(),
         released=st.booleans(),
         around=st.sampled_from([*AROUND]),
+        joined=st.booleans(),
     )
-    def step(self, layout, missing, bad, released, around):
+    def step(self, layout, missing, bad, released, around, joined):
+        """joined: small parameters make their steps in one call of the kernel, as on a GPU."""
         self.time += 1
         for params, optimizer in (self.ours, self.twin):
+            small = 2**18 if joined and params is self.ours[0] else 0
             generator = torch.Generator().manual_seed(self.time)
             for i, p in enumerate(params):
                 grad = torch.randn(p.shape, generator=generator).to(self.dtype)
                 if bad and i == 0:
                     grad[0, 0] = torch.nan
                 p.grad = None if i in missing else LAYOUTS[layout](grad) if params is self.ours[0] else grad
-            if released and params is self.ours[0]:
-                self.backward_that_steps(params, optimizer, around)
-            with AROUND[around if params is self.ours[0] else "nothing"]():
-                optimizer.step()
+            with mock.patch.dict(update._JOINED, {"cpu": small}):
+                if released and params is self.ours[0]:
+                    self.backward_that_steps(params, optimizer, around)
+                with AROUND[around if params is self.ours[0] else "nothing"]():
+                    optimizer.step()
 
     def backward_that_steps(self, params, optimizer, around):
         """The gradients that the parameters have, once more, by a backward pass that makes the steps."""

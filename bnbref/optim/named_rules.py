@@ -40,7 +40,7 @@ class NamedRules:
     def check_shape(self, p: Tensor, config: Mapping[str, Any]) -> None:
         """Raise ValueError if the rule of p takes no parameter of its shape, or elements of p share their memory."""
         reach = 0  # of the sides so far, from the narrowest on
-        for stride, size in sorted(zip(p.stride(), p.shape, strict=True)) if p.numel() else ():
+        for stride, size in () if p.is_contiguous() else sorted(zip(p.stride(), p.shape, strict=True)):
             if size > 1 and stride <= reach:
                 raise ValueError(
                     f"a parameter must have memory for each of its elements, side after side, got one of shape {tuple(p.shape)} "

@@ -88,7 +88,7 @@ def padded(rests: Sequence[Part], zeros: Sequence[int], blocksize: int) -> Padde
 
     def rows(tensors: Sequence[Tensor], fill: int = 0) -> Tensor:
         padding = tensors[0].new_full((max(gaps),), fill)
-        pieces = [x for t, gap in zip(tensors, gaps, strict=True) for x in (t, padding[:gap])]
+        pieces = [x for t, gap in zip(tensors, gaps, strict=True) for x in ((t, padding[:gap]) if gap else (t,))]
         with without_autocast(tensors[0]):  # which puts no float16 together where it is of bfloat16
             return torch.cat(pieces).view(-1, blocksize)
 
@@ -109,15 +109,14 @@ def padded(rests: Sequence[Part], zeros: Sequence[int], blocksize: int) -> Padde
     )
 
     def write_back() -> None:
-        blocks = [len(rest.states[0].absmax) for rest in rests] if zeros else []
-        targets, sources = [], []
+        # A call for each kind: of tensors that have one dtype a GPU copies all at a time.
         for i, weight in enumerate(part.weights):
-            targets += [rest.weights[i] for rest in rests]
-            sources += weight.view(-1).split(bounds)[::2]
+            torch._foreach_copy_([rest.weights[i] for rest in rests], weight.view(-1).split(bounds)[::2])
         for i, (codes, absmax) in enumerate(part.states):
-            targets += [rest.states[i].codes for rest in rests] + [rest.states[i].absmax for rest in rests]
-            sources += [*codes.view(-1).split(bounds)[::2], *absmax.split([*blocks, extra])[:-1]]
-        torch._foreach_copy_(targets, sources)
+            own = [rest.states[i] for rest in rests]
+            torch._foreach_copy_([state.codes for state in own], codes.view(-1).split(bounds)[::2])
+            blocks = [state.absmax.numel() for state in own]
+            torch._foreach_copy_([state.absmax for state in own], absmax.split([*blocks, extra])[:-1])
 
     return part, write_back
 

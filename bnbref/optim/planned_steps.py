@@ -71,25 +71,27 @@ def checked_gradient(p: Tensor, grad: Tensor, state: Mapping[str, Any], rule: Ru
 
 def check_state(p: Tensor, state: Mapping[str, Any], rule: Rule, blocksize: int) -> None:
     """ValueError if a state does not fit its parameter, its rule or its blocksize, as one that has begun by others."""
-    shape = local(p).shape
+    shape, blocks = local(p).shape, None
     for s in rule.states:
-        if s.key not in state:
+        own = state.get(s.key)
+        if own is None:
             raise ValueError(
                 f"the state of a parameter of shape {tuple(shape)} has {sorted(state)} and no {s.key!r}, which {rule!r} keeps: "
                 f"it began by another rule. `del optimizer.state[p]` begins anew"
             )
-        if state[s.key].shape != (shape if s.of == "elements" else s.shape(p.shape)):
+        if own.shape != (shape if s.of == "elements" else s.shape(p.shape)):
             raise ValueError(
-                f"a parameter must keep its shape: its {s.key} has {tuple(state[s.key].shape)}, from its first step, "
+                f"a parameter must keep its shape: its {s.key} has {tuple(own.shape)}, from its first step, "
                 f"the parameter now {tuple(shape)}. `del optimizer.state[p]` begins anew"
             )
-        if state[s.key].dtype == torch.uint8:
-            scales, own = state[absmax_key(s.key)].numel(), state.get("blocksize", BLOCKSIZE)
-            blocks = len(blocks_of(p, check_blocksize(blocksize, p.numel())))
-            if scales != blocks or not same_blocks(own, blocksize, p.numel()):
+        if own.dtype == torch.uint8:
+            scales, begun = state[absmax_key(s.key)].numel(), state.get("blocksize", BLOCKSIZE)
+            if blocks is None:
+                blocks = len(blocks_of(p, check_blocksize(blocksize, p.numel())))
+            if scales != blocks or not same_blocks(begun, blocksize, p.numel()):
                 raise ValueError(
                     f"blocksize of a parameter must stay what it was when its state began: its {s.key} has {scales} scales, of "
-                    f"blocks of {own}, and there are {blocks} blocks of {blocksize}. `del optimizer.state[p]` begins anew"
+                    f"blocks of {begun}, and there are {blocks} blocks of {blocksize}. `del optimizer.state[p]` begins anew"
                 )
 
 

@@ -12,6 +12,7 @@ each rule says which.
 """
 
 import copy
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -75,6 +76,7 @@ def qmap_key(key: str) -> str:
     return _beside(key, "qmap")
 
 
+@functools.cache
 def _beside(key: str, what: str) -> str:
     number = key.removeprefix("state")
     return f"{what}{number}" if number.isdigit() and number != key else f"{key}_{what}"

@@ -46,9 +46,10 @@ class Stateful(torch.optim.Optimizer):
     def _state(self, p: Tensor) -> dict[str, Any]:
         """The state of p, empty if it has none. Whoever steps parameters in a class of their own may have put a saved one there,
         as torch's ZeroRedundancyOptimizer does."""
-        if WRAPPED in self.state.get(p, {}):
-            self._read({q: self.state[q] for q in self._parameters() if WRAPPED in self.state.get(q, {})})
         found: dict[str, Any] = self.state.get(p, {})
+        if WRAPPED in found:
+            self._read({q: self.state[q] for q in self._parameters() if WRAPPED in self.state.get(q, {})})
+            found = self.state[p]
         return found
 
     def _parameters(self) -> list[Tensor]:

@@ -28,17 +28,19 @@ def take_steps(
     made: list[Tensor] = []  # those that have made their step
     begun: list[Tensor] = []  # those that are making it
     by_element = [planned for planned in steps if not planned.equation.calls]
+    own = [states[planned.p] for planned in by_element]
     try:
-        with closing(placement.stream([(planned.p.device, states[planned.p]) for planned in by_element])) as streamed:
-            for planned, state in zip(by_element, streamed, strict=True):
+        places = [(planned.p.device, state) for planned, state in zip(by_element, own, strict=True)]
+        with closing(placement.stream(places)) as streamed:
+            for planned, kept, state in zip(by_element, own, streamed, strict=True):
                 begun = [planned.p]
                 update(planned, state, planned.noise(generator), tails)
                 # Pages are written back before the next ones come. Of a shard they may be on another rank alone.
                 if placement.pages(planned.p.numel()) and shard_of(planned.p) is not None:
                     tails.run()
-                elif state is not states[planned.p]:
+                elif state is not kept:
                     tails.run_own()
-                states[planned.p]["step"] += 1
+                kept["step"] += 1
                 made += begun
                 begun = []
         tails.run()

@@ -50,6 +50,12 @@ def new_state(
     return out
 
 
+_JOINED = {"cuda": 2**18}
+"""By device, the elements of a part that waits for others whole, also if its blocks are complete: one call of the kernel steps
+all of them, in a copy. A GPU copies and steps so many in 10 us, and the Python of a call takes 100. A CPU takes as long to copy
+them as to step them."""
+
+
 def _in_8_bits(rule: Rule, state: Mapping[str, Any]) -> bool:
     return any(state[s.key].dtype == torch.uint8 for s in rule.states)
 
@@ -94,12 +100,15 @@ def step(
     part = everything = _part(rule, [p, *own], g, noise, state)
     if shard is not None:
         part = sliced(part, *shard.whole_blocks(blocksize), shard, blocksize)
-    whole, rest = split(part, blocksize)
-    if whole is not None:
-        _run(whole, rule, hyper)
     waiting = Tails() if tails is None else tails
-    if rest is not None:
-        waiting.add(rule, hyper, blocksize, rest)
+    if max_norm == 0 and 0 < part.p.numel() <= _JOINED.get(p.device.type, 0):  # else no other has the same coefficients
+        waiting.add(rule, hyper, blocksize, part)
+    else:
+        whole, rest = split(part, blocksize)
+        if whole is not None:
+            _run(whole, rule, hyper)
+        if rest is not None:
+            waiting.add(rule, hyper, blocksize, rest)
     if shard is not None and shard.cut_blocks(blocksize):
         waiting.add_cut(rule, hyper, Cut(everything, shard, blocksize))
     if tails is None:
@@ -148,10 +157,10 @@ def _clipped(rule: Equation, hyper: Tensor, p: Tensor, u: Tensor, max_norm: floa
 
 
 class Tails:
-    """Incomplete blocks of many parameters: one call of the kernel for all that take the same step.
+    """Incomplete blocks of many parameters, and small parameters: one call of the kernel for all that take the same step.
 
-    Last blocks wait for `run`, or until there are so many that their copies would take more than some megabytes. So do blocks
-    that a boundary between ranks cuts, the same ones on each rank, which one collective call completes.
+    They wait for `run`, or until there are so many that their copies would take more than some megabytes. So do blocks that a
+    boundary between ranks cuts, the same ones on each rank, which one collective call completes.
     """
 
     def __init__(self) -> None:
@@ -163,12 +172,12 @@ class Tails:
         self.torn = False
         """Whether an exception came while blocks were written back, so that nobody knows which of them have made the step."""
 
-    def add(self, rule: Equation, hyper: Tensor, blocksize: int, rest: Part) -> None:
-        """Adds an incomplete last block, which `split` has left of a parameter, to those that wait."""
-        p, g = rest.p, rest.g
-        dtypes = *(weight.dtype for weight in rest.weights), g.dtype
-        key = (rule, blocksize, id(hyper), p.device, dtypes, rest.noise is None)
-        self._waiting.setdefault(key, (hyper, []))[1].append(rest)  # it holds hyper, whose id nobody else then has
+    def add(self, rule: Equation, hyper: Tensor, blocksize: int, part: Part) -> None:
+        """Adds what `split` has left of a parameter, or all of a small one, to those that wait."""
+        p, g = part.p, part.g
+        dtypes = *(weight.dtype for weight in part.weights), g.dtype
+        key = (rule, blocksize, id(hyper), p.device, dtypes, part.noise is None)
+        self._waiting.setdefault(key, (hyper, []))[1].append(part)  # it holds hyper, whose id nobody else then has
         self._elements += p.numel()
         if self._elements >= 2**20:
             self.run_own()
@@ -218,9 +227,18 @@ class Tails:
 
     def run_own(self) -> None:
         """Makes the steps of the blocks that need nothing of another rank."""
-        for key, (hyper, rests) in list(self._waiting.items()):
+        for key, (hyper, parts) in list(self._waiting.items()):
             rule, blocksize, *_ = key
-            part, write_back = padded(rests, zeros_of(rule), blocksize)
+            if len(parts) == 1:  # of which no copy has to be made
+                whole, rest = split(parts[0], blocksize)
+                if whole is not None:
+                    _run(whole, rule, hyper)
+                    del self._waiting[key]
+                    if rest is None:
+                        continue
+                    parts = [rest]
+                    self._waiting[key] = hyper, parts
+            part, write_back = padded(parts, zeros_of(rule), blocksize)
             _run(part, rule, hyper)
             self.torn = True
             del self._waiting[key]  # before any is changed: `run` again must not step it again
