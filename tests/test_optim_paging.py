@@ -106,6 +106,19 @@ def test_streamed_is_resident(kind, page_bytes):
     assert made[0].on_device == 0
 
 
+def test_what_is_in_pages_and_what_waits_for_others_do_not_meet(monkeypatch):
+    """Small parameters make one step together, as on a GPU, although those between them are written back at once."""
+    monkeypatch.setitem(update._JOINED, "cpu", 2**18)
+    run, rows = update._run, []
+    monkeypatch.setattr(update, "_run", lambda part, *rest: (rows.append(len(part.p)), run(part, *rest)))
+    sizes, options = ((512,), (1024,), (512,), (1100,), (300,)), {"min_8bit_size": 1}
+    found = trained(optim.AdamW8bit, sizes=sizes, placement=FarAway(True, copies=LateCopies), **options)
+    assert rows == 3 * [4, 4, 2, 2 + 2 + 2]  # the last block of 1100 elements is copied, into two rows
+    monkeypatch.setitem(update._JOINED, "cpu", 0)
+    alone = trained(optim.AdamW8bit, sizes=sizes, **options)
+    assert all(map(equal, everything(*found), everything(*alone)))
+
+
 def test_the_next_states_are_fetched_before_the_current_ones_are_awaited():
     made = []
 

@@ -34,12 +34,15 @@ def take_steps(
         with closing(placement.stream(places)) as streamed:
             for planned, kept, state in zip(by_element, own, streamed, strict=True):
                 begun = [planned.p]
-                update(planned, state, planned.noise(generator), tails)
-                # Pages are written back before the next ones come. Of a shard they may be on another rank alone.
-                if placement.pages(planned.p.numel()) and shard_of(planned.p) is not None:
+                # Pages are written back before the next ones come, and so wait for nothing. Of a shard they may be on another
+                # rank alone.
+                sharded = shard_of(planned.p) is not None
+                waiting = tails if state is kept or sharded else Tails()
+                update(planned, state, planned.noise(generator), waiting)
+                if sharded and placement.pages(planned.p.numel()):
                     tails.run()
                 elif state is not kept:
-                    tails.run_own()
+                    waiting.run_own()
                 kept["step"] += 1
                 made += begun
                 begun = []
