@@ -94,6 +94,7 @@ def optimizers() -> str:
     (many,) = found["many"]
     elements, link = many["what"].split(", ", 1)[1], paged["the link's limit"]
     fused = f"torch's fused AdamW {number(many['torch fused'])}"
+    adapters = results(f"gpu-optimizers-small-{GPU}")["small"]
     cells = [
         [
             optimizer(row), f"{row['bnbref']:.2f}", percent(row["bnbref share"]),
@@ -111,6 +112,14 @@ def optimizers() -> str:
             f"{paged['what']}: the link alone takes {number(link)}", number(paged["bnbref"]), "",
             f"bitsandbytes {number(paged['bitsandbytes'])}", f"{paged['ratio']:.2f}",
         ],
+    ]  # fmt: skip
+    cells += [
+        [
+            f"{row['what']}: LoRA over a Llama of 8 B", number(row["bnbref"]), "",
+            f"bitsandbytes {number(row['bitsandbytes'])}, torch's fused AdamW {number(row['torch fused'])}",
+            f"{row['ratio']:.2f}",
+        ]
+        for row in adapters
     ]  # fmt: skip
     return table(["", "bnbref, ms", "share", "beside it, ms", "ratio"], cells, found, "bitsandbytes")
 

@@ -49,7 +49,7 @@ collect_ignore = ["codegen"]  # programs, for processes of their own
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("cuda") is not None and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
+        pytest.skip("needs a CUDA device, and pytest -m cuda")
 
 
 # What the extra `test` brings besides the tools: elsewhere (tests/matrix.py) a file that imports one is skipped.
@@ -126,6 +126,9 @@ _THEOREMS = pytest.StashKey[Theorems]()
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_THEOREMS] = Theorems(config)
+    # transformers loads quantized models to a GPU if there is one, and tests that are not of a GPU give them tensors of the CPU.
+    if "cuda" not in config.option.markexpr and "BNBREF_BACKEND" not in os.environ:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch asks for the first time
 
 
 @pytest.fixture
@@ -192,11 +195,16 @@ def eager() -> Iterator[None]:
         yield
 
 
+def skip_beside_bitsandbytes() -> None:
+    """For tests of the alias. It must come before the first import of bitsandbytes, which peft imports where it is installed."""
+    if "bitsandbytes" in sys.modules:
+        pytest.skip("bitsandbytes itself is imported")
+
+
 @pytest.fixture
 def bitsandbytes() -> Iterator[Any]:
     """The module of this name, which is bnbref."""
-    if "bitsandbytes" in sys.modules:
-        pytest.skip("bitsandbytes itself is imported")
+    skip_beside_bitsandbytes()
     with as_bitsandbytes(force=True):
         import bitsandbytes
 

@@ -345,9 +345,12 @@ print(json.dumps([W.tolist(), packed.flatten().tolist(), bnb.functional.dequanti
 
 def test_the_entry_point_is_installed(monkeypatch):
     """What `import bitsandbytes` looks for, and calls: nothing where the variable is not set."""
-    (found,) = importlib.metadata.entry_points(group="bitsandbytes.backends", name="bnbref")
+    found = next(iter(importlib.metadata.entry_points(group="bitsandbytes.backends", name="bnbref")), None)
+    if found is None and not any(x.metadata["Name"] == "bnbref" for x in importlib.metadata.distributions()):
+        pytest.skip("bnbref runs from its sources, and is not installed")
     monkeypatch.delenv("BNBREF_BACKEND_FOR", raising=False)
     monkeypatch.setattr(library, "register_kernel", None)
+    assert found is not None
     found.load()()
 
 

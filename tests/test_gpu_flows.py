@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import time
 from pathlib import Path
 
@@ -150,9 +151,9 @@ def test_layers(monkeypatch):
     with bnbref.eager():
         rows = list(layers.rows(["bnbref", "bf16", "wrong", "nobody"], "cpu", **options))
     assert len([r for r in rows if r.get("call_us", 0) > 0]) == 2 * 2 * len(layers.FORMATS)
-    assert {(r["contender"], r["error"]) for r in rows if "error" in r} == {
+    assert {(r["contender"], re.sub("0[.]99[0-9]*|1", "1", r["error"])) for r in rows if "error" in r} == {
         ("nobody", "KeyError: 'nobody'"),
-        ("wrong", "RuntimeError: the product is off by 1 of its norm"),
+        ("wrong", "RuntimeError: the product is off by 1 of its norm"),  # or 0.999, by the CPU's product of bfloat16
     }
 
 

@@ -11,6 +11,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
+from conftest import skip_beside_bitsandbytes
 from torch import nn
 
 import bnbref
@@ -87,6 +88,8 @@ def environment():
 @pytest.fixture
 def mode(request, monkeypatch):
     caches = (peft.import_utils.is_bnb_available, peft.import_utils.is_bnb_4bit_available)
+    if request.param == "alias":
+        skip_beside_bitsandbytes()
     if request.param == "without":
         monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     for cached in caches:
