@@ -94,8 +94,10 @@ def under_functorch(derivative: bool = False) -> bool:
 
 def transforming() -> bool:
     """Whether tensors wrap tensors or have a tangent: `torch.func`, `torch.autograd.forward_ad`."""
-    if torch.compiler.is_compiling():
-        return under_functorch()
+    return under_functorch() if torch.compiler.is_compiling() else _transforming()
+
+
+def _transforming() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
@@ -134,15 +136,19 @@ def undisturbed(x: Tensor) -> bool:
 
 def differentiated(*tensors: Tensor | None) -> bool:
     """Whether a function of these tensors will be differentiated, so that it needs a derivative written by us."""
-    if jit_tracing():
+    if torch.compiler.is_compiling():
+        transformed = under_functorch()
+    elif torch._C._is_tracing():
         return False
-    return transforming() or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
+    else:
+        transformed = _transforming()
+    return transformed or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
 
 
 def not_a_view(result: Tensor) -> Tensor:
     """The same memory as a tensor that is no view. Autograd forbids to change a view in place if it was made where autograd did
     not look, as in a custom function."""
-    if jit_tracing() or not (torch.compiler.is_compiling() or result._is_view()):
+    if not torch.compiler.is_compiling() and (torch._C._is_tracing() or not result._is_view()):
         return result  # jit.trace would take the shape for a constant
     return torch.ops.aten._unsafe_view(result, result.shape)  # type: ignore[no-any-return]
 

@@ -46,6 +46,10 @@ class PackedWeight:
         """The weight in a dtype, in the shape that was quantized: `QuantState.dequantize`."""
         if tracing() or not compile_enabled() or type(self.codes) is not Tensor:
             return self.state.dequantize(self.codes, dtype)
+        return self._decoded(dtype)
+
+    def _decoded(self, dtype: torch.dtype) -> Tensor:
+        """`decoded` where nobody traces and kernels are compiled, as where a product is prepared."""
         cache, key = self.state.cache(), (dtype, self.codes.device, self.codes.nbytes, torch.get_num_threads())
         decode = cache.get(key)
         if decode is not None:
@@ -134,7 +138,7 @@ class PackedWeight:
 
 def _by_decoding(weight: PackedWeight, dtype: torch.dtype) -> Product:
     """The product of more than a few rows of a dtype."""
-    return lambda a, bias: not_a_view(F.linear(a, weight.decoded(dtype), bias))
+    return lambda a, bias: not_a_view(F.linear(a, weight._decoded(dtype), bias))
 
 
 def kept_weight(packed: Any, state: QuantState) -> PackedWeight:
