@@ -95,7 +95,7 @@ class PackedWeight:
         values, blocksize = present(second.code, "state2.code"), present(second.blocksize, "state2.blocksize")
         rows, absmax2 = in_rows(state.absmax, blocksize), in_rows(second.absmax, 1).view(-1)
         arguments = (rows, absmax2, values, present(state.offset, "offset"))
-        nested.dequantize_nested(*arguments)
+        state.scales()  # which checks them
         code, blocks = nested.dequantize_nested.ready(arguments, {}), state.absmax.numel()
         given, given2 = state.absmax, second.absmax
         plainly = functools.partial(nested.dequantize, given, given2, values, arguments[3], blocksize)
