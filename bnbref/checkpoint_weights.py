@@ -30,6 +30,9 @@ from bnbref.blockwise import FLOATS
 from bnbref.quant_state import QuantState, present
 from bnbref.state_fields import BLOB, TENSORS
 
+STORAGES = (torch.uint8, *FLOATS)
+"""The dtypes that packed codes may have in a file."""
+
 _OF_4BIT = re.compile(rf"(?s)(.+)\.({'|'.join(TENSORS)}|{re.escape(BLOB)}[^.]+)")
 _OF_INT8 = re.compile(r"(?s)(|.*\.)(SCB|weight_format)")
 
@@ -155,7 +158,7 @@ def _check_4bit(name: str, packed: Tensor, group: Mapping[str, Tensor]) -> Quant
     # The others: sizes and offsets that no int64 or float holds, JSON that is nested too deeply.
     except (ValueError, TypeError, OverflowError, RuntimeError) as error:
         raise ValueError(f"{name}: {error}") from error
-    if packed.nbytes != n_bytes or packed.shape[1:] != (1,) or packed.dtype not in (torch.uint8, *FLOATS):
+    if packed.nbytes != n_bytes or packed.shape[1:] != (1,) or packed.dtype not in STORAGES:
         raise ValueError(
             f"{name} must be {n_bytes} bytes [bytes / itemsize, 1] of uint8 or floats for the shape "
             f"{list(state.shape or ())}, got {packed.nbytes} bytes, {described(packed)}"

@@ -164,6 +164,23 @@ def test_what_is_said():
         bnbref.nn.LinearNF4(64, 8, compute_dtype="bfloat16")
 
 
+def test_a_layer_refuses_settings_that_no_product_and_no_file_has():
+    """When it is made: a product, or loading what was saved, may be hours later."""
+    floats = "float32, float16, bfloat16"
+    layer = bnbref.nn.LinearNF4(64, 8)
+    for dtype in (torch.float64, torch.int8, torch.complex64):
+        with pytest.raises(ValueError, match=f"compute_dtype must be {floats} or None, got {dtype}"):
+            bnbref.nn.LinearNF4(64, 8, compute_dtype=dtype)
+        with pytest.raises(ValueError, match=f"compute_dtype must be {floats} or None, got {dtype}"):
+            layer.compute_dtype = dtype
+        for make in (bnbref.nn.LinearNF4, bnbref.nn.EmbeddingNF4):
+            with pytest.raises(ValueError, match=f"quant_storage must be one of uint8, {floats}, .* got {dtype}"):
+                make(64, 8, quant_storage=dtype)
+    assert layer.compute_dtype is None
+    with pytest.raises(ValueError, match=r"threshold must be 0 \(off\) or positive, got -1"):
+        bnbref.nn.Linear8bitLt(64, 8, threshold=-1)
+
+
 def test_numbers_of_numpy_are_numbers():
     codes, absmax, columns = F.int8_vectorwise_quant(X, threshold=np.float32(0.5))
     assert all(map(torch.equal, (codes, absmax, columns), F.int8_vectorwise_quant(X, 0.5)))
