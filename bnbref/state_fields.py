@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bnbref import nested
-from bnbref.arguments import dtype_name
+from bnbref.arguments import check_tensors, dtype_name
 from bnbref.blockwise import FLOATS, block_count
 from bnbref.codebooks import DYNAMIC, FOUR_BIT, four_bit, is_table_of, value_table
 
@@ -141,10 +141,10 @@ def _without_repetition(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 def _tensor(fields: Mapping[str, Any], name: str, dtype: torch.dtype, numel: int | None) -> Tensor:
     value = fields[name]
-    is_dense = isinstance(value, Tensor) and value.layout == torch.strided
-    if not is_dense or value.dtype != dtype or (numel is not None and value.numel() != numel):
+    if isinstance(value, Tensor):
+        check_tensors(**{name: value})
+    if not isinstance(value, Tensor) or value.dtype != dtype or (numel is not None and value.numel() != numel):
         found = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-        found += "" if is_dense or not isinstance(value, Tensor) else f" of {value.layout}"
         raise ValueError(f"{name} must be {dtype} with {numel} elements, got {found}")
     if dtype.is_floating_point and value.device.type != "meta" and not bool(value.isfinite().all()):
         raise ValueError(f"{name} has NaN or infinite elements")
