@@ -110,7 +110,7 @@ _JUDGES: dict[Any, Callable[[str, Any], None]] = {
 
 def _judge_of(annotation: Any) -> Callable[[str, Any], None] | None:
     """The function that judges a value with this annotation, if it is not a None that is allowed; None where any may be right."""
-    if annotation is inspect.Parameter.empty:  # cls of a class method
+    if annotation in (inspect.Parameter.empty, Any):  # self; Any is a class since Python 3.11
         return None
     listed = typing.get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
     classes: tuple[Any, ...] = tuple(typing.get_origin(kind) or kind for kind in listed)

@@ -271,6 +271,8 @@ def test_what_is_no_state_dict_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             optimizer.load_state_dict(wrong)
+    with pytest.raises(TypeError, match="state_dict must be a Mapping, got list"):
+        optimizer.load_state_dict([right])
 
 
 @pytest.mark.usefixtures("eager")
