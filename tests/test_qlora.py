@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import re
 import subprocess
@@ -88,6 +89,35 @@ def test_what_it_refuses(arguments, message, capsys, tmp_path, monkeypatch):
     assert cli.main(["qlora", "--out", str(tmp_path / "adapter"), *arguments]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "targets"),
+    [
+        ([], qlora.ATTENTION),
+        (["--targets", "all-linear"], "all-linear"),
+        (["--targets", "k_proj", "head"], ["k_proj", "head"]),
+    ],
+)
+def test_all_linear_is_no_name_of_a_layer(given, targets, monkeypatch, tmp_path, capsys):
+    asked = {}
+
+    def instead(*args, **options):
+        asked.update(options)
+        return qlora.Finetuned(None, 2.0, 1.0, (), 1.0, 1, 1)
+
+    monkeypatch.setattr(qlora, "qlora", instead)
+    assert cli.main(["qlora", "--out", str(tmp_path), *given]) == 0
+    assert asked["targets"] == targets
+
+
+def test_numbers_of_a_run_are_positive(tmp_path):
+    for name, value in (("steps", 0), ("batch", 0), ("length", 0), ("rank", -1), ("lr", 0.0), ("lr", math.nan)):
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            qlora.qlora(str(MODEL), TEXT, str(tmp_path / "adapter"), **{name: value})
+    with pytest.raises(TypeError, match="folder must be a str or PathLike, got 3"):
+        qlora.qlora(str(MODEL), TEXT, 3)
+    assert not (tmp_path / "adapter").exists()
 
 
 def test_a_file_is_no_folder_for_an_adapter(capsys, tmp_path):

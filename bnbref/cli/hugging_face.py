@@ -83,7 +83,7 @@ def add_qlora(commands: Any) -> None:
     )
     qlora.add_argument(
         "--targets", nargs="+", type=not_empty, metavar="NAME",
-        help="the layers that get an adapter (default: the projections of attention)",
+        help="the layers that get an adapter, or all-linear (default: the projections of attention)",
     )  # fmt: skip
     qlora.add_argument(
         "--out", type=folder, default=Path("adapter"), metavar="DIR", help="where the adapter is saved (default: %(default)s)"
@@ -156,8 +156,11 @@ def run_qlora(args: argparse.Namespace) -> int:
     warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
     from bnbref.demo import MODEL
     from bnbref.info import compute_dtype, default_device
-    from bnbref.integrations.hf.qlora import ATTENTION, dataset_text, qlora
+    from bnbref.integrations.hf.qlora import ALL_LINEAR, ATTENTION, dataset_text, qlora
 
+    targets = args.targets or ATTENTION
+    if targets == [ALL_LINEAR]:  # peft takes a list for names of layers
+        targets = ALL_LINEAR
     try:
         if args.dataset:
             text = dataset_text(args.dataset, args.column, args.split)
@@ -165,7 +168,7 @@ def run_qlora(args: argparse.Namespace) -> int:
             text = read_text(args.text) if args.text else inspect.getsource(argparse)
         found = qlora(
             args.model or str(MODEL), text, args.out, steps=args.steps, batch=args.batch, length=args.length, lr=args.lr,
-            rank=args.rank, targets=args.targets or ATTENTION, dtype=compute_dtype(default_device()),
+            rank=args.rank, targets=targets, dtype=compute_dtype(default_device()),
         )  # fmt: skip
     except (OSError, ValueError) as error:
         raise Refused(str(error)) from error
