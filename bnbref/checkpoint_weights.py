@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from bnbref import int8
-from bnbref.arguments import dtype_name
+from bnbref.arguments import check_tensors, checked, dtype_name
 from bnbref.blockwise import FLOATS
 from bnbref.quant_state import QuantState, present
 from bnbref.state_fields import BLOB, TENSORS
@@ -68,7 +68,9 @@ class Checkpoint:
     ValueError: q.weight: int8 [64, 64] is a quantized weight, but its scales are missing
     """
 
+    @checked
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        check_named_tensors(tensors)
         self.entries: dict[str, Entry] = {}
         self._tensors = tensors
         self._states: dict[str, QuantState] = {}
@@ -94,6 +96,7 @@ class Checkpoint:
             scale_bytes = sum(tensor.nbytes for tensor in group.values())
             self.entries[name] = Entry(name, form, tuple(shape), dtype, weight.nbytes, scale_bytes)
 
+    @checked
     def read(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
         """A weight as a plain tensor, dequantized on the device.  Exact.
 
@@ -110,6 +113,14 @@ class Checkpoint:
         if entry.format == "int8":
             return int8.dequantize(tensor, self._tensors[scb_key(name)].to(device), dtype or entry.dtype)
         return self._states[name].map(lambda t: t.to(device)).dequantize(tensor, dtype or entry.dtype)
+
+
+def check_named_tensors(tensors: Mapping[str, Tensor]) -> None:
+    """TypeError or ValueError for a name that is no text, or names no dense tensor."""
+    for name, tensor in tensors.items():
+        if not isinstance(name, str):
+            raise TypeError(f"tensors must have names, got {name!r} for one")
+        check_tensors(**{name: tensor})
 
 
 # ---- what a whole weight is -----------------------------------------------------------------------------------------

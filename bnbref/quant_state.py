@@ -151,7 +151,8 @@ class QuantState:
         absmax, code, offset = map(apply, (self.absmax, self.code, self.offset))
         return QuantState(absmax, self.shape, code, self.blocksize, self.quant_type, self.dtype, offset, state2)
 
-    def to(self, device: Any) -> None:
+    @checked
+    def to(self, device: torch.device | str) -> None:
         """Move to a device, in place, as bitsandbytes does. `map(lambda t: t.to(device))` leaves this one alone."""
         self.absmax = self.absmax.to(device)
         self.code = None if self.code is None else self.code.to(device)

@@ -1,13 +1,14 @@
 """The two quantized parameters, of four and of eight bits. What they have in common is in `bnbref.nn.quantized_parameter`."""
 
 from collections.abc import Callable, Mapping
+from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bnbref import int8
-from bnbref.arguments import check_bool, check_tensors, dtype_name
+from bnbref.arguments import check_bool, check_one_of, check_tensors, checked, dtype_name
 from bnbref.blockwise import check_quantizable
 from bnbref.checkpoint_weights import STORAGES
 from bnbref.codebooks import Codebook, four_bit
@@ -65,6 +66,7 @@ class Params4bit(QuantizedParameter):
         is a float weight and not quantized, whatever the other arguments say: codes have half a byte for each element.
         """
         four_bit(quant_type)
+        check_one_of("quant_state", quant_state, QuantState, NoneType)
         check_bool("compress_statistics", compress_statistics)
         check_bool("bnb_quantized", bnb_quantized)
         if not bnb_quantized and quant_storage not in STORAGES:
@@ -86,6 +88,7 @@ class Params4bit(QuantizedParameter):
         return self
 
     @classmethod
+    @checked
     def from_prequantized(
         cls, data: Tensor, quantized_stats: Mapping[str, Any], requires_grad: bool = False,
         device: torch.device | str | None = None, module: nn.Module | None = None, **kwargs: Any,
@@ -201,6 +204,7 @@ class Int8Params(QuantizedParameter):
         check_bool("has_fp16_weights", has_fp16_weights)
         data = torch.empty(0) if data is None else data
         check_tensors(data=data)
+        check_one_of("SCB", SCB, Tensor, NoneType)
         self = made(cls, data, requires_grad and data.is_floating_point())
         self.has_fp16_weights = has_fp16_weights
         self.SCB = SCB

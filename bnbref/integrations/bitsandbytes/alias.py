@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
+from bnbref.arguments import check_bool
 from bnbref.integrations.bitsandbytes import finder, ops
 from bnbref.integrations.bitsandbytes.finder import NAME, VERSION
 from bnbref.integrations.bitsandbytes.surface import MISSING, SURFACE
@@ -46,6 +47,8 @@ def install_as_bitsandbytes(*, version: str = VERSION, force: bool = False, patc
     """
     if not isinstance(version, str) or not re.fullmatch(r"\d+(\.\d+)*((a|b|rc|\.dev|\.post)\d+)?", version):
         raise ValueError(f"version must be like '0.50.2', got {version!r}")
+    check_bool("force", force)
+    check_bool("patch_hf", patch_hf)
     found = finder.current()
     if found is None:
         if NAME in sys.modules:
