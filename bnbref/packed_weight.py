@@ -10,6 +10,7 @@ the rest with the weight's parameter. It is void once an attribute of the state 
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bnbref import few_rows, fourbit, nested
-from bnbref.blockwise import FLOATS, in_rows
+from bnbref.arguments import check_tensors
+from bnbref.blockwise import FLOATS, check_count, check_device, in_rows
 from bnbref.context import as_bytes, is_lazy, not_a_view, plain
 from bnbref.joined_scales import memory_of
 from bnbref.kernels import compile_enabled, tracing
@@ -59,9 +61,20 @@ class PackedWeight:
     def multiply(self, a: Tensor, bias: Tensor | None) -> Tensor:
         """`a @ W^T + bias` without a gradient, in the order of the device's product."""
         if few_rows.are_few(a, self.state, bias):
+            self._check()
             return few_rows.multiply_few(a, self.codes, self.state, bias)
         weight = self.decoded(a.dtype)
         return not_a_view(F.linear(a, weight if weight.shape[1] == a.shape[-1] else weight.t(), bias))
+
+    def _check(self) -> None:
+        """ValueError if the state is not one of these codes, as `fourbit.dequantize` says it, which few rows go without."""
+        shape, absmax = present(self.state.shape, "shape"), self.state.absmax
+        n, size = math.prod(shape), self.codes.nbytes
+        if size != -(-n // 2):
+            raise ValueError(f"packed must hold {-(-n // 2)} bytes for shape {tuple(shape)}, got {size}")
+        check_tensors(absmax=absmax)
+        check_count("absmax", absmax, n, present(self.state.blocksize, "blocksize"))
+        check_device("packed", self.codes, absmax=absmax)
 
     # ---- what is kept -----------------------------------------------------------------------------------------------
 
@@ -81,6 +94,7 @@ class PackedWeight:
         if not fits or captured(a):
             return None
         if few_rows.are_few(a, self.state, bias):
+            self._check()
             product = few_rows.prepared(a, self.codes, self.state, bias, self._scales())
         else:  # of an object of its own: a product that held this one would keep it, and the codes, alive
             product = _by_decoding(PackedWeight(self.codes, self.state), a.dtype)
