@@ -69,6 +69,12 @@ def check_one_of(name: str, value: object, *classes: type) -> None:
         raise TypeError(f"{name} must be a {' or '.join(words)}, got {_said(value)}")
 
 
+def _check_device(name: str, value: object, *classes: type) -> None:
+    """TypeError for what names no device. torch takes the number of one. It would also take a dtype, or True, for a cast."""
+    if type(value) is not int:
+        check_one_of(name, value, *classes)
+
+
 def _said(value: object) -> str:
     """A value in a message: plain ones as they are written, others by their type."""
     plain = value is None or isinstance(value, (str, bytes, int, float, complex, torch.dtype))
@@ -110,7 +116,7 @@ _JUDGES: dict[Any, Callable[[str, Any], None]] = {
 
 def _judge_of(annotation: Any) -> Callable[[str, Any], None] | None:
     """The function that judges a value with this annotation, if it is not a None that is allowed; None where any may be right."""
-    if annotation is inspect.Parameter.empty:  # cls of a class method
+    if annotation in (inspect.Parameter.empty, Any):  # self; Any is a class since Python 3.11
         return None
     listed = typing.get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
     classes: tuple[Any, ...] = tuple(typing.get_origin(kind) or kind for kind in listed)
@@ -120,7 +126,7 @@ def _judge_of(annotation: Any) -> Callable[[str, Any], None] | None:
     if len(others) == 1 and others[0] in _JUDGES:
         return _JUDGES[others[0]]
     if torch.device in classes:
-        classes = (*classes, int)  # torch takes the number of a device
+        return lambda name, value: _check_device(name, value, *classes)
     return lambda name, value: check_one_of(name, value, *classes)
 
 

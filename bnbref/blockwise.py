@@ -222,6 +222,11 @@ def check_quantizable(name: str, weight: Tensor, quant_type: str) -> None:
 def check_scales(name: str, absmax: Tensor, numel: int, blocksize: int) -> None:
     """ValueError if there is not one scale, a float and not its code, for each block of `numel` elements."""
     check_float(name, absmax)
+    check_count(name, absmax, numel, blocksize)
+
+
+def check_count(name: str, absmax: Tensor, numel: int, blocksize: int) -> None:
+    """ValueError if there is not one scale, or its code, for each block of `numel` elements."""
     if absmax.numel() != block_count(numel, blocksize):
         raise ValueError(
             f"{name} must have one scale per block: {block_count(numel, blocksize)} for {numel} elements "

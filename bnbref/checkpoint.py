@@ -16,9 +16,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bnbref import int8
-from bnbref.arguments import check_bool, check_tensors
+from bnbref.arguments import checked, dtype_name
 from bnbref.blockwise import check_quantizable
-from bnbref.checkpoint_weights import Checkpoint, Entry, described, scb_key
+from bnbref.checkpoint_weights import STORAGES, Checkpoint, Entry, check_named_tensors, described, scb_key
 from bnbref.quant_state import quantize_with_state
 
 __all__ = ["BLOCKSIZES", "Checkpoint", "Entry", "entries", "keys", "open_checkpoint", "read", "write"]
@@ -29,6 +29,7 @@ BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 # ---- read -----------------------------------------------------------------------------------------------------------
 
 
+@checked
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Opens the checkpoint at a path and checks every weight, dequantizing none. A ValueError names the tensor, or the file.
 
@@ -46,6 +47,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     return Checkpoint(_load_shards(path) if path.name.endswith(".index.json") else _load(path))
 
 
+@checked
 def entries(path: str | os.PathLike[str]) -> list[Entry]:
     """The entries of a checkpoint: name, format, shape and size of each weight.
 
@@ -60,6 +62,7 @@ def entries(path: str | os.PathLike[str]) -> list[Entry]:
     return list(open_checkpoint(path).entries.values())
 
 
+@checked
 def read(
     path: str | os.PathLike[str], dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> dict[str, Tensor]:
@@ -91,6 +94,7 @@ def _safetensors() -> Any:
     return safetensors
 
 
+@checked
 def keys(path: str | os.PathLike[str]) -> list[str]:
     """The names in one file of a checkpoint; nothing is checked but that the file at this path can be read.
 
@@ -166,6 +170,7 @@ def _load_shards(index: Path) -> dict[str, Tensor]:
 # ---- write ----------------------------------------------------------------------------------------------------------
 
 
+@checked
 def write(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], quantize: str = "nf4", *, where: Callable[[str], bool],
     blocksize: int = 64, double_quant: bool = False, quant_storage: torch.dtype = torch.uint8,
@@ -174,8 +179,11 @@ def write(
 
     path: the file, which is replaced, if there is one, when the new one is complete. tensors: by name. quantize: "nf4", "fp4"
     or "int8". What follows is for 4 bits. blocksize: how many weights share a scale. double_quant: whether the scales are kept
-    in 8 bits. quant_storage: the dtype that the packed bytes are called. transformers also needs a `quantization_config` in
-    config.json that says the same.
+    in 8 bits. quant_storage: the dtype that the packed bytes are called, uint8, float32, float16 or bfloat16. transformers also
+    needs a `quantization_config` in config.json that says the same.
+
+    Raises ValueError that names the tensor or the setting that cannot be written so, TypeError for what is of another kind. The
+    file that was there is then left as it was.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -191,12 +199,13 @@ def write(
         raise ValueError(
             f"blocksize must be a power of two from 32 to 4096 (bitsandbytes reads no other), got {blocksize}"
         )
-    if not isinstance(tensors, Mapping) or not callable(where):
-        raise TypeError(
-            f"tensors must map names to tensors and where be a function of a name, got {tensors!r} and {where!r}"
-        )
-    check_tensors(**tensors)
-    check_bool("double_quant", double_quant)
+    if quant_storage not in STORAGES:
+        names = ", ".join(map(dtype_name, STORAGES))
+        raise ValueError(f"quant_storage must be one of {names}, which a file may have, got {quant_storage}")
+    check_named_tensors(tensors)
+    for name, tensor in tensors.items():
+        if tensor.is_meta:
+            raise ValueError(f"{name} must have numbers to be written, got {described(tensor)} on meta")
     selected = {name: tensor.detach() for name, tensor in tensors.items() if where(name)}
     if not selected:
         raise ValueError(f"where must select some of the {len(tensors)} tensors, got none")

@@ -25,10 +25,13 @@ import torch
 from torch import Tensor
 
 from bnbref import int8
-from bnbref.arguments import dtype_name
+from bnbref.arguments import check_tensors, checked, dtype_name
 from bnbref.blockwise import FLOATS
 from bnbref.quant_state import QuantState, present
 from bnbref.state_fields import BLOB, TENSORS
+
+STORAGES = (torch.uint8, *FLOATS)
+"""The dtypes that packed codes may have in a file."""
 
 _OF_4BIT = re.compile(rf"(?s)(.+)\.({'|'.join(TENSORS)}|{re.escape(BLOB)}[^.]+)")
 _OF_INT8 = re.compile(r"(?s)(|.*\.)(SCB|weight_format)")
@@ -65,7 +68,9 @@ class Checkpoint:
     ValueError: q.weight: int8 [64, 64] is a quantized weight, but its scales are missing
     """
 
+    @checked
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        check_named_tensors(tensors)
         self.entries: dict[str, Entry] = {}
         self._tensors = tensors
         self._states: dict[str, QuantState] = {}
@@ -91,6 +96,7 @@ class Checkpoint:
             scale_bytes = sum(tensor.nbytes for tensor in group.values())
             self.entries[name] = Entry(name, form, tuple(shape), dtype, weight.nbytes, scale_bytes)
 
+    @checked
     def read(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
         """A weight as a plain tensor, dequantized on the device.  Exact.
 
@@ -107,6 +113,14 @@ class Checkpoint:
         if entry.format == "int8":
             return int8.dequantize(tensor, self._tensors[scb_key(name)].to(device), dtype or entry.dtype)
         return self._states[name].map(lambda t: t.to(device)).dequantize(tensor, dtype or entry.dtype)
+
+
+def check_named_tensors(tensors: Mapping[str, Tensor]) -> None:
+    """TypeError or ValueError for a name that is no text, or names no dense tensor."""
+    for name, tensor in tensors.items():
+        if not isinstance(name, str):
+            raise TypeError(f"tensors must have names, got {name!r} for one")
+        check_tensors(**{name: tensor})
 
 
 # ---- what a whole weight is -----------------------------------------------------------------------------------------
@@ -155,7 +169,7 @@ def _check_4bit(name: str, packed: Tensor, group: Mapping[str, Tensor]) -> Quant
     # The others: sizes and offsets that no int64 or float holds, JSON that is nested too deeply.
     except (ValueError, TypeError, OverflowError, RuntimeError) as error:
         raise ValueError(f"{name}: {error}") from error
-    if packed.nbytes != n_bytes or packed.shape[1:] != (1,) or packed.dtype not in (torch.uint8, *FLOATS):
+    if packed.nbytes != n_bytes or packed.shape[1:] != (1,) or packed.dtype not in STORAGES:
         raise ValueError(
             f"{name} must be {n_bytes} bytes [bytes / itemsize, 1] of uint8 or floats for the shape "
             f"{list(state.shape or ())}, got {packed.nbytes} bytes, {described(packed)}"

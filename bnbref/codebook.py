@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from bnbref.arguments import check_bool
+from bnbref.arguments import check_bool, check_one_of
 from bnbref.context import cached
 
 
@@ -220,6 +220,10 @@ def threshold_table(codebook: Codebook, device: torch.device) -> Tensor:
 
 @cached()
 def _table(codebook: Codebook, values: bool, device: torch.device) -> Tensor:
+    check_one_of("codebook", codebook, Codebook)
+    check_one_of(
+        "device", device, torch.device
+    )  # one that is kept under None would be the default device of its first call
     padding = (0.0,) * (2**codebook.bits - len(codebook.values))
     numbers = codebook.values + padding if values else codebook.thresholds
     return torch.tensor(numbers, dtype=torch.float32, device=device)

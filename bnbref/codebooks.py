@@ -101,15 +101,19 @@ def registered_name(quant_type: str | Codebook) -> str | Codebook:
 # ---- families -------------------------------------------------------------------------------------------------------
 
 
+@checked
 def linspace(start: float, end: float, points: int) -> Tensor:
     """What float32 `torch.linspace` returns on CPUs with AVX, the same on every CPU: float32 `[points]`.  Exact.
 
     The lower half is counted from the start and the upper half from the end, each point by one fused multiply-add. On a CPU
-    without that instruction torch itself rounds once more, and 42 values of the dynamic map are others.
+    without that instruction torch itself rounds once more, and 42 values of the dynamic map are others. ValueError for a negative
+    number of points.
 
     >>> linspace(0.0, 1.0, 3)
     tensor([0.0000, 0.5000, 1.0000])
     """
+    if points < 0:
+        raise ValueError(f"points must not be negative, got {points}")
     edges = float32([start, end])
     step = ((edges[1] - edges[0]) / max(points - 1, 1)).double()  # in float64 products are exact, and sums nearly so
     index = torch.arange(points, dtype=torch.float64, device="cpu")

@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor
 
 from bnbref.arguments import checked
-from bnbref.blockwise import check_device, check_float, reciprocal
+from bnbref.blockwise import FLOATS, check_device, check_float, reciprocal
 from bnbref.context import constant_of_graphs, in_another_thread, plain, transforming, without_autocast
 from bnbref.kernels import fused
 
@@ -139,6 +139,8 @@ def quantize(x: Tensor, threshold: float = 0.0, propagate_nan: bool = False) -> 
 def dequantize(codes: Tensor, absmax: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """`dtype(fl(fl(code * absmax) * RN(1 / 127)))` for int8 `[rows, columns]`.  Exact.
 
+    absmax: of each row, `[rows]`. dtype: float32, float16 or bfloat16. ValueError: other dtypes, shapes or devices.
+
     >>> dequantize(torch.tensor([[127, -64]], dtype=torch.int8), torch.tensor([1.0]))
     tensor([[ 1.0000, -0.5039]])
     """
@@ -147,6 +149,8 @@ def dequantize(codes: Tensor, absmax: Tensor, dtype: torch.dtype = torch.float32
             f"codes must be int8 [rows, columns] and absmax [rows], got {codes.dtype} {tuple(codes.shape)} "
             f"and {tuple(absmax.shape)}"
         )
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
     check_device("codes", codes, absmax=absmax)
     return dequantize_int8_rows(plain(codes), absmax.detach().float(), dtype=dtype)
 
@@ -158,9 +162,12 @@ def dequantize_product(
     """`dequantize_int8_product` of an int32 product A `[..., n]`, in its shape.  Exact.
 
     row_stats, col_stats: the absmax of the rows of both operands, float32, as many as A has rows and columns. bias: `[n]`.
+    dtype: float32, float16 or bfloat16. ValueError: other dtypes, shapes or devices.
     """
     if A.dtype != torch.int32 or A.dim() == 0:
         raise ValueError(f"A must be int32 [..., n], got {A.dtype} {tuple(A.shape)}")
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
     check_device("A", A, row_stats=row_stats, col_stats=col_stats, bias=bias)
     product = as_matrix(A)
     m, n = product.shape

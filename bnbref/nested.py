@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bnbref import blockwise
 from bnbref.arguments import checked
-from bnbref.blockwise import check_blocksize, check_float, check_scales, in_rows, unpadded
+from bnbref.blockwise import check_blocksize, check_device, check_float, check_scales, in_rows, unpadded
 from bnbref.codebooks import DYNAMIC
 from bnbref.kernels import fused
 
@@ -50,13 +50,23 @@ def dequantize_nested(codes: Tensor, absmax: Tensor, values: Tensor, offset: Ten
 def dequantize(codes: Tensor, absmax2: Tensor, values: Tensor, offset: Tensor, blocksize: int = BLOCKSIZE) -> Tensor:
     """The scales again: float32, shaped like `codes`. Two roundings, never a fused multiply-add.  Exact.
 
+    codes: uint8. absmax2: the scales of the codes, float32 `[ceil(numel / blocksize)]`. values: float32 `[256]`, by code. offset:
+    one float32. ValueError: other dtypes, other numbers of them, or another device than that of the codes.
+
     >>> import torch
     >>> from bnbref.codebooks import value_table
     >>> dequantize(*quantize(torch.tensor([1.0, 3.0]))[:2], value_table(DYNAMIC, torch.device("cpu")), torch.tensor(2.0))
     tensor([1.0070, 3.0000])
     """
-    check_scales("absmax2", absmax2, codes.numel(), blocksize)
+    if codes.dtype != torch.uint8:
+        raise ValueError(f"codes of scales must be uint8, got {codes.dtype}")
     blocksize = check_blocksize(blocksize, codes.numel())
+    check_scales("absmax2", absmax2, codes.numel(), blocksize)
+    for name, x, count in (("values", values, 256), ("offset", offset, 1)):
+        if x.dtype != torch.float32 or x.numel() != count:
+            raise ValueError(f"{name} of scales must be float32 with {count} elements, got {x.dtype} {tuple(x.shape)}")
+    # torch itself indexes a table on the CPU by codes on meta, and returns memory as it is.
+    check_device("codes", codes, absmax2=absmax2, values=values, offset=offset)
     scales = in_rows(absmax2, 1).view(-1)
     out = dequantize_nested(in_rows(codes, blocksize), scales, values, offset)
     return unpadded(out, codes.numel()).view(codes.shape)

@@ -10,6 +10,7 @@ the rest with the weight's parameter. It is void once an attribute of the state 
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bnbref import few_rows, fourbit, nested
-from bnbref.blockwise import FLOATS, in_rows
+from bnbref.arguments import check_tensors
+from bnbref.blockwise import FLOATS, check_count, check_device, in_rows
 from bnbref.context import as_bytes, is_lazy, not_a_view, plain
 from bnbref.joined_scales import memory_of
 from bnbref.kernels import compile_enabled, tracing
@@ -63,9 +65,20 @@ class PackedWeight:
     def multiply(self, a: Tensor, bias: Tensor | None) -> Tensor:
         """`a @ W^T + bias` without a gradient, in the order of the device's product."""
         if few_rows.are_few(a, self.state, bias):
+            self._check()
             return few_rows.multiply_few(a, self.codes, self.state, bias)
         weight = self.decoded(a.dtype)
         return not_a_view(F.linear(a, weight if weight.shape[1] == a.shape[-1] else weight.t(), bias))
+
+    def _check(self) -> None:
+        """ValueError if the state is not one of these codes, as `fourbit.dequantize` says it, which few rows go without."""
+        shape, absmax = present(self.state.shape, "shape"), self.state.absmax
+        n, size = math.prod(shape), self.codes.nbytes
+        if size != -(-n // 2):
+            raise ValueError(f"packed must hold {-(-n // 2)} bytes for shape {tuple(shape)}, got {size}")
+        check_tensors(absmax=absmax)
+        check_count("absmax", absmax, n, present(self.state.blocksize, "blocksize"))
+        check_device("packed", self.codes, absmax=absmax)
 
     # ---- what is kept -----------------------------------------------------------------------------------------------
 
@@ -85,6 +98,7 @@ class PackedWeight:
         if not fits or captured(a):
             return None
         if few_rows.are_few(a, self.state, bias):
+            self._check()
             product = few_rows.prepared(a, self.codes, self.state, bias, self._scales())
         else:  # of an object of its own: a product that held this one would keep it, and the codes, alive
             product = _by_decoding(PackedWeight(self.codes, self.state), a.dtype)
@@ -99,7 +113,7 @@ class PackedWeight:
         values, blocksize = present(second.code, "state2.code"), present(second.blocksize, "state2.blocksize")
         rows, absmax2 = in_rows(state.absmax, blocksize), in_rows(second.absmax, 1).view(-1)
         arguments = (rows, absmax2, values, present(state.offset, "offset"))
-        nested.dequantize_nested(*arguments)
+        state.scales()  # which checks them
         code, blocks = nested.dequantize_nested.ready(arguments, {}), state.absmax.numel()
         given, given2 = state.absmax, second.absmax
         plainly = functools.partial(nested.dequantize, given, given2, values, arguments[3], blocksize)

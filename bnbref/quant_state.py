@@ -1,6 +1,7 @@
 """QuantState: what is needed to undo a quantization, under bitsandbytes' names, in memory and in a state dict."""
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -11,7 +12,7 @@ from bnbref import fourbit, nested
 from bnbref.arguments import checked, dtype_name
 from bnbref.blockwise import check_float
 from bnbref.codebooks import DYNAMIC, Codebook, four_bit, registered_name, value_table
-from bnbref.state_fields import BLOB, checked_fields
+from bnbref.state_fields import BLOB, DTYPES, checked_fields, largest_blocksize
 
 T = TypeVar("T")
 
@@ -150,7 +151,8 @@ class QuantState:
         absmax, code, offset = map(apply, (self.absmax, self.code, self.offset))
         return QuantState(absmax, self.shape, code, self.blocksize, self.quant_type, self.dtype, offset, state2)
 
-    def to(self, device: Any) -> None:
+    @checked
+    def to(self, device: torch.device | str) -> None:
         """Move to a device, in place, as bitsandbytes does. `map(lambda t: t.to(device))` leaves this one alone."""
         self.absmax = self.absmax.to(device)
         self.code = None if self.code is None else self.code.to(device)
@@ -158,19 +160,26 @@ class QuantState:
         if self.state2 is not None:
             self.state2.to(device)
 
+    @checked
     def as_dict(self, packed: bool = False) -> dict[str, Any]:
         """The state by bitsandbytes' keys; packed: tensors only, the rest as a JSON blob of uint8 bytes.
+
+        A blocksize beyond the whole tensor is said as a smaller one, which makes the same single block: `from_dict` takes no
+        other. Packed, ValueError for what no file has: a codebook that is not in `FOUR_BIT`, another dtype than float32, float16
+        and bfloat16, nested scales in blocks of other sizes than 256.
 
         >>> from bnbref.functional import quantize_4bit
         >>> state = quantize_4bit(torch.ones(64), quant_type="nf4")[1]
         >>> bytes(state.as_dict(packed=True)["quant_state.bitsandbytes__nf4"].tolist()).decode()
         '{"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": [64]}'
         """
-        quant_type = registered_name(self.quant_type)
+        quant_type, blocksize = registered_name(self.quant_type), self.blocksize
+        if blocksize is not None and self.shape is not None:
+            blocksize = min(blocksize, largest_blocksize(math.prod(self.shape)))
         full: dict[str, Any] = {
             "quant_type": quant_type,
             "absmax": self.absmax,
-            "blocksize": self.blocksize,
+            "blocksize": blocksize,
             # The maps are one tensor for every layer; safetensors would refuse the shared memory.
             "quant_map": None if self.code is None else self.code.clone(),
             "dtype": dtype_name(self.dtype),
@@ -189,6 +198,8 @@ class QuantState:
             return full
         if not isinstance(quant_type, str):
             raise ValueError(f"codebook {quant_type.name!r} must be entered in FOUR_BIT to be saved under its name")
+        if self.dtype not in DTYPES.values():
+            raise ValueError(f"a file has a dtype of {sorted(DTYPES)}; that of this state is {self.dtype}")
         if self.state2 is not None and self.state2.blocksize != nested.BLOCKSIZE:
             raise ValueError(
                 f"a file has scales in blocks of {nested.BLOCKSIZE}; state2.blocksize is {self.state2.blocksize}"

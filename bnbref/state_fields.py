@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bnbref import nested
-from bnbref.arguments import dtype_name
+from bnbref.arguments import check_tensors, dtype_name
 from bnbref.blockwise import FLOATS, block_count
 from bnbref.codebooks import DYNAMIC, FOUR_BIT, four_bit, is_table_of, value_table
 
@@ -87,9 +87,18 @@ def _nested_fields(
     code2 = _tensor(fields, "nested_quant_map", torch.float32, 256)
     if code2.device.type != "meta" and not is_table_of(code2, DYNAMIC):
         raise ValueError("nested_quant_map is not the dynamic map, by which scales are coded: codes mean other scales")
-    if inner.numel() and not inner.is_meta and not (inner.max() * code2.max()).item() + value <= _LARGEST:
+    known = inner.numel() > 0 and not inner.is_meta and not code2.is_meta
+    if known and not (inner.max().cpu() * code2.max().cpu()).item() + value <= _LARGEST:
         raise ValueError("nested_absmax and nested_offset give scales that overflow float32")
     return offset, {"absmax": inner, "code": code2, "blocksize": inner_size, "dtype": torch.float32}
+
+
+def largest_blocksize(numel: int) -> int:
+    """The largest blocksize that a state dict may say of so many elements: all of them, but at least bitsandbytes' largest, 4096.
+
+    Kernels pad to whole blocks, so that a larger one would only ask for memory.
+    """
+    return max(4096, numel)
 
 
 def _unpack(qs_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,6 +141,8 @@ def _without_repetition(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 def _tensor(fields: Mapping[str, Any], name: str, dtype: torch.dtype, numel: int | None) -> Tensor:
     value = fields[name]
+    if isinstance(value, Tensor):
+        check_tensors(**{name: value})
     if not isinstance(value, Tensor) or value.dtype != dtype or (numel is not None and value.numel() != numel):
         found = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
         raise ValueError(f"{name} must be {dtype} with {numel} elements, got {found}")
@@ -151,6 +162,5 @@ def _require(condition: bool, name: str, allowed: Any, value: Any) -> None:
 
 
 def _check_blocksize(name: str, blocksize: Any, numel: int) -> None:
-    # Kernels pad to whole blocks: a size beyond bitsandbytes' largest and all there is to scale only asks for memory.
-    most = max(4096, numel)
+    most = largest_blocksize(numel)
     _require(type(blocksize) is int and 1 <= blocksize <= most, name, f"an integer from 1 to {most}", blocksize)

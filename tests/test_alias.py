@@ -93,6 +93,17 @@ def test_uninstalling_leaves_nothing():
     bnbref.uninstall_as_bitsandbytes()  # again does nothing
 
 
+def test_what_was_installed_before_stays():
+    if "bitsandbytes" in sys.modules:
+        pytest.skip("bitsandbytes itself is imported")
+    with alias.as_bitsandbytes(force=True):
+        with alias.as_bitsandbytes(force=True):
+            first = importlib.import_module("bitsandbytes")
+        assert sys.modules["bitsandbytes"] is first
+        assert importlib.util.find_spec("bitsandbytes.nn").origin == "bnbref"
+    assert finder.current() is None
+
+
 # ---- what is refused ------------------------------------------------------------------------------------------------
 
 
@@ -113,6 +124,21 @@ def test_bitsandbytes_that_is_installed_is_not_hidden(real):
     with pytest.raises(RuntimeError, match=r"bitsandbytes is installed.*force=True"):
         bnbref.install_as_bitsandbytes()
     assert sys.meta_path == before
+
+
+def test_bitsandbytes_that_is_installed_is_not_hidden_by_the_hook(real, monkeypatch):
+    """The hook's finder asks when it is imported; the function, when it is called."""
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    monkeypatch.setenv(finder.SWITCH, "1")
+    finder.at_startup()
+    with pytest.raises(RuntimeError, match=r"bitsandbytes is installed.*force=True"):
+        bnbref.install_as_bitsandbytes()
+    assert finder.current().guarded
+    bnbref.install_as_bitsandbytes(force=True)
+    try:
+        assert not finder.current().guarded
+    finally:
+        bnbref.uninstall_as_bitsandbytes()
 
 
 def test_bitsandbytes_that_is_imported_is_never_replaced(real):

@@ -164,6 +164,23 @@ def test_what_is_said():
         bnbref.nn.LinearNF4(64, 8, compute_dtype="bfloat16")
 
 
+def test_a_layer_refuses_settings_that_no_product_and_no_file_has():
+    """When it is made: a product, or loading what was saved, may be hours later."""
+    floats = "float32, float16, bfloat16"
+    layer = bnbref.nn.LinearNF4(64, 8)
+    for dtype in (torch.float64, torch.int8, torch.complex64):
+        with pytest.raises(ValueError, match=f"compute_dtype must be {floats} or None, got {dtype}"):
+            bnbref.nn.LinearNF4(64, 8, compute_dtype=dtype)
+        with pytest.raises(ValueError, match=f"compute_dtype must be {floats} or None, got {dtype}"):
+            layer.compute_dtype = dtype
+        for make in (bnbref.nn.LinearNF4, bnbref.nn.EmbeddingNF4):
+            with pytest.raises(ValueError, match=f"quant_storage must be one of uint8, {floats}, .* got {dtype}"):
+                make(64, 8, quant_storage=dtype)
+    assert layer.compute_dtype is None
+    with pytest.raises(ValueError, match=r"threshold must be 0 \(off\) or positive, got -1"):
+        bnbref.nn.Linear8bitLt(64, 8, threshold=-1)
+
+
 def test_numbers_of_numpy_are_numbers():
     codes, absmax, columns = F.int8_vectorwise_quant(X, threshold=np.float32(0.5))
     assert all(map(torch.equal, (codes, absmax, columns), F.int8_vectorwise_quant(X, 0.5)))
@@ -186,3 +203,32 @@ def test_a_code_without_a_value_is_zero():
     values = torch.tensor([-1.0, 0.0, 1.0])
     decoded = blockwise.dequantize(codes, torch.tensor([2.0]), values, 4, torch.float32)
     assert decoded.tolist() == [-2.0, 2.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: STATE.map(torch.clone).to(torch.float64), "device must be a torch.device or str, got torch.float64"),
+        (lambda: STATE.map(torch.clone).to(True), "device must be a torch.device or str, got True"),
+        (lambda: STATE.as_dict(packed="False"), "packed must be a bool, got 'False'"),
+        (lambda: codebooks.linspace(0.0, 1.0, 2.5), "points must be an integer, got 2.5"),
+        (lambda: codebooks.linspace(0.0, 1.0, -1), "points must not be negative, got -1"),
+        (lambda: codebooks.value_table("nf4", torch.device("cpu")), "codebook must be a Codebook, got 'nf4'"),
+        (lambda: codebooks.value_table(codebooks.NF4, None), "device must be a torch.device, got None"),
+        (lambda: int8.dequantize(ROWS, ABSMAX, torch.int32), "dtype must be float32, .* got torch.int32"),
+        (
+            lambda: int8.dequantize_product(PRODUCT, ABSMAX, ABSMAX, dtype=torch.float64),
+            "dtype must be float32, .*float64",
+        ),
+        (lambda: bnbref.install_as_bitsandbytes(force="False"), "force must be a bool, got 'False'"),
+        (lambda: bnbref.install_as_bitsandbytes(patch_hf="no"), "patch_hf must be a bool, got 'no'"),
+        (lambda: bnbref.nn.Params4bit(X, quant_state=SCALES), "quant_state must be a QuantState or None, got Tensor"),
+        (lambda: bnbref.nn.Params4bit.from_prequantized([1], {}), "data must be a torch.Tensor, got list"),
+        (lambda: bnbref.nn.Int8Params(X, SCB=[1.0]), "SCB must be a torch.Tensor or None, got list"),
+        (lambda: bnbref.nn.replace_parameter_4bit(None, "w"), "module must be a Module, got None"),
+        (lambda: bnbref.nn.replace_parameter_4bit(nn.Linear(2, 2), 0), "param_name must be a str, got 0"),
+    ],
+)
+def test_what_is_wrong_is_named(call, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        call()

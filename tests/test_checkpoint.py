@@ -270,10 +270,54 @@ where must select some of the 1 tensors, got none
 w: a weight of shape (2,) cannot become nf4: its dtype must be float32, float16 or bfloat16, got torch.int64
 w: a weight of shape (1,) cannot become nf4: 1 of its elements are NaN or infinite
 w: quant_storage torch.float32 has 4 bytes, which do not divide the 2 bytes of 4 packed elements
-w must be 2 bytes [bytes / itemsize, 1] of uint8 or floats for the shape [2, 2], got 2 bytes, int16 [1, 1]
+quant_storage must be one of uint8, float32, float16, bfloat16, which a file may have, got torch.int16
 w: int8 is for matrices called 'weight', got float32 [2, 2]
 w: w.absmax is among the tensors already
 w.lora: unknown key under the quantized weight w""",
+    )
+
+
+def test_what_is_no_checkpoint_is_refused_by_its_name(tmp_path):
+    file, weight = tmp_path / "a.safetensors", torch.ones(2, 2)
+    checkpoint.write(file, {"w": weight}, where="w".__eq__)
+    before = file.read_bytes()
+    opened = checkpoint.open_checkpoint(file)
+    lines = []
+    for call in (
+        lambda: checkpoint.write(None, {"w": weight}, where="w".__eq__),
+        lambda: checkpoint.write(file, [weight], where="w".__eq__),
+        lambda: checkpoint.write(file, {"w": weight, 1: weight}, where="w".__eq__),
+        lambda: checkpoint.write(file, {"w": weight, "v": [1.0]}, where="w".__eq__),
+        lambda: checkpoint.write(file, {"w": weight, "v": torch.empty(3, device="meta")}, where="w".__eq__),
+        lambda: checkpoint.write(file, {"w": weight}, where="w"),
+        lambda: checkpoint.write(file, {"w": weight}, where="w".__eq__, double_quant="False"),
+        lambda: checkpoint.keys(3),
+        lambda: checkpoint.read(file, "float16"),
+        lambda: opened.read("w", device=torch.float16),
+        lambda: opened.read("w", device=True),
+        lambda: checkpoint.Checkpoint(None),
+        lambda: checkpoint.Checkpoint({"w": weight.numpy()}),
+    ):
+        with pytest.raises((TypeError, ValueError)) as error:
+            call()
+        lines.append(str(error.value))
+    assert file.read_bytes() == before
+    assert_expected_inline(
+        listing(lines),
+        """\
+path must be a str or PathLike, got None
+tensors must be a Mapping, got list
+tensors must have names, got 1 for one
+v must be a torch.Tensor, got list
+v must have numbers to be written, got float32 [3] on meta
+where must be a Callable, got 'w'
+double_quant must be a bool, got 'False'
+path must be a str or PathLike, got 3
+dtype must be a torch.dtype or None, got 'float16'
+device must be a torch.device or str, got torch.float16
+device must be a torch.device or str, got True
+tensors must be a Mapping, got None
+w must be a torch.Tensor, got numpy.ndarray""",
     )
 
 

@@ -219,6 +219,23 @@ def test_numbers_that_mean_nothing_are_refused(capsys):
     assert "--only must be a part of the id of a case of quantize_4bit, got 'no-such'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["check", "--backend", ""], ["check", "--device", " "], ["demo", "--device", ""], ["demo", "--out", ""],
+        ["qlora", "--model", ""], ["qlora", "--dataset", ""], ["qlora", "--column", ""], ["qlora", "--split", ""],
+        ["qlora", "--targets", "q_proj", ""], ["qlora", "--out", ""],
+    ],
+    ids="=".join,
+)  # fmt: skip
+def test_a_name_that_is_empty_is_not_the_default(argv, capsys):
+    """As from `--backend "$NAME"` where NAME is not set: the kit judged bnbref itself, and found it right."""
+    with pytest.raises(SystemExit) as ended:
+        main(argv)
+    assert ended.value.code == 2
+    assert f"argument {argv[1]}: must not be empty, got {argv[-1]!r}" in capsys.readouterr().err
+
+
 def test_the_help_of_a_command_says_what_it_does(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])

@@ -4,13 +4,14 @@ import functools
 import io
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from bnbref.cli import main
-from bnbref.conformance import judge, report, vectors, workers
-from bnbref.conformance.backends import Backend, load
+from bnbref.conformance import conftest, judge, report, test_backend, vectors, workers
+from bnbref.conformance.backends import Backend, Unsupported, load
 from bnbref.conformance.text import tensor_line
 
 CPU = torch.device("cpu")
@@ -207,3 +208,44 @@ def test_a_program_that_ends_before_it_has_read_all_of_it():
     command = f"{sys.executable} -m bnbref vectors gen quantize_4bit | head -n 1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
     assert (done.stdout.count("\n"), done.stderr) == (1, "")
+
+
+# ---- pytest ---------------------------------------------------------------------------------------------------------
+
+
+def _tested(functions):
+    return SimpleNamespace(backend=Backend("theirs", functions), device=CPU, examples=3, results=[])
+
+
+def test_random_inputs_that_a_backend_has_no_answer_to_are_skipped():
+    """`Unsupported` is neither passed nor failed: hypothesis called it too many inputs that were filtered out."""
+
+    def quantize_4bit(x, blocksize, quant_type):
+        raise Unsupported("no float32")
+
+    with pytest.raises(pytest.skip.Exception, match="not implemented"):
+        test_backend.test_random(_tested({"quantize_4bit": quantize_4bit}), "quantize_4bit")
+
+
+def test_an_error_of_the_kit_is_no_result_of_random_inputs(monkeypatch):
+    def wrong(*args):
+        raise ValueError("of the oracle")
+
+    monkeypatch.setattr(test_backend, "expect", wrong)
+    with pytest.raises(ValueError, match="of the oracle"):
+        test_backend.test_random(_tested({"quantize_4bit": print}), "quantize_4bit")
+
+
+def test_no_examples_test_nothing():
+    with pytest.raises(ValueError, match="--max-examples must be at least 1, got 0"):
+        conftest.Run(SimpleNamespace(getoption=lambda name, default: {"--max-examples": 0}.get(name, default)))
+
+
+def test_a_process_may_end_by_any_signal():
+    """Python has no names for those between the first and the last for real time."""
+    assert [workers._how(code) for code in (-9, -35, 3, None)] == [
+        "SIGKILL",
+        "signal 35",
+        "exit status 3",
+        "exit status None",
+    ]

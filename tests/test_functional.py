@@ -505,6 +505,25 @@ def test_a_state_of_8_bits_to_a_dict_and_back(n, blocksize, double, dtype, code)
             assert same_bits(F.dequantize_blockwise(codes, again), F.dequantize_blockwise(codes, state))
 
 
+@given(st.integers(1, 9000), st.sampled_from([4096, 4097, 8192, 2**40, 10**30]), st.booleans())
+def test_a_block_of_more_than_the_tensor_to_a_dict_and_back(n, blocksize, double):
+    """A file has no such blocksize; that of the whole tensor makes the same block."""
+    with running("eager"):
+        packed, state = F.quantize_4bit(ramp(n), blocksize=blocksize, compress_statistics=double)
+        again = QuantState.from_dict(state.as_dict(packed=True), device="cpu")
+        assert same_bits(F.dequantize_4bit(packed, again), F.dequantize_4bit(packed, state))
+        assert again.as_dict(packed=True).keys() == state.as_dict(packed=True).keys()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float64, torch.int8, "float32"])
+def test_a_state_of_a_dtype_that_no_reader_takes_is_not_saved(dtype):
+    state = F.quantize_4bit(torch.ones(64))[1]
+    state.dtype = dtype
+    said = r"a file has a dtype of \['bfloat16', 'float16', 'float32'\]; that of this state is "
+    with pytest.raises(ValueError, match=said):
+        state.as_dict(packed=True)
+
+
 def test_a_state_of_8_bits_is_none_of_a_4_bit_weight():
     with running("eager"):
         codes, state = F.quantize_blockwise(ramp(64, 64), blocksize=8192)

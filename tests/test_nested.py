@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import BF16, F32, any_float, scales
 
+import bnbref
 from bnbref import functional as F
 from bnbref import nested
 from bnbref.codebooks import DYNAMIC, value_table
@@ -147,3 +148,33 @@ def test_states_of_which_one_lacks_a_field_are_unequal():
     assert without != with_values
     without.to("cpu")
     assert with_values == F.QuantState(absmax.clone(), code=VALUES.clone())
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("codes", torch.ones(4), r"codes of scales must be uint8, got torch\.float32"),
+        ("codes", torch.zeros(4, dtype=torch.uint8, device="meta"), "absmax2 must be on the device of codes, meta"),
+        ("absmax2", torch.ones(1, device="meta"), "absmax2 must be on the device of codes, cpu"),
+        ("values", VALUES[:3], r"values of scales must be float32 with 256 elements, got torch\.float32 \(3,\)"),
+        ("values", VALUES.double(), r"values of scales must be float32 with 256 elements, got torch\.float64"),
+        ("offset", torch.ones(4), r"offset of scales must be float32 with 1 elements, got torch\.float32 \(4,\)"),
+        ("offset", torch.tensor(1), r"offset of scales must be float32 with 1 elements, got torch\.int64"),
+        ("blocksize", 0, "blocksize must be a positive integer, got 0"),
+    ],
+)
+def test_what_undoes_the_second_quantization_fits(field, value, said, mode):
+    """Compiled, a table that is too short was read beyond its end; codes on meta gave whatever was in memory."""
+    right = {"codes": torch.full((4,), 255, dtype=torch.uint8), "absmax2": torch.ones(1), "values": VALUES}
+    right["offset"] = torch.tensor(1.0)
+    with pytest.raises(ValueError, match=said):
+        nested.dequantize(**{**right, field: value})
+
+
+def test_the_scales_of_a_state_that_was_changed_are_checked_in_a_product():
+    """Also where the product of a parameter is prepared, which then asks no more."""
+    layer = bnbref.nn.Linear4bit(64, 4, bias=False, quant_type="nf4").to("cpu")
+    layer.weight.quant_state.state2.code = VALUES[:3]
+    for rows in (1, 2):
+        with pytest.raises(ValueError, match="values of scales must be float32 with 256 elements"):
+            layer(torch.ones(rows, 64))

@@ -179,6 +179,13 @@ def test_half_a_checkpoint_is_refused():
         ("state1", lambda x: x.to("meta"), "saved state1 must have numbers"),
         ("state1", lambda x: x[1:], "saved state1 has 299 numbers, its parameter has 300"),
         ("state1", torch.Tensor.long, "saved state1 must be uint8 codes or floats"),
+        ("state1", lambda x: x.to(torch.float8_e5m2), "saved state1 must be uint8 codes or floats of 16 bits or more"),
+        ("state1", torch.Tensor.float, "saved state2 must be floats, or state1, state2 all codes"),
+        ("state2", torch.Tensor.half, "saved state1 must be floats, or state1, state2 all codes"),
+        ("state2", torch.Tensor.to_sparse, r"saved state2 must have numbers, got a tensor on torch\.sparse_coo"),
+        ("qmap1", lambda x: x.tolist(), "saved qmap1 must be a tensor"),
+        ("qmap2", lambda x: x.to("meta"), "saved qmap2 must have numbers"),
+        ("absmax2", torch.Tensor.to_sparse, "saved absmax2 must have numbers"),
         ("absmax1", lambda x: x[1:], "saved absmax has 1 scales for 300 codes"),
         ("absmax1", lambda x: x / 0, "saved absmax1 has scales that are no floats, NaN, infinite or negative"),
         ("absmax2", lambda x: -x, "saved absmax2 has scales that are no floats"),
@@ -247,6 +254,25 @@ def test_a_state_of_another_rule_is_refused_where_it_would_be_another_number():
         for names, others in ((momentum, momentum), (adam, adam), (["RMSprop", "Adagrad"], squares[bits]))
         for name in names
     } | {f"{name} {bits}": [name] for name in ("AdEMAMix", "AdamWScheduleFree") for bits in ("8bit", "32bit")}
+
+
+@pytest.mark.usefixtures("eager")
+def test_what_is_no_state_dict_is_refused():
+    params, optimizer = start("AdamW8bit")
+    advanced(params, optimizer, 0, 1)
+    right = optimizer.state_dict()
+    wrapped = {**right["state"][0], WRAPPED: None}
+    for wrong, message in (
+        ({}, "state_dict must have 'state', a dict, and 'param_groups'"),
+        ({**right, "state": [1]}, "state_dict must have 'state', a dict"),
+        ({"state": right["state"]}, "state_dict must have 'state', a dict, and 'param_groups'"),
+        ({**right, "state": {0: None}}, "state 0 of the state_dict must be a dict"),
+        ({**right, "state": {0: wrapped}}, "state 0 of the state_dict must be a dict, and so must what it wraps"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            optimizer.load_state_dict(wrong)
+    with pytest.raises(TypeError, match="state_dict must be a Mapping, got list"):
+        optimizer.load_state_dict([right])
 
 
 @pytest.mark.usefixtures("eager")

@@ -767,6 +767,13 @@ def test_groups_of_a_model():
         optim.muon_groups(nn.Sequential(nn.Linear(3, 3)))
     model.hidden.requires_grad_(False)
     assert [group["rule"] for group in optim.muon_groups(model)] == ["adamw"]
+    for head in ("", "9", ["0", 1], "0.weight"):
+        with pytest.raises(
+            ValueError, match="head must name modules of Sequential, as its named_modules\\(\\) do, got"
+        ):
+            optim.muon_groups(nn.Sequential(nn.Linear(3, 3)), head=head)
+    with pytest.raises(TypeError, match="model must be a Module, got None"):
+        optim.muon_groups(None)
 
 
 def test_a_rule_on_tensors_is_its_definition():

@@ -16,7 +16,7 @@ from test_optim_classes import OF_MATRICES, make
 from torch import nn
 
 from bnbref import optim
-from bnbref.optim.rules import Rule, State
+from bnbref.optim.rules import SGD, Rule, State
 
 pytestmark = pytest.mark.usefixtures("eager")
 FAMILIES = ["SGD8bit", "AdamW8bit", "Lion32bit", "LAMB8bit", "AdEMAMix8bit", "AdamWScheduleFree8bit"]
@@ -327,3 +327,55 @@ def test_eps_of_a_group_is_that_of_its_rule(eps, where):
     ours.step()
     want.step()
     torch.testing.assert_close(p, q, rtol=0, atol=1e-5)  # a step is 1e-3 long, and torch rounds it to bfloat16
+
+
+@pytest.mark.parametrize("name", ["SGD8bit", "Lion8bit", "Adagrad8bit", "Muon8bit"])
+@pytest.mark.parametrize(
+    "wrong", [{"eps": "1e-8"}, {"eps": -1}, {"betas": ("0.9", 0.5)}, {"betas": 2}, {"betas": None}]
+)
+def test_what_no_rule_of_the_group_reads_is_judged_too(name, wrong):
+    """eps of Lion, betas of Adagrad: they are settings of the group, and a rule that it changes to may read them."""
+    (setting,) = wrong
+    with pytest.raises(REFUSED, match=f"^{setting} must"):
+        make(name, [{"params": [nn.Parameter(torch.ones(2, 2))], **wrong}])
+
+
+def test_overrides_are_of_parameters():
+    manager, p = optim.GlobalOptimManager.get_instance(), nn.Parameter(torch.ones(2))
+    for call, message in (
+        (lambda: manager.override_config(None, "lr", 1.0), "parameters must be a torch.Tensor or Iterable, got None"),
+        (lambda: manager.override_config([p, "w"], "lr", 1.0), "each of parameters must be a torch.Tensor, got 'w'"),
+        (lambda: manager.override_config(p, 3, 1.0), "key must be a str or None, got 3"),
+        (lambda: manager.override_config(p, key_value_dict=[1]), "key_value_dict must be a Mapping or None, got list"),
+        (lambda: manager.register_module_override("m", "w", {}), "module must be a Module, got 'm'"),
+        (lambda: manager.register_module_override(nn.Linear(1, 1), 0, {}), "param_name must be a str, got 0"),
+        (lambda: manager.register_module_override(nn.Linear(1, 1), "weight", 8), "config must be a Mapping, got 8"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            call()
+    assert p not in manager.overrides()
+
+
+def test_what_a_rule_and_its_defaults_are_is_asked_when_the_optimizer_is_made():
+    p = [nn.Parameter(torch.ones(2))]
+    for field, value, message in (
+        ("clipped", "no", "clipped of SGD must be True or False, got 'no'"),
+        ("defaults", None, "defaults of SGD must be a dict of settings, got None"),
+    ):
+        rule = SGD()
+        setattr(rule, field, value)
+        with pytest.raises(TypeError, match=message):
+            optim.Optimizer(p, rule, {"lr": 0.1, "betas": (0.5,), "weight_decay": 0})
+    with pytest.raises(TypeError, match="defaults must be a Mapping, got None"):
+        optim.Optimizer(p, SGD(), None)
+
+
+def test_exact_weights_are_those_of_tensors():
+    p = nn.Parameter(torch.ones(2))
+    optimizer = optim.AdamW([p])
+    with pytest.raises(TypeError, match=r"p must be a torch\.Tensor, got 'p'"):
+        optimizer.exact_weight("p")
+    with pytest.raises(TypeError, match=r"value must be a torch\.Tensor, got list"):
+        optimizer.set_exact_weight(p, [1.0, 2.0])
+    with pytest.raises(ValueError, match=r"value must be float32 of shape \(2,\), .* on meta"):
+        optimizer.set_exact_weight(p, torch.empty(2, device="meta"))

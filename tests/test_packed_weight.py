@@ -17,7 +17,7 @@ from torch import nn
 import bnbref
 from bnbref import products
 from bnbref.kernels.compiler import missing_compiler
-from bnbref.nn import Linear4bit
+from bnbref.nn import Linear4bit, Params4bit
 from bnbref.packed_weight import PackedWeight
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -139,6 +139,32 @@ def seen_to_follow(which, made, x):
     }[which]  # fmt: skip
     scales.data = scales.flip(0).clone()
     check(made, x)
+
+
+@compiled
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("kept", [False, True])
+def test_few_rows_refuse_what_many_refuse(nested, kept):
+    """Codes and scales that do not fit the shape: by a sentence that names them, and not torch's about a view."""
+    made = layer(nested=nested)
+    packed, state = made.weight.data, made.quant_state
+    wrong = {
+        "packed": (packed[:-1], state),
+        "absmax": (packed, state.map(torch.clone)),
+        "device": (packed, state.map(torch.clone)),
+    }
+    wrong["absmax"][1].absmax = state.absmax[:-1]
+    wrong["device"][1].absmax = state.absmax.to("meta")
+    for name, message in (
+        ("packed", r"packed must hold 192 bytes for shape \(6, 64\), got 191"),
+        ("absmax", "absmax must have one scale per block: 6 for 384 elements in blocks of 64, got 5"),
+        ("device", "absmax2? must be on the device of (packed, cpu, got meta|codes, meta, got cpu)"),
+    ):
+        codes, other = wrong[name]
+        weight = Params4bit.of_codes(codes, other) if kept else codes
+        for rows in (1, 3):
+            with pytest.raises(ValueError, match=message):
+                bnbref.matmul_4bit(torch.ones(rows, 64), weight, other)
 
 
 def test_a_call_with_other_weights_does_not_use_what_is_kept():

@@ -114,6 +114,16 @@ def held(cache):
     return sum(x.nbytes for x in found if x.dim())
 
 
+def test_activations_by_the_parts_that_are_said():
+    """2 x 10 tokens, counted by hand: of a layer 7 tensors as wide as the model and 3 as the inner ones; a weight; the logits, of
+    the last tokens alone to run, and in training of all, with float32 copies and their gradient."""
+    tiny = blueprint.Blueprint(CONFIGS["llama"]())
+    layer, weight = 2 * 20 * (7 * 32 + 3 * 64), 2 * 32 * 64
+    assert tiny.activation_bytes(2, 10, train=False) == layer + weight + 2 * 64 * (2 + 4)
+    inputs_of_layers = 2 * 4 * 20 * 32
+    assert tiny.activation_bytes(2, 10, train=True) == inputs_of_layers + 2 * layer + weight + 20 * 64 * (2 + 4 + 4)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("seq", [12, 40])
 def test_the_cache_to_the_byte(name, seq):

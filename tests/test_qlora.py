@@ -1,17 +1,21 @@
 """`python -m bnbref qlora`: a text in, an adapter out, lower held-out perplexity."""
 
 import importlib.util
+import inspect
 import json
+import math
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from bnbref import cli
 from bnbref.demo import MODEL
+from bnbref.optim import PagedAdamW8bit
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -88,6 +92,86 @@ def test_what_it_refuses(arguments, message, capsys, tmp_path, monkeypatch):
     assert cli.main(["qlora", "--out", str(tmp_path / "adapter"), *arguments]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "targets"),
+    [
+        ([], qlora.ATTENTION),
+        (["--targets", "all-linear"], "all-linear"),
+        (["--targets", "k_proj", "head"], ["k_proj", "head"]),
+    ],
+)
+def test_all_linear_is_no_name_of_a_layer(given, targets, monkeypatch, tmp_path, capsys):
+    asked = {}
+
+    def instead(*args, **options):
+        asked.update(options)
+        return qlora.Finetuned(None, 2.0, 1.0, (), 1.0, 1, 1)
+
+    monkeypatch.setattr(qlora, "qlora", instead)
+    assert cli.main(["qlora", "--out", str(tmp_path), *given]) == 0
+    assert asked["targets"] == targets
+
+
+def test_a_run_is_what_it_says(monkeypatch, tmp_path):
+    """A rate that warms up over a tenth of the steps and falls as a cosine, LoRA of that rank, every tenth window held out."""
+
+    class Caught(Exception):
+        pass
+
+    def caught(**given):
+        raise Caught(given)
+
+    monkeypatch.setattr(qlora, "Trainer", caught)
+    with pytest.raises(Caught) as run:
+        qlora.qlora(str(MODEL), TEXT, tmp_path, steps=20, batch=4, length=32, lr=5e-3, rank=4)
+    (given,) = run.value.args
+    args, config = given["args"], given["model"].peft_config["default"]
+    assert (args.max_steps, args.per_device_train_batch_size, args.per_device_eval_batch_size) == (20, 4, 4)
+    assert (args.learning_rate, args.lr_scheduler_type.value, args.warmup_steps) == (5e-3, "cosine", 2)
+    assert (args.report_to, args.save_strategy.value, getattr(args, qlora.CHECKPOINTING)) == ([], "no", True)
+    assert (config.r, config.lora_alpha, given["optimizer_cls_and_kwargs"][0]) == (4, 8, PagedAdamW8bit)
+    train, held_out = given["train_dataset"], given["eval_dataset"]
+    assert len(held_out) == -(-(len(train) + len(held_out)) // 10)
+    assert {len(part["input_ids"]) for part in (*train, *held_out)} == {32}
+
+
+def test_the_command_and_the_function_have_the_same_defaults():
+    said = cli.parser().parse_args(["qlora"])
+    own = inspect.signature(qlora.qlora).parameters
+    for name in ("steps", "batch", "length", "lr", "rank"):
+        assert getattr(said, name) == own[name].default, name
+
+
+def test_a_dataset_is_a_text_of_its_rows(monkeypatch):
+    """As `datasets` gives it, which need not be there."""
+
+    class Data(dict):
+        column_names = features = property(lambda self: dict.fromkeys(self, "string"))
+
+    asked = []
+
+    def load_dataset(name, split):
+        asked.append((name, split))
+        return Data(text=["one", "two"], number=[1, 2])
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    assert qlora.dataset_text("mine", split="test") == "one\n\ntwo"
+    assert asked == [("mine", "test")]
+    with pytest.raises(ValueError, match="column must be one of text, number, got 'body'"):
+        qlora.dataset_text("mine", "body")
+    with pytest.raises(ValueError, match="column 'number' must hold strings, got string"):
+        qlora.dataset_text("mine", "number")
+
+
+def test_numbers_of_a_run_are_positive(tmp_path):
+    for name, value in (("steps", 0), ("batch", 0), ("length", 0), ("rank", -1), ("lr", 0.0), ("lr", math.nan)):
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            qlora.qlora(str(MODEL), TEXT, str(tmp_path / "adapter"), **{name: value})
+    with pytest.raises(TypeError, match="folder must be a str or PathLike, got 3"):
+        qlora.qlora(str(MODEL), TEXT, 3)
+    assert not (tmp_path / "adapter").exists()
 
 
 def test_a_file_is_no_folder_for_an_adapter(capsys, tmp_path):

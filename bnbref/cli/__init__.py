@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import bnbref
 from bnbref.cli import hugging_face
 from bnbref.conformance import command as kit
-from bnbref.conformance.command import Refused, made_folder, usable_device, writable
+from bnbref.conformance.command import Refused, folder, made_folder, not_empty, usable_device, writable
 from bnbref.conformance.vectors_command import add_vectors
 
 
@@ -76,8 +76,12 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--quick", action="store_true", help="use a tenth of the text and of the steps, which gives other numbers"
     )
-    demo.add_argument("--device", help="where the model runs (default: the accelerator if there is one, else cpu)")
-    demo.add_argument("--out", type=Path, metavar="DIR", help="keep the adapter here (default: a temporary directory)")
+    demo.add_argument(
+        "--device", type=not_empty, help="where the model runs (default: the accelerator if there is one, else cpu)"
+    )
+    demo.add_argument(
+        "--out", type=folder, metavar="DIR", help="keep the adapter here (default: a temporary directory)"
+    )
     demo.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured")
     demo.add_argument("--plot", type=Path, metavar="FILE", help="draw the losses of fine-tuning (needs matplotlib)")
     demo.set_defaults(run=run_demo)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import bnbref
-from bnbref.conformance.command import Refused, writable
+from bnbref.conformance.command import Refused, folder, not_empty, writable
 
 PACKAGES = ("transformers", "peft", "accelerate")
 
@@ -53,14 +53,24 @@ def add_plan(commands: Any) -> None:
 def add_qlora(commands: Any) -> None:
     """Add `qlora` to the subparsers of `python -m bnbref`."""
     qlora = commands.add_parser("qlora", help="fine-tune an adapter on a 4-bit model, from a text to a folder")
-    qlora.add_argument("--model", metavar="MODEL", help="a directory or a name on the hub (default: the demo model)")
+    qlora.add_argument(
+        "--model", type=not_empty, metavar="MODEL", help="a directory or a name on the hub (default: the demo model)"
+    )
     source = qlora.add_mutually_exclusive_group()
     source.add_argument("--text", type=Path, metavar="FILE", help="a text file (default: the source of argparse)")
-    source.add_argument("--dataset", metavar="NAME", help="instead of a text: a dataset, on the hub or in a directory")
-    qlora.add_argument(
-        "--column", default="text", metavar="NAME", help="the column that has the texts (default: %(default)s)"
+    source.add_argument(
+        "--dataset", type=not_empty, metavar="NAME", help="instead of a text: a dataset, on the hub or in a directory"
     )
-    qlora.add_argument("--split", default="train", metavar="NAME", help="the part to train on (default: %(default)s)")
+    qlora.add_argument(
+        "--column",
+        type=not_empty,
+        default="text",
+        metavar="NAME",
+        help="the column that has the texts (default: %(default)s)",
+    )
+    qlora.add_argument(
+        "--split", type=not_empty, default="train", metavar="NAME", help="the part to train on (default: %(default)s)"
+    )
     qlora.add_argument("--steps", **_COUNT, default=60, help="steps of training (default: %(default)s)")
     qlora.add_argument("--batch", **_COUNT, default=8, help="windows of text in each step (default: %(default)s)")
     qlora.add_argument("--length", **_COUNT, default=128, help="tokens in each window (default: %(default)s)")
@@ -72,10 +82,11 @@ def add_qlora(commands: Any) -> None:
         "--rank", **_COUNT, default=16, help="rank, the inner size of the adapter (default: %(default)s)"
     )
     qlora.add_argument(
-        "--targets", nargs="+", metavar="NAME", help="the layers that get an adapter (default: the projections of attention)"
+        "--targets", nargs="+", type=not_empty, metavar="NAME",
+        help="the layers that get an adapter, or all-linear (default: the projections of attention)",
     )  # fmt: skip
     qlora.add_argument(
-        "--out", type=Path, default=Path("adapter"), metavar="DIR", help="where the adapter is saved (default: %(default)s)"
+        "--out", type=folder, default=Path("adapter"), metavar="DIR", help="where the adapter is saved (default: %(default)s)"
     )  # fmt: skip
     qlora.add_argument("--plot", type=Path, metavar="FILE", help="draw the losses (needs matplotlib)")
     qlora.set_defaults(run=run_qlora)
@@ -145,8 +156,11 @@ def run_qlora(args: argparse.Namespace) -> int:
     warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
     from bnbref.demo import MODEL
     from bnbref.info import compute_dtype, default_device
-    from bnbref.integrations.hf.qlora import ATTENTION, dataset_text, qlora
+    from bnbref.integrations.hf.qlora import ALL_LINEAR, ATTENTION, dataset_text, qlora
 
+    targets = args.targets or ATTENTION
+    if targets == [ALL_LINEAR]:  # peft takes a list for names of layers
+        targets = ALL_LINEAR
     try:
         if args.dataset:
             text = dataset_text(args.dataset, args.column, args.split)
@@ -154,7 +168,7 @@ def run_qlora(args: argparse.Namespace) -> int:
             text = read_text(args.text) if args.text else inspect.getsource(argparse)
         found = qlora(
             args.model or str(MODEL), text, args.out, steps=args.steps, batch=args.batch, length=args.length, lr=args.lr,
-            rank=args.rank, targets=args.targets or ATTENTION, dtype=compute_dtype(default_device()),
+            rank=args.rank, targets=targets, dtype=compute_dtype(default_device()),
         )  # fmt: skip
     except (OSError, ValueError) as error:
         raise Refused(str(error)) from error

@@ -29,6 +29,18 @@ def refuse(args: argparse.Namespace, why: str, *allowed: str) -> None:
         raise Refused(f"{why}, got {', '.join(given)}")
 
 
+def not_empty(text: str) -> str:
+    """The text of an option, which is not empty: `--backend "$NAME"` where NAME is not set would otherwise mean the default."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"must not be empty, got {text!r}")
+    return text
+
+
+def folder(text: str) -> Path:
+    """The path of a folder. An empty one would be the folder in which the command runs."""
+    return Path(not_empty(text))
+
+
 def add_check(commands: Any) -> argparse.ArgumentParser:
     """Add `check` to the subparsers of `python -m bnbref`; its parser, whose `run` the caller sets."""
     check: argparse.ArgumentParser = commands.add_parser(
@@ -36,12 +48,15 @@ def add_check(commands: Any) -> argparse.ArgumentParser:
     )
     check.add_argument(
         "--backend",
+        type=not_empty,
         metavar="NAME",
         help="what is judged: a name of --list, or your package.module[:attribute] (default: bnbref)",
     )
     check.add_argument("--order", action="store_true", help="find the order in which its products are added, instead")
     check.add_argument("--list", action="store_true", help="name the kit's backends, and what each of them needs")
-    check.add_argument("--device", help="where it runs (default: cpu; with --self the accelerator if there is one)")
+    check.add_argument(
+        "--device", type=not_empty, help="where it runs (default: cpu; with --self the accelerator if there is one)"
+    )
     check.add_argument("--quick", action="store_true", help="run a selection of the cases")
     check.add_argument("--only", default="", metavar="TEXT", help="run only the cases whose id contains this")
     check.add_argument("--jobs", type=int, metavar="N", help="processes that run the cases (default: 1)")

@@ -31,6 +31,8 @@ class Run:
         self.backend: Backend = backends.load(config.getoption("--backend", "bnbref-eager"))
         self.device = usable_device(config.getoption("--device", "cpu"))
         self.examples = int(config.getoption("--max-examples", 20))
+        if self.examples < 1:
+            raise ValueError(f"--max-examples must be at least 1, got {self.examples}")
         file = config.getoption("--xfails", None)
         lines = Path(file).read_text(encoding="utf-8").splitlines() if file else []
         self.xfails = [word for line in lines if (word := line.partition("#")[0].strip())]

@@ -158,7 +158,8 @@ class _Worker:
 
 def _how(exit_code: int | None) -> str:
     if exit_code is not None and exit_code < 0:
-        return signal.Signals(-exit_code).name
+        names = {each.value: each.name for each in signal.Signals}  # those for real time have numbers alone
+        return names.get(-exit_code, f"signal {-exit_code}")
     return f"exit status {exit_code}"
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bnbref.arguments import check_number, check_one_of, check_tensors, dtype_name
+from bnbref.blockwise import FLOATS
 from bnbref.codebooks import Codebook
 from bnbref.context import plain
 from bnbref.kernels import tracing
@@ -51,9 +52,10 @@ def _say_slow(dtype: torch.dtype) -> None:
 class Linear4bit(FourBitLayer, nn.Linear):
     """`nn.Linear` with a `Params4bit`. Bounded: see `bnbref.matmul_4bit`.
 
-    compute_dtype: the dtype of the product; None for that of the activations. compress_statistics: whether the scales are
-    quantized too. quant_type: the name of a codebook, or a Codebook of at most 16 values. To be saved, it must be in
-    `bnbref.codebooks.FOUR_BIT`. quant_storage: the dtype of the tensor that holds the packed bytes.
+    compute_dtype: the dtype of the product, float32, float16 or bfloat16; None for that of the activations.
+    compress_statistics: whether the scales are quantized too. quant_type: the name of a codebook, or a Codebook of at most 16
+    values. To be saved, it must be in `bnbref.codebooks.FOUR_BIT`. quant_storage: the dtype of the tensor that holds the packed
+    bytes, uint8 or one of these floats.
 
     >>> import bnbref
     >>> layer = Linear4bit(64, 2, bias=False, quant_type="nf4")
@@ -79,7 +81,6 @@ class Linear4bit(FourBitLayer, nn.Linear):
         quant_storage: torch.dtype = torch.uint8,
         device: torch.device | str | None = None,
     ) -> None:
-        check_one_of("compute_dtype", compute_dtype, torch.dtype, NoneType)
         super().__init__(input_features, output_features, bias, device)
         self.weight = Params4bit(
             self.weight,
@@ -91,9 +92,12 @@ class Linear4bit(FourBitLayer, nn.Linear):
         self.quant_storage = quant_storage
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
         if name == "compute_dtype":
+            check_one_of("compute_dtype", value, torch.dtype, NoneType)
+            if value not in (None, *FLOATS):
+                raise ValueError(f"compute_dtype must be float32, float16, bfloat16 or None, got {value}")
             self.__dict__["_compute"] = dtype_name(value)
+        super().__setattr__(name, value)
 
     @property
     def compute_type_is_set(self) -> bool:
@@ -209,6 +213,8 @@ class Linear8bitLt(EightBitLayer, nn.Linear):
         device: torch.device | str | None = None,
     ) -> None:
         check_number("threshold", threshold)
+        if threshold < 0:
+            raise ValueError(f"threshold must be 0 (off) or positive, got {threshold}")
         super().__init__(input_features, output_features, bias, device)
         self.state = LayerState(self._parameters, float(threshold), has_fp16_weights)  # as a graph takes it
         self.weight = Int8Params(self.weight, has_fp16_weights, has_fp16_weights)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from bnbref.arguments import checked
 from bnbref.blockwise import check_quantizable
 from bnbref.checkpoint_weights import Checkpoint
 from bnbref.codebooks import Codebook, four_bit
@@ -83,6 +84,7 @@ def _name_parts(values: Any, state: QuantState) -> None:
     setattr(values.quant_state, f"bitsandbytes__{state.quant_type}", torch.empty(0))
 
 
+@checked
 def replace_parameter_4bit(
     module: nn.Module, param_name: str, compress_statistics: bool = False, quant_type: str | Codebook = "nf4",
     blocksize: int | None = None,
@@ -111,6 +113,7 @@ def replace_parameter_4bit(
     _parametrize(module, param_name, packed, state)
 
 
+@checked
 def replace_parameter_4bit_prequantized(
     module: nn.Module, param_name: str, qs_dict: Mapping[str, Any], device: torch.device | str | None = None
 ) -> None:

@@ -1,14 +1,16 @@
 """The two quantized parameters, of four and of eight bits. What they have in common is in `bnbref.nn.quantized_parameter`."""
 
 from collections.abc import Callable, Mapping
+from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bnbref import int8
-from bnbref.arguments import check_bool, check_tensors
+from bnbref.arguments import check_bool, check_one_of, check_tensors, checked, dtype_name
 from bnbref.blockwise import check_quantizable
+from bnbref.checkpoint_weights import STORAGES
 from bnbref.codebooks import Codebook, four_bit
 from bnbref.functional import quantize_4bit
 from bnbref.nn.quantized_parameter import DATA, QuantizedParameter, made
@@ -57,12 +59,21 @@ class Params4bit(QuantizedParameter):
     ) -> "Params4bit":  # fmt: skip
         """Unknown keywords are ignored: rebuilding from `__dict__` passes whatever other libraries left there.
 
+        Raises ValueError for a quant_type that is no 4-bit codebook, and for a quant_storage other than uint8, float32, float16
+        and bfloat16.
+
         Libraries merge an adapter by `Params4bit(merged, **old.__dict__).to(device)`. So data of the shape of the quant_state
         is a float weight and not quantized, whatever the other arguments say: codes have half a byte for each element.
         """
         four_bit(quant_type)
+        check_one_of("quant_state", quant_state, QuantState, NoneType)
         check_bool("compress_statistics", compress_statistics)
         check_bool("bnb_quantized", bnb_quantized)
+        if not bnb_quantized and quant_storage not in STORAGES:
+            names = ", ".join(map(dtype_name, STORAGES))
+            raise ValueError(
+                f"quant_storage must be one of {names}, which a state dict may have, got {quant_storage!r}"
+            )
         data = torch.empty(0) if data is None else data
         self = made(cls, data, requires_grad)
         if quant_state is not None and data.shape == quant_state.shape and data.nbytes != quant_state.code_bytes:
@@ -77,6 +88,7 @@ class Params4bit(QuantizedParameter):
         return self
 
     @classmethod
+    @checked
     def from_prequantized(
         cls, data: Tensor, quantized_stats: Mapping[str, Any], requires_grad: bool = False,
         device: torch.device | str | None = None, module: nn.Module | None = None, **kwargs: Any,
@@ -192,6 +204,7 @@ class Int8Params(QuantizedParameter):
         check_bool("has_fp16_weights", has_fp16_weights)
         data = torch.empty(0) if data is None else data
         check_tensors(data=data)
+        check_one_of("SCB", SCB, Tensor, NoneType)
         self = made(cls, data, requires_grad and data.is_floating_point())
         self.has_fp16_weights = has_fp16_weights
         self.SCB = SCB

@@ -192,6 +192,10 @@ def check_rule(rule: Any) -> Rule:
         )
     if not isinstance(rule.stacked, tuple) or not set(rule.stacked) <= {s.key for s in states}:
         raise ValueError(f"stacked of {rule!r} must be a tuple of names of its states, got {rule.stacked!r}")
+    if not isinstance(rule.clipped, bool):
+        raise TypeError(f"clipped of {rule!r} must be True or False, got {rule.clipped!r}")
+    if not isinstance(rule.defaults, Mapping):
+        raise TypeError(f"defaults of {rule!r} must be a dict of settings, got {rule.defaults!r}")
     if type(rule).codebook is not Rule.codebook:
         raise TypeError(
             f"codebook of {rule!r} is a method of its own, which no kernel calls: it names its two in codebooks"

@@ -14,7 +14,7 @@ import torch
 
 from bnbref.arguments import written
 from bnbref.optim import rules
-from bnbref.optim.kinds import SettingError, elements, weights
+from bnbref.optim.kinds import SettingError, elements, number, weights
 from bnbref.optim.optimizer import Optimizer
 from bnbref.optim.settings import check_settings, says
 
@@ -114,6 +114,10 @@ class Family(Optimizer):
 
     def _judge(self, settings: Mapping[str, Any]) -> None:
         super()._judge(settings)
+        # Also those that the rule of a group does not read, as the eps of Lion.
+        for name, judge in (("betas", weights), ("eps", number)):
+            if name in self.defaults:
+                judge(settings, name)
         many, given = len(self.defaults.get("betas", ())), settings.get("betas", ())
         if len(elements(given) or ()) > many:
             raise SettingError(f"betas must be {many} numbers, got {written(given)}")

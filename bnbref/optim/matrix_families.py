@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from typing_extensions import Unpack
 
-from bnbref.arguments import written
+from bnbref.arguments import checked, written
 from bnbref.optim import matrices, rules
 from bnbref.optim.family import Family, PagedOptions, betas_of
 from bnbref.optim.kinds import count, elements, flag, number, one_of, weight
@@ -76,11 +76,13 @@ class Muon(Family):
         }  # fmt: skip
 
 
+@checked
 def muon_groups(model: nn.Module, head: str | Iterable[str] | None = None, **adamw: Any) -> list[dict[str, Any]]:
     """The groups of a model for `Muon`: hidden matrices, and what AdamW steps: embeddings, heads, all without two dimensions.
 
     head: the names of the modules whose outputs are the model's, () for none. It need not be said of models that have
     `get_output_embeddings`, as those of transformers. adamw: settings of the second group, its learning rate first of all.
+    ValueError if head is not said of another model, or names no module of it.
 
     >>> model = nn.Sequential(nn.Embedding(100, 16), nn.Linear(16, 16), nn.Linear(16, 100))
     >>> groups = muon_groups(model, head="2", lr=3e-4)
@@ -97,7 +99,7 @@ def muon_groups(model: nn.Module, head: str | Iterable[str] | None = None, **ada
             )
         heads = [module for module in [find()] if module is not None]
     else:
-        heads = [model.get_submodule(name) for name in ([head] if isinstance(head, str) else head)]
+        heads = [_module(model, name) for name in ([head] if isinstance(head, str) else head)]
     apart = {id(p) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) for p in m.parameters()}
     apart |= {id(p) for module in heads for p in module.parameters()}
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -106,6 +108,17 @@ def muon_groups(model: nn.Module, head: str | Iterable[str] | None = None, **ada
     others = [p for p in trained if id(p) not in known]
     groups = [{"params": hidden}, {"params": others, "rule": "adamw", **adamw}]
     return [group for group in groups if group["params"]]
+
+
+def _module(model: nn.Module, name: Any) -> nn.Module:
+    try:
+        if isinstance(name, str) and name:
+            return model.get_submodule(name)
+    except AttributeError:
+        pass
+    raise ValueError(
+        f"head must name modules of {type(model).__name__}, as its named_modules() do, got {written(name)}"
+    )
 
 
 class Adafactor(Family):

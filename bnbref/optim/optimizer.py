@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from bnbref.arguments import check_tensors, written
+from bnbref.arguments import check_one_of, check_tensors, written
 from bnbref.optim import paging, stepping
 from bnbref.optim.equation import Equation
 from bnbref.optim.kinds import SettingError, number
@@ -63,6 +63,7 @@ class Optimizer(Stateful):
         generator: torch.Generator | None = None, maximize: bool = False, foreach: bool | None = None,
         fused: bool | None = None, capturable: bool = False, differentiable: bool = False,
     ) -> None:  # fmt: skip
+        check_one_of("defaults", defaults, Mapping)
         self._rules = NamedRules(rule)
         self.rule = self._rules.rules[self._rules.first]
         self.is_paged = is_paged

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bnbref import blockwise
 from bnbref.arguments import written
-from bnbref.blockwise import block_count, check_blocksize
+from bnbref.blockwise import FLOATS, block_count, check_blocksize
 from bnbref.codebooks import DYNAMIC, DYNAMIC_UNSIGNED, is_table_of
 from bnbref.optim.kinds import in_float64
 from bnbref.optim.master_weights import CORRECTIONS, checked_correction
@@ -29,8 +29,18 @@ class Held:
 
 
 def held(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict of an optimizer, with each of its states in a `Held`."""
-    return {**state_dict, "state": {i: Held(dict(state)) for i, state in state_dict["state"].items()}}
+    """A state dict of an optimizer, with each of its states in a `Held`. ValueError if it is none."""
+    states = state_dict.get("state")
+    if not isinstance(states, Mapping) or "param_groups" not in state_dict:
+        raise ValueError(
+            f"state_dict must have 'state', a dict, and 'param_groups', got one with {sorted(map(str, state_dict))}"
+        )
+    for i, state in states.items():
+        if not isinstance(state, Mapping) or not isinstance(state.get(WRAPPED, {}), Mapping):
+            raise ValueError(
+                f"state {i} of the state_dict must be a dict, and so must what it wraps, got {type(state).__name__}"
+            )
+    return {**state_dict, "state": {i: Held(dict(state)) for i, state in states.items()}}
 
 
 def unwrapped_state(
@@ -70,6 +80,12 @@ def unwrapped_state(
             codes, scales = _codes(rule, p, saved, s, tensor, blocksize)
             put(s.key, codes, here, torch.uint8)
             put(absmax_key(s.key), scales, scales.shape, torch.float32)
+    by_element = [s.key for s in rule.states if s.of == "elements"]
+    coded = [key for key in by_element if state[key].dtype == torch.uint8]
+    if coded and coded != by_element:
+        raise ValueError(
+            f"saved {', '.join(coded)} must be floats, or {', '.join(by_element)} all codes: a step takes either"
+        )
     correction = checked_correction(p, saved)
     if correction is not None:
         put(CORRECTIONS[p.dtype], part_of(p, correction), here, correction.dtype)
@@ -81,8 +97,8 @@ def _numbers(rule: Rule, p: Tensor, saved: Mapping[str, Any], s: State) -> Tenso
     tensor, numel = _saved(rule, saved, s.key), torch.Size(s.shape(p.shape)).numel()
     if tensor.numel() != numel:
         raise ValueError(f"saved {s.key} has {tensor.numel()} numbers, its parameter has {numel} {s.of}")
-    if tensor.dtype != torch.uint8 and not tensor.is_floating_point():
-        raise ValueError(f"saved {s.key} must be uint8 codes or floats, got {tensor.dtype}")
+    if tensor.dtype not in (torch.uint8, torch.float64, *FLOATS):
+        raise ValueError(f"saved {s.key} must be uint8 codes or floats of 16 bits or more, got {tensor.dtype}")
     if tensor.dtype != torch.uint8:
         _check_sign(rule, s, tensor)
     return tensor
@@ -92,7 +108,8 @@ def _codes(
     rule: Rule, p: Tensor, saved: Mapping[str, Any], s: State, codes: Tensor, blocksize: int
 ) -> tuple[Tensor, Tensor]:
     """This rank's codes of a saved state s and their scales, in blocks of blocksize and by the rule's codebook."""
-    absmax, values = _saved(rule, saved, absmax_key(s.key)), saved.get(qmap_key(s.key))
+    absmax, qmap = _saved(rule, saved, absmax_key(s.key)), qmap_key(s.key)
+    values = None if saved.get(qmap) is None else _saved(rule, saved, qmap)
     own = BLOCKSIZE
     if "blocksize" in saved:
         own = _count(saved, "blocksize", 1)
@@ -136,8 +153,9 @@ def _saved(rule: Rule, saved: Mapping[str, Any], key: str) -> Tensor:
             f"wrapped in a dictionary, leave it out"
         )
     tensor: Tensor = saved[key]
-    if tensor.is_meta:
-        raise ValueError(f"saved {key} must have numbers, got a tensor on meta of shape {tuple(tensor.shape)}")
+    if tensor.is_meta or tensor.layout != torch.strided:
+        where = "meta" if tensor.is_meta else tensor.layout
+        raise ValueError(f"saved {key} must have numbers, got a tensor on {where} of shape {tuple(tensor.shape)}")
     return tensor
 
 

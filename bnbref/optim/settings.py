@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from bnbref.arguments import written
+from bnbref.arguments import check_one_of, checked, written
 from bnbref.blockwise import check_blocksize
 from bnbref.optim.kinds import count, elements, flag, number, of_python, one_of, one_of_kinds
 
@@ -116,20 +116,29 @@ class GlobalOptimManager:
     def register_parameters(self, params: Iterable[Any]) -> None:
         """Nothing to do: an override belongs to its parameter, before and after the optimizer is made."""
 
+    @checked
     def override_config(
         self, parameters: Tensor | Iterable[Tensor], key: str | None = None, value: Any = None,
         key_value_dict: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
-        """Override the setting `key` of these parameters, or several: lr, betas, optim_bits, min_8bit_size and so on."""
+        """Override the setting `key` of these parameters, or several: lr, betas, optim_bits, min_8bit_size and so on.
+
+        ValueError unless either key or key_value_dict is given, TypeError for what is no parameter. What a setting says is judged
+        by the optimizers of the parameter, when they step it.
+        """
         if (key is None) == (key_value_dict is None):
             raise ValueError(
                 f"override_config takes key and value, or key_value_dict, got {written(key)} and {key_value_dict!r}"
             )
         config = dict(key_value_dict) if key_value_dict is not None else {key: value}
+        every = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        for p in every:
+            check_one_of("each of parameters", p, Tensor)
         with self._lock:
-            for p in [parameters] if isinstance(parameters, Tensor) else parameters:
+            for p in every:
                 self._of_parameter.setdefault(p, {}).update(config)
 
+    @checked
     def register_module_override(self, module: nn.Module, param_name: str, config: Mapping[str, Any]) -> None:
         """Overrides settings of the parameter that the module has under that name at the time of a step."""
         with self._lock:

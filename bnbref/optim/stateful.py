@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnbref.arguments import check_one_of, check_tensors
 from bnbref.blockwise import check_blocksize
 from bnbref.optim import paging
 from bnbref.optim.master_weights import CORRECTIONS, correction_dtype, corrections, set_value, value_of
@@ -106,6 +107,7 @@ class Stateful(torch.optim.Optimizer):
         >>> p.item(), optimizer.exact_weight(p).item() == 1 - 2**-12
         (1.0, True)
         """
+        check_tensors(p=p)
         own = local(p.detach())
         rest = corrections(p, self._state(p))
         value = value_of(own.reshape(-1), [x.to(own.device) for x in rest])
@@ -115,12 +117,15 @@ class Stateful(torch.optim.Optimizer):
     def set_exact_weight(self, p: Tensor, value: Tensor) -> None:
         """Set p, and its correction, to a float32 value of its shape, which `exact_weight` then returns.
 
-        p may have been cast since its last step: it gets a correction of its new dtype.
+        p may have been cast since its last step: it gets a correction of its new dtype. ValueError for a value of another dtype
+        or shape or without numbers, and for a p that is no parameter of this optimizer.
         """
+        check_tensors(p=p, value=value)
         own, given = local(p.detach()), local(value)
-        if given.shape != own.shape or given.dtype != torch.float32:
+        if given.shape != own.shape or given.dtype != torch.float32 or given.is_meta:
             raise ValueError(
-                f"value must be float32 of shape {tuple(own.shape)}, as the parameter, got {given.dtype} of {tuple(given.shape)}"
+                f"value must be float32 of shape {tuple(own.shape)}, as the parameter, got {given.dtype} of {tuple(given.shape)} "
+                f"on {given.device}"
             )
         group = next((group for group in self.param_groups if any(q is p for q in group["params"])), None)
         if group is None:
@@ -170,6 +175,7 @@ class Stateful(torch.optim.Optimizer):
         States are copied to where this optimizer keeps its own. Codes of the other dynamic map (bitsandbytes keeps squares with
         the signed one) are decoded and encoded again; a map of other values is refused. What is refused changes nothing.
         """
+        check_one_of("state_dict", state_dict, Mapping)
         if not move_to_device:
             raise ValueError("move_to_device must be True: a state is where its parameter is, or paged")
         before = {"state": self.state, "param_groups": self.param_groups}

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
+from bnbref.arguments import check_bool
 from bnbref.integrations.bitsandbytes import finder, ops
 from bnbref.integrations.bitsandbytes.finder import NAME, VERSION
 from bnbref.integrations.bitsandbytes.surface import MISSING, SURFACE
@@ -46,6 +47,8 @@ def install_as_bitsandbytes(*, version: str = VERSION, force: bool = False, patc
     """
     if not isinstance(version, str) or not re.fullmatch(r"\d+(\.\d+)*((a|b|rc|\.dev|\.post)\d+)?", version):
         raise ValueError(f"version must be like '0.50.2', got {version!r}")
+    check_bool("force", force)
+    check_bool("patch_hf", patch_hf)
     found = finder.current()
     if found is None:
         if NAME in sys.modules:
@@ -53,15 +56,13 @@ def install_as_bitsandbytes(*, version: str = VERSION, force: bool = False, patc
                 f"bitsandbytes {getattr(sys.modules[NAME], '__version__', '')} is imported already: "
                 "call install_as_bitsandbytes() first"
             )
-        if not force and finder.is_installed():
-            raise RuntimeError(
-                "bitsandbytes is installed: uninstall it, or leave it aside with install_as_bitsandbytes(force=True)"
-            )
+        _check_not_installed(force)
         sys.meta_path.insert(0, finder.Finder(version, guarded=False))
     elif found.version != version:
         raise ValueError(f"version is {found.version!r} already: uninstall_as_bitsandbytes() first, got {version!r}")
-    elif found.guarded and force:
-        found.guarded = False
+    elif found.guarded:  # of the start-up hook, which asks when bitsandbytes is imported
+        _check_not_installed(force)
+        found.guarded = not force
     _refresh_caches()
     _bind()
     if patch_hf:
@@ -69,6 +70,13 @@ def install_as_bitsandbytes(*, version: str = VERSION, force: bool = False, patc
 
         if take_over_bitsandbytes():
             _undo.callback(give_back_bitsandbytes)
+
+
+def _check_not_installed(force: bool) -> None:
+    if not force and finder.is_installed():
+        raise RuntimeError(
+            "bitsandbytes is installed: uninstall it, or leave it aside with install_as_bitsandbytes(force=True)"
+        )
 
 
 def uninstall_as_bitsandbytes() -> None:
@@ -88,12 +96,17 @@ def uninstall_as_bitsandbytes() -> None:
 
 @contextlib.contextmanager
 def as_bitsandbytes(*, version: str = VERSION, force: bool = False, patch_hf: bool = False) -> Iterator[None]:
-    """`install_as_bitsandbytes` for the length of a test. What was loaded inside may import bitsandbytes later, and fail."""
+    """`install_as_bitsandbytes` for the length of a test. What was loaded inside may import bitsandbytes later, and fail.
+
+    Where it was installed before, it stays.
+    """
+    stays = finder.current() is not None
     install_as_bitsandbytes(version=version, force=force, patch_hf=patch_hf)
     try:
         yield
     finally:
-        uninstall_as_bitsandbytes()
+        if not stays:
+            uninstall_as_bitsandbytes()
 
 
 # ---- modules --------------------------------------------------------------------------------------------------------

@@ -146,7 +146,9 @@ class Blueprint:
             inputs = {"decoder_input_ids": ids, "encoder_outputs": BaseModelOutput(last_hidden_state=hidden)}
         with torch.device("meta"), torch.no_grad():
             output = self.model(**inputs, use_cache=True)
-        caches = [output.get(name) for name in ("past_key_values", "cache_params", "state")]
+        # transformers calls it "cache" from 5.24 on, and warns of whoever asks for the names before.
+        names = {"cache", "past_key_values", "cache_params", "state"}
+        caches = [value for name, value in output.items() if name in names]
         found = _tensors(caches, None, set())
         return [(tensor.nbytes, window) for tensor, window in found if tensor.dim()]  # a scalar counts tokens
 

@@ -17,6 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from bnbref.arguments import dtype_name
 from bnbref.blockwise import FLOATS, block_count, check_blocksize
 from bnbref.checkpoint import BLOCKSIZES
+from bnbref.checkpoint_weights import STORAGES
 from bnbref.codebooks import FOUR_BIT
 from bnbref.nested import BLOCKSIZE as NESTED_BLOCKSIZE
 from bnbref.state_fields import ENTER
@@ -64,7 +65,7 @@ class BnbRefConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.quant_type = quant_type
         self.double_quant = double_quant
         self.compute_dtype = None if compute_dtype is None else _dtype("compute_dtype", compute_dtype, FLOATS)
-        self.quant_storage = _dtype("quant_storage", quant_storage, (torch.uint8, *FLOATS))
+        self.quant_storage = _dtype("quant_storage", quant_storage, STORAGES)
         check_blocksize(blocksize, 0)
         self.blocksize = blocksize
         self.skip_modules = skip_modules

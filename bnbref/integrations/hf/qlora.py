@@ -9,6 +9,7 @@ Source: Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs (2305.143
 """
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
+from bnbref.arguments import checked
 from bnbref.integrations.hf.trainer import optimizer_cls_and_kwargs
 from bnbref.integrations.hf.transformers import BnbRefConfig
 from bnbref.optim import PagedAdamW8bit
@@ -28,6 +30,9 @@ __all__ = ["Finetuned", "dataset_text", "qlora"]
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 """The names of the projections of attention in Llama, Qwen, Mistral and similar models."""
+
+ALL_LINEAR = "all-linear"
+"""What peft calls all linear layers but the output head."""
 
 HELD_OUT = 10
 """Every tenth window."""
@@ -86,19 +91,27 @@ def load(model: str, device: torch.device | None = None, dtype: torch.dtype = to
     return AutoModelForCausalLM.from_pretrained(model, quantization_config=config, dtype=dtype, device_map=where)
 
 
+@checked
 def qlora(
-    model: str, text: str, folder: Path, *, steps: int = 60, batch: int = 8, length: int = 128, lr: float = 2e-3,
-    rank: int = 16, targets: Sequence[str] | str = ATTENTION, device: torch.device | None = None,
+    model: str, text: str, folder: str | os.PathLike[str], *, steps: int = 60, batch: int = 8, length: int = 128,
+    lr: float = 2e-3, rank: int = 16, targets: Sequence[str] | str = ATTENTION, device: torch.device | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Finetuned:  # fmt: skip
     """Fine-tune an adapter on a text, and save it in `folder`.
 
     model: a directory or a name on the hub. A step takes `batch` windows of `length` tokens, at a learning rate that warms up to
-    lr and falls as a cosine. LoRA of that rank, in float32, on the layers called `targets`, or on "all-linear"; gradient
+    lr and falls as a cosine. LoRA of that rank, in float32, on the layers called `targets`, or on `ALL_LINEAR`; gradient
     checkpointing; `PagedAdamW8bit`. device: transformers' choice if None. dtype: of all that is neither quantized nor trained.
 
-    Raises ValueError for a text that is too short; OSError if there is no such model, or folder cannot be one.
+    Raises ValueError for a text that is too short and for numbers that are not positive; OSError if there is no such model, or
+    folder cannot be one.
     """
+    for name, count in (("steps", steps), ("batch", batch), ("length", length), ("rank", rank)):
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
+    if not 0 < lr < math.inf:
+        raise ValueError(f"lr must be positive and finite, got {lr}")
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     parts = windows(AutoTokenizer.from_pretrained(model), text, length)
     base = load(model, device, dtype)
