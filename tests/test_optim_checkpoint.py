@@ -164,6 +164,10 @@ def test_half_a_checkpoint_is_refused():
         del saved["state"][0][WRAPPED][key]
         with pytest.raises(ValueError, match=message):
             start("AdamW8bit")[1].load_state_dict(saved)
+    saved = optimizer.state_dict()
+    saved["state"][0] = None  # as ZeroRedundancyOptimizer leaves what it has loaded
+    with pytest.raises(ValueError, match="saved state of parameter 0 must be a dictionary, got None"):
+        start("AdamW8bit")[1].load_state_dict(saved)
     other = optim.AdamW8bit(start("AdamW8bit")[0], blocksize=64)
     with pytest.raises(ValueError, match="blocksize"):
         other.load_state_dict(optimizer.state_dict())

@@ -29,7 +29,13 @@ class Held:
 
 
 def held(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict of an optimizer, with each of its states in a `Held`."""
+    """A state dict of an optimizer, with each of its states in a `Held`. ValueError if one of them is no dictionary."""
+    for i, state in state_dict["state"].items():
+        if not isinstance(state, Mapping):
+            raise ValueError(
+                f"the saved state of parameter {i} must be a dictionary, got {written(state)}: torch's ZeroRedundancyOptimizer "
+                f"puts None into what it is given to load, so give it a copy"
+            )
     return {**state_dict, "state": {i: Held(dict(state)) for i, state in state_dict["state"].items()}}
 
 
