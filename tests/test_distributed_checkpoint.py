@@ -1,4 +1,4 @@
-"""torch.distributed.checkpoint: states of 8 bits go from one process to several and back, and what was saved stays whole."""
+"""Checkpoints of several ranks: states of 8 bits go from one process to several and back, and what was saved stays whole."""
 
 import copy
 import os
@@ -20,10 +20,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from bnbref.nn import replace_parameter_4bit
+from bnbref.nn import Linear4bit, replace_parameter_4bit
 from bnbref.optim import paging
 
 pytestmark = [pytest.mark.gpus, pytest.mark.usefixtures("eager"), pytest.mark.filterwarnings("ignore:paged state")]
@@ -150,6 +150,53 @@ def test_experts_in_four_bits_go_from_several_to_one(tmp_path):
     assert same_bits(
         model(torch.ones(2, 64, device=backend.device())).cpu(), torch.load(tmp_path / "want.pt", weights_only=True)
     )
+
+
+def adapted():
+    """A frozen norm, a frozen layer in four bits whose codes are called floats, and an adapter, as FSDP1 flattens them."""
+    torch.manual_seed(0)
+    storage = {"quant_storage": torch.float32, "compute_dtype": torch.float32, "quant_type": "nf4"}
+    layers = nn.LayerNorm(64), Linear4bit(64, 64, bias=False, **storage), nn.Linear(64, 3)
+    model = nn.Sequential(*layers).to(backend.device())
+    model[0].requires_grad_(False)
+    return model
+
+
+def losses_of(model, rows):
+    """Of three steps of the adapter, which each begin with the parameters of all ranks."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    losses = []
+    for _ in range(3):
+        losses.append(model(rows).square().mean())
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return torch.stack(losses).detach()
+
+
+def run_flat(rank, ranks, folder):
+    model = FullyShardedDataParallel(adapted(), use_orig_params=True, device_id=backend.device(rank))
+    rows = torch.arange(64 * ranks, device=backend.device(rank)).view(ranks, 64).sin()
+    losses = losses_of(model, rows[rank : rank + 1])
+    dist.all_reduce(losses)
+    with FullyShardedDataParallel.state_dict_type(model, StateDictType.FULL_STATE_DICT):
+        state = model.state_dict()
+    if rank == 0:
+        torch.save({"losses": losses / ranks, "state": state}, folder / "flat.pt")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_flat_parameters_of_codes_and_numbers_train_and_are_saved(tmp_path):
+    """FSDP1 joins codes with numbers, and leaves a flat part of each on a rank."""
+    backend.spawn(run_flat, backend.RANKS, tmp_path, tmp_path)
+    found = torch.load(tmp_path / "flat.pt", weights_only=True, map_location=backend.device())
+    model = adapted()
+    alone = losses_of(model, torch.arange(64 * backend.RANKS, device=backend.device()).view(-1, 64).sin())
+    # Means of 3 numbers of magnitude 1 over one row and over all: each sum and each step has few float32 roundings of 2^-24.
+    torch.testing.assert_close(found["losses"], alone, rtol=2**-18, atol=0)
+    frozen = {name: value for name, value in model.state_dict().items() if not name.startswith("2.")}
+    assert found["state"].keys() == model.state_dict().keys()
+    assert all(torch.equal(value, found["state"][name]) for name, value in frozen.items())
 
 
 class Killed(dcp.FileSystemWriter):
