@@ -237,3 +237,7 @@ def test_flattened_states_are_refused_by_name():
     state = get_optimizer_state_dict(model, optimizer, options=flat)
     with pytest.raises(ValueError, match="flatten_optimizer_state_dict"):
         set_optimizer_state_dict(model, optimizer, state, options=flat)
+    state = optimizer.state_dict()
+    state["state"] = {i: {"step": x["step"]} for i, x in state["state"].items()}  # which torchtitan finds again
+    with pytest.raises(ValueError, match=r"no 'state1', only \['step'\]: .* torchtitan lose states"):
+        optimizer.load_state_dict(state)

@@ -132,15 +132,12 @@ def _count(saved: Mapping[str, Any], key: str, least: int) -> int:
 
 
 def _saved(rule: Rule, saved: Mapping[str, Any], key: str) -> Tensor:
+    flat = "torch's flatten_optimizer_state_dict=True and torchtitan lose states that are wrapped in a dictionary"
     if key not in saved:
-        raise ValueError(
-            f"the saved state has no {key!r}, only {sorted(saved)}: it is not one of {rule!r}, by bnbref or bitsandbytes"
-        )
+        why = flat if saved.keys() <= BESIDE else f"it is not one of {rule!r}, by bnbref or bitsandbytes"
+        raise ValueError(f"the saved state has no {key!r}, only {sorted(saved)}: {why}")
     if not isinstance(saved[key], Tensor):
-        raise ValueError(
-            f"saved {key} must be a tensor, got {saved[key]!r}: torch's flatten_optimizer_state_dict=True loses states that are "
-            f"wrapped in a dictionary, leave it out"
-        )
+        raise ValueError(f"saved {key} must be a tensor, got {saved[key]!r}: {flat}")
     tensor: Tensor = saved[key]
     if tensor.is_meta:
         raise ValueError(f"saved {key} must have numbers, got a tensor on meta of shape {tuple(tensor.shape)}")
