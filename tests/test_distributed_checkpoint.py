@@ -140,18 +140,6 @@ def run_experts(rank, ranks, folder):
         torch.save(want.cpu(), folder / "want.pt")
 
 
-@pytest.mark.skipif(torch.__version__ < "2.13", reason="FSDP2 of older versions shards no integers")
-def test_experts_in_four_bits_go_from_several_to_one(tmp_path):
-    backend.spawn(run_experts, backend.RANKS, tmp_path, tmp_path)
-    model = Experts(2).to(backend.device())
-    state = get_model_state_dict(model)
-    dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
-    set_model_state_dict(model, state)
-    assert same_bits(
-        model(torch.ones(2, 64, device=backend.device())).cpu(), torch.load(tmp_path / "want.pt", weights_only=True)
-    )
-
-
 def adapted(rank=0):
     """A frozen norm, a frozen layer in four bits whose codes are called floats, and an adapter, as FSDP1 flattens them."""
     torch.manual_seed(0)
@@ -185,11 +173,38 @@ def run_flat(rank, ranks, folder):
         torch.save({"losses": losses / ranks, "state": state}, folder / "flat.pt")
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_flat_parameters_of_codes_and_numbers_train_and_are_saved(tmp_path):
+NO_INTEGERS = torch.__version__ < "2.13"
+"""Whether FSDP2 shards no integers, as that of older versions."""
+
+
+def run_layers(rank, ranks, folder):
+    run_flat(rank, ranks, folder)
+    if not NO_INTEGERS:
+        run_experts(rank, ranks, folder)
+
+
+@pytest.fixture(scope="module")
+def layered(tmp_path_factory):
+    """The folder with what the ranks have saved of models with weights in four bits."""
+    folder = tmp_path_factory.mktemp("layers")
+    backend.spawn(run_layers, backend.RANKS, folder, folder)
+    return folder
+
+
+@pytest.mark.skipif(NO_INTEGERS, reason="FSDP2 of older versions shards no integers")
+def test_experts_in_four_bits_go_from_several_to_one(layered):
+    model = Experts(2).to(backend.device())
+    state = get_model_state_dict(model)
+    dcp.load(state, checkpoint_id=layered, no_dist=True)
+    set_model_state_dict(model, state)
+    assert same_bits(
+        model(torch.ones(2, 64, device=backend.device())).cpu(), torch.load(layered / "want.pt", weights_only=True)
+    )
+
+
+def test_flat_parameters_of_codes_and_numbers_train_and_are_saved(layered):
     """FSDP1 joins codes with numbers, and leaves a flat part of each on a rank."""
-    backend.spawn(run_flat, backend.RANKS, tmp_path, tmp_path)
-    found = torch.load(tmp_path / "flat.pt", weights_only=True, map_location=backend.device())
+    found = torch.load(layered / "flat.pt", weights_only=True, map_location=backend.device())
     model = adapted()
     alone = losses_of(model, torch.arange(64 * backend.RANKS, device=backend.device()).view(-1, 64).sin())
     # Two products, each of sums of 64 in another order for another number of rows: 64 * 2^-24 of the magnitudes, which are at
