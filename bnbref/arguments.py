@@ -34,6 +34,15 @@ def _check_tensor(name: str, x: object) -> None:
         raise ValueError(f"{name} must be dense, got {got}")
 
 
+def _check_local_tensor(name: str, x: object) -> None:
+    _check_tensor(name, x)
+    if type(x) is not Tensor and hasattr(x, "device_mesh"):
+        raise TypeError(
+            f"{name} must be a plain tensor, got a {type(x).__name__} with placements {x.placements}: a part of a quantized "  # type: ignore[attr-defined]
+            "weight would need blocks and scales of its own, so there is no tensor parallelism here. full_tensor() is plain"
+        )
+
+
 def check_bool(name: str, value: object) -> None:
     """TypeError unless the value is a bool, or 0 or 1: a string from a file of settings, "False", would be true."""
     if not isinstance(value, int) or value not in (0, 1):
@@ -106,7 +115,7 @@ def dtype_name(dtype: torch.dtype | None) -> str:
 
 
 _JUDGES: dict[Any, Callable[[str, Any], None]] = {
-    Tensor: _check_tensor,
+    Tensor: _check_local_tensor,
     bool: check_bool,
     int: check_integer,
     float: check_number,
@@ -133,8 +142,8 @@ def _judge_of(annotation: Any) -> Callable[[str, Any], None] | None:
 def checked(function: Callable[P, T]) -> Callable[P, T]:
     """Decorates a function that users call: an argument that is not what its annotation says is a TypeError or ValueError.
 
-    The error names the argument. A tensor must be dense, a number no NaN; 0 and 1 are bools. The elements of a collection are not
-    judged, nor is a call that Dynamo traces.
+    The error names the argument. A tensor must be dense and no DTensor, a number no NaN; 0 and 1 are bools. The elements of a
+    collection are not judged, nor is a call that Dynamo traces.
 
     >>> @checked
     ... def halves(x: Tensor, count: int = 2) -> Tensor:

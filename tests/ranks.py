@@ -202,13 +202,18 @@ def by_sft(storage: str, folder: Path, world: int) -> list[float]:
     )
 
 
-def by_tp_plan() -> str:
-    """What is said of tensor parallelism."""
-    try:
-        transformers.AutoModelForCausalLM.from_pretrained(BASE, tp_plan="auto", quantization_config=BnbRefConfig("nf4"))
-    except NotImplementedError as error:
-        return str(error)
-    return "nothing"
+def by_tp_plan() -> list[str]:
+    """What is said of tensor parallelism: of float weights, and of two files that are quantized already."""
+    said = []
+    for name, quant_type in (("base", "nf4"), ("nf4_nested", "nf4"), ("int8", "int8")):
+        config = BnbRefConfig(quant_type)
+        try:
+            transformers.AutoModelForCausalLM.from_pretrained(
+                BASE.parent / name, tp_plan="auto", quantization_config=config
+            )
+        except NotImplementedError as error:
+            said.append(str(error))
+    return said
 
 
 def main(how: str, storage: str, folder: str) -> None:

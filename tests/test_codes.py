@@ -285,7 +285,7 @@ def test_codes_are_read_moved_and_decoded_by_hand(make):
     assert torch.equal(layer.weight, codes)  # as bytes: as bf16, some are NaN
     assert torch.equal(codes, plain)
     assert not torch.equal(codes, torch.zeros_like(codes))
-    assert torch.cat([codes.flatten(), plain.flatten()]).dtype == codes.dtype
+    assert type(torch.cat([codes.flatten(), plain.flatten()])) is torch.Tensor  # as the flat parameter of FSDP1
     grown = torch.empty(codes.shape, dtype=codes.dtype).copy_(codes)
     assert (type(grown), raw(grown)) == (torch.Tensor, raw(plain))
     padded = nn.functional.pad(codes.flatten(), (0, 3))  # as torch.distributed.tensor does with the last shard
@@ -582,9 +582,13 @@ def test_data_of_another_size_is_refused():
     with pytest.raises(TypeError, match=r"are codes in torch\.bfloat16, got torch\.bfloat16, 4096 bytes for 1024"):
         layer.weight.data = torch.randn(32, 64, dtype=BF16)
     codes = layer.weight.data
-    layer.weight.data = torch.empty(0, dtype=BF16)  # freed, until it is needed again
-    layer.weight.data = codes
+    for left in (codes.flatten()[:0], codes.flatten()[:100]):  # until it is needed again; FSDP1 keeps a part
+        layer.weight.data = left
+        layer.weight.data = codes
     assert raw_weight(layer) == raw_weight(linear4(quant_storage=BF16))
+    whole = linear4()  # which no FSDP1 flattens
+    with pytest.raises(TypeError, match=r"are codes in torch\.uint8, got torch\.uint8, 100 bytes for 1024"):
+        whole.weight.data = whole.weight.data.flatten()[:100]
     layer = linear8()
     codes = layer.weight.data
     layer.weight.data = codes.clone()

@@ -131,7 +131,9 @@ def test_sft_trainer(tmp_path):
 
 
 def test_tensor_parallelism_is_refused_by_name(tmp_path):
-    assert "tp_plan" in on_all("torchrun", "tp", "uint8", tmp_path)
+    said = on_all("torchrun", "tp", "uint8", tmp_path)
+    assert len(said) == 3
+    assert all("tp_plan" in each for each in said)
 
 
 @pytest.mark.parametrize("storage", [torch.float16, torch.float32])

@@ -1,4 +1,4 @@
-"""torch.distributed.checkpoint: states of 8 bits go from one process to several and back, and what was saved stays whole."""
+"""Checkpoints of several ranks: states of 8 bits go from one process to several and back, and what was saved stays whole."""
 
 import copy
 import os
@@ -20,10 +20,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from bnbref.nn import replace_parameter_4bit
+from bnbref.nn import Linear4bit, replace_parameter_4bit
 from bnbref.optim import paging
 
 pytestmark = [pytest.mark.gpus, pytest.mark.usefixtures("eager"), pytest.mark.filterwarnings("ignore:paged state")]
@@ -140,16 +140,79 @@ def run_experts(rank, ranks, folder):
         torch.save(want.cpu(), folder / "want.pt")
 
 
-@pytest.mark.skipif(torch.__version__ < "2.13", reason="FSDP2 of older versions shards no integers")
-def test_experts_in_four_bits_go_from_several_to_one(tmp_path):
-    backend.spawn(run_experts, backend.RANKS, tmp_path, tmp_path)
+def adapted(rank=0):
+    """A frozen norm, a frozen layer in four bits whose codes are called floats, and an adapter, as FSDP1 flattens them."""
+    torch.manual_seed(0)
+    storage = {"quant_storage": torch.float32, "compute_dtype": torch.float32, "quant_type": "nf4"}
+    layers = nn.LayerNorm(64), Linear4bit(64, 64, bias=False, **storage), nn.Linear(64, 3)
+    model = nn.Sequential(*layers).to(backend.device(rank))
+    model[0].requires_grad_(False)
+    return model
+
+
+def losses_of(model, rows):
+    """Of three steps of the adapter, which each begin with the parameters of all ranks."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    losses = []
+    for _ in range(3):
+        losses.append(model(rows).square().mean())
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return torch.stack(losses).detach()
+
+
+def run_flat(rank, ranks, folder):
+    model = FullyShardedDataParallel(adapted(rank), use_orig_params=True, device_id=backend.device(rank))
+    rows = torch.arange(64 * ranks, device=backend.device(rank)).view(ranks, 64).sin()
+    losses = losses_of(model, rows[rank : rank + 1])
+    dist.all_reduce(losses)
+    with FullyShardedDataParallel.state_dict_type(model, StateDictType.FULL_STATE_DICT):
+        state = model.state_dict()
+    if rank == 0:
+        torch.save({"losses": losses / ranks, "state": state}, folder / "flat.pt")
+
+
+NO_INTEGERS = torch.__version__ < "2.13"
+"""Whether FSDP2 shards no integers, as that of older versions."""
+
+
+def run_layers(rank, ranks, folder):
+    run_flat(rank, ranks, folder)
+    if not NO_INTEGERS:
+        run_experts(rank, ranks, folder)
+
+
+@pytest.fixture(scope="module")
+def layered(tmp_path_factory):
+    """The folder with what the ranks have saved of models with weights in four bits."""
+    folder = tmp_path_factory.mktemp("layers")
+    backend.spawn(run_layers, backend.RANKS, folder, folder)
+    return folder
+
+
+@pytest.mark.skipif(NO_INTEGERS, reason="FSDP2 of older versions shards no integers")
+def test_experts_in_four_bits_go_from_several_to_one(layered):
     model = Experts(2).to(backend.device())
     state = get_model_state_dict(model)
-    dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
+    dcp.load(state, checkpoint_id=layered, no_dist=True)
     set_model_state_dict(model, state)
     assert same_bits(
-        model(torch.ones(2, 64, device=backend.device())).cpu(), torch.load(tmp_path / "want.pt", weights_only=True)
+        model(torch.ones(2, 64, device=backend.device())).cpu(), torch.load(layered / "want.pt", weights_only=True)
     )
+
+
+def test_flat_parameters_of_codes_and_numbers_train_and_are_saved(layered):
+    """FSDP1 joins codes with numbers, and leaves a flat part of each on a rank."""
+    found = torch.load(layered / "flat.pt", weights_only=True, map_location=backend.device())
+    model = adapted()
+    alone = losses_of(model, torch.arange(64 * backend.RANKS, device=backend.device()).view(-1, 64).sin())
+    # Two products, each of sums of 64 in another order for another number of rows: 64 * 2^-24 of the magnitudes, which are at
+    # most sqrt(64) times the result in the norm. A loss is a sum of squares: twice that of each, 2 * 2 * 8 * 2^-18.
+    torch.testing.assert_close(found["losses"], alone, rtol=2**-13, atol=0)
+    frozen = {name: value for name, value in model.state_dict().items() if not name.startswith("2.")}
+    assert found["state"].keys() == model.state_dict().keys()
+    assert all(torch.equal(value, found["state"][name]) for name, value in frozen.items())
 
 
 class Killed(dcp.FileSystemWriter):
@@ -190,3 +253,7 @@ def test_flattened_states_are_refused_by_name():
     state = get_optimizer_state_dict(model, optimizer, options=flat)
     with pytest.raises(ValueError, match="flatten_optimizer_state_dict"):
         set_optimizer_state_dict(model, optimizer, state, options=flat)
+    state = optimizer.state_dict()
+    state["state"] = {i: {"step": x["step"]} for i, x in state["state"].items()}  # which torchtitan finds again
+    with pytest.raises(ValueError, match=r"no 'state1', only \['step'\]: .* torchtitan lose states"):
+        optimizer.load_state_dict(state)

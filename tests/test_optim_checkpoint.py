@@ -164,6 +164,12 @@ def test_half_a_checkpoint_is_refused():
         del saved["state"][0][WRAPPED][key]
         with pytest.raises(ValueError, match=message):
             start("AdamW8bit")[1].load_state_dict(saved)
+    saved = optimizer.state_dict()
+    saved["state"][0] = None  # as ZeroRedundancyOptimizer leaves what it has loaded
+    with pytest.raises(
+        ValueError, match="saved state of parameter 0 must be a dict, and so must what it wraps, got None: torch"
+    ):
+        start("AdamW8bit")[1].load_state_dict(saved)
     other = optim.AdamW8bit(start("AdamW8bit")[0], blocksize=64)
     with pytest.raises(ValueError, match="blocksize"):
         other.load_state_dict(optimizer.state_dict())
@@ -266,8 +272,8 @@ def test_what_is_no_state_dict_is_refused():
         ({}, "state_dict must have 'state', a dict, and 'param_groups'"),
         ({**right, "state": [1]}, "state_dict must have 'state', a dict"),
         ({"state": right["state"]}, "state_dict must have 'state', a dict, and 'param_groups'"),
-        ({**right, "state": {0: None}}, "state 0 of the state_dict must be a dict"),
-        ({**right, "state": {0: wrapped}}, "state 0 of the state_dict must be a dict, and so must what it wraps"),
+        ({**right, "state": {0: None}}, "the saved state of parameter 0 must be a dict"),
+        ({**right, "state": {0: wrapped}}, "the saved state of parameter 0 must be a dict, and so must what it wraps"),
     ):
         with pytest.raises(ValueError, match=message):
             optimizer.load_state_dict(wrong)

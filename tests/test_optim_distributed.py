@@ -7,7 +7,7 @@ from unittest import mock
 import backend
 import pytest
 import torch
-from conftest import same_bits
+from conftest import difference, same_bits
 from hypothesis import given
 from hypothesis import strategies as st
 from test_optim_classes import make
@@ -15,7 +15,7 @@ from test_optim_wrappers import Lookahead
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from bnbref import optim
@@ -106,6 +106,24 @@ def transposed(device, mesh=None):
     return [(p.full_tensor() if mesh is not None else p).detach().cpu().contiguous() for p in ps]
 
 
+def gradients_placed_otherwise(device, mesh):
+    """Parameters after a step by gradients that are placed otherwise: as terms of a sum, whole on each rank, or by columns."""
+    torch.manual_seed(0)
+    p, g = torch.randn(64, 64, device=device), torch.randn(64, 64, device=device)
+    term = g if mesh.get_rank() == 0 else torch.zeros_like(g)  # of which the sum is exact
+    whole_on_each = [Replicate()]
+    pairs = [
+        (whole_on_each, DTensor.from_local(term, mesh, [Partial()])),
+        ([Shard(0)], distribute_tensor(g, mesh, whole_on_each)),
+        ([Shard(0)], distribute_tensor(g, mesh, [Shard(1)])),
+    ]
+    ps = [nn.Parameter(distribute_tensor(p.clone(), mesh, placements)) for placements, _ in pairs] + [nn.Parameter(p)]
+    for q, grad in zip(ps, [*(grad for _, grad in pairs), g], strict=True):
+        q.grad = grad
+    make("AdamW8bit", ps, lr=1e-2, min_8bit_size=1).step()
+    return [(q.full_tensor() if isinstance(q, DTensor) else q).detach().cpu() for q in ps]
+
+
 def interrupted(device, mesh):
     """What a warning says when memory ends at the last parameter, on all ranks."""
     model = fully_shard(Model().to(device), mesh=mesh)
@@ -177,6 +195,7 @@ def run_all(rank, ranks, path):
         calls_of_a_step(name, device, mesh) for name in ("AdamW8bit", "PagedAdamW8bit", "AdamW32bit")
     ]
     found["transposed"] = transposed(device, mesh)
+    found["placed otherwise"] = gradients_placed_otherwise(device, mesh)
     found["interrupted"] = interrupted(device, mesh)
     model = fully_shard(Model().to(device), mesh=mesh)
     optimizer = make("AdamW8bit", model.parameters(), **options("AdamW8bit"))
@@ -303,6 +322,12 @@ def test_one_exchange_for_all_parameters(ranked):
 @pytest.mark.usefixtures("eager")
 def test_sharded_is_unsharded_for_what_is_not_contiguous(ranked):
     assert same_bits(ranked[1]["transposed"], transposed(torch.device("cpu")))
+
+
+def test_gradients_are_placed_like_their_parameters(ranked):
+    *placed, plain = ranked[1]["placed otherwise"]
+    for p in placed:
+        assert same_bits([p], [plain]), difference([p], [plain])
 
 
 def test_an_interrupted_exchange_is_no_finished_step(ranked):

@@ -235,7 +235,11 @@ def _computes(
 
 
 def _gives_numbers(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a product or quotient is one of codes with a tensor of scales, and not with a single Python number."""
+    """Whether the result is not codes alone: a product or quotient with a tensor of scales, and not with a single Python number;
+    or codes joined with other tensors. FSDP1 cuts the latter apart again, and the norm that was in it is numbers."""
+    if name in bytewise.JOINS:
+        joined = _first(args, kwargs)
+        return len(_codes_in(joined)) < len(joined)
     return name in bytewise.SCALINGS and sum(isinstance(value, Tensor) for value in (*args, *kwargs.values())) > 1
 
 

@@ -142,12 +142,14 @@ class Params4bit(QuantizedParameter):
         return {"quant_state": None if self.quant_state is None else self.quant_state.map(function)}
 
     def _check_assigned(self, value: Tensor) -> None:
-        state = self.quant_state
-        n_bytes = -(-state.shape.numel() // 2) if state is not None and state.shape is not None else value.nbytes
-        # Without elements: DeepSpeed frees a weight so, until it is needed.
-        if value.dtype != self.dtype or value.nbytes not in (0, n_bytes):
+        state, given = self.quant_state, value.numel() * value.itemsize  # `nbytes` fails in a graph whose sizes vary
+        n_bytes = -(-state.shape.numel() // 2) if state is not None and state.shape is not None else given
+        # Without elements: DeepSpeed frees a weight so, until it is needed. A row of fewer floats: FSDP1, which flattens floats
+        # alone, leaves so much of a weight on a rank between its forward passes.
+        freed = given == 0 or (value.dim() == 1 and given < n_bytes and value.is_floating_point())
+        if value.dtype != self.dtype or not (freed or given == n_bytes):
             raise TypeError(
-                f"the data of a quantized Params4bit are codes in {self.dtype}, got {value.dtype}, {value.nbytes} bytes for "
+                f"the data of a quantized Params4bit are codes in {self.dtype}, got {value.dtype}, {given} bytes for "
                 f"{n_bytes}: assign a Params4bit, or set bnb_quantized to False first, so that the float weight is quantized by "
                 "the next move to a device"
             )

@@ -10,6 +10,7 @@ A weight is loaded whole or not at all. `load_state_dict`, strict or not, makes 
     quantized       quantized, as there     quantized, as there         quantized, as there
 
 and raises for a quantized weight without its scales, for scales without the weight, and for scales that do not fit it.
+A weight that FSDP2 has spread over ranks takes the codes of a quantized one, in a tensor of its shape and dtype, and no floats.
 "As there": the quant_type, blocksize, nesting and storage of the checkpoint hold, not those of the constructor.
 """
 
@@ -34,6 +35,7 @@ class QuantizedLayer(nn.Module):
     weight: Tensor
     in_features: int
     out_features: int
+    _remembered: Any = None
     _known: Known | None = None
     _settings: Mapping[str, Any] | None = None
 
@@ -183,6 +185,9 @@ class QuantizedLayer(nn.Module):
 
     def _load_weight(self, entries: Mapping[str, Tensor], assign: bool) -> None:
         old = self.weight
+        if hasattr(old, "device_mesh") and self._remembered is not None and not assign:
+            self._load_shards(entries)
+            return
         if not isinstance(old, QuantizedParameter):
             data = entries.get("weight", old).detach()
             if len(entries) > 1 or not data.is_floating_point() or not data.shape == old.shape == self._shape():
@@ -221,6 +226,27 @@ class QuantizedLayer(nn.Module):
             self.weight = new
         else:
             self._replace(new)
+
+    def _load_shards(self, entries: Mapping[str, Tensor]) -> None:
+        """Loads codes, whole ones or shards, into a weight that FSDP2 has spread over ranks. Scales are whole on each rank."""
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        old: Any = self.weight
+        codes = entries.get("weight", old).detach()
+        # Only scales are read. Shards are not gathered: a rank that refuses its state dict would keep the others waiting.
+        whole = torch.empty(codes.shape, dtype=codes.dtype, device="cpu") if isinstance(codes, DTensor) else codes
+        new = self._read({**entries, "weight": whole})
+        if new is None or (codes.dtype, codes.shape) != (old.dtype, old.shape):
+            raise ValueError(
+                f"weight is spread over ranks as codes in {old.dtype} {list(old.shape)} and takes such codes with their scales, "
+                f"got {sorted(entries)}, weight in {codes.dtype} {list(codes.shape)}"
+            )
+        new = new.applied(lambda t: t.to(old.device, copy=True))
+        if not isinstance(codes, DTensor):
+            codes = distribute_tensor(new.data, old.device_mesh, old.placements, src_data_rank=None)
+        with torch.no_grad():
+            old.copy_(codes)
+        self._remember(new)
 
 
 def node_of(layer: nn.Module, forward: Callable[..., Any], x: Any) -> Any:

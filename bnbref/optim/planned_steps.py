@@ -11,7 +11,7 @@ from bnbref.blockwise import check_blocksize, check_float
 from bnbref.optim.equation import Equation
 from bnbref.optim.master_weights import corrections
 from bnbref.optim.rule import Rule, absmax_key
-from bnbref.optim.sharding import blocks_of, local
+from bnbref.optim.sharding import blocks_of, local, local_gradient
 from bnbref.optim.state_dict import BLOCKSIZE, same_blocks
 
 
@@ -48,10 +48,10 @@ class PlannedStep:
 
 
 def checked_gradient(p: Tensor, grad: Tensor, state: Mapping[str, Any], rule: Rule, blocksize: int) -> Tensor:
-    """The part of a gradient that this rank has. ValueError if p, which may have no state yet, cannot make a step by it."""
+    """`local_gradient(p, grad)`. ValueError if p, which may have no state yet, cannot make a step by it."""
     check_float("a parameter", p)
     check_float("a gradient", grad)
-    here, shape = local(grad), local(p).shape
+    here, shape = local_gradient(p, grad), local(p).shape
     if here.shape != shape:
         raise ValueError(
             f"a gradient must have the shape of its parameter, and be sharded like it: here it has shape "

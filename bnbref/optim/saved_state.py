@@ -37,8 +37,10 @@ def held(state_dict: Mapping[str, Any]) -> dict[str, Any]:
         )
     for i, state in states.items():
         if not isinstance(state, Mapping) or not isinstance(state.get(WRAPPED, {}), Mapping):
+            zero = ": torch's ZeroRedundancyOptimizer puts None into what it is given to load, so give it a copy"
             raise ValueError(
-                f"state {i} of the state_dict must be a dict, and so must what it wraps, got {type(state).__name__}"
+                f"the saved state of parameter {i} must be a dict, and so must what it wraps, got {written(state)}"
+                + (zero if state is None else "")
             )
     return {**state_dict, "state": {i: Held(dict(state)) for i, state in states.items()}}
 
@@ -143,15 +145,12 @@ def _count(saved: Mapping[str, Any], key: str, least: int) -> int:
 
 
 def _saved(rule: Rule, saved: Mapping[str, Any], key: str) -> Tensor:
+    flat = "torch's flatten_optimizer_state_dict=True and torchtitan lose states that are wrapped in a dictionary"
     if key not in saved:
-        raise ValueError(
-            f"the saved state has no {key!r}, only {sorted(saved)}: it is not one of {rule!r}, by bnbref or bitsandbytes"
-        )
+        why = flat if saved.keys() <= BESIDE else f"it is not one of {rule!r}, by bnbref or bitsandbytes"
+        raise ValueError(f"the saved state has no {key!r}, only {sorted(saved)}: {why}")
     if not isinstance(saved[key], Tensor):
-        raise ValueError(
-            f"saved {key} must be a tensor, got {saved[key]!r}: torch's flatten_optimizer_state_dict=True loses states that are "
-            f"wrapped in a dictionary, leave it out"
-        )
+        raise ValueError(f"saved {key} must be a tensor, got {saved[key]!r}: {flat}")
     tensor: Tensor = saved[key]
     if tensor.is_meta or tensor.layout != torch.strided:
         where = "meta" if tensor.is_meta else tensor.layout

@@ -113,6 +113,21 @@ def local(x: Tensor) -> Tensor:
     return x.to_local() if hasattr(x, "to_local") else x
 
 
+def local_gradient(p: Tensor, grad: Tensor) -> Tensor:
+    """This rank's part of a gradient of p, where p has its part.
+
+    The gradient of a DTensor may be placed otherwise: that of a weight which is replicated among ranks that share a sequence is
+    `Partial()`, a sum of which each rank has a term. Then it is redistributed, as in torch's optimizers, by a collective call.
+    """
+    if type(grad) is Tensor or not dist.is_available():
+        return grad
+    from torch.distributed.tensor import DTensor
+
+    if isinstance(grad, DTensor) and isinstance(p, DTensor) and grad.placements != p.placements:
+        grad = grad.redistribute(p.device_mesh, p.placements)
+    return local(grad)
+
+
 def part_of(p: Tensor, x: Tensor) -> Tensor:
     """This rank's part of a tensor that has a number for each element of p: all of it, if p is in one piece."""
     flat, shard = x.reshape(-1), shard_of(p)

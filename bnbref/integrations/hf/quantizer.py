@@ -74,6 +74,7 @@ class BnbRefHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def preprocess_model(self, model: Any, dtype: Any = None, **kwargs: Any) -> None:
         """Exchange the modules of a model, before its weights are read."""
+        self.check_whole(model)
         self.files = kwargs.get("checkpoint_files") or ()
         super().preprocess_model(model, dtype=dtype, **kwargs)
 
@@ -161,11 +162,14 @@ class BnbRefHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def check_whole(self, model: Any) -> None:
         """Raise if transformers has spread the model over ranks, each of which would read a part of a weight.
 
-        It does so after it has asked this class what to load, and before it loads.
+        It does so after it has asked this class what to load, and before it loads. Newer versions say it in the config from the
+        start, which is early enough for codes: transformers cuts them before it gives them to this class.
         """
-        if getattr(model, "_device_mesh", None) is not None:
+        sizes = getattr(getattr(model.config, "distributed_config", None), "__dict__", {})
+        several = any(isinstance(n, int) and n > 1 for name, n in sizes.items() if name.endswith("_size"))
+        if several or getattr(model, "_device_mesh", None) is not None:
             raise NotImplementedError(
-                "tp_plan and distributed_config take float weights: a part of a quantized one would need blocks and scales of "
+                "tp_plan and distributed_config are not for quantized models: a part of a weight would need blocks and scales of "
                 "its own. Load the whole model on each rank and shard it with fully_shard or `accelerate launch`, or spread its "
                 "layers with device_map"
             )
