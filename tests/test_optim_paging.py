@@ -258,6 +258,45 @@ def test_out_of_memory_in_the_middle_says_what_is_whole(at, again, away, page_by
     assert all(equal(after[i], before[i]) for i in not_yet)
 
 
+@pytest.mark.parametrize("sizes", [(700,), (512, 300, 9000)], ids=str)
+@pytest.mark.parametrize("at", range(6))
+def test_ctrl_c_says_what_is_whole(at, sizes):
+    """It comes after a kernel, which has changed what it was given, or between the copies of what several parameters share."""
+    calls, run, copy_all = itertools.count(), update._run, torch._foreach_copy_
+
+    def interrupted(function):
+        def call(*args):
+            function(*args)
+            if next(calls) == at:
+                raise KeyboardInterrupt
+
+        return call
+
+    def made(steps):
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(n, dtype=t)) for n in sizes for t in (torch.float32, torch.bfloat16)]
+        optimizer = optim.AdamW8bit(params, lr=1e-2, min_8bit_size=1)
+        for p in params:
+            p.grad = torch.randn_like(p)
+        if steps:
+            optimizer.step()
+        return params, optimizer
+
+    params, optimizer = made(0)
+    with (
+        mock.patch.object(update, "_run", interrupted(run)),
+        mock.patch.object(torch, "_foreach_copy_", interrupted(copy_all)),
+        mock.patch.dict(update._JOINED, {"cpu": 2**18}),
+        pytest.warns(UserWarning, match="interrupted") if at < 2 * len(sizes) else contextlib.nullcontext([]) as caught,
+        contextlib.suppress(KeyboardInterrupt),
+    ):
+        optimizer.step()
+    done, not_yet, _ = map(json.loads, re.findall(r"\[.*?\]", str(caught[0].message))) if caught else ([], [], [])
+    whole = everything(*made(1))
+    assert all(equal(everything(params, optimizer)[i], whole[i]) for i in done)
+    assert all(same_bits(params[i], made(0)[0][i]) for i in not_yet)
+
+
 # ---- devices --------------------------------------------------------------------------------------------------------
 
 

@@ -227,13 +227,22 @@ class Tails:
 
     def run_own(self) -> None:
         """Makes the steps of the blocks that need nothing of another rank."""
+        torn = self.torn  # by an exception before, which no step that follows mends
         for key, (hyper, parts) in list(self._waiting.items()):
             rule, blocksize, *_ = key
             if len(parts) == 1:  # of which no copy has to be made
                 whole, rest = split(parts[0], blocksize)
                 if whole is not None:
-                    _run(whole, rule, hyper)
-                    del self._waiting[key]
+                    del self._waiting[
+                        key
+                    ]  # it is changed in place: interrupted after that, it must not be stepped again
+                    self.torn = True
+                    try:
+                        _run(whole, rule, hyper)
+                    except RuntimeError:  # such as out of memory, which comes before anything is changed
+                        self._waiting[key], self.torn = (hyper, parts), torn
+                        raise
+                    self.torn = torn
                     if rest is None:
                         continue
                     parts = [rest]
@@ -243,5 +252,5 @@ class Tails:
             self.torn = True
             del self._waiting[key]  # before any is changed: `run` again must not step it again
             write_back()
-            self.torn = False
+            self.torn = torn
         self._elements = 0
