@@ -199,6 +199,19 @@ def test_paged_on_a_cpu_says_once_that_it_is_resident():
         warnings.simplefilter("error")
         trained(optim.PagedAdamW, sizes=((100, 100),))  # too small to be paged anywhere
 
+@pytest.mark.parametrize("small", [0, 2**18])
+def test_two_parameters_of_one_memory_are_stepped_one_after_the_other(small):
+    """As a weight that was tied by `nn.Parameter(other)`: here or where small parameters make their steps together."""
+    memory, alone = (torch.linspace(-1, 1, 1000) for _ in range(2))
+    tied, single = [nn.Parameter(memory) for _ in range(2)], [nn.Parameter(alone) for _ in range(2)]
+    for p in tied + single:
+        p.grad = torch.linspace(3, -1, 1000)
+    with mock.patch.dict(update._JOINED, {"cpu": small}):
+        optim.AdamW8bit(tied, lr=1e-2, min_8bit_size=1).step()
+    for p in single:
+        optim.AdamW8bit([p], lr=1e-2, min_8bit_size=1).step()
+    assert same_bits(memory, alone)
+
 
 # ---- interrupted ----------------------------------------------------------------------------------------------------
 

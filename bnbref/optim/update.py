@@ -166,6 +166,7 @@ class Tails:
     def __init__(self) -> None:
         self._waiting: dict[Any, tuple[Tensor, list[Part]]] = {}
         self._elements = 0
+        self._places: set[int] = set()
         self._cuts: list[tuple[Equation, Tensor, Cut]] = []
         self._bytes = 0
         self._after: list[Callable[[], Any]] = []
@@ -175,6 +176,9 @@ class Tails:
     def add(self, rule: Equation, hyper: Tensor, blocksize: int, part: Part) -> None:
         """Adds what `split` has left of a parameter, or all of a small one, to those that wait."""
         p, g = part.p, part.g
+        if p.data_ptr() in self._places:  # as that of a tied weight: the steps of one memory come one after the other
+            self.run_own()
+        self._places.add(p.data_ptr())
         dtypes = *(weight.dtype for weight in part.weights), g.dtype
         key = (rule, blocksize, id(hyper), p.device, dtypes, part.noise is None)
         self._waiting.setdefault(key, (hyper, []))[1].append(part)  # it holds hyper, whose id nobody else then has
@@ -254,3 +258,4 @@ class Tails:
             write_back()
             self.torn = torn
         self._elements = 0
+        self._places.clear()
