@@ -179,8 +179,8 @@ def write(
 
     path: the file, which is replaced, if there is one, when the new one is complete. tensors: by name. quantize: "nf4", "fp4"
     or "int8". What follows is for 4 bits. blocksize: how many weights share a scale. double_quant: whether the scales are kept
-    in 8 bits. quant_storage: the dtype that the packed bytes are called, uint8, float32, float16 or bfloat16. transformers also
-    needs a `quantization_config` in config.json that says the same.
+    in 8 bits. quant_storage: the dtype that the packed bytes are called, uint8, int8 or a float of 16 bits or more. transformers
+    also needs a `quantization_config` in config.json that says the same.
 
     Raises ValueError that names the tensor or the setting that cannot be written so, TypeError for what is of another kind. The
     file that was there is then left as it was.

@@ -30,8 +30,8 @@ from bnbref.blockwise import FLOATS
 from bnbref.quant_state import QuantState, present
 from bnbref.state_fields import BLOB, TENSORS
 
-STORAGES = (torch.uint8, *FLOATS)
-"""The dtypes that packed codes may have in a file."""
+STORAGES = (torch.uint8, *FLOATS, torch.int8, torch.float64)
+"""The dtypes that packed codes may have in a file: those that transformers lets a `BitsAndBytesConfig` name."""
 
 _OF_4BIT = re.compile(rf"(?s)(.+)\.({'|'.join(TENSORS)}|{re.escape(BLOB)}[^.]+)")
 _OF_INT8 = re.compile(r"(?s)(|.*\.)(SCB|weight_format)")
@@ -171,7 +171,7 @@ def _check_4bit(name: str, packed: Tensor, group: Mapping[str, Tensor]) -> Quant
         raise ValueError(f"{name}: {error}") from error
     if packed.nbytes != n_bytes or packed.shape[1:] != (1,) or packed.dtype not in STORAGES:
         raise ValueError(
-            f"{name} must be {n_bytes} bytes [bytes / itemsize, 1] of uint8 or floats for the shape "
+            f"{name} must be {n_bytes} bytes [bytes / itemsize, 1] of uint8, int8 or floats for the shape "
             f"{list(state.shape or ())}, got {packed.nbytes} bytes, {described(packed)}"
         )
     return state

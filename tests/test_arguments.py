@@ -2,6 +2,7 @@
 
 import fractions
 import inspect
+import itertools
 import traceback
 
 import numpy as np
@@ -173,9 +174,11 @@ def test_a_layer_refuses_settings_that_no_product_and_no_file_has():
             bnbref.nn.LinearNF4(64, 8, compute_dtype=dtype)
         with pytest.raises(ValueError, match=f"compute_dtype must be {floats} or None, got {dtype}"):
             layer.compute_dtype = dtype
-        for make in (bnbref.nn.LinearNF4, bnbref.nn.EmbeddingNF4):
-            with pytest.raises(ValueError, match=f"quant_storage must be one of uint8, {floats}, .* got {dtype}"):
-                make(64, 8, quant_storage=dtype)
+    for dtype, make in itertools.product((torch.int16, torch.complex64), (bnbref.nn.LinearNF4, bnbref.nn.EmbeddingNF4)):
+        with pytest.raises(
+            ValueError, match=f"quant_storage must be one of uint8, {floats}, int8, float64, .* got {dtype}"
+        ):
+            make(64, 8, quant_storage=dtype)
     assert layer.compute_dtype is None
     with pytest.raises(ValueError, match=r"threshold must be 0 \(off\) or positive, got -1"):
         bnbref.nn.Linear8bitLt(64, 8, threshold=-1)

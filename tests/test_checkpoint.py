@@ -198,7 +198,7 @@ def test_int8_is_theirs(tmp_path):
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
-@pytest.mark.parametrize("quant_storage", [torch.uint8, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("quant_storage", [torch.uint8, torch.bfloat16, torch.float32, torch.int8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_what_is_written_is_read(tmp_path, quant_type, dtype, quant_storage, double_quant):
@@ -270,7 +270,8 @@ where must select some of the 1 tensors, got none
 w: a weight of shape (2,) cannot become nf4: its dtype must be float32, float16 or bfloat16, got torch.int64
 w: a weight of shape (1,) cannot become nf4: 1 of its elements are NaN or infinite
 w: quant_storage torch.float32 has 4 bytes, which do not divide the 2 bytes of 4 packed elements
-quant_storage must be one of uint8, float32, float16, bfloat16, which a file may have, got torch.int16
+quant_storage must be one of uint8, float32, float16, bfloat16, int8, float64, which a file may have, got
+    torch.int16
 w: int8 is for matrices called 'weight', got float32 [2, 2]
 w: w.absmax is among the tensors already
 w.lora: unknown key under the quantized weight w""",
@@ -476,7 +477,7 @@ DAMAGE = {
     "codes too short": replaced("q.weight", lambda t: t[1:]),
     "codes as a row": replaced("q.weight", lambda t: t.t()),
     "codes as floats": replaced("q.weight", lambda t: t.float()),
-    "codes as int8": replaced("q.weight", lambda t: t.view(torch.int8)),
+    "codes as bools": replaced("q.weight", lambda t: t.bool()),
     "not quantized": replaced("q.weight", torch.zeros(64, 64)),
     # the JSON
     "JSON cut off": replaced(BLOB, lambda t: t[:-1]),
@@ -579,16 +580,16 @@ quant_map of another type: q.weight: quant_map is not the codebook 'nf4': [1.0, 
     0.5626170039176941, 0.44070982933044434, 0.33791524171829224, 0.24611230194568634, 0.16093020141124725,
     0.07958029955625534, 0.0, -0.09105003625154495, -0.18477343022823334, -0.28444138169288635,
     -0.39491748809814453, -0.5250730514526367, -0.6961928009986877, -1.0]
-codes too short: q.weight must be 2048 bytes [bytes / itemsize, 1] of uint8 or floats for the shape [64, 64],
-    got 2047 bytes, uint8 [2047, 1]
-codes as a row: q.weight must be 2048 bytes [bytes / itemsize, 1] of uint8 or floats for the shape [64, 64], got
-    2048 bytes, uint8 [1, 2048]
-codes as floats: q.weight must be 2048 bytes [bytes / itemsize, 1] of uint8 or floats for the shape [64, 64],
-    got 8192 bytes, float32 [2048, 1]
-codes as int8: q.weight must be 2048 bytes [bytes / itemsize, 1] of uint8 or floats for the shape [64, 64], got
-    2048 bytes, int8 [2048, 1]
-not quantized: q.weight must be 2048 bytes [bytes / itemsize, 1] of uint8 or floats for the shape [64, 64], got
-    16384 bytes, float32 [64, 64]
+codes too short: q.weight must be 2048 bytes [bytes / itemsize, 1] of uint8, int8 or floats for the shape [64,
+    64], got 2047 bytes, uint8 [2047, 1]
+codes as a row: q.weight must be 2048 bytes [bytes / itemsize, 1] of uint8, int8 or floats for the shape [64,
+    64], got 2048 bytes, uint8 [1, 2048]
+codes as floats: q.weight must be 2048 bytes [bytes / itemsize, 1] of uint8, int8 or floats for the shape [64,
+    64], got 8192 bytes, float32 [2048, 1]
+codes as bools: q.weight must be 2048 bytes [bytes / itemsize, 1] of uint8, int8 or floats for the shape [64,
+    64], got 2048 bytes, bool [2048, 1]
+not quantized: q.weight must be 2048 bytes [bytes / itemsize, 1] of uint8, int8 or floats for the shape [64,
+    64], got 16384 bytes, float32 [64, 64]
 JSON cut off: q.weight: quant_state.bitsandbytes__nf4 is not UTF-8 JSON: ...
 JSON not UTF-8: q.weight: quant_state.bitsandbytes__nf4 is not UTF-8 JSON: ...
 JSON empty: q.weight: quant_state.bitsandbytes__nf4 is not UTF-8 JSON: ...

@@ -33,7 +33,7 @@ from bnbref.functional import dequantize_4bit
 from bnbref.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 from bnbref.nn.quantized_parameter import in_bytes
 
-STORAGES = [torch.uint8, BF16, F16, F32]
+STORAGES = [torch.uint8, BF16, F16, F32, torch.int8, torch.float64]
 
 
 @pytest.fixture(autouse=True)

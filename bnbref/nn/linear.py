@@ -55,7 +55,7 @@ class Linear4bit(FourBitLayer, nn.Linear):
     compute_dtype: the dtype of the product, float32, float16 or bfloat16; None for that of the activations.
     compress_statistics: whether the scales are quantized too. quant_type: the name of a codebook, or a Codebook of at most 16
     values. To be saved, it must be in `bnbref.codebooks.FOUR_BIT`. quant_storage: the dtype of the tensor that holds the packed
-    bytes, uint8 or one of these floats.
+    bytes, uint8, int8, float64 or one of these floats.
 
     >>> import bnbref
     >>> layer = Linear4bit(64, 2, bias=False, quant_type="nf4")

@@ -59,8 +59,8 @@ class Params4bit(QuantizedParameter):
     ) -> "Params4bit":  # fmt: skip
         """Unknown keywords are ignored: rebuilding from `__dict__` passes whatever other libraries left there.
 
-        Raises ValueError for a quant_type that is no 4-bit codebook, and for a quant_storage other than uint8, float32, float16
-        and bfloat16.
+        Raises ValueError for a quant_type that is no 4-bit codebook, and for a quant_storage other than uint8, int8 and the
+        floats of 16 bits or more.
 
         Libraries merge an adapter by `Params4bit(merged, **old.__dict__).to(device)`. So data of the shape of the quant_state
         is a float weight and not quantized, whatever the other arguments say: codes have half a byte for each element.
