@@ -199,6 +199,7 @@ def test_paged_on_a_cpu_says_once_that_it_is_resident():
         warnings.simplefilter("error")
         trained(optim.PagedAdamW, sizes=((100, 100),))  # too small to be paged anywhere
 
+
 @pytest.mark.parametrize("small", [0, 2**18])
 def test_two_parameters_of_one_memory_are_stepped_one_after_the_other(small):
     """As a weight that was tied by `nn.Parameter(other)`: here or where small parameters make their steps together."""
