@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bnbref import few_rows, fourbit, nested
 from bnbref.arguments import check_tensors
-from bnbref.blockwise import FLOATS, check_count, check_device, in_rows
+from bnbref.blockwise import FLOATS, check_count, check_device, check_scales, in_rows
 from bnbref.context import as_bytes, is_lazy, not_a_view, plain
 from bnbref.joined_scales import memory_of
 from bnbref.kernels import compile_enabled, tracing
@@ -77,7 +77,8 @@ class PackedWeight:
         if size != -(-n // 2):
             raise ValueError(f"packed must hold {-(-n // 2)} bytes for shape {tuple(shape)}, got {size}")
         check_tensors(absmax=absmax)
-        check_count("absmax", absmax, n, present(self.state.blocksize, "blocksize"))
+        check = check_scales if self.state.state2 is None else check_count  # codes of scales `nested.dequantize` checks
+        check("absmax", absmax, n, present(self.state.blocksize, "blocksize"))
         check_device("packed", self.codes, absmax=absmax)
 
     # ---- what is kept -----------------------------------------------------------------------------------------------

@@ -152,13 +152,17 @@ def test_few_rows_refuse_what_many_refuse(nested, kept):
         "packed": (packed[:-1], state),
         "absmax": (packed, state.map(torch.clone)),
         "device": (packed, state.map(torch.clone)),
+        "dtype": (packed, state.map(torch.clone)),
     }
     wrong["absmax"][1].absmax = state.absmax[:-1]
     wrong["device"][1].absmax = state.absmax.to("meta")
+    # Also as a nested state has its codes, which lost what undoes them.
+    wrong["dtype"][1].absmax, wrong["dtype"][1].state2 = torch.ones(6, dtype=torch.uint8), None
     for name, message in (
         ("packed", r"packed must hold 192 bytes for shape \(6, 64\), got 191"),
         ("absmax", "absmax must have one scale per block: 6 for 384 elements in blocks of 64, got 5"),
         ("device", "absmax2? must be on the device of (packed, cpu, got meta|codes, meta, got cpu)"),
+        ("dtype", "absmax must be float32, float16 or bfloat16, got torch.uint8"),
     ):
         codes, other = wrong[name]
         weight = Params4bit.of_codes(codes, other) if kept else codes
