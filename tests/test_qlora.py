@@ -125,7 +125,7 @@ def test_a_run_is_what_it_says(monkeypatch, tmp_path):
 
     monkeypatch.setattr(qlora, "Trainer", caught)
     with pytest.raises(Caught) as run:
-        qlora.qlora(str(MODEL), TEXT, tmp_path, steps=20, batch=4, length=32, lr=5e-3, rank=4)
+        qlora.qlora(MODEL, TEXT, tmp_path, steps=20, batch=4, length=32, lr=5e-3, rank=4, device="cpu")
     (given,) = run.value.args
     args, config = given["args"], given["model"].peft_config["default"]
     assert (args.max_steps, args.per_device_train_batch_size, args.per_device_eval_batch_size) == (20, 4, 4)

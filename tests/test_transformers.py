@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import hypothesis
 import pytest
@@ -325,6 +326,14 @@ def test_parameters_and_layers_come_back_whatever_their_names_are(parameters, la
         assert all(torch.equal(t, again.state_dict()[name]) for name, t in model.state_dict().items())
         again.save_pretrained(f"{folder}/b")
         assert same_files(f"{folder}/a", f"{folder}/b")
+
+
+def test_the_config_of_a_model_that_was_spread_over_ranks_loads_another_one_whole():
+    """transformers keeps `distributed_config` in it, and reads what is given to `from_pretrained` alone."""
+    config = transformers.AutoConfig.from_pretrained(FIXTURES / "base")
+    config.distributed_config = SimpleNamespace(tp_size=2)
+    model = load(FIXTURES / "base", CASES["nf4"], config=config)
+    assert model.model.layers[0].mlp.up_proj.weight.quant_state is not None
 
 
 @pytest.mark.parametrize("case", ["nf4", "bfloat16 storage"])

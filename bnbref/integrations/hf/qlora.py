@@ -84,7 +84,9 @@ def dataset_text(name: str, column: str = "text", split: str = "train") -> str:
     return "\n\n".join(rows)
 
 
-def load(model: str, device: torch.device | None = None, dtype: torch.dtype = torch.bfloat16) -> Any:
+def load(
+    model: str | os.PathLike[str], device: torch.device | str | None = None, dtype: torch.dtype = torch.bfloat16
+) -> Any:
     """The frozen model in NF4 with double quantization, all else in dtype; device: transformers' choice if None."""
     config = BnbRefConfig("nf4", double_quant=True)
     where = None if device is None else {"": device}
@@ -93,9 +95,9 @@ def load(model: str, device: torch.device | None = None, dtype: torch.dtype = to
 
 @checked
 def qlora(
-    model: str, text: str, folder: str | os.PathLike[str], *, steps: int = 60, batch: int = 8, length: int = 128,
-    lr: float = 2e-3, rank: int = 16, targets: Sequence[str] | str = ATTENTION, device: torch.device | None = None,
-    dtype: torch.dtype = torch.bfloat16,
+    model: str | os.PathLike[str], text: str, folder: str | os.PathLike[str], *, steps: int = 60, batch: int = 8,
+    length: int = 128, lr: float = 2e-3, rank: int = 16, targets: Sequence[str] | str = ATTENTION,
+    device: torch.device | str | None = None, dtype: torch.dtype = torch.bfloat16,
 ) -> Finetuned:  # fmt: skip
     """Fine-tune an adapter on a text, and save it in `folder`.
 
@@ -111,7 +113,7 @@ def qlora(
             raise ValueError(f"{name} must be at least 1, got {count}")
     if not 0 < lr < math.inf:
         raise ValueError(f"lr must be positive and finite, got {lr}")
-    folder = Path(folder)
+    folder, device = Path(folder), None if device is None else torch.device(device)
     folder.mkdir(parents=True, exist_ok=True)
     parts = windows(AutoTokenizer.from_pretrained(model), text, length)
     base = load(model, device, dtype)

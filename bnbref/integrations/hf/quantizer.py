@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION, HfQuantizer
@@ -163,11 +164,13 @@ class BnbRefHfQuantizer(HfQuantizer):  # type: ignore[misc]
         """Raise if transformers has spread the model over ranks, each of which would read a part of a weight.
 
         It does so after it has asked this class what to load, and before it loads. Newer versions say it in the config from the
-        start, which is early enough for codes: transformers cuts them before it gives them to this class.
+        start, which is early enough for codes: transformers cuts them before it gives them to this class. The config of a model
+        that was spread keeps saying it where there are no ranks, and transformers then loads another model of this config whole.
         """
         sizes = getattr(getattr(model.config, "distributed_config", None), "__dict__", {})
         several = any(isinstance(n, int) and n > 1 for name, n in sizes.items() if name.endswith("_size"))
-        if several or getattr(model, "_device_mesh", None) is not None:
+        ranks = dist.is_available() and dist.is_initialized()
+        if (several and ranks) or getattr(model, "_device_mesh", None) is not None:
             raise NotImplementedError(
                 "tp_plan and distributed_config are not for quantized models: a part of a weight would need blocks and scales of "
                 "its own. Load the whole model on each rank and shard it with fully_shard or `accelerate launch`, or spread its "
