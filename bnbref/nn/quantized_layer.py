@@ -232,7 +232,9 @@ class QuantizedLayer(nn.Module):
         from torch.distributed.tensor import DTensor, distribute_tensor
 
         old: Any = self.weight
-        codes = entries.get("weight", old).detach()
+        if "weight" not in entries:
+            raise ValueError(f"weight is missing, but its {sorted(entries)} are there")
+        codes = entries["weight"].detach()
         # Only scales are read. Shards are not gathered: a rank that refuses its state dict would keep the others waiting.
         whole = torch.empty(codes.shape, dtype=codes.dtype, device="cpu") if isinstance(codes, DTensor) else codes
         new = self._read({**entries, "weight": whole})
