@@ -126,6 +126,17 @@ def test_bitsandbytes_that_is_installed_is_not_hidden(real):
     assert sys.meta_path == before
 
 
+def test_the_quantizer_of_transformers_is_patched_inside_alone():
+    quantizers = pytest.importorskip("transformers.quantizers.auto").AUTO_QUANTIZER_MAPPING
+    if "bitsandbytes" in sys.modules:
+        pytest.skip("bitsandbytes itself is imported")
+    before = dict(quantizers)
+    with alias.as_bitsandbytes(force=True):
+        with alias.as_bitsandbytes(force=True, patch_hf=True):
+            assert quantizers["bitsandbytes_4bit"] is not before["bitsandbytes_4bit"]
+        assert quantizers["bitsandbytes_4bit"] is before["bitsandbytes_4bit"]
+
+
 def test_bitsandbytes_that_is_installed_is_not_hidden_by_the_hook(real, monkeypatch):
     """The hook's finder asks when it is imported; the function, when it is called."""
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))

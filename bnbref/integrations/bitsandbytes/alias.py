@@ -66,10 +66,15 @@ def install_as_bitsandbytes(*, version: str = VERSION, force: bool = False, patc
     _refresh_caches()
     _bind()
     if patch_hf:
-        from bnbref.integrations.hf.transformers import give_back_bitsandbytes, take_over_bitsandbytes
+        _take_over(_undo)
 
-        if take_over_bitsandbytes():
-            _undo.callback(give_back_bitsandbytes)
+
+def _take_over(undo: contextlib.ExitStack) -> None:
+    """Lets bnbref serve `BitsAndBytesConfig`, until `undo` is closed if it did not before."""
+    from bnbref.integrations.hf.transformers import give_back_bitsandbytes, take_over_bitsandbytes
+
+    if take_over_bitsandbytes():
+        undo.callback(give_back_bitsandbytes)
 
 
 def _check_not_installed(force: bool) -> None:
@@ -98,15 +103,20 @@ def uninstall_as_bitsandbytes() -> None:
 def as_bitsandbytes(*, version: str = VERSION, force: bool = False, patch_hf: bool = False) -> Iterator[None]:
     """`install_as_bitsandbytes` for the length of a test. What was loaded inside may import bitsandbytes later, and fail.
 
-    Where it was installed before, it stays.
+    Where it was installed before, it stays as it was.
     """
-    stays = finder.current() is not None
-    install_as_bitsandbytes(version=version, force=force, patch_hf=patch_hf)
-    try:
+    check_bool("patch_hf", patch_hf)
+    stays = finder.current()
+    guarded = stays is not None and stays.guarded
+    install_as_bitsandbytes(version=version, force=force)
+    with contextlib.ExitStack() as undo:
+        if stays is None:
+            undo.callback(uninstall_as_bitsandbytes)
+        else:
+            undo.callback(setattr, stays, "guarded", guarded)
+        if patch_hf:
+            _take_over(undo)
         yield
-    finally:
-        if not stays:
-            uninstall_as_bitsandbytes()
 
 
 # ---- modules --------------------------------------------------------------------------------------------------------
