@@ -46,6 +46,20 @@ def dequantize_nested(codes: Tensor, absmax: Tensor, values: Tensor, offset: Ten
     return values[codes.to(torch.int32)] * rearrange(absmax, "b -> b 1") + offset
 
 
+def check(codes: Tensor, absmax2: Tensor, values: Tensor, offset: Tensor, blocksize: int) -> int:
+    """The blocksize that kernels take. ValueError for what is no second quantization of scales, see `dequantize`."""
+    if codes.dtype != torch.uint8:
+        raise ValueError(f"codes of scales must be uint8, got {codes.dtype}")
+    blocksize = check_blocksize(blocksize, codes.numel())
+    check_scales("absmax2", absmax2, codes.numel(), blocksize)
+    for name, x, count in (("values", values, 256), ("offset", offset, 1)):
+        if x.dtype != torch.float32 or x.numel() != count:
+            raise ValueError(f"{name} of scales must be float32 with {count} elements, got {x.dtype} {tuple(x.shape)}")
+    # torch itself indexes a table on the CPU by codes on meta, and returns memory as it is.
+    check_device("codes", codes, absmax2=absmax2, values=values, offset=offset)
+    return blocksize
+
+
 @checked
 def dequantize(codes: Tensor, absmax2: Tensor, values: Tensor, offset: Tensor, blocksize: int = BLOCKSIZE) -> Tensor:
     """The scales again: float32, shaped like `codes`. Two roundings, never a fused multiply-add.  Exact.
@@ -58,15 +72,7 @@ def dequantize(codes: Tensor, absmax2: Tensor, values: Tensor, offset: Tensor, b
     >>> dequantize(*quantize(torch.tensor([1.0, 3.0]))[:2], value_table(DYNAMIC, torch.device("cpu")), torch.tensor(2.0))
     tensor([1.0070, 3.0000])
     """
-    if codes.dtype != torch.uint8:
-        raise ValueError(f"codes of scales must be uint8, got {codes.dtype}")
-    blocksize = check_blocksize(blocksize, codes.numel())
-    check_scales("absmax2", absmax2, codes.numel(), blocksize)
-    for name, x, count in (("values", values, 256), ("offset", offset, 1)):
-        if x.dtype != torch.float32 or x.numel() != count:
-            raise ValueError(f"{name} of scales must be float32 with {count} elements, got {x.dtype} {tuple(x.shape)}")
-    # torch itself indexes a table on the CPU by codes on meta, and returns memory as it is.
-    check_device("codes", codes, absmax2=absmax2, values=values, offset=offset)
+    blocksize = check(codes, absmax2, values, offset, blocksize)
     scales = in_rows(absmax2, 1).view(-1)
     out = dequantize_nested(in_rows(codes, blocksize), scales, values, offset)
     return unpadded(out, codes.numel()).view(codes.shape)

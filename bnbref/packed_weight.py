@@ -80,6 +80,10 @@ class PackedWeight:
         check = check_scales if self.state.state2 is None else check_count  # codes of scales `nested.dequantize` checks
         check("absmax", absmax, n, present(self.state.blocksize, "blocksize"))
         check_device("packed", self.codes, absmax=absmax)
+        second = self.state.state2
+        if second is not None:
+            values, offset = present(second.code, "state2.code"), present(self.state.offset, "offset")
+            nested.check(absmax, second.absmax, values, offset, present(second.blocksize, "state2.blocksize"))
 
     # ---- what is kept -----------------------------------------------------------------------------------------------
 

@@ -118,10 +118,9 @@ def graph_product_4bit(
 def _checked_4bit(A: Tensor, B: Tensor, shape: Sequence[int], bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Activations and bias in the dtype of the product."""
     check_float("A", A)
-    if len(shape) != 2 or A.dim() < 1 or A.shape[-1] not in shape:
-        raise ValueError(
-            f"B must be a weight [n, k] with k the last size of A, got {tuple(shape)} and {tuple(A.shape)}"
-        )
+    sizes = tuple(shape) if isinstance(shape, Sequence) else shape
+    if not isinstance(sizes, tuple) or len(sizes) != 2 or A.dim() < 1 or A.shape[-1] not in sizes:
+        raise ValueError(f"B must be a weight [n, k] with k the last size of A, got {sizes} and {tuple(A.shape)}")
     if A.shape[-1] != shape[1] and not tracing():
         warnings.warn(
             f"the weight was quantized as [k, n], {list(shape)}, and is transposed in every product. "
@@ -209,7 +208,8 @@ def matmul(
     """`A @ B^T + bias` by LLM.int8(), differentiable in A, bias, and B where it is a float weight.
 
     A `[..., k]`; B `[n, k]` float, quantized on the way, or int8, whose codes and absmax are state.CB and state.SCB.
-    threshold overrides the state's if positive. Returns `[..., n]` in A's dtype; out receives it if given.
+    threshold overrides the state's if positive. Returns `[..., n]` in A's dtype; out receives it if given. ValueError for dtypes,
+    shapes and devices that do not fit, and for a negative threshold.
     Without outliers exact (the int32 product and its scaling have one defined result); the outlier part and the gradients are
     bounded as a float product is. A NaN in a row of A or of a float B makes NaN of all that is computed from this row.
     grad_A = grad @ W with W rounded to grad's dtype; grad_B = grad^T @ A.
@@ -218,6 +218,8 @@ def matmul(
     tensor([[-0.9921, -8.0000]])
     """
     state = state or MatmulLtState()
+    if threshold < 0:
+        raise ValueError(f"threshold must be 0 (that of the state) or positive, got {threshold}")
     threshold = threshold if threshold > 0 else state.threshold
     memory = plain(B)
     check_float("A", A)
@@ -229,6 +231,10 @@ def matmul(
         codes, absmax, _ = int8.quantize(memory, propagate_nan=True)
     elif state.CB is not None and state.SCB is not None:
         codes, absmax = plain(state.CB), state.SCB
+        if not isinstance(absmax, Tensor) or absmax.dtype not in FLOATS or absmax.shape != codes.shape[:1]:
+            got = f"{absmax.dtype} {tuple(absmax.shape)}" if isinstance(absmax, Tensor) else type(absmax).__name__
+            raise ValueError(f"state.SCB must be float32 {list(codes.shape[:1])}, a scale for each row of B, got {got}")
+        check_device("A", A, **{"state.CB": codes, "state.SCB": absmax})
     else:
         raise ValueError("B is int8, but state.CB or state.SCB is None: its scales are unknown")
     if codes.dim() != 2 or A.dim() < 1 or A.shape[-1] != codes.shape[1]:

@@ -160,8 +160,14 @@ def test_small_parameters_make_their_steps_in_one_call(eager, monkeypatch):
         seen.clear()
     alone = nn.Parameter(torch.ones(512))
     alone.grad = torch.ones(512)
-    optim.AdamW8bit([alone], min_8bit_size=1).step()
+    optimizer = optim.AdamW8bit([alone], min_8bit_size=1)
+    optimizer.step()
     assert seen == [(2, alone.data_ptr())]
+    tails = update.Tails()
+    step(*planned(rules.Adam(), 2), alone.data, alone.grad, optimizer.state[alone], blocksize=256, tails=tails)
+    tails.run_own()
+    tails.run_own()  # what has made its step does not wait any more
+    assert len(seen) == 2
 
 
 def test_schedules_compile_nothing():

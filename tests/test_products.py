@@ -1,6 +1,7 @@
 """The products with quantized weights: forwards within a derived bound, backwards, every rank, every dtype."""
 
 import math
+import re
 
 import pytest
 import second
@@ -430,6 +431,30 @@ B must be float32, float16 or bfloat16, got torch.float64
 quant_state must be a QuantState or None, got Tensor""",
     )
     assert FP4.bits == 4
+
+
+@pytest.mark.parametrize(
+    ("absmax", "got"),
+    [
+        (torch.ones(1), "torch.float32 (1,)"),
+        (torch.ones(6), "torch.float32 (6,)"),
+        (torch.ones(5, 1), "torch.float32 (5, 1)"),
+        (torch.ones(5, dtype=torch.int32), "torch.int32 (5,)"),
+        ([1.0] * 5, "list"),
+        (torch.ones(5, device="meta"), "state.SCB must be on the device of A, cpu, got meta"),
+    ],
+    ids=str,
+)
+def test_an_int8_weight_has_a_scale_for_each_row(absmax, got):
+    """A single one was a scale of all rows, without a word."""
+    state = MatmulLtState(CB=torch.ones(5, 64, dtype=torch.int8), SCB=absmax)
+    with pytest.raises(ValueError, match=re.escape(got)):
+        bnbref.matmul(randn(3, 64), state.CB, state=state)
+
+
+def test_a_negative_threshold_is_refused():
+    with pytest.raises(ValueError, match=r"threshold must be 0 \(that of the state\) or positive, got -6.0"):
+        bnbref.matmul(randn(3, 64), randn(5, 64), threshold=-6.0)
 
 
 @pytest.mark.parametrize("shape", [(3,), (1,), (), (1, 8), (8, 1)])

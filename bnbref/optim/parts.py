@@ -3,7 +3,8 @@
     elements of a parameter    [    block    ][    block    ][  rest ]
                                 whole blocks: views           a padded copy, with the rests of other parameters
 
-A block that a boundary between ranks cuts is completed on each rank that has a part of it (`bnbref.optim.cuts`).
+On a GPU a small parameter is a rest as a whole (`update._JOINED`). A block that a boundary between ranks cuts is completed on
+each rank that has a part of it (`bnbref.optim.cuts`).
 """
 
 from collections.abc import Callable, Sequence
