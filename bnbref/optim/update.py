@@ -237,9 +237,8 @@ class Tails:
             if len(parts) == 1:  # of which no copy has to be made
                 whole, rest = split(parts[0], blocksize)
                 if whole is not None:
-                    del self._waiting[
-                        key
-                    ]  # it is changed in place: interrupted after that, it must not be stepped again
+                    # It is changed in place: interrupted after that, it must not be stepped again.
+                    del self._waiting[key]
                     self.torn = True
                     try:
                         _run(whole, rule, hyper)
