@@ -36,9 +36,10 @@ def _check_tensor(name: str, x: object) -> None:
 
 def _check_local_tensor(name: str, x: object) -> None:
     _check_tensor(name, x)
-    if type(x) is not Tensor and hasattr(x, "device_mesh"):
+    placements = None if type(x) is Tensor else getattr(x, "placements", None)
+    if placements is not None:
         raise TypeError(
-            f"{name} must be a plain tensor, got a {type(x).__name__} with placements {x.placements}: a part of a quantized "  # type: ignore[attr-defined]
+            f"{name} must be a plain tensor, got a {type(x).__name__} with placements {placements}: a part of a quantized "
             "weight would need blocks and scales of its own, so there is no tensor parallelism here. full_tensor() is plain"
         )
 

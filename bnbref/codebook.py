@@ -221,9 +221,8 @@ def threshold_table(codebook: Codebook, device: torch.device) -> Tensor:
 @cached()
 def _table(codebook: Codebook, values: bool, device: torch.device) -> Tensor:
     check_one_of("codebook", codebook, Codebook)
-    check_one_of(
-        "device", device, torch.device
-    )  # one that is kept under None would be the default device of its first call
+    # One that is kept under None would be on the default device of its first call.
+    check_one_of("device", device, torch.device)
     padding = (0.0,) * (2**codebook.bits - len(codebook.values))
     numbers = codebook.values + padding if values else codebook.thresholds
     return torch.tensor(numbers, dtype=torch.float32, device=device)

@@ -77,11 +77,12 @@ class PackedWeight:
         if size != -(-n // 2):
             raise ValueError(f"packed must hold {-(-n // 2)} bytes for shape {tuple(shape)}, got {size}")
         check_tensors(absmax=absmax)
-        check = check_scales if self.state.state2 is None else check_count  # codes of scales `nested.dequantize` checks
-        check("absmax", absmax, n, present(self.state.blocksize, "blocksize"))
         check_device("packed", self.codes, absmax=absmax)
-        second = self.state.state2
-        if second is not None:
+        blocksize, second = present(self.state.blocksize, "blocksize"), self.state.state2
+        if second is None:
+            check_scales("absmax", absmax, n, blocksize)
+        else:
+            check_count("absmax", absmax, n, blocksize)
             values, offset = present(second.code, "state2.code"), present(self.state.offset, "offset")
             nested.check(absmax, second.absmax, values, offset, present(second.blocksize, "state2.blocksize"))
 

@@ -34,8 +34,8 @@ DIFFERS: dict[str, str] = {
     "functional.optimizer_update_32bit": _SAME_NUMBERS,
     "functional.optimizer_update_8bit_blockwise": _SAME_NUMBERS,
     "matmul": "On a CPU, too, LLM.int8() and no float product in its place.",
-    "nn.Linear4bit": "compute_dtype stays what it was set to; without one it is the activation's at each call. It and "
-    "quant_storage are float32, float16 or bfloat16, the latter also uint8; others are refused.",
+    "nn.Linear4bit": "compute_dtype stays what it was set to; without one it is the activation's at each call. It is "
+    "float32, float16 or bfloat16; quant_storage may also be uint8, int8 or float64. Others are refused.",
     "nn.Params4bit": "A cast of packed codes is refused; `.to` leaves the original as it was.",
     "nn.Int8Params": "`CB` is the data; a cast of codes is refused.",
     "nn.modules.maybe_rearrange_weight": "Does nothing: weights in the layouts of old GPUs are refused when they are loaded.",

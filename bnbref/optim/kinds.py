@@ -114,7 +114,8 @@ def count(group: Mapping[str, Any], name: str, least: int = 0, most: int = _MOST
     x = group[name]
     whole = int(x) if isinstance(x, Integral) and not isinstance(x, bool) else None
     if whole is None or not least <= whole <= most:
-        last = "on" if most == _MOST and not (whole and whole > most) else f"to {most}"
+        bounded = most < _MOST or (whole is not None and whole > most)
+        last = f"to {most}" if bounded else "on"
         raise SettingError(f"{name} must be an integer from {least} {last}, got {written(x)}")
     return whole
 

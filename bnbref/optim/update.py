@@ -51,9 +51,9 @@ def new_state(
 
 
 _JOINED = {"cuda": 2**18}
-"""By device, the elements of a part that waits for others whole, also if its blocks are complete: one call of the kernel steps
-all of them, in a copy. A GPU copies and steps so many in 10 us, and the Python of a call takes 100. A CPU takes as long to copy
-them as to step them."""
+"""By device, the most elements of a part that waits for others whole, also if its blocks are complete: one call of the kernel
+steps all of them, in a copy. By its bandwidth an H100 copies and steps so many in 10 us, and the Python of a call takes 100
+there. Not tuned. A CPU has none: a tensor of 32,768 elements took 964 us instead of 405."""
 
 
 def _in_8_bits(rule: Rule, state: Mapping[str, Any]) -> bool:
