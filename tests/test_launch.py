@@ -1,47 +1,101 @@
-"""Launches without Inductor's wrapper: which calls are taken for one launch, and that the launch gets this call's tensors."""
+"""Launches without Inductor's wrapper: which calls are taken for one launch, that the launch gets this call's tensors, and that
+a later process finds it on disk if it would compile the same, and only then."""
 
 import ctypes
+import functools
+import hashlib
+import importlib
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from bnbref.kernels import launch
+from bnbref import blockwise
+from bnbref.codebooks import DYNAMIC, NF4, Codebook
+from bnbref.kernels import REGISTRY, formulations, kept_launches, launch, what_runs
+from bnbref.kernels.kept_launches import find, keep, place_of
+from bnbref.kernels.variants import Variants
+
+FUNCTION = 4711
 
 
-class Kernel:
-    """A Triton kernel as Inductor holds it: out = a + n * b, elementwise on what the addresses name."""
+def floats(address, n):
+    return (ctypes.c_float * n).from_address(address)
 
-    def __init__(self):
-        self.launchers = [self.launcher]
 
-    def launcher(self, a, b, n, out, *, stream):
-        assert stream == 70
-        out.copy_(a.view_as(out) + n * b.view_as(out))
+def add(a, b, out, n):
+    """Machine code: out = a + n * b, of 8 floats."""
+    floats(out, 8)[:] = [x + n * y for x, y in zip(floats(a, 8), floats(b, 8), strict=True)]
+
+
+def two_sums(a, low, high):
+    """Machine code whose two results are halves of one tensor."""
+    floats(low, 4)[:], floats(high, 4)[:] = [2 * x for x in floats(a, 4)], [3 * x for x in floats(a, 4)]
 
 
 @pytest.fixture(autouse=True)
 def runtime(monkeypatch):
-    """A device whose tensors are on the CPU; its number can be set."""
-    now = [0]
+    """A device whose tensors and machine code are on the CPU; its number and its machine code can be set."""
+    now = SimpleNamespace(device=0, code=add, loaded=[])
     made = lambda shape, stride, dtype: torch.empty_strided(shape, stride, dtype=dtype)  # noqa: E731
-    monkeypatch.setattr(launch, "_runtime", lambda: (lambda: now[0], lambda index: 70, made))
-    monkeypatch.setattr(torch.Tensor, "device", property(lambda t: torch.device("cuda", 0)))
+
+    def run(function, x, y, z, warps, shared, kinds, values, stream):
+        assert (function, x, y, z, warps, shared, stream) == (FUNCTION, 8, 1, 1, 2, 64, 70)
+        assert len(kinds) == len(values)
+        assert all(isinstance(v, int) for v, k in zip(values[:3], kinds, strict=False) if k == "O")
+        now.code(*[v for v in values if v is not None])
+
+    def load(file, one, index):
+        now.loaded.append(file)
+        return FUNCTION
+
+    monkeypatch.setattr(launch, "_runtime", lambda: (lambda: now.device, lambda index: 70, made, run))
+    monkeypatch.setattr(kept_launches, "loaded", load)
+    monkeypatch.setattr(kept_launches, "_functions", {})
     return now
 
 
-def recorded(a, b, out, n=3, kernel=None):
-    kernel = kernel or Kernel()
-    kernel.launcher(a, b, n, out, stream=70)
-    return [launch.Call(kernel, (a, b, n, out), {"stream": 70}, None)]
+def inductors(args, runner=None, **fields):
+    """What Inductor has of a compiled kernel with these arguments, which torch's own launcher launches."""
+    from torch._inductor.runtime.static_triton_launcher import StaticallyLaunchedCudaKernel
+
+    kernel = StaticallyLaunchedCudaKernel.__new__(StaticallyLaunchedCudaKernel)
+    kinds = "".join("l" if name == "n" else "O" for name in args.split(", "))
+    kernel.__dict__.update(name="triton_0", function=FUNCTION, num_warps=2, shared=64, arg_tys=kinds, hash="hash")
+    kernel.__dict__.update(has_global_scratch=True, has_profile_scratch=False, **fields)
+    scope = {"runner": kernel.run if runner is None else runner}
+    exec(
+        f"def launcher({args}, xnumel, stream):\n    runner(xnumel, 1, 1, stream, {args})", scope
+    )  # as Inductor writes it
+    return SimpleNamespace(launchers=[scope["launcher"]])
+
+
+def recorded(*given, args="a, b, out, n", **fields):
+    return [launch.Call(inductors(args, **fields), (*given, 8), {"stream": 70}, None)]
+
+
+def ints(n):
+    """Floats whose sums Python, which adds float64, and torch round alike."""
+    return torch.randint(-99, 99, (n,) if isinstance(n, int) else n).float()
 
 
 def tensors(*sizes):
-    return [torch.randn(size) for size in sizes]
+    return [ints(size) for size in sizes]
+
+
+def call_of(launched, given, result, tables=()):
+    one, _ = launch.launched_alone(launched, [*given, *tables], result)
+    return launch.bound(one, FUNCTION, tables, len(given), 0)
 
 
 def test_the_next_call_computes_with_its_own_tensors():
     a, b, out = tensors(8, 8, 8)
-    call = launch.launch_alone(recorded(a.view(2, 4), b, out), [a, None, b], 3, [out])
+    call = call_of(recorded(a.view(2, 4), b, out, 3), [a, None, b], out)
     for _ in range(2):
         a, b = tensors(8, 8)
         [got] = call([a, None, b])
@@ -51,63 +105,268 @@ def test_the_next_call_computes_with_its_own_tensors():
 
 def test_tables_stay():
     a, table, out = tensors(8, 8, 8)
-    call = launch.launch_alone(recorded(a, table, out), [a, table], 1, [out])
-    a = torch.randn(8)
-    assert torch.equal(call([a])[0], a + 3 * table)
+    call = call_of(recorded(a, table, out, 3), [a], out, [table])
+    expected, a = table.clone(), ints(8)
+    del table
+    others = tensors(*[8] * 20)  # would have its memory
+    assert torch.equal(call([a])[0], a + 3 * expected)
+    assert len(others) == 20
 
 
-class TwoSums:
-    """Two kernels in one: their results are the halves of one tensor, of which a launch gets the addresses."""
-
-    def __init__(self):
-        self.launchers = [self.launcher]
-
-    def launcher(self, a, low, high, *, stream):
-        for out, factor in ((low, 2), (high, 3)):
-            address = out if isinstance(out, int) else out.data_ptr()
-            (ctypes.c_float * 4).from_address(address)[:] = (a * factor).tolist()
+def test_what_writes_into_its_arguments():
+    a, b, out = tensors(8, 8, 8)
+    call = call_of(recorded(a, b, out, 3), [a, b, out], ())
+    a, b, out = tensors(8, 8, 8)
+    assert call([a, b, out]) == []
+    assert torch.equal(out, a + 3 * b)
 
 
-def test_parts_of_a_result():
+def test_parts_of_a_result(runtime):
     a, out = tensors(4, 8)
-    launched = launch.Call(TwoSums(), (a, out[:4], out[4:]), {"stream": 70}, None)
-    call = launch.launch_alone([launched], [a], 1, [out])
-    a = torch.randn(4)
+    call = call_of(recorded(a, out[:4], out[4:], args="a, low, high"), [a], out)
+    runtime.code, a = two_sums, ints(4)
     assert torch.equal(call([a])[0], torch.cat([a * 2, a * 3]))
 
 
 def test_what_was_not_compiled_for_is_not_launched(runtime):
     a, b, out = tensors(8, 8, 8)
-    call = launch.launch_alone(recorded(a, b, out), [a, b], 2, [out])
-    assert call([torch.randn(9)[1:], b]) is None
+    call = call_of(recorded(a, b, out, 3), [a, b], out)
+    assert call([ints(9)[1:], b]) is None
     assert call([a, b]) is not None
-    runtime[0] = 1
+    runtime.device = 1
     assert call([a, b]) is None
-
-
-class Untuned(Kernel):
-    def __init__(self):
-        self.launchers = [self.launcher, self.launcher]
 
 
 def refused():
     """What was recorded, of which arguments, with which results, by why it is refused."""
     a, b, out = tensors(8, 8, 8)
-    one = recorded(a, b, out)
-    yield "no launch", [], [a, b], [out]
-    yield "two launches", one + one, [a, b], [out]
-    yield "two choices", recorded(a, b, out, kernel=Untuned()), [a, b], [out]
-    yield "an option", [one[0]._replace(kwargs={"stream": 70, "grid": 1})], [a, b], [out]
-    yield "an input that is no argument", one, [a, torch.randn(8)], [out]
-    yield "a part of an argument", recorded(a[:4], b[4:], out[:4]), [a, b], [out[:4].clone()]
-    yield "an argument twice", recorded(a, a, out), [a, a], [out]
-    yield "a result in place", recorded(a, b, a), [a, b], [a]
-    yield "a part of a result", one, [a, b], [out[:4]]
-    yield "a result that is not launched for", one, [a, b], [out, torch.randn(8)]
-    yield "nothing", recorded(a[:0], b[:0], out[:0]), [a[:0], b[:0]], [torch.empty(0)]
+    one = recorded(a, b, out, 3)
+    two = [launch.Call(SimpleNamespace(launchers=one[0].of.launchers * 2), one[0].args, {"stream": 70}, None)]
+    yield "no launch", [], [a, b], out
+    yield "two launches", one + one, [a, b], out
+    yield "two choices", two, [a, b], out
+    yield "an option", [one[0]._replace(kwargs={"stream": 70, "grid": 1})], [a, b], out
+    yield "a launch by way of Triton", recorded(a, b, out, 3, runner=print), [a, b], out
+    yield "machine code of each device", recorded(a, b, out, 3, function=None), [a, b], out
+    yield "an input that is no argument", one, [a, ints(8)], out
+    yield "a part of an argument", recorded(a[:4], b[4:], out[:4], 3), [a, b], out[:4].clone()
+    yield "an argument twice", recorded(a, a, out, 3), [a, a], out
+    yield "a result in place", recorded(a, b, a, 3), [a, b], a
+    yield "a part of a result", one, [a, b], out[:4]
+    yield "a result that is not launched for", one, [a, b], (out, ints(8))
+    yield "nothing", recorded(a[:0], b[:0], out[:0], 3), [a[:0], b[:0]], torch.empty(0)
 
 
-@pytest.mark.parametrize("case", list(refused()), ids=lambda case: case[0])
+@pytest.fixture(scope="module", params=range(13))
+def case(request):
+    with pytest.MonkeyPatch.context():
+        return list(refused())[request.param]
+
+
 def test_what_may_be_more_than_one_launch_is_left_to_inductor(case):
-    _, launches, given, results = case
-    assert launch.launch_alone(launches, given, len(given), results) is None
+    why, launched, given, result = case
+    assert launch.launched_alone(launched, given, result) is None, why
+
+
+# ---- on disk --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(monkeypatch, tmp_path):
+    """Inductor's folder, with the machine code that Triton wrote for the kernel, on a machine with a GPU."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    runtime_utils = importlib.import_module("torch._inductor.runtime.runtime_utils")
+    monkeypatch.setattr(runtime_utils, "triton_hash_to_path_key", lambda key: key)
+    code = tmp_path / "triton" / "0" / "hash" / "triton_0.cubin"
+    code.parent.mkdir(parents=True)
+    code.write_bytes(b"machine code")
+    monkeypatch.setattr(what_runs, "_machine", lambda device: ("a machine", what_runs._workshop()))
+    return tmp_path / "bnbref"
+
+
+def functions(name="dequantize_rows"):
+    kernel = REGISTRY[name]
+    return [f for f in (kernel.definition, kernel.formulation.body, kernel.formulation.tables) if f is not None]
+
+
+def place(args=None, name="dequantize_rows", **constants):
+    args = [torch.zeros(2, 32, dtype=torch.uint8), torch.zeros(2, 1)] if args is None else args
+    return place_of(functions(name), args, {"codebook": NF4, "blocksize": 64, "dtype": torch.float32, **constants})
+
+
+def test_a_launch_is_found_as_it_was_kept(folder, runtime, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    a, b, out = tensors(8, 8, (2, 4))
+    one, kernel = launch.launched_alone(recorded(a, b, out, 3), [a, b], (out,))
+    assert find(place(), 0) is None
+    keep(place(), one, kernel, 0)
+    assert find(place(), 0) == (one, FUNCTION) == find(place(), 0)
+    assert runtime.loaded == [str(folder / f"{hashlib.sha256(b'machine code').hexdigest()}.cubin")]  # once
+    assert len(list(folder.iterdir())) == 2
+    keep(place(blocksize=128), one, kernel, 0)
+    assert len(list(folder.iterdir())) == 3  # the machine code is there
+
+    calls = Variants("name", REGISTRY["dequantize_rows"].parameters)
+    found = calls.kept([a, b], (), False, place(), otherwise=lambda args: "otherwise")
+    assert torch.equal(found([a, b])[0], (a + 3 * b).view(2, 4))
+    assert found([ints(9)[1:], b]) == "otherwise"
+    assert calls.kept([a, b], (), False, folder / "other.json", otherwise=print) is None
+
+
+@pytest.mark.parametrize(
+    "broken", ["", "{}", '{"launch": {}}', '{"launch": {}, "cubin": "no.cubin"}', "[1]", '{"launch": {']
+)
+def test_what_is_not_whole_is_not_there(folder, broken):
+    folder.mkdir()
+    place().write_text(broken)
+    assert find(place(), 0) is None
+
+
+def test_machine_code_that_is_cut_off_is_not_loaded(folder, runtime):
+    a, b, out = tensors(8, 8, 8)
+    keep(place(), *launch.launched_alone(recorded(a, b, out, 3), [a, b], out), 0)
+    (code,) = folder.glob("*.cubin")
+    code.write_bytes(b"machine")
+    assert find(place(), 0) is None
+    assert runtime.loaded == []
+
+
+def test_a_folder_that_cannot_be_written(folder):
+    a, b, out = tensors(8, 8, 8)
+    folder.write_text("a file")
+    keep(place(), *launch.launched_alone(recorded(a, b, out, 3), [a, b], out), 0)
+    assert find(place(), 0) is None
+
+
+@pytest.mark.parametrize("name", kept_launches._WATCHED)
+def test_nothing_is_kept_for_those_who_watch_the_compiler(folder, monkeypatch, name):
+    assert place() is not None
+    monkeypatch.setenv(name, "1")
+    assert place() is None
+
+
+def other(x):
+    return x
+
+
+def test_a_digest_tells_calls_apart():
+    two, one = torch.zeros(2, 32, dtype=torch.uint8), torch.zeros(2, 1)
+    calls = [
+        place(), place([two[:1], one[:1]]), place([two.int(), one]), place([two.T, one]), place([two, one, None]),
+        place(blocksize=128), place(blocksize=64.0), place(dtype=torch.bfloat16), place(name="quantize_rows"),
+        place(codebook=DYNAMIC), place(codebook=Codebook("own", NF4.values, NF4.values[1:])),
+    ]  # fmt: skip
+    assert None not in calls
+    assert len(set(calls)) == len(calls)
+    assert place(codebook=object()) is None  # of which nobody knows what it is
+    assert place_of([*functions(), other], [two, one], {}) is None  # a stranger's kernel
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch):
+    monkeypatch.setattr(what_runs, "_machine", lambda device: ("a machine", what_runs._workshop()))
+
+
+numbers = st.lists(st.floats(-1, 1, width=32), min_size=2, max_size=16, unique=True)
+
+
+@settings(deadline=None, max_examples=50)
+@given(numbers, numbers)
+def test_own_codebooks_share_what_they_compile_if_they_are_equal(one, two):
+    books = [Codebook.nearest("own", sorted(values)) for values in (one, two, one)]
+    first, second, again = [place(codebook=book) for book in books]
+    assert first == again
+    assert (first == second) == (books[0] == books[1])
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "value"),
+    [
+        ("bnbref.kernels.decoding", "rounded_bits", lambda x, dtype: x),
+        ("bnbref.kernels.decoding", "WORD", 8),
+        ("bnbref.kernels.floats", "widen", lambda x, dtype: x),
+        ("bnbref.kernels.compiler", "is_gpu", lambda x: True),
+    ],
+)
+def test_a_function_that_somebody_replaced_is_another(monkeypatch, module, name, value):
+    """Also one that is reached by way of others: `rounded_bits` widens; of `compiler` decoding imports the function."""
+    before = {kernel: place(name=kernel) for kernel in ("dequantize_rows", "multiply_rows")}
+    monkeypatch.setattr(module + "." + name, value)
+    decoding = importlib.import_module("bnbref.kernels.decoding")
+    if hasattr(decoding, name):
+        monkeypatch.setattr(decoding, name, value)
+    after = {kernel: place(name=kernel) for kernel in before}
+    assert any(before[kernel] != after[kernel] for kernel in before)
+    monkeypatch.undo()
+    monkeypatch.setattr(what_runs, "_machine", lambda device: ("a machine", what_runs._workshop()))
+    assert {kernel: place(name=kernel) for kernel in before} == before
+
+
+def test_a_method_that_somebody_replaced_is_another(monkeypatch):
+    before = place()
+    monkeypatch.setattr(Codebook, "__post_init__", lambda self: None)
+    assert place() != before
+
+
+def test_processes_agree(folder):
+    """Hashes of strings, addresses and the order of imports differ."""
+    program = (
+        "import sys, torch; from bnbref.kernels import REGISTRY, what_runs; from bnbref.codebooks import NF4\n"
+        "what_runs._machine = lambda device: ('a machine', what_runs._workshop())\n"
+        "for name in ('dequantize_rows', 'multiply_rows', 'quantize_blocks', 'step_blocks'):\n"
+        "    k = REGISTRY[name]; f = [f for f in (k.definition, k.formulation.body, k.formulation.tables) if f is not None]\n"
+        "    print(what_runs.digest(f, [torch.zeros(2, 3), None], {'codebook': NF4, 'dtype': torch.half}))"
+    )
+    said = [
+        subprocess.run(
+            [sys.executable, *options, "-c", first + program], capture_output=True, text=True, check=True
+        ).stdout
+        for options, first in (
+            (("-W", "ignore"), ""),
+            (("-B",), "import bnbref.optim, bnbref.nn, torch._inductor.config\n"),
+        )
+    ]
+    assert said[0] == said[1]
+    assert len(set(said[0].split())) == 4
+
+
+def test_every_kernel_has_a_digest_in_which_its_own_functions_count():
+    formulations.load()
+    for name, kernel in REGISTRY.items():
+        if kernel.definition.__module__.startswith("bnbref."):
+            found = what_runs.digest(functions(name), [torch.zeros(2)], {})
+            assert found is not None
+            assert found != what_runs.digest([blockwise.encode], [torch.zeros(2)], {})
+
+
+PROGRAM = """
+import sys, torch, bnbref
+from bnbref.kernels import REGISTRY
+torch.manual_seed(0)
+linear = torch.nn.Linear(256, 64).to(torch.bfloat16)
+layer = bnbref.nn.Linear4bit(256, 64, compute_dtype=torch.bfloat16, quant_type="nf4")
+layer.load_state_dict(linear.state_dict())
+with bnbref.eager():
+    layer = layer.cuda()
+p = torch.nn.Parameter(torch.randn(64, 256, device="cuda"))
+optimizer = bnbref.optim.AdamW8bit([p], lr=1e-2)
+with torch.no_grad():
+    for rows in (1, 32):
+        print(layer(torch.randn(rows, 256, device="cuda", dtype=torch.bfloat16)).float().sum(0).tolist())
+for _ in range(3):
+    p.grad = torch.randn_like(p)
+    optimizer.step()
+print(p.sum(0).tolist())
+print("compiler", "torch._inductor.compile_fx" in sys.modules, {k: len(v.variants) for k, v in REGISTRY.items() if v.variants})
+"""
+
+
+@pytest.mark.cuda
+def test_a_later_process_compiles_nothing(tmp_path):
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "CUDA_VISIBLE_DEVICES": "0"}
+    run = functools.partial(subprocess.run, capture_output=True, text=True, check=True, env=environment)
+    first, second = (run([sys.executable, "-c", PROGRAM]).stdout.splitlines() for _ in range(2))
+    assert first[-1].startswith("compiler True")
+    assert second[-1] == "compiler False {}"
+    assert first[:-1] == second[:-1]

@@ -39,11 +39,13 @@ _OURS = {
 }
 
 # Triton contracts a*b+c into one rounding, divides with an error of 2 ulp and drops the rounding of a 16-bit float between two
-# operations, unless told not to.
+# operations, unless told not to. Names that list the operations of a kernel get longer than the 150 letters that Triton gives a
+# file, and torch then launches the kernel by way of Triton, not of the file.
 _GPU_OPTIONS = {
     "emulate_precision_casts": True,
     "eager_numerics.division_rounding": True,
     "eager_numerics.disable_ftz": True,
+    "triton.descriptive_names": False,
     **_NO_ASSERTS,
 }
 

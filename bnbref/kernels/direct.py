@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bnbref.context import is_lazy
-from bnbref.kernels.launch import Call, launch_alone
+from bnbref.kernels.launch import Call
 
 
 def call_layout(args: Sequence[Any], constants: Mapping[str, Any]) -> Any:
@@ -17,8 +17,15 @@ def call_layout(args: Sequence[Any], constants: Mapping[str, Any]) -> Any:
     return torch.get_num_threads(), *tensors, *constants.items(), *kinds
 
 
+def written(args: Sequence[Any], into: Sequence[int]) -> tuple[Tensor, ...]:
+    """What a call returns that has written into its arguments: these. Autograd is told, which has not seen it."""
+    targets = tuple(args[i] for i in into)
+    torch.autograd.graph.increment_version(targets)
+    return targets
+
+
 def direct(
-    ran: Sequence[Call], launched: Sequence[Call], tensors: Sequence[Any], count: int, result: Any, into: Sequence[int]
+    ran: Sequence[Call], tensors: Sequence[Any], count: int, result: Any, into: Sequence[int]
 ) -> Callable[[Sequence[Any]], Any] | None:
     """Inductor's code itself, for calls whose tensors have just these sizes, strides, dtypes and devices.
 
@@ -39,9 +46,7 @@ def direct(
 
         def update(args: Sequence[Any]) -> Any:
             code([value if i is None else args[i] for i, value in template])
-            targets = tuple(args[i] for i in into)
-            torch.autograd.graph.increment_version(targets)
-            return targets
+            return written(args, into)
 
         return update
     produced = {id(value): i for i, value in enumerate(outputs)}
@@ -55,12 +60,19 @@ def direct(
         values = code([value if i is None else args[i] for i, value in template])
         return tuple([values[i] for i in order]) if several else values[order[0]]
 
-    launch = launch_alone(launched, tensors, count, wanted)
-    if launch is None:
-        return call
+    return call
 
-    def call_alone(args: Sequence[Any]) -> Any:
-        values = launch(args)
-        return call(args) if values is None else tuple(values) if several else values[0]
 
-    return call_alone
+def alone(
+    launch: Callable[[Sequence[Any]], list[Tensor] | None], several: bool, into: Sequence[int],
+    otherwise: Callable[[Sequence[Any]], Any],
+) -> Callable[[Sequence[Any]], Any]:  # fmt: skip
+    """A call that is one launch. otherwise: makes the calls that the launch is not for."""
+
+    def call(args: Sequence[Any]) -> Any:
+        results = launch(args)
+        if results is None:
+            return otherwise(args)
+        return written(args, into) if into else tuple(results) if several else results[0]
+
+    return call

@@ -28,6 +28,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
@@ -38,6 +39,7 @@ from bnbref.kernels import formulations
 from bnbref.kernels.compiler import compiles, give_up, missing_compiler, remove_fragment, why_failed
 from bnbref.kernels.direct import call_layout
 from bnbref.kernels.formulations import Formulation
+from bnbref.kernels.kept_launches import place_of
 from bnbref.kernels.modes import compile_enabled, inside_once
 from bnbref.kernels.parameters import Parameters
 from bnbref.kernels.variants import Variants, import_compiler
@@ -220,7 +222,10 @@ class Kernel(Generic[P, R]):
         call: Callable[[Sequence[Any]], R] | None
         with _first_calls, torch.no_grad(), without_autocast(args[0]):
             piece = self.formulation.piece if device_type == "cpu" else None
-            if piece is None:
+            kept = self._kept(key, args, constants) if device_type == "cuda" else None
+            if kept is not None:
+                result, call = kept(args), kept
+            elif piece is None:
                 result, call = self._through_dynamo(device_type, args, constants, self.parameters.any_written)
             else:
                 call = functools.partial(self._in_pieces, piece, constants)
@@ -230,6 +235,27 @@ class Kernel(Generic[P, R]):
                 self._calls.clear()
             self._calls[key] = call
         return result
+
+    def _kept(self, key: Any, args: Sequence[Any], constants: Mapping[str, Any]) -> Callable[[Sequence[Any]], R] | None:
+        """The calls of this layout as an earlier process has left them on disk; None if none has."""
+        place = self._place(args, constants)
+        if place is None or next(t.device for t in args if t is not None).index != torch.cuda.current_device():
+            return None
+
+        def otherwise(args: Sequence[Any]) -> R:
+            self._calls.pop(key, None)
+            with _first_calls, torch.no_grad(), without_autocast(args[0]):
+                result, call = self._through_dynamo("cuda", args, constants, self.parameters.any_written)
+            if call is not None:
+                self._calls[key] = call
+            return result
+
+        return self.variants.kept(args, self.tables(*args, **constants), self.parameters.any_written, place, otherwise)
+
+    def _place(self, args: Sequence[Any], constants: Mapping[str, Any]) -> Path | None:
+        """Where the launch of calls of this layout is kept on disk; None if none is."""
+        functions = self.definition, self.formulation.body, self.formulation.tables
+        return place_of([f for f in functions if f is not None], args, constants)
 
     def _in_pieces(self, most: int, constants: Mapping[str, Any], args: Sequence[Any]) -> R:
         """A call in pieces of at most `most` rows: every argument whose first dimension is dynamic is cut along it."""
@@ -259,7 +285,8 @@ class Kernel(Generic[P, R]):
             try:
                 with _without_warnings():
                     tables = self.tables(*args, **constants)
-                    return self.variants.call(device_type, self.formulation, args, tables, constants, writes)
+                    place = self._place(args, constants) if device_type == "cuda" else None
+                    return self.variants.call(device_type, self.formulation, args, tables, constants, writes, place)
             except (ImportError, OSError, RuntimeError, UnicodeDecodeError) as error:
                 if again and remove_fragment(error):
                     return self._through_dynamo(device_type, args, constants, writes, again=False)

@@ -7,6 +7,7 @@ the arguments and the results of the call, the next call of that layout allocate
 
 import contextlib
 import threading
+import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +22,25 @@ class Call(NamedTuple):
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     result: Any
+
+
+class Launch(NamedTuple):
+    """One launch of machine code, for all calls of a layout.
+
+    symbol: the name of the function in the machine code. grid, warps, shared: how many programs it runs, of how many warps, with
+    how many bytes of shared memory. kinds: a letter for the type of each of its arguments. arguments: of each the place of its
+    tensor, and how many bytes behind its beginning it lies; or None, and the number itself. Places count the arguments of the
+    call, then its tables, then its results. results: shape, strides and dtype of each. several: whether the call returns a tuple.
+    """
+
+    symbol: str
+    grid: tuple[int, int, int]
+    warps: int
+    shared: int
+    kinds: str
+    arguments: tuple[tuple[int | None, Any], ...]
+    results: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...]
+    several: bool
 
 
 _ALIGNED = 16
@@ -57,66 +77,61 @@ def launches() -> contextlib.AbstractContextManager[list[Call]]:
     return recorded(CachingAutotuner, "run")
 
 
-def launch_alone(
-    launched: Sequence[Call], tensors: Sequence[Any], count: int, results: Sequence[Tensor]
-) -> Callable[[Sequence[Any]], list[Tensor] | None] | None:
-    """A function that does what was recorded while `results` were computed of `tensors`, for other tensors of the same layout.
+def launched_alone(launched: Sequence[Call], tensors: Sequence[Any], result: Any) -> tuple[Launch, Any] | None:
+    """The one launch that was recorded while the result was computed of `tensors`, and Inductor's kernel that made it.
 
-    tensors: the arguments of the call, of which there are `count`, and tables, which stay. The function takes the arguments and
-    returns the results; or None, if what was compiled does not hold for them: another device is the current one, or an address is
-    not aligned. Returns None if more was done than one launch, or if it is not known from what each of its arguments came.
+    result: a tensor, or several; none if it was written into the tensors. Returns None if more was done than one launch, or if
+    it is not known from what each of its arguments came.
     """
-    if len(launched) != 1 or not results:
+    if len(launched) != 1:
         return None
-    kernel, given, options, _ = launched[0]
-    if set(options) != {"stream"} or len(kernel.launchers) != 1:
+    inductors, given, options, _ = launched[0]
+    if set(options) != {"stream"} or len(inductors.launchers) != 1:
         return None
+    several = isinstance(result, tuple)
+    results = result if several else (result,)
+    run = _last_step(inductors.launchers[0], given)
     inputs = {t.data_ptr(): i for i, t in enumerate(tensors) if t is not None}
     outputs = {t.data_ptr(): i for i, t in enumerate(results)}
     whole = all(t.untyped_storage().nbytes() == t.nbytes > 0 for t in results)
     distinct = len(inputs) + len(outputs) == sum(t is not None for t in tensors) + len(results)
-    if not whole or not distinct or 0 in inputs or inputs.keys() & outputs.keys():
+    if run is None or not whole or not distinct or 0 in inputs or inputs.keys() & outputs.keys():
         return None
-    # Of each argument of the launch: its place among the call's arguments and results, and how many bytes behind its beginning it
-    # lies; or itself, if all calls have the same.
-    sources: list[tuple[int | None, Any]] = []
-    for value in given:
+    kernel, grid, values = run
+    arguments: list[tuple[int | None, Any]] = []
+    for value in values:
         if not isinstance(value, Tensor):
-            sources.append((None, value))
+            arguments.append((None, value))
         elif value.data_ptr() in inputs:
-            place = inputs[value.data_ptr()]
-            sources.append((place, 0) if place < count else (None, value))
+            arguments.append((inputs[value.data_ptr()], 0))
         elif (part := _part(value, results)) is not None:
-            sources.append((count + part[0], part[1]))
+            arguments.append((len(tensors) + part[0], part[1]))
         else:
             return None
-    places = {place for place, _ in sources if place is not None}
-    if not places.issuperset(range(count, count + len(results))):
+    places = {place for place, _ in arguments}
+    if not places.issuperset(range(len(tensors), len(tensors) + len(results))):
         return None
-    (launcher,) = kernel.launchers
-    index = results[0].device.index
-    layouts = [(tuple(t.shape), t.stride(), t.dtype) for t in results]
-    checked = sorted(place for place in places if place < count)
-    current_device, stream_of, allocate = _runtime()
+    scratch = kernel.has_global_scratch + kernel.has_profile_scratch  # memory that no kernel of Inductor asks for
+    arguments += [(None, None)] * scratch
+    layouts = tuple((tuple(t.shape), t.stride(), t.dtype) for t in results)
+    kinds = kernel.arg_tys + "O" * scratch
+    return Launch(kernel.name, grid, kernel.num_warps, kernel.shared, kinds, tuple(arguments), layouts, several), kernel
 
-    def launch(args: Sequence[Any]) -> list[Tensor] | None:
-        if current_device() != index:
-            return None
-        for place in checked:
-            if args[place].data_ptr() % _ALIGNED:
-                return None
-        made = [allocate(*layout) for layout in layouts]
-        pool = (*args, *made)
-        launcher(
-            *[
-                value if place is None else pool[place].data_ptr() + value if value else pool[place]
-                for place, value in sources
-            ],
-            stream=stream_of(index),
-        )
-        return made
 
-    return launch
+def _last_step(launcher: Any, given: Sequence[Any]) -> tuple[Any, tuple[int, int, int], tuple[Any, ...]] | None:
+    """What Inductor's function that launches hands on to torch's own launcher: the kernel, the grid, the arguments. None where
+    Inductor launches by way of Triton."""
+    from torch._inductor.runtime.static_triton_launcher import StaticallyLaunchedCudaKernel
+
+    kernel = getattr(launcher.__globals__.get("runner"), "__self__", None)
+    if not isinstance(kernel, StaticallyLaunchedCudaKernel) or kernel.function is None or torch.version.hip is not None:
+        return None
+    handed: list[Any] = []
+    # The same code, with a list in the place of torch's launcher.
+    scope = {**launcher.__globals__, "runner": lambda *values: handed.extend(values)}
+    types.FunctionType(launcher.__code__, scope)(*given, stream=0)
+    x, y, z, _, *values = handed
+    return kernel, (x, y, z), tuple(values)
 
 
 def _part(value: Tensor, results: Sequence[Tensor]) -> tuple[int, int] | None:
@@ -131,7 +146,60 @@ def _part(value: Tensor, results: Sequence[Tensor]) -> tuple[int, int] | None:
     return None
 
 
-def _runtime() -> tuple[Callable[[], int], Callable[[int], int], Callable[..., Tensor]]:
-    """The functions that Inductor's code calls: the number of the current device, its stream, a new tensor there."""
+def bound(
+    launch: Launch, function: int, tables: Sequence[Tensor], count: int, index: int
+) -> Callable[[Sequence[Any]], list[Tensor] | None]:
+    """A function that makes the launch with other tensors of its layout, of which there are `count`, and these tables.
+
+    function: the address of the machine code on the GPU of this index. What is returned takes the arguments and returns the
+    results; or None, if the machine code is not for them: another device is the current one, or an address is not aligned.
+    """
+    _, (x, y, z), warps, shared, kinds, arguments, layouts, _ = launch
+    behind = count + len(tables)
+    template = [value for _, value in arguments]
+    of_args, of_results = [], []
+    for i, (place, offset) in enumerate(arguments):
+        if place is None:
+            continue
+        if place < count:
+            of_args.append((i, place))
+        elif place < behind:
+            template[i] = tables[place - count].data_ptr()
+        else:
+            of_results.append((i, place - behind, offset))
+    current_device, stream_of, allocate, run = _runtime()
+
+    def call(args: Sequence[Any]) -> list[Tensor] | None:
+        if current_device() != index:
+            return None
+        values = template.copy()
+        for i, place in of_args:
+            values[i] = address = args[place].data_ptr()
+            if address % _ALIGNED:
+                return None
+        made = [allocate(*layout) for layout in layouts]
+        for i, place, offset in of_results:
+            values[i] = made[place].data_ptr() + offset
+        run(function, x, y, z, warps, shared, kinds, tuple(values), stream_of(index))
+        return made
+
+    call.tables = tables  # type: ignore[attr-defined]  # whose addresses it has: they live as long as it does
+    return call
+
+
+def loaded(file: str, launch: Launch, index: int) -> int:
+    """The address of the machine code in a file, loaded to the GPU of this index, which is the current one."""
+    launcher: Any = torch._C._StaticCudaLauncher
+    return int(launcher._load_kernel(file, launch.symbol, launch.shared, index)[0])
+
+
+def _runtime() -> tuple[Callable[[], int], Callable[[int], int], Callable[..., Tensor], Callable[..., None]]:
+    """The functions that Inductor's code calls: the number of the current device, its stream, a new tensor there, a launch."""
     guards: Any = torch._C._dynamo.guards
-    return torch._C._cuda_getDevice, torch._C._cuda_getCurrentRawStream, guards._empty_strided_cuda
+    launcher: Any = torch._C._StaticCudaLauncher
+    return (
+        torch._C._cuda_getDevice,
+        torch._C._cuda_getCurrentRawStream,
+        guards._empty_strided_cuda,
+        launcher._launch_kernel,
+    )

@@ -5,6 +5,7 @@ import importlib
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +14,10 @@ from torch import Tensor
 from bnbref.context import NoThread, in_another_thread
 from bnbref.kernels.compiler import options_for
 from bnbref.kernels.configured import in_effect, is_configured
-from bnbref.kernels.direct import direct
+from bnbref.kernels.direct import alone, direct
 from bnbref.kernels.formulations import Formulation
-from bnbref.kernels.launch import Call, launches, recorded
+from bnbref.kernels.kept_launches import find, keep
+from bnbref.kernels.launch import Call, bound, launched_alone, launches, recorded
 from bnbref.kernels.parameters import Parameters
 
 # On a GPU, Inductor chooses the block sizes of a kernel by timing its first call. A tensor of a few thousand elements must not
@@ -77,11 +79,12 @@ class Variants(dict[Any, Callable[..., Any]]):
 
     def call(
         self, device_type: str, formulation: Formulation, args: Sequence[Any], tables: tuple[Tensor, ...],
-        constants: Mapping[str, Any], writes: bool,
+        constants: Mapping[str, Any], writes: bool, place: Path | None,
     ) -> tuple[Any, Callable[[Sequence[Any]], Any] | None]:  # fmt: skip
         """A call by way of Dynamo, which finds or compiles the code for these sizes.
 
-        Returns the result, and the function that makes the next call of this layout without Dynamo, or None if there can be none.
+        place: where the launch is kept on disk that it ends in, if it ends in one. Returns the result, and the function that
+        makes the next call of this layout without Dynamo, or None if there can be none.
         """
         # Aliases of the arguments, because Dynamo marks dynamic sizes on the tensor itself, and the argument is the caller's. The
         # alias of a parameter is a plain tensor too, so that parameters and tensors share a variant.
@@ -111,11 +114,34 @@ class Variants(dict[Any, Callable[..., Any]]):
         everything = [*tensors, *tables]
         from torch._inductor.output_code import CompiledFxGraph
 
-        alone = launches() if device_type == "cuda" else contextlib.nullcontext(list[Call]())
-        with recorded(CompiledFxGraph, "__call__") as ran, alone as launched, _own_settings():
+        launching = launches() if device_type == "cuda" else contextlib.nullcontext(list[Call]())
+        with recorded(CompiledFxGraph, "__call__") as ran, launching as launched, _own_settings():
             result = variant(*everything)
-        call = direct(ran, launched, everything, len(args), result, into)
+        call = direct(ran, everything, len(args), result, into)
+        one = launched_alone(launched, everything, () if writes else result) if call is not None and launched else None
+        if call is not None and one is not None:
+            launch, kernel = one
+            index = torch.cuda.current_device()
+            call = alone(bound(launch, kernel.function, tables, len(args), index), launch.several, into, call)
+            if place is not None:
+                keep(place, launch, kernel, index)
         return (tuple(args[i] for i in into) if writes else result), call
+
+    def kept(
+        self, args: Sequence[Any], tables: tuple[Tensor, ...], writes: bool, place: Path,
+        otherwise: Callable[[Sequence[Any]], Any],
+    ) -> Callable[[Sequence[Any]], Any] | None:  # fmt: skip
+        """The function that makes the calls of this layout by the launch that is kept there; None if none is.
+
+        otherwise: makes the calls that the launch is not for.
+        """
+        index = torch.cuda.current_device()
+        found = find(place, index)
+        if found is None:
+            return None
+        launch, function = found
+        into = self._parameters.written(range(len(args))) if writes else []
+        return alone(bound(launch, function, tables, len(args), index), launch.several, into, otherwise)
 
 
 @contextlib.contextmanager

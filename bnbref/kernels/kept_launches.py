@@ -1,0 +1,104 @@
+"""Launches kept on disk, beside what Inductor keeps there: a process makes at once those that an earlier one has compiled.
+
+On a GPU the first call of a kernel imports torch's compiler, for some seconds, and finds the kernel among what is on disk, for
+one more. What it ends in is a file of machine code and how that is launched:
+
+    FOLDER/bnbref/DIGEST.json       the launch of a call, by the digest of all that decides what it runs
+    FOLDER/bnbref/SHA256.cubin      its machine code
+
+FOLDER is Inductor's. Nothing there is a program of Python, and what is not whole is as if it were not there.
+"""
+
+import getpass
+import hashlib
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bnbref.kernels.launch import Launch, loaded
+from bnbref.kernels.what_runs import digest
+
+# Whoever sets one of these wants to see how kernels are compiled, or that they are.
+_WATCHED = (
+    "TORCH_LOGS",
+    "TORCH_TRACE",
+    "TORCH_COMPILE_DEBUG",
+    "TORCHINDUCTOR_FORCE_DISABLE_CACHES",
+    "TRITON_ALWAYS_COMPILE",
+)
+
+_functions: dict[tuple[str, int], int] = {}
+"""The addresses of machine code that is loaded, by its file and the number of the GPU."""
+
+
+def place_of(functions: Sequence[Callable[..., Any]], args: Sequence[Any], constants: Mapping[str, Any]) -> Path | None:
+    """The file in which the launch of a call is kept; None if none is kept."""
+    config = sys.modules.get("torch._inductor.config")
+    if any(os.environ.get(name) for name in _WATCHED) or getattr(config, "force_disable_caches", False):
+        return None
+    if torch.version.hip is not None or not all(str(f.__module__).startswith("bnbref.") for f in functions):
+        return None
+    folder, name = _folder(), digest(functions, args, constants)
+    return None if folder is None or name is None else folder / f"{name}.json"
+
+
+def _folder() -> Path | None:
+    given = os.environ.get("TORCHINDUCTOR_CACHE_DIR")  # Inductor sets it when it is first used
+    if given is not None:
+        return Path(given) / "bnbref"
+    try:
+        user = re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())
+    except (ImportError, KeyError, OSError):  # a user whom the system does not know
+        return None
+    return Path(tempfile.gettempdir()) / f"torchinductor_{user}" / "bnbref"
+
+
+def keep(place: Path, launch: Launch, kernel: Any, index: int) -> None:
+    """Keeps a launch, with the machine code that Triton wrote for Inductor's kernel. Without room on the disk it is not kept."""
+    from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
+    from torch._inductor.runtime.runtime_utils import triton_hash_to_path_key
+
+    try:
+        code = Path(triton_cache_dir(index), triton_hash_to_path_key(kernel.hash), f"{kernel.name}.cubin").read_bytes()
+        file = place.with_name(f"{hashlib.sha256(code).hexdigest()}.cubin")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if not file.exists():
+            _write(file, code)
+        fields = {**launch._asdict(), "results": [[*layout[:2], str(layout[2])] for layout in launch.results]}
+        _write(place, json.dumps({"launch": fields, "cubin": file.name}).encode())
+    except OSError:
+        return
+
+
+def _write(file: Path, content: bytes) -> None:
+    """A file is there as a whole or not at all, also for other processes."""
+    with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as part:
+        part.write(content)
+    os.replace(part.name, file)
+
+
+def find(place: Path, index: int) -> tuple[Launch, int] | None:
+    """The launch that is kept there and the address of its machine code on the GPU of this index, which is the current one.
+    None if there is none."""
+    try:
+        kept = json.loads(place.read_bytes())
+        file = place.with_name(kept["cubin"])
+        code = file.read_bytes()
+        fields = kept["launch"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if file.name != f"{hashlib.sha256(code).hexdigest()}.cubin":
+        return None
+    arguments = tuple((place, value) for place, value in fields.pop("arguments"))
+    results = tuple((tuple(s), tuple(t), getattr(torch, d.removeprefix("torch."))) for s, t, d in fields.pop("results"))
+    launch = Launch(**{**fields, "grid": tuple(fields["grid"]), "arguments": arguments, "results": results})
+    if (file.name, index) not in _functions:
+        _functions[file.name, index] = loaded(str(file), launch, index)
+    return launch, _functions[file.name, index]
