@@ -89,7 +89,7 @@ def tensors(*sizes):
 
 
 def call_of(launched, given, result, tables=()):
-    one, _ = launch.launched_alone(launched, [*given, *tables], result)
+    one, _ = launch.launched_alone(launched, given, tables, result)
     return launch.bound(one, FUNCTION, tables, len(given), 0)
 
 
@@ -111,6 +111,13 @@ def test_tables_stay():
     others = tensors(*[8] * 20)  # would have its memory
     assert torch.equal(call([a])[0], a + 3 * expected)
     assert len(others) == 20
+
+
+def test_two_tables_may_be_one():
+    table, out = tensors(8, 8)
+    assert torch.equal(call_of(recorded(table, table, out, 3), [], out, [table, table])([])[0], table * 4)
+    a = table.view(8)  # an argument, which need not be the table's memory the next time
+    assert launch.launched_alone(recorded(a, table, out, 3), [a], [table], out) is None
 
 
 def test_what_writes_into_its_arguments():
@@ -165,7 +172,7 @@ def case(request):
 
 def test_what_may_be_more_than_one_launch_is_left_to_inductor(case):
     why, launched, given, result = case
-    assert launch.launched_alone(launched, given, result) is None, why
+    assert launch.launched_alone(launched, given, (), result) is None, why
 
 
 # ---- on disk --------------------------------------------------------------------------------------------------------
@@ -198,7 +205,7 @@ def place(args=None, name="dequantize_rows", **constants):
 def test_a_launch_is_found_as_it_was_kept(folder, runtime, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     a, b, out = tensors(8, 8, (2, 4))
-    one, kernel = launch.launched_alone(recorded(a, b, out, 3), [a, b], (out,))
+    one, kernel = launch.launched_alone(recorded(a, b, out, 3), [a, b], (), (out,))
     assert find(place(), 0) is None
     keep(place(), one, kernel, 0)
     assert find(place(), 0) == (one, FUNCTION) == find(place(), 0)
@@ -225,7 +232,7 @@ def test_what_is_not_whole_is_not_there(folder, broken):
 
 def test_machine_code_that_is_cut_off_is_not_loaded(folder, runtime):
     a, b, out = tensors(8, 8, 8)
-    keep(place(), *launch.launched_alone(recorded(a, b, out, 3), [a, b], out), 0)
+    keep(place(), *launch.launched_alone(recorded(a, b, out, 3), [a, b], (), out), 0)
     (code,) = folder.glob("*.cubin")
     code.write_bytes(b"machine")
     assert find(place(), 0) is None
@@ -235,7 +242,7 @@ def test_machine_code_that_is_cut_off_is_not_loaded(folder, runtime):
 def test_a_folder_that_cannot_be_written(folder):
     a, b, out = tensors(8, 8, 8)
     folder.write_text("a file")
-    keep(place(), *launch.launched_alone(recorded(a, b, out, 3), [a, b], out), 0)
+    keep(place(), *launch.launched_alone(recorded(a, b, out, 3), [a, b], (), out), 0)
     assert find(place(), 0) is None
 
 

@@ -77,11 +77,14 @@ def launches() -> contextlib.AbstractContextManager[list[Call]]:
     return recorded(CachingAutotuner, "run")
 
 
-def launched_alone(launched: Sequence[Call], tensors: Sequence[Any], result: Any) -> tuple[Launch, Any] | None:
-    """The one launch that was recorded while the result was computed of `tensors`, and Inductor's kernel that made it.
+def launched_alone(
+    launched: Sequence[Call], args: Sequence[Any], tables: Sequence[Tensor], result: Any
+) -> tuple[Launch, Any] | None:
+    """The one launch that was recorded while the result was computed of a call's arguments and tables, and Inductor's kernel
+    that made it.
 
-    result: a tensor, or several; none if it was written into the tensors. Returns None if more was done than one launch, or if
-    it is not known from what each of its arguments came.
+    result: a tensor, or several; none if it was written into the arguments. Returns None if more was done than one launch, or
+    if it is not known from what each of its arguments came. Of tables several may be one.
     """
     if len(launched) != 1:
         return None
@@ -91,10 +94,12 @@ def launched_alone(launched: Sequence[Call], tensors: Sequence[Any], result: Any
     several = isinstance(result, tuple)
     results = result if several else (result,)
     run = _last_step(inductors.launchers[0], given)
+    tensors = [*args, *tables]
     inputs = {t.data_ptr(): i for i, t in enumerate(tensors) if t is not None}
     outputs = {t.data_ptr(): i for i, t in enumerate(results)}
     whole = all(t.untyped_storage().nbytes() == t.nbytes > 0 for t in results)
-    distinct = len(inputs) + len(outputs) == sum(t is not None for t in tensors) + len(results)
+    different = len(inputs) + len(outputs)
+    distinct = different == sum(t is not None for t in args) + len({id(table) for table in tables}) + len(results)
     if run is None or not whole or not distinct or 0 in inputs or inputs.keys() & outputs.keys():
         return None
     kernel, grid, values = run
