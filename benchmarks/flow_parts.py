@@ -204,6 +204,15 @@ def static(job: Job) -> Iterator[dict[str, Any]]:
     yield from generate(job, cache_implementation="static")
 
 
+def first(job: Job) -> Iterator[dict[str, Any]]:
+    """The first call of `generate` in this process, as it comes, and then the first one with a static cache."""
+    model, prompt = loaded(job), torch.ones(1, SHAPES[job.shape].prompt, dtype=torch.int64, device=job.device)
+    options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    first_s = seconds(lambda: model.generate(prompt, **options), job.device)
+    static_s = seconds(lambda: model.generate(prompt, cache_implementation="static", **options), job.device)
+    yield job.row(first_s=first_s, static_s=static_s)
+
+
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -308,6 +317,7 @@ PARTS: dict[str, Callable[[Job], Iterator[dict[str, Any]]]] = {
     "checkpoint": checkpoint,
     "generate": generate,
     "static": static,
+    "first": first,
     "qlora": qlora,
     "load": load,
 }

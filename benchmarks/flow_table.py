@@ -7,6 +7,7 @@ from typing import Any
 MEASURES = {
     "generate": ("tokens/s", "first_s", "peak_MB"),
     "static": ("tokens/s", "first_s", "peak_MB"),
+    "first": ("first_s", "static_s"),
     "qlora": ("ms", "first_s", "peak_MB"),
     "load": ("first_s", "again_s", "peak_MB"),
     "layers": ("call_us", "kernels_us"),

@@ -6,6 +6,7 @@
 generate  greedy text as it comes, batch 1: tokens/s, prompt included
 static    the same with a static cache, for which transformers compiles the model, but not bitsandbytes': tokens/s, and seconds
           of the first call, with empty caches
+first     the first call of `generate` in a process: seconds, as it comes and then with a static cache, with cold and warm caches
 qlora     a training step, LoRA on all linear layers, gradient checkpointing: ms and peak memory, in a loop and in Trainer
 load      `from_pretrained`: seconds with cold and with warm caches and a second time in the process, peak memory
 layers    a layer from Python, and its kernels alone, from a CUDA graph: microseconds
@@ -39,7 +40,7 @@ import torch
 from flow_parts import ROW, SHAPES, TURN, Job
 
 HERE = Path(__file__).parent
-PARTS = ("generate", "static", "qlora", "load", "layers")
+PARTS = ("generate", "static", "first", "qlora", "load", "layers")
 CONTENDERS = ("bnbref", "bitsandbytes", "bf16")
 
 
@@ -67,7 +68,7 @@ def processes(args: argparse.Namespace, scratch: Path) -> Iterator[list[Process]
                     continue
                 job = Job(part, contender, "" if contender == "bf16" else format_, args.shape, args.model, args.device)
                 caches = scratch / f"{part}-{contender}-{format_}"
-                if part == "load":
+                if part in ("first", "load"):
                     yield [Process("flow_parts.py", asdict(job), "cold caches", caches)]
                     yield [Process("flow_parts.py", asdict(job), "warm caches", caches, cold=False)]
                 else:

@@ -129,7 +129,7 @@ def test_processes_take_turns(tmp_path):
 def test_the_parts_of_a_model(tmp_path):
     parts = module("flow_parts")
     with bnbref.eager():
-        for part in ("checkpoint", "generate", "static", "load"):
+        for part in ("checkpoint", "generate", "static", "first", "load"):
             job = parts.Job(part, "bnbref", "nf4", "tiny", str(tmp_path / "tiny"), "cpu")
             (found,) = parts.PARTS[part](job)
             assert part == "checkpoint" or found[module("flow_table").MEASURES[part][0]] > 0
@@ -167,7 +167,9 @@ def test_the_program(tmp_path, capsys, monkeypatch):
     gpu_flows.main([*options, "--contenders", "bnbref", "bf16"])
     (run,) = gpu_flows.read(out / "gpu-flows-cpu.json")
     assert [r for r in run["rows"] if "error" in r] == []
-    kinds = [(r["part"], r["contender"], r["format"]) for r in run["rows"] if r["part"] not in ("load", "layers")]
+    kinds = [
+        (r["part"], r["contender"], r["format"]) for r in run["rows"] if r["part"] not in ("first", "load", "layers")
+    ]
     formats = [("bnbref", "nf4"), ("bf16", ""), ("bnbref", "int8")]
     loops = [("qlora", who, what) for who, what in formats[:2] for _ in ("loop", "Trainer")]
     assert kinds == [(part, *kind) for part in ("generate", "static") for kind in formats] + loops
