@@ -21,9 +21,43 @@ T = TypeVar("T")
 
 
 def check_tensors(**arguments: object) -> None:
-    """TypeError or ValueError that names the first of the arguments that is no dense tensor."""
+    """TypeError or ValueError that names the first of the arguments that is no dense tensor, or has lost its memory."""
     for name, x in arguments.items():
         _check_tensor(name, x)
+
+
+def bytes_needed(x: Tensor) -> int:
+    """How large the storage of a tensor must be for its shape, strides and place in it, in bytes.
+
+    >>> bytes_needed(torch.ones(4, 3)[1:, :2])
+    44
+    """
+    if x.numel() == 0:
+        return 0
+    last = x.numel() - 1 if x.is_contiguous() else sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+    return int((x.storage_offset() + last + 1) * x.itemsize)
+
+
+def check_memory(name: str, x: Tensor) -> None:
+    """ValueError if the storage of a tensor is smaller than its shape needs: compiled code would read what is not the tensor's.
+
+    FSDP1 frees the memory of a module's weights so, `untyped_storage().resize_(0)`, while the module is not in use.
+    """
+    if torch.compiler.is_dynamo_compiling() or torch._C._is_tracing() or torch._C._len_torch_dispatch_stack() > 0:
+        return  # what is recorded may have no storage
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return  # nor has what `torch.func` wraps
+    here, needed = x.untyped_storage().nbytes(), bytes_needed(x)
+    if here < needed:
+        raise ValueError(lost_memory(name, x, here, needed))
+
+
+def lost_memory(name: str, x: Tensor, here: int, needed: int) -> str:
+    """What is wrong with a tensor whose storage has `here` bytes and needs more."""
+    return (
+        f"{name} of shape {tuple(x.shape)} needs {needed} bytes, and its storage has {here}: it was freed or made smaller "
+        "(`untyped_storage().resize_`), as FSDP1 frees the weights of a module outside of its forward"
+    )
 
 
 def _check_tensor(name: str, x: object) -> None:
@@ -32,6 +66,7 @@ def _check_tensor(name: str, x: object) -> None:
     if x.layout != torch.strided or x.is_nested or x.is_quantized:
         got = "a nested tensor" if x.is_nested else x.dtype if x.is_quantized else x.layout
         raise ValueError(f"{name} must be dense, got {got}")
+    check_memory(name, x)
 
 
 def _check_local_tensor(name: str, x: object) -> None:

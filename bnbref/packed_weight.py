@@ -11,7 +11,7 @@ the rest with the weight's parameter. It is void once an attribute of the state 
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bnbref import few_rows, fourbit, nested
-from bnbref.arguments import check_tensors
+from bnbref.arguments import bytes_needed, check_memory, check_tensors
 from bnbref.blockwise import FLOATS, check_count, check_device, check_scales, in_rows
 from bnbref.context import as_bytes, is_lazy, not_a_view, plain
 from bnbref.joined_scales import memory_of
@@ -39,6 +39,7 @@ class PackedWeight:
         # None stands for `multiply`, whose bound method would keep this object, and the codes, alive.
         self._products: dict[Any, Product | None] = {}
         self._rows: Tensor | None = None
+        self._memory = [] if tracing() else _memory_of(self._tensors().values())
 
     def is_of(self, state: QuantState | None) -> bool:
         """Whether this is what was prepared from the state as it is now."""
@@ -46,6 +47,7 @@ class PackedWeight:
 
     def decoded(self, dtype: torch.dtype) -> Tensor:
         """The weight in a dtype, in the shape that was quantized: `QuantState.dequantize`."""
+        self._check_memory()
         if tracing() or not compile_enabled() or type(self.codes) is not Tensor:
             return self.state.dequantize(self.codes, dtype)
         return self._decoded(dtype)
@@ -65,10 +67,27 @@ class PackedWeight:
     def multiply(self, a: Tensor, bias: Tensor | None) -> Tensor:
         """`a @ W^T + bias` without a gradient, in the order of the device's product."""
         if few_rows.are_few(a, self.state, bias):
+            self._check_memory()
             self._check()
             return few_rows.multiply_few(a, self.codes, self.state, bias)
         weight = self.decoded(a.dtype)
         return not_a_view(F.linear(a, weight if weight.shape[1] == a.shape[-1] else weight.t(), bias))
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """All that a product reads of the weight, by name."""
+        state, second = self.state, self.state.state2
+        scales = {"absmax": state.absmax, "offset": state.offset}
+        if second is not None:
+            scales |= {"state2.absmax": second.absmax, "state2.code": second.code}
+        named = {f"quant_state.{name}": x for name, x in scales.items() if isinstance(x, Tensor)}
+        return {"a quantized weight": self.codes, **named}
+
+    def _check_memory(self) -> None:
+        """ValueError if codes or scales have lost their memory, see `check_memory`."""
+        for storage, needed in self._memory:  # and not their tensors, which takes longer
+            if storage.nbytes() < needed:
+                for name, x in self._tensors().items():
+                    check_memory(name, x)
 
     def _check(self) -> None:
         """ValueError if the state is not one of these codes, as `fourbit.dequantize` says it, which few rows go without."""
@@ -90,6 +109,7 @@ class PackedWeight:
 
     def find_or_prepare(self, a: Tensor, bias: Tensor | None) -> Product | None:
         """The product that is prepared, and kept, for activations and a bias of this layout. None if they do not fit."""
+        self._check_memory()
         try:
             return self._products[_product_key(a, bias)] or self.multiply
         except KeyError:
@@ -154,6 +174,15 @@ class PackedWeight:
         if rows.data_ptr() == self.codes.data_ptr():  # a copy would not see a change in place
             self._rows = rows
         return rows
+
+
+def _memory_of(tensors: Iterable[Tensor]) -> list[tuple[torch.UntypedStorage, int]]:
+    """The storages of tensors, each once, and how many bytes of it they need."""
+    found: dict[int, tuple[torch.UntypedStorage, int]] = {}
+    for tensor in tensors:
+        storage, needed = tensor.untyped_storage(), bytes_needed(tensor)
+        found[storage._cdata] = storage, max(needed, found.get(storage._cdata, (storage, 0))[1])
+    return list(found.values())
 
 
 def _by_decoding(weight: PackedWeight, dtype: torch.dtype) -> Product:

@@ -152,8 +152,11 @@ class QuantState:
         return QuantState(absmax, self.shape, code, self.blocksize, self.quant_type, self.dtype, offset, state2)
 
     @checked
-    def to(self, device: torch.device | str) -> None:
-        """Move to a device, in place, as bitsandbytes does. `map(lambda t: t.to(device))` leaves this one alone."""
+    def to(self, device: torch.device | str | None) -> None:
+        """Move to a device, in place, as bitsandbytes does; None moves nothing, as of a tensor.
+
+        `map(lambda t: t.to(device))` leaves this one alone.
+        """
         self.absmax = self.absmax.to(device)
         self.code = None if self.code is None else self.code.to(device)
         self.offset = None if self.offset is None else self.offset.to(device)

@@ -141,6 +141,22 @@ def test_no_argument_ends_in_an_error_of_torch(call, value):
         assert name in str(error)
 
 
+def _freed(value):
+    tensor = value.clone()
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+@pytest.mark.parametrize(
+    "call", [name for name, (_, right, key) in ARGUMENTS.items() if torch.is_tensor(right.get(key))]
+)
+def test_a_tensor_without_its_memory_is_named(call):
+    """As FSDP1 leaves it. Compiled code would read from nowhere."""
+    function, right, name = ARGUMENTS[call]
+    with pytest.raises(ValueError, match=r"^[a-z]* ?[a-zA-Z0-9_.]+ of shape .* bytes, and its storage has 0"):
+        function(**{**right, name: _freed(right[name])})
+
+
 def test_every_function_of_the_surface_is_called():
     assert set(map(F.__dict__.get, F.__all__)) - {F.QuantState} <= set(CALLS)
 

@@ -24,7 +24,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType, full
 from torch.nn.parallel import DistributedDataParallel
 
 from bnbref.nn import Linear4bit, replace_parameter_4bit
-from bnbref.optim import paging
+from bnbref.optim import AdamW8bit, paging
 
 pytestmark = [pytest.mark.gpus, pytest.mark.usefixtures("eager"), pytest.mark.filterwarnings("ignore:paged state")]
 NAMES = ("AdamW8bit", "PagedAdamW8bit", "AdEMAMix8bit", "SGD8bit")
@@ -169,6 +169,10 @@ def run_flat(rank, ranks, folder):
     dist.all_reduce(losses)
     with FullyShardedDataParallel.state_dict_type(model, StateDictType.FULL_STATE_DICT):
         state = model.state_dict()
+    optimizer = AdamW8bit([p for p in model.parameters() if p.requires_grad])
+    for gathered in (FullyShardedDataParallel.optim_state_dict, get_optimizer_state_dict):
+        with pytest.raises(NotImplementedError, match=r"FSDP1 .* cannot gather the states of this optimizer"):
+            gathered(model, optimizer)
     if rank == 0:
         torch.save({"losses": losses / ranks, "state": state}, folder / "flat.pt")
 

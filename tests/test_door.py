@@ -315,6 +315,12 @@ def test_where_nothing_may_be_compiled_or_started(tmp_path, monkeypatch):
             lacking("cpu"),
             """python -O or PYTHONOPTIMIZE takes away assertions by which torch's compiler decides what it writes""",
         )
+    with mock.patch.object(compiler.sysconfig, "get_path", return_value=str(tmp_path)), monkeypatch.context() as within:
+        within.setattr(compiler, "_cxx_version", lambda: 11)
+        within.setattr(compiler, "_cxx", lambda: sys.executable)
+        assert lacking("cpu") == "no Python.h (install Python's development headers)"
+        within.setattr(sys, "frozen", True, raising=False)  # as PyInstaller says of itself
+        assert lacking("cpu") == "no Python.h in this frozen program"
     program = tmp_path / "g++"
     program.touch(0o755)
     monkeypatch.setattr(compiler, "_cxx", lambda: str(program))

@@ -1007,3 +1007,11 @@ def test_scales_in_blocks_that_no_reader_takes_are_not_saved():
     assert state.as_dict()["nested_blocksize"] == 128
     with pytest.raises(ValueError, match=r"blocks of 256; state2\.blocksize is 128"):
         state.as_dict(packed=True)
+
+
+def test_a_state_that_is_moved_to_none_stays():
+    """As a tensor, and as bitsandbytes' states."""
+    _, state = F.quantize_4bit(torch.ones(64), compress_statistics=True)
+    absmax = state.absmax
+    state.to(None)
+    assert state.absmax is absmax

@@ -384,6 +384,30 @@ def test_a_gradient_in_the_memory_of_its_parameter(name, n, start, every):
         assert same_bits(*results)
 
 
+@pytest.mark.parametrize("name", ["AdamW8bit", "Lion32bit", "Muon8bit"])
+def test_a_gradient_in_the_memory_of_another_parameter_is_refused(name):
+    """It would be read before that parameter's step, or after it, or a part of it before and a part after."""
+    with bnbref.eager():
+        buffer = torch.linspace(-1, 1, 6400).view(4, 40, 40)
+        params = [nn.Parameter(buffer[0]), nn.Parameter(buffer[1])]
+        optimizer = getattr(optim, name)(params, lr=1e-2)
+        params[0].grad, params[1].grad = buffer[2], buffer[3]
+        optimizer.step()  # one buffer for all of them
+        params[0].grad = params[1].grad = buffer[3]
+        optimizer.step()
+        before = buffer.clone()
+        for i, other in ((0, buffer[1]), (1, buffer[0]), (0, buffer[1].t()), (1, buffer.view(160, 40)[20:60])):
+            params[0].grad, params[1].grad = buffer[2], buffer[3]
+            params[i].grad = other
+            with pytest.raises(ValueError, match="a gradient must not be memory of a parameter that makes a step"):
+                optimizer.step()
+        assert same_bits(buffer, before)
+        wide = torch.linspace(-1, 1, 3200).view(40, 80)
+        beside = [nn.Parameter(wide[:, :40]), nn.Parameter(torch.ones(40, 40))]
+        beside[0].grad, beside[1].grad = wide[:, 40:], torch.ones(40, 40)
+        getattr(optim, name)(beside, lr=1e-2).step()
+
+
 def test_gradients_of_another_dtype():
     """16 bits and 32 are read as they are; no other dtype is."""
     p, q = parameter(dtype=torch.bfloat16), parameter(dtype=torch.bfloat16)

@@ -289,6 +289,26 @@ def test_what_is_kept_does_not_follow_the_weight():
     assert "products" not in made.weight.__dict__  # accelerate makes keywords of these
 
 
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("lost", ["codes", "absmax", "offset"])
+def test_memory_that_was_freed_is_named_and_not_read(lost, rows):
+    """FSDP1 frees the weights of a module outside of its forward. Compiled code would read what is there, and end the process."""
+    made, x = layer(nested=True), torch.randn(rows, 64, requires_grad=True)
+    made(x)
+    y = made(x)
+    memory = (made.weight.data if lost == "codes" else getattr(made.quant_state, lost)).untyped_storage()
+    kept, size = memory.clone(), memory.nbytes()
+    for left in (0, size // 2):
+        memory.resize_(left)
+        for call in (lambda: made(x), y.sum().backward, torch.no_grad()(lambda: made(x.detach()))):
+            with pytest.raises(ValueError, match=f"needs [0-9]+ bytes, and its storage has {left}: it was freed"):
+                call()
+    memory.resize_(size)  # as FSDP does before the next forward
+    memory.copy_(kept)
+    assert raw(made(x)) == raw(y)
+    made(x).sum().backward()
+
+
 def test_what_is_kept_frees_the_codes_with_the_weight():
     """Offloading puts a weight on the meta device in the place of the codes, and the codes must be gone."""
     made, x = layer(), torch.randn(1, 64)

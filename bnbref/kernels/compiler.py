@@ -209,7 +209,8 @@ def _lacking(device_type: str) -> str | None:
         if not runs:
             return f"no C++ compiler ({_cxx()!r} does not run)"
         if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
-            return "no Python.h (install Python's development headers)"
+            frozen = getattr(sys, "frozen", False)  # by PyInstaller
+            return "no Python.h " + ("in this frozen program" if frozen else "(install Python's development headers)")
         return None
     if device_type in ("cuda", "xpu"):
         return None if importlib.util.find_spec("triton") else "no triton (pip install triton)"

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnbref import fourbit, int8, nested
+from bnbref.arguments import check_memory
 from bnbref.codebooks import Codebook
 from bnbref.context import as_bytes, plain
 from bnbref.nn.four_and_eight_bits import EightBitLayer, FourBitLayer, absmax_of, state_of
@@ -106,6 +107,7 @@ class Embedding4bit(_QuantizedEmbedding, FourBitLayer, nn.Embedding):
         dim, blocksize = self.embedding_dim, present(state.blocksize, "blocksize")
         if dim % 2 != 0:  # a byte may belong to two rows
             return F.embedding(input, state.dequantize(self.weight, self.dtype))
+        check_memory("weight", plain(self.weight))
         rows = as_bytes(self.weight).view(-1, dim // 2)
         codes = F.embedding(input, rows)
         piece = math.gcd(dim, blocksize)
@@ -159,6 +161,7 @@ class Embedding8bit(_QuantizedEmbedding, EightBitLayer, nn.Embedding):
         absmax = absmax_of(self)
         if absmax is None:
             raise RuntimeError(f"the table of {self} is not quantized yet: move the layer to a device, .to(device)")
+        check_memory("weight", plain(self.weight))
         rows = F.embedding(input, plain(self.weight))
         flat = int8.dequantize(rows.view(-1, self.embedding_dim), absmax[input.reshape(-1)], self.dtype)
         return flat.view(rows.shape)

@@ -15,7 +15,7 @@ from bnbref.optim import paging, stepping
 from bnbref.optim.equation import Equation
 from bnbref.optim.kinds import SettingError, number
 from bnbref.optim.named_rules import NamedRules
-from bnbref.optim.planned_steps import PlannedStep, checked_gradient
+from bnbref.optim.planned_steps import PlannedStep, check_apart, checked_gradient
 from bnbref.optim.rule import Rule
 from bnbref.optim.settings import ALWAYS, ANYWHERE, GlobalOptimManager, check_distinct, check_settings, says
 from bnbref.optim.sharding import shard_of
@@ -205,6 +205,7 @@ class Optimizer(Stateful):
             self._rules.check_shape(p, config)
             self._check_place(p)
             steps.append(PlannedStep(p, grad, config, *equations[key]))
+        check_apart(steps)
         return steps
 
     def _check_place(self, p: Tensor) -> None:

@@ -1,12 +1,13 @@
 """A step that one parameter is to make: what it needs for it, and what is refused before anything is changed."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bnbref.arguments import bytes_needed
 from bnbref.blockwise import check_blocksize, check_float
 from bnbref.optim.equation import Equation
 from bnbref.optim.master_weights import corrections
@@ -102,3 +103,27 @@ def _partly_shared(p: Tensor, g: Tensor) -> bool:
     start, other = p.data_ptr(), g.data_ptr()
     ends = start + p.numel() * p.itemsize, other + g.numel() * g.itemsize
     return (start, p.dtype) != (other, g.dtype) and start < ends[1] and other < ends[0]
+
+
+def check_apart(steps: Sequence[PlannedStep]) -> None:
+    """ValueError if a gradient is memory of another parameter that makes a step: is it to be read before that step, or after it?
+
+    One after another would be the order of the parameters, but some wait for others (see `update.Tails`). Tensors with gaps, as
+    columns of a matrix that has others beside them, are not looked at.
+    """
+    own = [(local(planned.p), planned.grad) for planned in steps if planned.p.numel() > 0 and not planned.p.is_meta]
+    stored = {p.untyped_storage()._cdata for p, _ in own}
+    if stored.isdisjoint([g.untyped_storage()._cdata for _, g in own]):
+        return
+    # Of a gradient that is its own parameter's memory, each element is read before it is written.
+    apart = [(p, "a parameter") for p, _ in own] + [(g, "a gradient") for p, g in own if g.data_ptr() != p.data_ptr()]
+    ends = {"a parameter": 0, "a gradient": 0}  # where the last one ends of those that begin before
+    for x, what in sorted(apart, key=lambda one: one[0].data_ptr()):
+        if bytes_needed(x) - x.storage_offset() * x.itemsize != x.nbytes:
+            continue
+        if any(x.data_ptr() < end for kind, end in ends.items() if kind != what):
+            raise ValueError(
+                f"a gradient must not be memory of a parameter that makes a step, unless it is its own: {what} of shape "
+                f"{tuple(x.shape)} begins in the other. `p.grad = p.grad.clone()` gives it memory of its own"
+            )
+        ends[what] = max(ends[what], x.data_ptr() + x.nbytes)

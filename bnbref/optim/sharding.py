@@ -9,6 +9,8 @@ completed on each rank that has a part of it, which then makes the same step, an
 Rows of whole blocks exchange nothing, nor do states in 32 bits.
 """
 
+import sys
+import types
 from dataclasses import dataclass
 from typing import Any
 
@@ -177,3 +179,21 @@ def gather_scales(p: Tensor, shard: Shard, absmax: Tensor, blocksize: int) -> Te
     if shard.group is not None:
         dist.all_reduce(whole, op=dist.ReduceOp.MAX, group=shard.group)  # none is negative; two of one block are equal
     return whole
+
+
+def check_not_fsdp1() -> None:
+    """NotImplementedError if FSDP1 asks for the states of a model whose parameters it has flattened and spread over ranks.
+
+    It gathers no state whose blocks are those of a flat piece, and would keep those of one rank for all of them.
+    """
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").startswith(("torch.distributed.fsdp.", "torch.distributed.checkpoint.")):
+            model = frame.f_locals.get("model")
+            handles = [getattr(m, "_handle", None) for m in model.modules()] if isinstance(model, nn.Module) else []
+            if any(h is not None and (h.uses_sharded_strategy or not h._use_orig_params) for h in handles):
+                raise NotImplementedError(
+                    "FSDP1 (FullyShardedDataParallel) cannot gather the states of this optimizer, which belong to flat pieces of "
+                    "parameters: save optimizer.state_dict() of each rank and load it there, or shard by FSDP2 (fully_shard)"
+                )
+        frame = frame.f_back

@@ -18,7 +18,7 @@ from bnbref.optim.named_rules import NamedRules
 from bnbref.optim.rule import Rule
 from bnbref.optim.saved_state import Held, held, unwrapped_state
 from bnbref.optim.settings import GlobalOptimManager
-from bnbref.optim.sharding import local, shard_of, sharded_like
+from bnbref.optim.sharding import check_not_fsdp1, local, shard_of, sharded_like
 from bnbref.optim.state_dict import COUNTS, WRAPPED, gathered_state, of_blocks, wrapped_state
 from bnbref.optim.update import new_state
 
@@ -149,8 +149,10 @@ class Stateful(torch.optim.Optimizer):
 
         What others keep in `optimizer.state[p]`, as Lookahead does, is saved beside the rule's states under its own name.
         States of sharded parameters are whole, on the CPU, and the same as without sharding, for any number of ranks to load: it
-        is a collective call. What others keep of them must be sharded like the parameter.
+        is a collective call. What others keep of them must be sharded like the parameter. NotImplementedError if FSDP1 asks for
+        the states of flat pieces, as `FSDP.optim_state_dict` does.
         """
+        check_not_fsdp1()
         for p in self._parameters():
             self._state(p)
         saved = self.register_state_dict_post_hook(
