@@ -66,7 +66,7 @@ def parse_memory(text: str) -> tuple[int, int]:
     >>> parse_memory("24GiB"), parse_memory("2 x 1.5 GB")
     ((1, 25769803776), (2, 1500000000))
     """
-    found = re.fullmatch(r"\s*(?:([1-9]\d*)\s*x)?\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b\s*", text.lower())
+    found = re.fullmatch(r"\s*(?:([1-9]\d{0,8})\s*x)?\s*(\d{1,15}(?:\.\d+)?)\s*(?:([kmgt])(i?))?b\s*", text.lower())
     if found is None:
         raise ValueError(f"memory must be a number with a unit, like 24GiB, 16GB or 2x24GiB, got {text!r}")
     count, number, letter, binary = found.groups()
