@@ -189,8 +189,8 @@ class Blueprint:
 
 
 def _model_class(config: Any) -> Any:
-    """The class that a config names. If it names no model of transformers, that of the first of `_TASKS` for which there is one of
-    such a config; of a config with an encoder and a decoder, tasks of both come first."""
+    """The class that a config names. If it names no model of transformers, that of the first of `_TASKS` for which there is a
+    model of such a config; of a config with an encoder and a decoder, tasks of both come first."""
     for name in getattr(config, "architectures", None) or ():
         found = getattr(transformers, str(name), None)
         if getattr(found, "config_class", None) is not None:  # a model, and no base of all models
