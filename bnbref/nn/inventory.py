@@ -97,19 +97,17 @@ def report(model: nn.Module) -> Report:
     seen: dict[int, str] = {}
     found: list[ParameterReport] = []
     for path, module in model.named_modules():
-        for leaf, parameter in module.named_parameters(prefix=path, recurse=False, remove_duplicate=False):
-            name = re.sub(r"parametrizations\.(\w+)\.original$", r"\1", leaf)
+        for place, parameter in module.named_parameters(prefix=path, recurse=False, remove_duplicate=False):
+            name = re.sub(r"parametrizations\.(\w+)\.original$", r"\1", place)
             first = seen.setdefault(id(parameter), name)
             if first != name:
                 found.append(ParameterReport(name, tuple(parameter.shape), "tied", 0, False, f"to {first}"))
                 continue
-            found.append(_one(name, leaf.rpartition(".")[2], path, module, parameter, reasons))
+            found.append(_one(name, path, module, parameter, reasons))
     return Report(tuple(found))
 
 
-def _one(
-    name: str, leaf: str, path: str, module: nn.Module, parameter: nn.Parameter, reasons: dict[str, str]
-) -> ParameterReport:
+def _one(name: str, path: str, module: nn.Module, parameter: nn.Parameter, reasons: dict[str, str]) -> ParameterReport:
     where = ON_META if parameter.is_meta else ""
     state = _state(module, parameter)
     if state is not None:
@@ -122,7 +120,7 @@ def _one(
         size = parameter.nbytes + (0 if absmax is None else absmax.nbytes)
         return ParameterReport(name, tuple(parameter.shape), "int8", size, True, f"row by row{where}")
     left = reasons.get(name) or (reasons.get(path) if parameter.dim() > 1 else None)
-    reason = left or _why(leaf, module, parameter)
+    reason = left or _why(name, module, parameter)
     return ParameterReport(
         name, tuple(parameter.shape), dtype_name(parameter.dtype), parameter.nbytes, False, reason + where
     )
@@ -144,9 +142,9 @@ def _scales(state: QuantState) -> Iterator[Tensor]:
         yield state.offset
 
 
-def _why(leaf: str, module: nn.Module, parameter: nn.Parameter) -> str:
-    kind = type(module).__name__
-    if parameter.requires_grad and "lora_" in leaf:
+def _why(name: str, module: nn.Module, parameter: nn.Parameter) -> str:
+    kind, leaf = type(module).__name__, name.rpartition(".")[2]
+    if "lora_" in name:
         return "adapter"
     if isinstance(module, QuantizedLayer) and leaf == "weight":
         return f"{kind}, to be quantized by .to(device)"
