@@ -4,7 +4,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -161,10 +161,9 @@ def _why(name: str, module: nn.Module, parameter: nn.Parameter) -> str:
 
 def _alike(parameters: tuple[ParameterReport, ...]) -> list[tuple[list[str], ParameterReport]]:
     """Groups of parameters whose names differ in numbers alone, and that are the same in all else."""
-    groups: dict[object, tuple[list[str], ParameterReport]] = {}
+    groups: dict[ParameterReport, tuple[list[str], ParameterReport]] = {}
     for p in parameters:
-        key = (_without_numbers(p.name), p.shape, p.format, p.bytes, p.quantized, p.reason)
-        groups.setdefault(key, ([], p))[0].append(p.name)
+        groups.setdefault(replace(p, name=_without_numbers(p.name)), ([], p))[0].append(p.name)
     return list(groups.values())
 
 
