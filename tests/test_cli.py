@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import io
 import json
 import os
 import re
@@ -312,9 +313,20 @@ def test_a_reader_that_has_read_enough():
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-m", "bnbref", "plan", "7B"]
-    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=buffered)
     os.close(writer)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_a_reader_that_has_read_enough_is_no_error_of_the_hook(monkeypatch):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    with pytest.raises(BrokenPipeError):
+        cli.run_alias(SimpleNamespace(enable=False, disable=False))
 
 
 def test_from_an_archive(tmp_path):

@@ -74,7 +74,8 @@ def _by_bytes(
 ) -> Tensor:  # fmt: skip
     """For CPUs: a lane takes a byte of two codes, of an even column and of the odd one beside it.
 
-    a has even and odd columns apart: `[m, 2, k / 2]`. The rows of the weight are taken in two halves, so that two sums are under way at a time.
+    a: `[m, 2, k / 2]`, the even columns and the odd ones. The rows of the weight are taken in two halves, so that two sums are
+    under way at a time.
     """
     columns = rearrange(a.float(), "m p (b s) -> m p b s", s=blocksize // 2)
     n, table = packed.shape[0] // 2, sixteen(codebook)

@@ -102,8 +102,8 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Bias is added last, before the one rounding to the dtype of a. Without that rounding the result is within
     (8 + ceil(k / 64)) u (sum |a b| + |bias|) of the real number, u = 2^-24, to first order; a library's may be k u off.
-    ValueError where k is not the same. An operator of its own, so that no graph around it is fused with its sums or leaves out its
-    roundings.
+    ValueError where k is not the same. An operator of its own, so that no graph around it is fused with its sums or leaves out
+    its roundings.
 
     >>> product(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0], [4.0]]))
     tensor([[11.]])
