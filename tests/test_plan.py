@@ -360,6 +360,18 @@ def test_layers_are_divided_among_gpus_as_a_whole():
         assert gpus <= count
 
 
+def test_what_fits_to_the_byte(capsys, demo):
+    least = min(p.total for p in plan.plans(demo, seq=64))
+    arguments = ["plan", str(DEMO), "--seq", "64", "--memory"]
+    assert cli.main([*arguments, f"{least}B"]) == 0
+    assert re.search(r"^nf4, double .* yes$", (said := capsys.readouterr().out), re.M)
+    assert "recommended: nf4, double" in said
+    assert cli.main([*arguments, f"{least - 1}B"]) == 1
+    assert " yes" not in capsys.readouterr().out
+    assert cli.main([*arguments, f"{least - 3 * 2**19}B"]) == 1
+    assert "none fits: nf4, double needs 1.50 MiB more\n" in capsys.readouterr().out
+
+
 def test_what_does_not_fit(capsys):
     assert cli.main(["plan", str(DEMO / "config.json"), "--memory", "1MiB"]) == 1
     assert "none fits: nf4, double needs" in capsys.readouterr().out
