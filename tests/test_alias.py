@@ -104,6 +104,50 @@ def test_what_was_installed_before_stays():
     assert finder.current() is None
 
 
+@pytest.mark.parametrize("switch", ["1", "force"])
+@pytest.mark.parametrize("installed", [False, True])
+def test_bitsandbytes_itself_is_left_aside_by_force_alone(switch, installed, tmp_path, monkeypatch):
+    if installed:
+        (tmp_path / "bitsandbytes.py").write_text("")
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.setattr(sys, "meta_path", [])
+    monkeypatch.setenv(finder.SWITCH, switch)
+    finder.at_startup()
+    finder.at_startup()
+    (found,) = sys.meta_path
+    assert found is finder.current()
+    if installed and switch != "force":
+        with pytest.raises(
+            ImportError, match="bitsandbytes is installed: uninstall it, or set BNBREF_AS_BITSANDBYTES=force"
+        ):
+            found.find_spec("bitsandbytes")
+    else:
+        assert found.find_spec("bitsandbytes").origin == "bnbref"
+    assert found.find_spec("bitsandbytes.optim").origin == "bnbref"
+    assert found.find_spec("bitsandbytes.tomorrow") is None
+
+
+def test_a_module_of_transformers_is_mended_when_it_has_been_loaded(monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    mended = []
+    monkeypatch.setattr(
+        alias, "mend", lambda module: mended.append((module.__name__, hasattr(module, "Bnb4bitQuantize")))
+    )
+    name = "transformers.integrations.bitsandbytes"
+    spec = finder.Finder("0.50.2", guarded=False).find_spec(name, transformers.integrations.__path__)
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    assert mended == [(name, True)]
+
+
+def test_what_the_finder_does_not_know():
+    served = finder.Finder("0.45.0", guarded=False)
+    assert served.find_spec("peft", []) is None  # where peft is not installed
+    assert list(served.find_distributions(importlib.metadata.DistributionFinder.Context(name="other"))) == []
+    (distribution,) = served.find_distributions(importlib.metadata.DistributionFinder.Context(name="BitsAndBytes"))
+    assert [distribution.read_text(file) for file in ("top_level.txt", "RECORD")] == ["bitsandbytes", None]
+    assert "Version: 0.45.0\n" in distribution.read_text("METADATA")
+
+
 # ---- what is refused ------------------------------------------------------------------------------------------------
 
 

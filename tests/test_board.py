@@ -127,6 +127,10 @@ def test_a_verdict_is_of_all_that_explains():
         (json.dumps({"backend": "mine"}), "no report"),
         (json.dumps(body({"quantize_4bit/of-tomorrow": "passed"})), "has not: quantize_4bit/of-tomorrow"),
         (json.dumps(body({}, [finding("Q4-99", [])])), "has not: Q4-99"),
+        (json.dumps(body({}, versions={"mine": 1})), "its versions and cases must have texts as values"),
+        (json.dumps(body({EVERY[0]: 1})), "its versions and cases must have texts as values"),
+        (json.dumps(body({}, [3])), "a finding must have rule, cases, follows, "),
+        (json.dumps(body({}, [finding("Q4-1", [])])), "a finding without a case"),
         (None, "No such file"),
     ],
 )
@@ -136,6 +140,15 @@ def test_reports_that_are_none(tmp_path, capsys, text, message):
     assert main(["board", str(tmp_path / "r.json"), "--html", str(tmp_path / "b.html")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "b.html").exists()
+
+
+def test_a_page_does_not_take_the_place_of_a_report_or_of_a_drawing(tmp_path, capsys):
+    report = tmp_path / "r.json"
+    report.write_text(text := json.dumps(body({})))
+    for options in (["--html", str(tmp_path / "." / "r.json")], ["--html", "b", "--svg", "./b"]):
+        assert main(["board", str(report), *options]) == 2
+        assert "the command was given it twice" in capsys.readouterr().err
+    assert report.read_text() == text
 
 
 def test_two_reports_of_one_name_are_refused(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import io
 import json
 import os
 import re
@@ -20,7 +21,7 @@ from expecttest import assert_expected_inline
 import bnbref
 from bnbref import cli, info
 from bnbref.cli import hugging_face, main
-from bnbref.conformance.command import Refused
+from bnbref.conformance.command import Refused, writable
 from bnbref.demo import Settings
 from bnbref.selfcheck import Result, formats
 
@@ -196,6 +197,8 @@ def test_what_cannot_be_written_is_refused_before_the_work(capsys, tmp_path, mon
         ["check", "--json", folder],
         ["vectors", "archive", folder],
         ["board", "--html", folder, "report.json"],
+        ["check", "--json", file, "--html", file],
+        ["vectors", "archive", f"{folder}/{'x' * 300}"],
         ["demo", "--json", folder],
         ["demo", "--out", file],
     ):
@@ -210,6 +213,13 @@ def test_what_cannot_be_written_is_refused_before_the_work(capsys, tmp_path, mon
     hugging_face.drawable(tmp_path / "losses.PNG")
     with pytest.raises(Refused, match=r"--plot must be a file that ends in \.png, \.svg, got "):
         hugging_face.drawable(tmp_path / "losses")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_disk_that_is_full(capsys):
+    assert main(["vectors", "archive", "/dev/full"]) == 2
+    assert capsys.readouterr().err == "bnbref: error: cannot write /dev/full: No space left on device\n"
+    writable(Path("/dev/null"), Path("/dev/null"))
 
 
 def test_numbers_that_mean_nothing_are_refused(capsys):
@@ -303,9 +313,20 @@ def test_a_reader_that_has_read_enough():
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-m", "bnbref", "plan", "7B"]
-    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=buffered)
     os.close(writer)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_a_reader_that_has_read_enough_is_no_error_of_the_hook(monkeypatch):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    with pytest.raises(BrokenPipeError):
+        cli.run_alias(SimpleNamespace(enable=False, disable=False))
 
 
 def test_from_an_archive(tmp_path):

@@ -6,15 +6,18 @@ import importlib.metadata
 import importlib.util
 import io
 import json
+import multiprocessing
 import os
 import pickle
 import re
 import shutil
 import subprocess
 import sys
+from collections import deque
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import kit_cases.__main__ as kit_cases
 import kit_mutants
@@ -685,6 +688,23 @@ def test_a_case_reaches_its_worker_as_it_is():
             assert torch.equal(came.expected[name].value, expected.value)
 
 
+@pytest.mark.parametrize("unread", [False, True])
+def test_a_process_that_ended_after_its_answer_fails_the_next_case(unread, monkeypatch):
+    """As by a thread that it has left behind: the command took its closed pipe for that of a reader who has read enough."""
+    worker = workers._Worker.__new__(workers._Worker)
+    worker.connection, other = multiprocessing.Pipe()
+    worker.process, worker.todo = SimpleNamespace(join=lambda: None, exitcode=-6), deque()
+    case = BY_ID["int8_matmul/1x8x16"]
+    if not unread:  # it is gone before the case is sent, or before it has read it
+        other.close()
+    worker.begin(deque([deque([0])]), [case], [worker])
+    other.close()
+    monkeypatch.setattr(worker, "_start", lambda: None)
+    monkeypatch.setattr(worker, "loaded", lambda: None)
+    (failure,) = worker.result(case, ended=False).failures
+    assert (failure.kind, failure.message) == ("crashed", "the process ended: SIGABRT")
+
+
 def test_workers_that_cannot_work():
     with pytest.raises(ValueError, match="jobs must be at least 1, got 0"):
         workers.run("bnbref-eager", [], CPU, jobs=0)
@@ -884,7 +904,13 @@ def test_an_input_that_is_zeros_but_for_a_few_numbers_says_which():
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("nobody", "backend must be one of"), ("json", "has none of the operations")]
+    ("name", "message"),
+    [
+        ("nobody", "backend must be one of"),
+        ("json", "has none of the operations"),
+        (".mine", "backend must be one of"),
+        (":mine", "backend must be one of"),
+    ],
 )
 def test_backends_that_are_none_are_refused(name, message):
     with pytest.raises(ValueError, match=message):
@@ -1106,6 +1132,13 @@ def test_answers_through_the_pipe(operation, capsys, monkeypatch):
         ("case int8_matmul/1x8x16\ntensor product int7 1 0\nend\n", "line 2: dtype of tensor product must be"),
         ("case x/y\nend\n", "answers to cases that were not asked: x/y"),
         ("hello\n", "line 1: expected case, tensor, unsupported or end, got 'hello'"),
+        ("case\nend\n", "line 1: a case must be `case OPERATION/NAME`, got 'case'"),
+        ("end\n", "line 1: end must stand after the line of its case"),
+        ("tensor product int32 0 1\n", "line 1: tensor must stand after the line of its case"),
+        (
+            "case int8_matmul/1x8x16\ntensor product int32 0 00000001\ntensor product int32 0 00000001\nend\n",
+            "line 3: int8_matmul/1x8x16 has two tensors product",
+        ),
     ],
 )
 def test_answers_that_are_none(text, message, capsys, monkeypatch):

@@ -56,6 +56,18 @@ def test_what_is_no_sum_has_no_order():
     assert orders(multiply, 8, torch.float32)[0]["order"].startswith("no tree: ")
 
 
+@pytest.mark.parametrize("answer", [0.0, math.nan, math.inf])
+def test_a_product_that_is_no_number_has_no_order(answer):
+    found = orders(lambda a: torch.full((len(a), 1), answer), 8, torch.float32)
+    said = f"no tree: the product with a single one is {answer}, must be a number that is not 0"
+    assert {entry["order"] for entry in found} == {said}
+
+
+def test_what_does_not_cancel_has_no_order():
+    (found,) = orders(lambda a: a.sum(1, keepdim=True).where(a.max() < 2, math.inf), 8, torch.float32)
+    assert found["order"].endswith("do not cancel: the product with them and ones is inf")
+
+
 def test_in_a_fixed_order_a_row_does_not_depend_on_the_batch():
     found = report(backends.load("bnbref-invariant"), n=2, sizes=(64,))
     assert [len(entry["anywhere"]) for entry in found] == [10, 10]

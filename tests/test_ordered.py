@@ -134,6 +134,14 @@ def test_the_switch_is_back_where_it_was():
     assert not ordered.batch_invariant_enabled()
 
 
+def test_columns_that_are_no_rows_are_refused(eager):
+    """Of a longer b the rest was left out."""
+    with pytest.raises(
+        ValueError, match=r"a must have as many columns as b has rows, got shapes \[1, 2\] and \[3, 4\]"
+    ):
+        ordered.product(torch.ones(1, 2), torch.ones(3, 4))
+
+
 def test_the_operator(eager):
     for dtype in (torch.float32, torch.bfloat16):
         a, b, bias = (x.to(dtype) for x in (randn(3, 70), randn(70, 5), randn(5)))

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -83,7 +84,7 @@ def test_training_to_the_byte(demo):
 
 TINY = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
 CONFIGS = {
-    "llama": lambda: transformers.LlamaConfig(**TINY, num_key_value_heads=2),
+    "llama": lambda: transformers.LlamaConfig(**TINY, num_key_value_heads=2, head_dim=16, use_cache=False),
     "sliding windows": lambda: transformers.Gemma3TextConfig(
         **TINY, num_key_value_heads=2, head_dim=16, sliding_window=20, layer_types=["sliding_attention", "full_attention"] * 2
     ),
@@ -93,7 +94,7 @@ CONFIGS = {
         moe_intermediate_size=16,
     ),
     "recurrent": lambda: transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=8),
-    "encoder and decoder": lambda: transformers.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4),
+    "encoder and decoder": lambda: transformers.T5Config(vocab_size=64, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=4),
     "needs values": lambda: transformers.BartConfig(
         vocab_size=64, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
         encoder_ffn_dim=64, decoder_ffn_dim=64,
@@ -159,6 +160,71 @@ def test_the_class_that_a_config_names():
     assert blueprint.Blueprint(config).loader == "BertForMaskedLM"
     with pytest.raises(ValueError, match="has no model for a PreTrainedConfig"):
         blueprint.Blueprint(transformers.PretrainedConfig())
+
+
+def test_the_class_of_a_config_that_names_none():
+    """Or what transformers has not, or what is no model there."""
+    for named in (None, ["MineForCausalLM"], ["__doc__"], ["PreTrainedModel"], ["AutoModel"], [3]):
+        tiny = transformers.LlamaConfig(**TINY)
+        tiny.architectures = named
+        assert blueprint.Blueprint(tiny).loader == "AutoModelForCausalLM"
+    assert blueprint.Blueprint(CONFIGS["needs values"]()).loader == "BartForConditionalGeneration"
+    funnel = transformers.FunnelConfig(vocab_size=64, block_sizes=[1], d_model=32, n_head=2, d_head=16, d_inner=64)
+    assert blueprint.Blueprint(funnel).loader == "FunnelModel"
+
+
+WEIGHTS = {
+    "tied": lambda: transformers.LlamaConfig(**TINY, tie_word_embeddings=True),
+    "transposed": lambda: transformers.GPT2Config(vocab_size=64, n_embd=64, n_layer=1, n_head=2, n_positions=16),
+    "experts": lambda: transformers.MixtralConfig(
+        **{**TINY, "hidden_size": 64, "num_hidden_layers": 1}, num_key_value_heads=2, num_local_experts=3
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["int8", "nf4, double"])
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_weights_of_other_models_to_the_byte(name, form, tmp_path):
+    """Tied embeddings, weights that lie transposed, and experts, which are quantized in 4 bits and not in 8."""
+    found = blueprint.Blueprint(WEIGHTS[name]())
+    found._class._from_config(found.config, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    with bnbref.eager():
+        model = found._class.from_pretrained(
+            tmp_path, dtype=torch.bfloat16, quantization_config=blueprint.FORMATS[form], device_map="cpu"
+        )
+    assert weight_bytes(found, form) == bnbref.report(model).total_bytes
+
+
+@pytest.mark.parametrize("name", ["llama", "needs values"])
+def test_the_cache_of_a_model_that_cannot_be_run_is_that_of_usual_attention(name, monkeypatch):
+    found = blueprint.Blueprint(CONFIGS[name]())
+    run = found.cache_bytes(2, 12)
+    monkeypatch.setattr(found, "_kept", lambda tokens: [])
+    assert found.cache_bytes(2, 12) == run
+    mamba = blueprint.Blueprint(CONFIGS["recurrent"]())
+    monkeypatch.setattr(mamba, "_kept", lambda tokens: [])
+    with pytest.raises(ValueError, match="how much MambaForCausalLM keeps of a token is not known: "):
+        mamba.cache_bytes(1, 8)
+
+
+def test_tensors_of_a_cache_that_a_stranger_has_written():
+    """Each once, whatever refers to it, classes aside; with the window of the object that has it."""
+    layer = SimpleNamespace(keys=torch.zeros(1), sliding_window=4, kind=type("Layer", (), {"table": torch.zeros(2)}))
+    cache = SimpleNamespace(layers=[layer], first=layer, more={"x": [torch.zeros(3), None]})
+    cache.itself = cache
+    assert list(blueprint._tensors(cache, None, set())) == [(layer.keys, 4), (cache.more["x"][0], None)]
+
+
+def test_what_a_config_does_not_say():
+    """GPT-2's feed-forward net is four times as wide as its input; a model of pictures has no vocabulary and no cache."""
+    text = blueprint.Blueprint(WEIGHTS["transposed"]())
+    layer, weight = 2 * 20 * (7 * 64 + 3 * 256), 2 * 64 * 256
+    assert text.activation_bytes(2, 10, train=False) == layer + weight + 2 * 64 * (2 + 4)
+    seen = blueprint.Blueprint(
+        transformers.ViTConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    )
+    assert seen.activation_bytes(2, 10, train=False) == 2 * 20 * (7 * 32 + 3 * 64) + 2 * 32 * 64
+    assert seen.cache_bytes(2, 10) == 0
 
 
 @pytest.mark.parametrize("size", LLAMA2)
@@ -294,6 +360,18 @@ def test_layers_are_divided_among_gpus_as_a_whole():
         assert gpus <= count
 
 
+def test_what_fits_to_the_byte(capsys, demo):
+    least = min(p.total for p in plan.plans(demo, seq=64))
+    arguments = ["plan", str(DEMO), "--seq", "64", "--memory"]
+    assert cli.main([*arguments, f"{least}B"]) == 0
+    assert re.search(r"^nf4, double .* yes$", (said := capsys.readouterr().out), re.M)
+    assert "recommended: nf4, double" in said
+    assert cli.main([*arguments, f"{least - 1}B"]) == 1
+    assert " yes" not in capsys.readouterr().out
+    assert cli.main([*arguments, f"{least - 3 * 2**19}B"]) == 1
+    assert "none fits: nf4, double needs 1.50 MiB more\n" in capsys.readouterr().out
+
+
 def test_what_does_not_fit(capsys):
     assert cli.main(["plan", str(DEMO / "config.json"), "--memory", "1MiB"]) == 1
     assert "none fits: nf4, double needs" in capsys.readouterr().out
@@ -306,6 +384,8 @@ def test_what_does_not_fit(capsys):
         (["--memory", "3 km"], "memory must be"),
         (["--memory", "8"], "memory must be a number with a unit"),
         (["--memory", "0x8GiB"], "memory must be a number with a unit"),
+        (["--memory", "9" * 400 + "GiB"], "memory must be a number with a unit"),
+        (["--memory", "9" * 400 + "x8GiB"], "memory must be a number with a unit"),
         (["--optimizer", "Adafactor"], "--optimizer must be one of AdEMAMix, "),
     ],
 )
@@ -330,10 +410,31 @@ def test_a_model_that_is_not_there(capsys, tmp_path):
     for model in (tmp_path, tmp_path / "nothing"):
         assert cli.main(["plan", str(model)]) == 2
         assert f"a name on the hub, or a size like 7B, got {str(model)!r}: " in capsys.readouterr().err
-    for count in ("0", "two"):
+    for count, allowed in (
+        ("0", "an integer of at least 1"),
+        ("two", "an integer of at least 1"),
+        ("9" * 400, "at most 1e+18"),
+    ):
         with pytest.raises(SystemExit):
             cli.main(["plan", str(DEMO), "--batch", count])
-        assert f"--batch: must be an integer of at least 1, got {count!r}" in capsys.readouterr().err
+        assert f"--batch: must be {allowed}, got {count!r}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("lie", "error"),
+    [
+        ({"hidden_size": "64"}, "hidden_size"), ({"num_attention_heads": 0}, "zero"), ({"num_attention_heads": 7}, "multiple"),
+        ({"dtype": "nonsense"}, "nonsense"), ({"hidden_act": "nonsense"}, "of this config: KeyError: 'nonsense'"), (None, "None"),
+    ],
+)  # fmt: skip
+def test_a_config_that_lies(lie, error, tmp_path, capsys):
+    """Whatever it is that transformers raises."""
+    llama = {"model_type": "llama", **TINY}
+    (tmp_path / "config.json").write_text(json.dumps(None if lie is None else {**llama, **lie}))
+    assert cli.main(["plan", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("bnbref: error: ")
+    assert error in said
 
 
 def test_what_is_not_known_of_a_model():

@@ -12,12 +12,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+import bnbref
 from bnbref import cli
 from bnbref.demo import MODEL
 from bnbref.optim import PagedAdamW8bit
 
-pytest.importorskip("transformers")
+AutoTokenizer = pytest.importorskip("transformers").AutoTokenizer
 pytest.importorskip("accelerate")
 peft = pytest.importorskip("peft")
 qlora = pytest.importorskip("bnbref.integrations.hf.qlora")
@@ -29,13 +31,22 @@ SAID = re.compile(r"held-out perplexity ([\d.]+) before, ([\d.]+) after")
 TEXT = Path(json.__file__).read_text(encoding="utf-8")[:3500]  # Python source, which the model does not write
 
 
-def test_the_command_lowers_held_out_perplexity(capsys, tmp_path, recwarn):
+def test_the_command_lowers_held_out_perplexity(capsys, tmp_path, recwarn, monkeypatch):
     text, out = tmp_path / "mine.txt", tmp_path / "adapter"
     text.write_text(TEXT, encoding="utf-8")
     arguments = ["--steps", "5", "--batch", "4", "--length", "32", "--lr", "5e-3"]
     if importlib.util.find_spec("matplotlib"):
         arguments += ["--plot", str(tmp_path / "losses.png")]
+    found = []
+    monkeypatch.setattr(
+        qlora, "qlora", lambda *args, run=qlora.qlora, **rest: found.append(run(*args, **rest)) or found[0]
+    )
     assert cli.main(["qlora", "--text", str(text), "--out", str(out), *arguments]) == 0
+    (run,) = found
+    trained = [p for p in run.model.parameters() if p.requires_grad]
+    assert (len(run.losses), run.parameters) == (5, sum(p.numel() for p in trained))
+    assert {p.dtype for p in trained} == {torch.float32}
+    assert run.nbytes == sum(file.stat().st_size for file in out.iterdir() if file.is_file())
     before, after = map(float, SAID.search(capsys.readouterr().out).groups())
     assert after < before
     assert not [str(w.message) for w in recwarn if w.category is FutureWarning]
@@ -80,6 +91,9 @@ def test_a_dataset_is_a_text(tmp_path):
         (["--lr", "nan"], "--lr must be positive and finite, got nan"),
         (["--lr", "inf"], "--lr must be positive and finite, got inf"),
         (["--targets", "query"], "Target modules {'query'} not found"),
+        (["--targets", "all-linear", "q_proj"], "targets must be 'all-linear' or a list of names of layers, got ["),
+        (["--column", "body"], "--column and --split go with --dataset, which was not given"),
+        (["--text", "mine.txt", "--split", "test"], "--column and --split go with --dataset, which was not given"),
         (["--plot", "no/such/dir/losses.png"], "cannot write no/such/dir/losses.png: there is no directory"),
     ],
 )
@@ -125,16 +139,36 @@ def test_a_run_is_what_it_says(monkeypatch, tmp_path):
 
     monkeypatch.setattr(qlora, "Trainer", caught)
     with pytest.raises(Caught) as run:
-        qlora.qlora(MODEL, TEXT, tmp_path, steps=20, batch=4, length=32, lr=5e-3, rank=4, device="cpu")
+        qlora.qlora(
+            MODEL,
+            TEXT,
+            tmp_path / "not" / "yet",
+            steps=20,
+            batch=4,
+            length=32,
+            lr=5e-3,
+            rank=5,
+            device="cpu",
+            dtype=torch.float16,
+        )
     (given,) = run.value.args
     args, config = given["args"], given["model"].peft_config["default"]
     assert (args.max_steps, args.per_device_train_batch_size, args.per_device_eval_batch_size) == (20, 4, 4)
     assert (args.learning_rate, args.lr_scheduler_type.value, args.warmup_steps) == (5e-3, "cosine", 2)
     assert (args.report_to, args.save_strategy.value, getattr(args, qlora.CHECKPOINTING)) == ([], "no", True)
-    assert (config.r, config.lora_alpha, given["optimizer_cls_and_kwargs"][0]) == (4, 8, PagedAdamW8bit)
+    assert (args.logging_steps, args.use_cpu, args.output_dir) == (1, True, str(tmp_path / "not" / "yet"))
+    assert (config.r, config.lora_alpha, given["optimizer_cls_and_kwargs"][0]) == (5, 10, PagedAdamW8bit)
+    assert config.task_type == "CAUSAL_LM"
+    layers = [m for m in given["model"].modules() if isinstance(m, bnbref.nn.Linear4bit)]
+    assert {(m.quant_state.quant_type, m.quant_state.nested, m.quant_state.dtype) for m in layers} == {
+        ("nf4", True, torch.float16)
+    }
+    parts = qlora.windows(AutoTokenizer.from_pretrained(MODEL), TEXT, 32)
     train, held_out = given["train_dataset"], given["eval_dataset"]
-    assert len(held_out) == -(-(len(train) + len(held_out)) // 10)
-    assert {len(part["input_ids"]) for part in (*train, *held_out)} == {32}
+    whole = [part["input_ids"].tolist() for part in parts]
+    assert [part["input_ids"].tolist() for part in held_out] == whole[::10]
+    assert [part["input_ids"].tolist() for part in train] == [ids for i, ids in enumerate(whole) if i % 10]
+    assert {len(ids) for ids in whole} == {32}
 
 
 def test_the_command_and_the_function_have_the_same_defaults():

@@ -144,11 +144,12 @@ def run_alias(args: argparse.Namespace) -> int:
 
     try:
         if args.enable:
-            print(f"wrote {startup.enable_hook()}: BNBREF_AS_BITSANDBYTES=1 now turns bnbref into bitsandbytes")
+            said = f"wrote {startup.enable_hook()}: BNBREF_AS_BITSANDBYTES=1 now turns bnbref into bitsandbytes"
         elif args.disable:
-            print(f"removed {startup.hook_file()}" if startup.disable_hook() else f"there is no {startup.hook_file()}")
+            said = f"removed {startup.hook_file()}" if startup.disable_hook() else f"there is no {startup.hook_file()}"
         else:
-            print(startup.status())
+            said = startup.status()
     except OSError as error:
         raise Refused(str(error)) from error
+    print(said)  # an OSError of its own: the reader has read enough
     return 0

@@ -16,11 +16,16 @@ from bnbref.conformance.command import Refused, folder, not_empty, writable
 
 PACKAGES = ("transformers", "peft", "accelerate")
 
+MOST = 10**18
+"""Of tokens, steps and the like: more have no place in an index of 64 bits."""
+
 
 def positive(text: str) -> int:
     """An integer of at least 1."""
     if not text.strip().isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    if int(text) > MOST:
+        raise argparse.ArgumentTypeError(f"must be at most {MOST:.0e}, got {text!r}")
     return int(text)
 
 
@@ -64,12 +69,11 @@ def add_qlora(commands: Any) -> None:
     qlora.add_argument(
         "--column",
         type=not_empty,
-        default="text",
         metavar="NAME",
-        help="the column that has the texts (default: %(default)s)",
+        help="with --dataset: the column that has the texts (default: text)",
     )
     qlora.add_argument(
-        "--split", type=not_empty, default="train", metavar="NAME", help="the part to train on (default: %(default)s)"
+        "--split", type=not_empty, metavar="NAME", help="with --dataset: the part to train on (default: train)"
     )
     qlora.add_argument("--steps", **_COUNT, default=60, help="steps of training (default: %(default)s)")
     qlora.add_argument("--batch", **_COUNT, default=8, help="windows of text in each step (default: %(default)s)")
@@ -151,6 +155,8 @@ def run_qlora(args: argparse.Namespace) -> int:
     needs("qlora", *PACKAGES, *(["matplotlib"] if args.plot else []), *(["datasets"] if args.dataset else []))
     if not 0 < args.lr < math.inf:
         raise Refused(f"--lr must be positive and finite, got {args.lr}")
+    if not args.dataset and (args.column or args.split):
+        raise Refused("--column and --split go with --dataset, which was not given")
     drawable(args.plot)
     # peft reads an attribute of the model by the name that it had in older versions of transformers.
     warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
@@ -163,7 +169,7 @@ def run_qlora(args: argparse.Namespace) -> int:
         targets = ALL_LINEAR
     try:
         if args.dataset:
-            text = dataset_text(args.dataset, args.column, args.split)
+            text = dataset_text(args.dataset, args.column or "text", args.split or "train")
         else:
             text = read_text(args.text) if args.text else inspect.getsource(argparse)
         found = qlora(

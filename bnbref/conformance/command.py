@@ -7,6 +7,7 @@ was given, it raises `Refused`, which ends with status 2. What a command needs i
 import argparse
 import itertools
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,17 +87,35 @@ def add_board(commands: Any) -> None:
     board.set_defaults(run=run_board)
 
 
-def writable(*files: Path | None) -> None:
-    """Raises Refused where a file cannot be written: before the work whose results it is to have."""
-    for file in files:
-        if file is None:
+def writable(*files: Path | None, read: Sequence[Path] = ()) -> None:
+    """Raises Refused where a file cannot be written, or would take the place of another one of the same command: before the work
+    whose results it is to have. read: the files that the command reads."""
+    taken = {file.resolve() for file in read}
+    for file in filter(None, files):
+        try:
+            if not file.parent.is_dir():
+                raise Refused(f"cannot write {file}: there is no directory {file.parent}")
+            if file.is_dir():
+                raise Refused(f"cannot write {file}: it is a directory")
+            if not os.access(file if file.exists() else file.parent, os.W_OK):
+                raise Refused(f"cannot write {file}: it is not allowed")
+        except OSError as error:  # a name that is too long, say
+            raise Refused(f"cannot write {file}: {error.strerror}") from error
+        if file.exists() and not file.is_file():  # /dev/null takes any number
             continue
-        if not file.parent.is_dir():
-            raise Refused(f"cannot write {file}: there is no directory {file.parent}")
-        if file.is_dir():
-            raise Refused(f"cannot write {file}: it is a directory")
-        if not os.access(file if file.exists() else file.parent, os.W_OK):
-            raise Refused(f"cannot write {file}: it is not allowed")
+        if file.resolve() in taken:
+            raise Refused(f"cannot write {file}: the command was given it twice")
+        taken.add(file.resolve())
+
+
+def write(file: Path | None, text: str | bytes) -> None:
+    """Writes a file, if one is given. Raises Refused where that fails all the same, as on a disk that is full."""
+    if file is None:
+        return
+    try:
+        file.write_bytes(text.encode() if isinstance(text, str) else text)
+    except OSError as error:
+        raise Refused(f"cannot write {file}: {error.strerror}") from error
 
 
 def made_folder(folder: Path | None) -> None:
@@ -160,10 +179,9 @@ def run_check(args: argparse.Namespace) -> int:
         (args.badge, summary.as_badge(column)),
         (args.markdown, report.as_markdown([done])),
     ):
-        if file is not None:
-            file.write_text(text, encoding="utf-8")
+        write(file, text)
     if args.html is not None:
-        args.html.write_text(page.as_page([column]), encoding="utf-8")
+        write(args.html, page.as_page([column]))
     print(report.as_text(done))
     failed = column.count("defect") + (column.count("dialect") if args.fail_on == "any" else 0)
     return 1 if failed or not column.count("passed") else 0
@@ -174,14 +192,14 @@ def run_board(args: argparse.Namespace) -> int:
     from bnbref.conformance import board
     from bnbref.conformance.board import page, picture
 
-    writable(args.html, args.svg)
+    writable(args.html, args.svg, read=args.reports)
     try:
         columns = board.board(args.reports)
     except (OSError, ValueError) as error:
         raise Refused(str(error)) from error
     for file, form in ((args.html, page.as_page), (args.svg, picture.as_picture)):
         if file is not None:
-            file.write_text(form(columns), encoding="utf-8")
+            write(file, form(columns))
     for column in columns:
         print(f"{column.title}: {', '.join(f'{column.count(s)} {s}' for s in board.STATES if column.count(s))}")
     return 0
@@ -195,8 +213,7 @@ def _order(backend: Any, device: Any, file: Path | None) -> int:
         found = order.report(backend, device)
     except ValueError as error:
         raise Refused(str(error)) from error
-    if file is not None:
-        file.write_text(order.as_json(backend, device, found), encoding="utf-8")
+    write(file, order.as_json(backend, device, found))
     print(order.as_text(backend, device, found))
     return 0
 

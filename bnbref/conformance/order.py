@@ -10,6 +10,7 @@ call and not on its numbers; it may depend on the place of the row in its batch,
 
 import functools
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,12 +38,15 @@ class Probe:
 
     def meet(self, i: int, others: Sequence[int]) -> list[int]:
         """The number of leaves under the node where element i meets each of the others."""
-        found = []
+        found, one = [], self.one
         a = torch.ones(self.rows, self.size, dtype=self.dtype)
         a[0, i] = LARGE
         for j in others:
             a[0, j] = -LARGE
-            found.append(self.size - round(float(self.product(a)[0, 0]) / self.one))
+            y = float(self.product(a)[0, 0])
+            if not math.isfinite(y):
+                raise ValueError(f"{LARGE:g} and {-LARGE:g} do not cancel: the product with them and ones is {y}")
+            found.append(self.size - round(y / one))
             a[0, j] = 1
         return found
 
@@ -51,7 +55,10 @@ class Probe:
         """The product with a single one: 1, or the number that the backend has made of the ones of the weight."""
         a = torch.zeros(self.rows, self.size, dtype=self.dtype)
         a[:, 0] = 1
-        return float(self.product(a)[0, 0])
+        one = float(self.product(a)[0, 0])
+        if one == 0 or not math.isfinite(one):
+            raise ValueError(f"the product with a single one is {one}, must be a number that is not 0")
+        return one
 
     def tree(self) -> Tree:
         """The order of the sum. Raises ValueError where the answers are those of no tree."""
@@ -104,7 +111,7 @@ def product(backend: Backend, n: int, k: int, device: torch.device = CPU) -> Pro
 
 
 BATCHES = (1, 2, 3, 4, 7, 8, 16, 17, 33, 64)
-
+"""Numbers of rows: a kernel may be another one for a single row, for few, and for more than its tile has."""
 
 TRIALS = 8
 """Rows of random numbers whose bits are compared. All columns of the weight being ones, each gives one number."""

@@ -102,7 +102,9 @@ def parse_answers(lines: Iterable[str]) -> dict[str, dict[str, Tensor] | None]:
             if word == "case":
                 if current is not None:
                     raise ValueError(f"the answer to {current} has no end")
-                current = line.split()[1]
+                if len(line.split()) != 2:
+                    raise ValueError(f"a case must be `case OPERATION/NAME`, got {line.strip()!r}")
+                _, current = line.split()
                 if current in found:
                     raise ValueError(f"{current} is answered twice")
                 found[current] = {}
@@ -111,15 +113,17 @@ def parse_answers(lines: Iterable[str]) -> dict[str, dict[str, Tensor] | None]:
             elif word == "tensor" and current is not None:
                 name, tensor = parse_tensor(line)
                 results = found[current]
-                if results is not None:
-                    results[name] = tensor
-            elif word == "end":
+                if results is not None and results.setdefault(name, tensor) is not tensor:
+                    raise ValueError(f"{current} has two tensors {name}")
+            elif word == "end" and current is not None:
                 current = None
+            elif word in ("tensor", "unsupported", "end"):
+                raise ValueError(f"{word} must stand after the line of its case, `case OPERATION/NAME`")
             elif word:
                 raise ValueError(
                     f"expected case, tensor, unsupported or end, got {word!r}; what is no answer belongs on stderr"
                 )
-        except (ValueError, IndexError, OverflowError) as error:
+        except (ValueError, OverflowError) as error:
             raise ValueError(f"line {number}: {error}") from error
     if current is not None:
         raise ValueError(f"line {number}: the answer to {current} has no end: the program ended, or was cut off")

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bnbref.conformance.command import Refused, writable
+from bnbref.conformance.command import Refused, writable, write
 
 
 def add_vectors(commands: Any) -> None:
@@ -84,8 +84,9 @@ def run_archive(args: argparse.Namespace) -> int:
     if args.version not in archive.DIGESTS:
         raise Refused(f"--version must be one of {', '.join(map(str, archive.DIGESTS))}, got {args.version}")
     try:
-        args.file.write_bytes(archive.tar_gz(vectors.folder_of(args.version)))
+        packed = archive.tar_gz(vectors.folder_of(args.version))
     except ValueError as error:
         raise Refused(str(error)) from error
+    write(args.file, packed)
     print(archive.DIGESTS[args.version])
     return 0

@@ -7,6 +7,7 @@ Cases of one operation with the same dtypes and parameters go to one worker, bec
 nothing left to do takes half of the longest rest of another.
 """
 
+import contextlib
 import ctypes
 import io
 import multiprocessing
@@ -129,8 +130,9 @@ class _Worker:
             longest = max((worker.todo for worker in workers), key=len)
             self.todo = deque(longest.pop() for _ in range(len(longest) // 2))
         if self.todo:
-            self.connection.send_bytes(_pickled(cases[self.todo[0]]))
             self.begun = time.monotonic()
+            with contextlib.suppress(ConnectionError):  # it is gone since its last answer: `result` finds that out
+                self.connection.send_bytes(_pickled(cases[self.todo[0]]))
 
     def left(self, limit: float) -> float:
         """Seconds until the case that was sent has taken the limit, or 0."""
@@ -146,7 +148,7 @@ class _Worker:
                 self.process.kill()
                 raise EOFError
             status, failures, seconds = pickle.loads(self.connection.recv_bytes())
-        except EOFError:
+        except (EOFError, ConnectionError):  # the latter where it has not read the case
             self.process.join()
             how = f"no answer after {time.monotonic() - self.begun:.0f} s" if ended else _how(self.process.exitcode)
             failure = Failure(case, "", "crashed", f"the process ended: {how}")

@@ -1,17 +1,17 @@
 """Sixteen floats looked up by four bits: `table[codes & 15]`, as one shuffle instruction where the CPU has one.
 
-A 4-bit decoder is this lookup.  Inductor spells an indexed load as a scalar loop, and the plain substitute, a tree of fifteen
-selects, costs fifty vector instructions.  AVX512 holds the whole table in one register (`vpermps`), AVX2 in two (`vpermps`
-twice, and a blend).  `enable` teaches that to Inductor's C++ backend as the lowering of two operators:
+A 4-bit decoder is this lookup. Inductor spells an indexed load as a scalar loop, and the plain substitute, a tree of fifteen
+selects, costs fifty vector instructions. AVX512 holds the whole table in one register (`vpermps`), AVX2 in two (`vpermps`
+twice, and a blend). `enable` teaches that to Inductor's C++ backend as the lowering of two operators:
 
     lookup16(codes, table)                         table[codes & 15]
     scaled16_bits(codes, scale, table, dtype)      the bits of T(fl(table[codes & 15] * scale)),  T = dtype, a float of 16 bits
 
-The second one is a decoded weight.  Where a vector of codes shares one scale it scales and rounds the *table* and then looks up:
+The second one is a decoded weight. Where a vector of codes shares one scale it scales and rounds the *table* and then looks up:
 sixteen products and roundings for a block, whatever its size, and the same bits, since each entry sees the same two operations.
 
 Everywhere else (another device, another instruction set, a torch whose internals look different, an exported program) plain
-tensor operations give the same bits, more slowly.  `lowering()` says which.  The C++ itself is in `lookup16_cpp`.
+tensor operations give the same bits, more slowly. `lowering()` says which. The C++ itself is in `lookup16_cpp`.
 """
 
 import functools

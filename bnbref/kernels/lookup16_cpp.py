@@ -30,7 +30,7 @@ def scalar_code(q: Any, scale: Any, table: Table, dtype: torch.dtype | None) -> 
 
 
 def vector_code(q: Any, scale: Any, table: Table, dtype: torch.dtype | None, width: int, count: int) -> str:
-    """A lambda applied to a vector, or to each of the `count` vectors that a tile of 16-bit elements needs."""
+    """A lambda applied to a vector of `width` bits, or to each of the `count` vectors that a tile of 16-bit elements needs."""
     m, lanes = f"_mm{width}", width // 32
     tables = [f"{m}_setr_ps({_literals(table[i : i + lanes])})" for i in range(0, 16, lanes)]
 

@@ -44,7 +44,8 @@ _ENOUGH = 1024
 def _by_words(
     a: Tensor, packed: Tensor, scale: Tensor, table: Tensor, bias: Tensor | None, blocksize: int, dtype: torch.dtype
 ) -> Tensor:
-    """For GPUs: a lane takes some words of 64 bits, and the activations beside each other that they multiply, p = 1.
+    """For GPUs: a lane takes some words of 64 bits, and the activations that they multiply, which lie beside each other in a row
+    of a: `[m, 1, k]`.
 
     A program does so for several rows of the weight, for which it loads and widens the activations once: the weight is cut into
     parts of n / parts rows, and a program takes row i of each. What the lanes of a warp load at a time does not lie side by side,
@@ -71,9 +72,10 @@ def _by_words(
 def _by_bytes(
     a: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, blocksize: int, codebook: Codebook, dtype: torch.dtype
 ) -> Tensor:  # fmt: skip
-    """For CPUs: a lane takes a byte of two codes, p = 2.
+    """For CPUs: a lane takes a byte of two codes, of an even column and of the odd one beside it.
 
-    The rows of the weight are taken in two halves, so that two sums are under way at a time.
+    a: `[m, 2, k / 2]`, the even columns and the odd ones. The rows of the weight are taken in two halves, so that two sums are
+    under way at a time.
     """
     columns = rearrange(a.float(), "m p (b s) -> m p b s", s=blocksize // 2)
     n, table = packed.shape[0] // 2, sixteen(codebook)

@@ -79,7 +79,9 @@ _APART = 16
     lambda a, b, bias: a.new_empty(a.shape[0], b.shape[1]),
 )
 def _(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-    (m, k), n = a.shape, b.shape[1]
+    (m, k), (rows_of_b, n) = a.shape, b.shape
+    if rows_of_b != k:
+        raise ValueError(f"a must have as many columns as b has rows, got shapes {list(a.shape)} and {list(b.shape)}")
     # Padded by zeros to whole trees of columns, and to at least two rows, because Dynamo would compile once more for one row.
     columns = F.pad(a.float(), (0, -k % WIDTH, 0, max(2 - m, 0)))
     total = columns.new_zeros(columns.shape[0], n + _APART)
@@ -100,7 +102,8 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Bias is added last, before the one rounding to the dtype of a. Without that rounding the result is within
     (8 + ceil(k / 64)) u (sum |a b| + |bias|) of the real number, u = 2^-24, to first order; a library's may be k u off.
-    An operator of its own, so that no graph around it is fused with its sums or leaves out its roundings.
+    ValueError where k is not the same. An operator of its own, so that no graph around it is fused with its sums or leaves out
+    its roundings.
 
     >>> product(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0], [4.0]]))
     tensor([[11.]])

@@ -4,7 +4,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -97,19 +97,17 @@ def report(model: nn.Module) -> Report:
     seen: dict[int, str] = {}
     found: list[ParameterReport] = []
     for path, module in model.named_modules():
-        for leaf, parameter in module.named_parameters(prefix=path, recurse=False, remove_duplicate=False):
-            name = re.sub(r"parametrizations\.(\w+)\.original$", r"\1", leaf)
+        for place, parameter in module.named_parameters(prefix=path, recurse=False, remove_duplicate=False):
+            name = re.sub(r"parametrizations\.(\w+)\.original$", r"\1", place)
             first = seen.setdefault(id(parameter), name)
             if first != name:
                 found.append(ParameterReport(name, tuple(parameter.shape), "tied", 0, False, f"to {first}"))
                 continue
-            found.append(_one(name, leaf.rpartition(".")[2], path, module, parameter, reasons))
+            found.append(_one(name, path, module, parameter, reasons))
     return Report(tuple(found))
 
 
-def _one(
-    name: str, leaf: str, path: str, module: nn.Module, parameter: nn.Parameter, reasons: dict[str, str]
-) -> ParameterReport:
+def _one(name: str, path: str, module: nn.Module, parameter: nn.Parameter, reasons: dict[str, str]) -> ParameterReport:
     where = ON_META if parameter.is_meta else ""
     state = _state(module, parameter)
     if state is not None:
@@ -122,7 +120,7 @@ def _one(
         size = parameter.nbytes + (0 if absmax is None else absmax.nbytes)
         return ParameterReport(name, tuple(parameter.shape), "int8", size, True, f"row by row{where}")
     left = reasons.get(name) or (reasons.get(path) if parameter.dim() > 1 else None)
-    reason = left or _why(leaf, module, parameter)
+    reason = left or _why(name, module, parameter)
     return ParameterReport(
         name, tuple(parameter.shape), dtype_name(parameter.dtype), parameter.nbytes, False, reason + where
     )
@@ -144,9 +142,9 @@ def _scales(state: QuantState) -> Iterator[Tensor]:
         yield state.offset
 
 
-def _why(leaf: str, module: nn.Module, parameter: nn.Parameter) -> str:
-    kind = type(module).__name__
-    if parameter.requires_grad and "lora_" in leaf:
+def _why(name: str, module: nn.Module, parameter: nn.Parameter) -> str:
+    kind, leaf = type(module).__name__, name.rpartition(".")[2]
+    if "lora_" in name:
         return "adapter"
     if isinstance(module, QuantizedLayer) and leaf == "weight":
         return f"{kind}, to be quantized by .to(device)"
@@ -163,10 +161,9 @@ def _why(leaf: str, module: nn.Module, parameter: nn.Parameter) -> str:
 
 def _alike(parameters: tuple[ParameterReport, ...]) -> list[tuple[list[str], ParameterReport]]:
     """Groups of parameters whose names differ in numbers alone, and that are the same in all else."""
-    groups: dict[object, tuple[list[str], ParameterReport]] = {}
+    groups: dict[ParameterReport, tuple[list[str], ParameterReport]] = {}
     for p in parameters:
-        key = (_without_numbers(p.name), p.shape, p.format, p.bytes, p.quantized, p.reason)
-        groups.setdefault(key, ([], p))[0].append(p.name)
+        groups.setdefault(replace(p, name=_without_numbers(p.name)), ([], p))[0].append(p.name)
     return list(groups.values())
 
 

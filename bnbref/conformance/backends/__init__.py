@@ -117,6 +117,8 @@ def load(name: str) -> Backend:
             require(package)
         return Backend(name, made(), made.packages, getattr(made, "within", nullcontext))
     module_name, _, attribute = name.partition(":")
+    if not all(module_name.split(".")):  # importlib takes ".mine" for a part of another package
+        raise ValueError(f"backend must be one of {sorted(KNOWN)} or a module, got {name!r}")
     if module_name.endswith(".py"):
         raise ValueError(f"backend must be the name of a module, as after import, got a file: {name!r}")
     try:

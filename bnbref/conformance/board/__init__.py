@@ -28,6 +28,16 @@ STATES = {
 """The states of a cell of the board, each with its meaning."""
 
 _KEYS = {"backend": str, "device": str, "versions": dict, "made": str, "cases": dict, "findings": list}
+_OF_FINDING = {
+    "rule": str,
+    "cases": list,
+    "follows": list,
+    "flags": list,
+    "message": str,
+    "input": list,
+    "elements": list,
+}
+"""What a report, and each of its findings, must have, and of which types."""
 
 
 class Cell(NamedTuple):
@@ -46,8 +56,8 @@ class Cell(NamedTuple):
 class Column:
     """One report.
 
-    file: where it is. made: the day. cells: by rule. drawings: by what `key` says of a
-    finding. matrix: cases passed by operation and dtype, in lines.
+    file: where it is. made: the day. cells: by rule. drawings: by what `key` says of a finding. matrix: cases passed by operation
+    and dtype, in lines.
     """
 
     file: Path
@@ -102,19 +112,29 @@ def _cell(rule: str, cases: Sequence[str], body: Mapping[str, Any]) -> Cell:
     return Cell(state, counts, findings)
 
 
+def _has(body: Any, keys: Mapping[str, type]) -> bool:
+    return isinstance(body, dict) and all(isinstance(body.get(key), kind) for key, kind in keys.items())
+
+
 def column(file: Path, text: str) -> Column:
     """The column of a report, whose text is that of the file. Raises ValueError where it is none, or of other rules or cases."""
     try:
         body = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} is no JSON: {error}") from error
-    if not isinstance(body, dict) or any(not isinstance(body.get(key), kind) for key, kind in _KEYS.items()):
+    if not _has(body, _KEYS):
         raise ValueError(f"{file} is no report of `check --json`: it must have {', '.join(_KEYS)}")
+    if not all(isinstance(text, str) for text in (*body["versions"].values(), *body["cases"].values())):
+        raise ValueError(f"{file} is no report of `check --json`: its versions and cases must have texts as values")
+    if not all(_has(finding, _OF_FINDING) for finding in body["findings"]):
+        raise ValueError(f"{file} is no report of `check --json`: a finding must have {', '.join(_OF_FINDING)}")
     cases = cases_of_rules()
     unknown = sorted({finding["rule"] for finding in body["findings"]} - set(cases))
     unknown += sorted(set(body["cases"]) - set(cases["G-2"]))
     if unknown:
         raise ValueError(f"{file} has rules or cases that this version of the kit has not: {', '.join(unknown[:3])}")
+    if not all(finding["cases"] for finding in body["findings"]):
+        raise ValueError(f"{file} has a finding without a case")
     cells = {rule: _cell(rule, ids, body) for rule, ids in cases.items()}
     return Column(file, body["backend"], body["device"], body["versions"], body["made"], cells)
 

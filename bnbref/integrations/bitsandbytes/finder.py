@@ -67,7 +67,7 @@ class Finder(importlib.metadata.DistributionFinder):
     ) -> Iterator[importlib.metadata.Distribution]:
         """The distribution, if it is asked for by its name or by none."""
         name = None if context is None else context.name
-        if name is None or name.replace("_", "-").lower() == NAME:
+        if name is None or name.lower() == NAME:
             yield Distribution(self.version)
 
 

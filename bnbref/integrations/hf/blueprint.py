@@ -68,8 +68,9 @@ class Blueprint:
             with torch.device("meta"):
                 model = self._class._from_config(self.config, dtype=DTYPE)
         except Exception as error:  # a stranger's code, which may need other packages, or a setting that is not there
-            raise ValueError(f"transformers cannot make a {self._class.__name__} of this config: {error}") from error
-        model.tie_weights()
+            raise ValueError(
+                f"transformers cannot make a {self._class.__name__} of this config: {type(error).__name__}: {error}"
+            ) from error
         return model.eval()
 
     def weights(self, format_name: str) -> Weights:
@@ -188,11 +189,12 @@ class Blueprint:
 
 
 def _model_class(config: Any) -> Any:
-    """The class that a config names. If it names none, that of the first of `_TASKS` for which transformers has a model of such a
-    config; of a config with an encoder and a decoder, tasks of both come first."""
+    """The class that a config names. If it names no model of transformers, that of the first of `_TASKS` for which there is a
+    model of such a config; of a config with an encoder and a decoder, tasks of both come first."""
     for name in getattr(config, "architectures", None) or ():
-        if hasattr(transformers, name):
-            return getattr(transformers, name)
+        found = getattr(transformers, str(name), None)
+        if getattr(found, "config_class", None) is not None:  # a model, and no base of all models
+            return found
     tasks = sorted(_TASKS, key=lambda task: ("SEQ" in task) != config.is_encoder_decoder)
     mappings = [getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING") for task in tasks]
     for mapping in (*mappings, modeling_auto.MODEL_MAPPING):

@@ -56,7 +56,8 @@ def must_say(optimizer: type[optim.Optimizer]) -> dict[str, float]:
 
 
 def read_config(model: str) -> Any:
-    """A config from a directory, a config.json, a name on the hub or a number of parameters. OSError if there is none.
+    """A config from a directory, a config.json, a name on the hub or a number of parameters. OSError if there is none, or
+    transformers makes none of it.
 
     >>> read_config("7B").num_hidden_layers
     32
@@ -67,7 +68,7 @@ def read_config(model: str) -> Any:
         return llama(parameters)
     try:
         return AutoConfig.from_pretrained(path.parent if path.name == "config.json" else model)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a stranger's file: transformers raises whatever its settings make of each other
         raise OSError(
             f"the model must be a directory with a config.json, a config.json, a name on the hub, or a size like 7B, "
             f"got {model!r}: {error}"

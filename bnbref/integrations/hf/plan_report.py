@@ -46,7 +46,7 @@ def cards(
     unit, power = ("GiB", 30) if max(p.total for *_, p in found) >= 2**30 else ("MiB", 20)
     rows = [["", "format", "optimizer", "weights", "training", "tokens", unit, "host", *map(str, CARDS)]]
     for name, chosen, p in found:
-        weights = p.parts["weights"] + p.parts["scales"] if "scales" in p.parts else p.parts["weights"]
+        weights = p.parts["weights"] + p.parts["scales"]
         tokens = p.parts.get("KV cache", 0) + p.parts["activations"]
         sizes = (weights, p.total - weights - tokens, tokens, p.total, p.host)
         fits = ["yes" if p.total <= card * 2**30 else "-" for card in CARDS]
@@ -66,7 +66,7 @@ def parse_memory(text: str) -> tuple[int, int]:
     >>> parse_memory("24GiB"), parse_memory("2 x 1.5 GB")
     ((1, 25769803776), (2, 1500000000))
     """
-    found = re.fullmatch(r"\s*(?:([1-9]\d*)\s*x)?\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b\s*", text.lower())
+    found = re.fullmatch(r"\s*(?:([1-9]\d{0,8})\s*x)?\s*(\d{1,15}(?:\.\d+)?)\s*(?:([kmgt])(i?))?b\s*", text.lower())
     if found is None:
         raise ValueError(f"memory must be a number with a unit, like 24GiB, 16GB or 2x24GiB, got {text!r}")
     count, number, letter, binary = found.groups()
@@ -89,13 +89,14 @@ def report(
 
     loader: the class of transformers that loads the model. memory: bytes that there are, on `count` GPUs.
     """
-    columns = list(dict.fromkeys(name for plan in found for name in plan.parts))
+    columns = list(found[0].parts)  # of one use all plans have the same parts
     unit, power = ("GiB", 30) if max(plan.total for plan in found) >= 2**30 else ("MiB", 20)
     rows = [[unit, *columns, "total", "host", "fits"]]
     for plan in found:
-        sizes = [plan.parts.get(name, 0) for name in columns]
         fits = "yes" if plan.total <= memory else "no"
-        rows.append([plan.format, *(f"{size / 2**power:.2f}" for size in (*sizes, plan.total, plan.host)), fits])
+        rows.append(
+            [plan.format, *(f"{size / 2**power:.2f}" for size in (*plan.parts.values(), plan.total, plan.host)), fits]
+        )
     lines = aligned(rows)
     best = next((plan for plan in found if plan.total <= memory), None)
     divided = (

@@ -88,7 +88,7 @@ def load(
     model: str | os.PathLike[str], device: torch.device | str | None = None, dtype: torch.dtype = torch.bfloat16
 ) -> Any:
     """The frozen model in NF4 with double quantization, all else in dtype; device: transformers' choice if None."""
-    config = BnbRefConfig("nf4", double_quant=True)
+    config = BnbRefConfig("nf4")
     where = None if device is None else {"": device}
     return AutoModelForCausalLM.from_pretrained(model, quantization_config=config, dtype=dtype, device_map=where)
 
@@ -105,14 +105,16 @@ def qlora(
     lr and falls as a cosine. LoRA of that rank, in float32, on the layers called `targets`, or on `ALL_LINEAR`; gradient
     checkpointing; `PagedAdamW8bit`. device: transformers' choice if None. dtype: of all that is neither quantized nor trained.
 
-    Raises ValueError for a text that is too short and for numbers that are not positive; OSError if there is no such model, or
-    folder cannot be one.
+    Raises ValueError for a text that is too short, for numbers that are not positive, and for `ALL_LINEAR` among names of layers;
+    OSError if there is no such model, or folder cannot be one.
     """
     for name, count in (("steps", steps), ("batch", batch), ("length", length), ("rank", rank)):
         if count < 1:
             raise ValueError(f"{name} must be at least 1, got {count}")
     if not 0 < lr < math.inf:
         raise ValueError(f"lr must be positive and finite, got {lr}")
+    if not isinstance(targets, str) and ALL_LINEAR in targets:
+        raise ValueError(f"targets must be {ALL_LINEAR!r} or a list of names of layers, got {list(targets)}")
     folder, device = Path(folder), None if device is None else torch.device(device)
     folder.mkdir(parents=True, exist_ok=True)
     parts = windows(AutoTokenizer.from_pretrained(model), text, length)
