@@ -357,6 +357,8 @@ def test_the_entry_point_is_installed(monkeypatch):
 @pytest.mark.skipif(not finder.is_installed(), reason="bitsandbytes is not installed")
 def test_kernels_in_the_real_bitsandbytes():
     """By the entry point alone: the program never names bnbref."""
+    if not any(x.metadata["Name"] == "bnbref" for x in importlib.metadata.distributions()):
+        pytest.skip("bnbref runs from its sources, and is not installed")
     env = {**os.environ, "BNBREF_COMPILE": "0", "BNBREF_BACKEND_FOR": "cpu"}
     done = subprocess.run([sys.executable, "-c", BACKEND], capture_output=True, text=True, cwd=ROOT, env=env)
     assert done.returncode == 0, done.stderr

@@ -228,8 +228,11 @@ def test_a_code_without_a_value_is_zero():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: STATE.map(torch.clone).to(torch.float64), "device must be a torch.device or str, got torch.float64"),
-        (lambda: STATE.map(torch.clone).to(True), "device must be a torch.device or str, got True"),
+        (
+            lambda: STATE.map(torch.clone).to(torch.float64),
+            "device must be a torch.device or str or None, got torch.float64",
+        ),
+        (lambda: STATE.map(torch.clone).to(True), "device must be a torch.device or str or None, got True"),
         (lambda: STATE.as_dict(packed="False"), "packed must be a bool, got 'False'"),
         (lambda: codebooks.linspace(0.0, 1.0, 2.5), "points must be an integer, got 2.5"),
         (lambda: codebooks.linspace(0.0, 1.0, -1), "points must not be negative, got -1"),

@@ -1040,7 +1040,13 @@ def test_what_is_published_is_what_is_found(name):
         pytest.skip(f"{package} {published['versions'][package]} is not installed")
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         pytest.skip("published on a CPU with AVX512")
-    assert found_by(name)["cases"] == published["cases"]
+    # 1042 * 127^2 is a float32, but not every sum on the way to it: whether one is rounded depends on how a CPU's BLAS adds.
+    by_order = {"int8_matmul/k-1042-127x127"} if name == "bitsandbytes-default" else set()
+    found, published = (
+        {case: status for case, status in report["cases"].items() if case not in by_order}
+        for report in (found_by(name), published)
+    )
+    assert found == published
 
 
 # ---- commands -------------------------------------------------------------------------------------------------------
@@ -1224,7 +1230,8 @@ def test_pytest_runs_the_kit(tmp_path):
     (tmp_path / "mine.py").write_text(backend)
     done = run_pytest(tmp_path, "--backend", "mine", "-k", "int8_matmul")
     assert done.returncode == 1, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1] == "broken: IM-1 int8-k-over-1040  8 cases"
+    # 7 where no sum on the way to 1042 * 127^2 is rounded, as some BLAS add.
+    assert re.fullmatch("broken: IM-1 int8-k-over-1040  [78] cases", done.stdout.splitlines()[-1])
     assert "follows  bnb-default: the product is summed in float32" in done.stdout
     (tmp_path / "xfails.txt").write_text("int8_matmul/k-*  # float32\n")
     done = run_pytest(tmp_path, "--backend", "mine", "-k", "int8_matmul", "--xfails", "xfails.txt")

@@ -166,7 +166,7 @@ def test_the_class_of_a_config_that_names_none():
     """Or what transformers has not, or what is no model there."""
     for named in (None, ["MineForCausalLM"], ["__doc__"], ["PreTrainedModel"], ["AutoModel"], [3]):
         tiny = transformers.LlamaConfig(**TINY)
-        tiny.architectures = named
+        tiny.__dict__["architectures"] = named  # which some versions of huggingface_hub judge when it is assigned
         assert blueprint.Blueprint(tiny).loader == "AutoModelForCausalLM"
     assert blueprint.Blueprint(CONFIGS["needs values"]()).loader == "BartForConditionalGeneration"
     funnel = transformers.FunnelConfig(vocab_size=64, block_sizes=[1], d_model=32, n_head=2, d_head=16, d_inner=64)
