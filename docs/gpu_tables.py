@@ -91,10 +91,10 @@ def optimizers() -> str:
     """Steps of optimizers: of one tensor, of the tensors of a model, and paged."""
     found = results(f"gpu-optimizers-{GPU}")
     (paged,) = (row for row in found["paged"] if "what" in row)
-    (many,) = found["many"]
+    later = results(f"gpu-optimizers-small-{GPU}")
+    (many,) = later["many"]
     elements, link = many["what"].split(", ", 1)[1], paged["the link's limit"]
     fused = f"torch's fused AdamW {number(many['torch fused'])}"
-    adapters = results(f"gpu-optimizers-small-{GPU}")["small"]
     cells = [
         [
             optimizer(row), f"{row['bnbref']:.2f}", percent(row["bnbref share"]),
@@ -119,7 +119,7 @@ def optimizers() -> str:
             f"bitsandbytes {number(row['bitsandbytes'])}, torch's fused AdamW {number(row['torch fused'])}",
             f"{row['ratio']:.2f}",
         ]
-        for row in adapters
+        for row in later["small"]
     ]  # fmt: skip
     return table(["", "bnbref, ms", "share", "beside it, ms", "ratio"], cells, found, "bitsandbytes")
 
@@ -172,6 +172,7 @@ def _flows() -> dict[str, list[str]]:
         )
     )  # fmt: skip
     loop, trainer = (flows_of("1.2B", "qlora", "nf4", what)[:1] for what in ("loop", "Trainer"))
+    cold, warm = (flows_of("1.2B", "first", "nf4", f"{caches} caches")[:1] for caches in ("cold", "warm"))
     load = flows_of("1.2B", "load", "nf4", "cold caches")[:1]
     layer = flows_of("layers", "layers", "nf4 nested", "4096x4096, 1 rows")[:1]
     pages = ", its first call, s"
@@ -188,6 +189,10 @@ def _flows() -> dict[str, list[str]]:
         flow(f"8 B with a static cache, NF4{pages}: two runs", large["nf4"][:2], "first_s"),
         flow("8 B with a static cache, int8, tokens/s", large["int8"][:1], "tokens/s"),
         flow(f"8 B with a static cache, int8{pages}", large["int8"][:1], "first_s"),
+        flow(f"`generate` as it comes, NF4{pages}, caches cold", cold, "first_s"),
+        flow(f"`generate` as it comes, NF4{pages}, in a later process", warm, "first_s"),
+        flow("a static cache after it, first call, s, caches cold", cold, "static_s"),
+        flow("a static cache after it, first call, s, in a later process", warm, "static_s"),
         flow("QLoRA step in a loop, NF4, ms", loop, "ms"),
         flow("QLoRA step in Trainer, NF4, ms", trainer, "ms"),
         flow("loading in NF4, caches cold, s", load, "first_s"),
@@ -202,6 +207,7 @@ FRONT = (
     "`generate` as it comes, NF4, tokens/s: three runs",
     "`generate` with a static cache, NF4, tokens/s",
     "`generate` with a static cache, NF4, its first call, s",
+    "`generate` as it comes, NF4, its first call, s, in a later process",
     "QLoRA step in a loop, NF4, ms",
     "loading in NF4, caches cold, s",
 )
