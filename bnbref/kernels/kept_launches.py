@@ -34,6 +34,10 @@ _WATCHED = (
     "TRITON_ALWAYS_COMPILE",
 )
 
+# Files that the folder may hold, one for each layout; when there are more they are all removed, and it is filled anew. A program
+# whose texts have every length has thousands of layouts.
+_MOST_FILES = 4096
+
 _functions: dict[tuple[str, int], int] = {}
 """The addresses of machine code that is loaded, by its file and the number of the GPU."""
 
@@ -69,6 +73,10 @@ def keep(place: Path, launch: Launch, kernel: Any, index: int) -> None:
         code = Path(triton_cache_dir(index), triton_hash_to_path_key(kernel.hash), f"{kernel.name}.cubin").read_bytes()
         file = place.with_name(f"{hashlib.sha256(code).hexdigest()}.cubin")
         place.parent.mkdir(parents=True, exist_ok=True)
+        files = list(place.parent.iterdir())
+        if len(files) >= _MOST_FILES:
+            for old in files:
+                old.unlink(missing_ok=True)
         if not file.exists():
             _write(file, code)
         fields = {**launch._asdict(), "results": [[*layout[:2], str(layout[2])] for layout in launch.results]}
