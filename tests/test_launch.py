@@ -221,6 +221,15 @@ def test_a_launch_is_found_as_it_was_kept(folder, runtime, monkeypatch):
     assert calls.kept([a, b], (), False, folder / "other.json", otherwise=print) is None
 
 
+def test_the_folder_does_not_grow_for_ever(folder, monkeypatch):
+    a, b, out = tensors(8, 8, 8)
+    monkeypatch.setattr(kept_launches, "_MOST_FILES", 5)
+    for blocksize in range(1, 10):
+        keep(place(blocksize=blocksize), *launch.launched_alone(recorded(a, b, out, 3), [a, b], (), out), 0)
+        assert find(place(blocksize=blocksize), 0) is not None
+        assert len(list(folder.iterdir())) <= 5
+
+
 @pytest.mark.parametrize(
     "broken", ["", "{}", '{"launch": {}}', '{"launch": {}, "cubin": "no.cubin"}', "[1]", '{"launch": {']
 )
