@@ -110,6 +110,10 @@ class PackedWeight:
     def find_or_prepare(self, a: Tensor, bias: Tensor | None) -> Product | None:
         """The product that is prepared, and kept, for activations and a bias of this layout. None if they do not fit."""
         self._check_memory()
+        if not a.data_ptr():  # none has been freed that has an address, nor all without one: some have no elements
+            check_memory("A", a)
+        if bias is not None and not bias.data_ptr():
+            check_memory("bias", bias)
         try:
             return self._products[_product_key(a, bias)] or self.multiply
         except KeyError:

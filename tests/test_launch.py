@@ -1,6 +1,7 @@
 """Launches without Inductor's wrapper: which calls are taken for one launch, that the launch gets this call's tensors, and that
 a later process finds it on disk if it would compile the same, and only then."""
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -9,6 +10,7 @@ import os
 import subprocess
 import sys
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -17,9 +19,10 @@ from hypothesis import strategies as st
 
 from bnbref import blockwise
 from bnbref.codebooks import DYNAMIC, NF4, Codebook
-from bnbref.kernels import REGISTRY, formulations, kept_launches, launch, what_runs
+from bnbref.kernels import REGISTRY, Kernel, formulations, kept_launches, launch, variants, what_runs
 from bnbref.kernels.kept_launches import find, keep, place_of
 from bnbref.kernels.variants import Variants
+from bnbref.optim import master_weights, step
 
 FUNCTION = 4711
 
@@ -144,6 +147,30 @@ def test_what_was_not_compiled_for_is_not_launched(runtime):
     assert call([a, b]) is None
 
 
+def test_a_tensor_that_was_freed_is_refused():
+    a, b, out = tensors(8, 8, 8)
+    call = call_of(recorded(a, b, out, 3), [a, b], out)
+    b.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=r"of shape \(8,\) needs 32 bytes, and its storage has 0"):
+        call([a, b])
+
+
+def test_a_launch_is_for_the_device_of_its_arguments(monkeypatch):
+    """Inductor's code makes it the current one for a while. Afterwards another one may be."""
+    seen, kernel = [], REGISTRY["dequantize_rows"]
+    given = [torch.zeros(2, 32, dtype=torch.uint8), torch.zeros(2, 1)]
+    one = SimpleNamespace(several=False), SimpleNamespace(function=FUNCTION)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 7)
+    monkeypatch.setattr(variants, "launches", lambda: contextlib.nullcontext([1]))
+    monkeypatch.setattr(variants, "_compiled", lambda *_: lambda *_: torch.zeros(2, 64))
+    monkeypatch.setattr(variants, "direct", lambda *_: print)
+    monkeypatch.setattr(variants, "launched_alone", lambda *_: one)
+    monkeypatch.setattr(variants, "bound", lambda *given: seen.append(given[-1]))
+    calls = Variants("name", kernel.parameters)
+    calls.call("cuda", formulations.Formulation(kernel.definition), given, (), {"codebook": NF4}, False, None)
+    assert seen == [given[0].device.index]
+
+
 def refused():
     """What was recorded, of which arguments, with which results, by why it is refused."""
     a, b, out = tensors(8, 8, 8)
@@ -231,12 +258,33 @@ def test_the_folder_does_not_grow_for_ever(folder, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "broken", ["", "{}", '{"launch": {}}', '{"launch": {}, "cubin": "no.cubin"}', "[1]", '{"launch": {']
-)
+    "broken",
+    [
+        "", "{}", '{"launch": {}}', '{"launch": {}, "cubin": "no.cubin"}', "[1]", '{"launch": {', '{"launch": 1, "cubin": "%s"}',
+        '{"launch": {}, "cubin": "%s"}', '{"launch": {"grid": 1, "arguments": [], "results": []}, "cubin": "%s"}',
+        '{"launch": {"grid": [], "arguments": [], "results": [[[], [], "no"]]}, "cubin": "%s"}',
+    ],
+)  # fmt: skip
 def test_what_is_not_whole_is_not_there(folder, broken):
     folder.mkdir()
-    place().write_text(broken)
+    code = f"{hashlib.sha256(b'').hexdigest()}.cubin"
+    (folder / code).touch()
+    place().write_text(broken.replace("%s", code))
     assert find(place(), 0) is None
+
+
+def test_what_cannot_be_loaded_or_kept_is_compiled(folder, monkeypatch):
+    def too_old(*_):
+        raise RuntimeError("CUDA driver error: device kernel image is invalid")
+
+    a, b, out = tensors(8, 8, 8)
+    monkeypatch.setattr(kept_launches, "loaded", too_old)
+    keep(place(), *launch.launched_alone(recorded(a, b, out, 3), [a, b], (), out), 0)
+    assert find(place(), 0) is None
+    place().unlink()
+    place().mkdir()  # which no file can take the place of
+    keep(place(), *launch.launched_alone(recorded(a, b, out, 3), [a, b], (), out), 0)
+    assert sorted(path.suffix for path in folder.iterdir()) == [".cubin", ".json"]  # no part of a file
 
 
 def test_machine_code_that_is_cut_off_is_not_loaded(folder, runtime):
@@ -264,6 +312,19 @@ def test_nothing_is_kept_for_those_who_watch_the_compiler(folder, monkeypatch, n
 
 def other(x):
     return x
+
+
+def test_a_kept_launch_that_does_not_fit_is_compiled_once(folder, monkeypatch):
+    """Products keep what `ready` returned: the launch on disk, which is not for a tensor whose address is not aligned."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # the index of a CPU
+    kernel, compiled = Kernel(add, {}), []
+    monkeypatch.setattr(kernel, "_place", lambda *_: place())
+    monkeypatch.setattr(kernel.variants, "kept", lambda *args: args[-1])
+    through = lambda *_: compiled.append(1) or ("compiled", lambda args: "again")  # noqa: E731
+    monkeypatch.setattr(kernel, "_through_dynamo", through)
+    kept = kernel._kept("key", tensors(8, 8), {})
+    assert [kept(tensors(8, 8)) for _ in range(3)] == ["compiled", "again", "again"]
+    assert compiled == [1]
 
 
 def test_a_digest_tells_calls_apart():
@@ -317,6 +378,38 @@ def test_a_function_that_somebody_replaced_is_another(monkeypatch, module, name,
     monkeypatch.undo()
     monkeypatch.setattr(what_runs, "_machine", lambda device: ("a machine", what_runs._workshop()))
     assert {kernel: place(name=kernel) for kernel in before} == before
+
+
+def unfinished():
+    def call(x):
+        return later(x)
+
+    if not call:
+        later = None
+    return call
+
+
+def test_what_may_take_the_place_of_a_function(monkeypatch):
+    """Another function that is reached anyway, one of Python's, one that closes over what is not there yet; and what nobody
+    knows, as a partial function, for which nothing is kept."""
+    digests = [place(name="step_blocks")]
+    for one in (step.rounded, step.largest, max, min, unfinished()):
+        monkeypatch.setattr(step, "magnitude", one)
+        digests.append(place(name="step_blocks"))
+    assert None not in digests
+    assert len(set(digests)) == len(digests)
+    for one in (functools.partial(max, 1), [].append, mock.Mock()):
+        monkeypatch.setattr(step, "magnitude", one)
+        assert place(name="step_blocks") is None
+
+
+def test_a_number_in_a_dict_counts(monkeypatch):
+    lines, before = dict(master_weights._LINES), place(name="step_blocks")
+    line = lines[torch.bfloat16]
+    monkeypatch.setattr(master_weights, "_LINES", {**lines, torch.bfloat16: line._replace(scale=2.0)})
+    assert place(name="step_blocks") != before
+    monkeypatch.setattr(master_weights, "_LINES", dict(reversed(lines.items())))
+    assert place(name="step_blocks") == before
 
 
 def test_a_method_that_somebody_replaced_is_another(monkeypatch):

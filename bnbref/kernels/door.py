@@ -242,12 +242,14 @@ class Kernel(Generic[P, R]):
         if place is None or next(t.device for t in args if t is not None).index != torch.cuda.current_device():
             return None
 
+        compiled: Callable[[Sequence[Any]], R] | None = None
+
         def otherwise(args: Sequence[Any]) -> R:
-            self._calls.pop(key, None)
+            nonlocal compiled
+            if compiled is not None:  # what calls this is kept by others as well, as `ready` returned it
+                return compiled(args)
             with _first_calls, torch.no_grad(), without_autocast(args[0]):
-                result, call = self._through_dynamo("cuda", args, constants, self.parameters.any_written)
-            if call is not None:
-                self._calls[key] = call
+                result, compiled = self._through_dynamo("cuda", args, constants, self.parameters.any_written)
             return result
 
         return self.variants.kept(args, self.tables(*args, **constants), self.parameters.any_written, place, otherwise)

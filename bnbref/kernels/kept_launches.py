@@ -88,8 +88,13 @@ def keep(place: Path, launch: Launch, kernel: Any, index: int) -> None:
 def _write(file: Path, content: bytes) -> None:
     """A file is there as a whole or not at all, also for other processes."""
     with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as part:
-        part.write(content)
-    os.replace(part.name, file)
+        try:
+            part.write(content)
+            part.close()
+            os.replace(part.name, file)
+        except OSError:
+            os.unlink(part.name)
+            raise
 
 
 def find(place: Path, index: int) -> tuple[Launch, int] | None:
@@ -99,14 +104,21 @@ def find(place: Path, index: int) -> tuple[Launch, int] | None:
         kept = json.loads(place.read_bytes())
         file = place.with_name(kept["cubin"])
         code = file.read_bytes()
-        fields = kept["launch"]
-    except (OSError, ValueError, KeyError, TypeError):
+        launch = _launch(**kept["launch"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # no file, no JSON, or that of something else
         return None
     if file.name != f"{hashlib.sha256(code).hexdigest()}.cubin":
         return None
-    arguments = tuple((place, value) for place, value in fields.pop("arguments"))
-    results = tuple((tuple(s), tuple(t), getattr(torch, d.removeprefix("torch."))) for s, t, d in fields.pop("results"))
-    launch = Launch(**{**fields, "grid": tuple(fields["grid"]), "arguments": arguments, "results": results})
     if (file.name, index) not in _functions:
-        _functions[file.name, index] = loaded(str(file), launch, index)
+        try:
+            _functions[file.name, index] = loaded(str(file), launch, index)
+        except RuntimeError:  # of a folder that machines share: this one's driver is too old for it
+            return None
     return launch, _functions[file.name, index]
+
+
+def _launch(grid: Any, arguments: Any, results: Any, **fields: Any) -> Launch:
+    """A launch, of what JSON has of it."""
+    layouts = tuple((tuple(s), tuple(t), getattr(torch, d.removeprefix("torch."))) for s, t, d in results)
+    sources = tuple((place, value) for place, value in arguments)
+    return Launch(grid=tuple(grid), arguments=sources, results=layouts, **fields)

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bnbref.arguments import check_memory
+
 
 class Call(NamedTuple):
     """A call of a method: of what object, with what, and what it returned."""
@@ -157,7 +159,8 @@ def bound(
     """A function that makes the launch with other tensors of its layout, of which there are `count`, and these tables.
 
     function: the address of the machine code on the GPU of this index. What is returned takes the arguments and returns the
-    results; or None, if the machine code is not for them: another device is the current one, or an address is not aligned.
+    results; or None, if the machine code is not for them: another device is the current one, or an address is not aligned. It
+    raises ValueError for a tensor that has lost its memory.
     """
     _, (x, y, z), warps, shared, kinds, arguments, layouts, _ = launch
     behind = count + len(tables)
@@ -180,7 +183,8 @@ def bound(
         values = template.copy()
         for i, place in of_args:
             values[i] = address = args[place].data_ptr()
-            if address % _ALIGNED:
+            if address % _ALIGNED or not address:
+                check_memory("a tensor", args[place])
                 return None
         made = [allocate(*layout) for layout in layouts]
         for i, place, offset in of_results:

@@ -125,7 +125,7 @@ class Variants(dict[Any, Callable[..., Any]]):
         )
         if call is not None and one is not None:
             launch, kernel = one
-            index = torch.cuda.current_device()
+            index = next(t.device.index for t in args if t is not None)  # another device may be the current one
             call = alone(bound(launch, kernel.function, tables, len(args), index), launch.several, into, call)
             if place is not None:
                 keep(place, launch, kernel, index)

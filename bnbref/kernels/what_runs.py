@@ -15,9 +15,10 @@ import functools
 import hashlib
 import importlib.metadata
 import importlib.util
+import operator
 import pkgutil
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ def digest(functions: Sequence[Callable[..., Any]], args: Sequence[Any], constan
     """The digest of a call of a kernel whose definition, formulation and tables are these functions; None if something in it has
     no identity that another process could compare."""
     device = next(t.device for t in args if t is not None)
-    seen: set[int] = set()
+    seen: dict[int, int] = {}
     try:
         lines = [*_machine(device), *(line for f in functions for line in _function(f, seen)), *map(_layout, args)]
         lines += [f"{name} {line}" for name, value in constants.items() for line in _value(value, seen)]
@@ -98,7 +99,7 @@ def _names(code: types.CodeType) -> Iterator[str]:
             yield from _names(constant)
 
 
-def _function(function: Any, seen: set[int]) -> Iterator[str]:
+def _function(function: Any, seen: dict[int, int]) -> Iterator[str]:
     """The code of a function, its defaults, what it closes over, and what it reaches by name, if that is bnbref's or a number."""
     if _wrapped(function) is not None:
         yield from _once(_wrapped(function), seen)
@@ -108,14 +109,22 @@ def _function(function: Any, seen: set[int]) -> Iterator[str]:
     for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
         yield from _reached(value, seen)
     for cell in function.__closure__ or ():
-        yield from _reached(cell.cell_contents, seen)
+        yield from _reached(_contents(cell), seen)
     names = list(dict.fromkeys(_names(function.__code__)))
     for name in names:
         value = function.__globals__.get(name)
+        yield name
         yield from _reached(value, seen)
         if isinstance(value, types.ModuleType) and value.__name__.startswith(_PACKAGE):
             for attribute in names:
                 yield from _reached(vars(value).get(attribute), seen)
+
+
+def _contents(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # of a variable that nothing was assigned to yet
+        return ...
 
 
 def _wrapped(value: Any) -> Any:
@@ -123,16 +132,23 @@ def _wrapped(value: Any) -> Any:
     return getattr(value, "__dict__", {}).get("__wrapped__")
 
 
-def _once(value: Any, seen: set[int]) -> Iterator[str]:
-    if id(value) not in seen:
-        seen.add(id(value))
+def _once(value: Any, seen: dict[int, int]) -> Iterator[str]:
+    if (yield from _number(value, seen)):
         yield from _function(value, seen)
 
 
-def _class(kind: type, seen: set[int]) -> Iterator[str]:
-    if id(kind) in seen:
+def _number(value: Any, seen: dict[int, int]) -> Generator[str, None, bool]:
+    """The number of a function or class, by which it is known where it is met again. Returns whether this is the first time."""
+    new = id(value) not in seen
+    yield f"number {seen.setdefault(id(value), len(seen))}"
+    return new
+
+
+def _class(kind: type, seen: dict[int, int]) -> Iterator[str]:
+    if not (yield from _number(kind, seen)):
         return
-    seen.add(id(kind))
+    for base in kind.__bases__:
+        yield from _reached(base, seen)
     for name, value in vars(kind).items():
         for function in (
             value,
@@ -145,7 +161,7 @@ def _class(kind: type, seen: set[int]) -> Iterator[str]:
                 yield from _once(function, seen)
 
 
-def _reached(value: Any, seen: set[int]) -> Iterator[str]:
+def _reached(value: Any, seen: dict[int, int]) -> Iterator[str]:
     """Of what a function reaches: functions and classes of bnbref, numbers, and values that have an identity."""
     if isinstance(value, type):
         if value.__module__.startswith(_PACKAGE):
@@ -158,10 +174,18 @@ def _reached(value: Any, seen: set[int]) -> Iterator[str]:
         try:
             yield from _value(value, seen)
         except Unknown:
+            if callable(value) and not isinstance(value, types.GenericAlias):
+                raise  # it may be in the place of a function: a partial one, a method, a mock
             return  # torch, a lock, a memory of what was made
 
 
-def _value(value: Any, seen: set[int]) -> Iterator[str]:
+def _is_method(function: types.BuiltinFunctionType) -> bool:
+    """Whether it belongs to a value, of which its name says nothing: the `append` of a list."""
+    owner = function.__self__
+    return owner is not None and not isinstance(owner, (types.ModuleType, type))
+
+
+def _value(value: Any, seen: dict[int, int]) -> Iterator[str]:
     """The identity of a value. Raises Unknown if it is not known."""
     if isinstance(value, _NUMBERS):
         yield f"{type(value).__name__} {value!r}"
@@ -169,8 +193,16 @@ def _value(value: Any, seen: set[int]) -> Iterator[str]:
         yield f"{type(value).__name__} {len(value)}"
         for item in value:
             yield from _value(item, seen)
+    elif isinstance(value, dict):
+        yield f"dict {len(value)}"
+        entries = [("\n".join(_value(key, seen)), item) for key, item in value.items()]
+        for key, item in sorted(entries, key=operator.itemgetter(0)):  # they may be in the order of imports
+            yield key
+            yield from _value(item, seen)
     elif isinstance(value, types.FunctionType):
         yield from _once(value, seen)
+    elif isinstance(value, types.BuiltinFunctionType) and not _is_method(value):
+        yield f"{value.__module__} {value.__qualname__}"
     elif type(value).__module__.startswith(_PACKAGE) and hasattr(value, "_identity"):  # a codebook, an equation
         yield type(value).__qualname__
         yield from _class(type(value), seen)
