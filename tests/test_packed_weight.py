@@ -309,6 +309,20 @@ def test_memory_that_was_freed_is_named_and_not_read(lost, rows):
     made(x).sum().backward()
 
 
+@pytest.mark.parametrize("rows", [1, 4])
+def test_an_activation_or_a_bias_that_was_freed_is_named(rows):
+    made, x = layer(nested=True, bias=True), torch.randn(rows, 64)
+    for _ in range(3):
+        made(x)
+    assert made(x[:0]).shape == (0, made.out_features)  # without memory, as it should be
+    for name, tensor in (("A", x), ("bias", made.bias)):
+        tensor.untyped_storage().resize_(0)
+        with pytest.raises(
+            ValueError, match=f"^{name} of shape .* needs [0-9]+ bytes, and its storage has 0: it was freed"
+        ):
+            made(torch.randn(rows, 64) if name == "bias" else x)
+
+
 def test_what_is_kept_frees_the_codes_with_the_weight():
     """Offloading puts a weight on the meta device in the place of the codes, and the codes must be gone."""
     made, x = layer(), torch.randn(1, 64)
