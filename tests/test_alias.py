@@ -174,11 +174,18 @@ def test_the_quantizer_of_transformers_is_patched_inside_alone():
     quantizers = pytest.importorskip("transformers.quantizers.auto").AUTO_QUANTIZER_MAPPING
     if "bitsandbytes" in sys.modules:
         pytest.skip("bitsandbytes itself is imported")
+    hf = importlib.import_module("bnbref.integrations.hf.transformers")
+    given_back = bool(hf._undo)  # it took over when it was imported, where bitsandbytes is not installed
+    hf.give_back_bitsandbytes()
     before = dict(quantizers)
-    with alias.as_bitsandbytes(force=True):
-        with alias.as_bitsandbytes(force=True, patch_hf=True):
-            assert quantizers["bitsandbytes_4bit"] is not before["bitsandbytes_4bit"]
-        assert quantizers["bitsandbytes_4bit"] is before["bitsandbytes_4bit"]
+    try:
+        with alias.as_bitsandbytes(force=True):
+            with alias.as_bitsandbytes(force=True, patch_hf=True):
+                assert quantizers["bitsandbytes_4bit"] is not before["bitsandbytes_4bit"]
+            assert quantizers["bitsandbytes_4bit"] is before["bitsandbytes_4bit"]
+    finally:
+        if given_back:
+            hf.take_over_bitsandbytes()
 
 
 def test_bitsandbytes_that_is_installed_is_not_hidden_by_the_hook(real, monkeypatch):
