@@ -6,7 +6,8 @@
 generate  greedy text as it comes, batch 1: tokens/s, prompt included
 static    the same with a static cache, for which transformers compiles the model, but not bitsandbytes': tokens/s, and seconds
           of the first call, with empty caches
-first     the first call of `generate` in a process: seconds, as it comes and then with a static cache, with cold and warm caches
+first     the first call of `generate` in a process, 8 tokens: seconds, as it comes and then with a static cache, with cold and
+          warm caches
 qlora     a training step, LoRA on all linear layers, gradient checkpointing: ms and peak memory, in a loop and in Trainer
 load      `from_pretrained`: seconds with cold and with warm caches and a second time in the process, peak memory
 layers    a layer from Python, and its kernels alone, from a CUDA graph: microseconds

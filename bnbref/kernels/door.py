@@ -223,7 +223,7 @@ class Kernel(Generic[P, R]):
         call: Callable[[Sequence[Any]], R] | None
         with _first_calls, torch.no_grad(), without_autocast(args[0]):
             piece = self.formulation.piece if device_type == "cpu" else None
-            kept = self._kept(key, args, constants) if device_type == "cuda" else None
+            kept = self._kept(args, constants) if device_type == "cuda" else None
             if kept is not None:
                 result, call = kept(args), kept
             elif piece is None:
@@ -237,7 +237,7 @@ class Kernel(Generic[P, R]):
             self._calls[key] = call
         return result
 
-    def _kept(self, key: Any, args: Sequence[Any], constants: Mapping[str, Any]) -> Callable[[Sequence[Any]], R] | None:
+    def _kept(self, args: Sequence[Any], constants: Mapping[str, Any]) -> Callable[[Sequence[Any]], R] | None:
         """The calls of this layout as an earlier process has left them on disk; None if none has."""
         place = self._place(args, constants)
         if place is None or next(t.device for t in args if t is not None).index != torch.cuda.current_device():

@@ -47,7 +47,7 @@ def place_of(functions: Sequence[Callable[..., Any]], args: Sequence[Any], const
     config = sys.modules.get("torch._inductor.config")
     if any(os.environ.get(name) for name in _WATCHED) or getattr(config, "force_disable_caches", False):
         return None
-    if torch.version.hip is not None or not all(str(f.__module__).startswith("bnbref.") for f in functions):
+    if not all(str(f.__module__).startswith("bnbref.") for f in functions):
         return None
     folder, name = _folder(), digest(functions, args, constants)
     return None if folder is None or name is None else folder / f"{name}.json"

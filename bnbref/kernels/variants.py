@@ -118,11 +118,7 @@ class Variants(dict[Any, Callable[..., Any]]):
         with recorded(CompiledFxGraph, "__call__") as ran, launching as launched, _own_settings():
             result = variant(*everything)
         call = direct(ran, everything, len(args), result, into)
-        one = (
-            launched_alone(launched, tensors, tables, () if writes else result)
-            if call is not None and launched
-            else None
-        )
+        one = launched_alone(launched, tensors, tables, () if writes else result)
         if call is not None and one is not None:
             launch, kernel = one
             index = next(t.device.index for t in args if t is not None)  # another device may be the current one

@@ -1,13 +1,15 @@
 """A digest of all that decides what a call of a kernel runs on a GPU: what two processes share if they may share machine code.
 
-what may differ                            how the digest sees it
------------------------------------------  ----------------------------------------------------------------
-torch, triton, the kind of GPU             by version and name
-the workshop                               by the compiled Python code of all its files
-the formula                                by the code of each function of bnbref that it reaches, as it is
-                                           in this process: somebody may have replaced one
-the call                                   dtype, sizes and strides of each tensor, and the constants by
-                                           what is their identity, a stranger's codebook or rule as well
+    what may differ                            how the digest sees it
+    -----------------------------------------  ----------------------------------------------------------------
+    torch, triton, the kind of GPU             by version and name
+    the workshop                               by the compiled Python code of all its files
+    the formula                                by the code of each function of bnbref that it reaches, as it is
+                                               in this process: somebody may have replaced one
+    the call                                   dtype, sizes and strides of each tensor, and the constants by
+                                               what is their identity, a stranger's codebook or rule as well
+
+Where something has no identity that another process could compare, there is no digest.
 """
 
 import dataclasses
@@ -25,7 +27,7 @@ import torch
 from torch import Tensor
 
 _PACKAGE = "bnbref."
-_NUMBERS = (bool, int, float, complex, str, bytes, torch.dtype, type(None), type(...))
+_PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, type(None), type(...))
 
 
 class Unknown(Exception):
@@ -187,7 +189,7 @@ def _is_method(function: types.BuiltinFunctionType) -> bool:
 
 def _value(value: Any, seen: dict[int, int]) -> Iterator[str]:
     """The identity of a value. Raises Unknown if it is not known."""
-    if isinstance(value, _NUMBERS):
+    if isinstance(value, _PLAIN):
         yield f"{type(value).__name__} {value!r}"
     elif isinstance(value, (tuple, list)):
         yield f"{type(value).__name__} {len(value)}"
