@@ -330,7 +330,8 @@ def test_a_kept_launch_that_does_not_fit_is_compiled_once(folder, monkeypatch):
 def test_a_digest_tells_calls_apart():
     two, one = torch.zeros(2, 32, dtype=torch.uint8), torch.zeros(2, 1)
     calls = [
-        place(), place([two[:1], one[:1]]), place([two.int(), one]), place([two.T, one]), place([two, one, None]),
+        place(), place([torch.zeros(32, 2, dtype=torch.uint8).T, one]),
+        place([two[:1], one[:1]]), place([two.int(), one]), place([two.T, one]), place([two, one, None]),
         place(blocksize=128), place(blocksize=64.0), place(dtype=torch.bfloat16), place(name="quantize_rows"),
         place(codebook=DYNAMIC), place(codebook=Codebook("own", NF4.values, NF4.values[1:])),
     ]  # fmt: skip
@@ -401,6 +402,25 @@ def test_what_may_take_the_place_of_a_function(monkeypatch):
     for one in (functools.partial(max, 1), [].append, mock.Mock()):
         monkeypatch.setattr(step, "magnitude", one)
         assert place(name="step_blocks") is None
+
+
+def test_another_machine_is_another(monkeypatch):
+    before = place()
+    monkeypatch.setattr(what_runs, "_machine", lambda device: ("another machine", what_runs._workshop()))
+    assert place() != before
+
+
+def test_a_set_has_no_order():
+    letters = what_runs._constant(frozenset("abcdefghijklmnop"))
+    assert letters.startswith("{str 'a', str 'b', str 'c', str 'd', str 'e', ")
+
+
+def test_a_method_of_a_base_counts(monkeypatch):
+    base = type("Base", (), {"__module__": "bnbref.own", "value": lambda self: 1})
+    value = type("Value", (base,), {"__module__": "bnbref.own", "_identity": ()})()
+    before = place(codebook=value)
+    monkeypatch.setattr(base, "value", lambda self: 2)
+    assert place(codebook=value) not in (None, before)
 
 
 def test_a_number_in_a_dict_counts(monkeypatch):
