@@ -247,7 +247,7 @@ def pasted(value: Any) -> str:
 def _unequal(a: Tensor, b: Tensor) -> Tensor:
     unequal = words(a) != words(b)
     if a.dtype.is_floating_point:
-        unequal &= ~(a.isnan() & b.isnan()).cpu()
+        unequal &= ~(a.isnan().cpu() & b.isnan().cpu())
     return unequal
 
 
