@@ -95,7 +95,8 @@ def fits(x: Tensor, scales: Tensor, bias: Tensor | None, n: int, k: int) -> bool
     Dynamo traces every line for each layer of a model: the checks that name what is wrong take it as long as all the rest.
     """
     plainly = isinstance(x, Tensor) and x.dtype in FLOATS and x.layout == torch.strided
-    plainly = plainly and x.shape[-1:] == (k,) and x.device == scales.device
+    # As numbers: a comparison of tuples is a function that Dynamo traces.
+    plainly = plainly and x.ndim > 0 and x.shape[-1] == k and x.device == scales.device
     return plainly and (bias is None or (bias.shape == (n,) and bias.device == scales.device))
 
 
