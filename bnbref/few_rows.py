@@ -108,6 +108,15 @@ def prepared(
     return lambda a, bias: _shaped(code((_columns(a), codes, absmax(), bias, *second)), a)
 
 
+def compile_ahead(a: Tensor, packed: Tensor, state: QuantState, bias: Tensor | None) -> None:
+    """Has the product of one row like those of a compiled by another process, where it is likely to come: with many rows begins a
+    text, which goes on with one at a time."""
+    row = a.new_empty(1, 1, a.shape[-1])
+    if is_gpu(a) and not torch.is_grad_enabled() and are_few(row, state, bias):
+        codes, absmax, second, constants = _of_weight(row, packed, state, state.scales)
+        multiply_rows.ahead((_columns(row), codes, absmax(), bias, *second), {**constants, "dtype": a.dtype})
+
+
 def _of_weight(
     a: Tensor, packed: Tensor, state: QuantState, scales: Callable[[], Tensor]
 ) -> tuple[Tensor, Callable[[], Tensor], tuple[Tensor | None, ...], dict[str, Any]]:

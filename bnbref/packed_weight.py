@@ -132,6 +132,7 @@ class PackedWeight:
             product = few_rows.prepared(a, self.codes, self.state, bias, self._scales())
         else:  # of an object of its own: a product that held this one would keep it, and the codes, alive
             product = _by_decoding(PackedWeight(self.codes, self.state), a.dtype)
+            few_rows.compile_ahead(a, self.codes, self.state, bias)
         self._products[_product_key(a, bias)] = product
         return product or self.multiply
 

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from bnbref.context import is_lazy, recorded_outside, traced, without_autocast
-from bnbref.kernels import formulations
+from bnbref.kernels import ahead, formulations
 from bnbref.kernels.compiler import compiles, give_up, missing_compiler, remove_fragment, why_failed
 from bnbref.kernels.direct import call_layout
 from bnbref.kernels.formulations import Formulation
@@ -144,6 +144,7 @@ class Kernel(Generic[P, R]):
         self._by_rows = by_rows
         self.variants = Variants(self.name, self.parameters)
         self._calls: dict[Any, Callable[[Sequence[Any]], R]] = {}
+        self._ahead: set[Any] = set()
         functools.update_wrapper(self, definition)
 
     @property
@@ -179,6 +180,19 @@ class Kernel(Generic[P, R]):
         None before the first call, and where nothing is compiled.
         """
         return self._calls.get(call_layout(args, constants))
+
+    def ahead(self, args: Sequence[Any], constants: Mapping[str, Any]) -> None:
+        """Has the first call of this layout compiled by another process while this one is busy, where `kernels.ahead` can. It is
+        asked once for each layout."""
+        key = call_layout(args, constants)
+        if args[0].device.type != "cuda" or not compile_enabled() or key in self._calls or key in self._ahead:
+            return
+        if len(self._ahead) >= _MOST_CALLS:
+            self._ahead.clear()
+        self._ahead.add(key)
+        place = self._place(args, constants) if missing_compiler("cuda") is None else None
+        if place is not None:
+            ahead.begin(self.name, args, constants, place)
 
     def _inlined(self, args: Sequence[Any], constants: Mapping[str, Any]) -> R:
         # A formulation may ask Inductor what it can do, which without a compiler it cannot say.
@@ -242,6 +256,7 @@ class Kernel(Generic[P, R]):
         place = self._place(args, constants)
         if place is None or next(t.device for t in args if t is not None).index != torch.cuda.current_device():
             return None
+        ahead.wait(place)
 
         compiled: Callable[[Sequence[Any]], R] | None = None
 
