@@ -248,6 +248,14 @@ def test_a_launch_is_found_as_it_was_kept(folder, runtime, monkeypatch):
     assert calls.kept([a, b], (), False, folder / "other.json", otherwise=print) is None
 
 
+def test_who_may_read_other_files_of_the_folder_may_read_these(folder):
+    """As users who share Inductor's folder."""
+    a, b, out = tensors(8, 8, 8)
+    keep(place(), *launch.launched_alone(recorded(a, b, out, 3), [a, b], (), out), 0)
+    (folder / "other").touch()
+    assert {path.stat().st_mode for path in folder.iterdir()} == {(folder / "other").stat().st_mode}
+
+
 def test_the_folder_does_not_grow_for_ever(folder, monkeypatch):
     a, b, out = tensors(8, 8, 8)
     monkeypatch.setattr(kept_launches, "_MOST_FILES", 5)

@@ -16,6 +16,7 @@ import os
 import re
 import sys
 import tempfile
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,15 +87,14 @@ def keep(place: Path, launch: Launch, kernel: Any, index: int) -> None:
 
 
 def _write(file: Path, content: bytes) -> None:
-    """A file is there as a whole or not at all, also for other processes."""
-    with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as part:
-        try:
-            part.write(content)
-            part.close()
-            os.replace(part.name, file)
-        except OSError:
-            os.unlink(part.name)
-            raise
+    """A file is there as a whole or not at all, also for other processes; and for other users, if Inductor's files are."""
+    part = file.with_name(f"{uuid.uuid4().hex}.part")  # `tempfile` makes files that nobody else may read
+    try:
+        part.write_bytes(content)
+        os.replace(part, file)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def find(place: Path, index: int) -> tuple[Launch, int] | None:
