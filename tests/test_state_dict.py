@@ -336,6 +336,18 @@ def test_scales_of_its_own_may_come_without_the_frozen_weight(make):
 
 
 @pytest.mark.parametrize("make", [linear4, linear8])
+def test_the_very_codes_may_come_without_their_scales(make):
+    """torch completes a full state dict of adapters by the frozen parameters of the model that it is loaded into."""
+    layer = make()
+    before = raw_weight(layer)
+    found = layer.load_state_dict({"weight": layer.weight, "bias": layer.bias}, strict=False)
+    assert (found.missing_keys, found.unexpected_keys) == ([], [])
+    with pytest.raises(RuntimeError, match=r"SCB|its scales are missing|must have the shape"):
+        layer.load_state_dict({"weight": layer.weight.data.clone(), "bias": layer.bias}, strict=False)
+    assert raw_weight(layer) == before
+
+
+@pytest.mark.parametrize("make", [linear4, linear8])
 def test_a_pre_hook_sees_the_weight_and_may_replace_it(make):
     """The layers of Lightning quantize in such a hook. It found None in place of the weight."""
     layer, other, seen = make(), make(seed=1), []

@@ -174,7 +174,7 @@ class QuantizedLayer(nn.Module):
             if key.startswith(prefix) and self._is_of_weight(key.removeprefix(prefix))
         }
         unexpected_keys[:] = [key for key in unexpected_keys if key.removeprefix(prefix) not in entries]
-        if not entries or self._has_beside(entries):
+        if not entries or self._has(entries):
             if strict:
                 # `load_model` of safetensors asks for the state dict first, and wants to hear all of it that was tied.
                 own = ("weight", *getattr(self.weight, "beside", ()))
@@ -185,13 +185,15 @@ class QuantizedLayer(nn.Module):
         except (TypeError, ValueError) as error:
             error_msgs.append(f"{prefix.removesuffix('.') or type(self).__name__}: {error}")
 
-    def _has_beside(self, entries: Mapping[str, Any]) -> bool:
-        """Whether the entries of a state dict are what this layer has beside its codes, bit for bit, and no codes.
+    def _has(self, entries: Mapping[str, Any]) -> bool:
+        """Whether the entries of a state dict are a part of this layer's own weight: what is beside its codes, bit for bit, or
+        the very codes.
 
         Those who save adapters alone leave out all frozen parameters: Trainer under DeepSpeed, and torch where it is told to.
-        What is beside the codes is no parameter, and stays in the file."""
+        What is beside the codes is no parameter, and stays in the file. If torch loads a full state dict that lacks the frozen
+        parameters, it adds those of the model."""
         if "weight" in entries:
-            return False
+            return len(entries) == 1 and entries["weight"] is self.weight and self._remembered is not None
         own: dict[str, Any] = {}
         self._save_to_state_dict(own, "", keep_vars=False)
         beside = {name: value for name, value in own.items() if name != "weight" and self._is_of_weight(name)}
