@@ -234,6 +234,7 @@ Q = "model.layers.0.self_attn.q_proj"
         ("nf4_plain", lambda t: t[f"{Q}.weight.absmax"].fill_(float("nan"))),
         ("nf4_nested", lambda t: t.pop(f"{Q}.weight.nested_absmax")),
         ("int8", lambda t: t.pop(f"{Q}.SCB")),
+        ("int8", lambda t: [t.pop(f"{Q}.{name}") for name in ("SCB", "weight_format")]),
         ("int8", lambda t: t.pop(f"{Q}.weight")),
         ("int8", lambda t: t[f"{Q}.weight_format"].fill_(1)),
     ],
@@ -243,6 +244,15 @@ def test_half_a_layer_is_refused(kind, change, tmp_path, caplog, monkeypatch):
     with pytest.raises(RuntimeError), caplog.at_level(logging.WARNING):
         AutoModelForCausalLM.from_pretrained(edited(tmp_path, kind, change))
     assert Q in caplog.text
+
+
+def test_codes_are_no_float_weights(tmp_path, caplog, monkeypatch):
+    """As when a config.json comes from the float model."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    (edited(tmp_path, "int8", dict) / "config.json").write_text((FIXTURES / "base" / "config.json").read_text())
+    with pytest.raises(RuntimeError), caplog.at_level(logging.WARNING):
+        load(tmp_path, CASES["int8"])
+    assert "q_proj.weight is quantized already, but config.json has no quantization_config" in caplog.text
 
 
 def test_what_the_checkpoint_says_of_a_layer_holds(tmp_path, ids):
