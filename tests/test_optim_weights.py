@@ -487,11 +487,12 @@ def test_a_value_belongs_to_a_parameter_of_the_optimizer():
 
 @quick
 @pytest.mark.parametrize(
-    ("dtype", "message"), [(F32, "belongs to a parameter of"), (torch.float64, "a parameter must be float32, float16 or")]
+    ("dtype", "message"),
+    [(F32, "belongs to a parameter of"), (torch.float64, "a parameter must be float32, float16 or")],
 )
-def test_a_parameter_that_was_cast_is_refused_before_another_makes_its_step(dtype, message):
+def test_a_parameter_that_was_cast_is_refused_before_anything_is_changed(dtype, message, tmp_path):
     params = [nn.Parameter(torch.ones(n, dtype=BF16)) for n in (300, 200)]
-    optimizer = optim.AdamW8bit(params, min_8bit_size=0, master_weight_bits=32)
+    optimizer = optim.PagedAdamW8bit(params, min_8bit_size=0, master_weight_bits=32, page_directory=tmp_path)
     for p in params:
         p.grad = torch.ones_like(p)
     optimizer.step()
@@ -500,4 +501,4 @@ def test_a_parameter_that_was_cast_is_refused_before_another_makes_its_step(dtyp
     with pytest.raises(ValueError, match=message):
         optimizer.step()
     assert same_bits(params[0].detach(), before)
-    assert optimizer.state[params[0]]["step"] == 1
+    assert {i: state["step"] for i, state in optim.read_pages(tmp_path).items()} == {0: 1, 1: 1}
