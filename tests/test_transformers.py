@@ -1113,6 +1113,11 @@ def test_bits_are_those_of_the_bytes(config):
     assert config.bits == bits
 
 
+def test_a_config_that_asks_for_no_bits_is_refused():
+    with pytest.raises(ValueError, match="must have load_in_4bit=True or load_in_8bit=True, got neither"):
+        BnbRefConfig.of_bitsandbytes(BitsAndBytesConfig())
+
+
 def test_what_bitsandbytes_reads():
     hf.give_back_bitsandbytes()
     config = BitsAndBytesConfig(**BnbRefConfig(skip_modules=["a"], compute_dtype="float16").to_dict())
