@@ -284,9 +284,11 @@ def test_a_subclass_with_its_own_to_is_asked_by_each_cast(cls, name):
     assert getattr(cls, name).__doc__
 
 
-def test_casting_integers_too_is_refused():
+def test_casting_integers_too_is_refused_and_leaves_the_bias():
+    layer = linear4(bias=True)
     with pytest.raises(TypeError, match=r"is bytes, which cannot become torch\.float16"):
-        linear4().type(F16)
+        layer.type(F16)
+    assert layer.bias.dtype == F32
 
 
 @given(st.sampled_from([F32, F16, BF16, torch.uint8, torch.int8]), st.sampled_from([(), (0,), (3,), (2, 1)]))

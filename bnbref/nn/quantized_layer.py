@@ -123,12 +123,12 @@ class QuantizedLayer(nn.Module):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
             self._move_remembered(fn)
             return self
+        with torch.no_grad():  # first, as a weight may refuse what the others would take
+            new = weight.applied(fn)
+            grad = None if weight.grad is None or new.holds_codes() else fn(weight.grad)
         others = self._without_weight()
         super(QuantizedLayer, others)._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._parameters.update(others._parameters)
-        with torch.no_grad():
-            new = weight.applied(fn)
-            grad = None if weight.grad is None or new.holds_codes() else fn(weight.grad)
         self._replace(new)
         self.weight.grad = grad
         return self
