@@ -76,7 +76,9 @@ REFUSED = {
     "floats as its data": lambda layer: setattr(layer.weight, "data", torch.ones(N, 1)),
     "floats copied": lambda layer: layer.weight.copy_(torch.ones(layer.weight.shape)),
     "half a state dict": lambda layer: layer.load_state_dict(without(layer, True), strict=False),
-    "the other half": lambda layer: layer.load_state_dict(without(layer, False), strict=False),
+    "other scales": lambda layer: layer.load_state_dict(
+        {key: x + ("absmax" in key or "SCB" in key) for key, x in without(layer, False).items()}, strict=False
+    ),
 }
 """What a program does with weights that are numbers, by what becomes of them."""
 
