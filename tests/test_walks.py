@@ -144,13 +144,17 @@ class Walk(RuleBasedStateMachine):
         if way in ("quantized", "safetensors"):
             fresh = self.another(77, self.dtype)
         elif way == "meta":
-            fresh = fresh.to("meta")
+            fresh = fresh.to("meta").to(self.dtype)
         elif way == "empty":
             fresh = self.another(78, self.dtype).to_empty(device="cpu")
         else:
             fresh.to(self.dtype)
         fresh.load_state_dict(entries, assign=way in ("meta", "assign"))
         self.layer = fresh
+        if way in ("meta", "assign") and isinstance(
+            fresh, Embedding4bit
+        ):  # whose rows have the dtype of what is assigned
+            self.dtype = fresh.weight.quant_state.dtype
 
     @rule()
     def offloaded(self):
