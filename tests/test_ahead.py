@@ -93,6 +93,18 @@ def test_where_no_row_is_to_come(where):
     assert asked == []
 
 
+@pytest.mark.parametrize("wrong", ["codes", "scales"])
+def test_what_does_not_fit_is_named_as_ever(wrong):
+    with bnbref.eager():
+        packed, state = functional.quantize_4bit(torch.randn(2, 64), quant_type="nf4")
+    if wrong == "codes":
+        packed = packed[:-1]
+    else:
+        state.absmax = state.absmax[:-1]
+    with as_on_gpu(), torch.no_grad(), pytest.raises(ValueError, match=r"^(packed must hold|absmax must have)"):
+        PackedWeight(packed, state).find_or_prepare(torch.randn(20, 64), None)
+
+
 # ---- this process ---------------------------------------------------------------------------------------------------
 
 
