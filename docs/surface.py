@@ -54,7 +54,8 @@ MISSING_MODULES: dict[str, str] = {
 
 
 def walk() -> Iterator[str]:
-    """`module.name` of all that the modules of bitsandbytes define and do not call private; modules of kernels left out."""
+    """`module.name` of all that the modules of bitsandbytes have of bitsandbytes and do not call private, and so what one imports
+    from another; modules of kernels left out."""
     import bitsandbytes
 
     found = [module.name for module in pkgutil.walk_packages(bitsandbytes.__path__, "bitsandbytes.")]
@@ -64,9 +65,10 @@ def walk() -> Iterator[str]:
             continue
         module = importlib.import_module(path)
         for name, value in sorted(vars(module).items()):
-            own = getattr(value, "__module__", path)
-            home = own == path or (short in ("", "nn", "optim") and own.startswith("bitsandbytes"))
-            if home and not name.startswith("_") and not isinstance(value, ModuleType):
+            own = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", path)
+            package, _, home = own.partition(".")
+            ours = own == path or (package == "bitsandbytes" and home.split(".")[0] not in MISSING_MODULES)
+            if ours and not name.startswith("_") and f"{short}.{name}".removeprefix(".") != home:
                 yield f"{short}.{name}".removeprefix(".")
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions
 
 from bnbref import BnbRefConfig
 
@@ -57,3 +58,14 @@ def test_a_quantized_weight_is_moved_whole(kind, model):
         weight = model.get_parameter(name)
         assert weight.device.type == device
         assert device == "meta" or torch.equal(weight.data, want)
+
+
+def test_a_full_state_dict_of_adapters_has_no_scales(model):
+    """torch cannot load those under FSDP2, as they are no parameters."""
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    options = StateDictOptions(full_state_dict=True)
+    save = accelerate.utils.fsdp_utils._get_model_state_dict
+    names = save(adapted, adapter_only=True, sd_options=options).keys()
+    assert names == {name for name, p in adapted.named_parameters() if p.requires_grad}
+    assert save(adapted, sd_options=options).keys() == adapted.state_dict().keys()

@@ -255,3 +255,14 @@ def test_a_code_without_a_value_is_zero():
 def test_what_is_wrong_is_named(call, message):
     with pytest.raises((TypeError, ValueError), match=message):
         call()
+
+
+def test_a_device_may_be_its_number_and_nothing_else_that_is_no_device():
+    @checked
+    def of(device: torch.device | str) -> object:
+        return device
+
+    assert [of(device) for device in (0, "cpu", torch.device("cpu"))] == [0, "cpu", torch.device("cpu")]
+    for wrong in (True, 0.0, torch.float32, None):
+        with pytest.raises(TypeError, match="device must be"):
+            of(wrong)

@@ -18,7 +18,9 @@ from torch import nn
 from bnbref import eager as eagerly
 from bnbref import functional as F
 from bnbref import optim
+from bnbref.codebooks import DYNAMIC, DYNAMIC_UNSIGNED, Codebook, value_table
 from bnbref.optim.master_weights import CORRECTIONS
+from bnbref.optim.rules import AdEMAMix
 from bnbref.optim.state_dict import WRAPPED
 
 CORRECTION = CORRECTIONS[torch.float16]
@@ -214,13 +216,35 @@ def test_a_state_that_no_step_leaves_is_refused(key, change, message):
 
 
 @pytest.mark.usefixtures("eager")
-def test_as_many_blocks_of_another_size_are_other_blocks():
+def test_codes_of_states_that_are_stacked_are_all_translated():
+    """bitsandbytes keeps both momenta of AdEMAMix under one name, with one map of codes."""
+    params, optimizer = start("AdEMAMix8bit")
+    advanced(params, optimizer, 0, 2)
+    rule = AdEMAMix().with_codebooks(Codebook.nearest("uniform", [k / 127 for k in range(-127, 128)]), DYNAMIC_UNSIGNED)
+    other = optim.Optimizer(start("AdEMAMix8bit")[0], rule, optimizer.defaults)
+    other.load_state_dict(optimizer.state_dict())
+    want, got = optimizer.state[params[0]], other.state[other.param_groups[0]["params"][0]]
+    for key in rule.stacked:
+        values = [
+            F.dequantize_blockwise(
+                x[key], absmax=x[f"absmax{key[-1]}"], code=value_table(book, x[key].device), blocksize=256
+            )
+            for x, book in ((want, DYNAMIC), (got, rule.codebooks[0]))
+        ]
+        # The values of the uniform map are 2 / 254 of a block's scale apart.
+        assert bool(((values[0] - values[1]).abs() <= 1.001 * want[f"absmax{key[-1]}"].max() / 254).all())
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize(("own", "others"), [(192, 256), (256, 192)])
+def test_as_many_blocks_of_another_size_are_other_blocks(own, others):
+    """A state in blocks of 256 does not say so, as bitsandbytes' says none."""
     p = nn.Parameter(torch.ones(300))
-    optimizer = optim.AdamW8bit([p], min_8bit_size=0, blocksize=192)
+    optimizer = optim.AdamW8bit([p], min_8bit_size=0, blocksize=own)
     p.grad = torch.ones(300)
     optimizer.step()
-    with pytest.raises(ValueError, match="saved state1 is in blocks of 192, not 256"):
-        optim.AdamW8bit([p], min_8bit_size=0).load_state_dict(optimizer.state_dict())
+    with pytest.raises(ValueError, match=f"saved state1 is in blocks of {own}, not {others}"):
+        optim.AdamW8bit([p], min_8bit_size=0, blocksize=others).load_state_dict(optimizer.state_dict())
 
 
 @pytest.mark.usefixtures("eager")

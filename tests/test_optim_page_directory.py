@@ -446,3 +446,17 @@ def test_what_was_loaded_is_the_checkpoint(ended, tmp_path, monkeypatch):
         optimizer.load_state_dict(early)
     with pytest.raises(RuntimeError, match="interrupted"):
         optim.read_pages(tmp_path)
+
+
+def test_the_files_of_an_earlier_run_are_no_states_of_this_one(tmp_path):
+    """That had more parameters, of other shapes."""
+    for shapes in ([(90, 50), (4100,)], [(4200,)]):
+        params = [nn.Parameter(torch.ones(shape)) for shape in shapes]
+        optimizer = optim.PagedAdamW8bit(params, page_directory=tmp_path)
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        states = optim.read_pages(tmp_path)
+        assert {i: state["state1"].shape for i, state in states.items()} == dict(enumerate(shapes))
+        del optimizer, params, p, states
+        gc.collect()

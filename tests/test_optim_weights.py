@@ -483,3 +483,22 @@ def test_a_value_belongs_to_a_parameter_of_the_optimizer():
     optimizer = optim.AdamW8bit([own], master_weight_bits=24)
     with pytest.raises(ValueError, match=r"p must be a parameter of this optimizer, got another one of shape \(3,\)"):
         optimizer.set_exact_weight(other, torch.ones(3))
+
+
+@quick
+@pytest.mark.parametrize(
+    ("dtype", "message"),
+    [(F32, "belongs to a parameter of"), (torch.float64, "a parameter must be float32, float16 or")],
+)
+def test_a_parameter_that_was_cast_is_refused_before_anything_is_changed(dtype, message, tmp_path):
+    params = [nn.Parameter(torch.ones(n, dtype=BF16)) for n in (300, 200)]
+    optimizer = optim.PagedAdamW8bit(params, min_8bit_size=0, master_weight_bits=32, page_directory=tmp_path)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    before = params[0].detach().clone()
+    params[1].data = params[1].data.to(dtype)
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    assert same_bits(params[0].detach(), before)
+    assert {i: state["step"] for i, state in optim.read_pages(tmp_path).items()} == {0: 1, 1: 1}

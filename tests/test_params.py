@@ -284,9 +284,11 @@ def test_a_subclass_with_its_own_to_is_asked_by_each_cast(cls, name):
     assert getattr(cls, name).__doc__
 
 
-def test_casting_integers_too_is_refused():
+def test_casting_integers_too_is_refused_and_leaves_the_bias():
+    layer = linear4(bias=True)
     with pytest.raises(TypeError, match=r"is bytes, which cannot become torch\.float16"):
-        linear4().type(F16)
+        layer.type(F16)
+    assert layer.bias.dtype == F32
 
 
 @given(st.sampled_from([F32, F16, BF16, torch.uint8, torch.int8]), st.sampled_from([(), (0,), (3,), (2, 1)]))
@@ -316,10 +318,26 @@ def test_data_takes_the_scales_along(cls):
     assert type(weight.data) is torch.Tensor
 
 
-def test_plain_int8_is_no_int8_weight():
+def test_other_int8_codes_are_used_when_their_scales_are_there():
+    """Lightning's layers quantize a weight anew so when a checkpoint is loaded; those of the weight before are remembered."""
+    layer, other = linear8(bias=False), linear8(bias=False, seed=1)
+    x = torch.eye(64)
+    layer(x)
+    kept = layer.weight
+    layer.weight.data = layer.weight.CB = other.weight.CB
+    for waiting in (layer, copy.deepcopy(layer), copy.deepcopy(layer).to("cpu")):
+        with pytest.raises(RuntimeError, match=r"has no scales: assign them to weight\.SCB"):
+            waiting(x)
+    layer.weight.SCB = other.weight.SCB
+    assert layer.weight is kept
+    assert raw(layer(x)) == raw(other(x))
+    assert raw_weight(layer) == raw_weight(other)
+
+
+def test_int8_codes_of_another_shape_are_refused():
     weight = Int8Params(torch.ones(4, 64), requires_grad=False).to("cpu")
-    with pytest.raises(TypeError, match="int8 codes are assigned with their scales"):
-        weight.data = weight.data + 1
+    with pytest.raises(TypeError, match=r"assigned with their scales: .*torch.int8 \[5, 64\]"):
+        weight.data = torch.ones(5, 64, dtype=torch.int8)
 
 
 @given(

@@ -300,7 +300,10 @@ def test_merging_into_the_dequantized_model(load):
     model.get_base_model().dequantize()
     # The sum of the values and the delta is the same float32 number, added while reading or once.
     torch.testing.assert_close(logits(model), want)
+    wrapper = next(module for module in model.modules() if type(module).__name__ == "ParamWrapper")
+    expected = wrapper.get_param().detach() + wrapper.get_delta_weight("default")
     model.merge_adapter()
+    assert torch.equal(wrapper.get_param(), expected)
     torch.testing.assert_close(logits(model), want)
 
 

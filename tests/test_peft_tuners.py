@@ -245,6 +245,16 @@ def test_layers_that_peft_chooses_are_checked(mode, tuner, options, kind):
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("mode", ["without", "alias"], indirect=True)
+def test_loftq_of_a_quantized_layer_is_refused(mode, kind):
+    """It makes the adapter of what quantizing a float weight loses. peft cast the codes to float32 for it."""
+    config = peft.LoraConfig(target_modules=["0"])
+    config.init_lora_weights, config.loftq_config = "loftq", {}  # given to the constructor, they need scipy
+    _, refusal = refused(peft.get_peft_model, network(kind, False), config)
+    assert re.match("LORA with init_lora_weights='loftq' reads the weight of 0, which is packed", refusal)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
 @pytest.mark.parametrize("mode", ["without"], indirect=True)
 def test_every_variant_of_lora_is_known_or_refused(mode, kind):
     """It is refused before anything is made: KaSA, VeLoRA and BD-LoRA make tensors of the weight's dtype, that of codes."""

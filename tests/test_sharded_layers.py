@@ -72,6 +72,8 @@ def test_what_does_not_fit_the_shards_changes_nothing(kind, mesh):
         layer.load_state_dict(state)
     with pytest.raises(RuntimeError, match=r"weight is missing, but its .* are there"):
         layer.load_state_dict({k: t for k, t in sharded(kind, 1, mesh).state_dict().items() if k != "weight"})
+    kept = {k: t for k, t in sharded(kind, 0, mesh).state_dict().items() if k != "weight"}
+    assert layer.load_state_dict(kept, strict=False).missing_keys == ["weight"]
     weight = distribute_tensor(torch.ones(50 if kind == "embedding" else 32, 64), mesh)
     with pytest.raises(RuntimeError, match=r"spread over ranks as codes in|must be a whole"):
         layer.load_state_dict({"weight": weight})

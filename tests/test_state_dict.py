@@ -316,6 +316,38 @@ def test_pre_hooks_see_the_whole_state_dict():
 
 
 @pytest.mark.parametrize("make", [linear4, linear8])
+def test_scales_of_its_own_may_come_without_the_frozen_weight(make):
+    """A checkpoint of adapters, by Trainer under DeepSpeed: without the parameters that are frozen, which scales are not."""
+    layer, other = make(), make(seed=1)
+    before = raw_weight(layer)
+
+    def trained(source):
+        frozen = [name for name, p in source.named_parameters() if not p.requires_grad]
+        return {name: value.clone() for name, value in source.state_dict().items() if name not in frozen}
+
+    assert layer.load_state_dict(trained(make()), strict=False).missing_keys == ["weight"]
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "weight"\. $'):
+        layer.load_state_dict(trained(make()))
+    some = dict(list(trained(make()).items())[:-1])
+    for wrong in (trained(other), some):
+        with pytest.raises(RuntimeError, match=r"weight is missing, but its .* are there"):
+            layer.load_state_dict({**wrong, "bias": layer.bias}, strict=False)
+    assert raw_weight(layer) == before
+
+
+@pytest.mark.parametrize("make", [linear4, linear8])
+def test_the_very_codes_may_come_without_their_scales(make):
+    """torch completes a full state dict of adapters by the frozen parameters of the model that it is loaded into."""
+    layer = make()
+    before = raw_weight(layer)
+    found = layer.load_state_dict({"weight": layer.weight, "bias": layer.bias}, strict=False)
+    assert (found.missing_keys, found.unexpected_keys) == ([], [])
+    with pytest.raises(RuntimeError, match=r"SCB|its scales are missing|must have the shape"):
+        layer.load_state_dict({"weight": layer.weight.data.clone(), "bias": layer.bias}, strict=False)
+    assert raw_weight(layer) == before
+
+
+@pytest.mark.parametrize("make", [linear4, linear8])
 def test_a_pre_hook_sees_the_weight_and_may_replace_it(make):
     """The layers of Lightning quantize in such a hook. It found None in place of the weight."""
     layer, other, seen = make(), make(seed=1), []

@@ -234,6 +234,7 @@ Q = "model.layers.0.self_attn.q_proj"
         ("nf4_plain", lambda t: t[f"{Q}.weight.absmax"].fill_(float("nan"))),
         ("nf4_nested", lambda t: t.pop(f"{Q}.weight.nested_absmax")),
         ("int8", lambda t: t.pop(f"{Q}.SCB")),
+        ("int8", lambda t: [t.pop(f"{Q}.{name}") for name in ("SCB", "weight_format")]),
         ("int8", lambda t: t.pop(f"{Q}.weight")),
         ("int8", lambda t: t[f"{Q}.weight_format"].fill_(1)),
     ],
@@ -243,6 +244,15 @@ def test_half_a_layer_is_refused(kind, change, tmp_path, caplog, monkeypatch):
     with pytest.raises(RuntimeError), caplog.at_level(logging.WARNING):
         AutoModelForCausalLM.from_pretrained(edited(tmp_path, kind, change))
     assert Q in caplog.text
+
+
+def test_codes_are_no_float_weights(tmp_path, caplog, monkeypatch):
+    """As when a config.json comes from the float model."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    (edited(tmp_path, "int8", dict) / "config.json").write_text((FIXTURES / "base" / "config.json").read_text())
+    with pytest.raises(RuntimeError), caplog.at_level(logging.WARNING):
+        load(tmp_path, CASES["int8"])
+    assert "q_proj.weight is quantized already, but config.json has no quantization_config" in caplog.text
 
 
 def test_what_the_checkpoint_says_of_a_layer_holds(tmp_path, ids):
@@ -1101,6 +1111,11 @@ def test_bits_are_those_of_the_bytes(config):
     scales_of_rows = 4 * rows if config.is_int8 else 0
     bits = 8 * (sum(config.bytes_of(rows, columns)) - mean - scales_of_rows) / (rows * columns)
     assert config.bits == bits
+
+
+def test_a_config_that_asks_for_no_bits_is_refused():
+    with pytest.raises(ValueError, match="must have load_in_4bit=True or load_in_8bit=True, got neither"):
+        BnbRefConfig.of_bitsandbytes(BitsAndBytesConfig())
 
 
 def test_what_bitsandbytes_reads():

@@ -20,6 +20,9 @@ from layers import raw
 from safetensors.torch import load, save
 from test_products import linear_and_bound
 from torch import nn
+from torch.nn.utils import parametrize, prune, vector_to_parameters
+from torch.nn.utils.parametrizations import weight_norm
+from torch.optim.swa_utils import AveragedModel
 
 import bnbref
 from bnbref.nn import Embedding4bit, Embedding8bit, Int8Params, Linear4bit, Linear8bitLt
@@ -44,6 +47,40 @@ def through_file(model):
     torch.save(model, file)
     file.seek(0)
     return torch.load(file, weights_only=False)
+
+
+class Twice(nn.Module):
+    def forward(self, weight):
+        return weight * 2
+
+
+def without(layer, of_weight):
+    """Its state dict without the codes, or without what stands beside them."""
+    return {key: x for key, x in layer.state_dict().items() if (key in ("weight", "bias")) == of_weight}
+
+
+REFUSED = {
+    "pruned": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+    "parametrized": lambda layer: parametrize.register_parametrization(layer, "weight", Twice()),
+    "left as it is by a parametrization": lambda layer: parametrize.register_parametrization(
+        layer, "weight", nn.Identity()
+    ),
+    "normed": weight_norm,
+    "initialized": lambda layer: nn.init.normal_(layer.weight),
+    "made anew": lambda layer: layer.reset_parameters(),
+    "cast with its codes": lambda layer: layer.type(torch.float64),
+    "scaled": lambda layer: layer.weight.mul_(2),
+    "scaled with others": lambda layer: torch._foreach_mul_([layer.weight], 2.0),
+    "averaged": lambda layer: layer.weight.lerp_(layer.weight.clone(), 0.5),
+    "written by a vector": lambda layer: vector_to_parameters(torch.zeros(9999), [layer.weight]),
+    "floats as its data": lambda layer: setattr(layer.weight, "data", torch.ones(N, 1)),
+    "floats copied": lambda layer: layer.weight.copy_(torch.ones(layer.weight.shape)),
+    "half a state dict": lambda layer: layer.load_state_dict(without(layer, True), strict=False),
+    "other scales": lambda layer: layer.load_state_dict(
+        {key: x + ("absmax" in key or "SCB" in key) for key, x in without(layer, False).items()}, strict=False
+    ),
+}
+"""What a program does with weights that are numbers, by what becomes of them."""
 
 
 class Walk(RuleBasedStateMachine):
@@ -98,7 +135,7 @@ class Walk(RuleBasedStateMachine):
         if self.biased:
             self.layer.bias.requires_grad_(not frozen)
 
-    @rule(way=st.sampled_from(["float", "quantized", "meta", "assign", "itself", "safetensors"]))
+    @rule(way=st.sampled_from(["float", "quantized", "meta", "empty", "assign", "itself", "safetensors"]))
     def loaded(self, way):
         entries = {key: x.clone() for key, x in self.layer.state_dict().items()}
         if way == "safetensors":
@@ -108,6 +145,8 @@ class Walk(RuleBasedStateMachine):
             fresh = self.another(77, self.dtype)
         elif way == "meta":
             fresh = fresh.to("meta")
+        elif way == "empty":
+            fresh = self.another(78, self.dtype).to_empty(device="cpu")
         else:
             fresh.to(self.dtype)
         fresh.load_state_dict(entries, assign=way in ("meta", "assign"))
@@ -123,6 +162,50 @@ class Walk(RuleBasedStateMachine):
     @rule()
     def swapped(self):
         torch.utils.swap_tensors(self.layer.weight, copy.deepcopy(self.layer.weight))
+
+    @rule(way=st.sampled_from(["sequential", "dict", "averaged", "tied"]))
+    def among_others(self, way):
+        """The layer is part of a model, which is copied and loaded by the names that the layer has there."""
+        other = self.another(30, self.dtype)
+        if way == "tied":
+            other.weight = self.layer.weight
+            both = copy.deepcopy(nn.ModuleList([self.layer, other]))
+            assert both[0].weight is both[1].weight
+        elif way == "averaged":
+            both = [AveragedModel(self.layer).module]
+        else:
+            wrapped = nn.Sequential if way == "sequential" else lambda layer: nn.ModuleDict({"0": layer})
+            both, model = wrapped(other), wrapped(self.layer)
+            both.load_state_dict(model.state_dict())
+            assert {key.removeprefix("0.") for key in model.state_dict()} == {*self.layer.state_dict()}
+            both = [*both.children()]
+        self.layer = both[0]
+
+    @rule(way=st.sampled_from(["itself", "another", "detached", "replica"]))
+    def called_with_parameters(self, way):
+        """As functional_call and DataParallel do: the layer computes with parameters that are given for one call."""
+        other = self.layer if way == "itself" else self.another(31, self.dtype)
+        x = torch.arange(N) if isinstance(self.layer, nn.Embedding) else torch.randn(3, self.width).to(self.dtype)
+        given = {name: p.detach() if way == "detached" else p for name, p in other.named_parameters()}
+        if way == "replica":
+            called = self.layer._replicate_for_data_parallel()
+            for name in ("weight", *["bias"] * self.biased):
+                setattr(called, name, given[name].detach())
+            if not self.biased:
+                called.bias = None
+            got = called(x)
+        else:
+            got = torch.func.functional_call(self.layer, given, (x,))
+        assert torch.equal(got, other(x))
+
+    @rule(what=st.sampled_from([*REFUSED]))
+    def refused(self, what):
+        """What takes codes for numbers, or has half a weight, is refused, and leaves the layer as it was."""
+        with pytest.raises((ValueError, TypeError, RuntimeError)), torch.no_grad():
+            REFUSED[what](self.layer)
+        assert "weight" in self.layer._parameters
+        if self.biased:
+            assert self.layer.bias.dtype == self.dtype
 
     @rule()
     def with_a_hook(self):

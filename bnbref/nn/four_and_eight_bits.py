@@ -81,7 +81,7 @@ class FourBitLayer(QuantizedLayer):
 
 
 def _scales_of(weight: Tensor) -> Tensor | None:
-    """The absmax of each row of an int8 weight. None if it has none, or has the empty placeholder of `Int8Params.to`."""
+    """The absmax of each row of an int8 weight. None if it has none, or the empty ones of an `Int8Params` that awaits its own."""
     absmax: Tensor | None = getattr(weight, "SCB", None)
     return None if absmax is None or absmax.shape != weight.shape[:1] else absmax
 
@@ -168,11 +168,17 @@ class EightBitLayer(QuantizedLayer):
 
 
 def absmax_of(layer: "EightBitLayer") -> Tensor | None:
-    """The absmax of each row of an int8 weight: the weight's own or, if it lost them, those that are remembered.
+    """The absmax of each row of an int8 weight: the weight's own or, if it lost them, those that are remembered. None while it
+    awaits its own, because those that are remembered are of other codes.
 
     A function for the same reason as `state_of`."""
-    own = _scales_of(layer.weight)
-    return layer._remembered if own is None and layer.weight.dtype == torch.int8 else own
+    weight = layer.weight
+    own = _scales_of(weight)
+    if own is not None or weight.dtype != torch.int8:
+        return own
+    found: Tensor | None = getattr(weight, "SCB", None)
+    awaits = found is not None and found.numel() == 0 and weight.numel() > 0
+    return None if awaits else layer._remembered
 
 
 class LayerState(MatmulLtState):

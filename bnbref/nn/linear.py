@@ -266,6 +266,6 @@ class Linear8bitLt(EightBitLayer, nn.Linear):
             return matmul(x, self.weight, threshold=threshold, bias=self.bias)
         absmax = absmax_of(self)
         if absmax is None:
-            raise RuntimeError(f"the int8 weight of {self} has no scales: weight.SCB is None")
+            raise RuntimeError(f"the int8 weight of {self} has no scales: assign them to weight.SCB")
         state = MatmulLtState(weight, absmax, threshold=threshold, has_fp16_weights=False)
         return matmul(x, weight, state=state, bias=self.bias)

@@ -141,7 +141,7 @@ class Params4bit(QuantizedParameter):
     def _scales(self, function: Callable[[Tensor], Tensor]) -> dict[str, Any]:
         return {"quant_state": None if self.quant_state is None else self.quant_state.map(function)}
 
-    def _check_assigned(self, value: Tensor) -> None:
+    def _take(self, value: Tensor) -> None:
         state, given = self.quant_state, value.numel() * value.itemsize  # `nbytes` fails in a graph whose sizes vary
         n_bytes = -(-state.shape.numel() // 2) if state is not None and state.shape is not None else given
         # Without elements: DeepSpeed frees a weight so, until it is needed. A row of fewer floats: FSDP1, which flattens floats
@@ -225,15 +225,19 @@ class Int8Params(QuantizedParameter):
             with torch._C.DisableTorchFunctionSubclass():
                 DATA.__set__(self, value)
 
-    def _check_assigned(self, value: Tensor) -> None:
+    def _take(self, value: Tensor) -> None:
         # DeepSpeed assigns the codes to themselves, frees them by data without elements, and gives them back.
         freed = value.numel() == 0 or (self.numel() == 0 and self.SCB is not None and value.shape[:1] == self.SCB.shape)
         if value.dtype == self.dtype and (freed or torch.equal(value.to(self.device), self.data)):
             return
+        if value.dtype == self.dtype and value.shape == self.shape:
+            # Lightning quantizes a weight anew by `.data = codes` and then `.SCB = scales`. In between no product is computed.
+            self.SCB = torch.empty(0, device=self.device)
+            return
         # peft merges `codes + delta` into a layer that it takes for a float one.
         raise TypeError(
-            f"int8 codes are assigned with their scales: assign an Int8Params, not a tensor of {value.dtype}. peft needs to "
-            "know this layer to merge an adapter into it: bnbref.register_lora(config)"
+            f"int8 codes are assigned with their scales: assign an Int8Params, not a tensor of {value.dtype} {list(value.shape)}."
+            " peft needs to know this layer to merge an adapter into it: bnbref.register_lora(config)"
         )
 
     def holds_codes(self) -> bool:
@@ -244,7 +248,7 @@ class Int8Params(QuantizedParameter):
         """Like `QuantizedParameter.to`."""
         moved = super().to(*args, **kwargs)
         # accelerate calls `.to(0).to("cpu")` on codes that it has read, and then moves their `SCB`, which it sets only
-        # afterwards. So codes without scales get an empty placeholder.
+        # afterwards. So codes without scales get the empty ones, which stand for those that are still to be set.
         if args == (0,) and moved.holds_codes() and moved.SCB is None:
             moved.SCB = torch.empty(0, device=moved.device)
         return moved

@@ -9,7 +9,8 @@ A weight is loaded whole or not at all. `load_state_dict`, strict or not, makes 
     float           copied                  quantized, as by `.to`      float
     quantized       quantized, as there     quantized, as there         quantized, as there
 
-and raises for a quantized weight without its scales, for scales without the weight, and for scales that do not fit it.
+and raises for a quantized weight without its scales, for scales without the weight, and for scales that do not fit it. The scales
+that the layer has already may come without the weight, which is then missing.
 A weight that FSDP2 has spread over ranks takes the codes of a quantized one, in a tensor of its shape and dtype, and no floats.
 "As there": the quant_type, blocksize, nesting and storage of the checkpoint hold, not those of the constructor.
 """
@@ -122,12 +123,12 @@ class QuantizedLayer(nn.Module):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
             self._move_remembered(fn)
             return self
+        with torch.no_grad():  # first, as a weight may refuse what the others would take
+            new = weight.applied(fn)
+            grad = None if weight.grad is None or new.holds_codes() else fn(weight.grad)
         others = self._without_weight()
         super(QuantizedLayer, others)._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._parameters.update(others._parameters)
-        with torch.no_grad():
-            new = weight.applied(fn)
-            grad = None if weight.grad is None or new.holds_codes() else fn(weight.grad)
         self._replace(new)
         self.weight.grad = grad
         return self
@@ -173,15 +174,33 @@ class QuantizedLayer(nn.Module):
             if key.startswith(prefix) and self._is_of_weight(key.removeprefix(prefix))
         }
         unexpected_keys[:] = [key for key in unexpected_keys if key.removeprefix(prefix) not in entries]
-        if not entries:
+        if not entries or self._has(entries):
             if strict:
                 # `load_model` of safetensors asks for the state dict first, and wants to hear all of it that was tied.
-                missing_keys.extend(f"{prefix}{name}" for name in ("weight", *getattr(self.weight, "beside", ())))
+                own = ("weight", *getattr(self.weight, "beside", ()))
+                missing_keys.extend(f"{prefix}{name}" for name in own if name not in entries)
             return
         try:
             self._load_weight(entries, assign=local_metadata.get("assign_to_params_buffers", False))
         except (TypeError, ValueError) as error:
             error_msgs.append(f"{prefix.removesuffix('.') or type(self).__name__}: {error}")
+
+    def _has(self, entries: Mapping[str, Any]) -> bool:
+        """Whether the entries of a state dict are a part of this layer's own weight: what is beside its codes, bit for bit, or
+        the very codes.
+
+        Those who save adapters alone leave out all frozen parameters: Trainer under DeepSpeed, and torch where it is told to.
+        What is beside the codes is no parameter, and stays in the file. If torch loads a full state dict that lacks the frozen
+        parameters, it adds those of the model."""
+        if "weight" in entries:
+            return len(entries) == 1 and entries["weight"] is self.weight and self._remembered is not None
+        own: dict[str, Any] = {}
+        self._save_to_state_dict(own, "", keep_vars=False)
+        beside = {name: value for name, value in own.items() if name != "weight" and self._is_of_weight(name)}
+        return entries.keys() == beside.keys() and all(
+            isinstance(value, Tensor) and _kept(beside[name], value.to(beside[name].device)) is beside[name]
+            for name, value in entries.items()
+        )
 
     def _load_weight(self, entries: Mapping[str, Tensor], assign: bool) -> None:
         old = self.weight

@@ -77,7 +77,7 @@ class QuantizedParameter(Watched, nn.Parameter):
         # Other codes than those that were detached from a weight, as copies of them, have no scales.
         scaled = isinstance(value, Watched) and not value.__dict__.keys().isdisjoint(("quant_state", "SCB"))
         if self.holds_codes() and not scaled:
-            self._check_assigned(value)
+            self._take(value)
         self.products = None
         with torch._C.DisableTorchFunctionSubclass():
             DATA.__set__(self, value)
@@ -86,8 +86,8 @@ class QuantizedParameter(Watched, nn.Parameter):
             self.owner.known.clear()
             self.__dict__.update(value.__dict__)
 
-    def _check_assigned(self, value: Tensor) -> None:
-        """Raises TypeError if a plain tensor cannot take the place of the codes."""
+    def _take(self, value: Tensor) -> None:
+        """Called before a plain tensor takes the place of the codes. Raises TypeError if it cannot; forgets what is not of it."""
         raise NotImplementedError
 
     def requires_grad_(self: Self, requires_grad: bool = True) -> Self:

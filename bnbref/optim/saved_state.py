@@ -101,8 +101,7 @@ def _numbers(rule: Rule, p: Tensor, saved: Mapping[str, Any], s: State) -> Tenso
         raise ValueError(f"saved {s.key} has {tensor.numel()} numbers, its parameter has {numel} {s.of}")
     if tensor.dtype not in (torch.uint8, torch.float64, *FLOATS):
         raise ValueError(f"saved {s.key} must be uint8 codes or floats of 16 bits or more, got {tensor.dtype}")
-    if tensor.dtype != torch.uint8:
-        _check_sign(rule, s, tensor)
+    _check_sign(rule, s, tensor)
     return tensor
 
 

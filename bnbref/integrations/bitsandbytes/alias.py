@@ -127,7 +127,8 @@ def fill(module: ModuleType, version: str) -> None:
     names = SURFACE[module.__name__.removeprefix(NAME).removeprefix(".")]
     for name, source in names.items():
         home, _, attribute = source.partition(":")
-        setattr(module, name, getattr(importlib.import_module(home), attribute))
+        found = importlib.import_module(home)
+        setattr(module, name, getattr(found, attribute) if attribute else found)
     setattr(module, "__getattr__", _missing_from(module.__name__))  # noqa: B010
     if module.__name__.startswith(f"{NAME}.optim."):
         for name in names:
@@ -155,7 +156,7 @@ def _rename(cls: Any, module: str) -> None:
     # transformers' Trainer looks for the word in str(optimizer_cls), to keep the state of embeddings in 32 bits.
     from bnbref.optim import Optimizer
 
-    if cls is not Optimizer and issubclass(cls, Optimizer):
+    if isinstance(cls, type) and cls is not Optimizer and issubclass(cls, Optimizer):
         _undo.callback(setattr, cls, "__module__", cls.__module__)
         cls.__module__ = module
 

@@ -1,6 +1,6 @@
 """The public surface of bitsandbytes 0.50.2: where each name comes from, and what there is not, with the reason.
 
-    SURFACE[module][name] = "module.of.bnbref:attribute"
+    SURFACE[module][name] = "module.of.bnbref:attribute", or "module:" for a module itself
     MISSING["module.name"] = a sentence
 
 `docs/surface.py` makes the table of the documentation from these, says what differs, and compares them with bitsandbytes, where
@@ -41,6 +41,17 @@ def _from(source: str, names: str) -> dict[str, str]:
 
 
 _PRODUCTS = _from("bnbref", "MatmulLtState matmul matmul_4bit")
+_MANAGER = _from("bnbref.optim", "GlobalOptimManager")
+_PACKING = _from(UTILS, "pack_dict_to_tensor unpack_tensor_to_dict")
+_F = {"F": "bitsandbytes.functional:"}
+_TWO_STATES = ("adam", "adamw", "ademamix", "lamb")
+
+
+def _base(family: str) -> dict[str, str]:
+    """What the module of a family of optimizers imports from others."""
+    base = {f"Optimizer{2 if family in _TWO_STATES else 1}State": "bnbref.optim:Optimizer"}
+    return base | _F if family == "ademamix" else base
+
 
 SURFACE: dict[str, dict[str, str]] = {
     "": _PRODUCTS
@@ -48,28 +59,32 @@ SURFACE: dict[str, dict[str, str]] = {
     | {"modules": "bitsandbytes.nn:modules", "adam": "bitsandbytes.optim:adam"},
     "_ops": _from(EXTRAS, "register_fake register_kernel"),
     "autograd": {},
-    "autograd._functions": _PRODUCTS | _from(EXTRAS, "MatMul4Bit MatMul8bitFp MatMul8bitLt"),
+    "autograd._functions": _PRODUCTS | _F | _from(EXTRAS, "MatMul4Bit MatMul8bitFp MatMul8bitLt"),
     "cextension": _from(EXTRAS, "BNB_BACKEND HIP_ENVIRONMENT"),
     "functional": _from("bnbref.functional", _FUNCTIONS)
     | _from(EXTRAS, "C batched_igemm check_matmul fill get_ptr has_avx512bf16 igemm is_on_gpu name2qmap")
-    | _from(UPDATES, "optimizer_update_32bit optimizer_update_8bit_blockwise"),
+    | _from(UPDATES, "optimizer_update_32bit optimizer_update_8bit_blockwise")
+    | _PACKING,
     "nn": _from("bnbref.nn", _LAYERS),
     "nn.modules": _from("bnbref.nn", _LAYERS)
-    | _from(EXTRAS, "INVERSE_LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING maybe_rearrange_weight"),
-    "nn.parametrize": _from(
+    | _from(EXTRAS, "INVERSE_LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING has_avx512bf16 maybe_rearrange_weight")
+    | _from("bnbref.functional", "QuantState")
+    | _from(UTILS, "OutlierTracer")
+    | _MANAGER
+    | {"bnb": "bitsandbytes:"},
+    "nn.parametrize": _F
+    | _from(
         "bnbref.nn.parametrize", "Bnb4bitParametrization replace_parameter_4bit replace_parameter_4bit_prequantized"
     ),
-    "optim": _from("bnbref.optim", " ".join(["GlobalOptimManager", *_OPTIMIZERS.values()])),
-    **{f"optim.{family}": _from("bnbref.optim", names) for family, names in _OPTIMIZERS.items()},
-    "optim.optimizer": {
-        "GlobalOptimManager": "bnbref.optim:GlobalOptimManager",
-        **dict.fromkeys(("Optimizer8bit", "Optimizer1State", "Optimizer2State"), "bnbref.optim:Optimizer"),
-    },
+    "optim": _MANAGER | _from("bnbref.optim", " ".join(_OPTIMIZERS.values())),
+    **{f"optim.{family}": _from("bnbref.optim", names) | _base(family) for family, names in _OPTIMIZERS.items()},
+    "optim.optimizer": _MANAGER
+    | dict.fromkeys(("Optimizer8bit", "Optimizer1State", "Optimizer2State"), "bnbref.optim:Optimizer")
+    | _from(UTILS, "sync_gpu")
+    | _F,
     "utils": _from(EXTRAS, "INVERSE_LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING")
-    | _from(
-        UTILS,
-        "OutlierTracer find_outlier_dims outlier_hook pack_dict_to_tensor replace_linear sync_gpu unpack_tensor_to_dict",
-    ),
+    | _PACKING
+    | _from(UTILS, "OutlierTracer find_outlier_dims outlier_hook replace_linear sync_gpu"),
 }
 
 _MANAGED = "CUDA's managed memory has no counterpart in torch: the paged optimizers page by themselves."

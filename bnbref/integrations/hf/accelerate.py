@@ -1,8 +1,12 @@
-"""accelerate's `load_checkpoint_and_dispatch` with a device_map, which sets one tensor of a file at a time.
+"""What accelerate does with a part of a quantized weight: refused when it is loaded, left out when adapters are saved.
 
+`load_checkpoint_and_dispatch` with a device_map sets one tensor of a file at a time.
 A quantized weight is several tensors. So accelerate would cast the floats of a file to codes, keep the old scales beside new
 codes, or fail at the name of the scales. It is refused here before a quantized weight is changed. Without a device_map
 accelerate calls `load_state_dict`, which reads a quantized weight whole.
+
+Under FSDP2 a full state dict of adapters lacks the frozen weights, and has their scales, which are no parameters. torch cannot
+load it: it looks for the scales among parameters. So they are left out, too.
 """
 
 import functools
@@ -53,10 +57,26 @@ def whole(original: Any) -> Any:
     return set_module_tensor_to_device
 
 
+def without_scales(original: Any) -> Any:
+    """accelerate's `_get_model_state_dict`. If adapters are asked for, the scales of weights that it leaves out are left out."""
+
+    @functools.wraps(original)
+    def get_model_state_dict(model: nn.Module, adapter_only: bool = False, **kwargs: Any) -> Any:
+        state = original(model, adapter_only=adapter_only, **kwargs)
+        if not adapter_only:
+            return state
+        layers = {name: layer_of(model, name) for name in state}
+        whole = {id(layer) for name, layer in layers.items() if name.rpartition(".")[2] == "weight"}
+        return {name: value for name, value in state.items() if layers[name] is None or id(layers[name]) in whole}
+
+    return get_model_state_dict
+
+
 @functools.cache
 def adapt_accelerate() -> None:
-    """Let accelerate refuse to set a part of a quantized weight when it loads a checkpoint. Once."""
+    """Let accelerate treat quantized weights as wholes when it loads a checkpoint, and when it saves adapters. Once."""
     # accelerate.hooks, which moves weights that are offloaded, has its own reference to the function, which stays as it is.
-    from accelerate.utils import modeling
+    from accelerate.utils import fsdp_utils, modeling
 
+    fsdp_utils._get_model_state_dict = without_scales(fsdp_utils._get_model_state_dict)
     modeling.set_module_tensor_to_device = whole(modeling.set_module_tensor_to_device)

@@ -10,7 +10,7 @@ from transformers.core_model_loading import WeightConverter
 
 from bnbref.integrations.hf.config import METHOD, dtype_of
 from bnbref.integrations.hf.experts import dequantize_experts
-from bnbref.integrations.hf.layers import dequantized, plain_layer, was_conv1d
+from bnbref.integrations.hf.layers import dequantized, plain_layer
 from bnbref.integrations.hf.loading import Identity
 from bnbref.nn import Linear8bitLt
 from bnbref.nn.inventory import ON_META, REASONS, Report
@@ -33,10 +33,7 @@ def plain_if_new(model: nn.Module) -> dict[str, str]:
                 f"weight. Load the float checkpoint with BnbRefConfig, or name the layer in skip_modules"
             )
         reasons[name] = "not in the checkpoint: newly initialized"
-        plain: Any = plain_layer(module, module.weight.data)
-        if not was_conv1d(module):
-            plain.weight = module.weight
-        model.set_submodule(name, plain)
+        model.set_submodule(name, plain_layer(module, module.weight.data))
     return reasons
 
 

@@ -96,7 +96,7 @@ def _unknown(option: str | None) -> str:
 def _reading(config: Any) -> str | None:
     """The option by which a tuner reads weights that otherwise reads none; None if the config has no such option."""
     init: Any = getattr(config, "init_lora_weights", True)
-    known = (*WITHOUT_THE_WEIGHT, *(("olora", "loftq") if _alias() else ()))
+    known = (*WITHOUT_THE_WEIGHT, *(("olora",) if _alias() else ()))
     if init not in known:
         return f"init_lora_weights={init!r}"
     variants = [each.name for each in dataclasses.fields(config) if each.metadata.get("is_lora_variant")]
