@@ -127,8 +127,8 @@ class PackedWeight:
         fits = fits and (bias is None or (_is_plain(bias) and bias.dtype == a.dtype and bias.shape == shape[:1]))
         if not fits or captured(a):
             return None
+        self._check()
         if few_rows.are_few(a, self.state, bias):
-            self._check()
             product = few_rows.prepared(a, self.codes, self.state, bias, self._scales())
         else:  # of an object of its own: a product that held this one would keep it, and the codes, alive
             product = _by_decoding(PackedWeight(self.codes, self.state), a.dtype)

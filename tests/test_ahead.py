@@ -4,10 +4,13 @@ else, and that a process that cannot help does not hinder."""
 import contextlib
 import io
 import os
+import pathlib
 import pickle
 import subprocess
 import sys
 import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from unittest import mock
 
@@ -91,6 +94,18 @@ def test_where_no_row_is_to_come(where):
     with as_on_gpu() as (asked, _), torch.set_grad_enabled(where == "with gradients"), on_gpu:
         PackedWeight(packed, state).find_or_prepare(torch.randn(1 if where == "of one row" else 20, 64), None)
     assert asked == []
+
+
+@pytest.mark.parametrize("wrong", ["codes", "scales"])
+def test_what_does_not_fit_is_named_as_ever(wrong):
+    with bnbref.eager():
+        packed, state = functional.quantize_4bit(torch.randn(2, 64), quant_type="nf4")
+    if wrong == "codes":
+        packed = packed[:-1]
+    else:
+        state.absmax = state.absmax[:-1]
+    with as_on_gpu(), torch.no_grad(), pytest.raises(ValueError, match=r"^(packed must hold|absmax must have)"):
+        PackedWeight(packed, state).find_or_prepare(torch.randn(20, 64), None)
 
 
 # ---- this process ---------------------------------------------------------------------------------------------------
@@ -177,6 +192,83 @@ def test_what_cannot_be_sent_is_not_waited_for(places, monkeypatch):
         begin(places.b)
 
 
+def test_a_full_pipe_holds_nobody_up(places):
+    """A user's pipes are small once he has many; and what is read late may not have been read at all."""
+    places.program("import time; print('begun', flush=True); time.sleep(99)")
+    begin(places.a, text="x" * 2**17)  # more than a pipe takes: a part of it was written
+    assert not ahead._worker.lives()
+    begin(places.a)
+    pipe = ahead._worker._jobs
+    while pipe.write(b"x" * 4096) is not None:
+        pass
+    begin(places.b)
+    assert ahead._worker._given == {places.a}
+
+
+def test_threads_that_wait_while_one_ends_the_process(places):
+    places.program("import time; time.sleep(99)")
+    begin(places.a)
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(10):
+            begin(places.a)
+            list(pool.map(ahead.wait, [places.a] * 8))
+
+
+def test_a_process_that_has_ended_leaves_no_open_file(places):
+    places.program("pass")
+    workers = []
+    for _ in range(2):
+        begin(places.a)
+        workers.append(ahead._worker)
+        until(lambda: not ahead._worker.lives())
+    assert workers[0]._begun.closed
+    assert workers[0]._jobs.closed
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no forks here")
+def test_a_fork_does_not_end_the_process_of_its_parent(places):
+    places.program("import time; time.sleep(99)")
+    begin(places.a)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a fork beside threads
+        child = os.fork()
+    if child == 0:
+        # Another thread may have been asking for the process: then the fork has its lock, and cannot find out whose it is.
+        ahead._worker._process._waitpid_lock.acquire(blocking=False)
+        ahead._worker.end()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert ahead._worker.lives()
+
+
+@pytest.mark.parametrize("path", [pathlib.Path("folder"), b"folder", "nul\0", "\ud800", None], ids=repr)
+def test_what_is_no_path_hinders_nobody(path, places, monkeypatch):
+    """Imports pass over it."""
+    monkeypatch.setattr(sys, "path", [*sys.path, path])
+    begin(places.a)
+    assert (ahead._worker is None) == isinstance(path, str)  # which the system cannot take
+
+
+def test_a_place_that_cannot_be_looked_at_hinders_nobody(places):
+    with mock.patch.object(pathlib.Path, "exists", side_effect=PermissionError):
+        begin(places.a)
+    assert ahead._worker is None
+
+
+def test_modules_are_those_of_this_process(places, tmp_path, monkeypatch):
+    """And not those of the folder where it runs."""
+    (tmp_path / "torch.py").write_text("raise SystemExit")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path] + ["a:b"])
+    first, rest = ahead._PROGRAM.split("import os\n")
+    assert "work()" in rest
+    places.program(f"{first}import sys, time; print(sys.path, sys.argv, flush=True); time.sleep(99)")
+    begin(places.a)
+    until(lambda: os.fstat(ahead._worker._begun.fileno()).st_size)
+    ahead._worker._begun.seek(0)
+    assert ahead._worker._begun.readline().decode().strip() == f"{sys.path} ['-c']"
+
+
 def test_no_process_of_a_place_that_is_there(places):
     places.a.touch()
     begin(places.a)
@@ -253,29 +345,35 @@ def test_a_first_call_looks_for_the_launch_once_it_has_waited(monkeypatch, tmp_p
 # ---- the other process ----------------------------------------------------------------------------------------------
 
 
-def done(monkeypatch, jobs, kernel):
-    """What `work` does with these jobs, of which all have come when it begins."""
+def done(monkeypatch, jobs, kernel, ends=("the input has ended",)):
+    """What `work` does with these jobs, of which all have come when it begins. It goes on at the end of the input."""
     started = []
+
+    def read(target, jobs):
+        with contextlib.suppress(EOFError):
+            target(jobs)
+
     monkeypatch.setattr(ahead, "_IDLE", 0.01)
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"".join(map(pickle.dumps, [7, *jobs])))))
     monkeypatch.setattr(torch.cuda, "set_device", started.append)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(
-        ahead.threading, "Thread", lambda target, args, daemon: SimpleNamespace(start=lambda: target(*args))
+        ahead.threading, "Thread", lambda target, args, daemon: SimpleNamespace(start=lambda: read(target, *args))
     )
     monkeypatch.setattr(ahead, "_zeros", lambda layout: layout)
     monkeypatch.setattr(variants, "import_compiler", lambda: started.append("imported"))
     monkeypatch.setattr(os, "write", lambda file, text: started.append((file, text)))
+    monkeypatch.setattr(os, "_exit", lambda code: started.append("the input has ended"))
     monkeypatch.setitem(REGISTRY, "kernel", kernel)
     ahead.work()
-    assert started == [7, "imported", (1, b"begun")]
+    assert started == [7, *ends, "imported", (1, b"begun")]
 
 
 def job(place, **constants):
     return ahead.Job("kernel", ((torch.float32, (2, 3), (3, 1)), None), constants, place)
 
 
-def test_jobs_are_done_until_the_input_ends(tmp_path, monkeypatch):
+def test_jobs_are_done_in_order(tmp_path, monkeypatch):
     made = []
 
     def kernel(*args, name):
@@ -294,7 +392,7 @@ def test_a_job_that_leaves_nothing_is_the_last(tmp_path, monkeypatch):
 
 def test_it_does_not_wait_for_ever(tmp_path, monkeypatch):
     monkeypatch.setattr(ahead, "_read", lambda jobs: None)  # which waits for a process that has nothing to say
-    done(monkeypatch, [], None)
+    done(monkeypatch, [], None, ends=())
 
 
 def test_tensors_of_a_job():

@@ -328,6 +328,9 @@ def test_other_int8_codes_are_used_when_their_scales_are_there():
     for waiting in (layer, copy.deepcopy(layer), copy.deepcopy(layer).to("cpu")):
         with pytest.raises(RuntimeError, match=r"has no scales: assign them to weight\.SCB"):
             waiting(x)
+    layer.weight.SCB = other.weight.SCB[:-1]  # those that are remembered are of other codes
+    with pytest.raises(RuntimeError, match=r"has no scales: assign them to weight\.SCB"):
+        layer(x)
     layer.weight.SCB = other.weight.SCB
     assert layer.weight is kept
     assert raw(layer(x)) == raw(other(x))

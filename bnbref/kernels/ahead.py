@@ -7,8 +7,8 @@ launches. If there is nothing by then, this process waits. But a process that ha
 still imports what this one has imported, and is ended.
 
 The other process runs `work`. It reads jobs from its standard input, writes to its standard output when it begins to compile, and
-ends when there are no more jobs. It has tensors of its own, of the layouts of the calls, and so needs memory of the GPU, for them
-and for CUDA. Where that is scarce, it is not started.
+ends after a while without a job, or at once when this one has ended. It has tensors of its own, of the layouts of the calls, and
+so needs memory of the GPU, for them and for CUDA. Where that is scarce, it is not started.
 """
 
 import atexit
@@ -32,14 +32,18 @@ _FREE = 4 * 2**30
 _CORES = 4
 """Processors that there must be. The other process keeps one busy, and this one more than one where it compiles itself."""
 _MOST = 32
-"""Jobs for a process. All of them fit into a pipe, which is not read before torch is imported."""
+"""Jobs for a process. All of them fit into a pipe, which is not read before torch is imported. Into one that is smaller, because
+the user has many, as many are written as fit."""
 _IDLE = 20.0
 """Seconds after the last job in which the process waits for another: between two, this one compiles."""
 _LONGEST = 120.0
 """Seconds that a call waits, ten times what the slowest one takes."""
 
-# Python does not end of itself while a thread reads its standard input: it aborts.
+# Modules are looked for where this process looks for them, and nowhere else: of itself `python -c` begins with the working
+# directory, where anybody's torch.py may be. Python does not end of itself while a thread reads its standard input: it aborts.
 _PROGRAM = """
+import sys
+sys.path[:], sys.argv[1:] = sys.argv[1:], []
 import os
 try:
     from bnbref.kernels.ahead import work
@@ -66,16 +70,23 @@ class _Worker:
     """Another process, which compiles on the GPU of this index."""
 
     def __init__(self, index: int) -> None:
+        paths = [path for path in sys.path if isinstance(path, str)]  # imports pass over what else is there
         # Inductor's own pool of processes takes longer to start than a kernel to compile.
-        paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
-        environment = {**os.environ, "PYTHONPATH": paths, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-        self._begun = tempfile.TemporaryFile()  # noqa: SIM115, it is open as long as the process lives
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", _PROGRAM],
-            stdin=subprocess.PIPE, stdout=self._begun, stderr=subprocess.DEVNULL, env=environment,
-        )  # fmt: skip
+        environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+        with contextlib.ExitStack() as where_none_starts:
+            self._begun = where_none_starts.enter_context(tempfile.TemporaryFile())
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _PROGRAM, *paths], bufsize=0,
+                stdin=subprocess.PIPE, stdout=self._begun, stderr=subprocess.DEVNULL, env=environment,
+            )  # fmt: skip
+            where_none_starts.pop_all()
         self._jobs: IO[bytes] = self._process.stdin  # type: ignore[assignment]  # which is a pipe
+        if hasattr(os, "set_blocking"):
+            os.set_blocking(self._jobs.fileno(), False)  # this process waits for nothing but a launch
         self._given = set[Path]()
+        self._owner = os.getpid()
+        # Held by the thread that gives a job, looks whether one is done, or ends the process.
+        self._lock = threading.RLock()
         self._write(index)
         atexit.register(self.end)
 
@@ -84,33 +95,43 @@ class _Worker:
 
     def give(self, job: Job) -> None:
         """Has it compile a call."""
-        if job.place not in self._given and len(self._given) < _MOST and self._write(job):
-            self._given.add(job.place)
+        with self._lock:
+            new = job.place not in self._given and len(self._given) < _MOST
+            if new and self.lives() and self._write(job):
+                self._given.add(job.place)
 
     def _write(self, value: Any) -> bool:
+        """Whether a value was written. If a part of it was, nothing can be read behind it, and the process is ended."""
         try:
-            self._jobs.write(pickle.dumps(value))
-            self._jobs.flush()
+            content = pickle.dumps(value)
+            written = self._jobs.write(content)  # None: the pipe is full
         except (*_NO_PICKLE, OSError):  # it has ended
             return False
-        return True
+        if written is not None and written < len(content):
+            self.end()
+        return written == len(content)
 
     def wait(self, place: Path) -> None:
         """Returns once the launch is there, or it is known that it will not be. Ends a process that has not begun to compile."""
         until = time.monotonic() + _LONGEST
-        while place in self._given and not place.exists() and self.lives():
-            if os.fstat(self._begun.fileno()).st_size == 0 or time.monotonic() > until:
-                self.end()
+        while True:
+            with self._lock:
+                if place not in self._given or place.exists() or not self.lives():
+                    return
+                if os.fstat(self._begun.fileno()).st_size == 0 or time.monotonic() > until:
+                    return self.end()
             time.sleep(0.002)
 
     def end(self) -> None:
-        """Ends the process, also in the middle of its work."""
-        atexit.unregister(self.end)
-        self._process.kill()
-        self._process.wait()
-        with contextlib.suppress(OSError):  # of a job that was not written
+        """Ends the process, also in the middle of its work. A fork of this process, which has a copy of this object, does not."""
+        if os.getpid() != self._owner:
+            return
+        with self._lock:
+            atexit.unregister(self.end)
+            self._process.kill()
+            self._process.wait()
             self._jobs.close()
-        self._begun.close()
+            self._begun.close()
 
 
 _worker: _Worker | None = None
@@ -122,20 +143,24 @@ def begin(kernel: str, args: Sequence[Any], constants: Mapping[str, Any], place:
 
     All GPUs are taken to be alike. If they are not, this call has another place, and the process ends.
     """
+    index = next(t.device.index for t in args if t is not None)
+    tensors = [None if t is None else (t.dtype, tuple(t.shape), t.stride()) for t in args]
+    # A folder that may not be read, no more processes, or a path that the system cannot take.
+    with _lock, contextlib.suppress(OSError, ValueError):
+        worker = None if place.exists() else _found_or_started(index)
+        if worker is not None:
+            worker.give(Job(kernel, tuple(tensors), dict(constants), place))
+
+
+def _found_or_started(index: int) -> _Worker | None:
     global _worker
-    with _lock:
-        if place.exists():
-            return
-        index = next(t.device.index for t in args if t is not None)
-        if _worker is None or not _worker.lives():
-            if not _may_start(index):
-                return
-            try:
-                _worker = _Worker(index)
-            except OSError:
-                return
-        tensors = [None if t is None else (t.dtype, tuple(t.shape), t.stride()) for t in args]
-        _worker.give(Job(kernel, tuple(tensors), dict(constants), place))
+    if _worker is None or not _worker.lives():
+        if not _may_start(index):
+            return None
+        if _worker is not None:
+            _worker.end()  # closes its files
+        _worker = _Worker(index)
+    return _worker
 
 
 def wait(place: Path) -> None:
@@ -163,8 +188,8 @@ def _may_start(index: int) -> bool:
 
 
 def work() -> None:
-    """Compiles what comes through standard input: the index of a GPU, and jobs. Ends with the input, after a while without a job,
-    and at a job that leaves nothing at its place, so that nobody waits for it."""
+    """Compiles what comes through standard input: the index of a GPU, and jobs. Ends after a while without a job, at a job that
+    leaves nothing at its place, so that nobody waits for it, and with the input."""
     from bnbref.kernels.door import REGISTRY
     from bnbref.kernels.variants import import_compiler
 
@@ -180,15 +205,16 @@ def work() -> None:
             return
 
 
-_Jobs = queue.SimpleQueue[Job | None]
-"""None stands for the end of the input."""
+_Jobs = queue.SimpleQueue[Job]
 
 
 def _read(jobs: _Jobs) -> None:
-    with contextlib.suppress(EOFError):
+    """Ends this process when nothing more can be read: who gave the jobs has ended, and needs none of them."""
+    try:
         while True:
             jobs.put(pickle.load(sys.stdin.buffer))
-    jobs.put(None)
+    finally:
+        os._exit(0)
 
 
 def _next(jobs: _Jobs) -> Job | None:

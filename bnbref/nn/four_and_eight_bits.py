@@ -169,15 +169,14 @@ class EightBitLayer(QuantizedLayer):
 
 def absmax_of(layer: "EightBitLayer") -> Tensor | None:
     """The absmax of each row of an int8 weight: the weight's own or, if it lost them, those that are remembered. None while it
-    awaits its own, because those that are remembered are of other codes.
+    awaits its own, or has what cannot be those, because those that are remembered may be of other codes.
 
     A function for the same reason as `state_of`."""
     weight = layer.weight
     own = _scales_of(weight)
     if own is not None or weight.dtype != torch.int8:
         return own
-    found: Tensor | None = getattr(weight, "SCB", None)
-    awaits = found is not None and found.numel() == 0 and weight.numel() > 0
+    awaits = getattr(weight, "SCB", None) is not None and weight.numel() > 0
     return None if awaits else layer._remembered
 
 
