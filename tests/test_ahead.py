@@ -293,6 +293,7 @@ SETTINGS = {
         {"free": 4 * 2**30 - 1},
         {"environment": {"LOCAL_RANK": "1"}},
         {"environment": {"TORCHINDUCTOR_COMPILE_THREADS": "1"}},
+        {"environment": {"BNBREF_AHEAD": "0"}},
         {"executable": "/opt/blender/blender"},
         {"executable": None},
         {"frozen": True},
@@ -312,6 +313,7 @@ def test_when_no_process_is_started(other, monkeypatch):
 
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
+    monkeypatch.delenv("BNBREF_AHEAD", raising=False)
     assert may(**SETTINGS)
     assert may(**{**SETTINGS, "environment": {"LOCAL_RANK": "0"}})
     assert not may(**{**SETTINGS, **other})

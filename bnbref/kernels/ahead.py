@@ -174,11 +174,11 @@ def _may_start(index: int) -> bool:
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
     alone = os.environ.get("LOCAL_RANK", "0") == "0"  # of the processes of a launcher, which all need the same
-    # By this, too, somebody says that he wants no other processes.
-    processes = os.environ.get("TORCHINDUCTOR_COMPILE_THREADS") != "1"
+    # By the latter somebody tells Inductor that he wants no other processes.
+    wanted = os.environ.get("BNBREF_AHEAD") != "0" and os.environ.get("TORCHINDUCTOR_COMPILE_THREADS") != "1"
     # In a program that has Python within it, this is the program.
     python = Path(sys.executable or "").name.lower().startswith("python") and not getattr(sys, "frozen", False)
-    if cores < _CORES or not (alone and processes and python) or torch.version.hip is not None:
+    if cores < _CORES or not (alone and wanted and python) or torch.version.hip is not None:
         return False
     free, _ = torch.cuda.mem_get_info(index)
     return free >= _FREE
