@@ -170,6 +170,27 @@ def test_nobody_waits_for_a_process_that_has_not_begun_or_has_ended(places):
     assert ahead._worker is not first
 
 
+def test_what_the_process_gets(places, tmp_path):
+    """The index of the GPU and the job as it is; no more processes of Inductor's. It ends with this one."""
+    received = tmp_path / "received"
+    places.program(
+        "import os, pathlib, sys, time\n"
+        f"pathlib.Path({str(received)!r}).write_bytes(sys.stdin.buffer.read())\n"
+        f"pathlib.Path({str(places.a)!r}).write_text(os.environ['TORCHINDUCTOR_COMPILE_THREADS'])"
+    )
+    with mock.patch.object(ahead.atexit, "register") as at_exit:
+        begin(places.a, blocksize=64)
+    at_exit.assert_called_once_with(ahead._worker.end)
+    ahead._worker._jobs.close()
+    until(places.a.exists)
+    until(lambda: not ahead._worker.lives())
+    assert places.a.read_text() == "1"
+    with received.open("rb") as file:
+        assert pickle.load(file) is None  # a tensor of the CPU has no index
+        layouts = (torch.float32, (2, 3), (1, 2)), None
+        assert pickle.load(file) == ahead.Job("multiply_rows", layouts, {"blocksize": 64}, places.a)
+
+
 def test_a_process_that_hangs_is_ended(places, monkeypatch):
     monkeypatch.setattr(ahead, "_LONGEST", 0.2)
     places.program("import time; print('begun', flush=True); time.sleep(99)")
