@@ -111,8 +111,10 @@ def prepared(
 def compile_ahead(a: Tensor, packed: Tensor, state: QuantState, bias: Tensor | None) -> None:
     """Has the product of one row like those of a compiled by another process, where it is likely to come: with many rows begins a
     text, which goes on with one at a time."""
+    if torch.is_grad_enabled() or not is_gpu(a):
+        return
     row = a.new_empty(1, 1, a.shape[-1])
-    if is_gpu(a) and not torch.is_grad_enabled() and are_few(row, state, bias):
+    if are_few(row, state, bias):
         codes, absmax, second, constants = _of_weight(row, packed, state, state.scales)
         multiply_rows.ahead((_columns(row), codes, absmax(), bias, *second), {**constants, "dtype": a.dtype})
 

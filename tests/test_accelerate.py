@@ -69,3 +69,14 @@ def test_a_full_state_dict_of_adapters_has_no_scales(model):
     names = save(adapted, adapter_only=True, sd_options=options).keys()
     assert names == {name for name, p in adapted.named_parameters() if p.requires_grad}
     assert save(adapted, sd_options=options).keys() == adapted.state_dict().keys()
+
+
+def test_an_accelerate_without_its_private_function(monkeypatch):
+    """Models are loaded all the same."""
+    from bnbref.integrations.hf.accelerate import adapt_accelerate
+
+    monkeypatch.delattr(accelerate.utils.fsdp_utils, "_get_model_state_dict")
+    monkeypatch.setattr(accelerate.utils.modeling, "set_module_tensor_to_device", print)
+    adapt_accelerate.__wrapped__()
+    assert accelerate.utils.modeling.set_module_tensor_to_device is not print
+    assert not hasattr(accelerate.utils.fsdp_utils, "_get_model_state_dict")

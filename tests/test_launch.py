@@ -328,7 +328,11 @@ def test_a_kept_launch_that_does_not_fit_is_compiled_once(folder, monkeypatch):
     kernel, compiled = Kernel(add, {}), []
     monkeypatch.setattr(kernel, "_place", lambda *_: place())
     monkeypatch.setattr(kernel.variants, "kept", lambda *args: args[-1])
-    through = lambda *_: compiled.append(1) or ("compiled", lambda args: "again")  # noqa: E731
+
+    def through(*_):
+        compiled.append(1)
+        return "compiled", lambda args: "again"
+
     monkeypatch.setattr(kernel, "_through_dynamo", through)
     kept = kernel._kept(tensors(8, 8), {})
     assert [kept(tensors(8, 8)) for _ in range(3)] == ["compiled", "again", "again"]

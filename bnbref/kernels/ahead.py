@@ -73,13 +73,13 @@ class _Worker:
         paths = [path for path in sys.path if isinstance(path, str)]  # imports pass over what else is there
         # Inductor's own pool of processes takes longer to start than a kernel to compile.
         environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-        with contextlib.ExitStack() as where_none_starts:
-            self._begun = where_none_starts.enter_context(tempfile.TemporaryFile())
+        with contextlib.ExitStack() as on_failure:
+            self._begun = on_failure.enter_context(tempfile.TemporaryFile())
             self._process = subprocess.Popen(
                 [sys.executable, "-c", _PROGRAM, *paths], bufsize=0,
                 stdin=subprocess.PIPE, stdout=self._begun, stderr=subprocess.DEVNULL, env=environment,
             )  # fmt: skip
-            where_none_starts.pop_all()
+            on_failure.pop_all()
         self._jobs: IO[bytes] = self._process.stdin  # type: ignore[assignment]  # which is a pipe
         if hasattr(os, "set_blocking"):
             os.set_blocking(self._jobs.fileno(), False)  # this process waits for nothing but a launch
@@ -105,7 +105,7 @@ class _Worker:
         try:
             content = pickle.dumps(value)
             written = self._jobs.write(content)  # None: the pipe is full
-        except (*_NO_PICKLE, OSError):  # it has ended
+        except (*_NO_PICKLE, OSError):  # the latter: it has ended
             return False
         if written is not None and written < len(content):
             self.end()
@@ -119,7 +119,8 @@ class _Worker:
                 if place not in self._given or place.exists() or not self.lives():
                     return
                 if os.fstat(self._begun.fileno()).st_size == 0 or time.monotonic() > until:
-                    return self.end()
+                    self.end()
+                    return
             time.sleep(0.002)
 
     def end(self) -> None:

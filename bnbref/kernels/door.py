@@ -7,7 +7,7 @@ paper. Where another form is faster, a file of the workshop attaches it by the k
     call                                      what runs
     ----------------------------------------  -------------------------------------------------
     normally                                  the formulation, compiled, one kernel per variant
-    the first time, on an NVIDIA GPU          what an earlier process compiled of it (`kept_launches`)
+    the first time, on an NVIDIA GPU          what another process has compiled of it (`kept_launches`, `ahead`)
     inside somebody's torch.compile / export  the formulation, inlined into their graph
     `bnbref.eager()` or BNBREF_COMPILE=0      the definition
     meta and fake tensors, dispatch modes,    the definition, so that the mode sees plain operations

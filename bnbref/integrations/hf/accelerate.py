@@ -78,5 +78,7 @@ def adapt_accelerate() -> None:
     # accelerate.hooks, which moves weights that are offloaded, has its own reference to the function, which stays as it is.
     from accelerate.utils import fsdp_utils, modeling
 
-    fsdp_utils._get_model_state_dict = without_scales(fsdp_utils._get_model_state_dict)
+    # Not a public function: where an accelerate has none, such a state dict is refused by torch when it is loaded, as it was.
+    if hasattr(fsdp_utils, "_get_model_state_dict"):
+        fsdp_utils._get_model_state_dict = without_scales(fsdp_utils._get_model_state_dict)
     modeling.set_module_tensor_to_device = whole(modeling.set_module_tensor_to_device)
