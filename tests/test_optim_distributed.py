@@ -27,6 +27,8 @@ from bnbref.optim.state_dict import WRAPPED
 # Two ranks cut 70 x 61 and 3 x 2000 inside a block, and 64 x 128 between two; a rank has nothing of 1 x 5000; 2000 elements
 # here are 4000 there, so that 8 bits are for the whole alone to decide. On more GPUs other rows are cut, and the same is to hold.
 SHAPES = ((70, 61), (64, 128), (1, 5000), (3, 2000), (70, 61, 2), (100,))
+MATRICES = ((70, 61), (64, 128), (1, 500), (3, 200), (70, 61, 2), (100,))
+"""The same for rules of whole matrices, with 8 bits from 500 elements on: SOAP has eigenvectors of both sides."""
 NAMES = ("AdamW8bit", "AdamW32bit", "Lion8bit", "SGD8bit", "AdEMAMix8bit", "PagedAdamW8bit")
 CLIPPED = ("LAMB8bit", "LARS8bit")
 OF_MATRICES = ("Muon8bit", "Adafactor8bit", "SOAP8bit")
@@ -38,10 +40,10 @@ pytestmark = pytest.mark.gpus
 class Model(nn.Module):
     """Gradients of eight bits times 3: their mean over 2, 3, 4, 6 or 8 ranks is exact, in whatever order it divides."""
 
-    def __init__(self, dtype=torch.float32):
+    def __init__(self, dtype=torch.float32, shapes=SHAPES):
         super().__init__()
         torch.manual_seed(0)
-        self.weights = nn.ParameterList(nn.Parameter(torch.randn(shape).to(dtype)) for shape in SHAPES)
+        self.weights = nn.ParameterList(nn.Parameter(torch.randn(shape).to(dtype)) for shape in shapes)
 
     def forward(self, seed):
         generator = torch.Generator().manual_seed(seed)
@@ -68,12 +70,13 @@ def options(name):
 
 def of_matrices(name, model):
     """Stacks of matrices by the same rule where it takes them, as vectors by AdamW if not."""
+    settings = options(name) | {"min_8bit_size": 500}
     if name == "Adafactor8bit":
-        return optim.Adafactor8bit(model.parameters(), beta1=0.9, **options(name))
+        return optim.Adafactor8bit(model.parameters(), beta1=0.9, **settings)
     hidden, others = ([p for p in model.parameters() if (p.dim() == 2) == flag] for flag in (True, False))
     extra = {"frequency": 2} if name == "SOAP8bit" else {}
     groups = [{"params": hidden}, {"params": others, "rule": "adamw"}]
-    return getattr(optim, name)(groups, **extra, **options(name))
+    return getattr(optim, name)(groups, **extra, **settings)
 
 
 def calls_of_a_step(name, device, mesh):
@@ -156,7 +159,7 @@ def run_all(rank, ranks, path):
         state = optimizer.state_dict()
         found[name] = {"params": halfway, "state": state, "end": trained(model, optimizer, STEPS // 2, STEPS)}
     for name in OF_MATRICES:
-        model = fully_shard(Model().to(device), mesh=mesh)
+        model = fully_shard(Model(shapes=MATRICES).to(device), mesh=mesh)
         optimizer = of_matrices(name, model)
         halfway = trained(model, optimizer, 0, STEPS // 2)
         state = optimizer.state_dict()
@@ -267,7 +270,7 @@ def run_others(rank, ranks, path):
         optimizer.load_state_dict(saved[name]["state"])
         ends[name] = trained(model, optimizer, STEPS // 2, STEPS)
     for name in OF_MATRICES:
-        model = fully_shard(Model().to(backend.device(rank)), mesh=backend.mesh(ranks))
+        model = fully_shard(Model(shapes=MATRICES).to(backend.device(rank)), mesh=backend.mesh(ranks))
         optimizer = of_matrices(name, model)
         for w, p in zip(model.parameters(), saved[name]["params"], strict=True):
             w.data.copy_(distribute_tensor(p.detach().to(w.device), w.device_mesh, w.placements))
@@ -371,7 +374,7 @@ def test_sharded_matrices_are_whole_ones(ranked):
     torch.set_num_threads(1)
     try:
         for name in OF_MATRICES:
-            model = Model().to(backend.device())  # products have other bits on another device
+            model = Model(shapes=MATRICES).to(backend.device())  # products have other bits on another device
             optimizer = of_matrices(name, model)
             found = ranked[1][name]
             assert same_bits(found["params"], trained(model, optimizer, 0, STEPS // 2)), name
