@@ -72,12 +72,9 @@ class FourBitLayer(QuantizedLayer):
         stats = {name: value for name, value in entries.items() if name != "weight"}
         return Params4bit.from_prequantized(entries["weight"], stats) if stats else None
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
+    def _entries_beside(self, keep_vars: bool) -> dict[str, Tensor]:
         state = self.quant_state
-        if state is not None:
-            entries = {f"weight.{key}": value for key, value in state.as_dict(packed=True).items()}
-            self._save_beside(entries, destination, prefix)
+        return {} if state is None else {f"weight.{key}": value for key, value in state.as_dict(packed=True).items()}
 
 
 def _scales_of(weight: Tensor) -> Tensor | None:
@@ -158,13 +155,17 @@ class EightBitLayer(QuantizedLayer):
             raise ValueError("weight is int8, but this layer keeps a float weight: make it with has_fp16_weights=False")
         return Int8Params(entries["weight"], requires_grad=False, SCB=entries["SCB"])
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
+    def _entries_beside(self, keep_vars: bool) -> dict[str, Tensor]:
         absmax = absmax_of(self)
-        if self.weight.dtype == torch.int8 and absmax is not None:
-            layout = torch.zeros((), dtype=torch.uint8, device="cpu")
-            entries = {"SCB": absmax if keep_vars else absmax.detach(), "weight_format": layout}
-            self._save_beside(entries, destination, prefix)
+        if self.weight.dtype != torch.int8 or absmax is None:
+            return {}
+        layout = torch.zeros((), dtype=torch.uint8, device="cpu")
+        return {"SCB": absmax if keep_vars else absmax.detach(), "weight_format": layout}
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if _awaits_scales(self.weight):
+            raise without_scales(self)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
 
 def absmax_of(layer: "EightBitLayer") -> Tensor | None:
@@ -176,8 +177,18 @@ def absmax_of(layer: "EightBitLayer") -> Tensor | None:
     own = _scales_of(weight)
     if own is not None or weight.dtype != torch.int8:
         return own
-    awaits = getattr(weight, "SCB", None) is not None and weight.numel() > 0
-    return None if awaits else layer._remembered
+    return None if _awaits_scales(weight) else layer._remembered
+
+
+def _awaits_scales(weight: Tensor) -> bool:
+    """Whether int8 codes have scales that cannot be theirs: the empty ones that stand for those still to be set, or too many."""
+    codes = weight.dtype == torch.int8 and weight.numel() > 0
+    return codes and getattr(weight, "SCB", None) is not None and _scales_of(weight) is None
+
+
+def without_scales(layer: "EightBitLayer") -> RuntimeError:
+    """What is raised when codes without scales are to be multiplied or saved."""
+    return RuntimeError(f"the int8 weight of {layer} has no scales: assign them to weight.SCB")
 
 
 class LayerState(MatmulLtState):

@@ -21,7 +21,7 @@ from bnbref.blockwise import FLOATS
 from bnbref.codebooks import Codebook
 from bnbref.context import plain
 from bnbref.kernels import tracing
-from bnbref.nn.four_and_eight_bits import EightBitLayer, FourBitLayer, LayerState, absmax_of, state_of
+from bnbref.nn.four_and_eight_bits import EightBitLayer, FourBitLayer, LayerState, absmax_of, state_of, without_scales
 from bnbref.nn.graph_arguments import arguments_of
 from bnbref.nn.params import Int8Params, Params4bit
 from bnbref.nn.quantized_layer import node_of
@@ -266,6 +266,6 @@ class Linear8bitLt(EightBitLayer, nn.Linear):
             return matmul(x, self.weight, threshold=threshold, bias=self.bias)
         absmax = absmax_of(self)
         if absmax is None:
-            raise RuntimeError(f"the int8 weight of {self} has no scales: assign them to weight.SCB")
+            raise without_scales(self)
         state = MatmulLtState(weight, absmax, threshold=threshold, has_fp16_weights=False)
         return matmul(x, weight, state=state, bias=self.bias)

@@ -91,14 +91,21 @@ class QuantizedLayer(nn.Module):
         is missing or does not fit."""
         raise NotImplementedError
 
-    def _save_beside(self, entries: Mapping[str, Tensor], destination: dict[str, Any], prefix: str) -> None:
-        """Adds the entries beside the codes to a state dict: the same tensors as last time where they are equal. So layers that
-        share a weight have state dicts that share memory, by which safetensors knows what is tied."""
-        weight = self.weight
-        if isinstance(weight, QuantizedParameter):
-            entries = {name: _kept(weight.beside.get(name), value) for name, value in entries.items()}
-            weight.beside = entries
-        destination |= {f"{prefix}{name}": value for name, value in entries.items()}
+    def _entries_beside(self, keep_vars: bool) -> dict[str, Tensor]:
+        """What a state dict has beside the codes, without the layer's prefix: nothing if the weight is a float one."""
+        raise NotImplementedError
+
+    def _beside(self, keep_vars: bool) -> dict[str, Tensor]:
+        """`_entries_beside`, the same tensors as last time where they are equal. So layers that share a weight have state dicts
+        that share memory, by which safetensors knows what is tied."""
+        weight, entries = self.weight, self._entries_beside(keep_vars)
+        if entries and isinstance(weight, QuantizedParameter):
+            weight.beside = entries = {name: _kept(weight.beside.get(name), value) for name, value in entries.items()}
+        return entries
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination |= {f"{prefix}{name}": value for name, value in self._beside(keep_vars).items()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restores the layer from a pickle. In bitsandbytes' pickles the weight is a plain parameter that has the attributes of a
@@ -194,9 +201,7 @@ class QuantizedLayer(nn.Module):
         parameters, it adds those of the model."""
         if "weight" in entries:
             return len(entries) == 1 and entries["weight"] is self.weight and self._remembered is not None
-        own: dict[str, Any] = {}
-        self._save_to_state_dict(own, "", keep_vars=False)
-        beside = {name: value for name, value in own.items() if name != "weight" and self._is_of_weight(name)}
+        beside = self._beside(keep_vars=False)
         return entries.keys() == beside.keys() and all(
             isinstance(value, Tensor) and _kept(beside[name], value.to(beside[name].device)) is beside[name]
             for name, value in entries.items()
