@@ -340,6 +340,19 @@ def test_when_no_process_is_started(other, monkeypatch):
     assert not may(**{**SETTINGS, **other})
 
 
+@pytest.mark.parametrize(
+    ("local", "rank", "first"), [("0", 1, True), ("1", 0, False), (None, 0, True), (None, 1, False), (None, None, True)]
+)
+def test_of_ranks_that_need_the_same_the_first_starts_it(local, rank, first, monkeypatch):
+    """Of those of `torch.multiprocessing.spawn`, too, which have no LOCAL_RANK. rank: None without a process group."""
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if local is not None:
+        monkeypatch.setenv("LOCAL_RANK", local)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: rank is not None)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+    assert ahead._is_first_rank() is first
+
+
 def test_a_first_call_looks_for_the_launch_once_it_has_waited(monkeypatch, tmp_path):
     """And a kernel asks once for each layout, of a GPU alone."""
     kernel, seen = REGISTRY["dequantize_nested"], []

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 
 _FREE = 4 * 2**30
 """Bytes of the GPU's memory that must be free: CUDA takes half a GiB in each process, and a large weight as much."""
@@ -174,15 +175,23 @@ def wait(place: Path) -> None:
 def _may_start(index: int) -> bool:
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
-    alone = os.environ.get("LOCAL_RANK", "0") == "0"  # of the processes of a launcher, which all need the same
     # By the latter somebody tells Inductor that he wants no other processes.
     wanted = os.environ.get("BNBREF_AHEAD") != "0" and os.environ.get("TORCHINDUCTOR_COMPILE_THREADS") != "1"
     # In a program that has Python within it, this is the program.
     python = Path(sys.executable or "").name.lower().startswith("python") and not getattr(sys, "frozen", False)
-    if cores < _CORES or not (alone and wanted and python) or torch.version.hip is not None:
+    if cores < _CORES or not (_is_first_rank() and wanted and python) or torch.version.hip is not None:
         return False
     free, _ = torch.cuda.mem_get_info(index)
     return free >= _FREE
+
+
+def _is_first_rank() -> bool:
+    """Whether this process is the first of several that need the same. A launcher numbers those of this machine; where none did,
+    as in `torch.multiprocessing.spawn`, there is the rank among all."""
+    rank = os.environ.get("LOCAL_RANK")
+    if rank is None and dist.is_available() and dist.is_initialized():
+        return dist.get_rank() == 0
+    return rank in (None, "0")
 
 
 # ---- in the other process -------------------------------------------------------------------------------------------
