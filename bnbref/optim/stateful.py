@@ -17,7 +17,7 @@ from bnbref.optim.master_weights import CORRECTIONS, correction_dtype, correctio
 from bnbref.optim.named_rules import NamedRules
 from bnbref.optim.rule import Rule
 from bnbref.optim.saved_state import Held, held, unwrapped_state
-from bnbref.optim.settings import GlobalOptimManager
+from bnbref.optim.settings import GlobalOptimManager, group_of
 from bnbref.optim.sharding import check_not_fsdp1, local, shard_of, sharded_like
 from bnbref.optim.state_dict import COUNTS, WRAPPED, gathered_state, of_blocks, wrapped_state
 from bnbref.optim.update import new_state
@@ -127,7 +127,7 @@ class Stateful(torch.optim.Optimizer):
                 f"value must be float32 of shape {tuple(own.shape)}, as the parameter, got {given.dtype} of {tuple(given.shape)} "
                 f"on {given.device}"
             )
-        group = next((group for group in self.param_groups if any(q is p for q in group["params"])), None)
+        group = group_of(p, self.param_groups)
         if group is None:
             raise ValueError(f"p must be a parameter of this optimizer, got another one of shape {tuple(p.shape)}")
         directory = self._placement.directory
