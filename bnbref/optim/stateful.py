@@ -189,7 +189,7 @@ class Stateful(torch.optim.Optimizer):
             raise
         finally:
             hook.remove()
-        if state_dict["state"]:
+        if any(isinstance(p, Tensor) for p in self.state):
             self._end_of_pages()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
