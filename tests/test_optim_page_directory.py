@@ -541,3 +541,23 @@ def test_the_values_of_a_copy_that_was_cast_are_set(tmp_path):
         state.keys() == other.state[p].keys()
         for p, state in zip(params, optim.read_pages(tmp_path).values(), strict=True)
     )
+
+
+@pytest.mark.parametrize("how", ["away for a step", "a copy"])
+def test_an_empty_parameter_comes_back_into_the_checkpoint(how, tmp_path):
+    params = [nn.Parameter(torch.ones(0, 5)), nn.Parameter(torch.ones(600))]
+    optimizer = optim.AdamW8bit([{"params": [p]} for p in params], page_directory=tmp_path, min_8bit_size=0)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    if how == "a copy":
+        optimizer, params = copy.deepcopy((optimizer, params))
+        for p in params:
+            p.grad = torch.ones_like(p)
+    else:
+        group = optimizer.param_groups.pop(0)
+        optimizer.step()
+        optimizer.param_groups.insert(0, group)
+    optimizer.step()
+    for i, p in enumerate(params):
+        assert optim.read_pages(tmp_path)[i].keys() == optimizer.state[p].keys()

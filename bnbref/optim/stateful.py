@@ -234,7 +234,7 @@ class Stateful(torch.optim.Optimizer):
     def _homeless(self, directory: Directory) -> set[Tensor]:
         """The parameters whose states are in memory, and belong into files. The directory is arranged."""
         indexed = enumerate(self._parameters())
-        return {p for i, p in indexed if not directory.has(i) and _has_numbers(self.state.get(p, {}))}
+        return {p for i, p in indexed if not directory.has(i) and _has_tensors(self.state.get(p, {}))}
 
     def _end_of_pages(self) -> None:
         """Says in the `page_directory` that it is a checkpoint of the states as they are, if all of them are there."""
@@ -258,5 +258,6 @@ def _nowhere(key: str, shape: Any, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _has_numbers(state: Mapping[str, Any]) -> bool:
-    return any(isinstance(x, Tensor) and x.numel() > 0 for x in state.values())
+def _has_tensors(state: Mapping[str, Any]) -> bool:
+    """Whether a state belongs into files: that of an empty parameter, too, which has no bytes, but names and shapes."""
+    return any(isinstance(x, Tensor) for x in state.values())
