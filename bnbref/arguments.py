@@ -38,6 +38,12 @@ def bytes_needed(x: Tensor) -> int:
     return int((x.storage_offset() + last + 1) * x.itemsize)
 
 
+def memory(x: Tensor) -> tuple[int, int]:
+    """The address at which the memory of a tensor begins, and the one at which it ends."""
+    first = x.data_ptr()
+    return first, first + max(0, int(bytes_needed(x) - x.storage_offset() * x.itemsize))
+
+
 def check_memory(name: str, x: Tensor) -> None:
     """ValueError if the storage of a tensor is smaller than its shape needs: compiled code would read what is not the tensor's.
 

@@ -460,3 +460,104 @@ def test_the_files_of_an_earlier_run_are_no_states_of_this_one(tmp_path):
         assert {i: state["state1"].shape for i, state in states.items()} == dict(enumerate(shapes))
         del optimizer, params, p, states
         gc.collect()
+
+
+@pytest.mark.parametrize("how", ["read_pages", "relative", "state_dict"])
+def test_states_may_change_places_within_their_files(how, tmp_path, monkeypatch):
+    """Groups in another order: the file of one parameter is written while that of another is still to be read."""
+    monkeypatch.chdir(tmp_path)
+    params = [nn.Parameter(torch.linspace(-1, i, 600)) for i in (1, 2)]
+    optimizer = optim.AdamW8bit(params, page_directory=tmp_path, min_8bit_size=0)
+    for p in params:
+        p.grad = p.detach().clone()
+    optimizer.step()
+    wanted = copy.deepcopy([optimizer.state[p] for p in params])
+    first, second = (optimizer.state_dict()["state"][i] for i in (0, 1))
+    if how != "state_dict":
+        states = optim.read_pages(tmp_path if how == "read_pages" else ".")
+        first, second = states[0], states[1]
+        del optimizer
+        optimizer = optim.AdamW8bit(params[::-1], page_directory=tmp_path, min_8bit_size=0)
+    else:
+        wanted.reverse()
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": {0: second, 1: first}})
+    for p, state in zip(params, wanted, strict=True):
+        assert same_bits([x for x in optimizer.state[p].values() if isinstance(x, torch.Tensor)], [*state.values()][1:])
+
+
+@pytest.mark.parametrize(
+    ("before", "options"),
+    [("AdamW8bit", {"master_weight_bits": 32}), ("AdEMAMix8bit", {}), ("AdamW", {}), ("SOAP", {})],
+)
+def test_what_an_earlier_run_has_left_belongs_to_no_state(before, options, tmp_path):
+    """Tensors that the parameter of this run has not: a correction of theirs would be added to it. Files of others stay."""
+    (tmp_path / "pytorch_model.bin").write_text("of others")
+    for name, own in ((before, options), ("AdamW8bit", {})):
+        p = nn.Parameter(torch.linspace(-1, 1, 600, dtype=torch.bfloat16).view(20, 30))
+        p.grad = torch.ones_like(p)
+        optimizer = getattr(optim, name)([p], page_directory=tmp_path, min_8bit_size=0, **own)
+        optimizer.step()
+        state = optimizer.state[p]
+        assert optim.read_pages(tmp_path)[0].keys() == state.keys()
+        del optimizer
+    assert (tmp_path / "pytorch_model.bin").read_text() == "of others"
+
+
+def test_a_file_gets_an_index_at_which_an_earlier_run_has_left_one(tmp_path):
+    """Of another shape: the first parameter makes no step in the second run, and then goes."""
+    for shapes, stepped in (([(700,), (600,)], (0, 1)), ([(700,), (600,)], (1,))):
+        params = [nn.Parameter(torch.ones(shape)) for shape in shapes]
+        optimizer = optim.AdamW8bit([{"params": [p]} for p in params], page_directory=tmp_path, min_8bit_size=0)
+        for i in stepped:
+            params[i].grad = torch.ones_like(params[i])
+        optimizer.step()
+        if stepped == (1,):
+            del optimizer.param_groups[0]
+            optimizer.step()
+            assert {key: x.shape for key, x in optim.read_pages(tmp_path)[0].items() if key != "step"} == {
+                key: x.shape for key, x in optimizer.state[params[1]].items() if key != "step"
+            }
+        del optimizer
+
+
+def test_the_values_of_a_copy_that_was_cast_are_set(tmp_path):
+    """Its states are in memory, and their corrections of the dtype before, until each value is set."""
+    params = [nn.Parameter(torch.linspace(-1, 1, 600).bfloat16()) for _ in range(2)]
+    optimizer = optim.AdamW8bit(params, page_directory=tmp_path, master_weight_bits=32, min_8bit_size=0)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    params, other = copy.deepcopy((params, optimizer))
+    del optimizer
+    values = [other.exact_weight(p) for p in params]
+    for p in params:
+        p.grad, p.data = None, p.detach().float()
+    other.set_exact_weight(params[0], values[0])
+    with pytest.raises(RuntimeError, match=r"no steps\.json"):  # until all of them are there
+        optim.read_pages(tmp_path)
+    other.set_exact_weight(params[1], values[1])
+    assert same_bits([p.detach() for p in params], values)
+    assert all(
+        state.keys() == other.state[p].keys()
+        for p, state in zip(params, optim.read_pages(tmp_path).values(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("how", ["away for a step", "a copy"])
+def test_an_empty_parameter_comes_back_into_the_checkpoint(how, tmp_path):
+    params = [nn.Parameter(torch.ones(0, 5)), nn.Parameter(torch.ones(600))]
+    optimizer = optim.AdamW8bit([{"params": [p]} for p in params], page_directory=tmp_path, min_8bit_size=0)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    if how == "a copy":
+        optimizer, params = copy.deepcopy((optimizer, params))
+        for p in params:
+            p.grad = torch.ones_like(p)
+    else:
+        group = optimizer.param_groups.pop(0)
+        optimizer.step()
+        optimizer.param_groups.insert(0, group)
+    optimizer.step()
+    for i, p in enumerate(params):
+        assert optim.read_pages(tmp_path)[i].keys() == optimizer.state[p].keys()

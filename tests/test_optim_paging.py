@@ -214,6 +214,26 @@ def test_two_parameters_of_one_memory_are_stepped_one_after_the_other(small):
     assert same_bits(memory, alone)
 
 
+@pytest.mark.parametrize("small", [0, 2**18])
+@pytest.mark.parametrize("bits", [8, 32])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_two_parameters_with_common_memory_are_stepped_one_after_the_other(small, bits, transposed):
+    """Parts of one vector that overlap; the second one may be in a layout of which the step makes a copy."""
+    memory, alone = (torch.linspace(-1, 1, 1200) for _ in range(2))
+    pairs = []
+    for x in (memory, alone):
+        second = x[200:].view(20, 50)
+        pairs.append([nn.Parameter(x[:1000]), nn.Parameter(second.mT if transposed else second)])
+        for p in pairs[-1]:
+            p.grad = torch.linspace(3, -1, 1000).view(p.shape)
+    options = {"lr": 1e-2, "min_8bit_size": 1, "optim_bits": bits}
+    with mock.patch.dict(update._JOINED, {"cpu": small}):
+        optim.AdamW(pairs[0], **options).step()
+    for p in pairs[1]:
+        optim.AdamW([p], **options).step()
+    assert same_bits(memory, alone)
+
+
 # ---- interrupted ----------------------------------------------------------------------------------------------------
 
 

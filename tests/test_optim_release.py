@@ -211,6 +211,32 @@ def test_tied_parameters_step_once():
 
 
 @quick
+@pytest.mark.parametrize("change", ["reversed", "moved", "gone"])
+def test_a_parameter_has_the_settings_of_the_group_that_it_is_in(change):
+    """Which may be another one than when gradients were released, or none."""
+    ends = []
+    for released in (False, True):
+        model = network(depth=2)
+        weights, others = (
+            [p for p in model.parameters() if p.dim() == 2],
+            [p for p in model.parameters() if p.dim() == 1],
+        )
+        optimizer = optim.AdamW8bit([{"params": weights, "lr": 1e-3}, {"params": others, "lr": 0.5}])
+        if released:
+            GradientRelease(optimizer)
+        groups = optimizer.param_groups
+        if change == "reversed":
+            groups.reverse()
+        elif change == "moved":
+            groups[1]["params"].append(groups[0]["params"].pop())
+        else:
+            del groups[0]
+        trained(model, optimizer, 0, 2)
+        ends.append(tensors(model, optimizer))
+    assert same_bits(*ends)
+
+
+@quick
 def test_accumulation_is_refused_before_anything_moves():
     model = network()
     optimizer = optim.AdamW8bit(model.parameters())

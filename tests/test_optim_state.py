@@ -130,6 +130,22 @@ def test_any_shape_and_layout(kind, eager):
     assert same_bits(flat.data.view(70, 61), transposed.data.contiguous())
 
 
+@pytest.mark.parametrize("name", ["AdamW8bit", "AdamW", "LAMB8bit", "Muon8bit", "Adafactor", "AdamWScheduleFree8bit"])
+def test_a_parameter_may_be_a_negative_view(name, eager):
+    """As the imaginary part of a conjugate is: its memory holds the numbers with the other sign."""
+    x = torch.randn(30, 20, generator=torch.Generator().manual_seed(0)).bfloat16()
+    p, q = nn.Parameter(torch._neg_view(x.clone())), nn.Parameter(-x)
+    for each in (p, q):
+        optimizer = getattr(optim, name)([each], min_8bit_size=1, master_weight_bits=24)
+        for _ in range(2):
+            each.grad = torch.ones_like(q)
+            optimizer.step()
+        if name.startswith("AdamWSchedule"):
+            optimizer.eval()
+    assert p.is_neg()
+    assert same_bits(p.detach().resolve_neg(), q.detach())
+
+
 @pytest.mark.parametrize("numel", [0, 1, 2, 255, 256, 257, 511, 512, 513])
 def test_any_size(numel):
     results = []

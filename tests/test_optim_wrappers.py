@@ -250,6 +250,53 @@ def test_hooks_of_others_see_what_is_saved_and_loaded(name, change, replace):
     assert same(made_plain(optimizer)["state"][0][WRAPPED], plain["state"][0][WRAPPED])
 
 
+@pytest.mark.parametrize("kept", [3, {"count": 3}, None])
+def test_what_is_kept_under_a_key_that_is_no_parameters_comes_back(kept):
+    p = parameter()
+    optimizer = made("AdamW8bit", p)
+    optimizer.state["of others"] = kept
+    stepped(p, optimizer, 0)
+    fresh = made("AdamW8bit", p)
+    fresh.load_state_dict(optimizer.state_dict())
+    assert fresh.state["of others"] == kept
+    stepped(p, fresh, 1)
+    for key, state in ((1, {}), ("weight", optimizer.state_dict()["state"][0])):
+        saved = optimizer.state_dict()
+        saved["state"][key] = state
+        with pytest.raises(ValueError, match=f"states of parameters that are in none of its param_groups.*{key}"):
+            fresh.load_state_dict(saved)
+
+
+def test_a_hook_may_unwrap_what_is_loaded():
+    p = parameter()
+    optimizer = made("AdamW8bit", p)
+    stepped(p, optimizer, 0)
+    fresh = made("AdamW8bit", p)
+    fresh.register_load_state_dict_pre_hook(lambda _, given: given["optimizer"])
+    fresh.load_state_dict({"optimizer": optimizer.state_dict(), "epoch": 1})
+    assert same(made_plain(fresh)["state"][0][WRAPPED], made_plain(optimizer)["state"][0][WRAPPED])
+
+
+@pytest.mark.parametrize("how", ["step", "load"])
+@pytest.mark.parametrize("files", [False, True])
+def test_what_began_in_inference_mode_is_stepped_outside_of_it(how, files, tmp_path):
+    """torch.optim's loaded states are, too; those that began there are not."""
+    p, q = parameter(torch.bfloat16), parameter(torch.bfloat16)
+    inside, outside = (
+        made("AdamW8bit", x, master_weight_bits=24, **({"page_directory": tmp_path} if files and x is p else {}))
+        for x in (p, q)
+    )
+    if how == "load":
+        stepped(p, inside, 0)
+        inside.state[p]["mine"] = torch.ones(2)
+    with torch.inference_mode():
+        stepped(p, inside, 0) if how == "step" else inside.load_state_dict(copy.deepcopy(inside.state_dict()))
+    assert not any(x.is_inference() for x in inside.state[p].values() if isinstance(x, torch.Tensor))
+    stepped(p, inside, 1)
+    stepped(q, outside, 0, 1)
+    assert same_bits(p.detach(), q.detach())
+
+
 def made_plain(optimizer):
     """What an optimizer saves when the hooks of others are gone."""
     optimizer._optimizer_state_dict_post_hooks.clear()

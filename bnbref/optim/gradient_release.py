@@ -6,13 +6,12 @@
 The steps are the same, and so are the bits. At no time is there more than the gradients of what is being computed.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from bnbref.optim.optimizer import Optimizer
+from bnbref.optim.settings import group_of
 from bnbref.optim.sharding import shard_of
 
 
@@ -46,10 +45,8 @@ class GradientRelease:
             raise TypeError(f"optimizer must be one of bnbref.optim, got {type(optimizer).__name__}")
         self._optimizer = optimizer
         self._stepped: set[int] = set()
-        parameters = [
-            (i, p) for i, group in enumerate(optimizer.param_groups) for p in group["params"] if p.requires_grad
-        ]
-        for _, p in parameters:
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        for p in parameters:
             if p.grad is not None:
                 raise RuntimeError(
                     f"a parameter of shape {tuple(p.shape)} has a gradient already: step or zero_grad first"
@@ -59,22 +56,22 @@ class GradientRelease:
                     f"a parameter of shape {tuple(p.shape)} is whole on each of {dist.get_world_size()} processes, whose "
                     f"gradients would not be reduced before its step: shard the model by torch.distributed.fsdp.fully_shard"
                 )
-        self._handles = [p.register_post_accumulate_grad_hook(self._hook(i)) for i, p in parameters]
+        self._handles = [p.register_post_accumulate_grad_hook(self._step) for p in parameters]
         self._handles.append(optimizer.register_step_post_hook(lambda *_: self._stepped.clear()))
 
-    def _hook(self, group: int) -> Callable[[Tensor], None]:
-        def step(p: Tensor) -> None:
-            if id(p) in self._stepped:
-                raise RuntimeError(
-                    f"a parameter of shape {tuple(p.shape)} has a second gradient before optimizer.step(): with released "
-                    f"gradients nothing is accumulated, neither over batches nor over passes of one graph"
-                )
-            with torch.no_grad():
-                self._optimizer.advance([(p, self._optimizer.param_groups[group])])
-            self._stepped.add(id(p))
-            p.grad = None
-
-        return step
+    def _step(self, p: Tensor) -> None:
+        group = group_of(p, self._optimizer.param_groups)  # which may be another one than before, or none
+        if group is None:
+            return
+        if id(p) in self._stepped:
+            raise RuntimeError(
+                f"a parameter of shape {tuple(p.shape)} has a second gradient before optimizer.step(): with released "
+                f"gradients nothing is accumulated, neither over batches nor over passes of one graph"
+            )
+        with torch.no_grad():
+            self._optimizer.advance([(p, group)])
+        self._stepped.add(id(p))
+        p.grad = None
 
     def remove(self) -> None:
         """Step after the backward pass again."""

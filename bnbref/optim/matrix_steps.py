@@ -107,7 +107,7 @@ def step_together(
             _set_state(planned, s, state, x, well)
         u = torch.where(well, part_of(planned.p, u), torch.nan)  # of NaN a step leaves everything as it was
         own = local(planned.p.detach())
-        flat = own.contiguous()
+        flat = own.contiguous().resolve_neg()
         step(descent, hyper, flat, u, state, blocksize=planned.blocksize, noise=noise)
         if flat.data_ptr() != own.data_ptr():
             own.copy_(flat)

@@ -6,9 +6,11 @@
 steps.json is there between steps alone: removed before the first update of one, and written after the last.
 """
 
+import contextlib
 import gc
 import json
 import os
+import re
 import warnings
 import weakref
 from collections import defaultdict
@@ -20,6 +22,9 @@ import torch
 from torch import Tensor
 
 from bnbref.optim.folder_lock import lock
+
+_NAME = re.compile(r"(\d+)\.(\w+)\.(u?int\d+|float\d+)\.((?:\d+(?:x\d+)*)?)")
+"""The name of a file without its suffix: the index of the parameter, the key of the tensor, its dtype and its sizes."""
 
 
 class Directory:
@@ -35,6 +40,8 @@ class Directory:
         _ALL.add(self)
 
     _held: int | None = None
+    _renamed = False
+    """Whether files have been renamed, so that what is mapped may not say the name that its file has now."""
 
     def let_go(self, close: Callable[[int], None] = os.close) -> None:  # bound: the end of a process empties modules
         """Ends the lock, if this object has it."""
@@ -107,7 +114,7 @@ class Directory:
         try:
             self._rename([places.get(id(ref())) for ref in before])
         except BaseException:  # the states are still in memory: the next step writes them into files anew
-            for path in [*self.path.glob("*.bin"), *self.path.glob("*.moved")]:
+            for path, _ in (*_state_files(self.path), *_state_files(self.path, ".moved")):
                 path.unlink()
             self._files.clear()
             raise
@@ -123,6 +130,7 @@ class Directory:
                     path.unlink(missing_ok=True)
                     continue
                 waiting = path.with_suffix(".moved")  # since the place of each may be that of another one
+                self._renamed = True
                 if path.exists():
                     path.rename(waiting)
                 moved.append((waiting, place, f"{place}.{name.partition('.')[2]}", inode))
@@ -131,14 +139,33 @@ class Directory:
                 waiting.replace(self.path / name)
             self._files[place][name] = inode
 
+    def apart(self, index: int, saved: Mapping[str, Any]) -> dict[str, Any]:
+        """A saved state that is to be written into the files of the parameter with that index. What lies in other files here, as
+        `read_pages` and `state_dict` give it, is copied into memory: the state of another parameter may be written there first.
+        """
+
+        def one(key: str, x: Any) -> Any:
+            if isinstance(x, Mapping):
+                return {name: one(name, each) for name, each in x.items()}
+            source = x.untyped_storage().filename if isinstance(x, Tensor) and x.layout == torch.strided else None
+            if source is None or not _same_folder(Path(source).parent, self.path):
+                return x
+            own = Path(source).name.startswith(f"{index}.{key}.") and not self._renamed
+            return x if own else x.clone()
+
+        return {key: one(key, x) for key, x in saved.items()}
+
     def begin(self) -> None:
         """A step begins: until `end` the folder is no valid checkpoint."""
         self._hold()
         (self.path / "steps.json").unlink(missing_ok=True)
 
     def end(self, counts: Mapping[int, Mapping[str, int]]) -> None:
-        """A step has ended: the folder is a checkpoint with these step counts, unless somebody has removed files."""
-        here = {path.name: path.stat().st_ino for path in self.path.glob("*.bin")}
+        """A step has ended: the folder is a checkpoint with these step counts, unless somebody has removed files.
+
+        What an earlier run has left there goes: `read_pages` would take it for states of this one.
+        """
+        here = {path.name: path.stat().st_ino for path, _ in _state_files(self.path)}
         own = {name: inode for files in self._files.values() for name, inode in files.items()}
         gone = sorted(name for name, inode in own.items() if here.get(name) != inode)
         if gone:
@@ -148,6 +175,11 @@ class Directory:
                 stacklevel=3,
             )
             return
+        for name in here.keys() - own.keys():
+            with contextlib.suppress(
+                PermissionError
+            ):  # Windows keeps a file that somebody has mapped; a later step removes it
+                (self.path / name).unlink()
         unfinished = self.path / "steps.json.new"
         unfinished.write_text(json.dumps(counts), encoding="utf-8")
         unfinished.replace(self.path / "steps.json")
@@ -166,14 +198,27 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_let_go)
 
 
+def _state_files(folder: Path, suffix: str = ".bin") -> list[tuple[Path, re.Match[str]]]:
+    """The files of states in a folder, in which there may be others, such as pytorch_model.bin, and the parts of their names."""
+    found = [(path, _NAME.fullmatch(path.name.removesuffix(suffix))) for path in folder.glob(f"*{suffix}")]
+    return [(path, parts) for path, parts in sorted(found, key=lambda one: one[0]) if parts is not None]
+
+
 def _index(name: str) -> int:
     """The index of the parameter that a file belongs to, with which its name begins."""
     return int(name.partition(".")[0])
 
 
+def _same_folder(one: Path, other: Path) -> bool:
+    return one.is_dir() and other.is_dir() and one.samefile(other)
+
+
 def _open(path: Path, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    numel = torch.Size(shape).numel()
-    return torch.from_file(str(path), shared=True, size=numel, dtype=dtype, device="cpu").view(tuple(shape))
+    numel, name = (
+        torch.Size(shape).numel(),
+        str(path.absolute()),
+    )  # which the tensor's storage keeps, see `Directory.apart`
+    return torch.from_file(name, shared=True, size=numel, dtype=dtype, device="cpu").view(tuple(shape))
 
 
 def read_pages(directory: str | Path) -> dict[int, dict[str, Any]]:
@@ -191,8 +236,8 @@ def read_pages(directory: str | Path) -> dict[int, dict[str, Any]]:
         )
     counts = json.loads((directory / "steps.json").read_text(encoding="utf-8"))
     states: dict[int, dict[str, Any]] = {int(i): each for i, each in counts.items()}
-    for path in sorted(directory.glob("*.bin")):
-        index, key, dtype, sizes = path.name.removesuffix(".bin").split(".")
+    for path, parts in _state_files(directory):
+        index, key, dtype, sizes = parts.groups()
         shape = [int(n) for n in sizes.split("x") if n]
         if int(index) in states:
             states[int(index)][key] = _open(path, shape, getattr(torch, dtype))

@@ -88,6 +88,8 @@ class Placement:
         """Whether the state of a parameter of so many elements may be in pages of host memory."""
         return self.is_paged and numel >= PAGED_FROM
 
+    # A tensor that is made in inference mode cannot be changed outside of it, as the next step does.
+    @torch.inference_mode(False)
     def empty(self, device: torch.device, numel: int, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Uninitialised memory for a state called `name` of a parameter with that device and number of elements."""
         if self.directory is not None:

@@ -29,20 +29,30 @@ class Held:
 
 
 def held(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict of an optimizer, with each of its states in a `Held`. ValueError if it is none."""
-    states = state_dict.get("state")
-    if not isinstance(states, Mapping) or "param_groups" not in state_dict:
+    """A state dict of an optimizer, with each state of a parameter in a `Held`. ValueError if it is none.
+
+    What others keep in `optimizer.state` under a key that is no parameter's, such as a count of their own, stays as it is.
+    """
+    states, groups = state_dict.get("state"), state_dict.get("param_groups")
+    if not isinstance(states, Mapping) or groups is None:
         raise ValueError(
             f"state_dict must have 'state', a dict, and 'param_groups', got one with {sorted(map(str, state_dict))}"
         )
+    known = {i for group in groups if isinstance(group, Mapping) for i in group.get("params", ())}
+    others = {key: x for key, x in states.items() if key not in known}
+    lost = [key for key, x in others.items() if isinstance(key, int) or (isinstance(x, Mapping) and WRAPPED in x)]
+    if lost:
+        raise ValueError(f"state_dict has states of parameters that are in none of its param_groups: {written(lost)}")
     for i, state in states.items():
+        if i in others:
+            continue
         if not isinstance(state, Mapping) or not isinstance(state.get(WRAPPED, {}), Mapping):
             zero = ": torch's ZeroRedundancyOptimizer puts None into what it is given to load, so give it a copy"
             raise ValueError(
                 f"the saved state of parameter {i} must be a dict, and so must what it wraps, got {written(state)}"
                 + (zero if state is None else "")
             )
-    return {**state_dict, "state": {i: Held(dict(state)) for i, state in states.items()}}
+    return {**state_dict, "state": {i: x if i in others else Held(dict(x)) for i, x in states.items()}}
 
 
 def unwrapped_state(
@@ -131,7 +141,8 @@ def _copied(p: Tensor, x: Any) -> Any:
     """A copy of what others have kept of p: sharded like p, if it was saved by `_gathered`."""
     if not isinstance(x, Tensor):
         return copy.deepcopy(x)
-    x = x.detach().to(p.device, copy=True)
+    with torch.inference_mode(False), torch.no_grad():
+        x = x.detach().to(p.device, copy=True)
     return x if shard_of(p) is None or x.shape != p.shape else sharded_like(p, part_of(p, x))
 
 

@@ -4,7 +4,7 @@ A state is in 8 bits if `optim_bits` is 8 and the parameter has at least `min_8b
 stays as it was saved.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,9 +15,10 @@ from bnbref.blockwise import check_blocksize
 from bnbref.optim import paging
 from bnbref.optim.master_weights import CORRECTIONS, correction_dtype, corrections, set_value, value_of
 from bnbref.optim.named_rules import NamedRules
+from bnbref.optim.page_directory import Directory
 from bnbref.optim.rule import Rule
 from bnbref.optim.saved_state import Held, held, unwrapped_state
-from bnbref.optim.settings import GlobalOptimManager
+from bnbref.optim.settings import GlobalOptimManager, group_of
 from bnbref.optim.sharding import check_not_fsdp1, local, shard_of, sharded_like
 from bnbref.optim.state_dict import COUNTS, WRAPPED, gathered_state, of_blocks, wrapped_state
 from bnbref.optim.update import new_state
@@ -127,16 +128,15 @@ class Stateful(torch.optim.Optimizer):
                 f"value must be float32 of shape {tuple(own.shape)}, as the parameter, got {given.dtype} of {tuple(given.shape)} "
                 f"on {given.device}"
             )
-        group = next((group for group in self.param_groups if any(q is p for q in group["params"])), None)
+        group = group_of(p, self.param_groups)
         if group is None:
             raise ValueError(f"p must be a parameter of this optimizer, got another one of shape {tuple(p.shape)}")
-        directory = self._placement.directory
+        directory, state = self._placement.directory, self._state(p)
+        gone = [key for dtype, key in CORRECTIONS.items() if dtype != p.dtype and state.pop(key, None) is not None]
         if directory is not None:  # files are named by an index, which another parameter may have had
             directory.begin()
-            self._move_to_files()
-        for dtype, key in CORRECTIONS.items():
-            gone = self._state(p).pop(key, None) if dtype != p.dtype else None
-            if gone is not None and directory is not None:
+            self._move_to_files([p])  # others may have been cast, too, and wait for their value
+            for key in gone:
                 directory.forget(self._name(p, key))
         self._begin(p, self.settings(p, group))
         set_value(own, corrections(p, self.state[p]), given.reshape(-1))
@@ -189,7 +189,7 @@ class Stateful(torch.optim.Optimizer):
             raise
         finally:
             hook.remove()
-        if state_dict["state"]:
+        if any(isinstance(p, Tensor) for p in self.state):
             self._end_of_pages()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -211,27 +211,35 @@ class Stateful(torch.optim.Optimizer):
         if directory is not None and saved:
             directory.begin()
             directory.arrange(self._parameters())
+            index = {p: i for i, p in enumerate(own)}
+            saved = {p: directory.apart(index[p], state) for p, state in saved.items()}
         for p, state in saved.items():
             rule, blocksize = own[p]
             self.state[p] = unwrapped_state(rule, p, state, blocksize, self._memory(p))
 
-    def _move_to_files(self) -> None:
+    def _move_to_files(self, only: Sequence[Tensor] | None = None) -> None:
         """Moves states that are in memory into the files of the `page_directory`: those of a copy of an optimizer, and that of a
-        parameter which was in no group for a while."""
+        parameter which was in no group for a while. only: of these parameters; None for all."""
         directory = self._placement.directory
         if directory is None:
             return
-        parameters = self._parameters()
-        directory.arrange(parameters)
-        homeless = {p for i, p in enumerate(parameters) if not directory.has(i) and _has_numbers(self.state.get(p, {}))}
+        directory.arrange(self._parameters())
+        homeless = self._homeless(directory)
+        if only is not None:
+            homeless &= {*only}
         if homeless:  # what follows looks at all parameters, and `advance` may be called for each of them
-            rules = zip(parameters, self._rules_and_blocks(), strict=True)
+            rules = zip(self._parameters(), self._rules_and_blocks(), strict=True)
             self._read({p: wrapped_state(rule, self.state[p]) for p, (rule, _) in rules if p in homeless})
 
+    def _homeless(self, directory: Directory) -> set[Tensor]:
+        """The parameters whose states are in memory, and belong into files. The directory is arranged."""
+        indexed = enumerate(self._parameters())
+        return {p for i, p in indexed if not directory.has(i) and _has_tensors(self.state.get(p, {}))}
+
     def _end_of_pages(self) -> None:
-        """Says in the `page_directory` that it is a checkpoint of the states as they are."""
+        """Says in the `page_directory` that it is a checkpoint of the states as they are, if all of them are there."""
         directory = self._placement.directory
-        if directory is not None:
+        if directory is not None and not self._homeless(directory):
             states = [self._state(p) for p in self._parameters()]
             counts = [{key: state[key] for key in COUNTS if key in state} for state in states]
             directory.end({i: each for i, each in enumerate(counts) if "step" in each})
@@ -250,5 +258,6 @@ def _nowhere(key: str, shape: Any, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _has_numbers(state: Mapping[str, Any]) -> bool:
-    return any(isinstance(x, Tensor) and x.numel() > 0 for x in state.values())
+def _has_tensors(state: Mapping[str, Any]) -> bool:
+    """Whether a state belongs into files: that of an empty parameter, too, which has no bytes, but names and shapes."""
+    return any(isinstance(x, Tensor) for x in state.values())

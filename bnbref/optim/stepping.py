@@ -34,6 +34,7 @@ def take_steps(
         with closing(placement.stream(places)) as streamed:
             for planned, kept, state in zip(by_element, own, streamed, strict=True):
                 begun = [planned.p]
+                tails.make_way(local(planned.p))
                 # Pages are written back before the next ones come, and so wait for nothing. Of a shard they may be on another
                 # rank alone.
                 sharded = shard_of(planned.p) is not None
@@ -65,7 +66,7 @@ def take_steps(
 def update(planned: PlannedStep, state: Mapping[str, Any], noise: Tensor | None, tails: Tails) -> None:
     """The step of one parameter by a rule of elements. state: on its device."""
     own, shard = local(planned.p.detach()), shard_of(planned.p)
-    flat = own.contiguous()
+    flat = own.contiguous().resolve_neg()
     copied = flat.data_ptr() != own.data_ptr()
     step(
         planned.equation, planned.hyper, flat, planned.ascent, state, blocksize=planned.config["blocksize"], noise=noise,

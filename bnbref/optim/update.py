@@ -4,6 +4,7 @@ The walk goes one way: a parameter and its state are laid out in parts, a kernel
 written back.
 """
 
+import bisect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnbref.arguments import memory
 from bnbref.blockwise import block_count, check_blocksize
 from bnbref.optim.cuts import Cut, complete
 from bnbref.optim.equation import Equation
@@ -166,7 +168,7 @@ class Tails:
     def __init__(self) -> None:
         self._waiting: dict[Any, tuple[Tensor, list[Part]]] = {}
         self._elements = 0
-        self._places: set[int] = set()
+        self._places: list[tuple[int, int]] = []
         self._cuts: list[tuple[Equation, Tensor, Cut]] = []
         self._bytes = 0
         self._after: list[Callable[[], Any]] = []
@@ -176,14 +178,23 @@ class Tails:
     def add(self, rule: Equation, hyper: Tensor, blocksize: int, part: Part) -> None:
         """Adds what `split` has left of a parameter, or all of a small one, to those that wait."""
         p, g = part.p, part.g
-        if p.data_ptr() in self._places:  # as that of a tied weight: the steps of one memory come one after the other
-            self.run_own()
-        self._places.add(p.data_ptr())
+        self.make_way(p)
+        bisect.insort(self._places, memory(p))
         dtypes = *(weight.dtype for weight in part.weights), g.dtype
         key = (rule, blocksize, id(hyper), p.device, dtypes, part.noise is None)
         self._waiting.setdefault(key, (hyper, []))[1].append(part)  # it holds hyper, whose id nobody else then has
         self._elements += p.numel()
         if self._elements >= 2**20:
+            self.run_own()
+
+    def make_way(self, p: Tensor) -> None:
+        """Makes the steps that wait, if one of them is of memory that p has too, as a tied weight or the view of another one: the
+        steps of one memory come one after the other."""
+        first, last = memory(p)
+        before = bisect.bisect_left(self._places, (last, last))
+        if (
+            before and self._places[before - 1][1] > first
+        ):  # those that wait do not overlap, so the others end before it
             self.run_own()
 
     def add_cut(self, rule: Equation, hyper: Tensor, cut: Cut) -> None:
