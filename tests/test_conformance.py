@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import io
 import json
+import math
 import multiprocessing
 import os
 import pickle
@@ -1168,6 +1169,17 @@ def test_text_gives_tensors_back(case):
         assert again[0] == name
         assert again[1].dtype == tensor.dtype
         assert torch.equal(again[1].view(torch.uint8), tensor.contiguous().view(torch.uint8))
+
+
+@given(st.lists(st.sampled_from([0, 1, 2, 3, 2**31, 2**62, 2**63 - 1, 2**63, 10**30]), max_size=4))
+def test_an_answer_has_a_shape_that_torch_can_have(sizes):
+    words = ["00"] * min(math.prod(sizes), 81)
+    line = " ".join(["tensor y int8", str(len(sizes)), *map(str, sizes), *words])
+    if len(words) == math.prod(sizes) and math.prod(max(n, 1) for n in sizes) < 2**63:
+        assert parse_tensor(line)[1].shape == tuple(sizes)
+    else:
+        with pytest.raises(ValueError, match=r"tensor y (of|must have a) shape"):
+            parse_tensor(line)
 
 
 def passed_through_the_pipe(command, operation, capsys, monkeypatch):
