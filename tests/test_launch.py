@@ -462,7 +462,7 @@ WAYS = {
     "a default by name": "def {}(*, f=inner): return f()",
     "a closure": "def outer(f):\n    def {}(): return f()\n    return {}\n{} = outer(inner)",
     "a function in it": "def {}():\n    def own(): return inner()\n    return own()",
-    "a module": "module = ModuleType('bnbref.other')\nmodule.inner = inner\ndef {}(): return module.inner()",
+    "a module": "module = ModuleType('bnbref.other')\nmodule.f = inner\ndef {}(): return module.f()",
     "a tuple": "all = (inner,)\ndef {}(): return all[0]()",
     "a list": "all = [inner]\ndef {}(): return all[0]()",
     "a dict": "all = {{'one': inner}}\ndef {}(): return all['one']()",
@@ -482,7 +482,7 @@ LEAVES = {
     "a default": "def {}(x=value): return x",
     "a default by name": "def {}(*, x=value): return x",
     "a closure": "def outer(x):\n    def {}(): return x\n    return {}\n{} = outer(value)",
-    "a module": "module = ModuleType('bnbref.other')\nmodule.value = value\ndef {}(): return module.value",
+    "a module": "module = ModuleType('bnbref.other')\nmodule.x = value\ndef {}(): return module.x",
     "a class": "class Own:\n    x = value\ndef {}(): return Own.x",
     "a base": "class Base:\n    x = value\nclass Own(Base): pass\ndef {}(): return Own.x",
     "a field": "@dataclass\nclass Own:\n    x: object\none = Own(value)\ndef {}(): return one.x",
@@ -527,11 +527,21 @@ def reaching(ways, leaf, value):
     return known["inner"]
 
 
+@pytest.mark.parametrize("leaf", LEAVES)
+def test_each_way_to_what_a_kernel_computes_with_counts(leaf):
+    """A digest that did not see it would give a process the machine code of another function."""
+    for way in (None, *WAYS):
+        ways = [] if way is None else [way]
+        one, two = [what_runs.digest([reaching(ways, leaf, value)], [torch.zeros(2)], {}) for value in (1, 2)]
+        assert None not in (one, two), way
+        assert one != two, way
+
+
 @given(
     st.lists(st.sampled_from(sorted(WAYS)), max_size=3), st.sampled_from(sorted(LEAVES)), *[st.sampled_from(VALUES)] * 2
 )
 def test_whatever_a_kernel_computes_with_counts(ways, leaf, one, two):
-    """A digest that did not see it would give a process the machine code of another function."""
+    """By several ways one after another, and not what is equal."""
     first, again, other = [
         what_runs.digest([reaching(ways, leaf, value)], [torch.zeros(2)], {}) for value in (one, one, two)
     ]
