@@ -9,7 +9,7 @@ import inspect
 import math
 import numbers
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import NoneType, UnionType
 from typing import Any, ParamSpec, TypeVar
 
@@ -213,3 +213,12 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
         return function(*args, **kwargs)
 
     return judged
+
+
+def is_shape(sizes: Sequence[int]) -> bool:
+    """Whether an index holds the product of these sizes. Torch multiplies them, for strides, also where one of them is 0.
+
+    >>> is_shape([0, 2**62]), is_shape([0, 2**62, 2])
+    (True, False)
+    """
+    return math.prod(max(n, 1) for n in sizes) < 2**63

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bnbref import nested
-from bnbref.arguments import check_tensors, dtype_name
+from bnbref.arguments import check_tensors, dtype_name, is_shape
 from bnbref.blockwise import FLOATS, block_count
 from bnbref.codebooks import DYNAMIC, FOUR_BIT, four_bit, is_table_of, value_table
 
@@ -43,7 +43,7 @@ def checked_fields(qs_dict: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
     _require(known_type, "quant_type", f"{sorted(FOUR_BIT)} or None, for 8 bits{ENTER}", quant_type)
     if shape is not None:
         ok = isinstance(shape, (list, tuple, torch.Size)) and all(type(n) is int and n >= 0 for n in shape)
-        _require(ok and math.prod(shape) < 2**63, "shape", "a list of sizes", shape)
+        _require(ok and is_shape(shape), "shape", "a list of sizes", shape)
         shape = torch.Size(shape)
     known_dtype = isinstance(fields["dtype"], str) and fields["dtype"] in DTYPES
     _require(known_dtype, "dtype", sorted(DTYPES), fields["dtype"])

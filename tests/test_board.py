@@ -3,6 +3,8 @@
 Those in a browser need `pip install playwright`, which brings none, and a Chromium, such as Debian's.
 """
 
+import contextlib
+import copy
 import html.parser
 import json
 import re
@@ -127,9 +129,10 @@ def test_a_verdict_is_of_all_that_explains():
         (json.dumps({"backend": "mine"}), "no report"),
         (json.dumps(body({"quantize_4bit/of-tomorrow": "passed"})), "has not: quantize_4bit/of-tomorrow"),
         (json.dumps(body({}, [finding("Q4-99", [])])), "has not: Q4-99"),
-        (json.dumps(body({}, versions={"mine": 1})), "its versions and cases must have texts as values"),
-        (json.dumps(body({EVERY[0]: 1})), "its versions and cases must have texts as values"),
-        (json.dumps(body({}, [3])), "a finding must have rule, cases, follows, "),
+        (json.dumps(body({}, [finding("Q4-1", CASES["Q4-1"], flags=["new"])])), "has not: new"),
+        (json.dumps(body({}, versions={"mine": 1})), "it has no report.versions, or one of another kind"),
+        (json.dumps(body({EVERY[0]: 1})), "it has no report.cases, or one of another kind"),
+        (json.dumps(body({}, [3])), "it has no report.findings, or one of another kind"),
         (json.dumps(body({}, [finding("Q4-1", [])])), "a finding without a case"),
         (None, "No such file"),
     ],
@@ -140,6 +143,56 @@ def test_reports_that_are_none(tmp_path, capsys, text, message):
     assert main(["board", str(tmp_path / "r.json"), "--html", str(tmp_path / "b.html")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "b.html").exists()
+
+
+def places(x, before=()):
+    """Every place in what was read from JSON, by the keys that lead to it."""
+    if isinstance(x, (dict, list)):
+        for key, y in x.items() if isinstance(x, dict) else enumerate(x):
+            yield *before, key
+            yield from places(y, (*before, key))
+
+
+WHOLE = body({EVERY[0]: "passed", EVERY[1]: "failed"}, [finding("Q4-1", CASES["Q4-1"], [MISTAKE], flags=["blocksize"])])
+STRANGE = [
+    None,
+    1,
+    -1.5,
+    True,
+    "",
+    "x",
+    [],
+    [[]],
+    {},
+    [{}],
+    [None],
+    ["x", 1],
+    {"x": None},
+    "\ud800",
+    ["\ud800"],
+    10**400,
+]
+
+
+@settings(max_examples=150)
+@given(st.sampled_from(list(places(WHOLE))), st.sampled_from(STRANGE))
+def test_whatever_a_report_has_is_shown_or_refused(tmp_path_factory, place, value):
+    changed = part = copy.deepcopy(WHOLE)
+    for key in place[:-1]:
+        part = part[key]
+    part[place[-1]] = value
+    columns = []
+    with contextlib.suppress(ValueError):  # by which `board` says that it is none
+        columns = read(tmp_path_factory.mktemp("board"), changed)
+    if columns:
+        assert page.as_page(columns).encode()
+        assert picture.as_picture(columns).encode()
+
+
+def test_a_report_in_a_report_in_a_report(tmp_path):
+    (tmp_path / "r.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="is no JSON"):
+        board.board([tmp_path / "r.json"])
 
 
 def test_a_page_does_not_take_the_place_of_a_report_or_of_a_drawing(tmp_path, capsys):

@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import io
 import json
+import math
 import multiprocessing
 import os
 import pickle
@@ -18,6 +19,7 @@ from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import kit_cases.__main__ as kit_cases
 import kit_mutants
@@ -1168,6 +1170,27 @@ def test_text_gives_tensors_back(case):
         assert again[0] == name
         assert again[1].dtype == tensor.dtype
         assert torch.equal(again[1].view(torch.uint8), tensor.contiguous().view(torch.uint8))
+
+
+def test_an_exception_is_reported_whatever_it_says(tmp_path):
+    """As one of a file whose name is not in UTF-8."""
+    backend = backends.Backend("mine", {"int8_matmul": mock.Mock(side_effect=OSError("no \udcff\n"))})
+    result = judge.run_case(backend, BY_ID["int8_matmul/1x8x16"], CPU)
+    assert [failure.message for failure in result.failures] == [r"raised OSError: no \udcff"]
+    done = report.report(backend, CPU, [result], small=False)
+    assert report.as_text(done).encode()
+    assert board.of_run(done, tmp_path / "mine.json").count("defect") == 1
+
+
+@given(st.lists(st.sampled_from([0, 1, 2, 3, 2**31, 2**62, 2**63 - 1, 2**63, 10**30]), max_size=4))
+def test_an_answer_has_a_shape_that_torch_can_have(sizes):
+    words = ["00"] * min(math.prod(sizes), 81)
+    line = " ".join(["tensor y int8", str(len(sizes)), *map(str, sizes), *words])
+    if len(words) == math.prod(sizes) and math.prod(max(n, 1) for n in sizes) < 2**63:
+        assert parse_tensor(line)[1].shape == tuple(sizes)
+    else:
+        with pytest.raises(ValueError, match=r"tensor y (of|must have a) shape"):
+            parse_tensor(line)
 
 
 def passed_through_the_pipe(command, operation, capsys, monkeypatch):

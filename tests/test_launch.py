@@ -3,12 +3,16 @@ a later process finds it on disk if it would compile the same, and only then."""
 
 import contextlib
 import ctypes
+import dataclasses
 import functools
 import hashlib
 import importlib
+import importlib.util
 import os
+import pkgutil
 import subprocess
 import sys
+import types
 from types import SimpleNamespace
 from unittest import mock
 
@@ -17,6 +21,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import bnbref.kernels
 from bnbref import blockwise
 from bnbref.codebooks import DYNAMIC, NF4, Codebook
 from bnbref.kernels import REGISTRY, Kernel, formulations, kept_launches, launch, variants, what_runs
@@ -302,6 +307,8 @@ def test_machine_code_that_is_cut_off_is_not_loaded(folder, runtime):
     code.write_bytes(b"machine")
     assert find(place(), 0) is None
     assert runtime.loaded == []
+    keep(place(), *launch.launched_alone(recorded(a, b, out, 3), [a, b], (), out), 0)  # what was compiled instead
+    assert find(place(), 0) is not None
 
 
 def test_a_folder_that_cannot_be_written(folder):
@@ -316,6 +323,27 @@ def test_nothing_is_kept_for_those_who_watch_the_compiler(folder, monkeypatch, n
     assert place() is not None
     monkeypatch.setenv(name, "1")
     assert place() is None
+
+
+@pytest.mark.parametrize("imported", [True, False])
+def test_nothing_is_kept_without_caches(folder, monkeypatch, imported):
+    """torch reads its two variables for it into this setting. Inductor, which kept launches do not need, may not be there."""
+    if not imported:
+        monkeypatch.delitem(sys.modules, "torch._inductor.config", raising=False)
+    with torch.compiler.config.patch(force_disable_caches=True):
+        assert place() is None
+    assert place() is not None
+
+
+@pytest.mark.parametrize("fault", [None, ImportError, KeyError, OSError])
+def test_the_folder_is_inductor_s(monkeypatch, fault):
+    """Also before Inductor has entered it into the environment, and of a user without a name, as in many a container."""
+    cache_dir_utils = importlib.import_module("torch._inductor.runtime.cache_dir_utils")
+    fault = ModuleNotFoundError if fault is ImportError else fault
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    user = mock.Mock(return_value="some/bo:dy", side_effect=fault)
+    monkeypatch.setattr(kept_launches.getpass, "getuser", user)
+    assert str(kept_launches._folder()) == os.path.join(cache_dir_utils.default_cache_dir(), "bnbref")
 
 
 def other(x):
@@ -425,6 +453,122 @@ def test_another_machine_is_another(monkeypatch):
 def test_a_set_has_no_order():
     letters = what_runs._constant(frozenset("abcdefghijklmnop"))
     assert letters.startswith("{str 'a', str 'b', str 'c', str 'd', str 'e', ")
+
+
+# How a program reaches the function `inner`. `{}` is its name there, since a name counts as well.
+WAYS = {
+    "its name": "def {}(): return inner()",
+    "a default": "def {}(f=inner): return f()",
+    "a default by name": "def {}(*, f=inner): return f()",
+    "a closure": "def outer(f):\n    def {}(): return f()\n    return {}\n{} = outer(inner)",
+    "a function in it": "def {}():\n    def own(): return inner()\n    return own()",
+    "a module": "module = ModuleType('bnbref.other')\nmodule.f = inner\ndef {}(): return module.f()",
+    "a tuple": "all = (inner,)\ndef {}(): return all[0]()",
+    "a list": "all = [inner]\ndef {}(): return all[0]()",
+    "a dict": "all = {{'one': inner}}\ndef {}(): return all['one']()",
+    "a cache": "kept = cache(inner)\ndef {}(): return kept()",
+    "a decorator": "@wraps(inner)\ndef {}(): return kept()\nkept = 1",
+    "a method": "class Own:\n    def f(self): return inner()\ndef {}(): return Own().f()",
+    "a property": "class Own:\n    @property\n    def f(self): return inner()\ndef {}(): return Own().f",
+    "a kept property": "class Own:\n    @cached_property\n    def f(self): return inner()\ndef {}(): return Own().f",
+    "a class method": "class Own:\n    @classmethod\n    def f(cls): return inner()\ndef {}(): return Own.f()",
+    "a static method": "class Own:\n    @staticmethod\n    def f(): return inner()\ndef {}(): return Own.f()",
+    "a base": "class Base:\n    def f(self): return inner()\nclass Own(Base): pass\ndef {}(): return Own().f()",
+    "a field": "@dataclass\nclass Own:\n    f: object\none = Own(inner)\ndef {}(): return one.f()",
+}  # fmt: skip
+# How a function reaches a value.
+LEAVES = {
+    "a global": "def {}(): return value",
+    "a default": "def {}(x=value): return x",
+    "a default by name": "def {}(*, x=value): return x",
+    "a closure": "def outer(x):\n    def {}(): return x\n    return {}\n{} = outer(value)",
+    "a module": "module = ModuleType('bnbref.other')\nmodule.x = value\ndef {}(): return module.x",
+    "a class": "class Own:\n    x = value\ndef {}(): return Own.x",
+    "a base": "class Base:\n    x = value\nclass Own(Base): pass\ndef {}(): return Own.x",
+    "a field": "@dataclass\nclass Own:\n    x: object\none = Own(value)\ndef {}(): return one.x",
+    "an identity": "class Own: pass\none = Own()\none._identity = (value,)\ndef {}(): return one._identity[0]",
+}  # fmt: skip
+VALUES = [
+    0,
+    1,
+    True,
+    False,
+    None,
+    1.0,
+    0.0,
+    -0.0,
+    1j,
+    "1",
+    b"1",
+    ...,
+    torch.float16,
+    torch.bfloat16,
+    (1,),
+    [1],
+    {1: 2},
+    {2: 1},
+    max,
+    min,
+]
+
+
+def reaching(ways, leaf, value):
+    """A function of bnbref that reaches a value through others."""
+    known = {
+        "ModuleType": types.ModuleType,
+        "dataclass": dataclasses.dataclass,
+        "cached_property": functools.cached_property,
+    }
+    known |= {"wraps": functools.wraps, "cache": functools.cache, "__name__": "bnbref.own", "value": value}
+    for i, text in enumerate([LEAVES[leaf], *(WAYS[way] for way in ways)]):
+        scope, name = dict(known), f"f{i}"
+        exec(text.format(name, name, name), scope)
+        known["inner"] = scope[name]
+    return known["inner"]
+
+
+@pytest.mark.parametrize("leaf", LEAVES)
+def test_each_way_to_what_a_kernel_computes_with_counts(leaf):
+    """A digest that did not see it would give a process the machine code of another function."""
+    for way in (None, *WAYS):
+        ways = [] if way is None else [way]
+        one, two = [what_runs.digest([reaching(ways, leaf, value)], [torch.zeros(2)], {}) for value in (1, 2)]
+        assert None not in (one, two), way
+        assert one != two, way
+
+
+@given(
+    st.lists(st.sampled_from(sorted(WAYS)), max_size=3), st.sampled_from(sorted(LEAVES)), *[st.sampled_from(VALUES)] * 2
+)
+def test_whatever_a_kernel_computes_with_counts(ways, leaf, one, two):
+    """By several ways one after another, and not what is equal."""
+    first, again, other = [
+        what_runs.digest([reaching(ways, leaf, value)], [torch.zeros(2)], {}) for value in (one, one, two)
+    ]
+    assert first == again is not None
+    assert (first == other) == ((type(one), repr(one)) == (type(two), repr(two)))
+
+
+def test_every_file_of_the_workshop_counts(monkeypatch):
+    """Also what no name leads to from the definition: options, and the code that writes kernels."""
+    names = [module.name for module in pkgutil.iter_modules(bnbref.kernels.__path__, "bnbref.kernels.")]
+    codes = {name: importlib.util.find_spec(name).loader.get_code(name) for name in names}
+    workshop, before = what_runs._workshop.__wrapped__, what_runs._workshop()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: mock.Mock(loader=mock.Mock(get_code=codes.get)))
+    assert workshop() == before
+    for name in names:
+        with mock.patch.dict(codes, {name: compile("1", "file", "exec")}):
+            assert workshop() != before
+    for loader in (None, mock.Mock(spec=()), mock.Mock(get_code=lambda name: None)):  # as in a frozen program
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, loader=loader: mock.Mock(loader=loader))
+        with pytest.raises(what_runs.Unknown):
+            workshop()
+
+
+def test_a_constant_of_a_function_in_a_function_counts():
+    text = "def one(x):\n    def two(): return x in {}\n    return two"
+    codes = [compile(text.format(s), "file", "exec") for s in ("(1, 2)", "(1, 3)", "{1, 2}", "{2, 1}", "(1, (2, {3}))")]
+    assert len({what_runs._code(code) for code in codes}) == 4  # two of them are one set
 
 
 def test_a_method_of_a_base_counts(monkeypatch):

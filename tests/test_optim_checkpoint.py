@@ -403,3 +403,42 @@ def test_the_counts_of_a_saved_state_are_counts(key, name, value):
                 assert optimizer.state[p][key] == one
             assert right or str(optimizer.state_dict()) == before
             optimizer.step()
+
+
+# What a file may have in the place of a tensor.
+STRANGE = {
+    "itself": lambda x: x, "none": lambda x: None, "a list": torch.Tensor.tolist, "an integer": lambda x: 3, "a string": repr,
+    "nothing": lambda x: x.flatten()[:0], "a number": lambda x: torch.ones((), dtype=x.dtype), "one less": lambda x: x[1:],
+    "one": lambda x: x[:1], "a side more": lambda x: x[None], "in a row": torch.Tensor.flatten,
+    "twice": lambda x: torch.cat([x, x]), "complex": lambda x: x.to(torch.complex64), "bool": torch.Tensor.bool,
+    "codes": torch.Tensor.byte, "long": torch.Tensor.long,
+    "double": torch.Tensor.double, "half": torch.Tensor.half, "float8": lambda x: x.float().to(torch.float8_e5m2),
+    "sparse": torch.Tensor.to_sparse, "meta": lambda x: x.to("meta"), "nan": lambda x: x.float() / 0,
+    "negative": lambda x: -1 - x.float(),
+}  # fmt: skip
+STRANGERS = st.sampled_from(["AdamW8bit", "AdEMAMix8bit", "AdEMAMix32bit", "Lion8bit", "SGD32bit", "LAMB8bit"])
+
+
+@given(STRANGERS, STRANGERS, st.sampled_from([(), (1,), (2,), (0,), (2, 300)]), st.data())
+def test_whatever_a_file_has_is_loaded_or_refused(one, other, shape, data):
+    """By a ValueError, after which the optimizer is what it was, or by none and then it steps."""
+
+    def begun(name):
+        p = nn.Parameter(torch.ones(shape))
+        optimizer = make(name, [p], min_8bit_size=0)
+        p.grad = torch.ones(shape)
+        optimizer.step()
+        return optimizer
+
+    with eagerly():
+        saved, optimizer = begun(one).state_dict(), begun(other)
+        wrapped = saved["state"][0][WRAPPED]
+        key, how = data.draw(st.sampled_from(sorted(wrapped))), data.draw(st.sampled_from(sorted(STRANGE)))
+        with contextlib.suppress(IndexError, RuntimeError):  # what is no tensor of such a shape cannot be cut so
+            wrapped[key] = STRANGE[how](wrapped[key])
+        before = str(optimizer.state_dict())
+        try:
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": saved["state"]})
+        except ValueError:
+            assert str(optimizer.state_dict()) == before
+        optimizer.step()

@@ -191,6 +191,12 @@ def test_a_killed_process_leaves_a_checkpoint_or_says_that_it_does_not(when, tmp
         assert states[0]["state1"].dtype == torch.uint8
 
 
+def test_which_states_are_in_pages():
+    """As in bitsandbytes, by the elements of the parameter: of an optimizer that is not paged, none."""
+    pages = [paging.Placement(is_paged).pages(numel) for is_paged in (False, True) for numel in (99_999, 100_000)]
+    assert pages == [False, False, False, True]
+
+
 def test_paged_on_a_cpu_says_once_that_it_is_resident():
     with pytest.warns(UserWarning, match="page_directory") as caught:
         trained(optim.PagedAdamW, sizes=((400, 300), (400, 300)))

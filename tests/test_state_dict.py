@@ -3,6 +3,7 @@
 import copy
 import gc
 import itertools
+import math
 import tempfile
 import weakref
 from pathlib import Path
@@ -503,3 +504,17 @@ def test_extra_state_is_loaded_into_the_layer_itself(make):
         other.load_state_dict(layer.state_dict(), assign=assign)
         assert other.count == 7
         assert torch.equal(other.bias, layer.bias + 1)
+
+
+@given(st.lists(st.sampled_from([0, 1, 2, 3, 2**31, 2**62, 2**63 - 1, 2**63, 10**30]), max_size=4))
+def test_a_state_has_a_shape_that_torch_can_have(sizes):
+    """One of 0 elements, too, whose strides no index holds."""
+    with bnbref.eager():
+        packed, state = bnbref.functional.quantize_4bit(torch.ones(min(math.prod(sizes), 81)), quant_type="nf4")
+        fields = {**state.as_dict(packed=False), "shape": sizes}
+        if math.prod(sizes) <= 81 and math.prod(max(n, 1) for n in sizes) < 2**63:
+            loaded = bnbref.QuantState.from_dict(fields, torch.device("cpu"))
+            assert bnbref.functional.dequantize_4bit(packed, loaded).shape == tuple(sizes)
+        else:
+            with pytest.raises(ValueError, match=r"shape|absmax"):
+                bnbref.QuantState.from_dict(fields, torch.device("cpu"))

@@ -160,7 +160,9 @@ def run_case(backend: Backend, case: Case, device: torch.device) -> Result:
             return Result(case, "refused", seconds=time.perf_counter() - begin)
         if isinstance(error, NotImplementedError):
             return of_answer(case, None, seconds=time.perf_counter() - begin)
-        text = f"raised {type(error).__name__}: {next(filter(str.strip, str(error).splitlines()), '').strip()}"
+        first = next(filter(str.strip, str(error).splitlines()), "").strip()
+        # A name of a file that is not in UTF-8 has letters that nothing can print.
+        text = f"raised {type(error).__name__}: {first.encode(errors='backslashreplace').decode()}"
         return Result(case, "failed", (Failure(case, "", "raised", text),), time.perf_counter() - begin)
     seconds = time.perf_counter() - begin
     mutated = [f"the argument {name} was modified, or memory beside it" for name in modified(case, keywords, memory)]

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnbref.arguments import dtype_name
+from bnbref.arguments import dtype_name, is_shape
 from bnbref.conformance.case import Case
 from bnbref.conformance.vectors import DTYPES, from_bytes
 
@@ -73,6 +73,8 @@ def parse_tensor(line: str) -> tuple[str, Tensor]:
             f"tensor {name} must have the number of its dimensions and each of them after its dtype, got {dims!r}"
         )
     shape = [int(size) for size in sizes]
+    if not is_shape(shape):
+        raise ValueError(f"tensor {name} must have a shape whose product an index of 64 bits holds, got {shape}")
     if len(words) != math.prod(shape):
         raise ValueError(f"tensor {name} of shape {shape} must have {math.prod(shape)} elements, got {len(words)}")
     digits = 2 * dtype.itemsize

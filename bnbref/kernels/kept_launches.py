@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import re
-import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -26,18 +25,16 @@ import torch
 from bnbref.kernels.launch import Launch, loaded
 from bnbref.kernels.what_runs import digest
 
-# Whoever sets one of these wants to see how kernels are compiled, or that they are.
-_WATCHED = (
-    "TORCH_LOGS",
-    "TORCH_TRACE",
-    "TORCH_COMPILE_DEBUG",
-    "TORCHINDUCTOR_FORCE_DISABLE_CACHES",
-    "TRITON_ALWAYS_COMPILE",
-)
+# Whoever sets one of these wants to see how kernels are compiled, or that they are. So does who sets `force_disable_caches`, by a
+# variable or in a program: torch.compiler.config has both, and is there before Inductor.
+_WATCHED = ("TORCH_LOGS", "TORCH_TRACE", "TORCH_COMPILE_DEBUG", "TRITON_ALWAYS_COMPILE")
 
 # Files that the folder may hold, one for each layout; when there are more they are all removed, and it is filled anew. A program
 # whose texts have every length has thousands of layouts.
 _MOST_FILES = 4096
+
+_NO_NAME = r'[\\/:*?"<>|]'
+"""Letters that a name of a folder has not."""
 
 _functions: dict[tuple[str, int], int] = {}
 """The addresses of machine code that is loaded, by its file and the number of the GPU."""
@@ -45,24 +42,24 @@ _functions: dict[tuple[str, int], int] = {}
 
 def place_of(functions: Sequence[Callable[..., Any]], args: Sequence[Any], constants: Mapping[str, Any]) -> Path | None:
     """The file in which the launch of a call is kept; None if none is kept."""
-    config = sys.modules.get("torch._inductor.config")
-    if any(os.environ.get(name) for name in _WATCHED) or getattr(config, "force_disable_caches", False):
+    if any(os.environ.get(name) for name in _WATCHED) or torch.compiler.config.force_disable_caches:
         return None
     if not all(str(f.__module__).startswith("bnbref.") for f in functions):
         return None
-    folder, name = _folder(), digest(functions, args, constants)
-    return None if folder is None or name is None else folder / f"{name}.json"
+    name = digest(functions, args, constants)
+    return None if name is None else _folder() / f"{name}.json"
 
 
-def _folder() -> Path | None:
+def _folder() -> Path:
+    """A folder in Inductor's, which it is asked for before Inductor is imported."""
     given = os.environ.get("TORCHINDUCTOR_CACHE_DIR")  # Inductor sets it when it is first used
     if given is not None:
         return Path(given) / "bnbref"
     try:
-        user = re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())
-    except (ImportError, KeyError, OSError):  # a user whom the system does not know
-        return None
-    return Path(tempfile.gettempdir()) / f"torchinductor_{user}" / "bnbref"
+        user = getpass.getuser()
+    except (ImportError, KeyError, OSError):  # a user whom the system does not know, as in many a container
+        user = f"uid_{os.getuid()}" if hasattr(os, "getuid") else "unknown_user"
+    return Path(tempfile.gettempdir()) / f"torchinductor_{re.sub(_NO_NAME, '_', user)}" / "bnbref"
 
 
 def keep(place: Path, launch: Launch, kernel: Any, index: int) -> None:
@@ -78,8 +75,7 @@ def keep(place: Path, launch: Launch, kernel: Any, index: int) -> None:
         if len(files) >= _MOST_FILES:
             for old in files:
                 old.unlink(missing_ok=True)
-        if not file.exists():
-            _write(file, code)
+        _write(file, code)  # also where it is: it may have been cut off
         fields = {**launch._asdict(), "results": [[*layout[:2], str(layout[2])] for layout in launch.results]}
         _write(place, json.dumps({"launch": fields, "cubin": file.name}).encode())
     except OSError:
@@ -92,9 +88,8 @@ def _write(file: Path, content: bytes) -> None:
     try:
         part.write_bytes(content)
         os.replace(part, file)
-    except OSError:
+    finally:
         part.unlink(missing_ok=True)
-        raise
 
 
 def find(place: Path, index: int) -> tuple[Launch, int] | None:

@@ -20,6 +20,9 @@ from bnbref.optim.rule import Rule, State, absmax_key, qmap_key
 from bnbref.optim.sharding import blocks_of, local, part_of, shard_of, sharded_like
 from bnbref.optim.state_dict import BESIDE, BLOCKSIZE, WRAPPED, names_of, of_blocks, of_others, same_blocks
 
+_NUMBERS = (torch.float64, *FLOATS)
+"""The dtypes that saved numbers may have. Of floats of 8 bits torch does not say whether they are finite."""
+
 
 class Held:
     """Wraps a saved state while torch's `load_state_dict` runs, which casts the tensors of a dict to the parameter's dtype."""
@@ -109,7 +112,7 @@ def _numbers(rule: Rule, p: Tensor, saved: Mapping[str, Any], s: State) -> Tenso
     tensor, numel = _saved(rule, saved, s.key), torch.Size(s.shape(p.shape)).numel()
     if tensor.numel() != numel:
         raise ValueError(f"saved {s.key} has {tensor.numel()} numbers, its parameter has {numel} {s.of}")
-    if tensor.dtype not in (torch.uint8, torch.float64, *FLOATS):
+    if tensor.dtype not in (torch.uint8, *_NUMBERS):
         raise ValueError(f"saved {s.key} must be uint8 codes or floats of 16 bits or more, got {tensor.dtype}")
     _check_sign(rule, s, tensor)
     return tensor
@@ -194,12 +197,20 @@ def _unstacked(rule: Rule, saved: dict[str, Any]) -> dict[str, Any]:
     """The saved state with a tensor for each of the states that bitsandbytes has stacked in one."""
     if not rule.stacked or rule.stacked[-1] in saved:
         return saved
-    first = rule.stacked[0]
+    first, many = rule.stacked[0], len(rule.stacked)
     unstacked: dict[str, Any] = {}
-    for i, key in enumerate(rule.stacked):
-        unstacked |= {name(key): saved[name(first)][i] for name in (str, absmax_key) if name(first) in saved}
-        if qmap_key(first) in saved:
-            unstacked[qmap_key(key)] = saved[qmap_key(first)]
+    for name in (str, absmax_key):
+        if name(first) not in saved:
+            continue
+        tensor = _saved(rule, saved, name(first))
+        if tensor.shape[:1] != (many,):
+            raise ValueError(
+                f"saved {name(first)} must have {many} states, one after another, got shape {tuple(tensor.shape)}: it is of "
+                f"another rule than {rule!r}"
+            )
+        unstacked |= {name(key): x for key, x in zip(rule.stacked, tensor, strict=True)}
+    if qmap_key(first) in saved:
+        unstacked |= {qmap_key(key): saved[qmap_key(first)] for key in rule.stacked}
     return {**saved, **unstacked}
 
 
@@ -213,7 +224,7 @@ def _reencoded(
             f"saved absmax has {absmax.numel()} scales for {codes.numel()} codes: not blocks of {blocksize}; "
             f"blocksize=... must be that of the optimizer that saved it"
         )
-    if not absmax.is_floating_point() or not bool((absmax.isfinite() & (absmax >= 0)).all()):
+    if absmax.dtype not in _NUMBERS or not bool((absmax.isfinite() & (absmax >= 0)).all()):
         raise ValueError(f"saved {absmax_key(state.key)} has scales that are no floats, NaN, infinite or negative")
     book = rule.codebook(state)
     if values is None or is_table_of(values, book):

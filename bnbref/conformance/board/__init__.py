@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from bnbref.conformance import made, report, vectors
 from bnbref.conformance.board.drawings import of_finding
 from bnbref.conformance.explain import verdict
-from bnbref.conformance.specification import RULES
+from bnbref.conformance.specification import FLAGS, RULES
 
 STATES = {
     "passed": "every case of the rule that ran keeps it",
@@ -27,17 +27,17 @@ STATES = {
 }
 """The states of a cell of the board, each with its meaning."""
 
-_KEYS = {"backend": str, "device": str, "versions": dict, "made": str, "cases": dict, "findings": list}
+_TEXTS, _TEXT_BY_NAME = (list, str), (dict, str)
+_OF_ELEMENT = {"place": list, "got": str, "want": str}
 _OF_FINDING = {
-    "rule": str,
-    "cases": list,
-    "follows": list,
-    "flags": list,
-    "message": str,
-    "input": list,
-    "elements": list,
-}
-"""What a report, and each of its findings, must have, and of which types."""
+    "rule": str, "cases": _TEXTS, "follows": _TEXTS, "flags": _TEXTS, "message": str, "input": _TEXTS,
+    "elements": (list, _OF_ELEMENT),
+}  # fmt: skip
+_OF_REPORT = {
+    "backend": str, "device": str, "versions": _TEXT_BY_NAME, "made": str, "cases": _TEXT_BY_NAME,
+    "findings": (list, _OF_FINDING),
+}  # fmt: skip
+"""What a report must have, by name: a type; a list or a dict, and what is in it; or names again."""
 
 
 class Cell(NamedTuple):
@@ -112,27 +112,41 @@ def _cell(rule: str, cases: Sequence[str], body: Mapping[str, Any]) -> Cell:
     return Cell(state, counts, findings)
 
 
-def _has(body: Any, keys: Mapping[str, type]) -> bool:
-    return isinstance(body, dict) and all(isinstance(body.get(key), kind) for key, kind in keys.items())
+def _wrong(x: Any, kind: Any, name: str) -> str | None:
+    """The name of what in x is not of that kind, see `_OF_REPORT`; None if all is."""
+    if isinstance(kind, type):
+        return None if isinstance(x, kind) else name
+    if isinstance(kind, tuple):
+        whole, each = kind
+        inside = x.values() if isinstance(x, dict) else x
+        return next((found for y in inside if (found := _wrong(y, each, name))), None) if isinstance(x, whole) else name
+    if not isinstance(x, dict):
+        return name
+    return next((found for key, each in kind.items() if (found := _wrong(x.get(key), each, f"{name}.{key}"))), None)
 
 
 def column(file: Path, text: str) -> Column:
     """The column of a report, whose text is that of the file. Raises ValueError where it is none, or of other rules or cases."""
     try:
         body = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is no JSON: {error}") from error
-    if not _has(body, _KEYS):
-        raise ValueError(f"{file} is no report of `check --json`: it must have {', '.join(_KEYS)}")
-    if not all(isinstance(text, str) for text in (*body["versions"].values(), *body["cases"].values())):
-        raise ValueError(f"{file} is no report of `check --json`: its versions and cases must have texts as values")
-    if not all(_has(finding, _OF_FINDING) for finding in body["findings"]):
-        raise ValueError(f"{file} is no report of `check --json`: a finding must have {', '.join(_OF_FINDING)}")
+        json.dumps(body, ensure_ascii=False).encode()  # half of a pair of UTF-16, which JSON has, is in no page
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is no JSON of texts: {error}") from error
+    wrong = _wrong(body, _OF_REPORT, "report")
+    if wrong:
+        raise ValueError(
+            f"{file} is no report of `check --json`: it has no {wrong}, or one of another kind than such reports have"
+        )
     cases = cases_of_rules()
     unknown = sorted({finding["rule"] for finding in body["findings"]} - set(cases))
-    unknown += sorted(set(body["cases"]) - set(cases["G-2"]))
+    unknown += sorted(
+        {*body["cases"], *(case for finding in body["findings"] for case in finding["cases"])} - set(cases["G-2"])
+    )
+    unknown += sorted({flag for finding in body["findings"] for flag in finding["flags"]} - set(FLAGS))
     if unknown:
-        raise ValueError(f"{file} has rules or cases that this version of the kit has not: {', '.join(unknown[:3])}")
+        raise ValueError(
+            f"{file} has rules, cases or flags that this version of the kit has not: {', '.join(unknown[:3])}"
+        )
     if not all(finding["cases"] for finding in body["findings"]):
         raise ValueError(f"{file} has a finding without a case")
     cells = {rule: _cell(rule, ids, body) for rule, ids in cases.items()}
