@@ -164,7 +164,8 @@ def _class(kind: type, seen: dict[int, int]) -> Iterator[str]:
             if isinstance(function, types.FunctionType):
                 yield name
                 yield from _once(function, seen)
-        if isinstance(value, (*_PLAIN, tuple, list, dict)) and not name.startswith("__"):  # those are Python's
+        data = (*_PLAIN, tuple, list, dict, types.BuiltinFunctionType)
+        if isinstance(value, data) and not name.startswith("__"):  # those are Python's
             yield name
             yield from _reached(value, seen)
 
