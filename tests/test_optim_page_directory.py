@@ -543,6 +543,34 @@ def test_the_values_of_a_copy_that_was_cast_are_set(tmp_path):
     )
 
 
+@pytest.mark.parametrize("how", ["renamed", "moved"])
+def test_mapped_states_are_known_by_their_files_and_not_by_names(how, tmp_path):
+    """A file that was renamed since it was mapped, by an optimizer that is gone, or whose folder was, may be that of another."""
+    params = [nn.Parameter(torch.linspace(-1, i, 600)) for i in (1, 2)]
+    folder = tmp_path / "pages"
+    optimizer = optim.AdamW8bit([{"params": [p]} for p in params], page_directory=folder, min_8bit_size=0)
+    for p in params:
+        p.grad = p.detach().clone()
+    optimizer.step()
+    wanted = copy.deepcopy([optimizer.state[p] for p in params])
+    for p in params:
+        p.grad = None
+    if how == "renamed":
+        optimizer.param_groups.reverse()
+        optimizer.step()
+        second, first = (optimizer.state_dict()["state"][i] for i in (0, 1))
+    else:
+        first, second = optim.read_pages(folder).values()
+    del optimizer
+    if how == "moved":
+        folder = folder.rename(tmp_path / "moved")
+        params, wanted, first, second = params[::-1], wanted[::-1], second, first
+    optimizer = optim.AdamW8bit([{"params": [p]} for p in params], page_directory=folder, min_8bit_size=0)
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": {0: first, 1: second}})
+    for p, state in zip(params, wanted, strict=True):
+        assert same_bits([x for x in optimizer.state[p].values() if isinstance(x, torch.Tensor)], [*state.values()][1:])
+
+
 @pytest.mark.parametrize("how", ["away for a step", "a copy"])
 def test_an_empty_parameter_comes_back_into_the_checkpoint(how, tmp_path):
     params = [nn.Parameter(torch.ones(0, 5)), nn.Parameter(torch.ones(600))]
