@@ -28,6 +28,18 @@ from bnbref.optim.page_directory import Directory
 pytestmark = pytest.mark.usefixtures("eager")
 
 
+class Sign(optim.Rule):
+    """Keeps nothing but the number of its steps."""
+
+    states = ()
+
+    def coefficients(self, t, group):
+        return {"rate": group["lr"], "decay": 1.0}
+
+    def direction(self, p, g, c):
+        return (g,)
+
+
 def begun(folder, name="PagedAdamW8bit"):
     """A parameter with a gradient, and an optimizer that has made no step."""
     p = nn.Parameter(torch.linspace(-1, 1, 600).view(20, 30))
@@ -569,6 +581,20 @@ def test_mapped_states_are_known_by_their_files_and_not_by_names(how, tmp_path):
     optimizer.load_state_dict({**optimizer.state_dict(), "state": {0: first, 1: second}})
     for p, state in zip(params, wanted, strict=True):
         assert same_bits([x for x in optimizer.state[p].values() if isinstance(x, torch.Tensor)], [*state.values()][1:])
+
+
+@pytest.mark.parametrize("stepped", [True, False])
+def test_tensors_of_others_are_no_states_that_belong_into_files(stepped, tmp_path):
+    """As Lookahead's, of a parameter whose rule keeps nothing, or which has no gradient: there is a checkpoint none the less."""
+    params = [nn.Parameter(torch.ones(600)) for _ in range(2)]
+    optimizer = optim.Optimizer(params, Sign(), {"lr": 0.1}, page_directory=tmp_path)
+    kept = optimizer.state[params[1]]["slow"] = torch.ones(600)
+    params[0].grad = torch.ones(600)
+    params[1].grad = torch.ones(600) if stepped else None
+    for steps in (1, 2):
+        optimizer.step()
+        assert optim.read_pages(tmp_path) == {i: {"step": steps} for i in range(1 + stepped)}
+    assert optimizer.state[params[1]]["slow"] is kept
 
 
 @pytest.mark.parametrize("how", ["away for a step", "a copy"])
