@@ -497,10 +497,10 @@ def test_states_may_change_places_within_their_files(how, tmp_path, monkeypatch)
         assert same_bits([x for x in optimizer.state[p].values() if isinstance(x, torch.Tensor)], [*state.values()][1:])
 
 
-@pytest.mark.parametrize(
-    ("before", "options"),
-    [("AdamW8bit", {"master_weight_bits": 32}), ("AdEMAMix8bit", {}), ("AdamW", {}), ("SOAP", {})],
-)
+EARLIER = [("AdamW8bit", {"master_weight_bits": 32}), ("AdEMAMix8bit", {}), ("AdamW", {}), ("SOAP", {})]
+
+
+@pytest.mark.parametrize(("before", "options"), EARLIER)
 def test_what_an_earlier_run_has_left_belongs_to_no_state(before, options, tmp_path):
     """Tensors that the parameter of this run has not: a correction of theirs would be added to it. Files of others stay."""
     (tmp_path / "pytorch_model.bin").write_text("of others")

@@ -164,7 +164,7 @@ def _class(kind: type, seen: dict[int, int]) -> Iterator[str]:
             if isinstance(function, types.FunctionType):
                 yield name
                 yield from _once(function, seen)
-        if isinstance(value, (*_PLAIN, tuple, list, dict)) and not name.startswith("__"):  # those are Python's
+        if isinstance(value, (*_PLAIN, tuple, list, dict)) and not name.startswith("__"):  # Python's own names begin so
             yield name
             yield from _reached(value, seen)
 

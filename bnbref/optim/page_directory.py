@@ -172,9 +172,8 @@ class Directory:
             )
             return
         for name in here.keys() - own.keys():
-            with contextlib.suppress(
-                PermissionError
-            ):  # Windows keeps a file that somebody has mapped; a later step removes it
+            # Windows keeps a file that somebody has mapped. A later step then removes it.
+            with contextlib.suppress(PermissionError):
                 (self.path / name).unlink()
         unfinished = self.path / "steps.json.new"
         unfinished.write_text(json.dumps(counts), encoding="utf-8")

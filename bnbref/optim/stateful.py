@@ -155,9 +155,8 @@ class Stateful(torch.optim.Optimizer):
         check_not_fsdp1()
         for p in self._parameters():
             self._state(p)
-        saved = self.register_state_dict_post_hook(
-            lambda _, whole: self._save(whole), prepend=True
-        )  # before those of others
+        # Called before the hooks of others, which so see what is saved.
+        saved = self.register_state_dict_post_hook(lambda _, whole: self._save(whole), prepend=True)
         try:
             return super().state_dict()
         finally:
