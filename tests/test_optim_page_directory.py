@@ -583,6 +583,17 @@ def test_mapped_states_are_known_by_their_files_and_not_by_names(how, tmp_path):
         assert same_bits([x for x in optimizer.state[p].values() if isinstance(x, torch.Tensor)], [*state.values()][1:])
 
 
+def test_a_file_that_was_cut_off_is_no_state(tmp_path):
+    """torch, which maps it, would put zeros behind it, in the file as well."""
+    _, optimizer = begun(tmp_path)
+    optimizer.step()
+    file = tmp_path / "0.state1.uint8.20x30.bin"
+    file.write_bytes(file.read_bytes()[:599])
+    with pytest.raises(RuntimeError, match=r"0\.state1\.uint8\.20x30\.bin must have the 600 bytes .*, got 599"):
+        optim.read_pages(tmp_path)
+    assert file.stat().st_size == 599
+
+
 @pytest.mark.parametrize("stepped", [True, False])
 def test_tensors_of_others_are_no_states_that_belong_into_files(stepped, tmp_path):
     """As Lookahead's, of a parameter whose rule keeps nothing, or which has no gradient: there is a checkpoint none the less."""

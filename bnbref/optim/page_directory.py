@@ -236,7 +236,8 @@ def read_pages(directory: str | Path) -> dict[int, dict[str, Any]]:
 
         optimizer.load_state_dict({**optimizer.state_dict(), "state": read_pages(directory)})
 
-    They are those after the last step that ended; parameters are not in there. Raises RuntimeError if a step was interrupted.
+    They are those after the last step that ended; parameters are not in there. Raises RuntimeError if a step was interrupted, or
+    a file was cut off.
     """
     directory = Path(directory)
     if not (directory / "steps.json").exists():
@@ -250,5 +251,11 @@ def read_pages(directory: str | Path) -> dict[int, dict[str, Any]]:
         index, key, dtype, sizes = parts.groups()
         shape = [int(n) for n in sizes.split("x") if n]
         if int(index) in states:
-            states[int(index)][key] = _open(path, shape, getattr(torch, dtype))
+            kind = getattr(torch, dtype)
+            needed, size = torch.Size(shape).numel() * kind.itemsize, path.stat().st_size
+            if size != needed:  # torch would make it longer, by zeros
+                raise RuntimeError(
+                    f"{path} must have the {needed} bytes that its name says, got {size}: the folder was copied in part"
+                )
+            states[int(index)][key] = _open(path, shape, kind)
     return states
