@@ -41,7 +41,7 @@ def bytes_needed(x: Tensor) -> int:
 def memory(x: Tensor) -> tuple[int, int]:
     """The address at which the memory of a tensor begins, and the one at which it ends."""
     first = x.data_ptr()
-    return first, first + max(0, int(bytes_needed(x) - x.storage_offset() * x.itemsize))
+    return first, first + int(x.nbytes if x.is_contiguous() else bytes_needed(x) - x.storage_offset() * x.itemsize)
 
 
 def check_memory(name: str, x: Tensor) -> None:

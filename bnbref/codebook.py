@@ -203,7 +203,7 @@ def is_table_of(values: Tensor, codebook: Codebook) -> bool:
     >>> is_table_of(value_table(NF4, torch.device("cpu")), NF4), is_table_of(value_table(NF4, torch.device("cpu")).flip(0), NF4)
     (True, False)
     """
-    if not values.is_floating_point():  # of a complex number the cast would take the real part
+    if not values.is_floating_point():  # a cast takes the real part of a complex number
         return False
     own = value_table(codebook, torch.device("cpu"))
     found = values.detach().to("cpu", torch.float32)

@@ -340,9 +340,10 @@ def test_when_no_process_is_started(other, monkeypatch):
     assert not may(**{**SETTINGS, **other})
 
 
-@pytest.mark.parametrize(
-    ("local", "rank", "first"), [("0", 1, True), ("1", 0, False), (None, 0, True), (None, 1, False), (None, None, True)]
-)
+FIRSTS = [("0", 1, True), ("1", 0, False), (None, 0, True), (None, 1, False), (None, None, True)]
+
+
+@pytest.mark.parametrize(("local", "rank", "first"), FIRSTS)
 def test_of_ranks_that_need_the_same_the_first_starts_it(local, rank, first, monkeypatch):
     """Of those of `torch.multiprocessing.spawn`, too, which have no LOCAL_RANK. rank: None without a process group."""
     monkeypatch.delenv("LOCAL_RANK", raising=False)

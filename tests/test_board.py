@@ -155,23 +155,8 @@ def places(x, before=()):
 
 WHOLE = body({EVERY[0]: "passed", EVERY[1]: "failed"}, [finding("Q4-1", CASES["Q4-1"], [MISTAKE], flags=["blocksize"])])
 STRANGE = [
-    None,
-    1,
-    -1.5,
-    True,
-    "",
-    "x",
-    [],
-    [[]],
-    {},
-    [{}],
-    [None],
-    ["x", 1],
-    {"x": None},
-    "\ud800",
-    ["\ud800"],
-    10**400,
-]
+    None, 1, -1.5, True, "", "x", [], [[]], {}, [{}], [None], ["x", 1], {"x": None}, "\ud800", ["\ud800"], 10**400,
+]  # fmt: skip
 
 
 @settings(max_examples=150)

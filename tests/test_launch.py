@@ -494,37 +494,17 @@ LEAVES = {
     "an identity": "class Own: pass\none = Own()\none._identity = (value,)\ndef {}(): return one._identity[0]",
 }  # fmt: skip
 VALUES = [
-    0,
-    1,
-    True,
-    False,
-    None,
-    1.0,
-    0.0,
-    -0.0,
-    1j,
-    "1",
-    b"1",
-    ...,
-    torch.float16,
-    torch.bfloat16,
-    (1,),
-    [1],
-    {1: 2},
-    {2: 1},
-    max,
-    min,
-]
+    0, 1, True, False, None, 1.0, 0.0, -0.0, 1j, "1", b"1", ..., torch.float16, torch.bfloat16, (1,), [1], {1: 2}, {2: 1},
+    max, min,
+]  # fmt: skip
 
 
 def reaching(ways, leaf, value):
     """A function of bnbref that reaches a value through others."""
     known = {
-        "ModuleType": types.ModuleType,
-        "dataclass": dataclasses.dataclass,
-        "cached_property": functools.cached_property,
-    }
-    known |= {"wraps": functools.wraps, "cache": functools.cache, "__name__": "bnbref.own", "value": value}
+        "ModuleType": types.ModuleType, "dataclass": dataclasses.dataclass, "cached_property": functools.cached_property,
+        "wraps": functools.wraps, "cache": functools.cache, "__name__": "bnbref.own", "value": value,
+    }  # fmt: skip
     for i, text in enumerate([LEAVES[leaf], *(WAYS[way] for way in ways)]):
         scope, name = dict(known), f"f{i}"
         exec(text.format(name, name, name), scope)
@@ -542,9 +522,10 @@ def test_each_way_to_what_a_kernel_computes_with_counts(leaf):
         assert one != two, way
 
 
-@given(
-    st.lists(st.sampled_from(sorted(WAYS)), max_size=3), st.sampled_from(sorted(LEAVES)), *[st.sampled_from(VALUES)] * 2
-)
+several_ways, values = st.lists(st.sampled_from(sorted(WAYS)), max_size=3), st.sampled_from(VALUES)
+
+
+@given(several_ways, st.sampled_from(sorted(LEAVES)), values, values)
 def test_whatever_a_kernel_computes_with_counts(ways, leaf, one, two):
     """By several ways one after another, and not what is equal."""
     first, again, other = [

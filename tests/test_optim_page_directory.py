@@ -28,6 +28,18 @@ from bnbref.optim.page_directory import Directory
 pytestmark = pytest.mark.usefixtures("eager")
 
 
+class Sign(optim.Rule):
+    """Keeps nothing but the number of its steps."""
+
+    states = ()
+
+    def coefficients(self, t, group):
+        return {"rate": group["lr"], "decay": 1.0}
+
+    def direction(self, p, g, c):
+        return (g,)
+
+
 def begun(folder, name="PagedAdamW8bit"):
     """A parameter with a gradient, and an optimizer that has made no step."""
     p = nn.Parameter(torch.linspace(-1, 1, 600).view(20, 30))
@@ -485,10 +497,10 @@ def test_states_may_change_places_within_their_files(how, tmp_path, monkeypatch)
         assert same_bits([x for x in optimizer.state[p].values() if isinstance(x, torch.Tensor)], [*state.values()][1:])
 
 
-@pytest.mark.parametrize(
-    ("before", "options"),
-    [("AdamW8bit", {"master_weight_bits": 32}), ("AdEMAMix8bit", {}), ("AdamW", {}), ("SOAP", {})],
-)
+EARLIER = [("AdamW8bit", {"master_weight_bits": 32}), ("AdEMAMix8bit", {}), ("AdamW", {}), ("SOAP", {})]
+
+
+@pytest.mark.parametrize(("before", "options"), EARLIER)
 def test_what_an_earlier_run_has_left_belongs_to_no_state(before, options, tmp_path):
     """Tensors that the parameter of this run has not: a correction of theirs would be added to it. Files of others stay."""
     (tmp_path / "pytorch_model.bin").write_text("of others")
@@ -541,6 +553,59 @@ def test_the_values_of_a_copy_that_was_cast_are_set(tmp_path):
         state.keys() == other.state[p].keys()
         for p, state in zip(params, optim.read_pages(tmp_path).values(), strict=True)
     )
+
+
+@pytest.mark.parametrize("how", ["renamed", "moved"])
+def test_mapped_states_are_known_by_their_files_and_not_by_names(how, tmp_path):
+    """A file that was renamed since it was mapped, by an optimizer that is gone, or whose folder was, may be that of another."""
+    params = [nn.Parameter(torch.linspace(-1, i, 600)) for i in (1, 2)]
+    folder = tmp_path / "pages"
+    optimizer = optim.AdamW8bit([{"params": [p]} for p in params], page_directory=folder, min_8bit_size=0)
+    for p in params:
+        p.grad = p.detach().clone()
+    optimizer.step()
+    wanted = copy.deepcopy([optimizer.state[p] for p in params])
+    for p in params:
+        p.grad = None
+    if how == "renamed":
+        optimizer.param_groups.reverse()
+        optimizer.step()
+        second, first = (optimizer.state_dict()["state"][i] for i in (0, 1))
+    else:
+        first, second = optim.read_pages(folder).values()
+    del optimizer
+    if how == "moved":
+        folder = folder.rename(tmp_path / "moved")
+        params, wanted, first, second = params[::-1], wanted[::-1], second, first
+    optimizer = optim.AdamW8bit([{"params": [p]} for p in params], page_directory=folder, min_8bit_size=0)
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": {0: first, 1: second}})
+    for p, state in zip(params, wanted, strict=True):
+        assert same_bits([x for x in optimizer.state[p].values() if isinstance(x, torch.Tensor)], [*state.values()][1:])
+
+
+def test_a_file_that_was_cut_off_is_no_state(tmp_path):
+    """torch, which maps it, would put zeros behind it, in the file as well."""
+    _, optimizer = begun(tmp_path)
+    optimizer.step()
+    file = tmp_path / "0.state1.uint8.20x30.bin"
+    file.write_bytes(file.read_bytes()[:599])
+    with pytest.raises(RuntimeError, match=r"0\.state1\.uint8\.20x30\.bin must have the 600 bytes .*, got 599"):
+        optim.read_pages(tmp_path)
+    assert file.stat().st_size == 599
+
+
+@pytest.mark.parametrize("stepped", [True, False])
+def test_tensors_of_others_are_no_states_that_belong_into_files(stepped, tmp_path):
+    """As Lookahead's, of a parameter whose rule keeps nothing, or which has no gradient: there is a checkpoint none the less."""
+    params = [nn.Parameter(torch.ones(600)) for _ in range(2)]
+    optimizer = optim.Optimizer(params, Sign(), {"lr": 0.1}, page_directory=tmp_path)
+    kept = optimizer.state[params[1]]["slow"] = torch.ones(600)
+    params[0].grad = torch.ones(600)
+    params[1].grad = torch.ones(600) if stepped else None
+    for steps in (1, 2):
+        optimizer.step()
+        assert optim.read_pages(tmp_path) == {i: {"step": steps} for i in range(1 + stepped)}
+    assert optimizer.state[params[1]]["slow"] is kept
 
 
 @pytest.mark.parametrize("how", ["away for a step", "a copy"])

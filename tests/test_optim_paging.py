@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from bnbref import optim
-from bnbref.optim import paging, update
+from bnbref.optim import paging, planned_steps, update
 
 pytestmark = pytest.mark.usefixtures("eager")
 KINDS = [optim.PagedAdamW8bit, optim.PagedAdamW32bit, optim.PagedAdEMAMix8bit, optim.PagedLion8bit]
@@ -238,6 +239,19 @@ def test_two_parameters_with_common_memory_are_stepped_one_after_the_other(small
     for p in pairs[1]:
         optim.AdamW([p], **options).step()
     assert same_bits(memory, alone)
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 9), st.sampled_from([1, 2])), max_size=9))
+def test_what_has_memory_in_common_is_found_by_one_walk(spans):
+    """Beside a comparison of each with each. With a stride of 2, a tensor counts as all between its first and last element."""
+    memory = torch.zeros(64)
+    parts = [memory[first : first + length * stride : stride] for first, length, stride in spans]
+    ends = [(first, first + (length - 1) * stride + 1) for first, length, stride in spans]
+    assert planned_steps.in_common([SimpleNamespace(p=p) for p in parts]) == {
+        i
+        for (i, (first, last)), (j, (begin, end)) in itertools.product(enumerate(ends), repeat=2)
+        if i != j and first < end and begin < last
+    }
 
 
 # ---- interrupted ----------------------------------------------------------------------------------------------------

@@ -237,6 +237,27 @@ def test_a_parameter_has_the_settings_of_the_group_that_it_is_in(change):
 
 
 @quick
+def test_a_hook_does_not_walk_over_all_parameters():
+    """Of many, each would be looked at for each of the others: that took longer than the steps."""
+
+    class Counted(list):
+        looks = 0
+
+        def __iter__(self):
+            Counted.looks += 1
+            return super().__iter__()
+
+    model = network(depth=20)
+    optimizer = optim.AdamW8bit(model.parameters())
+    optimizer.param_groups[0]["params"] = Counted(optimizer.param_groups[0]["params"])
+    GradientRelease(optimizer)
+    trained(model, optimizer, 0, 1)
+    several = Counted.looks
+    trained(model, optimizer, 1, 2)
+    assert Counted.looks - several < 20
+
+
+@quick
 def test_accumulation_is_refused_before_anything_moves():
     model = network()
     optimizer = optim.AdamW8bit(model.parameters())

@@ -260,7 +260,7 @@ def test_what_is_kept_under_a_key_that_is_no_parameters_comes_back(kept):
     fresh.load_state_dict(optimizer.state_dict())
     assert fresh.state["of others"] == kept
     stepped(p, fresh, 1)
-    for key, state in ((1, {}), ("weight", optimizer.state_dict()["state"][0])):
+    for key, state in ((1, {}), ("0", {"step": 1}), ("weight", optimizer.state_dict()["state"][0])):
         saved = optimizer.state_dict()
         saved["state"][key] = state
         with pytest.raises(ValueError, match=f"states of parameters that are in none of its param_groups.*{key}"):

@@ -326,12 +326,10 @@ def test_other_int8_codes_are_used_when_their_scales_are_there():
     kept = layer.weight
     layer.weight.data = layer.weight.CB = other.weight.CB
     for waiting in (layer, copy.deepcopy(layer), copy.deepcopy(layer).to("cpu")):
-        for use in (
-            waiting,
-            lambda x, waiting=waiting: waiting.state_dict(),
-        ):  # codes alone are nothing that can be loaded
+        # Nor can it be saved: codes alone are nothing that can be loaded.
+        for use, arguments in ((waiting, (x,)), (waiting.state_dict, ())):
             with pytest.raises(RuntimeError, match=r"has no scales: assign them to weight\.SCB"):
-                use(x)
+                use(*arguments)
         with pytest.raises(RuntimeError, match="weight is missing, but its"):
             waiting.load_state_dict({"SCB": other.SCB})
     layer.weight.SCB = other.weight.SCB[:-1]  # those that are remembered are of other codes

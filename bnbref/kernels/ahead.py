@@ -186,8 +186,8 @@ def _may_start(index: int) -> bool:
 
 
 def _is_first_rank() -> bool:
-    """Whether this process is the first of several that need the same. A launcher numbers those of this machine; where none did,
-    as in `torch.multiprocessing.spawn`, there is the rank among all."""
+    """Whether this process is the first of several that need the same kernels. A launcher numbers those of this machine in
+    LOCAL_RANK. Without a launcher, as with `torch.multiprocessing.spawn`, the rank among all processes counts."""
     rank = os.environ.get("LOCAL_RANK")
     if rank is None and dist.is_available() and dist.is_initialized():
         return dist.get_rank() == 0

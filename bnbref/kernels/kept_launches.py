@@ -25,8 +25,8 @@ import torch
 from bnbref.kernels.launch import Launch, loaded
 from bnbref.kernels.what_runs import digest
 
-# Whoever sets one of these wants to see how kernels are compiled, or that they are. So does who sets `force_disable_caches`, by a
-# variable or in a program: torch.compiler.config has both, and is there before Inductor.
+# Whoever sets one of these wants to see how kernels are compiled, or that they are. So does whoever sets `force_disable_caches`,
+# by a variable or in a program: torch.compiler.config knows of both, and is there before Inductor.
 _WATCHED = ("TORCH_LOGS", "TORCH_TRACE", "TORCH_COMPILE_DEBUG", "TRITON_ALWAYS_COMPILE")
 
 # Files that the folder may hold, one for each layout; when there are more they are all removed, and it is filled anew. A program
@@ -34,7 +34,7 @@ _WATCHED = ("TORCH_LOGS", "TORCH_TRACE", "TORCH_COMPILE_DEBUG", "TRITON_ALWAYS_C
 _MOST_FILES = 4096
 
 _NO_NAME = r'[\\/:*?"<>|]'
-"""Letters that a name of a folder has not."""
+"""Characters of a user's name that Inductor replaces in the name of its folder."""
 
 _functions: dict[tuple[str, int], int] = {}
 """The addresses of machine code that is loaded, by its file and the number of the GPU."""
@@ -51,7 +51,7 @@ def place_of(functions: Sequence[Callable[..., Any]], args: Sequence[Any], const
 
 
 def _folder() -> Path:
-    """A folder in Inductor's, which it is asked for before Inductor is imported."""
+    """A folder within that of Inductor's caches, which is found here by Inductor's rule: it may not be imported yet."""
     given = os.environ.get("TORCHINDUCTOR_CACHE_DIR")  # Inductor sets it when it is first used
     if given is not None:
         return Path(given) / "bnbref"

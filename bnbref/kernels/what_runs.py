@@ -165,7 +165,7 @@ def _class(kind: type, seen: dict[int, int]) -> Iterator[str]:
                 yield name
                 yield from _once(function, seen)
         data = (*_PLAIN, tuple, list, dict, types.BuiltinFunctionType)
-        if isinstance(value, data) and not name.startswith("__"):  # those are Python's
+        if isinstance(value, data) and not name.startswith("__"):  # Python's own names begin so
             yield name
             yield from _reached(value, seen)
 

@@ -6,12 +6,14 @@
 The steps are the same, and so are the bits. At no time is there more than the gradients of what is being computed.
 """
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from bnbref.optim.optimizer import Optimizer
-from bnbref.optim.settings import group_of
 from bnbref.optim.sharding import shard_of
 
 
@@ -45,6 +47,7 @@ class GradientRelease:
             raise TypeError(f"optimizer must be one of bnbref.optim, got {type(optimizer).__name__}")
         self._optimizer = optimizer
         self._stepped: set[int] = set()
+        self._places = _places_in(optimizer.param_groups)
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         for p in parameters:
             if p.grad is not None:
@@ -60,7 +63,7 @@ class GradientRelease:
         self._handles.append(optimizer.register_step_post_hook(lambda *_: self._stepped.clear()))
 
     def _step(self, p: Tensor) -> None:
-        group = group_of(p, self._optimizer.param_groups)  # which may be another one than before, or none
+        group = self._group_of(p)
         if group is None:
             return
         if id(p) in self._stepped:
@@ -73,7 +76,23 @@ class GradientRelease:
         self._stepped.add(id(p))
         p.grad = None
 
+    def _group_of(self, p: Tensor) -> Mapping[str, Any] | None:
+        """The group of p, which may be another one than before; None if there is none. It is looked for where it was last, since
+        a walk over all parameters for each of them would take long."""
+        groups = self._optimizer.param_groups
+        at, i = self._places.get(id(p), (0, 0))
+        if at < len(groups) and i < len(groups[at]["params"]) and groups[at]["params"][i] is p:
+            return groups[at]
+        self._places = _places_in(groups)
+        found = self._places.get(id(p))
+        return None if found is None else groups[found[0]]
+
     def remove(self) -> None:
         """Step after the backward pass again."""
         for handle in self._handles:
             handle.remove()
+
+
+def _places_in(groups: Sequence[Mapping[str, Any]]) -> dict[int, tuple[int, int]]:
+    """The index of the group of each parameter and its index there, by the `id` of the parameter."""
+    return {id(p): (at, i) for at, group in enumerate(groups) for i, p in enumerate(group["params"])}

@@ -40,8 +40,6 @@ class Directory:
         _ALL.add(self)
 
     _held: int | None = None
-    _renamed = False
-    """Whether files have been renamed, so that what is mapped may not say the name that its file has now."""
 
     def let_go(self, close: Callable[[int], None] = os.close) -> None:  # bound: the end of a process empties modules
         """Ends the lock, if this object has it."""
@@ -130,7 +128,6 @@ class Directory:
                     path.unlink(missing_ok=True)
                     continue
                 waiting = path.with_suffix(".moved")  # since the place of each may be that of another one
-                self._renamed = True
                 if path.exists():
                     path.rename(waiting)
                 moved.append((waiting, place, f"{place}.{name.partition('.')[2]}", inode))
@@ -143,15 +140,14 @@ class Directory:
         """A saved state that is to be written into the files of the parameter with that index. What lies in other files here, as
         `read_pages` and `state_dict` give it, is copied into memory: the state of another parameter may be written there first.
         """
+        here = {_file_id(path): path.name for path, _ in _state_files(self.path)}
 
         def one(key: str, x: Any) -> Any:
             if isinstance(x, Mapping):
                 return {name: one(name, each) for name, each in x.items()}
-            source = x.untyped_storage().filename if isinstance(x, Tensor) and x.layout == torch.strided else None
-            if source is None or not _same_folder(Path(source).parent, self.path):
-                return x
-            own = Path(source).name.startswith(f"{index}.{key}.") and not self._renamed
-            return x if own else x.clone()
+            file = _mapped_file(x) if isinstance(x, Tensor) and x.layout == torch.strided else None
+            name = None if file is None else here.get(file)
+            return x if name is None or name.startswith(f"{index}.{key}.") else x.clone()
 
         return {key: one(key, x) for key, x in saved.items()}
 
@@ -176,9 +172,8 @@ class Directory:
             )
             return
         for name in here.keys() - own.keys():
-            with contextlib.suppress(
-                PermissionError
-            ):  # Windows keeps a file that somebody has mapped; a later step removes it
+            # Windows keeps a file that somebody has mapped. A later step then removes it.
+            with contextlib.suppress(PermissionError):
                 (self.path / name).unlink()
         unfinished = self.path / "steps.json.new"
         unfinished.write_text(json.dumps(counts), encoding="utf-8")
@@ -209,16 +204,31 @@ def _index(name: str) -> int:
     return int(name.partition(".")[0])
 
 
-def _same_folder(one: Path, other: Path) -> bool:
-    return one.is_dir() and other.is_dir() and one.samefile(other)
+_mapped: dict[int, tuple[str, tuple[int, int]]] = {}
+"""Of the file that was last mapped at an address: the path that it had, and its `_file_id`, which it keeps when it is renamed."""
+
+
+def _file_id(path: Path) -> tuple[int, int]:
+    """What a file is known by, whatever its name: its device and its inode."""
+    found = path.stat()
+    return found.st_dev, found.st_ino
+
+
+def _mapped_file(x: Tensor) -> tuple[int, int] | None:
+    """The `_file_id` of the file that a tensor is mapped from; None if it is in memory, or was mapped by others."""
+    storage = x.untyped_storage()
+    if storage.filename is None:
+        return None
+    name, file = _mapped.get(storage.data_ptr(), (None, None))
+    return file if name == storage.filename else None
 
 
 def _open(path: Path, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    numel, name = (
-        torch.Size(shape).numel(),
-        str(path.absolute()),
-    )  # which the tensor's storage keeps, see `Directory.apart`
-    return torch.from_file(name, shared=True, size=numel, dtype=dtype, device="cpu").view(tuple(shape))
+    numel, name = torch.Size(shape).numel(), str(path.absolute())
+    x = torch.from_file(name, shared=True, size=numel, dtype=dtype, device="cpu").view(tuple(shape))
+    if numel > 0:
+        _mapped[x.data_ptr()] = name, _file_id(path)
+    return x
 
 
 def read_pages(directory: str | Path) -> dict[int, dict[str, Any]]:
@@ -226,7 +236,8 @@ def read_pages(directory: str | Path) -> dict[int, dict[str, Any]]:
 
         optimizer.load_state_dict({**optimizer.state_dict(), "state": read_pages(directory)})
 
-    They are those after the last step that ended; parameters are not in there. Raises RuntimeError if a step was interrupted.
+    They are those after the last step that ended; parameters are not in there. Raises RuntimeError if a step was interrupted, or
+    a file was cut off.
     """
     directory = Path(directory)
     if not (directory / "steps.json").exists():
@@ -240,5 +251,11 @@ def read_pages(directory: str | Path) -> dict[int, dict[str, Any]]:
         index, key, dtype, sizes = parts.groups()
         shape = [int(n) for n in sizes.split("x") if n]
         if int(index) in states:
-            states[int(index)][key] = _open(path, shape, getattr(torch, dtype))
+            kind = getattr(torch, dtype)
+            needed, size = torch.Size(shape).numel() * kind.itemsize, path.stat().st_size
+            if size != needed:  # torch would make it longer, by zeros
+                raise RuntimeError(
+                    f"{path} must have the {needed} bytes that its name says, got {size}: the folder was copied in part"
+                )
+            states[int(index)][key] = _open(path, shape, kind)
     return states

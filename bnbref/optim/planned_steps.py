@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnbref.arguments import bytes_needed
+from bnbref.arguments import bytes_needed, memory
 from bnbref.blockwise import check_blocksize, check_float
 from bnbref.optim.equation import Equation
 from bnbref.optim.master_weights import corrections
@@ -103,6 +103,19 @@ def _partly_shared(p: Tensor, g: Tensor) -> bool:
     start, other = p.data_ptr(), g.data_ptr()
     ends = start + p.numel() * p.itemsize, other + g.numel() * g.itemsize
     return (start, p.dtype) != (other, g.dtype) and start < ends[1] and other < ends[0]
+
+
+def in_common(steps: Sequence[PlannedStep]) -> set[int]:
+    """The indices of the steps whose parameter has memory in common with that of another one, as views of one tensor may."""
+    places = sorted([(*memory(local(planned.p)), i) for i, planned in enumerate(steps)])
+    found: set[int] = set()
+    end, furthest = 0, 0  # of those that begin before, how far one reaches, and which
+    for first, last, i in places:
+        if first < end:
+            found |= {i, furthest}
+        if last > end:
+            end, furthest = last, i
+    return found
 
 
 def check_apart(steps: Sequence[PlannedStep]) -> None:

@@ -43,7 +43,12 @@ def held(state_dict: Mapping[str, Any]) -> dict[str, Any]:
         )
     known = {i for group in groups if isinstance(group, Mapping) for i in group.get("params", ())}
     others = {key: x for key, x in states.items() if key not in known}
-    lost = [key for key, x in others.items() if isinstance(key, int) or (isinstance(x, Mapping) and WRAPPED in x)]
+    texts = {str(i) for i in known}  # by which JSON writes the numbers that are keys, and reads them as texts
+    lost = [
+        key
+        for key, x in others.items()
+        if isinstance(key, int) or key in texts or (isinstance(x, Mapping) and WRAPPED in x)
+    ]
     if lost:
         raise ValueError(f"state_dict has states of parameters that are in none of its param_groups: {written(lost)}")
     for i, state in states.items():

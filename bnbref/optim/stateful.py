@@ -20,7 +20,7 @@ from bnbref.optim.rule import Rule
 from bnbref.optim.saved_state import Held, held, unwrapped_state
 from bnbref.optim.settings import GlobalOptimManager, group_of
 from bnbref.optim.sharding import check_not_fsdp1, local, shard_of, sharded_like
-from bnbref.optim.state_dict import COUNTS, WRAPPED, gathered_state, of_blocks, wrapped_state
+from bnbref.optim.state_dict import BESIDE, COUNTS, WRAPPED, gathered_state, names_of, of_blocks, wrapped_state
 from bnbref.optim.update import new_state
 
 
@@ -155,9 +155,8 @@ class Stateful(torch.optim.Optimizer):
         check_not_fsdp1()
         for p in self._parameters():
             self._state(p)
-        saved = self.register_state_dict_post_hook(
-            lambda _, whole: self._save(whole), prepend=True
-        )  # before those of others
+        # Called before the hooks of others, which so see what is saved.
+        saved = self.register_state_dict_post_hook(lambda _, whole: self._save(whole), prepend=True)
         try:
             return super().state_dict()
         finally:
@@ -234,7 +233,14 @@ class Stateful(torch.optim.Optimizer):
     def _homeless(self, directory: Directory) -> set[Tensor]:
         """The parameters whose states are in memory, and belong into files. The directory is arranged."""
         indexed = enumerate(self._parameters())
-        return {p for i, p in indexed if not directory.has(i) and _has_tensors(self.state.get(p, {}))}
+        found = {p for i, p in indexed if not directory.has(i) and _has_tensors(self.state.get(p, {}))}
+        if not found:
+            return found
+        rules = zip(self._parameters(), self._rules_and_blocks(), strict=True)
+        # What others keep there stays in memory, and may be all that there is.
+        return {
+            p for p, (rule, _) in rules if p in found and self.state[p].keys() & (names_of(rule) | BESIDE - {*COUNTS})
+        }
 
     def _end_of_pages(self) -> None:
         """Says in the `page_directory` that it is a checkpoint of the states as they are, if all of them are there."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from bnbref.optim import matrix_steps
 from bnbref.optim.kinds import number
 from bnbref.optim.paging import Placement
-from bnbref.optim.planned_steps import PlannedStep
+from bnbref.optim.planned_steps import PlannedStep, in_common
 from bnbref.optim.sharding import local, shard_of
 from bnbref.optim.update import Tails, step
 
@@ -29,12 +29,16 @@ def take_steps(
     begun: list[Tensor] = []  # those that are making it
     by_element = [planned for planned in steps if not planned.equation.calls]
     own = [states[planned.p] for planned in by_element]
+    common: set[int] | None = None  # of them, by their index; None as long as nothing has waited
     try:
         places = [(planned.p.device, state) for planned, state in zip(by_element, own, strict=True)]
         with closing(placement.stream(places)) as streamed:
-            for planned, kept, state in zip(by_element, own, streamed, strict=True):
+            for i, (planned, kept, state) in enumerate(zip(by_element, own, streamed, strict=True)):
                 begun = [planned.p]
-                tails.make_way(local(planned.p))
+                if tails.waiting:  # those of one memory come one after the other
+                    common = in_common(by_element) if common is None else common
+                    if i in common:
+                        tails.run_own()
                 # Pages are written back before the next ones come, and so wait for nothing. Of a shard they may be on another
                 # rank alone.
                 sharded = shard_of(planned.p) is not None

@@ -4,7 +4,6 @@ The walk goes one way: a parameter and its state are laid out in parts, a kernel
 written back.
 """
 
-import bisect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnbref.arguments import memory
 from bnbref.blockwise import block_count, check_blocksize
 from bnbref.optim.cuts import Cut, complete
 from bnbref.optim.equation import Equation
@@ -166,9 +164,9 @@ class Tails:
     """
 
     def __init__(self) -> None:
-        self._waiting: dict[Any, tuple[Tensor, list[Part]]] = {}
+        self.waiting: dict[Any, tuple[Tensor, list[Part]]] = {}
+        """What waits and needs nothing of another rank, by what must be the same for one call."""
         self._elements = 0
-        self._places: list[tuple[int, int]] = []
         self._cuts: list[tuple[Equation, Tensor, Cut]] = []
         self._bytes = 0
         self._after: list[Callable[[], Any]] = []
@@ -176,25 +174,14 @@ class Tails:
         """Whether an exception came while blocks were written back, so that nobody knows which of them have made the step."""
 
     def add(self, rule: Equation, hyper: Tensor, blocksize: int, part: Part) -> None:
-        """Adds what `split` has left of a parameter, or all of a small one, to those that wait."""
+        """Adds what `split` has left of a parameter, or all of a small one, to those that wait. None of them may have memory in
+        common."""
         p, g = part.p, part.g
-        self.make_way(p)
-        bisect.insort(self._places, memory(p))
         dtypes = *(weight.dtype for weight in part.weights), g.dtype
         key = (rule, blocksize, id(hyper), p.device, dtypes, part.noise is None)
-        self._waiting.setdefault(key, (hyper, []))[1].append(part)  # it holds hyper, whose id nobody else then has
+        self.waiting.setdefault(key, (hyper, []))[1].append(part)  # it holds hyper, whose id nobody else then has
         self._elements += p.numel()
         if self._elements >= 2**20:
-            self.run_own()
-
-    def make_way(self, p: Tensor) -> None:
-        """Makes the steps that wait, if one of them is of memory that p has too, as a tied weight or the view of another one: the
-        steps of one memory come one after the other."""
-        first, last = memory(p)
-        before = bisect.bisect_left(self._places, (last, last))
-        if (
-            before and self._places[before - 1][1] > first
-        ):  # those that wait do not overlap, so the others end before it
             self.run_own()
 
     def add_cut(self, rule: Equation, hyper: Tensor, cut: Cut) -> None:
@@ -243,29 +230,28 @@ class Tails:
     def run_own(self) -> None:
         """Makes the steps of the blocks that need nothing of another rank."""
         torn = self.torn  # by an exception before, which no step that follows mends
-        for key, (hyper, parts) in list(self._waiting.items()):
+        for key, (hyper, parts) in list(self.waiting.items()):
             rule, blocksize, *_ = key
             if len(parts) == 1:  # of which no copy has to be made
                 whole, rest = split(parts[0], blocksize)
                 if whole is not None:
                     # It is changed in place: interrupted after that, it must not be stepped again.
-                    del self._waiting[key]
+                    del self.waiting[key]
                     self.torn = True
                     try:
                         _run(whole, rule, hyper)
                     except RuntimeError:  # such as out of memory, which comes before anything is changed
-                        self._waiting[key], self.torn = (hyper, parts), torn
+                        self.waiting[key], self.torn = (hyper, parts), torn
                         raise
                     self.torn = torn
                     if rest is None:
                         continue
                     parts = [rest]
-                    self._waiting[key] = hyper, parts
+                    self.waiting[key] = hyper, parts
             part, write_back = padded(parts, zeros_of(rule), blocksize)
             _run(part, rule, hyper)
             self.torn = True
-            del self._waiting[key]  # before any is changed: `run` again must not step it again
+            del self.waiting[key]  # before any is changed: `run` again must not step it again
             write_back()
             self.torn = torn
         self._elements = 0
-        self._places.clear()

@@ -37,7 +37,7 @@ _OF_REPORT = {
     "backend": str, "device": str, "versions": _TEXT_BY_NAME, "made": str, "cases": _TEXT_BY_NAME,
     "findings": (list, _OF_FINDING),
 }  # fmt: skip
-"""What a report must have, by name: a type; a list or a dict, and what is in it; or names again."""
+"""What a report must have, by name: a type; the type of a container and what each thing in it must be; or names again."""
 
 
 class Cell(NamedTuple):
@@ -113,7 +113,7 @@ def _cell(rule: str, cases: Sequence[str], body: Mapping[str, Any]) -> Cell:
 
 
 def _wrong(x: Any, kind: Any, name: str) -> str | None:
-    """The name of what in x is not of that kind, see `_OF_REPORT`; None if all is."""
+    """The name of the first part of x that is not of its kind, see `_OF_REPORT`; None if there is none. name: of x itself."""
     if isinstance(kind, type):
         return None if isinstance(x, kind) else name
     if isinstance(kind, tuple):
@@ -129,7 +129,7 @@ def column(file: Path, text: str) -> Column:
     """The column of a report, whose text is that of the file. Raises ValueError where it is none, or of other rules or cases."""
     try:
         body = json.loads(text)
-        json.dumps(body, ensure_ascii=False).encode()  # half of a pair of UTF-16, which JSON has, is in no page
+        json.dumps(body, ensure_ascii=False).encode()  # a page in UTF-8 cannot have the half of a pair, which JSON can
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is no JSON of texts: {error}") from error
     wrong = _wrong(body, _OF_REPORT, "report")
