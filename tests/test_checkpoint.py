@@ -607,7 +607,7 @@ JSON with more: q.weight: keys of a quant state must be ['absmax', 'blocksize', 
     'shape'], got ['absmax', 'blocksize', 'dtype', 'nested_absmax', 'nested_blocksize', 'nested_dtype',
     'nested_offset', 'nested_quant_map', 'quant_map', 'quant_type', 'shape', 'zero_point']
 shape huge: q.weight: absmax must be torch.uint8 with 18014398509481984 elements, got torch.uint8 (64,)
-shape beyond int64: q.weight: absmax must be torch.uint8 with 0 elements, got torch.uint8 (64,)
+shape beyond int64: q.weight: shape must be a list of sizes, got [11805916207174113034..., 0]
 shape negative: q.weight: shape must be a list of sizes, got [-64, -64]
 shape not of numbers: q.weight: shape must be a list of sizes, got ['64', 64]
 shape null: q.weight: this operation needs the quant state's shape, which is None
