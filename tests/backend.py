@@ -78,7 +78,7 @@ def spawn(run: Callable[..., None], ranks: int, folder: Path, *args: Any) -> Non
 
     Ranks of which a signal ended one run once more, with a warning; an exception is raised at once. Kernels are uncompiled, so
     that all C++ code here is torch's, and it was seen once to damage its heap ("malloc(): unaligned tcache chunk detected",
-    torch 2.13), in one of some hundred runs of `test_optim_distributed.run_all`. What did it was not found, by memcheck neither.
+    torch 2.13), in `test_optim_distributed.run_all`. What did it was not found, by memcheck neither.
     """
     try:
         _start(run, ranks, folder, args)

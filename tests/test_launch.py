@@ -12,6 +12,7 @@ import os
 import pkgutil
 import subprocess
 import sys
+import tempfile
 import types
 from types import SimpleNamespace
 from unittest import mock
@@ -346,8 +347,8 @@ def test_the_folder_is_inductor_s(monkeypatch, fault):
     own = str(kept_launches._folder())
     try:
         folder = cache_dir_utils.default_cache_dir()
-    except (ModuleNotFoundError, KeyError, OSError):
-        pytest.skip("Inductor of torch 2.11 has no folder for such a user")
+    except (ModuleNotFoundError, KeyError, OSError):  # torch 2.11 has none for such a user: that of a newer one
+        folder = os.path.join(tempfile.gettempdir(), f"torchinductor_uid_{os.getuid()}")
     assert own == os.path.join(folder, "bnbref")
 
 

@@ -181,7 +181,7 @@ def absmax_of(layer: "EightBitLayer") -> Tensor | None:
 
 
 def _awaits_scales(weight: Tensor) -> bool:
-    """Whether int8 codes have scales that cannot be theirs: the empty ones that stand for those still to be set, or too many."""
+    """Whether int8 codes have scales that cannot be theirs: the empty ones that stand for those still to be set, or others."""
     codes = weight.dtype == torch.int8 and weight.numel() > 0
     return codes and getattr(weight, "SCB", None) is not None and _scales_of(weight) is None
 

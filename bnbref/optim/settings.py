@@ -158,11 +158,6 @@ class GlobalOptimManager:
         return found
 
 
-def group_of(p: Tensor, groups: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
-    """The group that has p; None if there is none."""
-    return next((group for group in groups if any(q is p for q in group["params"])), None)
-
-
 def check_distinct(params: Sequence[Tensor]) -> None:
     """ValueError if a parameter is in the list twice, as a tied weight may be: torch warns of it, and steps it twice."""
     first: dict[int, int] = {}

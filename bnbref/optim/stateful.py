@@ -18,7 +18,7 @@ from bnbref.optim.named_rules import NamedRules
 from bnbref.optim.page_directory import Directory
 from bnbref.optim.rule import Rule
 from bnbref.optim.saved_state import Held, held, unwrapped_state
-from bnbref.optim.settings import GlobalOptimManager, group_of
+from bnbref.optim.settings import GlobalOptimManager
 from bnbref.optim.sharding import check_not_fsdp1, local, shard_of, sharded_like
 from bnbref.optim.state_dict import BESIDE, COUNTS, WRAPPED, gathered_state, names_of, of_blocks, wrapped_state
 from bnbref.optim.update import new_state
@@ -128,7 +128,7 @@ class Stateful(torch.optim.Optimizer):
                 f"value must be float32 of shape {tuple(own.shape)}, as the parameter, got {given.dtype} of {tuple(given.shape)} "
                 f"on {given.device}"
             )
-        group = group_of(p, self.param_groups)
+        group = next((group for group in self.param_groups if any(q is p for q in group["params"])), None)
         if group is None:
             raise ValueError(f"p must be a parameter of this optimizer, got another one of shape {tuple(p.shape)}")
         directory, state = self._placement.directory, self._state(p)
